@@ -1,0 +1,71 @@
+# make demo   install, and transcribe a Polish recording with the bundled model, offline
+# make test   install what tests need, and run them
+# make check  style, types, generated docs        make slow   the tests that take longer
+# make model  speak the corpus and train pl-tiny  make bench  speed and memory beside transformers
+# make gpu    the tests that need a CUDA device
+
+PYTHON ?= python3
+BIN := .venv/bin
+HUMAN ?=
+
+.PHONY: demo test slow check model micro score bench gpu docs apt-espeak
+
+demo: .venv/.run
+	$(BIN)/mowa transcribe examples/dzien-dobry.flac
+	@echo
+	$(BIN)/mowa transcribe examples/dzien-dobry.flac --format tsv
+
+test: .venv/.test apt-espeak
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+slow: .venv/.test apt-espeak
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+gpu: .venv/.test
+	$(BIN)/python -m pytest -m gpu
+
+check: .venv/.check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mowa.cli.reference --check docs/cli.md
+
+docs: .venv/.run
+	$(BIN)/python -m mowa.cli.reference docs/cli.md
+
+# Each step is skipped where its result lies under build/ already; a broken-off training run is resumed.
+model: .venv/.test apt-espeak
+	test -f build/pl-tiny/text.txt || $(BIN)/mowa data text --debian all --out build/pl-tiny/text.txt
+	$(BIN)/mowa data synth build/pl-tiny/text.txt --out build/pl-tiny --clips 40000
+	test -f build/pl-tiny/model/model.safetensors || $(BIN)/mowa train recipes/pl-tiny.yaml --out build/pl-tiny/model
+	$(BIN)/python benchmarks/quality.py --model build/pl-tiny/model
+
+micro: .venv/.test
+	$(BIN)/mowa train recipes/micro.yaml --out build/micro
+
+# The table of the model card. HUMAN=folder adds people: a folder with transcripts.tsv and audio/.
+score: .venv/.test
+	$(BIN)/python benchmarks/quality.py $(if $(HUMAN),--human $(HUMAN))
+
+bench: .venv/.test
+	$(BIN)/python benchmarks/transcribe.py
+
+.venv/.run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mowa needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+.venv/.test: .venv/.run
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+.venv/.check: .venv/.test
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[check]'
+	@touch $@
+
+apt-espeak:
+	@command -v espeak-ng >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq espeak-ng >/dev/null; \
+	  else echo "speech synthesis needs espeak-ng: sudo apt-get install espeak-ng"; exit 1; fi; }

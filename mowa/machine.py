@@ -1,0 +1,194 @@
+"""Facts about the machine at hand, and the measurements that choices of precision rest on.
+
+Nothing here knows a model. torch is imported only where a tensor is measured.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# What each optional part is for; `mowa doctor` prints the table.
+PARTS = {
+    "torch": "runs every model",
+    "transformers": "the models themselves",
+    "soundfile": "wav, flac, ogg, opus, mp3",
+    "av": "m4a, mp4, webm, mkv",
+    "soxr": "resampling",
+    "onnxruntime": "speech detection",
+    "silero-vad": "speech detection",
+    "accelerate": "mowa train",
+    "pyyaml": "mowa train",
+    "matplotlib": "training curves",
+    "jiwer": "error rates",
+}
+GAIN_WORTH_HAVING = 1.25  # a half-precision dtype must be this much faster to be chosen
+FLOAT32_ERROR = 1e-5  # relative: what still counts as float32 arithmetic
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """`dtype` of the weights and, for float32, torch's matmul precision ("highest" or "medium")."""
+
+    dtype: str
+    matmul: str = "highest"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds for one [499, width] × [width, inner] product per way of doing it; `medium_error` relative to float64."""
+
+    highest_s: float
+    medium_s: float
+    medium_error: float
+    bfloat16_s: float
+
+
+def cores() -> int:
+    """Cores this process may use: its affinity, and a container's quota where one is set."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return allowed
+    return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
+
+
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def processor() -> str:
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Which of the instructions that matter to us the processor has: AVX-512, VNNI, bf16, AMX."""
+    flags = {flag for line in _cpuinfo() if line.startswith("flags") for flag in line.split()}
+    known = {"avx2": "avx2", "avx512f": "avx512", "avx512_vnni": "vnni", "avx512_bf16": "bf16", "amx_bf16": "amx"}
+    return tuple(name for flag, name in known.items() if flag in flags)
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def parts() -> dict[str, str | None]:
+    """Installed version of every optional part, None where it is missing."""
+    found: dict[str, str | None] = {}
+    for name in PARTS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def gpu() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (capability {major}.{minor})"
+
+
+def cache_folder() -> Path:
+    """Where mowa keeps what it can make again: $MOWA_CACHE, else $XDG_CACHE_HOME/mowa, else ~/.cache/mowa."""
+    if own := os.environ.get("MOWA_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mowa"
+
+
+def precision(width: int, inner: int) -> Precision:
+    """The fastest trustworthy way to multiply matrices of a net of this width on this processor, measured once.
+
+    bfloat16 only where the processor computes in it and gains at least a quarter; else float32, with torch's
+    "medium" matmul precision where that is faster and yet as exact as float32 (on others it means bfloat16).
+    """
+    timing = _remembered(width, inner)
+    exact = exact_precision(width, inner)
+    best_s = timing.medium_s if exact.matmul == "medium" else timing.highest_s
+    if {"bf16", "amx"} & set(cpu_features()) and timing.bfloat16_s * GAIN_WORTH_HAVING < best_s:
+        return Precision("bfloat16")
+    return exact
+
+
+def exact_precision(width: int, inner: int) -> Precision:
+    """The fastest way that is float32 in result, measured once."""
+    timing = _remembered(width, inner)
+    medium = timing.medium_s < timing.highest_s and timing.medium_error <= FLOAT32_ERROR
+    return Precision("float32", "medium" if medium else "highest")
+
+
+def _remembered(width: int, inner: int) -> Timing:
+    import torch
+
+    key = f"{processor()} · torch {torch.__version__} · {torch.get_num_threads()} threads · {width}×{inner}"
+    file = cache_folder() / "machine.json"
+    try:
+        known: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if key in known:
+        return Timing(**known[key])
+    timing = measure(width, inner)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(known | {key: asdict(timing)}, ensure_ascii=False, indent=1))
+        fresh.replace(file)
+    except OSError:
+        pass  # a read-only home only means measuring again
+    return timing
+
+
+def measure(width: int, inner: int, *, rounds: int = 15) -> Timing:
+    """Time a linear layer of the net in three precisions, interleaved. The least of each: what was disturbed least."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(499, width, generator=generator)
+    w = torch.randn(width, inner, generator=generator) / width**0.5
+    x16, w16 = x.bfloat16(), w.bfloat16()
+    seconds: dict[str, list[float]] = {"highest": [], "medium": [], "bfloat16": []}
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for way, spent in seconds.items():
+                started = time.perf_counter()
+                with matmul_precision("highest" if way == "bfloat16" else way):
+                    _ = x16 @ w16 if way == "bfloat16" else x @ w
+                spent.append(time.perf_counter() - started)
+        with matmul_precision("medium"):
+            medium = (x @ w).double()
+        truth = x.double() @ w.double()
+    error = float((medium - truth).norm() / truth.norm())
+    highest_s, medium_s, bfloat16_s = (min(spent) for spent in seconds.values())
+    return Timing(highest_s, medium_s, error, bfloat16_s)
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """torch's float32 matmul precision within the block, put back after it."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

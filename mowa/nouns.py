@@ -1,0 +1,134 @@
+"""The values that travel between rooms. They hold facts and know nothing of how they were made.
+
+Times are seconds from the start of the recording (`_s`); confidences are probabilities in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What each output of a CTC head means. `tokens[i]` is the text of id `i`.
+
+    `blank` is the id CTC calls blank (the pad token of the checkpoint); `delimiter` the id that parts words, if any;
+    `specials` the ids (without blank and delimiter) that are never text: <s>, </s>, <unk> and the like.
+    """
+
+    tokens: tuple[str, ...]
+    blank: int
+    delimiter: int | None
+    specials: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """What the checkpoint asks of its audio: rate, normalisation and whether padding is masked in the net."""
+
+    rate_hz: int = 16_000
+    normalize: bool = True
+    attention_mask: bool = True
+    padding_value: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a model came from: the name the user gave, the resolved id, its revision and licence where known."""
+
+    name: str
+    source: str
+    folder: Path
+    revision: str | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture, as data. `model_types` are the `model_type`s of transformers configs it answers to."""
+
+    name: str
+    model_types: tuple[str, ...]
+    task: str
+    blocks: tuple[str, ...]
+    linears: Mapping[str, tuple[str, ...]]
+    frozen: tuple[str, ...] = ()
+    head: str = "lm_head"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model in memory: the stock transformers module and what is needed to feed it and read it."""
+
+    net: Any  # a transformers PreTrainedModel
+    family: Family
+    origin: Origin
+    vocabulary: Vocabulary
+    preprocessing: Preprocessing
+
+
+@dataclass(frozen=True, slots=True)
+class Character:
+    text: str
+    start_s: float
+    end_s: float
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    text: str
+    start_s: float
+    end_s: float
+    confidence: float
+    characters: tuple[Character, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of speech. `final` is false for a live hypothesis that may still change."""
+
+    text: str
+    start_s: float
+    end_s: float
+    words: tuple[Word, ...] = ()
+    confidence: float = 0.0
+    final: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What was said in one recording, by which model, under which settings."""
+
+    file: str
+    text: str
+    duration_s: float
+    segments: tuple[Segment, ...] = ()
+    model: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        return tuple(word for segment in self.segments for word in segment.words)
+
+    @property
+    def confidence(self) -> float:
+        words = self.words
+        return sum(word.confidence for word in words) / len(words) if words else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One datum before collation: a recording and its text. `start_s`/`end_s` cut a part out of a longer file."""
+
+    id: str
+    audio: str
+    text: str
+    duration_s: float
+    tags: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,50 @@
+import json
+
+import pytest
+import torch
+
+from mowa import machine
+
+
+def timing(highest_s=4.0, medium_s=2.0, medium_error=1e-7, bfloat16_s=1.0):
+    return machine.Timing(highest_s, medium_s, medium_error, bfloat16_s)
+
+
+@pytest.mark.parametrize(
+    ("features", "measured", "chosen"),
+    [
+        (("bf16",), timing(), machine.Precision("bfloat16")),
+        ((), timing(), machine.Precision("float32", "medium")),
+        (("bf16",), timing(bfloat16_s=1.9), machine.Precision("float32", "medium")),
+        ((), timing(medium_error=1e-3), machine.Precision("float32", "highest")),
+        ((), timing(medium_s=5.0), machine.Precision("float32", "highest")),
+    ],
+)
+def test_precision_follows_the_facts(monkeypatch, features, measured, chosen):
+    monkeypatch.setattr(machine, "cpu_features", lambda: features)
+    monkeypatch.setattr(machine, "_remembered", lambda width, inner: measured)
+    assert machine.precision(64, 64) == chosen
+    assert machine.exact_precision(64, 64).dtype == "float32"
+
+
+def test_measured_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOWA_CACHE", str(tmp_path))
+    first = machine._remembered(63, 65)
+    monkeypatch.setattr(machine, "measure", lambda *_: pytest.fail("measured again"))
+    assert machine._remembered(63, 65) == first
+    assert len(json.loads((tmp_path / "machine.json").read_text())) == 1
+
+
+def test_matmul_precision_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(RuntimeError), machine.matmul_precision("medium"):
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_facts():
+    assert machine.cores() >= 1
+    assert machine.memory_bytes() > 1e8
+    assert machine.processor()
+    assert machine.parts()["torch"]
