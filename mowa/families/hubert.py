@@ -1,0 +1,20 @@
+"""HuBERT (arXiv:2106.07447): wav2vec 2.0's net, pretrained on cluster labels. Its modules carry the same names."""
+
+from __future__ import annotations
+
+from mowa.families.registry import register
+from mowa.nouns import Family
+
+HUBERT = register(
+    Family(
+        name="hubert",
+        model_types=("hubert",),
+        task="ctc",
+        blocks=("HubertEncoderLayer", "HubertEncoderLayerStableLayerNorm"),
+        linears={
+            "attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+            "mlp": ("intermediate_dense", "output_dense"),
+        },
+        frozen=("feature_extractor",),
+    )
+)

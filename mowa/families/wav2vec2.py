@@ -1,0 +1,23 @@
+"""wav2vec 2.0 (arXiv:2006.11477), XLSR-53 (arXiv:2006.13979), XLS-R and MMS: one architecture, many checkpoints.
+
+Front-ends with group norm (`base`) and with layer norm (`large-lv60`, XLSR) are one family: the config tells which.
+"""
+
+from __future__ import annotations
+
+from mowa.families.registry import register
+from mowa.nouns import Family
+
+WAV2VEC2 = register(
+    Family(
+        name="wav2vec2",
+        model_types=("wav2vec2",),
+        task="ctc",
+        blocks=("Wav2Vec2EncoderLayer", "Wav2Vec2EncoderLayerStableLayerNorm"),
+        linears={
+            "attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+            "mlp": ("intermediate_dense", "output_dense"),
+        },
+        frozen=("feature_extractor",),
+    )
+)

@@ -1,0 +1,21 @@
+"""WavLM (arXiv:2110.13900): HuBERT's net with a gated relative position bias in the attention.
+
+Its attention hands the bare weights of q, k, v and out to `multi_head_attention_forward`, so a module put in the place
+of one of them (LoRA, int8) would be silently by-passed: `linears` names only the linears that are called.
+"""
+
+from __future__ import annotations
+
+from mowa.families.registry import register
+from mowa.nouns import Family
+
+WAVLM = register(
+    Family(
+        name="wavlm",
+        model_types=("wavlm",),
+        task="ctc",
+        blocks=("WavLMEncoderLayer", "WavLMEncoderLayerStableLayerNorm"),
+        linears={"mlp": ("intermediate_dense", "output_dense")},
+        frozen=("feature_extractor",),
+    )
+)

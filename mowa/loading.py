@@ -1,0 +1,244 @@
+"""A checkpoint → a `Model`: the stock transformers net, what its outputs mean, and what it asks of its audio.
+
+Everything is read from the checkpoint and nothing assumed: a net with a weight left at random, a vocabulary of another
+size than the head, or audio settings that are not written down are refused. How the net is fed or decoded is not known
+here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mowa.errors import ModelError
+from mowa.families import find
+from mowa.files import read_json, resolve, weights
+from mowa.nouns import Family, Model, Preprocessing, Vocabulary
+
+log = logging.getLogger("mowa")
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# What Wav2Vec2CTCTokenizer takes where a checkpoint is silent (transformers, tokenization_wav2vec2.py).
+_ROLES = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+_DELIMITER = "|"
+
+_FINE_TUNE = "fine-tune one on it first, or choose a checkpoint whose architecture ends in ForCTC"
+
+
+def load(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    offline: bool = False,
+) -> Model:
+    """Load a CTC model by alias, folder or hub id, in eval mode, with no gradients, on `device` in `dtype`.
+
+    Raises ModelError: an unknown name, family or dtype; no CTC head; config, vocabulary, audio settings or weights that
+    are missing, damaged or do not fit each other; a device that is not there. HubUnreachable as `files.resolve` does.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    _check_device(device)
+    origin = resolve(name, revision=revision, offline=offline, vet=family_of)
+    family = family_of(origin.folder)
+    net = _net(origin.folder, family, dtype)
+    return Model(
+        net=net.to(device),
+        family=family,
+        origin=origin,
+        vocabulary=vocabulary(origin.folder, len(net.get_parameter(f"{family.head}.weight"))),
+        preprocessing=preprocessing(origin.folder),
+    )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no type of its own for this
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device {device!r} cannot be used here ({reason}): try cpu") from error
+
+
+def family_of(folder: Path) -> Family:
+    """The family that `folder`'s config.json names; ModelError if mowa has none, or the config names no CTC model."""
+    config = read_json(folder / "config.json")
+    if "model_type" not in config:
+        raise ModelError(f"{folder}/config.json names no model_type, so it is not a transformers checkpoint")
+    family = find(str(config["model_type"]))
+    architectures = config.get("architectures") or []
+    if architectures and not any(name.endswith("ForCTC") for name in architectures):
+        raise ModelError(f"{folder} is a {architectures[0]}, which has no CTC head: {_FINE_TUNE}")
+    return family
+
+
+def _net(folder: Path, family: Family, dtype: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCTC
+
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ModelError(f"{folder}/config.json does not describe a {family.name} model: {reason}") from error
+        try:
+            net, report = AutoModelForCTC.from_pretrained(
+                weights(folder),
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # not ignored: `_refuse_gaps` names them
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise ModelError(f"the weights of {folder} are damaged: {error}") from error
+    _refuse_gaps(folder, family, net.base_model_prefix, report)
+    return net.eval().requires_grad_(False)
+
+
+def _refuse_gaps(folder: Path, family: Family, encoder: str, report: Mapping[str, Any]) -> None:
+    """Refuse a net that is not wholly the checkpoint's: transformers fills gaps with random numbers and only warns.
+
+    Harmless: a missing `masked_spec_embed` (used by SpecAugment alone) and heads of other tasks that nobody asked for.
+    A weight of the encoder that found no place is not: a layer or an adapter would be left out of the sum.
+    """
+    missing = sorted(key for key in report["missing_keys"] if not key.endswith(".masked_spec_embed"))
+    if f"{family.head}.weight" in missing:
+        raise ModelError(f"the weights of {folder} hold no {family.head}, so it has no CTC head: {_FINE_TUNE}")
+    if missing:
+        raise ModelError(f"the weights of {folder} lack {_some(missing)}: the checkpoint is incomplete")
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, found, wanted = mismatched[0]
+        raise ModelError(f"{key} in {folder} has shape {list(found)}, its config.json asks for {list(wanted)}")
+    if homeless := sorted(key for key in report["unexpected_keys"] if key.startswith(f"{encoder}.")):
+        raise ModelError(
+            f"the config.json of {folder} has no place for its weights {_some(homeless)}: they do not match"
+        )
+
+
+def _some(keys: list[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and warning of what we check ourselves; leave its settings as they were."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging as chatter
+
+    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    no_hub_bars = are_progress_bars_disabled()
+    chatter.set_verbosity(logging.CRITICAL)
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()  # and the hub's with them
+        if no_hub_bars:
+            disable_progress_bars()
+
+
+def preprocessing(folder: Path) -> Preprocessing:
+    """Audio settings from preprocessor_config.json, or from processor_config.json as transformers 5 writes them.
+
+    Rate and normalisation must be written down; `return_attention_mask` and `padding_value` default as they do in
+    Wav2Vec2FeatureExtractor (false, 0). Raises ModelError naming the missing file or key.
+    """
+    file = folder / "preprocessor_config.json"
+    if file.is_file() or not (folder / "processor_config.json").is_file():
+        settings = read_json(file)
+    else:
+        file = folder / "processor_config.json"
+        settings = read_json(file).get("feature_extractor") or {}
+    for key in ("sampling_rate", "do_normalize"):
+        if key not in settings:
+            raise ModelError(f"{file} does not say {key}, and mowa does not guess how the audio was prepared")
+    return Preprocessing(
+        rate_hz=int(settings["sampling_rate"]),
+        normalize=bool(settings["do_normalize"]),
+        attention_mask=bool(settings.get("return_attention_mask", False)),
+        padding_value=float(settings.get("padding_value", 0.0)),
+    )
+
+
+def vocabulary(folder: Path, head_size: int) -> Vocabulary:
+    """What each of the head's `head_size` outputs means, from vocab.json and the tokenizer's files beside it.
+
+    Blank is `pad_token_id` of config.json, which the CTC loss was trained with; where that is silent, the tokenizer's
+    pad token. Where the two disagree the config wins, with a warning: the head learnt what the loss taught it.
+    Added tokens beyond the head are left out: no output can mean them.
+
+    Raises ModelError: no vocab.json, a nested one (MMS) without a usable target_lang, another number of tokens than
+    outputs, two tokens for one id, no blank.
+    """
+    settings = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / "tokenizer_config.json")}
+    ids = _token_ids(folder, settings, head_size)
+    pad = ids.get(_content(settings.get("pad_token")) or _ROLES["pad_token"])
+    blank = read_json(folder / "config.json").get("pad_token_id")
+    if blank is None:
+        blank = pad
+    elif pad is not None and pad != blank:
+        log.warning("%s: the tokenizer pads with id %d, the CTC loss with %d: blank is %d", folder, pad, blank, blank)
+    if blank is None or not 0 <= blank < head_size:
+        raise ModelError(f"{folder} names no blank within its {head_size} outputs: config.json pad_token_id is {blank}")
+    delimiter = ids.get(_content(settings.get("word_delimiter_token")) or _DELIMITER)
+    special = {_content(settings.get(role)) or default for role, default in _ROLES.items()}
+    special |= {token["content"] for token in _added(settings).values() if token.get("special")}
+    special |= {_content(token) or "" for token in settings.get("additional_special_tokens") or ()}
+    return Vocabulary(
+        tokens=tuple(sorted(ids, key=ids.__getitem__)),
+        blank=blank,
+        delimiter=delimiter,
+        specials=frozenset(ids[token] for token in special if token in ids) - {blank, delimiter},
+    )
+
+
+def _token_ids(folder: Path, settings: Mapping[str, Any], head_size: int) -> dict[str, int]:
+    """Token → id, one token for each of 0 … head_size - 1."""
+    listed = read_json(folder / "vocab.json")
+    if any(isinstance(value, dict) for value in listed.values()):
+        listed = _one_language(folder, listed, settings.get("target_lang"))
+    added = _optional(folder / "added_tokens.json")
+    added |= {token["content"]: int(id) for id, token in _added(settings).items()}
+    ids = listed | {token: id for token, id in added.items() if token not in listed and id < head_size}
+    if len(ids) != head_size:
+        raise ModelError(f"the vocabulary of {folder} has {len(ids)} tokens and its head {head_size} outputs")
+    if set(ids.values()) != set(range(head_size)):
+        raise ModelError(f"the ids in {folder}/vocab.json are not 0 to {head_size - 1}, each once")
+    return ids
+
+
+def _one_language(folder: Path, languages: Mapping[str, Any], target: str | None) -> dict[str, int]:
+    """MMS (arXiv:2305.13516) keeps one vocabulary per language; the tokenizer's target_lang says which the head has."""
+    if target is None or target not in languages:
+        some = ", ".join(sorted(languages)[:5])
+        raise ModelError(
+            f"{folder}/vocab.json holds {len(languages)} languages ({some}, …) and the target_lang of "
+            f"tokenizer_config.json is {target!r}: set it to the one whose head these weights have"
+        )
+    return dict(languages[target])
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _added(settings: Mapping[str, Any]) -> Mapping[str, dict[str, Any]]:
+    return settings.get("added_tokens_decoder") or {}
+
+
+def _content(token: str | Mapping[str, Any] | None) -> str | None:
+    """A token as the files write it: plain, or an object with `content` (an AddedToken)."""
+    return token["content"] if isinstance(token, Mapping) else token

@@ -1,0 +1,58 @@
+"""Tiny random checkpoints in the files the hub uses, and noise to feed them. Shared by tests of several rooms."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    HubertConfig,
+    HubertForCTC,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    WavLMConfig,
+    WavLMForCTC,
+)
+
+TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"aąbcdeęłoó"]
+CLASSES = {
+    "wav2vec2": (Wav2Vec2Config, Wav2Vec2ForCTC),
+    "hubert": (HubertConfig, HubertForCTC),
+    "wavlm": (WavLMConfig, WavLMForCTC),
+}
+# Every family with both front-ends: layer norm goes with pre-norm blocks, group norm with post-norm ones.
+KINDS = [(family, norm) for family in CLASSES for norm in ("layer", "group")]
+
+
+def tiny(folder: Path, family: str = "wav2vec2", norm: str = "layer", **changes: object) -> Path:
+    """Save a random two-layer net of the family with vocabulary and audio settings; gives the folder."""
+    config_class, net_class = CLASSES[family]
+    torch.manual_seed(7)
+    settings = {
+        "vocab_size": len(TOKENS), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4, "feat_extract_norm": norm, "do_stable_layer_norm": norm == "layer",
+        "conv_bias": norm == "layer", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    net = net_class(config_class(**settings | changes)).eval()
+    with torch.no_grad():  # random heads hardly leave one letter; spread them so that text has variety
+        net.lm_head.weight.mul_(8)
+    net.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(TOKENS)}))
+    Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), unk_token="<unk>", pad_token="<pad>").save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=norm == "layer").save_pretrained(folder)
+    return folder
+
+
+def clip(seed: int, samples: int) -> np.ndarray:
+    """Noise whose loudness and colour wander, so that frames differ: float32 [samples]."""
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal(samples).astype(np.float32)
+    steps = max(2, samples // 1600)
+    loudness = np.interp(np.arange(samples), np.linspace(0, samples, steps), rng.uniform(0.01, 0.3, steps))
+    tone = np.sin(
+        np.cumsum(np.interp(np.arange(samples), np.linspace(0, samples, steps), rng.uniform(0.02, 1.2, steps)))
+    )
+    return ((noise * 0.3 + tone) * loudness).astype(np.float32)
