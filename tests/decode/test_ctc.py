@@ -1,0 +1,189 @@
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from mowa.decode import ctc
+from mowa.errors import ModelError
+from mowa.nouns import Character, Vocabulary, Word
+
+TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "|", "a", "b", "ł", "ó", "sz", "-", "'")
+POLISH = Vocabulary(TOKENS, blank=0, delimiter=4, specials=frozenset({1, 2, 3}))
+CHINESE = Vocabulary(("<pad>", "你", "好"), blank=0, delimiter=None)
+SPACED = Vocabulary(("<pad>", "a", " b", "c ", "d e", "\u00a0"), blank=0, delimiter=None)
+
+TEXTUAL = [token for token in range(len(TOKENS)) if token not in POLISH.specials]
+# Runs, because a frame rarely differs from the one before it; blanks and delimiters as common as all letters together.
+RUNS = st.lists(st.tuples(st.sampled_from([0, 4] * 4 + TEXTUAL), st.integers(1, 5)), max_size=30)
+
+
+def ids_of(runs):
+    return [token for token, length in runs for _ in range(length)]
+
+
+def path_of(ids, probabilities=None):
+    probabilities = np.ones(len(ids)) if probabilities is None else probabilities
+    return ctc.Path(np.array(ids, np.int32), np.array(probabilities, np.float32))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import Wav2Vec2CTCTokenizer
+
+    file = tmp_path_factory.mktemp("tokenizer") / "vocab.json"
+    file.write_text(json.dumps({token: id for id, token in enumerate(TOKENS)}), encoding="utf-8")
+    return Wav2Vec2CTCTokenizer(str(file))
+
+
+# ── parity with transformers ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@settings(deadline=None)
+@given(runs=RUNS.filter(bool))
+def test_words_characters_and_times_are_those_of_the_transformers_tokenizer(tokenizer, runs):
+    theirs = tokenizer.decode(
+        ids_of(runs), output_word_offsets=True, output_char_offsets=True, clean_up_tokenization_spaces=False
+    )
+    words = ctc.read(path_of(ids_of(runs)), POLISH)
+
+    def seconds(offsets, key):
+        return [(at[key], at["start_offset"] * 0.02, at["end_offset"] * 0.02) for at in offsets if at[key] != " "]
+
+    assert ctc.text(words) == " ".join(theirs.text.split())
+    assert [(word.text, word.start_s, word.end_s) for word in words] == seconds(theirs.word_offsets, "word")
+    letters = [letter for word in words for letter in word.characters]
+    assert [(letter.text, letter.start_s, letter.end_s) for letter in letters] == seconds(theirs.char_offsets, "char")
+
+
+# ── laws ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(runs=RUNS, end_s=st.floats(0, 3), data=st.data())
+def test_times_rise_within_the_recording_and_confidences_are_probabilities(runs, end_s, data):
+    ids = ids_of(runs)
+    probabilities = data.draw(arrays(np.float32, len(ids), elements=st.floats(0, 1, width=32)))
+    words = ctc.read(path_of(ids, probabilities), POLISH, end_s=end_s)
+    for items in (words, [letter for word in words for letter in word.characters]):
+        bounds = [bound for item in items for bound in (item.start_s, item.end_s)]
+        assert bounds == sorted(bounds)
+        assert all(0 <= bound <= end_s for bound in bounds)
+        assert all(0 <= item.confidence <= 1 for item in items)
+    for word in words:
+        assert word.text == "".join(letter.text for letter in word.characters)
+        lowest, highest = (pick(letter.confidence for letter in word.characters) for pick in (min, max))
+        assert lowest * (1 - 1e-12) <= word.confidence <= highest * (1 + 1e-12)
+
+
+@given(ids=st.lists(st.integers(0, len(SPACED) - 1)), vocabulary=st.sampled_from([POLISH, SPACED]))
+def test_there_are_as_many_words_as_the_text_has(ids, vocabulary):
+    words = ctc.read(path_of(ids), vocabulary)
+    assert [word.text for word in words] == ctc.text(words).split()
+
+
+@given(runs=RUNS, cuts=st.lists(st.integers(0, 150)))
+def test_windows_joined_read_as_the_whole(runs, cuts):
+    ids = ids_of(runs)
+    probabilities = np.linspace(0.1, 1, len(ids))
+    bounds = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    windows = [path_of(ids[a:b], probabilities[a:b]) for a, b in pairwise(bounds)]
+    joined = ctc.join(windows)
+    assert (joined.ids.dtype, joined.probabilities.dtype) == (np.int32, np.float32)
+    assert ctc.read(joined, POLISH) == ctc.read(path_of(ids, probabilities), POLISH)
+
+
+@given(runs=RUNS, cuts_s=st.lists(st.floats(0, 3)))
+def test_segments_hold_every_word_once_and_no_segment_crosses_a_cut(runs, cuts_s):
+    words = ctc.read(path_of(ids_of(runs)), POLISH)
+    segments = ctc.segments(words, cuts_s)
+    assert tuple(word for segment in segments for word in segment.words) == words
+    for segment in segments:
+        assert segment.words
+        assert segment.text == ctc.text(segment.words)
+        assert not any(segment.words[0].start_s < cut <= segment.words[-1].start_s for cut in cuts_s)
+    for before, after in pairwise(segments):
+        assert any(before.words[-1].start_s < cut <= after.start_s for cut in cuts_s)
+
+
+@pytest.mark.parametrize("frames", [0, 1, 63, 4097])
+def test_best_path_is_the_argmax_over_all_but_special_tokens(frames):
+    numbers = np.random.default_rng(frames).normal(size=(frames, len(TOKENS)), scale=3)
+    log_probs = (numbers - np.log(np.exp(numbers).sum(1, keepdims=True))).astype(np.float32)
+    path = ctc.best_path(log_probs, POLISH)
+    masked = log_probs.copy()
+    masked[:, [1, 2, 3]] = -np.inf
+    assert (path.ids.dtype, path.probabilities.dtype, len(path)) == (np.int32, np.float32, frames)
+    np.testing.assert_array_equal(path.ids, masked.argmax(1))
+    np.testing.assert_allclose(path.probabilities, np.exp(masked.max(1)), rtol=1e-6)
+
+
+# ── cases ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_special_token_that_has_all_the_mass_does_not_win():
+    vocabulary = Vocabulary(("<s>", "<pad>", "a"), blank=1, delimiter=None, specials=frozenset({0}))
+    path = ctc.best_path(np.array([[0, -math.inf, -math.inf]], np.float32), vocabulary)
+    assert path.ids.tolist() == [1]
+    assert path.probabilities.tolist() == [0]
+
+
+def test_nan_is_refused_in_one_line():
+    log_probs = np.full((4, len(TOKENS)), -1, np.float32)
+    log_probs[2, 5] = np.nan
+    with pytest.raises(ModelError, match=r"^the model gave NaN in 1 of 4 frames[^\n]*$"):
+        ctc.best_path(log_probs, POLISH)
+
+
+def test_a_head_of_another_width_than_the_vocabulary_is_refused():
+    with pytest.raises(ModelError, match=r"\(4, 11\) for 12 tokens"):
+        ctc.best_path(np.zeros((4, 11), np.float32), POLISH)
+
+
+def test_a_word_by_hand():
+    # a a _ a | | b: the blank parts two a's; the mean over two frames and the geometric mean over two letters.
+    path = path_of([5, 5, 0, 5, 4, 4, 6], [0.2, 0.6, 0.9, 0.9, 1, 1, 0.5])
+    first, second = ctc.read(path, POLISH, end_s=0.13)
+    assert (first.text, first.start_s, first.end_s) == ("aa", 0, 4 * 0.02)
+    assert first.confidence == pytest.approx(math.sqrt(0.4 * 0.9))
+    assert first.characters[0] == Character("a", 0, 2 * 0.02, pytest.approx(0.4))
+    assert (second.text, second.start_s, second.end_s) == ("b", 6 * 0.02, 0.13)
+
+
+def test_a_long_word_of_doubtful_letters_keeps_a_confidence():
+    # 4097 letters at 0.1: their product would be 0 in float64.
+    (word,) = ctc.read(path_of([1, 2] * 2048 + [1], [0.1] * 4097), CHINESE)
+    assert word.confidence == pytest.approx(0.1)
+    assert len(word.characters) == 4097
+
+
+def test_specials_in_a_path_made_elsewhere_are_silent():
+    assert ctc.text(ctc.read(path_of([1, 5, 3, 6, 2]), POLISH)) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [([1, 2], "a b"), ([3, 1], "c a"), ([1, 4, 1], "ad ea"), ([5, 1, 5, 5, 1], "a a"), ([0, 5, 0], "")],
+)
+def test_without_a_delimiter_spaces_in_tokens_part_words(ids, expected):
+    assert ctc.text(ctc.read(path_of(ids), SPACED)) == expected
+
+
+def test_without_delimiter_and_spaces_all_is_one_word():
+    assert [word.text for word in ctc.read(path_of([1, 0, 2]), CHINESE)] == ["你好"]
+
+
+def test_silence_and_nothing_give_no_words():
+    assert ctc.read(path_of([0, 0, 4, 0]), POLISH) == ()
+    assert ctc.read(ctc.join([]), POLISH) == ()
+    assert ctc.segments(()) == ()
+
+
+def test_a_word_on_a_cut_belongs_to_what_follows():
+    words = [Word("a", 0, 1, 0.5), Word("b", 1, 2, 1.0), Word("c", 2, 3, 0.5)]
+    first, second = ctc.segments(words, (5, 1))
+    assert (first.text, first.start_s, first.end_s, first.confidence) == ("a", 0, 1, 0.5)
+    assert (second.text, second.start_s, second.end_s, second.confidence) == ("b c", 1, 3, 0.75)
