@@ -1,0 +1,115 @@
+"""Clean recordings → rough ones: speed, room, equalisation, telephone band, noise, gaps, loudness.
+
+Every function takes float32 [n] at `rate_hz` and a numpy Generator, and gives float32; nothing here knows a model.
+`roughen` draws from all of them; the same generator state gives the same sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Samples = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Roughness:
+    """How often (probability) and how strongly each change is drawn."""
+
+    speed: tuple[float, float] = (0.9, 1.1)
+    room: float = 0.3
+    equalise: float = 0.4
+    telephone: float = 0.15
+    noise: float = 0.7
+    snr_db: tuple[float, float] = (3.0, 30.0)
+    gaps: float = 0.05
+    loudness_db: tuple[float, float] = (-30.0, -6.0)
+
+
+def speed(samples: Samples, factor: float) -> Samples:
+    """Played `factor` times faster (pitch moves with it), by linear interpolation."""
+    count = max(1, round(len(samples) / factor))
+    return np.interp(np.arange(count) * factor, np.arange(len(samples)), samples).astype(np.float32)
+
+
+def room(samples: Samples, rng: np.random.Generator, rate_hz: int = 16_000) -> Samples:
+    """Convolved with a synthetic room: a direct path, then noise that decays by 60 dB in 0.15 to 0.7 s."""
+    rt60 = rng.uniform(0.15, 0.7)
+    length = int(rt60 * rate_hz * 0.6)
+    tail = rng.standard_normal(length).astype(np.float32) * np.exp(-6.9 * np.arange(length) / (rt60 * rate_hz))
+    tail[: int(rng.uniform(0.002, 0.01) * rate_hz)] = 0
+    tail *= rng.uniform(0.2, 0.8) / (np.sqrt(np.sum(tail**2)) + 1e-9)
+    tail[0] = 1.0
+    size = _fast_length(len(samples) + length)
+    wet = np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(tail, size), size)[: len(samples)]
+    return wet.astype(np.float32)
+
+
+def equalise(samples: Samples, rng: np.random.Generator, rate_hz: int = 16_000, strength_db: float = 9.0) -> Samples:
+    """A smooth random frequency response of up to ± `strength_db`: microphones and loudspeakers differ."""
+    gains_db = rng.uniform(-strength_db, strength_db, 8)
+    corners_hz = np.geomspace(60, rate_hz / 2, 8)
+    return _filtered(samples, rate_hz, lambda hz: 10 ** (np.interp(hz, corners_hz, gains_db) / 20))
+
+
+def telephone(samples: Samples, rate_hz: int = 16_000) -> Samples:
+    """Band-limited to 300–3400 Hz and companded with 8-bit µ-law (ITU-T G.711)."""
+    narrow = _filtered(samples, rate_hz, lambda hz: 1 / (1 + (300 / np.maximum(hz, 1)) ** 6) / (1 + (hz / 3400) ** 16))
+    peak = float(np.max(np.abs(narrow))) + 1e-9
+    x = narrow / peak
+    coded = np.round(np.sign(x) * np.log1p(255 * np.abs(x)) / np.log(256) * 127) / 127
+    return (np.sign(coded) * (256 ** np.abs(coded) - 1) / 255 * peak).astype(np.float32)
+
+
+def noise(samples: Samples, rng: np.random.Generator, snr_db: float, rate_hz: int = 16_000) -> Samples:
+    """Coloured noise added at `snr_db` below the recording's mean power: from rumble (1/f²) to hiss (white)."""
+    slope = rng.uniform(0, 1)
+    hiss = rng.standard_normal(len(samples)).astype(np.float32)
+    hiss = _filtered(hiss, rate_hz, lambda hz: np.maximum(hz, 30.0) ** -slope)
+    power = np.mean(samples**2) / (np.mean(hiss**2) + 1e-12)
+    return (samples + hiss * np.sqrt(power * 10 ** (-snr_db / 10))).astype(np.float32)
+
+
+def gaps(
+    samples: Samples, rng: np.random.Generator, share: float, span_s: float = 0.12, rate_hz: int = 16_000
+) -> Samples:
+    """Silences of `span_s` over about `share` of the recording: SpecAugment's time masks, in the waveform."""
+    span = int(span_s * rate_hz)
+    holed = samples.copy()
+    for start in rng.integers(0, max(1, len(samples) - span), rng.poisson(share * len(samples) / span)):
+        holed[start : start + span] = 0
+    return holed
+
+
+def roughen(samples: Samples, rng: np.random.Generator, how: Roughness, amount: float = 1.0) -> Samples:
+    """One random draw of everything; `amount` in [0, 1] scales how often and how strong."""
+    slowest, fastest = (1 + (edge - 1) * amount for edge in how.speed)
+    out = speed(samples, rng.uniform(slowest, fastest))
+    if rng.random() < how.room * amount:
+        out = room(out, rng)
+    if rng.random() < how.equalise * amount:
+        out = equalise(out, rng)
+    if rng.random() < how.gaps * 10 * amount:
+        out = gaps(out, rng, how.gaps)
+    if rng.random() < how.noise * amount:
+        lowest, highest = how.snr_db
+        out = noise(out, rng, rng.uniform(highest - (highest - lowest) * amount, highest))
+    if rng.random() < how.telephone * amount:
+        out = telephone(out)
+    rms = float(np.sqrt(np.mean(out**2))) + 1e-9
+    return np.clip(out * (10 ** (rng.uniform(*how.loudness_db) / 20) / rms), -1, 1).astype(np.float32)
+
+
+def _filtered(samples: Samples, rate_hz: int, response: Callable[[np.ndarray], np.ndarray]) -> Samples:
+    size = _fast_length(len(samples))
+    spectrum = np.fft.rfft(samples, size)
+    spectrum *= response(np.fft.rfftfreq(size, 1 / rate_hz))
+    return np.fft.irfft(spectrum, size)[: len(samples)].astype(np.float32)
+
+
+def _fast_length(n: int) -> int:
+    """The next length made of small primes: a power of two, or three quarters of one."""
+    power = 1 << max(n - 1, 1).bit_length()
+    return 3 * power // 4 if 3 * power // 4 >= n else power

@@ -1,0 +1,44 @@
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from mowa.data import synth
+from mowa.data.text import plain
+from mowa.errors import DataError
+
+LINES = [f"Zdanie {word} jest już gotowe." for word in ("pierwsze", "drugie", "trzecie", "czwarte", "piąte")]
+
+
+def test_plan_says_every_line_before_any_twice():
+    chosen = synth.plan(LINES, ["pl+f1", "pl+m1"], count=12, seed=3, prefix="x")
+    assert sorted(u.text for u in chosen[:5]) == sorted(LINES)
+    assert chosen == synth.plan(LINES, ["pl+f1", "pl+m1"], count=12, seed=3, prefix="x")
+    assert len({u.id for u in chosen}) == 12
+
+
+def test_record_and_read_back(tmp_path):
+    chosen = synth.plan(LINES, synth.voices()[:3], count=6, seed=0, prefix="clip")
+    hours = synth.record(chosen, tmp_path / "train.jsonl", processes=1)
+    examples = list(synth.read_manifest(tmp_path / "train.jsonl"))
+    assert [e.text for e in examples] == [plain(u.text) for u in chosen]
+    assert sum(e.duration_s for e in examples) / 3600 == pytest.approx(hours)
+    for example in examples:
+        samples, rate_hz = soundfile.read(example.audio)
+        assert rate_hz == 16_000
+        assert len(samples) / rate_hz == pytest.approx(example.duration_s, abs=1e-3)
+        assert 0.02 < np.abs(samples).max() <= 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_unknown_voice():
+    with pytest.raises(DataError, match="no voice"):
+        synth.Speaker().say(synth.Utterance("a", "Cześć.", "pl+nobody", 150, 50, 50))
+
+
+@pytest.mark.parametrize("line", ["no json", json.dumps({"id": 1}), "[]"])
+def test_bad_manifest_line_is_named(tmp_path, line):
+    (tmp_path / "m.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=r"m\.jsonl:1"):
+        list(synth.read_manifest(tmp_path / "m.jsonl"))
