@@ -66,7 +66,8 @@ class Speaker:
 
     def say(self, utterance: Utterance) -> np.ndarray:
         """→ float32 [n] at 16 kHz, leading and trailing silence trimmed to a tenth of a second."""
-        if self._lib.espeak_SetVoiceByName(utterance.voice.encode()) != 0:
+        known = utterance.voice in voices(utterance.voice.partition("+")[0])  # espeak-ng ignores unknown variants
+        if not known or self._lib.espeak_SetVoiceByName(utterance.voice.encode()) != 0:
             raise DataError(f"espeak-ng has no voice {utterance.voice!r}; `espeak-ng --voices=variant` lists them.")
         for parameter, value in ((_RATE, utterance.rate), (_PITCH, utterance.pitch), (_RANGE, utterance.pitch_range)):
             self._lib.espeak_SetParameter(parameter, value, 0)
@@ -87,7 +88,8 @@ def _trim(samples: np.ndarray, keep_s: float = 0.1) -> np.ndarray:
     return samples[max(0, loud[0] - keep) : loud[-1] + keep]
 
 
-def voices(language: str = "pl") -> list[str]:
+@cache
+def voices(language: str = "pl") -> tuple[str, ...]:
     """Every variant of the language's voice that espeak-ng has, sorted: `pl+adam`, `pl+aunty`, …"""
     lib_data = [
         *Path("/usr/lib").glob("*/espeak-ng-data/voices/!v"),
@@ -95,7 +97,7 @@ def voices(language: str = "pl") -> list[str]:
     ]
     if not lib_data:
         raise MissingPart(_INSTALL)
-    return sorted(f"{language}+{path.name}" for path in lib_data[0].iterdir() if path.is_file())
+    return tuple(sorted(f"{language}+{path.name}" for path in lib_data[0].iterdir() if path.is_file()))
 
 
 def plan(

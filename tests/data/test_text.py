@@ -29,7 +29,7 @@ def test_kept(sentence):
         "Plik HTML się otworzył.",  # an acronym
         "Zobacz np. ten ósmy plik.",  # an abbreviation
         "Wartość x_y jest większa.",  # a sign nobody reads aloud
-        "To jest bez ogonków.",  # no diacritic: may be another language
+        "To jest bez takich liter.",  # no diacritic: may be another language
         "Łódź bez końca",  # no end
         "Źle.",  # too short
         "Ślad " * 30 + "kończy się.",  # too long
@@ -52,7 +52,7 @@ def test_plain():
 
 def test_split_shares_no_four_words():
     words = "ala ma kota a pies śpi w kącie pod starym stołem obok drzwi".split()
-    lines = [" ".join(words[i % 7 : i % 7 + 5] + [f"koniec{'a' * (i % 50)}ż"]) for i in range(600)]
+    lines = [" ".join([*words[i % 7 : i % 7 + 5], f"koniec{'a' * (i % 50)}ż"]) for i in range(600)]
     lines += [f"zupełnie {'ą' * i} inne {'b' * i} zdanie {'c' * i}" for i in range(1, 200)]
     training, held_out = text.split(lines, held_out=0.1)
     grams = {g for line in training for g in text._grams(line, 4)}

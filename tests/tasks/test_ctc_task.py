@@ -27,7 +27,7 @@ def test_collate_is_what_the_feature_extractor_makes(tmp_path):
 
 def test_labels_are_the_tokenizers(tmp_path):
     folder = tiny(tmp_path)
-    text = "bóbel łódce".replace("l", "ł")
+    text = "łódce ab"
     assert (
         ctc.labels(text, load(str(folder)).vocabulary) == Wav2Vec2CTCTokenizer.from_pretrained(folder)(text).input_ids
     )

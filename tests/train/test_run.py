@@ -1,4 +1,4 @@
-"""A training run of a few steps, end to end: it learns, resumes with the same numbers, and writes a stock checkpoint."""
+"""A training run of a few steps, end to end: it resumes with the same numbers and writes a stock checkpoint."""
 
 import dataclasses
 import json
@@ -62,13 +62,9 @@ def test_plan_is_exact_and_within_budget():
     assert len(plan) == 200
     assert all(len(group) * max(e.duration_s for e in group) <= 20 for group in plan)
     assert max(e.duration_s for group in plan[:5] for e in group) < np.median([e.duration_s for e in examples])
-    epoch = batches.plan(examples, count=10_000, budget_s=20, shortest_first=0, seed=1)
-    first = [
-        e.id
-        for group in epoch[: len(list(batches.fill(sorted(examples, key=lambda e: e.duration_s), 20)))]
-        for e in group
-    ]
-    assert len(set(first)) > 450
+    in_one_epoch = len(list(batches.fill(sorted(examples, key=lambda e: e.duration_s), 20)))
+    epoch = batches.plan(examples, count=in_one_epoch, budget_s=20, shortest_first=0, seed=1)
+    assert {e.id for group in epoch for e in group} == {e.id for e in examples}
 
 
 def test_channel_last_is_the_same_function():
