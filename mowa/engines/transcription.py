@@ -161,8 +161,11 @@ def _run(
             clips = [audio.normalize(clip) for clip in clips]
         seconds = 0.0
         for (recording, window), scores in zip(chosen, engine.emissions(clips), strict=True):
-            path = ctc.best_path(_core(scores, window, engine), engine.model.vocabulary)
-            recording.paths[window.core_start] = path
+            try:
+                first, end = _frames(window, engine)
+                recording.paths[window.core_start] = ctc.best_path(scores[first:end], engine.model.vocabulary)
+            except MowaError as wrong:
+                recording.failure = wrong
             recording.waiting -= 1
             seconds += (window.core_end - window.core_start) / engine.model.preprocessing.rate_hz
         heard(seconds)
@@ -175,11 +178,6 @@ def _frames(window: Window, engine: Native) -> tuple[int, int]:
     if window.last:
         return first, native.frames(engine.model.net.config, len(window.samples))
     return first, (window.core_end - window.start) // hop
-
-
-def _core(scores: np.ndarray, window: Window, engine: Native) -> np.ndarray:
-    first, end = _frames(window, engine)
-    return scores[first:end]
 
 
 def _silence(window: Window, engine: Native) -> ctc.Path:

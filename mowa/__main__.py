@@ -1,0 +1,3 @@
+from mowa.cli.main import main
+
+main()

@@ -1,0 +1,68 @@
+"""The `mowa` command. Verbs are imported when they are called, so `mowa --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from mowa import __version__
+from mowa.errors import MowaError
+
+# verb → (module:function, the line `mowa --help` shows)
+VERBS = {
+    "transcribe": ("mowa.cli.transcribe:transcribe", "Write down what is said in recordings."),
+    "models": ("mowa.cli.models:models", "List aliases, families and what is cached."),
+    "doctor": ("mowa.cli.doctor:doctor", "Say what this machine has and whether mowa works on it."),
+    "data": ("mowa.cli.data:data", "Collect sentences and speak them."),
+    "train": ("mowa.cli.train:train", "Train a model as a recipe says."),
+}
+
+
+class Verbs(click.Group):
+    """A group whose commands live in modules that are imported only when used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module, function = VERBS[name][0].split(":")
+        command = getattr(import_module(module), function)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
+
+
+@click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="mowa")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Take an open pretrained model, of speech or of text, and make it yours on the machine you have."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, and turn what can go wrong into one line and exit code 2 (130 after Ctrl-C)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = cli.main(arguments, prog_name="mowa", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as wrong:
+        wrong.show()
+        sys.exit(2)
+    except MowaError as wrong:
+        if "--debug" in arguments:
+            raise
+        click.echo(f"mowa: {wrong}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("mowa: stopped", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)

@@ -1,0 +1,39 @@
+"""How things look on a terminal: tables and progress. Progress goes to standard error and only where one looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+from tqdm import tqdm
+
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell; the last one is never padded."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())
+
+
+def size(count: int) -> str:
+    """Bytes, as people say them."""
+    number = float(count)
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:.2f} GB"
+
+
+def audio_progress(total_s: float | None) -> tqdm:
+    """A bar in seconds of audio, with audio-seconds per second and the time left. Silent when not a terminal."""
+    return tqdm(
+        total=None if total_s is None else round(total_s),
+        desc="listening",
+        unit="s",
+        disable=None,
+        bar_format=_BAR if total_s else None,
+    )

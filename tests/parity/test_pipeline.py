@@ -1,0 +1,50 @@
+"""`transformers.pipeline` reads the bundled model as we do: the same text, one recording at a time."""
+
+import warnings
+
+import pytest
+from transformers import pipeline
+
+import mowa
+from mowa.data import audio, synth
+from mowa.files import ALIASES
+
+SENTENCES = [
+    "W starym domu nad rzeką mieszkał samotny zegarmistrz.",
+    "Czy możesz mi powiedzieć, która jest godzina?",
+    "Jutro rano pójdziemy na targ po świeże jabłka i śliwki.",
+    "Nie wiem, co się stało, ale wszyscy byli zdziwieni.",
+    "Zażółć gęślą jaźń!",
+    "Deszcz padał przez całą noc i ulice były mokre.",
+]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pipeline("automatic-speech-recognition", model=str(ALIASES["pl-tiny"]), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spoken")
+    chosen = synth.plan(SENTENCES, synth.voices()[::5], count=18, seed=11, prefix="said")
+    synth.record(chosen, folder / "said.jsonl", processes=1)
+    return list(synth.read_manifest(folder / "said.jsonl"))
+
+
+def test_same_text(pipe, examples):
+    engine = mowa.engine(mowa.load("pl-tiny"), device="cpu", dtype="float32")
+    ours = mowa.transcribe([example.audio for example in examples], engine)
+    theirs = [" ".join(pipe(audio.load(example.audio))["text"].split()) for example in examples]
+    assert [transcript.text for transcript in ours] == theirs
+    assert all(theirs)
+
+
+def test_same_word_times(pipe, examples):
+    transcript = mowa.transcribe(examples[0].audio, dtype="float32", device="cpu")
+    theirs = pipe(audio.load(examples[0].audio), return_timestamps="word")["chunks"]
+    assert [word.text for word in transcript.words] == [chunk["text"] for chunk in theirs]
+    for word, chunk in zip(transcript.words, theirs, strict=True):
+        assert (word.start_s, word.end_s) == pytest.approx(chunk["timestamp"], abs=0.0051)  # they round to 10 ms
