@@ -30,7 +30,7 @@ PARTS = {
     "matplotlib": "training curves",
     "jiwer": "error rates",
 }
-GAIN_WORTH_HAVING = 1.25  # a half-precision dtype must be this much faster to be chosen
+GAIN_WORTH_HAVING = 1.5  # how much faster a half-precision product must be for the net to be worth its roundings
 FLOAT32_ERROR = 1e-5  # relative: what still counts as float32 arithmetic
 
 
@@ -117,7 +117,7 @@ def cache_folder() -> Path:
 def precision(width: int, inner: int) -> Precision:
     """The fastest trustworthy way to multiply matrices of a net of this width on this processor, measured once.
 
-    bfloat16 only where the processor computes in it and gains at least a quarter; else float32, with torch's
+    bfloat16 only where the processor computes in it and is half as fast again; else float32, with torch's
     "medium" matmul precision where that is faster and yet as exact as float32 (on others it means bfloat16).
     """
     timing = _remembered(width, inner)

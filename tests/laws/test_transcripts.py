@@ -1,6 +1,7 @@
 """What a file's transcript may never depend on: its batch, its neighbours, their order."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,25 +10,34 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mowa
+from mowa.data import audio
 from mowa.engines.transcription import Settings
 from tests.checkpoints import KINDS, clip, tiny
 
+ASSETS = Path(__file__).parents[1] / "assets"
+SAMPLE = Path(mowa.__file__).parent / "assets" / "sample.flac"
+MICRO = ("micro", "trained")
 DTYPES = ["float32", "bfloat16"]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audio")
-    lengths = [400, 6_000, 6_000, 16_000, 23_457, 48_000, 80_000]
-    for index, length in enumerate(lengths):
-        soundfile.write(folder / f"{index}.wav", clip(index, length), 16_000, subtype="FLOAT")
+    speech = audio.load(SAMPLE)
+    sounds = [clip(index, length) for index, length in enumerate([400, 6_000, 6_000])]
+    sounds += [
+        speech[at : at + length] for at, length in ((0, 16_000), (40_000, 23_457), (90_000, 48_000), (0, 80_000))
+    ]
+    for index, sound in enumerate(sounds):
+        soundfile.write(folder / f"{index}.wav", sound, 16_000, subtype="FLOAT")
     return sorted(folder.iterdir())
 
 
-@pytest.fixture(scope="module", params=[(*kind, dtype) for kind in KINDS for dtype in DTYPES], ids="-".join)
+@pytest.fixture(scope="module", params=[(*kind, dtype) for kind in [*KINDS, MICRO] for dtype in DTYPES], ids="-".join)
 def engine(request, tmp_path_factory):
     family, norm, dtype = request.param
-    folder = tiny(tmp_path_factory.mktemp("model"), family, norm)
+    trained = (family, norm) == MICRO
+    folder = ASSETS / "micro" if trained else tiny(tmp_path_factory.mktemp("model"), family, norm)
     return mowa.engine(mowa.load(str(folder)), device="cpu", dtype=dtype)
 
 
