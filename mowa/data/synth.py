@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import hashlib
 import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
@@ -134,18 +135,25 @@ def _speaker() -> Speaker:
 
 def _record(job: tuple[Utterance, Path]) -> dict[str, Any] | None:
     utterance, folder = job
-    samples = _speaker().say(utterance)
-    if len(samples) < RATE_HZ // 4:
-        return None
-    audio = Path("audio") / utterance.id[:-3] / f"{utterance.id}.wav"
-    (folder / audio).parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(folder / audio, samples, RATE_HZ, subtype="PCM_16")
-    row = asdict(utterance) | {"audio": str(audio), "duration_s": round(len(samples) / RATE_HZ, 3)}
+    digest = hashlib.sha256(repr(utterance).encode()).hexdigest()[:8]
+    audio = Path("audio") / utterance.id[:-3] / f"{utterance.id}-{digest}.wav"
+    path = folder / audio
+    if not path.exists():  # else a run that was broken off has spoken it already
+        samples = _speaker().say(utterance)
+        if len(samples) < RATE_HZ // 4:
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path.with_suffix(".part"), samples, RATE_HZ, subtype="PCM_16", format="WAV")
+        path.with_suffix(".part").replace(path)
+    row = asdict(utterance) | {"audio": str(audio), "duration_s": round(soundfile.info(path).duration, 3)}
     return row | {"text": plain(utterance.text), "written": utterance.text}
 
 
 def record(utterances: Sequence[Utterance], manifest: Path, *, processes: int = 2) -> float:
-    """Speak all of them beside `manifest` and write it last, when every file is there. → hours recorded."""
+    """Speak all of them beside `manifest` and write it last, when every file is there. → hours recorded.
+
+    Broken off and called again, it speaks only what is missing: a file's name tells all that was asked of it.
+    """
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
     seconds = 0.0

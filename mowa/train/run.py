@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from mowa import machine
 from mowa.data import synth
 from mowa.decode import ctc as decoder
-from mowa.errors import DataError
+from mowa.errors import DataError, RecipeError
 from mowa.families.patch import channel_last_front_end
 from mowa.nouns import Preprocessing, Vocabulary
 from mowa.tasks import ctc
@@ -44,7 +44,10 @@ def vocabulary(alphabet: str) -> Vocabulary:
 
 
 def train(recipe: Recipe, out: Path, *, threads: int | None = None) -> Path:
-    """Train from scratch as the recipe says; the finished checkpoint lies in `out`. → out."""
+    """Train from scratch as the recipe says; the finished checkpoint lies in `out`. → out.
+
+    RecipeError where `out` holds the beginnings of a run by another recipe.
+    """
     words, sound = vocabulary(recipe.alphabet), Preprocessing()
     steps = recipe.optimise
     torch.set_num_threads(threads or machine.cores())
@@ -55,6 +58,7 @@ def train(recipe: Recipe, out: Path, *, threads: int | None = None) -> Path:
     batches = plan(
         training, count=steps.steps, budget_s=steps.batch_s, shortest_first=steps.shortest_first, seed=steps.seed
     )
+    resume = _beginnings(recipe, out / "checkpoints")
     torch.manual_seed(steps.seed)
     net = AutoModelForCTC.from_config(_config(recipe, words))
     trainer = Trainer(
@@ -67,11 +71,21 @@ def train(recipe: Recipe, out: Path, *, threads: int | None = None) -> Path:
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
     with channel_last_front_end(net):
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out / "checkpoints")) if out.exists() else None)
+        trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         save(net, recipe, words, sound, out)
         history(trainer.state.log_history, out)
     return out
+
+
+def _beginnings(recipe: Recipe, checkpoints: Path) -> str | None:
+    """The last checkpoint of this very run, if there is one; and a note of the recipe, for the next to compare."""
+    note = checkpoints / "recipe.yaml"
+    if note.exists() and recipes.read(note) != recipe:
+        raise RecipeError(f"{checkpoints} holds a run by another recipe: choose another folder, or delete that one")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    recipes.write(recipe, note)
+    return get_last_checkpoint(str(checkpoints))
 
 
 def _config(recipe: Recipe, words: Vocabulary) -> Any:

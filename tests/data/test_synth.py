@@ -29,7 +29,21 @@ def test_record_and_read_back(tmp_path):
         assert rate_hz == 16_000
         assert len(samples) / rate_hz == pytest.approx(example.duration_s, abs=1e-3)
         assert 0.02 < np.abs(samples).max() <= 1
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.rglob("*.part*"))
+
+
+def test_record_goes_on_where_it_was_broken_off(tmp_path):
+    chosen = synth.plan(LINES, synth.voices()[:3], count=4, seed=0, prefix="clip")
+    synth.record(chosen, tmp_path / "train.jsonl", processes=1)
+    manifest = (tmp_path / "train.jsonl").read_text()
+    kept, lost = sorted(tmp_path.rglob("*.wav"))[:2]
+    lost.unlink()
+    (tmp_path / "train.jsonl").unlink()
+    before = kept.stat().st_mtime_ns
+    synth.record(chosen, tmp_path / "train.jsonl", processes=1)
+    assert (tmp_path / "train.jsonl").read_text() == manifest
+    assert kept.stat().st_mtime_ns == before
+    assert lost.exists()
 
 
 def test_unknown_voice():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import soundfile
 import torch
 from transformers import AutoModelForCTC, pipeline
 
+from mowa.errors import RecipeError
 from mowa.families.patch import ChannelLastGelu, channel_last_front_end
 from mowa.nouns import Example
 from mowa.train import batches, run
@@ -40,14 +42,15 @@ def recipe(tmp_path_factory):
 def test_run_resumes_and_loads_anywhere(recipe, tmp_path):
     whole = run.train(recipe, tmp_path / "whole", threads=1)
     # The same run, broken off after step 3: the later checkpoint and the result never came to be.
-    import shutil
-
     shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "broken" / "checkpoints")
     shutil.rmtree(tmp_path / "broken" / "checkpoints" / "checkpoint-6")
     broken = run.train(recipe, tmp_path / "broken", threads=1)
     ours, theirs = (AutoModelForCTC.from_pretrained(folder).state_dict() for folder in (whole, broken))
     for key, value in ours.items():
         torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-4)
+    other = dataclasses.replace(recipe, optimise=dataclasses.replace(recipe.optimise, learning_rate=1.0))
+    with pytest.raises(RecipeError, match="another recipe"):
+        run.train(other, tmp_path / "broken", threads=1)
     assert (whole / "curve.png").stat().st_size > 1000
     steps = [json.loads(line)["step"] for line in (whole / "history.jsonl").read_text().splitlines()]
     assert {3, 6} <= set(steps)
@@ -68,8 +71,7 @@ def test_plan_is_exact_and_within_budget():
 
 
 def test_channel_last_is_the_same_function():
-    config = dataclasses.replace(Recipe("x", net=NET))
-    net = AutoModelForCTC.from_config(run._config(config, run.vocabulary("abc")))
+    net = AutoModelForCTC.from_config(run._config(Recipe("x", net=NET), run.vocabulary("abc")))
     values = torch.from_numpy(np.stack([clip(0, 5000), clip(1, 5000)]))
     labels = torch.tensor([[5, 6], [7, 5]])
 
