@@ -111,6 +111,8 @@ def plan(
     rates: tuple[int, int] = (120, 220),
 ) -> list[Utterance]:
     """`count` utterances: the lines in a shuffled order, again and again, each time in another voice, speed, pitch."""
+    if not lines:
+        raise DataError(f"too few sentences to plan {prefix}: two in a hundred are held out, and some of them dropped")
     rng = np.random.default_rng(seed)
     chosen: list[Utterance] = []
     while len(chosen) < count:
@@ -177,20 +179,22 @@ def corpus(lines: Sequence[str], folder: Path, *, clips: int, seed: int = 0, pro
     """A training corpus and its examinations in `folder`. → hours per manifest.
 
     train     training sentences, ninety-odd voices
-    dev       100 held-out sentences, the same voices (watched during training)
-    seen      300 held-out sentences, the same voices
-    unseen    the same 300 sentences, ten voices that train has never heard
+    dev       up to 100 held-out sentences, the same voices (watched during training)
+    seen      up to 300 other held-out sentences, the same voices
+    unseen    the same sentences as seen, ten voices that train has never heard
     """
     training, held_out = split(lines)
+    watched = min(100, len(held_out) // 4)
+    dev, examined = held_out[:watched], held_out[watched:400]
     everyone = voices()
     strangers = everyone[:: len(everyone) // 10][:10]
     known = [voice for voice in everyone if voice not in strangers]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sentences.txt").write_text("\n".join(training) + "\n")
     plans = {
-        "dev": plan(held_out[:100], known, count=100, seed=seed + 1, prefix="dev"),
-        "seen": plan(held_out[100:400], known, count=300, seed=seed + 2, prefix="seen"),
-        "unseen": plan(held_out[100:400], strangers, count=300, seed=seed + 3, prefix="unseen"),
+        "dev": plan(dev, known, count=100, seed=seed + 1, prefix="dev"),
+        "seen": plan(examined, known, count=300, seed=seed + 2, prefix="seen"),
+        "unseen": plan(examined, strangers, count=300, seed=seed + 3, prefix="unseen"),
         "train": plan(training, known, count=clips, seed=seed, prefix="train"),
     }
     return {

@@ -46,6 +46,11 @@ def test_record_goes_on_where_it_was_broken_off(tmp_path):
     assert lost.exists()
 
 
+def test_too_few_sentences_are_refused(tmp_path):
+    with pytest.raises(DataError, match="too few sentences"):
+        synth.corpus(LINES, tmp_path, clips=5)
+
+
 def test_unknown_voice():
     with pytest.raises(DataError, match="no voice"):
         synth.Speaker().say(synth.Utterance("a", "Cześć.", "pl+nobody", 150, 50, 50))
