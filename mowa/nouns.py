@@ -125,7 +125,7 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One datum before collation: a recording and its text. `start_s`/`end_s` cut a part out of a longer file."""
+    """One datum before collation: a recording and its text."""
 
     id: str
     audio: str

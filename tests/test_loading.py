@@ -25,22 +25,11 @@ from transformers.utils import logging as chatter
 from mowa import files
 from mowa.errors import HubUnreachable, ModelError, UnknownModel
 from mowa.loading import load, preprocessing, vocabulary
+from tests.checkpoints import SMALLEST
 from tests.hub import NOWHERE, point_client_at, running
 
 TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "|", "a", "ą", "ź")
-TINY = {
-    "vocab_size": len(TOKENS),
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 37,
-    "conv_dim": (16, 16),
-    "conv_kernel": (10, 3),
-    "conv_stride": (5, 2),
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 2,
-    "pad_token_id": 0,
-}
+TINY = SMALLEST | {"vocab_size": len(TOKENS), "pad_token_id": 0}
 AUDIO = {"sampling_rate": 16_000, "do_normalize": True, "return_attention_mask": True, "padding_value": 0.0}
 
 

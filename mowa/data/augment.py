@@ -16,7 +16,10 @@ Samples = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Roughness:
-    """How often (probability) and how strongly each change is drawn."""
+    """How often (probability) and how strongly each change is drawn.
+
+    `gaps` is the share of a recording that is silenced, in ten times that share of the recordings.
+    """
 
     speed: tuple[float, float] = (0.9, 1.1)
     room: float = 0.3

@@ -198,9 +198,7 @@ def corpus(lines: Sequence[str], folder: Path, *, clips: int, seed: int = 0, pro
         "train": plan(training, known, count=clips, seed=seed, prefix="train"),
     }
     return {
-        name: record(utterances, folder / f"{name}.jsonl", processes=processes)
-        for name, utterances in plans.items()
-        if not (folder / f"{name}.jsonl").exists()
+        name: record(utterances, folder / f"{name}.jsonl", processes=processes) for name, utterances in plans.items()
     }
 
 

@@ -46,6 +46,18 @@ def test_record_goes_on_where_it_was_broken_off(tmp_path):
     assert lost.exists()
 
 
+def test_corpus_follows_its_sentences(tmp_path):
+    numerals = "jeden dwa trzy cztery pięć sześć siedem osiem dziewięć dziesięć".split()
+    for animal in ("Źrebię", "Jagnię"):  # asked again with other sentences, it does not keep the old manifests
+        lines = [f"{animal} {a} {b} {c}." for a in numerals for b in numerals for c in numerals]
+        synth.corpus(lines, tmp_path, clips=3, processes=1)
+        training = {plain(line) for line in (tmp_path / "sentences.txt").read_text().splitlines()}
+        spoken = [example.text for example in synth.read_manifest(tmp_path / "train.jsonl")]
+        assert len(spoken) == 3
+        assert set(spoken) <= training
+        assert not training & {example.text for example in synth.read_manifest(tmp_path / "unseen.jsonl")}
+
+
 def test_too_few_sentences_are_refused(tmp_path):
     with pytest.raises(DataError, match="too few sentences"):
         synth.corpus(LINES, tmp_path, clips=5)

@@ -12,19 +12,9 @@ from transformers import AutoConfig, AutoModelForCTC
 from mowa.errors import ModelError
 from mowa.families import find, model_types, names, register
 from mowa.nouns import Family
+from tests.checkpoints import SMALLEST
 
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 37,
-    "conv_dim": (16, 16),
-    "conv_kernel": (10, 3),
-    "conv_stride": (5, 2),
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 2,
-    "vocab_size": 8,
-}
+TINY = SMALLEST | {"vocab_size": 8}
 
 
 def test_the_speech_families_are_known() -> None:
