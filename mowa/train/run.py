@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from mowa import machine
 from mowa.data import synth
 from mowa.decode import ctc as decoder
-from mowa.errors import DataError, RecipeError
+from mowa.errors import DataError, MissingPart, RecipeError
 from mowa.families.patch import channel_last_front_end
 from mowa.nouns import Preprocessing, Vocabulary
 from mowa.tasks import ctc
@@ -35,6 +35,7 @@ from mowa.train.recipe import Recipe
 
 SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 DELIMITER = "|"
+NEEDED = ("accelerate", "jiwer", "matplotlib")
 
 
 def vocabulary(alphabet: str) -> Vocabulary:
@@ -46,8 +47,12 @@ def vocabulary(alphabet: str) -> Vocabulary:
 def train(recipe: Recipe, out: Path, *, threads: int | None = None) -> Path:
     """Train from scratch as the recipe says; the finished checkpoint lies in `out`. → out.
 
-    RecipeError where `out` holds the beginnings of a run by another recipe.
+    RecipeError where `out` holds the beginnings of a run by another recipe; MissingPart before the first step, not
+    after the last, where a package that the run will need is not installed.
     """
+    installed = machine.parts()
+    if missing := [name for name in NEEDED if installed[name] is None]:
+        raise MissingPart(f"training needs {', '.join(missing)}: pip install 'mowa[train]'")
     words, sound = vocabulary(recipe.alphabet), Preprocessing()
     steps = recipe.optimise
     torch.set_num_threads(threads or machine.cores())

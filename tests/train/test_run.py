@@ -10,7 +10,7 @@ import soundfile
 import torch
 from transformers import AutoModelForCTC, pipeline
 
-from mowa.errors import RecipeError
+from mowa.errors import MissingPart, RecipeError
 from mowa.families.patch import ChannelLastGelu, channel_last_front_end
 from mowa.nouns import Example
 from mowa.train import batches, run
@@ -55,6 +55,14 @@ def test_run_resumes_and_loads_anywhere(recipe, tmp_path):
     steps = [json.loads(line)["step"] for line in (whole / "history.jsonl").read_text().splitlines()]
     assert {3, 6} <= set(steps)
     assert isinstance(pipeline("automatic-speech-recognition", model=str(whole))(clip(0, 16_000))["text"], str)
+
+
+def test_missing_packages_are_named_before_the_night(recipe, tmp_path, monkeypatch):
+    parts = run.machine.parts() | {"matplotlib": None}
+    monkeypatch.setattr(run.machine, "parts", lambda: parts)
+    with pytest.raises(MissingPart, match="matplotlib"):
+        run.train(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_plan_is_exact_and_within_budget():
