@@ -1,14 +1,14 @@
 # make demo   install, and transcribe a Polish recording with the bundled model, offline
 # make test   install what tests need, and run them
 # make check  style, types, generated docs        make slow   the tests that take longer
-# make model  speak the corpus and train pl-tiny  make bench  speed and memory beside transformers
+# make model  gather speech and train pl-tiny     make bench  speed and memory beside transformers
 # make gpu    the tests that need a CUDA device
 
 PYTHON ?= python3
 BIN := .venv/bin
 HUMAN ?=
 
-.PHONY: demo test slow check model micro score bench gpu docs apt-espeak
+.PHONY: demo test slow check model micro score bench gpu docs apt-espeak apt-festival
 
 demo: .venv/.run
 	$(BIN)/mowa transcribe examples/dzien-dobry.flac
@@ -34,11 +34,15 @@ docs: .venv/.run
 	$(BIN)/python -m mowa.cli.reference docs/cli.md
 
 # Each step is skipped where its result lies under build/ already; a broken-off training run is resumed.
-model: .venv/.test apt-espeak
+model: .venv/.test apt-espeak apt-festival
 	test -f build/pl-tiny/text.txt || $(BIN)/mowa data text --debian all --out build/pl-tiny/text.txt
 	$(BIN)/mowa data synth build/pl-tiny/text.txt --out build/pl-tiny --clips 40000
-	test -f build/pl-tiny/model/model.safetensors || $(BIN)/mowa train recipes/pl-tiny.yaml --out build/pl-tiny/model
-	$(BIN)/python benchmarks/quality.py --model build/pl-tiny/model
+	$(BIN)/mowa data people --out build/people
+	$(BIN)/mowa data people --out build/people --source fillets-cs
+	$(BIN)/mowa data festival build/pl-tiny/sentences.txt --out build/festival --clips 4000
+	$(BIN)/mowa data festival build/pl-tiny/held-out.txt --out build/festival --voice czech_dita --clips 300
+	test -f build/pl-tiny/second/model.safetensors || $(BIN)/mowa train recipes/pl-tiny.yaml --out build/pl-tiny/second
+	$(BIN)/python benchmarks/quality.py --model build/pl-tiny/second
 
 micro: .venv/.test
 	$(BIN)/mowa train recipes/micro.yaml --out build/micro
@@ -69,3 +73,8 @@ apt-espeak:
 	@command -v espeak-ng >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq espeak-ng >/dev/null; \
 	  else echo "speech synthesis needs espeak-ng: sudo apt-get install espeak-ng"; exit 1; fi; }
+
+apt-festival:
+	@test -d /usr/share/festival/voices/russian -a -d /usr/share/festival/voices/czech/czech_dita || { \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq festival festvox-ru festvox-czech-dita >/dev/null; \
+	  else echo "the corpus needs festival: sudo apt-get install festival festvox-ru festvox-czech-dita"; exit 1; fi; }

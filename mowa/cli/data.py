@@ -1,4 +1,4 @@
-"""`mowa data`: sentences from text, speech from sentences."""
+"""`mowa data`: sentences from text, speech from sentences, and human recordings in neighbouring languages."""
 
 from __future__ import annotations
 
@@ -57,3 +57,36 @@ def synth(sentences: Path, out: Path, clips: int, seed: int, processes: int) -> 
     lines = [line for line in sentences.read_text().splitlines() if line.strip()]
     for name, hours in room.corpus(lines, out, clips=clips, seed=seed, processes=processes).items():
         click.echo(f"{name}: {hours:.2f} h", err=True)
+
+
+@data.command()
+@click.argument("sentences", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for manifests and audio.")
+@click.option("--voice", default="msu_ru_nsh_clunits", show_default=True, help="One of festival's voices.")
+@click.option("--clips", type=click.IntRange(min=1), default=4_000, show_default=True, help="Clips to speak.")
+@click.option("--longest", type=click.IntRange(min=1), default=110, show_default=True, help="Letters in a sentence.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def festival(sentences: Path, out: Path, voice: str, clips: int, longest: int, seed: int) -> None:
+    """Speak SENTENCES with a Czech or Russian festival voice, which is made of recordings of a person."""
+    from mowa.data import festival as room
+
+    lines = [line for line in sentences.read_text().splitlines() if line.strip() and len(line) <= longest]
+    for name, hours in room.corpus(lines, out, clips={voice: clips}, seed=seed).items():
+        click.echo(f"{name}: {hours:.2f} h", err=True)
+
+
+@data.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for manifests and audio.")
+@click.option(
+    "--source", "sources", multiple=True, metavar="NAME", help="Which recordings; without it all that may be learnt."
+)
+@click.option("--downloads", type=click.Path(path_type=Path), default=Path("build/debian"), show_default=True)
+def people(out: Path, sources: tuple[str, ...], downloads: Path) -> None:
+    """Human recordings in other languages out of Debian packages, their words respelt in Polish letters."""
+    from mowa.data import people as room
+
+    for name in sources or [name for name, source in room.SOURCES.items() if source.training]:
+        tally = room.corpus(out, [name], downloads)[name]
+        left_out = "".join(f"; {count} {reason}" for reason, count in sorted(tally.skipped.items()))
+        licence = room.SOURCES[name].licence
+        click.echo(f"{name}: {tally.clips} clips, {tally.hours:.2f} h ({licence}){left_out}", err=True)

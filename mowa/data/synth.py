@@ -78,10 +78,11 @@ class Speaker:
         self._lib.espeak_Synchronize()
         if not self._blocks:
             return np.zeros(0, np.float32)
-        return _trim(soxr.resample(np.concatenate(self._blocks), self.rate_hz, RATE_HZ))
+        return trim(soxr.resample(np.concatenate(self._blocks), self.rate_hz, RATE_HZ))
 
 
-def _trim(samples: np.ndarray, keep_s: float = 0.1) -> np.ndarray:
+def trim(samples: np.ndarray, keep_s: float = 0.1) -> np.ndarray:
+    """Leading and trailing silence cut down to `keep_s`; nothing is left of silence alone."""
     loud = np.flatnonzero(np.abs(samples) > 0.01)
     if not len(loud):
         return samples[:0]
@@ -176,7 +177,7 @@ def record(utterances: Sequence[Utterance], manifest: Path, *, processes: int = 
 
 
 def corpus(lines: Sequence[str], folder: Path, *, clips: int, seed: int = 0, processes: int = 2) -> dict[str, float]:
-    """A training corpus and its examinations in `folder`. → hours per manifest.
+    """A training corpus and its examinations in `folder`, with the sentences of both as text. → hours per manifest.
 
     train     training sentences, ninety-odd voices
     dev       up to 100 held-out sentences, the same voices (watched during training)
@@ -190,7 +191,8 @@ def corpus(lines: Sequence[str], folder: Path, *, clips: int, seed: int = 0, pro
     strangers = everyone[:: len(everyone) // 10][:10]
     known = [voice for voice in everyone if voice not in strangers]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sentences.txt").write_text("\n".join(training) + "\n")
+    for name, sentences in (("sentences", training), ("held-out", held_out)):
+        (folder / f"{name}.txt").write_text("\n".join(sentences) + "\n")
     plans = {
         "dev": plan(dev, known, count=100, seed=seed + 1, prefix="dev"),
         "seen": plan(examined, known, count=300, seed=seed + 2, prefix="seen"),

@@ -137,6 +137,12 @@ def debian(package: str, folder: Path) -> Iterator[str]:
     if package not in READERS:
         raise DataError(f"{package}: no reader for this Debian package; known: {', '.join(READERS)}")
     pattern, paragraphs = READERS[package]
+    for _, data in members(package, folder, pattern):
+        yield from paragraphs(data)
+
+
+def members(package: str, folder: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
+    """(path, content) of the files of a Debian package whose path has `pattern` in it; downloaded where not there."""
     archive = _download(package, folder)
     with tempfile.TemporaryFile() as unpacked:
         subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], stdout=unpacked, check=True)
@@ -146,7 +152,7 @@ def debian(package: str, folder: Path) -> Iterator[str]:
                 if member.isfile() and re.search(pattern, member.name):
                     stream = tar.extractfile(member)
                     if stream is not None:
-                        yield from paragraphs(stream.read())
+                        yield member.name.removeprefix("./"), stream.read()
 
 
 def _download(package: str, folder: Path) -> Path:
@@ -155,7 +161,9 @@ def _download(package: str, folder: Path) -> Path:
     if found:
         return found[-1]
     if shutil.which("apt-get") is None:
-        raise MissingPart(f"{package}: apt-get is needed to download Debian text packages; give --text FILE instead.")
+        raise MissingPart(
+            f"{package}: apt-get is needed to download Debian packages; put {package}_*.deb into {folder}."
+        )
     done = subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, capture_output=True, text=True)
     found = sorted(folder.glob(f"{package}_*.deb"))
     if not found:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mowa.data.text import plain
 from mowa.errors import DataError, MissingPart
@@ -32,10 +33,13 @@ def labels(text: str, vocabulary: Vocabulary) -> list[int]:
 
 
 def collate(
-    clips: Sequence[np.ndarray], targets: Sequence[Sequence[int]], preprocessing: Preprocessing
+    clips: Sequence[np.ndarray], targets: Sequence[Sequence[int]], preprocessing: Preprocessing, *, grid: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Normalised clips (float32 [n]) and label ids → input_values [B, N], attention_mask [B, N], labels [B, L]."""
-    longest, widest = max(map(len, clips)), max(map(len, targets))
+    """Normalised clips (float32 [n]) and label ids → input_values [B, N], attention_mask [B, N], labels [B, L].
+
+    N is a multiple of `grid`.
+    """
+    longest, widest = -(-max(map(len, clips)) // grid) * grid, max(1, *map(len, targets))
     values = np.full((len(clips), longest), preprocessing.padding_value, np.float32)
     mask = np.zeros((len(clips), longest), np.int64)
     ids = np.full((len(clips), widest), IGNORED, np.int64)
@@ -46,6 +50,21 @@ def collate(
         "attention_mask": torch.from_numpy(mask),
         "labels": torch.from_numpy(ids),
     }
+
+
+def loss(logits: torch.Tensor, frames: torch.Tensor, labels: torch.Tensor, blank: int) -> torch.Tensor:
+    """The mean CTC loss a letter, over the clips that have labels (Graves et al. 2006).
+
+    logits [B, T, V], frames [B] true ones of each clip, labels [B, L] padded with IGNORED → float32 []. A clip with
+    fewer frames than its letters need counts as zero.
+    """
+    lengths = (labels != IGNORED).sum(1)
+    rows = lengths > 0
+    if not rows.any():
+        return logits.float().sum() * 0
+    scores = logits[rows].float().log_softmax(-1).transpose(0, 1)
+    targets = labels[rows].clamp(min=0)
+    return F.ctc_loss(scores, targets, frames[rows], lengths[rows], blank, reduction="mean", zero_infinity=True)
 
 
 def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:

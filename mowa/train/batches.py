@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from mowa.data import audio, augment
@@ -13,40 +15,75 @@ from mowa.nouns import Example, Preprocessing, Vocabulary
 from mowa.tasks import ctc
 from mowa.train.recipe import Augment
 
+GRID_S = 0.5  # batches are padded to multiples of this: a processor prepares anew for every new shape
 POOL = 1024  # clips sorted by length together: little padding, yet no two epochs share their batches
 
 
-def fill(examples: Sequence[Example], budget_s: float) -> Iterator[list[Example]]:
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """An example and what is learnt from it: its letters, its sound as the teacher hears it, or both."""
+
+    example: Example
+    letters: bool = True
+    ear: bool = False
+
+    @property
+    def duration_s(self) -> float:
+        return self.example.duration_s
+
+
+def fill(clips: Sequence[Clip], budget_s: float) -> Iterator[list[Clip]]:
     """Consecutive clips grouped so that count × longest stays within the budget (a longer clip stands alone)."""
-    group: list[Example] = []
+    group: list[Clip] = []
     longest = 0.0
-    for example in examples:
-        widened = max(longest, example.duration_s)
+    for clip in clips:
+        widened = max(longest, clip.duration_s)
         if group and widened * (len(group) + 1) > budget_s:
             yield group
-            group, widened = [], example.duration_s
-        group.append(example)
+            group, widened = [], clip.duration_s
+        group.append(clip)
         longest = widened
     if group:
         yield group
 
 
 def plan(
-    examples: Sequence[Example], *, count: int, budget_s: float, shortest_first: int, seed: int
-) -> list[list[Example]]:
-    """`count` batches: `shortest_first` of the shortest clips, then epochs of shuffled length pools."""
+    sources: Sequence[tuple[Sequence[Clip], float]], *, count: int, budget_s: float, shortest_first: int, seed: int
+) -> list[list[Clip]]:
+    """`count` batches of clips drawn from sources (clips, share of the seconds): `shortest_first` of the shortest.
+
+    A single source is gone through in shuffled epochs; of several, each is gone through at a pace of its own.
+    """
     rng = np.random.default_rng(seed)
-    ordered = sorted(examples, key=lambda example: example.duration_s)
+    ordered = sorted((clip for clips, _ in sources for clip in clips), key=lambda clip: clip.duration_s)
     batches = list(fill(ordered, budget_s))[:shortest_first]
     rng.shuffle(batches)
+    pools = _pools(sources, rng)
     while len(batches) < count:
-        shuffled = [examples[index] for index in rng.permutation(len(examples))]
-        epoch: list[list[Example]] = []
-        for start in range(0, len(shuffled), POOL):
-            pool = sorted(shuffled[start : start + POOL], key=lambda example: example.duration_s)
-            epoch.extend(fill(pool, budget_s))
-        batches.extend(epoch[index] for index in rng.permutation(len(epoch)))
+        pool = sorted(next(pools), key=lambda clip: clip.duration_s)
+        filled = list(fill(pool, budget_s))
+        batches.extend(filled[index] for index in rng.permutation(len(filled)))
     return batches[:count]
+
+
+def _pools(sources: Sequence[tuple[Sequence[Clip], float]], rng: np.random.Generator) -> Iterator[list[Clip]]:
+    """Endless pools of up to POOL clips, in each of which every source has its share of the seconds."""
+    clips_per_s = [share / np.mean([clip.duration_s for clip in clips]) for clips, share in sources]
+    if len(sources) == 1:
+        (clips, _) = sources[0]
+        while True:
+            shuffled = [clips[index] for index in rng.permutation(len(clips))]
+            yield from (shuffled[start : start + POOL] for start in range(0, len(shuffled), POOL))
+    endless = [_shuffled_for_ever(clips, rng) for clips, _ in sources]
+    while True:
+        parts = [max(1, round(POOL * pace / sum(clips_per_s))) for pace in clips_per_s]
+        yield [next(clips) for clips, part in zip(endless, parts, strict=True) for _ in range(part)]
+
+
+def _shuffled_for_ever(clips: Sequence[Clip], rng: np.random.Generator) -> Iterator[Clip]:
+    while True:
+        for index in rng.permutation(len(clips)):
+            yield clips[index]
 
 
 class Batches(Dataset[dict[str, Any]]):
@@ -54,7 +91,7 @@ class Batches(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        plan: Sequence[Sequence[Example]],
+        plan: Sequence[Sequence[Clip]],
         vocabulary: Vocabulary,
         preprocessing: Preprocessing,
         *,
@@ -68,14 +105,63 @@ class Batches(Dataset[dict[str, Any]]):
         return len(self.plan)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        clips = [self._clip(example, index, place) for place, example in enumerate(self.plan[index])]
-        targets = [ctc.labels(example.text, self.vocabulary) for example in self.plan[index]]
-        return ctc.collate(clips, targets, self.preprocessing)
+        """→ `ctc.collate`'s tensors and ear [B] bool. A clip whose letters are not learnt has no labels."""
+        group = self.plan[index]
+        sounds = [self._sound(clip.example, index, place) for place, clip in enumerate(group)]
+        targets = [ctc.labels(clip.example.text, self.vocabulary) if clip.letters else [] for clip in group]
+        batch = ctc.collate(sounds, targets, self.preprocessing, grid=int(GRID_S * self.preprocessing.rate_hz))
+        return batch | {"ear": torch.tensor([clip.ear for clip in group])}
 
-    def _clip(self, example: Example, index: int, place: int) -> np.ndarray:
+    def _sound(self, example: Example, index: int, place: int) -> np.ndarray:
         samples = audio.load(example.audio, self.preprocessing.rate_hz)
-        if self.rough is not None:
-            amount = float(np.clip((index - self.rough.start) / max(1, self.rough.full - self.rough.start), 0, 1))
-            rng = np.random.default_rng((self.seed, index, place))
-            samples = augment.roughen(samples, rng, self.rough.how, amount)
+        samples = _roughened(samples, self.rough, index, np.random.default_rng((self.seed, index, place)))
         return audio.normalize(samples) if self.preprocessing.normalize else samples
+
+
+class Windows(Dataset[dict[str, Any]]):
+    """Batches to listen to, where no letters are learnt: windows of one length, cut from recordings put end to end.
+
+    Nothing is padded, so every batch has one shape, which a processor is much faster with.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Sequence[Clip], float]],
+        count: int,
+        preprocessing: Preprocessing,
+        *,
+        batch_s: float,
+        window_s: float,
+        rough: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.sources, self.count, self.preprocessing = sources, count, preprocessing
+        self.rows, self.window_s, self.rough, self.seed = max(1, int(batch_s / window_s)), window_s, rough, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """→ `ctc.collate`'s tensors without labels, and ear [B] bool, all true."""
+        sounds = [self._window(np.random.default_rng((self.seed, index, row)), index) for row in range(self.rows)]
+        batch = ctc.collate(sounds, [[] for _ in sounds], self.preprocessing)
+        return batch | {"ear": torch.ones(self.rows, dtype=torch.bool)}
+
+    def _window(self, rng: np.random.Generator, index: int) -> np.ndarray:
+        shares = np.array([share for _, share in self.sources])
+        clips, _ = self.sources[int(rng.choice(len(shares), p=shares / shares.sum()))]
+        length, parts = int(self.window_s * self.preprocessing.rate_hz), [np.zeros(0, np.float32)]
+        while sum(map(len, parts)) <= length:
+            samples = audio.load(clips[int(rng.integers(len(clips)))].example.audio, self.preprocessing.rate_hz)
+            parts.append(_roughened(samples, self.rough, index, rng))
+        joined = np.concatenate(parts)
+        start = int(rng.integers(len(joined) - length))
+        window = joined[start : start + length]
+        return audio.normalize(window) if self.preprocessing.normalize else window
+
+
+def _roughened(samples: np.ndarray, rough: Augment | None, step: int, rng: np.random.Generator) -> np.ndarray:
+    if rough is None:
+        return samples
+    amount = float(np.clip((step - rough.start) / max(1, rough.full - rough.start), 0, 1))
+    return augment.roughen(samples, rng, rough.how, amount)

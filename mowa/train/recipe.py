@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,25 @@ from mowa.errors import MissingPart, RecipeError
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
-    """Manifests (JSON lines: id, audio, text, duration_s)."""
+class Source:
+    """A manifest (JSON lines: id, audio, text, duration_s) and how much of every batch it fills.
 
-    train: str = ""
-    dev: str = ""
-    longest_s: float = 15.0
+    `letters`: its texts are learnt. `ear`: on its recordings the net is held to what the teacher hears.
+    """
+
+    manifest: str
+    share: float = 1.0
+    letters: bool = True
+    ear: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dev:
+    """A manifest that is watched during training, under a name of its own; of a long one, `clips` of them."""
+
+    name: str
+    manifest: str
+    clips: int = 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +48,17 @@ class Augment:
 
 @dataclass(frozen=True, slots=True)
 class Optimise:
-    """How weights move. `batch_s` seconds of (padded) audio a step; the shortest clips come first."""
+    """How weights move. `batch_s` seconds of (padded) audio a step; the shortest clips come first.
+
+    `rates` multiplies the learning rate of the parameters whose name begins with a key (the longest such key wins);
+    0 freezes them. `average`: the result is the mean of that many last checkpoints.
+    """
 
     steps: int = 3000
     batch_s: float = 40.0
     shortest_first: int = 300
     learning_rate: float = 1e-3
+    rates: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 400
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
@@ -47,20 +66,43 @@ class Optimise:
     bf16: bool = True
     seed: int = 0
     evaluate_every: int = 500
+    average: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stretch of a run. `letters`, `front` and `ear` weigh the terms of its loss, which `distil` defines.
+
+    Without letters, what is heard are windows of `window_s`, cut from the recordings put end to end.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    dev: tuple[Dev, ...]
+    longest_s: float = 15.0
+    window_s: float = 5.0
+    letters: float = 1.0
+    front: float = 0.0
+    ear: float = 0.0
+    augment: Augment = field(default_factory=Augment)
+    optimise: Optimise = field(default_factory=Optimise)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`net` holds the keys of the transformers config of `model_type`, as its documentation names them."""
+    """`net` holds the keys of the transformers config of `model_type`, as its documentation names them.
+
+    `teacher` is the folder of a Whisper model in CTranslate2 format, or the name of one in `teachers.KNOWN`: its
+    encoder's blocks are where the net starts, and its features are what `ear` means. Stages run in their order.
+    """
 
     name: str
+    stages: tuple[Stage, ...]
     language: str = "pl"
     model_type: str = "wav2vec2"
     alphabet: str = POLISH
+    teacher: str = ""
     net: dict[str, Any] = field(default_factory=dict)
-    data: Data = field(default_factory=Data)
-    augment: Augment = field(default_factory=Augment)
-    optimise: Optimise = field(default_factory=Optimise)
 
 
 def read(path: Path) -> Recipe:
@@ -81,9 +123,7 @@ def read(path: Path) -> Recipe:
 def write(recipe: Recipe, path: Path) -> None:
     import yaml
 
-    tree = dataclasses.asdict(
-        recipe, dict_factory=lambda pairs: {k: list(v) if isinstance(v, tuple) else v for k, v in pairs}
-    )
+    tree = json.loads(json.dumps(dataclasses.asdict(recipe)))  # tuples become lists
     path.write_text(yaml.safe_dump(tree, allow_unicode=True, sort_keys=False))
 
 
@@ -111,6 +151,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     origin = typing.get_origin(hint)
+    if origin is tuple and typing.get_args(hint)[-1] is Ellipsis and isinstance(value, list | tuple) and value:
+        (kind, _) = typing.get_args(hint)
+        return tuple(_value(kind, item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(typing.get_args(hint)):
         return tuple(_value(part, item, where) for part, item in zip(typing.get_args(hint), value, strict=True))
     wanted = origin or hint

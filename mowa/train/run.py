@@ -1,17 +1,22 @@
 """A recipe → a trained checkpoint, with the stock `transformers.Trainer`: nothing of it is overridden or patched.
 
-A run that was broken off resumes from the last checkpoint in the output folder, with the very same batches.
+A run that was broken off resumes from the last checkpoint in the output folder, with the very same batches; a stage
+that was finished is not run again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCTC,
@@ -19,23 +24,28 @@ from transformers import (
     TrainingArguments,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
+    get_cosine_schedule_with_warmup,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from mowa import machine
-from mowa.data import synth
+from mowa.data import audio, synth
 from mowa.decode import ctc as decoder
 from mowa.errors import DataError, MissingPart, RecipeError
 from mowa.families.patch import channel_last_front_end
+from mowa.files import atomic_write
 from mowa.nouns import Preprocessing, Vocabulary
 from mowa.tasks import ctc
 from mowa.train import recipe as recipes
-from mowa.train.batches import Batches, fill, plan
-from mowa.train.recipe import Recipe
+from mowa.train import teachers, transplant
+from mowa.train.batches import Batches, Clip, Windows, fill, plan
+from mowa.train.distil import Lesson, Teacher, Weights
+from mowa.train.recipe import Dev, Optimise, Recipe, Stage
 
 SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 DELIMITER = "|"
 NEEDED = ("accelerate", "jiwer", "matplotlib")
+DOWNLOADS = Path("build/teachers")
 
 
 def vocabulary(alphabet: str) -> Vocabulary:
@@ -44,53 +54,177 @@ def vocabulary(alphabet: str) -> Vocabulary:
     return Vocabulary(tokens, blank=0, delimiter=tokens.index(DELIMITER), specials=frozenset({1, 2, 3}))
 
 
-def train(recipe: Recipe, out: Path, *, threads: int | None = None) -> Path:
-    """Train from scratch as the recipe says; the finished checkpoint lies in `out`. → out.
+def train(recipe: Recipe, out: Path, *, threads: int | None = None, downloads: Path = DOWNLOADS) -> Path:
+    """Train as the recipe says, stage after stage; the finished checkpoint lies in `out`. → out.
 
-    RecipeError where `out` holds the beginnings of a run by another recipe; MissingPart before the first step, not
-    after the last, where a package that the run will need is not installed.
+    Broken off, it goes on from the last checkpoint; a finished stage is not run again. RecipeError where `out` holds
+    the beginnings of a run by another recipe; MissingPart before the first step, not after the last, where a package
+    that the run will need is not installed; DataError where the disk cannot hold the checkpoints.
     """
     installed = machine.parts()
     if missing := [name for name in NEEDED if installed[name] is None]:
         raise MissingPart(f"training needs {', '.join(missing)}: pip install 'mowa[train]'")
-    words, sound = vocabulary(recipe.alphabet), Preprocessing()
-    steps = recipe.optimise
     torch.set_num_threads(threads or machine.cores())
-    training = [e for e in synth.read_manifest(Path(recipe.data.train)) if e.duration_s <= recipe.data.longest_s]
-    dev = list(synth.read_manifest(Path(recipe.data.dev)))
-    if not training or not dev:
-        raise DataError(f"{recipe.data.train if not training else recipe.data.dev}: no clips to learn from")
-    batches = plan(
-        training, count=steps.steps, budget_s=steps.batch_s, shortest_first=steps.shortest_first, seed=steps.seed
-    )
-    resume = _beginnings(recipe, out / "checkpoints")
-    torch.manual_seed(steps.seed)
+    clips = [_clips(stage) for stage in recipe.stages]
+    words, sound = vocabulary(recipe.alphabet), Preprocessing()
+    torch.manual_seed(recipe.stages[0].optimise.seed)
     net = AutoModelForCTC.from_config(_config(recipe, words))
-    trainer = Trainer(
-        model=net,
-        args=_arguments(recipe, out),
-        data_collator=_only,
-        train_dataset=Batches(batches, words, sound, rough=recipe.augment, seed=steps.seed),
-        eval_dataset=Batches(list(fill(sorted(dev, key=lambda e: e.duration_s), steps.batch_s)), words, sound),
-        compute_metrics=lambda seen: _metrics(seen, words),
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-    )
-    with channel_last_front_end(net):
-        trainer.train(resume_from_checkpoint=resume)
-    if trainer.is_world_process_zero():
-        save(net, recipe, words, sound, out)
-        history(trainer.state.log_history, out)
+    teacher = _taught(recipe, net, downloads) if recipe.teacher else None
+    _room(net, recipe, out)
+    log: list[dict[str, Any]] = []
+    for number, stage in enumerate(recipe.stages):
+        so_far = dataclasses.replace(recipe, stages=recipe.stages[: number + 1])
+        folder = out / "stages" / f"{number}-{stage.name}"
+        log.extend(_stage(so_far, net, teacher, clips[number], folder, steps_before=_before(recipe, number)))
+    save(net, recipe, words, sound, out)
+    history(log, recipe, out)
     return out
 
 
-def _beginnings(recipe: Recipe, checkpoints: Path) -> str | None:
-    """The last checkpoint of this very run, if there is one; and a note of the recipe, for the next to compare."""
-    note = checkpoints / "recipe.yaml"
+def _before(recipe: Recipe, number: int) -> int:
+    return sum(stage.optimise.steps for stage in recipe.stages[:number])
+
+
+def _clips(stage: Stage) -> tuple[list[tuple[list[Clip], float]], dict[str, list[Clip]]]:
+    """A stage's sources and dev sets, read and checked before anything is trained."""
+    sources = []
+    for source in stage.sources:
+        examples = [e for e in synth.read_manifest(Path(source.manifest)) if e.duration_s <= stage.longest_s]
+        sources.append(([Clip(e, source.letters, source.ear) for e in examples], source.share))
+    dev = {part.name: _sample(part) for part in stage.dev}
+    named = zip((source.manifest for source in stage.sources), (clips for clips, _ in sources), strict=True)
+    for manifest, clips in [*named, *((part.manifest, dev[part.name]) for part in stage.dev)]:
+        if not clips:
+            raise DataError(f"{manifest}: no clips to learn from")
+    return sources, dev
+
+
+def _sample(dev: Dev) -> list[Clip]:
+    clips = [Clip(example, ear=True) for example in synth.read_manifest(Path(dev.manifest))]
+    return [clips[index] for index in np.random.default_rng(0).permutation(len(clips))[: dev.clips]]
+
+
+def _taught(recipe: Recipe, net: Any, downloads: Path) -> Teacher:
+    """The recipe's teacher; the net begins with its blocks."""
+    arrays = teachers.read(teachers.find(recipe.teacher, downloads))
+    ear = transplant.Ear(arrays)
+    transplant.transplant(arrays, net.wav2vec2.encoder)
+    transplant.fourier(net.wav2vec2.feature_extractor)
+    return Teacher(ear, net)
+
+
+def _room(net: Any, recipe: Recipe, out: Path) -> None:
+    """DataError where the disk cannot hold the checkpoints: weights and two moments, in float32."""
+    weights = 4 * sum(parameter.numel() for parameter in net.parameters())
+    kept = 1 + max(max(2, stage.optimise.average) for stage in recipe.stages)
+    out.mkdir(parents=True, exist_ok=True)
+    needed, free = weights * (3 * kept + len(recipe.stages)), shutil.disk_usage(out).free
+    if free < needed:
+        raise DataError(f"{out}: checkpoints need {needed >> 20} MB of disk, {free >> 20} MB are free")
+
+
+def _stage(
+    recipe: Recipe, net: Any, teacher: Teacher | None, clips: Any, folder: Path, *, steps_before: int
+) -> list[dict[str, Any]]:
+    """Run the recipe's last stage on `net`, in place, or load what it came to. → its log."""
+    stage, number = recipe.stages[-1], len(recipe.stages)
+    done, log = folder / "weights.safetensors", folder / "log.json"
+    resume = _beginnings(recipe, folder)
+    if done.is_file():
+        net.load_state_dict(load_file(done))
+        return list(json.loads(log.read_text()))
+    how = stage.optimise
+    sources, dev = clips
+    words, sound = vocabulary(recipe.alphabet), Preprocessing()
+    weights = Weights(stage.letters, stage.front, stage.ear)
+    if (weights.front or weights.ear) and teacher is None:
+        raise RecipeError(f"stage {stage.name}: front and ear need a teacher")
+    lesson = Lesson(net, weights, teacher if weights.front or weights.ear else None)
+    if teacher is not None and lesson.taught and not teacher.means:
+        heard = [clip for clips, _ in sources for clip in clips if clip.ear]
+        teacher.survey(_recordings(heard, sound, how.seed))
+    optimiser = _optimiser(lesson, how)
+    schedule = get_cosine_schedule_with_warmup(optimiser, how.warmup_steps, how.steps)
+    print(f"stage {number}, {stage.name}: {how.steps} steps", file=sys.stderr)
+    trainer = Trainer(
+        model=lesson,
+        args=_arguments(stage, folder),
+        data_collator=_only,
+        train_dataset=_training(stage, sources, words, sound),
+        eval_dataset={
+            name: Batches(list(fill(sorted(part, key=lambda c: c.duration_s), how.batch_s)), words, sound)
+            for name, part in dev.items()
+        },
+        compute_metrics=(lambda seen: _metrics(seen, words)) if stage.letters else None,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        optimizers=(optimiser, schedule),
+    )
+    with channel_last_front_end(net):
+        trainer.train(resume_from_checkpoint=resume)
+    rows = [row | {"stage": stage.name, "step": row["step"] + steps_before} for row in trainer.state.log_history]
+    if how.average > 1:
+        average(net, folder / "checkpoints", how.average)
+    atomic_write(log, json.dumps(rows))
+    partial = done.with_suffix(".partial")
+    save_file({name: value.contiguous() for name, value in net.state_dict().items()}, partial)
+    partial.replace(done)
+    return rows
+
+
+def _training(stage: Stage, sources: Any, words: Vocabulary, sound: Preprocessing) -> Batches | Windows:
+    how, rough = stage.optimise, stage.augment
+    if not stage.letters:
+        window = {"batch_s": how.batch_s, "window_s": stage.window_s}
+        return Windows(sources, how.steps, sound, rough=rough, seed=how.seed, **window)
+    batches = plan(sources, count=how.steps, budget_s=how.batch_s, shortest_first=how.shortest_first, seed=how.seed)
+    return Batches(batches, words, sound, rough=rough, seed=how.seed)
+
+
+def _beginnings(recipe: Recipe, folder: Path) -> str | None:
+    """The last checkpoint of this very stage, if there is one; and a note of the recipe, for the next to compare."""
+    note, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
     if note.exists() and recipes.read(note) != recipe:
-        raise RecipeError(f"{checkpoints} holds a run by another recipe: choose another folder, or delete that one")
+        raise RecipeError(f"{folder} holds a run by another recipe: choose another folder, or delete that one")
     checkpoints.mkdir(parents=True, exist_ok=True)
     recipes.write(recipe, note)
     return get_last_checkpoint(str(checkpoints))
+
+
+def _recordings(clips: list[Clip], sound: Preprocessing, seed: int) -> Iterator[np.ndarray]:
+    for index in np.random.default_rng(seed).permutation(len(clips)):
+        yield audio.normalize(audio.load(clips[index].example.audio, sound.rate_hz))
+
+
+def _optimiser(lesson: Lesson, how: Optimise) -> torch.optim.Optimizer:
+    """AdamW with a group of parameters for each rate, matrices decayed and vectors not. Rate 0 freezes."""
+    groups: dict[tuple[float, bool], list[Any]] = {}
+    unused = set(how.rates)
+    for name, parameter in lesson.net.named_parameters():
+        fitting = [prefix for prefix in how.rates if name.startswith(prefix)]
+        unused -= set(fitting)
+        rate = how.rates[max(fitting, key=len)] if fitting else 1.0
+        parameter.requires_grad_(rate > 0)
+        if rate > 0:
+            groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+    if unused:
+        raise RecipeError(f"optimise: rates: no parameter's name begins with {', '.join(sorted(unused))}")
+    return torch.optim.AdamW(
+        [
+            {"params": members, "lr": how.learning_rate * rate, "weight_decay": how.weight_decay if decayed else 0.0}
+            for (rate, decayed), members in groups.items()
+        ],
+        betas=how.betas,
+    )
+
+
+def average(net: Any, checkpoints: Path, count: int) -> None:
+    """The mean of the weights in the last `count` checkpoints, into `net` (Izmailov et al. 2018, arXiv:1803.05407)."""
+    folders = sorted(checkpoints.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))[-count:]
+    total: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        for name, value in load_file(folder / "model.safetensors").items():
+            total[name] = total.get(name, 0) + value.double() / len(folders)
+    net.load_state_dict({name.removeprefix("net."): value for name, value in total.items()})
 
 
 def _config(recipe: Recipe, words: Vocabulary) -> Any:
@@ -105,20 +239,14 @@ def _config(recipe: Recipe, words: Vocabulary) -> Any:
     return AutoConfig.for_model(recipe.model_type, **(recipe.net | fixed))
 
 
-def _arguments(recipe: Recipe, out: Path) -> TrainingArguments:
-    how = recipe.optimise
+def _arguments(stage: Stage, folder: Path) -> TrainingArguments:
+    how = stage.optimise
     return TrainingArguments(
-        output_dir=str(out / "checkpoints"),
+        output_dir=str(folder / "checkpoints"),
         max_steps=how.steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         train_sampling_strategy="sequential",
-        learning_rate=how.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=how.warmup_steps,
-        weight_decay=how.weight_decay,
-        adam_beta1=how.betas[0],
-        adam_beta2=how.betas[1],
         max_grad_norm=how.clip,
         bf16=how.bf16,
         use_cpu=not torch.cuda.is_available(),
@@ -126,11 +254,12 @@ def _arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         eval_strategy="steps",
         eval_steps=how.evaluate_every,
         save_steps=how.evaluate_every,
-        save_total_limit=2,
+        save_total_limit=max(2, how.average),
         logging_steps=min(50, how.evaluate_every),
         dataloader_num_workers=1,
         remove_unused_columns=False,
         label_names=["labels"],
+        prediction_loss_only=not stage.letters,
         disable_tqdm=not sys.stderr.isatty(),
         report_to="none",
     )
@@ -169,8 +298,8 @@ def save(net: Any, recipe: Recipe, words: Vocabulary, sound: Preprocessing, out:
     recipes.write(recipe, out / "recipe.yaml")
 
 
-def history(log: list[dict[str, Any]], out: Path) -> None:
-    """The run's log as JSON lines, and as a picture: loss, and error on the dev set."""
+def history(log: list[dict[str, Any]], recipe: Recipe, out: Path) -> None:
+    """The run's log as JSON lines, and as a picture: each stage's loss, and error on the dev sets."""
     (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     import matplotlib
 
@@ -178,13 +307,16 @@ def history(log: list[dict[str, Any]], out: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    losses = [(row["step"], row["loss"]) for row in log if "loss" in row]
-    errors = [(row["step"], row["eval_wer"] * 100, row["eval_cer"] * 100) for row in log if "eval_cer" in row]
-    left.plot(*zip(*losses, strict=True), label="training")
-    left.set(xlabel="step", ylabel="CTC loss", yscale="log")
-    right.plot([e[0] for e in errors], [e[1] for e in errors], "o-", label="WER %")
-    right.plot([e[0] for e in errors], [e[2] for e in errors], "o-", label="CER %")
-    right.set(xlabel="step", ylabel="error on held-out sentences, %", ylim=(0, None))
-    right.legend()
+    for stage in recipe.stages:
+        losses = [(row["step"], row["loss"]) for row in log if "loss" in row and row["stage"] == stage.name]
+        left.plot(*zip(*losses, strict=True), label=stage.name)
+    left.set(xlabel="step", ylabel="loss (of each stage its own)", yscale="log")
+    left.legend()
+    for key in sorted({key for row in log for key in row if key.startswith("eval_") and key.endswith("_cer")}):
+        errors = [(row["step"], row[key] * 100) for row in log if key in row]
+        right.plot(*zip(*errors, strict=True), "o-", markersize=3, label=key[5:-4])
+    right.set(xlabel="step", ylabel="CER on held-out recordings, %", ylim=(0, 100))
+    if right.lines:
+        right.legend()
     figure.savefig(out / "curve.png", dpi=110)
     pyplot.close(figure)

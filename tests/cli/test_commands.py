@@ -43,10 +43,10 @@ def test_doctor_transcribes_the_sample(capsys, tmp_path, monkeypatch):
 
 def test_wrong_recipe_key(capsys, tmp_path):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("name: x\noptimise:\n  setps: 3\n")
+    recipe.write_text("name: x\nstagse: []\n")
     code, _, err = run(capsys, "train", str(recipe), "--out", str(tmp_path / "out"))
     assert code == 2
-    assert err == f"mowa: {recipe}: optimise: setps is no key here; did you mean steps?\n"
+    assert err == f"mowa: {recipe}: stagse is no key here; did you mean stages?\n"
 
 
 def test_unknown_verb(capsys):

@@ -5,6 +5,7 @@ import pytest
 from mowa.errors import RecipeError
 from mowa.train import recipe
 
+STAGE = "name: x\nstages: [{name: y, sources: [{manifest: a}], dev: [{name: d, manifest: b}]"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
@@ -18,11 +19,14 @@ def test_shipped_recipes_read_and_round_trip(path, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("name: x\noptimise: {setps: 1}", "optimise: setps is no key here; did you mean steps?"),
-        ("name: x\noptimise: {steps: many}", "optimise: steps: expected int, found 'many'"),
-        ("name: x\noptimise: {steps: true}", "optimise: steps: expected int, found True"),
-        ("name: x\naugment: {how: {snr_db: [3]}}", "augment: how: snr_db: expected tuple, found [3]"),
-        ("language: pl", "name is missing"),
+        (f"{STAGE}, optimise: {{setps: 1}}}}]", "stages[0]: optimise: setps is no key here; did you mean steps?"),
+        (f"{STAGE}, optimise: {{steps: many}}}}]", "stages[0]: optimise: steps: expected int, found 'many'"),
+        (f"{STAGE}, optimise: {{steps: true}}}}]", "stages[0]: optimise: steps: expected int, found True"),
+        (f"{STAGE}, augment: {{how: {{snr_db: [3]}}}}}}]", "augment: how: snr_db: expected tuple, found [3]"),
+        ("name: x\nstages: [{name: y}]", "stages[0]: sources, dev is missing"),
+        ("name: x\nstages: []", "stages: expected tuple, found []"),
+        ("name: x\nstages: {name: y}", "stages: expected tuple"),
+        ("language: pl", "name, stages is missing"),
         ("[1, 2]", "expected keys and values"),
         ("a: [", "not YAML"),
     ],

