@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import re
 import tempfile
 from collections import Counter
@@ -29,8 +28,6 @@ from mowa.data.synth import RATE_HZ
 from mowa.data.text import members
 from mowa.errors import AudioError, DataError
 from mowa.files import atomic_write
-
-log = logging.getLogger("mowa")
 
 Samples = audio.Samples
 
@@ -142,7 +139,7 @@ SOURCES: dict[str, Source] = {
         packages=("festvox-ru",),
         files=r"/msu_ru_nsh_clunits/(wav/.*\.wav|etc/txt\.done\.data)$",
         read=_festvox_russian,
-        licence="MIT-like, © 2005 Nickolay V. Shmyrev",
+        licence="BSD-like, © 2005 Nickolay V. Shmyrev",
     ),
     "asterisk-ru": _prompts("ru", "ru_RU_f_IvrvoiceRU", "ru", "CC-BY-3.0, © 2010 Maxim Topal"),
     "asterisk-it": _prompts("it", "it_IT_m_Carlo", "it", "CC-BY-3.0, © 2012 Carlo Flora"),

@@ -7,13 +7,11 @@ table: that is an error which names it.
 
 from __future__ import annotations
 
-import ctypes
 import re
 import unicodedata
 from collections.abc import Iterator
 
-from mowa.data.synth import _speaker
-from mowa.data.text import POLISH
+from mowa.data.synth import speaker
 from mowa.errors import DataError
 
 LANGUAGES = ("cs", "en-us", "es", "es-419", "fr", "it", "ru")
@@ -143,16 +141,8 @@ def _one_by_one(words: list[str], language: str) -> Iterator[str]:
 
 def _phones(text: str, language: str) -> list[list[str]]:
     """The words that espeak-ng says, each a list of IPA sounds without stress."""
-    lib = _speaker()._lib
-    if lib.espeak_SetVoiceByName(language.encode()) != 0:
-        raise DataError(f"espeak-ng has no voice {language!r}; `espeak-ng --voices` lists them.")
-    lib.espeak_TextToPhonemes.restype = ctypes.c_char_p
-    buffer = ctypes.create_string_buffer(text.encode())
-    rest = ctypes.c_void_p(ctypes.addressof(buffer))
-    clauses = []
-    while rest.value:  # one clause a call; text mode 1 is UTF-8, 0x02 asks for IPA, bits 8 up for a separator
-        said = lib.espeak_TextToPhonemes(ctypes.byref(rest), 1, 0x02 | ord("_") << 8)
-        clauses.append(_MARKS.sub("", unicodedata.normalize("NFD", _SWITCH.sub("", (said or b"").decode()))))
+    said = speaker().phonemes(text, language, separator="_")
+    clauses = (_MARKS.sub("", unicodedata.normalize("NFD", _SWITCH.sub("", clause))) for clause in said)
     words = [[phone for phone in word.split("_") if phone] for word in " ".join(clauses).split()]
     return [word for word in words if word]
 
@@ -235,6 +225,3 @@ def _sound(phone: str, table: dict[str, str], language: str) -> Iterator[tuple[s
                 break
         else:
             raise DataError(f"no Polish spelling for the sound {rest!r} of {phone!r} in {language}")
-
-
-assert set("".join(letters for sound, letters in SOUNDS.items() if not sound.endswith("ʲ"))) <= set(POLISH)

@@ -28,7 +28,7 @@ from mowa.nouns import Example
 
 RATE_HZ = 16_000
 _INSTALL = "espeak-ng is not installed: `apt-get install espeak-ng` (Debian, Ubuntu) brings it."
-_SYNCHRONOUS, _RATE, _PITCH, _RANGE, _UTF8 = 2, 1, 3, 4, 1
+_SYNCHRONOUS, _RATE, _PITCH, _RANGE, _UTF8, _IPA = 2, 1, 3, 4, 1, 2
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
@@ -79,6 +79,19 @@ class Speaker:
         if not self._blocks:
             return np.zeros(0, np.float32)
         return trim(soxr.resample(np.concatenate(self._blocks), self.rate_hz, RATE_HZ))
+
+    def phonemes(self, text: str, voice: str, *, separator: str) -> list[str]:
+        """How a voice reads the text: IPA, `separator` between sounds, a space between words, a string a clause."""
+        if self._lib.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise DataError(f"espeak-ng has no voice {voice!r}; `espeak-ng --voices` lists them.")
+        self._lib.espeak_TextToPhonemes.restype = ctypes.c_char_p
+        buffer = ctypes.create_string_buffer(text.encode())
+        rest = ctypes.c_void_p(ctypes.addressof(buffer))
+        clauses = []
+        while rest.value:  # one clause a call
+            said = self._lib.espeak_TextToPhonemes(ctypes.byref(rest), _UTF8, _IPA | ord(separator) << 8)
+            clauses.append((said or b"").decode())
+        return clauses
 
 
 def trim(samples: np.ndarray, keep_s: float = 0.1) -> np.ndarray:
@@ -132,7 +145,7 @@ def plan(
 
 
 @cache
-def _speaker() -> Speaker:
+def speaker() -> Speaker:
     return Speaker()
 
 
@@ -142,7 +155,7 @@ def _record(job: tuple[Utterance, Path]) -> dict[str, Any] | None:
     audio = Path("audio") / utterance.id[:-3] / f"{utterance.id}-{digest}.wav"
     path = folder / audio
     if not path.exists():  # else a run that was broken off has spoken it already
-        samples = _speaker().say(utterance)
+        samples = speaker().say(utterance)
         if len(samples) < RATE_HZ // 4:
             return None
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,8 @@ def _room(net: Any, recipe: Recipe, out: Path) -> None:
     kept = 1 + max(max(2, stage.optimise.average) for stage in recipe.stages)
     out.mkdir(parents=True, exist_ok=True)
     needed, free = weights * (3 * kept + len(recipe.stages)), shutil.disk_usage(out).free
-    if free < needed:
+    there = sum(file.stat().st_size for file in (out / "stages").rglob("*") if file.is_file())
+    if free + there < needed:
         raise DataError(f"{out}: checkpoints need {needed >> 20} MB of disk, {free >> 20} MB are free")
 
 

@@ -152,7 +152,8 @@ def fourier(front_end: nn.Module, phases: int = 8) -> None:
     waves = [np.cos(2 * np.pi * (turns[:, None] * time + phase / phases)) * window for phase in range(phases)]
     with torch.no_grad():
         layer.conv.weight[: phases * count] = torch.from_numpy(np.concatenate(waves)[:, None] * 0.02).float()
-        layer.conv.bias.zero_()
+        if layer.conv.bias is not None:
+            layer.conv.bias.zero_()
         layer.layer_norm.weight.fill_(5.0)
 
 

@@ -110,8 +110,21 @@ def test_padding_changes_nothing(ear, net):
     torch.testing.assert_close(beside[:, :40], alone[:, :40], atol=0.05, rtol=0.05)  # the last window sees the cut
 
 
-def test_frames_of_net_and_teacher_are_centred_alike(net):
-    """A click moves both: the net's frame that sees it in its middle is the teacher's frame nearest to it."""
+def test_frames_of_net_and_teacher_are_centred_alike(ear, net):
+    """A click in the middle of the net's frame 10 changes frames on both sides of 10, as many before as after."""
+    at = distil.centre(net.config) + 10 * transplant.FRAME
+    quiet = torch.from_numpy(clip(7, 32_000))[None]
+    loud = quiet.clone()
+    loud[:, at - 20 : at + 20] += 5.0
+    teacher = distil.Teacher(ear, net)
+    with torch.no_grad():
+        theirs = teacher.listen(loud, None, deep=False)[0] - teacher.listen(quiet, None, deep=False)[0]
+        extract = net.eval().wav2vec2.feature_extractor
+        ours = (extract(loud) - extract(quiet)).transpose(1, 2)
+    for change in (theirs, ours):
+        size = change[0].abs().sum(-1)
+        moved = (size > 0.05 * size.max()).nonzero().float()
+        assert moved.mean() == pytest.approx(10, abs=0.5)
     assert distil.centre(net.config) == (400 + 2 * 160 + 2 * 160) // 2
     net.config.conv_stride = (5, 2, 2)
     with pytest.raises(RecipeError, match="a frame of 20 samples"):
