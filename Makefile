@@ -7,6 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 HUMAN ?=
+WHISPER ?=
 
 .PHONY: demo test slow check model micro score bench gpu docs apt-espeak apt-festival
 
@@ -47,9 +48,10 @@ model: .venv/.test apt-espeak apt-festival
 micro: .venv/.test
 	$(BIN)/mowa train recipes/micro.yaml --out build/micro
 
-# The table of the model card. HUMAN=folder adds people: a folder with transcripts.tsv and audio/.
+# The table of the model card. HUMAN=folder adds people: a folder with transcripts.tsv and audio/. WHISPER=folder lets
+# a Whisper model in CTranslate2 format hear them too.
 score: .venv/.test
-	$(BIN)/python benchmarks/quality.py $(if $(HUMAN),--human $(HUMAN))
+	$(BIN)/python benchmarks/quality.py $(if $(HUMAN),--human $(HUMAN)) $(if $(WHISPER),--whisper $(WHISPER))
 
 bench: .venv/.test
 	$(BIN)/python benchmarks/transcribe.py

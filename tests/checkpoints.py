@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 from transformers import (
     HubertConfig,
@@ -68,3 +69,16 @@ def clip(seed: int, samples: int) -> np.ndarray:
         np.cumsum(np.interp(np.arange(samples), np.linspace(0, samples, steps), rng.uniform(0.02, 1.2, steps)))
     )
     return ((noise * 0.3 + tone) * loudness).astype(np.float32)
+
+
+def corpus(folder: Path, count: int) -> str:
+    """A manifest of `count` clips of such noise, 0.4 s and longer, with a few letters each. → its path."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for index in range(count):
+        samples = 6_000 + 400 * index
+        soundfile.write(folder / f"{index}.wav", clip(index, samples), 16_000)
+        text = "ala ma kota"[: 3 + index % 8].strip()
+        rows.append({"id": str(index), "audio": f"{index}.wav", "text": text, "duration_s": samples / 16_000})
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "train.jsonl")

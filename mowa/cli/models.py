@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 GOOD_FOR = {
-    "pl-tiny": "trying things out offline; Polish, synthetic voices only, 7 M parameters",
-    "polish": "Polish speech of people; XLSR-53, 315 M parameters, 1.3 GB to fetch",
+    "pl-tiny": "drafts and trying things out, offline; Polish speech of people, 28 M parameters",
+    "polish": "Polish speech of people, transcripts to keep; XLSR-53, 315 M parameters, 1.3 GB to fetch",
 }
 
 

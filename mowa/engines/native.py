@@ -25,6 +25,7 @@ import torch
 
 from mowa import machine
 from mowa.errors import ModelError
+from mowa.families.patch import positions_by_table
 from mowa.nouns import Model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -81,6 +82,7 @@ def engine(model: Model, *, device: str = "auto", dtype: str = "auto", threads: 
         torch.set_num_threads(threads or machine.cores())
     precision = _precision(model, device, dtype)
     try:
+        positions_by_table(model.net)
         model.net.to(device, getattr(torch, precision.dtype))
     except (RuntimeError, AssertionError) as wrong:
         raise ModelError(f"device {device!r} cannot be used ({str(wrong).splitlines()[0]})") from None

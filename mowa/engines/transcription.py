@@ -18,12 +18,12 @@ from typing import Any, overload
 import numpy as np
 
 from mowa.data import audio
-from mowa.data.speech import Window, windows
+from mowa.data.speech import TAIL_S, Window, windows
 from mowa.decode import ctc
 from mowa.engines import native
 from mowa.engines.native import Native
 from mowa.engines.settings import Settings
-from mowa.errors import AudioError, MowaError
+from mowa.errors import AudioError, ModelError, MowaError
 from mowa.loading import load
 from mowa.nouns import Model, Transcript
 
@@ -97,6 +97,7 @@ def transcripts(
     """
     settings = settings or Settings()
     rate_hz = engine.model.preprocessing.rate_hz
+    _fits(engine, settings)
     budget = int(settings.batch_s * rate_hz)
     queue: list[_Recording] = []
     pool: list[tuple[_Recording, Window]] = []
@@ -123,6 +124,19 @@ def transcripts(
     _run(pool, engine, settings, budget, heard)
     for recording in queue:
         yield _outcome(recording, engine, settings)
+
+
+def _fits(engine: Native, settings: Settings) -> None:
+    """ModelError where windows are longer than the positions of the net reach (config key `absolute_positions`)."""
+    config = engine.model.net.config
+    if (frames := getattr(config, "absolute_positions", None)) is None:
+        return
+    longest_s = frames * native.hop(config) / engine.model.preprocessing.rate_hz - TAIL_S - 2 * settings.context_s
+    if settings.window_s > longest_s:
+        raise ModelError(
+            f"{engine.model.origin.name} hears windows of {longest_s:g} s at most"
+            f" beside {settings.context_s:g} s of context on both sides; window_s is {settings.window_s:g}"
+        )
 
 
 def _cut(file: str | Path, engine: Native, settings: Settings) -> Iterator[Window]:

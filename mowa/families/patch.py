@@ -1,9 +1,11 @@
-"""Swaps on one model, each undone when its context ends. Other models in the process never notice."""
+"""Swaps on one model that change its speed and nothing else. Other models in the process never notice."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,3 +39,42 @@ def channel_last_front_end(net: nn.Module) -> Iterator[int]:
     finally:
         for layer, activation in swapped:
             layer.activation = activation
+
+
+@torch.no_grad()
+def positions_by_table(net: Any, *, training: bool = False) -> bool:
+    """Where the positional convolution of `net` (a Wav2Vec2ForCTC) gives absolute positions, look them up instead.
+
+    Such a convolution (`mowa.train.positions` writes it; config key `absolute_positions`) sees only channels that are
+    the same in every frame, so what it gives is a table by frame, and taps by the thousand need not be multiplied. True
+    where this still is so; a net that was trained further may have lost it. The weights stay where they are, and are
+    used outside inference mode, unless `training` says that they will not change.
+    """
+    if getattr(net.config, "absolute_positions", None) is None:
+        return False
+    module, projection = net.wav2vec2.encoder.pos_conv_embed, net.wav2vec2.feature_projection.projection
+    weight = module.conv.weight
+    width, per_group, kernel = weight.shape
+    constant = slice(0, width, per_group)
+    if weight[:, 1:].any() or weight[..., kernel // 2 + 1 :].any() or projection.weight[constant].any():
+        return False
+    quiet = projection.bias.new_zeros(1, kernel // 2 + 1, width, dtype=torch.float32)
+    quiet[..., constant] = projection.bias[constant].float()
+    table = functional.gelu(
+        functional.conv1d(
+            quiet.transpose(1, 2),
+            weight.float(),
+            module.conv.bias.float(),
+            padding=kernel // 2,
+            groups=width // per_group,
+        )
+    ).transpose(1, 2)[0, : kernel // 2 + 1]
+    module.forward = partial(_look_up, table, module, training)
+    return True
+
+
+def _look_up(table: torch.Tensor, module: nn.Module, training: bool, hidden: torch.Tensor) -> torch.Tensor:
+    if not (training or torch.is_inference_mode_enabled()):
+        return type(module).forward(module, hidden)
+    rows = torch.arange(hidden.shape[1]).clamp(max=len(table) - 1)
+    return table[rows].to(hidden).expand_as(hidden)

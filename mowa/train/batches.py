@@ -165,3 +165,16 @@ def _roughened(samples: np.ndarray, rough: Augment | None, step: int, rng: np.ra
         return samples
     amount = float(np.clip((step - rough.start) / max(1, rough.full - rough.start), 0, 1))
     return augment.roughen(samples, rng, rough.how, amount)
+
+
+def joined(
+    clips: Sequence[Clip], preprocessing: Preprocessing, length_s: float, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Endless windows of one length, of whole recordings put end to end."""
+    length, parts = int(length_s * preprocessing.rate_hz), []
+    for clip in _shuffled_for_ever(clips, rng):
+        samples = audio.load(clip.example.audio, preprocessing.rate_hz)
+        parts.append(audio.normalize(samples) if preprocessing.normalize else samples)
+        if sum(map(len, parts)) >= length:
+            yield np.concatenate(parts)[:length].astype(np.float32)
+            parts = []

@@ -3,14 +3,13 @@
     loss = letters · CTC + front · d(z, z′) + ear · mean over the chosen blocks of d(h, h′)
     d(a, b) = mean over frames and features of ((a − b) / s)²,   s: the teacher's standard deviation, per feature
 
-z is the projected front-end (before positions), h the features after a block; primes are the teacher's. Whisper's
-features carry the absolute position of a frame; a wav2vec2 net has none to give. So the teacher hears every batch from
-a position drawn anew, and the mean feature of each position, over many recordings, is taken away from its features.
+z is the projected front-end (before positions), h the features after a block; primes are the teacher's. The
+net has the teacher's positions (`positions`), so its features are the teacher's own to begin with, and stay near them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +19,8 @@ from torch import Tensor, nn
 
 from mowa.errors import RecipeError
 from mowa.tasks import ctc
+from mowa.train import positions
 from mowa.train.transplant import FRAME, LEVEL, LOUDEST, Ear
-
-WINDOWS = 48  # of 30 s each: what the means and deviations of the teacher's features are taken over
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +33,18 @@ class Weights:
 
 
 class Teacher:
-    """An `Ear` that gives features a net without positions can be held to."""
+    """An `Ear` heard where the net's frames lie. `scales` are the deviations that `survey` gives."""
 
-    def __init__(self, ear: Ear, net: nn.Module) -> None:
-        self.ear, self.config = ear, net.config
-        shift = centre(net.config)
+    def __init__(self, ear: Ear, config: Any, scales: Sequence[Tensor]) -> None:
+        self.ear, self.scales = ear, list(scales)
+        shift = centre(config)
         self.samples, self.frames = shift % FRAME, shift // FRAME
-        self.means: tuple[Tensor, ...] = ()
-        self.scales: tuple[Tensor, ...] = ()
+        # below the blocks one channel of each group of the positional convolution is spent on positions
+        self.scales[0] = self.scales[0].clone()
+        self.scales[0][:: ear.width // config.num_conv_pos_embedding_groups] = torch.inf
 
     @torch.no_grad()
-    def listen(self, values: Tensor, mask: Tensor | None, *, start: int = 0, deep: bool = True) -> tuple[Tensor, ...]:
+    def listen(self, values: Tensor, mask: Tensor | None, *, deep: bool = True) -> tuple[Tensor, ...]:
         """Normalised samples [B, N] → [B, T, width]: frames below the blocks, and if `deep` the features after each.
 
         Frame t is heard where frame t of the net is centred; mask [B, N] is 1 where there is sound.
@@ -56,36 +55,26 @@ class Teacher:
         if mask is not None:
             lengths = (mask.sum(1) - self.samples).clamp(min=1).div(FRAME, rounding_mode="floor")
             heard = torch.arange(low.shape[1], device=low.device) < lengths[:, None]
-        features = self.ear.hear(low, heard, start=start) if deep else ()
+        features = self.ear.hear(low, heard) if deep else ()
         return tuple(part[:, self.frames :].float() for part in (low, *features))
 
-    def survey(self, recordings: Iterable[np.ndarray]) -> None:
-        """Measure, over full windows of joined recordings, each position's mean and each feature's deviation."""
-        sums: list[Tensor] = []
-        squares: list[Tensor] = []
-        count = 0
-        for window in _windows(recordings, self.ear.longest * FRAME, WINDOWS):
-            low = self.ear.front(self.ear.mel(torch.from_numpy(window)[None] * LEVEL, LOUDEST))
-            states = [state[0].float() for state in (low, *self.ear.hear(low))]
-            powers = [state.square().mean(0) for state in states]
-            sums = [a + b for a, b in zip(sums, states, strict=True)] if count else states
-            squares = [a + b for a, b in zip(squares, powers, strict=True)] if count else powers
-            count += 1
-        means = [total / count for total in sums]
-        means[0] = means[0].new_zeros(means[0].shape)  # positions are added only above it
-        self.means = tuple(means)
-        deviations = [
-            (square / count - mean.square().mean(0)).clamp(min=0).sqrt()
-            for square, mean in zip(squares, self.means, strict=True)
-        ]
-        self.scales = tuple(deviation + 0.1 * deviation.mean() for deviation in deviations)
 
-    def targets(self, values: Tensor, mask: Tensor, *, start: int, deep: bool) -> list[Tensor]:
-        """`listen`, position by position freed of what is due to the position alone."""
-        states = self.listen(values, mask, start=start, deep=deep)
-        first = start + self.frames
-        pairs = zip(states, self.means, strict=False)  # the lowest only, where it is not deep
-        return [state - mean[first : first + state.shape[1]] for state, mean in pairs]
+@torch.no_grad()
+def survey(ear: Ear, recordings: Sequence[np.ndarray]) -> list[Tensor]:
+    """The standard deviations [width] of the teacher's features over normalised recordings, lowest first."""
+    sums: list[Tensor] = []
+    squares: list[Tensor] = []
+    for recording in recordings:
+        low = ear.front(ear.mel(torch.from_numpy(recording)[None] * LEVEL, LOUDEST))
+        states = [state[0].double() for state in (low, *ear.hear(low))]
+        means, powers = [state.mean(0) for state in states], [state.square().mean(0) for state in states]
+        sums = [a + b for a, b in zip(sums, means, strict=True)] if sums else means
+        squares = [a + b for a, b in zip(squares, powers, strict=True)] if squares else powers
+    count = len(recordings)
+    return [
+        (square / count - (total / count).square()).clamp(min=0).sqrt().float()
+        for total, square in zip(sums, squares, strict=True)
+    ]
 
 
 class Lesson(nn.Module):
@@ -128,18 +117,17 @@ class Lesson(nn.Module):
         shares = {depth: 1.0 for depth in range(1, deepest)} | {deepest: 3.0}
         weights = {depth: weigh.ear * share / sum(shares.values()) for depth, share in shares.items()}
         weights[0] = weigh.front
-        room = teacher.ear.longest - values.shape[1] // FRAME
-        start = int(torch.randint(max(1, room), ())) if self.training else 0
-        targets = teacher.targets(values, mask, start=start, deep=deepest > 0)
+        targets = list(teacher.listen(values, mask, deep=deepest > 0))
+        targets[0] = targets[0] - positions.LOWERED
         count = min(targets[0].shape[1], max(state.shape[1] for state in states if state is not None))
         lengths = mask.sum(1) // FRAME - 1 - teacher.frames
         true = (torch.arange(count, device=values.device) < lengths[:, None]).float()[..., None]
         total = values.new_zeros(())
         for depth, weight in weights.items():
             if weight and depth < len(states):
-                wrong = (
-                    (states[depth][ear][:, :count].float() - targets[depth][:, :count]) / teacher.scales[depth]
-                ).square()
+                scale = teacher.scales[depth] * 1.0
+                scale = scale + 0.1 * scale[scale.isfinite()].mean()
+                wrong = ((states[depth][ear][:, :count].float() - targets[depth][:, :count]) / scale).square()
                 total = total + weight * (wrong * true).sum() / (true.sum() * wrong.shape[-1]).clamp(min=1)
         return total
 
@@ -152,15 +140,3 @@ def centre(config: Any) -> int:
     if stride != FRAME:
         raise RecipeError(f"net: conv_stride makes a frame of {stride} samples, the teacher's has {FRAME}")
     return reach // 2
-
-
-def _windows(recordings: Iterable[np.ndarray], length: int, count: int) -> Iterator[np.ndarray]:
-    """`count` windows of `length` samples, made of whole recordings one after another."""
-    parts: list[np.ndarray] = []
-    for recording in recordings:
-        parts.append(recording)
-        if sum(map(len, parts)) >= length:
-            yield np.concatenate(parts)[:length].astype(np.float32)
-            parts, count = [], count - 1
-            if not count:
-                return

@@ -51,7 +51,9 @@ class Optimise:
     """How weights move. `batch_s` seconds of (padded) audio a step; the shortest clips come first.
 
     `rates` multiplies the learning rate of the parameters whose name begins with a key (the longest such key wins);
-    0 freezes them. `average`: the result is the mean of that many last checkpoints.
+    0 freezes them. `average`: the result is the mean of that many last checkpoints. `keep`: of the way that the weights
+    below the head have gone in the stage, the share that is kept; less than 1 forgets less of what they knew before
+    (Wortsman et al. 2022, arXiv:2109.01903).
     """
 
     steps: int = 3000
@@ -67,6 +69,7 @@ class Optimise:
     seed: int = 0
     evaluate_every: int = 500
     average: int = 1
+    keep: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,8 @@ class Recipe:
     """`net` holds the keys of the transformers config of `model_type`, as its documentation names them.
 
     `teacher` is the folder of a Whisper model in CTranslate2 format, or the name of one in `teachers.KNOWN`: its
-    encoder's blocks are where the net starts, and its features are what `ear` means. Stages run in their order.
+    encoder's blocks are where the net starts, and its features are what `ear` means. Stages run in their order. `blank`
+    is added to the bias of the blank in the end: below 0 for a net that leaves out letters of the people it is for.
     """
 
     name: str
@@ -102,6 +106,7 @@ class Recipe:
     model_type: str = "wav2vec2"
     alphabet: str = POLISH
     teacher: str = ""
+    blank: float = 0.0
     net: dict[str, Any] = field(default_factory=dict)
 
 

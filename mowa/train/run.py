@@ -10,7 +10,9 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,16 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from mowa import machine
-from mowa.data import audio, synth
+from mowa.data import synth
 from mowa.decode import ctc as decoder
 from mowa.errors import DataError, MissingPart, RecipeError
 from mowa.families.patch import channel_last_front_end
 from mowa.files import atomic_write
 from mowa.nouns import Preprocessing, Vocabulary
 from mowa.tasks import ctc
+from mowa.train import distil, front, positions, teachers, transplant
 from mowa.train import recipe as recipes
-from mowa.train import teachers, transplant
-from mowa.train.batches import Batches, Clip, Windows, fill, plan
+from mowa.train.batches import Batches, Clip, Windows, fill, joined, plan
 from mowa.train.distil import Lesson, Teacher, Weights
 from mowa.train.recipe import Dev, Optimise, Recipe, Stage
 
@@ -46,6 +48,7 @@ SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 DELIMITER = "|"
 NEEDED = ("accelerate", "jiwer", "matplotlib")
 DOWNLOADS = Path("build/teachers")
+SURVEYED, SURVEY_S = 20, 25.0  # windows of so many seconds, over which the teacher's front end is written
 
 
 def vocabulary(alphabet: str) -> Vocabulary:
@@ -69,8 +72,8 @@ def train(recipe: Recipe, out: Path, *, threads: int | None = None, downloads: P
     words, sound = vocabulary(recipe.alphabet), Preprocessing()
     torch.manual_seed(recipe.stages[0].optimise.seed)
     net = AutoModelForCTC.from_config(_config(recipe, words))
-    teacher = _taught(recipe, net, downloads) if recipe.teacher else None
     _room(net, recipe, out)
+    teacher = _taught(recipe, net, clips, out, downloads) if recipe.teacher else None
     log: list[dict[str, Any]] = []
     for number, stage in enumerate(recipe.stages):
         so_far = dataclasses.replace(recipe, stages=recipe.stages[: number + 1])
@@ -104,13 +107,46 @@ def _sample(dev: Dev) -> list[Clip]:
     return [clips[index] for index in np.random.default_rng(0).permutation(len(clips))[: dev.clips]]
 
 
-def _taught(recipe: Recipe, net: Any, downloads: Path) -> Teacher:
-    """The recipe's teacher; the net begins with its blocks."""
-    arrays = teachers.read(teachers.find(recipe.teacher, downloads))
+def _taught(recipe: Recipe, net: Any, clips: Sequence[Any], out: Path, downloads: Path) -> Teacher:
+    """The recipe's teacher; the net begins as what the teacher's encoder is, in a waveform net's form.
+
+    What that is depends on recordings, so it is kept in `out` for a run that goes on.
+    """
+    arrays, beginning = (
+        teachers.read(teachers.find(recipe.teacher, downloads)),
+        out / "stages" / "beginning.safetensors",
+    )
+    if beginning.is_file():
+        state = load_file(beginning)
+        order = state.pop("order").numpy()
+        scales = [state.pop(f"scales.{depth}") for depth in range(net.config.num_hidden_layers + 1)]
+        net.load_state_dict(state)
+        net.config.absolute_positions = net.config.num_conv_pos_embeddings // 2
+        return Teacher(transplant.Ear(positions.reordered(arrays, order)), net.config, scales)
+    ear, sound = transplant.Ear(arrays), Preprocessing()
+    heard = [part for stage in clips for part, _ in stage[0] if part[0].ear]
+    recordings = [
+        window
+        for part in heard
+        for window in islice(joined(part, sound, SURVEY_S, np.random.default_rng(0)), -(-SURVEYED // len(heard)))
+    ]
+    deviations = distil.survey(ear, recordings)
+    order = positions.ordered(deviations[0], net.config.num_conv_pos_embedding_groups)
+    arrays, scales = (
+        positions.reordered(arrays, order),
+        [deviation[torch.from_numpy(order)] for deviation in deviations],
+    )
     ear = transplant.Ear(arrays)
+    teacher = Teacher(ear, net.config, scales)
+    front.write(net.wav2vec2, ear, recordings)
     transplant.transplant(arrays, net.wav2vec2.encoder)
-    transplant.fourier(net.wav2vec2.feature_extractor)
-    return Teacher(ear, net)
+    positions.write(net, ear.positions[teacher.frames :])
+    state = {name: value.contiguous() for name, value in net.state_dict().items()}
+    state |= {"order": torch.from_numpy(order)} | {f"scales.{depth}": scale for depth, scale in enumerate(scales)}
+    beginning.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, partial := beginning.with_suffix(".partial"))
+    partial.replace(beginning)
+    return teacher
 
 
 def _room(net: Any, recipe: Recipe, out: Path) -> None:
@@ -141,30 +177,29 @@ def _stage(
     if (weights.front or weights.ear) and teacher is None:
         raise RecipeError(f"stage {stage.name}: front and ear need a teacher")
     lesson = Lesson(net, weights, teacher if weights.front or weights.ear else None)
-    if teacher is not None and lesson.taught and not teacher.means:
-        heard = [clip for clips, _ in sources for clip in clips if clip.ear]
-        teacher.survey(_recordings(heard, sound, how.seed))
-    optimiser = _optimiser(lesson, how)
-    schedule = get_cosine_schedule_with_warmup(optimiser, how.warmup_steps, how.steps)
+    before = {name: value.clone() for name, value in net.wav2vec2.state_dict().items()} if how.keep != 1 else {}
     print(f"stage {number}, {stage.name}: {how.steps} steps", file=sys.stderr)
-    trainer = Trainer(
-        model=lesson,
-        args=_arguments(stage, folder),
-        data_collator=_only,
-        train_dataset=_training(stage, sources, words, sound),
-        eval_dataset={
-            name: Batches(list(fill(sorted(part, key=lambda c: c.duration_s), how.batch_s)), words, sound)
-            for name, part in dev.items()
-        },
-        compute_metrics=(lambda seen: _metrics(seen, words)) if stage.letters else None,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-        optimizers=(optimiser, schedule),
-    )
-    with channel_last_front_end(net):
+    with channel_last_front_end(net), positions.held(net) if teacher is not None else nullcontext():
+        optimiser = _optimiser(lesson, how)
+        trainer = Trainer(
+            model=lesson,
+            args=_arguments(stage, folder),
+            data_collator=_only,
+            train_dataset=_training(stage, sources, words, sound),
+            eval_dataset={
+                name: Batches(list(fill(sorted(part, key=lambda c: c.duration_s), how.batch_s)), words, sound)
+                for name, part in dev.items()
+            },
+            compute_metrics=(lambda seen: _metrics(seen, words)) if stage.letters else None,
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+            optimizers=(optimiser, get_cosine_schedule_with_warmup(optimiser, how.warmup_steps, how.steps)),
+        )
         trainer.train(resume_from_checkpoint=resume)
+        if how.average > 1:
+            average(net, folder / "checkpoints", how.average)
+    for name, value in net.wav2vec2.state_dict().items() if before else ():
+        value.lerp_(before[name], 1 - how.keep)
     rows = [row | {"stage": stage.name, "step": row["step"] + steps_before} for row in trainer.state.log_history]
-    if how.average > 1:
-        average(net, folder / "checkpoints", how.average)
     atomic_write(log, json.dumps(rows))
     partial = done.with_suffix(".partial")
     save_file({name: value.contiguous() for name, value in net.state_dict().items()}, partial)
@@ -189,11 +224,6 @@ def _beginnings(recipe: Recipe, folder: Path) -> str | None:
     checkpoints.mkdir(parents=True, exist_ok=True)
     recipes.write(recipe, note)
     return get_last_checkpoint(str(checkpoints))
-
-
-def _recordings(clips: list[Clip], sound: Preprocessing, seed: int) -> Iterator[np.ndarray]:
-    for index in np.random.default_rng(seed).permutation(len(clips)):
-        yield audio.normalize(audio.load(clips[index].example.audio, sound.rate_hz))
 
 
 def _optimiser(lesson: Lesson, how: Optimise) -> torch.optim.Optimizer:
@@ -286,6 +316,8 @@ def _metrics(seen: Any, words: Vocabulary) -> dict[str, float]:
 
 def save(net: Any, recipe: Recipe, words: Vocabulary, sound: Preprocessing, out: Path) -> None:
     """An ordinary 16-bit checkpoint that `AutoModelForCTC` and `pipeline` load, and the recipe beside it."""
+    with torch.no_grad():
+        net.lm_head.bias[words.blank] += recipe.blank
     net.half().save_pretrained(out)
     (out / "vocab.json").write_text(
         json.dumps({t: i for i, t in enumerate(words.tokens)}, ensure_ascii=False, indent=1)

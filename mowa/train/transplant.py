@@ -2,15 +2,14 @@
 
 Whisper's encoder block (pre-norm attention, pre-norm GELU feed-forward; Radford et al. 2022, arXiv:2212.04356) is the
 block of `Wav2Vec2EncoderStableLayerNorm`, so six of them and the final norm move over exactly. What lies below them
-differs and has to be learnt (`distil`): log-mel frames, two convolutions and sinusoidal positions there; convolutions
-on the waveform and a positional convolution here.
+differs: log-mel frames, two convolutions and sinusoidal positions there; convolutions on the waveform (`front`) and a
+positional convolution (`positions`) here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -71,12 +70,9 @@ class Ear(nn.Module):
         frames: Tensor = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)
         return frames
 
-    def hear(self, frames: Tensor, mask: Tensor | None = None, *, start: int = 0) -> tuple[Tensor, ...]:
-        """Frames [B, T, width], true [B, T] in `mask` → features after each block; the last ones are normed.
-
-        `start` is the position (in frames) that the first frame is said to have.
-        """
-        state = frames + self.positions[start : start + frames.shape[1]]
+    def hear(self, frames: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Frames [B, T, width], true [B, T] in `mask` → features after each block; the last ones are normed."""
+        state = frames + self.positions[: frames.shape[1]]
         seen = None if mask is None else mask[:, None, None, :]
         states = []
         for block in self.blocks.layers:
@@ -134,27 +130,6 @@ def transplant(arrays: Arrays, encoder: nn.Module) -> None:
     missing = [name for name in missing if not name.startswith("pos_conv_embed")]
     if missing or unknown:
         raise RecipeError(f"net: must have the teacher's blocks; set do_stable_layer_norm and {sizes}")
-
-
-def fourier(front_end: nn.Module, phases: int = 8) -> None:
-    """A windowed Fourier basis for the first convolution, each frequency in several phases.
-
-    A net takes the magnitude of a frequency from rectified waves: with four phases it wavers by 3 dB as the wave moves
-    under the window, with eight by 0.7 dB. Low frequencies lie as dense as the kernel resolves them, as in a mel scale;
-    the others are spread to the top.
-    """
-    layer: Any = front_end.conv_layers[0]  # type: ignore[index]
-    channels, _, kernel = layer.conv.weight.shape
-    count = channels // phases
-    dense = int(count * 0.62)
-    turns = np.concatenate([np.arange(1, dense + 1), np.linspace(dense + 1, kernel / 2 - 2, count - dense)])
-    time, window = np.arange(kernel) / kernel, np.hanning(kernel + 1)[:kernel]
-    waves = [np.cos(2 * np.pi * (turns[:, None] * time + phase / phases)) * window for phase in range(phases)]
-    with torch.no_grad():
-        layer.conv.weight[: phases * count] = torch.from_numpy(np.concatenate(waves)[:, None] * 0.02).float()
-        if layer.conv.bias is not None:
-            layer.conv.bias.zero_()
-        layer.layer_norm.weight.fill_(5.0)
 
 
 def _tensor(arrays: Arrays, name: str) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from transformers import AutoModelForCTC, pipeline
 
@@ -17,7 +16,7 @@ from mowa.nouns import Example
 from mowa.train import batches, run
 from mowa.train.batches import Clip
 from mowa.train.recipe import Augment, Dev, Optimise, Recipe, Source, Stage
-from tests.checkpoints import clip
+from tests.checkpoints import clip, corpus
 
 NET = {
     "conv_dim": [8] * 7, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
@@ -28,15 +27,7 @@ NET = {
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    rows = []
-    for index in range(24):
-        soundfile.write(folder / f"{index}.wav", clip(index, 6_000 + 400 * index), 16_000)
-        seconds = (6_000 + 400 * index) / 16_000
-        rows.append({"id": str(index), "audio": f"{index}.wav", "text": "ala ma kota"[: 3 + index % 8].strip()})
-        rows[-1]["duration_s"] = seconds
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    manifest = str(folder / "train.jsonl")
+    manifest = corpus(tmp_path_factory.mktemp("corpus"), 24)
     how = Optimise(steps=6, batch_s=3.0, shortest_first=2, warmup_steps=1, bf16=False, evaluate_every=3, seed=5)
     stage = Stage("letters", (Source(manifest),), (Dev("dev", manifest),), augment=Augment(0, 4), optimise=how)
     return Recipe("test", (stage,), net=NET)
@@ -141,6 +132,23 @@ def test_average_is_the_mean_of_the_last_checkpoints(recipe, tmp_path):
     mean = run.load_file(out / "stages" / "0-letters" / "weights.safetensors")
     for name, value in mean.items():
         torch.testing.assert_close(value, (states[0][f"net.{name}"] + states[1][f"net.{name}"]) / 2)
+
+
+def test_keep_goes_back_below_the_head_and_blank_moves_its_bias(recipe, tmp_path):
+    def trained(name, blank=0.0, **how):
+        out = run.train(dataclasses.replace(altered(recipe, **how), blank=blank), tmp_path / name, threads=1)
+        state = AutoModelForCTC.from_pretrained(out).state_dict()
+        return {name: value.float() for name, value in state.items()}
+
+    end, start, between = trained("end"), trained("start", keep=0.0), trained("between", -1.5, keep=0.25)
+    moved = 0
+    for name in (name for name in end if name.startswith("wav2vec2.")):
+        torch.testing.assert_close(between[name], start[name].lerp(end[name], 0.25), rtol=2e-3, atol=1e-4)
+        moved += not torch.equal(start[name], end[name])
+    assert moved > 5
+    torch.testing.assert_close(between["lm_head.weight"], end["lm_head.weight"])
+    change = between["lm_head.bias"] - end["lm_head.bias"]
+    torch.testing.assert_close(change, torch.tensor([-1.5] + [0.0] * (len(change) - 1)), atol=1e-3, rtol=0)
 
 
 def test_little_disk_is_told_before_the_first_step(recipe, tmp_path, monkeypatch):

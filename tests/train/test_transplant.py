@@ -12,16 +12,16 @@ import torch
 from ctranslate2.converters.transformers import WhisperLoader
 from transformers import AutoModelForCTC, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
+import mowa
 from mowa.errors import DataError, ModelError, RecipeError
-from mowa.train import distil, run, teachers, transplant
-from mowa.train.recipe import Recipe
-from tests.checkpoints import clip
+from mowa.train import distil, front, positions, run, teachers, transplant
+from mowa.train.recipe import Dev, Optimise, Recipe, Source, Stage
+from tests.checkpoints import clip, corpus
 
-NET = {
-    "conv_dim": [16, 16, 16], "conv_kernel": [400, 3, 3], "conv_stride": [160, 1, 2], "num_feat_extract_layers": 3,
+NET = front.sizes(64) | {
     "feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True, "hidden_size": 64,
-    "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0, "layerdrop": 0.0,
+    "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "num_conv_pos_embeddings": 400,
+    "num_conv_pos_embedding_groups": 16, "mask_time_prob": 0.0, "layerdrop": 0.0,
 }  # fmt: skip
 
 
@@ -64,6 +64,12 @@ def ear(folder):
     return transplant.Ear(teachers.read(teachers.find(str(folder), folder)))
 
 
+@pytest.fixture(scope="module")
+def teacher(ear):
+    config = run._config(Recipe("x", (), net=NET), run.vocabulary("abc"))
+    return distil.Teacher(ear, config, distil.survey(ear, [clip(seed, 240_000) for seed in range(6)]))
+
+
 @pytest.fixture
 def net():
     torch.manual_seed(1)
@@ -99,8 +105,7 @@ def test_transplanted_blocks_are_the_teachers(ear, folder, net):
     torch.testing.assert_close(encoder(placed).last_hidden_state, ear.hear(frames)[-1], atol=1e-5, rtol=1e-5)
 
 
-def test_padding_changes_nothing(ear, net):
-    teacher = distil.Teacher(ear, net)
+def test_padding_changes_nothing(teacher):
     short, long = clip(3, 16_000), clip(4, 24_000)
     values = torch.zeros(2, 24_000)
     values[0, :16_000], values[1] = torch.from_numpy(short), torch.from_numpy(long)
@@ -110,13 +115,12 @@ def test_padding_changes_nothing(ear, net):
     torch.testing.assert_close(beside[:, :40], alone[:, :40], atol=0.05, rtol=0.05)  # the last window sees the cut
 
 
-def test_frames_of_net_and_teacher_are_centred_alike(ear, net):
+def test_frames_of_net_and_teacher_are_centred_alike(teacher, net):
     """A click in the middle of the net's frame 10 changes frames on both sides of 10, as many before as after."""
     at = distil.centre(net.config) + 10 * transplant.FRAME
     quiet = torch.from_numpy(clip(7, 32_000))[None]
     loud = quiet.clone()
     loud[:, at - 20 : at + 20] += 5.0
-    teacher = distil.Teacher(ear, net)
     with torch.no_grad():
         theirs = teacher.listen(loud, None, deep=False)[0] - teacher.listen(quiet, None, deep=False)[0]
         extract = net.eval().wav2vec2.feature_extractor
@@ -125,15 +129,13 @@ def test_frames_of_net_and_teacher_are_centred_alike(ear, net):
         size = change[0].abs().sum(-1)
         moved = (size > 0.05 * size.max()).nonzero().float()
         assert moved.mean() == pytest.approx(10, abs=0.5)
-    assert distil.centre(net.config) == (400 + 2 * 160 + 2 * 160) // 2
-    net.config.conv_stride = (5, 2, 2)
+    assert distil.centre(net.config) == (400 + 2 * 160 + 2 * 160) // 2 == 520
+    net.config.conv_stride = (5, 2, 2, 1)
     with pytest.raises(RecipeError, match="a frame of 20 samples"):
         distil.centre(net.config)
 
 
-def test_lesson_terms(ear, net):
-    teacher = distil.Teacher(ear, net)
-    teacher.survey([clip(seed, 240_000) for seed in range(6)])
+def test_lesson_terms(teacher, net):
     values = torch.from_numpy(np.stack([clip(5, 32_000), clip(6, 32_000)]))
     batch = {
         "input_values": values,
@@ -157,12 +159,65 @@ def test_lesson_terms(ear, net):
     assert net.lm_head.weight.grad is None or not net.lm_head.weight.grad.any()
 
 
-def test_fourier_start_hears_pitch(net):
-    transplant.fourier(net.wav2vec2.feature_extractor, phases=4)
-    kernel = net.wav2vec2.feature_extractor.conv_layers[0].conv.weight[:, 0].detach().numpy()
-    peaks = [int(np.abs(np.fft.rfft(row, 4000)).argmax()) for row in kernel]  # in tenths of a bin
-    for phase in range(4):  # 16 channels: four frequencies in four phases
-        np.testing.assert_allclose(peaks[4 * phase : 4 * phase + 4], [10, 20, 30, 1980], atol=6)
+def test_net_begins_as_the_teacher(ear, folder, teacher, net):
+    """Waveforms in, the teacher's features out: front end, positions and blocks written, nothing trained."""
+    order = positions.ordered(teacher.scales[1], 16)
+    arrays = positions.reordered(teachers.read(folder / "model.bin"), order)
+    other = transplant.Ear(arrays)
+    sound = [torch.from_numpy(clip(seed, 160_000))[None] for seed in range(9)]
+    torch.testing.assert_close(
+        other.hear(other.front(other.mel(sound[0])))[-1], ear.hear(ear.front(ear.mel(sound[0])))[-1][..., order]
+    )  # the same teacher, its channels in another order
+    front.write(net.wav2vec2, other, [part[0].numpy() for part in sound[:8]])
+    net.eval()
+    with torch.no_grad():
+        wave = sound[8]
+        low = other.front(other.mel(wave[:, 200:] * transplant.LEVEL, transplant.LOUDEST))[:, 1:]
+        ours = net.wav2vec2.feature_projection(net.wav2vec2.feature_extractor(wave).transpose(1, 2))[0]
+        count = min(low.shape[1], ours.shape[1])
+        apart = (ours[:, :count] - low[:, :count]).square().mean() / low.var()
+    assert apart < 0.05
+
+
+def test_positional_convolution_gives_positions(ear, net):
+    """On any sound: every live channel gets the sinusoid of its frame, every spent one its mean and the sinusoid."""
+    projection, encoder = net.wav2vec2.feature_projection.projection, net.wav2vec2.encoder.eval()
+    frames = torch.randn(2, 180, NET["conv_dim"][-1])
+    with torch.no_grad():
+        projection.bias.normal_()
+        before, means = projection(frames), projection.bias.clone()
+        positions.write(net, ear.positions[1:])
+        low = projection(frames)
+        after = low + encoder.pos_conv_embed(low)
+        wanted = before + ear.positions[1:181]
+        wanted[..., ::4] = (means + ear.positions[1:181])[:, ::4]
+        torch.testing.assert_close(after, wanted, atol=1e-4, rtol=1e-4)
+        long = torch.zeros(1, 300, 64)
+        long[..., ::4] = -positions.CONSTANT
+        conv = encoder.pos_conv_embed(long)
+        with positions.held(net):
+            torch.testing.assert_close(encoder.pos_conv_embed(long), conv, atol=1e-5, rtol=1e-5)
+        assert encoder.pos_conv_embed(low).shape == low.shape  # the convolution is back
+
+
+def test_held_positions_keep_their_channels_constant(ear, net):
+    positions.write(net, ear.positions[1:])
+    projection = net.wav2vec2.feature_projection.projection
+    with positions.held(net):
+        optimiser = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+        net(torch.from_numpy(clip(1, 32_000))[None]).logits.square().mean().backward()
+        optimiser.step()
+    assert not projection.weight[::4].any()
+    assert projection.weight[1::4].any()
+    with pytest.raises(RecipeError, match="less than 100"):
+        positions.write(net, ear.positions[:50])
+
+
+def test_front_end_of_other_sizes_is_refused(ear):
+    for wrong, says in (({"conv_kernel": [400, 3, 3, 3]}, "conv_kernel is"), ({"conv_bias": False}, "conv_bias: true")):
+        net = AutoModelForCTC.from_config(run._config(Recipe("x", (), net=NET | wrong), run.vocabulary("abc")))
+        with pytest.raises(RecipeError, match=says):
+            front.write(net.wav2vec2, ear, [clip(0, 16_000)])
 
 
 @pytest.mark.parametrize(
@@ -243,3 +298,34 @@ def test_packaged_teacher_goes_wrong_aloud(tmp_path, monkeypatch):
     monkeypatch.setitem(teachers.KNOWN, "tiny", dataclasses.replace(teachers.KNOWN["tiny"], bytes=1 << 30))
     with pytest.raises(DataError, match="tiny needs 3072 MB to unpack, 0 MB are free"):
         teachers.find("tiny", tmp_path)
+
+
+def test_taught_run_begins_as_its_teacher_and_resumes(folder, tmp_path):
+    """front, then letters, from a teacher's file; broken off in the second stage, it ends with the same weights."""
+    manifest = corpus(tmp_path / "corpus", 8)
+    how = Optimise(steps=4, batch_s=3.0, shortest_first=0, warmup_steps=1, bf16=False, evaluate_every=2)
+    part, dev = Source(manifest, ear=True), (Dev("dev", manifest, 4),)
+    recipe = Recipe(
+        "taught",
+        (
+            Stage("front", (part,), dev, window_s=1.0, letters=0.0, front=1.0, optimise=how),
+            Stage("letters", (part,), dev, front=0.1, ear=0.5, optimise=dataclasses.replace(how, average=2)),
+        ),
+        teacher=str(folder),
+        net=NET,
+    )
+    whole = run.train(recipe, tmp_path / "whole", threads=1)
+    shutil.copytree(tmp_path / "whole" / "stages", tmp_path / "broken" / "stages")
+    (tmp_path / "broken" / "stages" / "1-letters" / "weights.safetensors").unlink()
+    shutil.rmtree(tmp_path / "broken" / "stages" / "1-letters" / "checkpoints" / "checkpoint-4")
+    broken = run.train(recipe, tmp_path / "broken", threads=1)
+    ours, theirs = (AutoModelForCTC.from_pretrained(path, dtype=torch.float32) for path in (whole, broken))
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=1e-3, atol=1e-4)
+    assert ours.config.absolute_positions == 200  # 4 s: what `mowa transcribe` must not go beyond
+    with torch.no_grad():
+        quiet = ours.wav2vec2.feature_projection(torch.zeros(1, 100, NET["conv_dim"][-1]))[0]
+    assert (quiet[..., ::4] == -positions.CONSTANT).all()
+    with pytest.raises(ModelError, match="windows of 2 s at most"):
+        mowa.transcribe(str(tmp_path / "corpus" / "0.wav"), str(whole), window_s=3.0, context_s=0.5)
+    mowa.transcribe(str(tmp_path / "corpus" / "0.wav"), str(whole), window_s=2.0, context_s=0.5)
