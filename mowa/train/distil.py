@@ -1,7 +1,7 @@
 """One step's loss: letters (CTC), what a teacher hears, or both. No transcript is needed for hearing.
 
     loss = letters · CTC + front · d(z, z′) + ear · mean over the chosen blocks of d(h, h′)
-    d(a, b) = mean over frames and features of ((a − b) / s)²,   s: the teacher's standard deviation, per feature
+    d(a, b) = mean over frames and features of ((a − b) / s)²,   s: a feature's standard deviation, the teacher's
 
 z is the projected front-end (before positions), h the features after a block; primes are the teacher's. The
 net has the teacher's positions (`positions`), so its features are the teacher's own to begin with, and stay near them.
@@ -36,12 +36,14 @@ class Teacher:
     """An `Ear` heard where the net's frames lie. `scales` are the deviations that `survey` gives."""
 
     def __init__(self, ear: Ear, config: Any, scales: Sequence[Tensor]) -> None:
-        self.ear, self.scales = ear, list(scales)
+        self.ear = ear
         shift = centre(config)
         self.samples, self.frames = shift % FRAME, shift // FRAME
         # below the blocks one channel of each group of the positional convolution is spent on positions
-        self.scales[0] = self.scales[0].clone()
-        self.scales[0][:: ear.width // config.num_conv_pos_embedding_groups] = torch.inf
+        spent = torch.arange(ear.width) % (ear.width // config.num_conv_pos_embedding_groups) == 0
+        lowest, *others = scales
+        lowest = (lowest + 0.1 * lowest[~spent].mean()).masked_fill(spent, torch.inf)
+        self.scales = [lowest, *(scale + 0.1 * scale.mean() for scale in others)]
 
     @torch.no_grad()
     def listen(self, values: Tensor, mask: Tensor | None, *, deep: bool = True) -> tuple[Tensor, ...]:
@@ -125,9 +127,8 @@ class Lesson(nn.Module):
         total = values.new_zeros(())
         for depth, weight in weights.items():
             if weight and depth < len(states):
-                scale = teacher.scales[depth] * 1.0
-                scale = scale + 0.1 * scale[scale.isfinite()].mean()
-                wrong = ((states[depth][ear][:, :count].float() - targets[depth][:, :count]) / scale).square()
+                apart = states[depth][ear][:, :count].float() - targets[depth][:, :count]
+                wrong = (apart / teacher.scales[depth]).square()
                 total = total + weight * (wrong * true).sum() / (true.sum() * wrong.shape[-1]).clamp(min=1)
         return total
 
