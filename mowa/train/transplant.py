@@ -28,7 +28,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Ear(nn.Module):
-    """The teacher: a frozen Whisper encoder. `width` features a frame, `longest` frames at most."""
+    """The teacher: a frozen Whisper encoder. `width` features a frame, as many frames as it has `positions` at most."""
 
     filters: Tensor
     window: Tensor
@@ -37,7 +37,7 @@ class Ear(nn.Module):
     def __init__(self, arrays: Arrays) -> None:
         super().__init__()
         sizes = shape(arrays)
-        self.width, self.longest = sizes["hidden_size"], len(_tensor(arrays, "position_encodings/encodings"))
+        self.width = sizes["hidden_size"]
         filters = mel_filter_bank(WINDOW // 2 + 1, BANDS, 0.0, RATE_HZ / 2, RATE_HZ, "slaney", "slaney")
         self.register_buffer("filters", torch.from_numpy(filters.astype(np.float32)))
         self.register_buffer("window", torch.hann_window(WINDOW))

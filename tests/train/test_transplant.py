@@ -197,7 +197,8 @@ def test_positional_convolution_gives_positions(ear, net):
         conv = encoder.pos_conv_embed(long)
         with positions.held(net):
             torch.testing.assert_close(encoder.pos_conv_embed(long), conv, atol=1e-5, rtol=1e-5)
-        assert encoder.pos_conv_embed(low).shape == low.shape  # the convolution is back
+        torch.testing.assert_close(low + encoder.pos_conv_embed(low), after)  # the convolution is back
+        assert "forward" not in vars(encoder.pos_conv_embed)
 
 
 def test_held_positions_keep_their_channels_constant(ear, net):
