@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,14 @@ from mowa.train.recipe import Augment
 
 GRID_S = 0.5  # batches are padded to multiples of this: a processor prepares anew for every new shape
 POOL = 1024  # clips sorted by length together: little padding, yet no two epochs share their batches
+
+
+class Timed(Protocol):
+    @property
+    def duration_s(self) -> float: ...
+
+
+Item = TypeVar("Item", bound=Timed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +40,9 @@ class Clip:
         return self.example.duration_s
 
 
-def fill(clips: Sequence[Clip], budget_s: float) -> Iterator[list[Clip]]:
+def fill(clips: Sequence[Item], budget_s: float) -> Iterator[list[Item]]:
     """Consecutive clips grouped so that count × longest stays within the budget (a longer clip stands alone)."""
-    group: list[Clip] = []
+    group: list[Item] = []
     longest = 0.0
     for clip in clips:
         widened = max(longest, clip.duration_s)
@@ -58,15 +66,15 @@ def plan(
     ordered = sorted((clip for clips, _ in sources for clip in clips), key=lambda clip: clip.duration_s)
     batches = list(fill(ordered, budget_s))[:shortest_first]
     rng.shuffle(batches)
-    pools = _pools(sources, rng)
+    drawn = pools(sources, rng)
     while len(batches) < count:
-        pool = sorted(next(pools), key=lambda clip: clip.duration_s)
+        pool = sorted(next(drawn), key=lambda clip: clip.duration_s)
         filled = list(fill(pool, budget_s))
         batches.extend(filled[index] for index in rng.permutation(len(filled)))
     return batches[:count]
 
 
-def _pools(sources: Sequence[tuple[Sequence[Clip], float]], rng: np.random.Generator) -> Iterator[list[Clip]]:
+def pools(sources: Sequence[tuple[Sequence[Item], float]], rng: np.random.Generator) -> Iterator[list[Item]]:
     """Endless pools of up to POOL clips, in each of which every source has its share of the seconds."""
     clips_per_s = [share / np.mean([clip.duration_s for clip in clips]) for clips, share in sources]
     if len(sources) == 1:
@@ -80,7 +88,7 @@ def _pools(sources: Sequence[tuple[Sequence[Clip], float]], rng: np.random.Gener
         yield [next(clips) for clips, part in zip(endless, parts, strict=True) for _ in range(part)]
 
 
-def _shuffled_for_ever(clips: Sequence[Clip], rng: np.random.Generator) -> Iterator[Clip]:
+def _shuffled_for_ever(clips: Sequence[Item], rng: np.random.Generator) -> Iterator[Item]:
     while True:
         for index in rng.permutation(len(clips)):
             yield clips[index]
@@ -165,16 +173,3 @@ def _roughened(samples: np.ndarray, rough: Augment | None, step: int, rng: np.ra
         return samples
     amount = float(np.clip((step - rough.start) / max(1, rough.full - rough.start), 0, 1))
     return augment.roughen(samples, rng, rough.how, amount)
-
-
-def joined(
-    clips: Sequence[Clip], preprocessing: Preprocessing, length_s: float, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Endless windows of one length, of whole recordings put end to end."""
-    length, parts = int(length_s * preprocessing.rate_hz), []
-    for clip in _shuffled_for_ever(clips, rng):
-        samples = audio.load(clip.example.audio, preprocessing.rate_hz)
-        parts.append(audio.normalize(samples) if preprocessing.normalize else samples)
-        if sum(map(len, parts)) >= length:
-            yield np.concatenate(parts)[:length].astype(np.float32)
-            parts = []

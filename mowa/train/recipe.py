@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mowa.data.augment import Roughness
 from mowa.data.text import POLISH
-from mowa.errors import MissingPart, RecipeError
+from mowa.train import schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,58 +108,8 @@ class Recipe:
 
 def read(path: Path) -> Recipe:
     """A recipe file → Recipe. A wrong key or value is a RecipeError with its path and the nearest right key."""
-    try:
-        import yaml
-    except ImportError:
-        raise MissingPart("recipes need pyyaml: pip install 'mowa[train]'") from None
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as wrong:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(wrong).split())})") from None
-    return _build(Recipe, tree, str(path))
+    return schema.build(Recipe, schema.tree(path), str(path))
 
 
 def write(recipe: Recipe, path: Path) -> None:
-    import yaml
-
-    tree = json.loads(json.dumps(dataclasses.asdict(recipe)))  # tuples become lists
-    path.write_text(yaml.safe_dump(tree, allow_unicode=True, sort_keys=False))
-
-
-def _build(kind: Any, tree: Any, where: str) -> Any:
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{where}: expected keys and values, found {tree!r}")
-    hints = typing.get_type_hints(kind)
-    for key in tree:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            raise RecipeError(
-                f"{where}: {key} is no key here; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(hints)}"
-            )
-    missing = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.name not in tree and f.default is f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise RecipeError(f"{where}: {', '.join(missing)} is missing")
-    return kind(**{key: _value(hints[key], value, f"{where}: {key}") for key, value in tree.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    origin = typing.get_origin(hint)
-    if origin is tuple and typing.get_args(hint)[-1] is Ellipsis and isinstance(value, list | tuple) and value:
-        (kind, _) = typing.get_args(hint)
-        return tuple(_value(kind, item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(typing.get_args(hint)):
-        return tuple(_value(part, item, where) for part, item in zip(typing.get_args(hint), value, strict=True))
-    wanted = origin or hint
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(wanted, type) and isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
-        return value
-    raise RecipeError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r}")
+    schema.write(recipe, path)

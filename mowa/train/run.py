@@ -12,7 +12,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from transformers import (
     AutoModelForCTC,
     Trainer,
     TrainingArguments,
-    Wav2Vec2CTCTokenizer,
-    Wav2Vec2FeatureExtractor,
     get_cosine_schedule_with_warmup,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -40,21 +37,14 @@ from mowa.nouns import Preprocessing, Vocabulary
 from mowa.tasks import ctc
 from mowa.train import distil, front, positions, teachers, transplant
 from mowa.train import recipe as recipes
-from mowa.train.batches import Batches, Clip, Windows, fill, joined, plan
+from mowa.train.batches import Batches, Clip, Windows, fill, plan
 from mowa.train.distil import Lesson, Teacher, Weights
 from mowa.train.recipe import Dev, Optimise, Recipe, Stage
+from mowa.train.saving import DELIMITER, SPECIALS, processor, vocabulary
 
-SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
-DELIMITER = "|"
 NEEDED = ("accelerate", "jiwer", "matplotlib")
 DOWNLOADS = Path("build/teachers")
 SURVEYED, SURVEY_S = 20, 25.0  # windows of so many seconds, over which the teacher's front end is written
-
-
-def vocabulary(alphabet: str) -> Vocabulary:
-    """The vocabulary of a new head: special tokens, the delimiter, then the letters."""
-    tokens = (*SPECIALS.values(), DELIMITER, *alphabet)
-    return Vocabulary(tokens, blank=0, delimiter=tokens.index(DELIMITER), specials=frozenset({1, 2, 3}))
 
 
 def train(recipe: Recipe, out: Path, *, threads: int | None = None, downloads: Path = DOWNLOADS) -> Path:
@@ -125,11 +115,9 @@ def _taught(recipe: Recipe, net: Any, clips: Sequence[Any], out: Path, downloads
         return Teacher(transplant.Ear(positions.reordered(arrays, order)), net.config, scales)
     ear, sound = transplant.Ear(arrays), Preprocessing()
     heard = [part for stage in clips for part, _ in stage[0] if part[0].ear]
-    recordings = [
-        window
-        for part in heard
-        for window in islice(joined(part, sound, SURVEY_S, np.random.default_rng(0)), -(-SURVEYED // len(heard)))
-    ]
+    each = -(-SURVEYED // len(heard))
+    windows = [Windows([(part, 1.0)], each, sound, batch_s=SURVEY_S, window_s=SURVEY_S) for part in heard]
+    recordings = [part[index]["input_values"][0].numpy() for part in windows for index in range(each)]
     deviations = distil.survey(ear, recordings)
     order = positions.ordered(deviations[0], net.config.num_conv_pos_embedding_groups)
     arrays, scales = (
@@ -319,15 +307,7 @@ def save(net: Any, recipe: Recipe, words: Vocabulary, sound: Preprocessing, out:
     with torch.no_grad():
         net.lm_head.bias[words.blank] += recipe.blank
     net.half().save_pretrained(out)
-    (out / "vocab.json").write_text(
-        json.dumps({t: i for i, t in enumerate(words.tokens)}, ensure_ascii=False, indent=1)
-    )
-    named = {f"{name}_token": token for name, token in SPECIALS.items()}
-    Wav2Vec2CTCTokenizer(str(out / "vocab.json"), word_delimiter_token=DELIMITER, **named).save_pretrained(out)
-    (out / "special_tokens_map.json").write_text(json.dumps(named, indent=1))
-    Wav2Vec2FeatureExtractor(
-        feature_size=1, sampling_rate=sound.rate_hz, padding_value=0.0, do_normalize=True, return_attention_mask=True
-    ).save_pretrained(out)
+    processor(words, sound, out)
     recipes.write(recipe, out / "recipe.yaml")
 
 
