@@ -29,10 +29,10 @@ check: .venv/.check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m mowa.cli.reference --check docs/cli.md
+	$(BIN)/python -m mowa.cli.reference --check docs
 
 docs: .venv/.run
-	$(BIN)/python -m mowa.cli.reference docs/cli.md
+	$(BIN)/python -m mowa.cli.reference docs
 
 # Each step is skipped where its result lies under build/ already; a broken-off training run is resumed.
 model: .venv/.test apt-espeak apt-festival

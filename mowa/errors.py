@@ -7,6 +7,7 @@
     │   └── HubUnreachable   a hub id was named and the hub cannot be reached
     ├── DataError        a manifest, folder or text that cannot be used
     ├── RecipeError      a training recipe with a wrong key or value
+    ├── TrainingStopped  a run that would only waste time was ended; what to try is said
     └── MissingPart      an optional package or program is not installed
 
 The command line prints the message on one line and exits with 2; `--debug` shows the traceback.
@@ -40,6 +41,10 @@ class DataError(MowaError):
 
 
 class RecipeError(MowaError):
+    pass
+
+
+class TrainingStopped(MowaError):
     pass
 
 

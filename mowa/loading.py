@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
     offline: bool = False,
+    head: bool = True,
 ) -> Model:
     """Load a CTC model by alias, folder or hub id, in eval mode, with no gradients, on `device` in `dtype`.
+
+    With `head` False, its head is to be replaced: a checkpoint without one is taken too; its vocabulary is empty then.
 
     Raises ModelError: an unknown name, family or dtype; no CTC head; config, vocabulary, audio settings or weights that
     are missing, damaged or do not fit each other; a device that is not there. HubUnreachable as `files.resolve` does.
@@ -47,16 +51,23 @@ def load(
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     _check_device(device)
-    origin = resolve(name, revision=revision, offline=offline, vet=family_of)
-    family = family_of(origin.folder)
-    net = _net(origin.folder, family, dtype)
+    vet = partial(family_of, head=head)
+    origin = resolve(name, revision=revision, offline=offline, vet=vet)
+    family = vet(origin.folder)
+    net = _net(origin.folder, family, dtype, head=head)
     return Model(
         net=net.to(device),
         family=family,
         origin=origin,
-        vocabulary=vocabulary(origin.folder, len(net.get_parameter(f"{family.head}.weight"))),
+        vocabulary=_vocabulary(origin.folder, family, net, head),
         preprocessing=preprocessing(origin.folder),
     )
+
+
+def _vocabulary(folder: Path, family: Family, net: Any, head: bool) -> Vocabulary:
+    if not head and not (folder / "vocab.json").is_file():
+        return Vocabulary((), blank=0, delimiter=None)
+    return vocabulary(folder, len(net.get_parameter(f"{family.head}.weight")))
 
 
 def _check_device(device: str) -> None:
@@ -67,19 +78,22 @@ def _check_device(device: str) -> None:
         raise ModelError(f"device {device!r} cannot be used here ({reason}): try cpu") from error
 
 
-def family_of(folder: Path) -> Family:
-    """The family that `folder`'s config.json names; ModelError if mowa has none, or the config names no CTC model."""
+def family_of(folder: Path, *, head: bool = True) -> Family:
+    """The family that `folder`'s config.json names; ModelError if mowa has none, or the config names no CTC model.
+
+    `head` False: a model without a CTC head will do.
+    """
     config = read_json(folder / "config.json")
     if "model_type" not in config:
         raise ModelError(f"{folder}/config.json names no model_type, so it is not a transformers checkpoint")
     family = find(str(config["model_type"]))
     architectures = config.get("architectures") or []
-    if architectures and not any(name.endswith("ForCTC") for name in architectures):
+    if head and architectures and not any(name.endswith("ForCTC") for name in architectures):
         raise ModelError(f"{folder} is a {architectures[0]}, which has no CTC head: {_FINE_TUNE}")
     return family
 
 
-def _net(folder: Path, family: Family, dtype: str) -> Any:
+def _net(folder: Path, family: Family, dtype: str, *, head: bool) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCTC
@@ -102,17 +116,20 @@ def _net(folder: Path, family: Family, dtype: str) -> Any:
             )
         except SafetensorError as error:
             raise ModelError(f"the weights of {folder} are damaged: {error}") from error
-    _refuse_gaps(folder, family, net.base_model_prefix, report)
+    _refuse_gaps(folder, family, net.base_model_prefix, report, head=head)
     return net.eval().requires_grad_(False)
 
 
-def _refuse_gaps(folder: Path, family: Family, encoder: str, report: Mapping[str, Any]) -> None:
+def _refuse_gaps(folder: Path, family: Family, encoder: str, report: Mapping[str, Any], *, head: bool) -> None:
     """Refuse a net that is not wholly the checkpoint's: transformers fills gaps with random numbers and only warns.
 
     Harmless: a missing `masked_spec_embed` (used by SpecAugment alone) and heads of other tasks that nobody asked for.
     A weight of the encoder that found no place is not: a layer or an adapter would be left out of the sum.
     """
-    missing = sorted(key for key in report["missing_keys"] if not key.endswith(".masked_spec_embed"))
+    spared = () if head else (f"{family.head}.weight", f"{family.head}.bias")
+    missing = sorted(
+        key for key in report["missing_keys"] if not key.endswith(".masked_spec_embed") and key not in spared
+    )
     if f"{family.head}.weight" in missing:
         raise ModelError(f"the weights of {folder} hold no {family.head}, so it has no CTC head: {_FINE_TUNE}")
     if missing:

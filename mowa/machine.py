@@ -29,6 +29,9 @@ PARTS = {
     "pyyaml": "mowa train",
     "matplotlib": "training curves",
     "jiwer": "error rates",
+    "peft": "LoRA",
+    "datasets": "data sets and parquet as recordings",
+    "deepspeed": "training across devices",
 }
 GAIN_WORTH_HAVING = 1.5  # how much faster a half-precision product must be for the net to be worth its roundings
 FLOAT32_ERROR = 1e-5  # relative: what still counts as float32 arithmetic

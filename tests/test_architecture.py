@@ -20,7 +20,18 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = {"av", "accelerate", "jiwer", "matplotlib", "yaml", "onnxruntime"}  # only inside the function that needs them
+HEAVY = {
+    "av",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "jiwer",
+    "matplotlib",
+    "onnxruntime",
+    "peft",
+    "pyarrow",
+    "yaml",
+}  # only inside the function that needs them
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

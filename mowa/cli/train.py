@@ -1,22 +1,120 @@
-"""`mowa train`: a recipe in, a checkpoint out."""
+"""`mowa train`: a recipe in, a checkpoint out. Fine-tuning, and training from nothing, by what the recipe says."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from mowa.cli import knobs
+from mowa.errors import RecipeError
+
+if TYPE_CHECKING:
+    from mowa.train.recipe import Recipe
+    from mowa.train.tuning import Tuning
+
+
+def _list_knobs(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if not wanted or context.resilient_parsing:
+        return
+    from mowa.cli import show
+
+    show.table(("knob", "in short", "default", "what it is for"), list(knobs.rows()))
+    context.exit()
+
 
 @click.command(short_help="Train a model as a recipe says.")
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the finished checkpoint.")
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the finished checkpoint.  [required]")
+@click.option("--dry-run", is_flag=True, help="Print the whole recipe, every knob spelt out, and train nothing.")
+@click.option(
+    *("--knobs", "listed"),
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_knobs,
+    help="List every knob of the recipe, and train nothing.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads. [default: the cores there are]")
-def train(recipe: Path, out: Path, threads: int | None) -> None:
-    """Train a model from scratch as RECIPE (YAML) says. Started again, it goes on from its last checkpoint."""
+@click.pass_context
+def train(
+    context: click.Context, recipe: Path | None, out: Path | None, dry_run: bool, threads: int | None, **_: Any
+) -> None:
+    """Train a model as RECIPE (YAML) says: fine-tune one on your recordings, or make one from nothing.
+
+    RECIPE may be left out where --model and --data are given. What is said here goes before what it says, and every
+    knob of fine-tuning can be turned by its path: --optimise.weight-decay 0.1. Started again, a run goes on from its
+    last checkpoint.
+    """
+    plan = _plan(recipe, knobs.settings(context))
+    if dry_run:
+        from mowa.train import schema
+
+        click.echo(schema.text(plan), nl=False)
+        return
+    if out is None:
+        raise click.MissingParameter(ctx=context, param_hint="'-o' / '--out'", param_type="option")
+    here = run(plan, out, threads)
+    if here and os.environ.get("RANK", "0") == "0":  # of several processes, the first one says it
+        click.echo(str(out))
+
+
+train.params.extend(knobs.options())  # behind its own, in the help too
+
+
+def _plan(recipe: Path | None, settings: dict[str, Any]) -> Recipe | Tuning:
+    """The recipe with `settings` turned. RecipeError where there is none, or one from nothing has no such knobs."""
     from mowa.train import recipe as recipes
+    from mowa.train import schema, tuning
 
-    plan = recipes.read(recipe)
-    from mowa.train import run
+    if recipe is None:
+        if missing := [knobs.SHORT[path] for path in ("model", "data.train") if path not in settings]:
+            raise RecipeError(f"name a recipe, or give {' and '.join(missing)}; `mowa train --knobs` lists every knob")
+        return tuning.checked(schema.turned({}, settings), "command line")
+    if not _from_nothing(schema.tree(recipe)):
+        plan = tuning.read(recipe, settings)
+        if "optimise.epochs" in settings and plan.optimise.steps and "optimise.steps" not in settings:
+            raise RecipeError(f"{recipe} says how many steps, so --epochs would change nothing: add --steps 0")
+        return plan
+    if settings:
+        flags = ", ".join(
+            knobs.SHORT.get(leaf.dotted, knobs.flag(leaf)) for leaf in knobs.LEAVES if leaf.dotted in settings
+        )
+        raise RecipeError(f"{recipe} trains from nothing, and {flags} are for fine-tuning: say it in the recipe")
+    return recipes.read(recipe)
 
-    run.train(plan, out, threads=threads)
-    click.echo(str(out))
+
+def _from_nothing(tree: Any) -> bool:
+    """Recipes from nothing have stages, others a model; of one with neither, whose keys it has more of."""
+    from mowa.train.recipe import Recipe
+    from mowa.train.tuning import Tuning
+
+    if not isinstance(tree, dict) or "model" in tree or "stages" in tree:
+        return isinstance(tree, dict) and "stages" in tree
+    fresh, tuned = ({field.name for field in dataclasses.fields(kind)} & set(tree) for kind in (Recipe, Tuning))
+    return len(fresh) > len(tuned)
+
+
+def run(plan: Recipe | Tuning, out: Path, threads: int | None) -> bool:
+    """Train, here or in processes of its own. → whether it was here."""
+    from mowa.train.tuning import Tuning
+
+    if not isinstance(plan, Tuning):
+        from mowa.train import run as fresh
+
+        fresh.train(plan, out, threads=threads)
+        return True
+    from mowa.train import parallel
+
+    if parallel.wanted(plan) and not parallel.inside():
+        parallel.launch(plan, out, threads=threads)
+        return False
+    from mowa import loading
+    from mowa.train import tune
+
+    model = loading.load(plan.model, head=plan.vocabulary != "new")
+    tune.tune(plan, model, out, threads=threads)
+    return True

@@ -22,9 +22,10 @@ DEFAULTS = Settings()
 # fmt: off
 @click.command(short_help="Write down what is said in recordings.")
 @click.argument("recordings", nargs=-1, required=True, metavar="FILE_OR_FOLDER...")
-@click.option(
-    "-m", "--model", default="pl-tiny", show_default=True, help="Alias, folder, or hub id owner/name[@revision]."
-)
+@click.option("-m", "--model", help="Alias, folder, or hub id owner/name[@revision]. [default: pl-tiny, or what the"
+              " adapter was made for]")
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="An adapter of the model, as `mowa train` writes it.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
 @click.option("-f", "--format", "form", type=click.Choice(list(FORMATS)), default="text", show_default=True)
@@ -48,8 +49,9 @@ DEFAULTS = Settings()
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads. [default: the cores there are]")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def transcribe(
-    recordings: tuple[str, ...], model: str, revision: str | None, offline: bool, form: str, out: Path | None,
-    characters: bool, device: str, dtype: str, threads: int | None, debug: bool, **chosen: Any,
+    recordings: tuple[str, ...], model: str | None, adapter: Path | None, revision: str | None, offline: bool,
+    form: str, out: Path | None, characters: bool, device: str, dtype: str, threads: int | None, debug: bool,
+    **chosen: Any,
 ) -> int:
     # fmt: on
     """Write down what is said in recordings, in any common format, at any rate.
@@ -59,7 +61,7 @@ def transcribe(
     from mowa.cli import show
     from mowa.decode import captions
     from mowa.engines import native
-    from mowa.engines.transcription import Failure, transcripts
+    from mowa.engines.transcription import Failure, base_of, transcripts
     from mowa.loading import load
 
     failures: list[Failure] = []
@@ -68,8 +70,8 @@ def transcribe(
     if out is not None:
         _writable(out)
     if files:
-        loaded = load(model, revision=revision, offline=offline)
-        engine = native.engine(loaded, device=device, dtype=dtype, threads=threads)
+        loaded = load(model or base_of(adapter), revision=revision, offline=offline)
+        engine = native.engine(loaded, device=device, dtype=dtype, threads=threads).choose(adapter)
         settings = Settings(**chosen)
         names = _names(files, recordings) if out is not None else {}
         with show.audio_progress(_total_s(files)) as bar:

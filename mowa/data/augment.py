@@ -7,7 +7,7 @@ Every function takes float32 [n] at `rate_hz` and a numpy Generator, and gives f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,19 +16,30 @@ Samples = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Roughness:
-    """How often (probability) and how strongly each change is drawn.
+    """How often (probability) and how strongly each change is drawn."""
 
-    `gaps` is the share of a recording that is silenced, in ten times that share of the recordings.
-    """
+    speed: tuple[float, float] = field(default=(0.9, 1.1), metadata={"help": "slowest and fastest"})
+    room: float = field(default=0.3, metadata={"help": "how often in a synthetic room"})
+    equalise: float = field(default=0.4, metadata={"help": "how often through another microphone"})
+    telephone: float = field(default=0.15, metadata={"help": "how often through a telephone (300 to 3400 Hz, G.711)"})
+    noise: float = field(default=0.7, metadata={"help": "how often in noise"})
+    snr_db: tuple[float, float] = field(default=(3.0, 30.0), metadata={"help": "the recording over the noise, in dB"})
+    gaps: float = field(
+        default=0.05, metadata={"help": "share of a recording that is silenced, in ten times that share of them"}
+    )
+    loudness_db: tuple[float, float] = field(
+        default=(-30.0, -6.0), metadata={"help": "mean power, in dB of full scale"}
+    )
 
-    speed: tuple[float, float] = (0.9, 1.1)
-    room: float = 0.3
-    equalise: float = 0.4
-    telephone: float = 0.15
-    noise: float = 0.7
-    snr_db: tuple[float, float] = (3.0, 30.0)
-    gaps: float = 0.05
-    loudness_db: tuple[float, float] = (-30.0, -6.0)
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """SpecAugment (arXiv:1904.08779) on the frames below the blocks, as wav2vec 2.0 does it."""
+
+    time: float = field(default=0.05, metadata={"help": "share of the frames that is hidden"})
+    time_span: int = field(default=10, metadata={"help": "frames hidden together"})
+    features: float = field(default=0.0, metadata={"help": "share of the channels that is silenced, of each recording"})
+    features_span: int = field(default=64, metadata={"help": "channels silenced together"})
 
 
 def speed(samples: Samples, factor: float) -> Samples:
@@ -103,6 +114,16 @@ def roughen(samples: Samples, rng: np.random.Generator, how: Roughness, amount: 
         out = telephone(out)
     rms = float(np.sqrt(np.mean(out**2))) + 1e-9
     return np.clip(out * (10 ** (rng.uniform(*how.loudness_db) / 20) / rms), -1, 1).astype(np.float32)
+
+
+def spans(length: int, share: float, span: int, rng: np.random.Generator) -> np.ndarray:
+    """Bool [length]: about `share` of it in spans that may overlap; their number is rounded up as often as down."""
+    hidden = np.zeros(length, bool)
+    span = min(span, length)
+    count = int(share * length / max(1, span) + rng.random()) if share else 0
+    for start in rng.integers(0, length - span + 1, count):
+        hidden[start : start + span] = True
+    return hidden
 
 
 def _filtered(samples: Samples, rate_hz: int, response: Callable[[np.ndarray], np.ndarray]) -> Samples:

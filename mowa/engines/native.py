@@ -9,21 +9,25 @@ How recordings may share a batch (`Sharing`):
   same length share a batch.
 - ALONE: half precision on a CPU. Matrix products of another shape round elsewhere, and a rounding may tip a letter;
   a CPU gains little from batches anyway.
+
+Adapters are engines of their own over the base's weights, which are in memory once: `choose` one for each request.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from mowa import machine
+from mowa.adapt import store
 from mowa.errors import ModelError
 from mowa.families.patch import positions_by_table
 from mowa.nouns import Model
@@ -45,6 +49,22 @@ class Native:
     device: str
     precision: machine.Precision
     sharing: Sharing
+    adapters: Mapping[str, Native] = field(default_factory=dict)
+
+    def choose(self, adapter: str | Path | None) -> Native:
+        """The engine that one of `adapters` is, by its name, or that an adapter's folder makes; itself for None.
+
+        A name costs a look-up and may be asked from any thread; a folder is read anew each time. ModelError where it is
+        neither, or the adapter is another base's.
+        """
+        if adapter is None:
+            return self
+        if isinstance(adapter, str) and adapter in self.adapters:
+            return self.adapters[adapter]
+        if isinstance(adapter, str) and not Path(adapter).is_dir():
+            loaded = f"loaded are {', '.join(self.adapters)}" if self.adapters else "none were loaded"
+            raise ModelError(f"no adapter is called {adapter!r}: {loaded}; name one of them, or an adapter's folder")
+        return replace(self, model=store.load(self.model, adapter), adapters={})
 
     def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probabilities of one batch: clips float32 [n_i], already normalised → float32 [T_i, V] each.
@@ -67,10 +87,18 @@ class Native:
         return [row[: frames(self.model.net.config, n)] for row, n in zip(scores, lengths, strict=True)]
 
 
-def engine(model: Model, *, device: str = "auto", dtype: str = "auto", threads: int | None = None) -> Native:
+def engine(
+    model: Model,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+) -> Native:
     """Put the model on its device in its precision. "auto": a GPU if there is one; the dtype `machine` measured.
 
-    The net is converted in place. Raises ModelError for a device that is not there or an unknown dtype.
+    The net is converted in place. `adapters` (name → folder) are loaded over it, once, for `Native.choose`. Raises
+    ModelError for a device that is not there, an unknown dtype, or an adapter of another base.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -86,7 +114,8 @@ def engine(model: Model, *, device: str = "auto", dtype: str = "auto", threads: 
         model.net.to(device, getattr(torch, precision.dtype))
     except (RuntimeError, AssertionError) as wrong:
         raise ModelError(f"device {device!r} cannot be used ({str(wrong).splitlines()[0]})") from None
-    return Native(model, device, precision, _sharing(model.net.config, device, precision))
+    base = Native(model, device, precision, _sharing(model.net.config, device, precision))
+    return replace(base, adapters={name: base.choose(Path(folder)) for name, folder in (adapters or {}).items()})
 
 
 def _precision(model: Model, device: str, dtype: str) -> machine.Precision:

@@ -17,6 +17,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from mowa.adapt import store
 from mowa.data import audio
 from mowa.data.speech import TAIL_S, Window, windows
 from mowa.decode import ctc
@@ -27,6 +28,7 @@ from mowa.errors import AudioError, ModelError, MowaError
 from mowa.loading import load
 from mowa.nouns import Model, Transcript
 
+DEFAULT = "pl-tiny"
 LOOK_AHEAD = 8  # batches' worth of windows read before they are sorted by length
 
 
@@ -52,13 +54,16 @@ class _Recording:
 
 
 @overload
-def transcribe(files: str | Path, model: str | Model | Native = ..., **options: Any) -> Transcript: ...
+def transcribe(files: str | Path, model: str | Model | Native | None = ..., **options: Any) -> Transcript: ...
 @overload
-def transcribe(files: Sequence[str | Path], model: str | Model | Native = ..., **options: Any) -> list[Transcript]: ...
+def transcribe(
+    files: Sequence[str | Path], model: str | Model | Native | None = ..., **options: Any
+) -> list[Transcript]: ...
 def transcribe(
     files: str | Path | Sequence[str | Path],
-    model: str | Model | Native = "pl-tiny",
+    model: str | Model | Native | None = None,
     *,
+    adapter: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
@@ -66,13 +71,15 @@ def transcribe(
 ) -> Transcript | list[Transcript]:
     """One recording → its Transcript; a list of recordings and folders → a list, in order.
 
-    `model` is an alias, a folder, a hub id, or what `load` or `engine` gave. `settings` are the fields of `Settings`.
-    The first bad recording raises its MowaError; `transcripts` goes on past it.
+    `model` is an alias, a folder, a hub id, or what `load` or `engine` gave; None is the adapter's base, or pl-tiny.
+    `adapter` is an adapter's folder, or the name of one that `engine` was given. `settings` are the fields of
+    `Settings`. The first bad recording raises its MowaError; `transcripts` goes on past it.
     """
     chosen = Settings(**settings)
     if not isinstance(model, Native):
-        loaded = load(model) if isinstance(model, str) else model
+        loaded = load(model or base_of(adapter)) if model is None or isinstance(model, str) else model
         model = native.engine(loaded, device=device, dtype=dtype, threads=threads)
+    model = model.choose(adapter)
     alone = isinstance(files, str | Path)
     if alone and Path(str(files)).is_dir():
         raise AudioError(f"{files}: is a folder. Give it in a list, transcribe([folder]), for a list of transcripts.")
@@ -82,6 +89,11 @@ def transcribe(
             raise outcome.error
         done.append(outcome)
     return done[0] if alone else done
+
+
+def base_of(adapter: str | Path | None) -> str:
+    """By which name the model loads that `adapter` (a folder) was made over; pl-tiny without one."""
+    return DEFAULT if adapter is None else store.read(adapter).base.where
 
 
 def transcripts(

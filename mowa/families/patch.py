@@ -41,6 +41,16 @@ def channel_last_front_end(net: nn.Module) -> Iterator[int]:
             layer.activation = activation
 
 
+def checkpoint_blocks(net: Any, on: bool = True) -> None:
+    """Recompute the blocks of `net` in the backward pass, or no longer: less memory, more time."""
+    renamed = hasattr(net, "activation_checkpointing_enable")  # since transformers 5.2x
+    verb = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    if on:
+        getattr(net, f"{verb}_enable")({"use_reentrant": False})
+    else:
+        getattr(net, f"{verb}_disable")()
+
+
 @torch.no_grad()
 def positions_by_table(net: Any, *, training: bool = False) -> bool:
     """Where the positional convolution of `net` (a Wav2Vec2ForCTC) gives absolute positions, look them up instead.

@@ -7,6 +7,7 @@ come from and how a training run is arranged.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -67,6 +68,22 @@ def loss(logits: torch.Tensor, frames: torch.Tensor, labels: torch.Tensor, blank
     return F.ctc_loss(scores, targets, frames[rows], lengths[rows], blank, reduction="mean", zero_infinity=True)
 
 
+def losses(logits: torch.Tensor, frames: torch.Tensor, labels: torch.Tensor, blank: int) -> torch.Tensor:
+    """−log p(labels) of each clip (Graves et al. 2006), in nats: float32 [B].
+
+    logits [B, T, V], frames [B] true ones of each clip, labels [B, L] padded with IGNORED. Infinite where a clip has
+    fewer frames than its letters need (`needed`).
+    """
+    scores = logits.float().log_softmax(-1).transpose(0, 1)
+    lengths = (labels != IGNORED).sum(1)
+    return F.ctc_loss(scores, labels.clamp(min=0), frames, lengths, blank, reduction="none")
+
+
+def needed(ids: Sequence[int]) -> int:
+    """The fewest frames that can say these labels: one each, and a blank between two of the same."""
+    return len(ids) + sum(a == b for a, b in pairwise(ids))
+
+
 def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
     """Word and character error rate (jiwer), lower-cased, punctuation stripped: {"wer", "cer"}, 1.0 = all wrong."""
     try:
@@ -75,3 +92,23 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
         raise MissingPart("jiwer is needed to measure error rates: pip install 'mowa[evaluate]'") from None
     said, heard = [plain(text) for text in references], [plain(text) for text in hypotheses]
     return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)}
+
+
+def intervals(
+    references: Sequence[str], hypotheses: Sequence[str], *, draws: int = 1000, level: float = 0.95, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Of both error rates, where they lie in `level` of `draws` resamplings of the recordings (bootstrap)."""
+    import jiwer
+
+    said, heard = [plain(text) for text in references], [plain(text) for text in hypotheses]
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(said), (draws, len(said)))
+    out = {}
+    for name, measure in (("wer", jiwer.process_words), ("cer", jiwer.process_characters)):
+        seen = [measure(a, b) for a, b in zip(said, heard, strict=True)]
+        wrong = np.array([one.substitutions + one.deletions + one.insertions for one in seen])
+        total = np.array([one.substitutions + one.deletions + one.hits for one in seen])
+        rates = wrong[drawn].sum(1) / np.maximum(1, total[drawn].sum(1))
+        low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+        out[name] = (float(low), float(high))
+    return out

@@ -95,16 +95,20 @@ def held(net: Any) -> Iterator[None]:
     constant[::per_group] = 0
     if not positions_by_table(net, training=True):
         raise RecipeError("net: its positional convolution gives no absolute positions; they cannot be held")
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.requires_grad_(False)
+    shapes = ((projection.weight, constant[:, None]), (projection.bias, constant))
     hooks = [
-        projection.weight.register_hook(lambda gradient: gradient * constant.to(gradient)[:, None]),
-        projection.bias.register_hook(lambda gradient: gradient * constant.to(gradient)),
+        parameter.register_hook(lambda gradient, kept=kept: gradient * kept.to(gradient))
+        for parameter, kept in shapes
+        if parameter.requires_grad
     ]
     try:
         yield
     finally:
         del module.forward
-        module.requires_grad_(True)
+        for parameter in learning:
+            parameter.requires_grad_(True)
         for hook in hooks:
             hook.remove()
 

@@ -40,7 +40,8 @@ def test_long_recordings_say_what_their_parts_say(engine, tmp_path):
     heard = mowa.transcribe(tmp_path / "long.wav", engine, window_s=12.0)
     alone = mowa.transcribe(SAMPLE, engine)
     assert len(heard.segments) > 2
-    assert error_rates([" ".join([alone.text] * 5)], [heard.text])["cer"] < 0.02
+    # context differs by window, and so does a letter here and there; a lost or doubled stretch would be a tenth
+    assert error_rates([" ".join([alone.text] * 5)], [heard.text])["cer"] < 0.04
     # Every part starts where it starts: the same words, each time a period later.
     period_s = (len(sample) + len(pause)) / 16_000
     if len(heard.words) == 5 * len(alone.words):

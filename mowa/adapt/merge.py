@@ -1,0 +1,122 @@
+"""An adapter made one with its base: a plain checkpoint, and a measure of whether it says what the two said.
+
+LoRA becomes part of the weights, W + alpha / rank · B A. Bottlenecks have a nonlinearity between their matrices and can
+be part of no linear: they stay where transformers has its own place for them, `adapter_layer`, so the checkpoint is as
+plain as the other and loads the same. Which recordings are compared is not decided here.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mowa.adapt import lora, processor, store
+from mowa.data import audio
+from mowa.errors import DataError, ModelError
+from mowa.nouns import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far the emissions of two models are apart: the largest difference of a log-probability (nats), the share of
+    frames in which both find the same output likeliest, and how many frames were compared."""
+
+    largest: float
+    agreeing: float
+    frames: int
+
+
+def merge(model: Model) -> Model:
+    """The net of `model` without PEFT: every linear with low-rank updates has them in its weights. `model` stays.
+
+    Linears without updates share their weights with `model`. A net without LoRA comes back as it is, in modules of its
+    own. Sums are made in the weights' dtype.
+    """
+    net = store.twin(model.net)
+    if lora.has(net):
+        layer = lora.package().tuners.lora.LoraLayer
+        for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, layer)]:
+            alone: Any = copy.deepcopy(module)  # merging writes into the weights, and these are the base's too
+            alone.merge(safe_merge=True)
+            net.set_submodule(name, alone.get_base_layer().requires_grad_(False))
+        del net.peft_config
+    net.mowa_adapter = f"{getattr(net, 'mowa_adapter', 'that it had')} (merged)"  # no other may stand on it
+    return Model(net, model.family, model.origin, model.vocabulary, model.preprocessing)
+
+
+@torch.inference_mode()
+def compare(before: Model, after: Model, sounds: Sequence[np.ndarray]) -> Difference:
+    """Emissions of both over `sounds` (float32 [n] each, at the models' rate, not yet normalised), one at a time.
+
+    Raises ModelError where they do not mean the same by their outputs, or no sound is long enough for a frame.
+    """
+    if before.vocabulary != after.vocabulary or before.preprocessing != after.preprocessing:
+        raise ModelError(
+            f"{before.origin.name} and {after.origin.name} have other letters or other audio settings: nothing compares"
+        )
+    largest, agreeing, frames = 0.0, 0, 0
+    for sound in sounds:
+        ours, theirs = _emissions(before, sound), _emissions(after, sound)
+        largest = max(largest, float((ours - theirs).abs().max()))
+        agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        frames += len(ours)
+    if not frames:
+        raise ModelError("there is no sound to compare emissions over")
+    return Difference(largest, agreeing / frames, frames)
+
+
+def _emissions(model: Model, sound: np.ndarray) -> Tensor:
+    """Log-probabilities [T, V], float32, on the CPU."""
+    like = next(model.net.parameters())
+    samples = audio.normalize(sound) if model.preprocessing.normalize else sound
+    values = torch.from_numpy(np.ascontiguousarray(samples))[None].to(like.device, like.dtype)
+    return model.net.eval()(values).logits[0].float().log_softmax(-1).cpu()
+
+
+@contextmanager
+def written(model: Model, out: Path) -> Iterator[Path]:
+    """A folder with the whole checkpoint of `model`, to be examined; it becomes `out` when the context ends well.
+
+    Raises DataError where `out` is there already and not an empty folder.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} is there already: choose another folder, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
+        folder = Path(name) / "checkpoint"
+        with _no_bars():
+            model.net.save_pretrained(folder)
+        processor.write(model.vocabulary, model.preprocessing, folder)
+        for file in folder.glob("*.safetensors"):  # which nobody but the writer may read, as the library leaves it
+            file.chmod((folder / "vocab.json").stat().st_mode)
+        yield folder
+        if out.is_dir():
+            out.rmdir()
+        os.replace(folder, out)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar of one step; leave its settings, and the hub's with them, as they were."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging as chatter
+
+    bars, none_of_hub = chatter.is_progress_bar_enabled(), are_progress_bars_disabled()
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            chatter.enable_progress_bar()
+        if none_of_hub:
+            disable_progress_bars()

@@ -1,0 +1,118 @@
+"""`mowa adapt`: what an adapter is, and a plain checkpoint made of it and its base. `mowa train` makes adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mowa.adapt.merge import Difference
+    from mowa.adapt.store import Adapter
+
+SAMPLE = Path(__file__).parents[1] / "assets" / "sample.flac"
+PIECE_S, LONGEST_S = 15.0, 60.0  # emissions are compared over so much of each recording, in pieces
+KINDS = {"lora": "low-rank updates (LoRA)", "adapters": "bottleneck adapters (MMS)"}
+
+
+@click.group(short_help="Look at an adapter, or merge it into its base.")
+def adapt() -> None:
+    """Look at an adapter, or merge it into its base. `mowa train` makes adapters (train: lora, train: adapters)."""
+
+
+@adapt.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+def show(adapter: Path) -> None:
+    """Say what the ADAPTER in a folder is, of which base, and how well it did."""
+    from mowa.adapt import store
+    from mowa.cli.show import size, table
+
+    found = store.read(adapter)
+    base = found.base
+    specials = {found.vocabulary.blank, found.vocabulary.delimiter, *found.vocabulary.specials}
+    letters = "".join(token for index, token in enumerate(found.vocabulary.tokens) if index not in specials)
+    weights = adapter / found.weights
+    rows = [
+        ["kind", KINDS[found.kind]],
+        ["base", base.where if base.where == base.name else f"{base.name} ({base.where})"],
+        ["base's weights", f"sha256 {base.sha256}"],
+        ["language", found.language or "not said"],
+        ["letters", f"{len(letters)}: {letters}"],
+        ["parameters", f"{found.parameters:,}, the head among them"],
+        ["file", f"{weights.name}, {size(weights.stat().st_size) if weights.is_file() else 'missing'}"],
+        ["made by", ", ".join(f"{name} {version}" for name, version in found.made_by.items())],
+        *_measured(found),
+    ]
+    table(["adapter", str(adapter)], rows)
+
+
+def _measured(found: Adapter) -> list[list[str]]:
+    """Error rates by set, where they are written as `mowa train` writes them."""
+    return [
+        [name, f"WER {row['wer']:.1%}, CER {row['cer']:.1%}"]
+        for name, row in found.metrics.items()
+        if isinstance(row, dict) and {"wer", "cer"} <= row.keys()
+    ]
+
+
+@adapt.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the checkpoint.")
+@click.option("-m", "--model", help="The adapter's base, where it is not found by the name that the adapter knows.")
+@click.option("--audio", "recordings", type=click.Path(exists=True, path_type=Path), multiple=True,
+              help="Recording(s) to compare over. [default: the bundled sample]")  # fmt: skip
+@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-3, show_default=True,
+              help="Largest difference of a log-probability that is let pass.")  # fmt: skip
+@click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
+def merge(
+    adapter: Path, out: Path, model: str | None, recordings: tuple[Path, ...], tolerance: float, offline: bool
+) -> None:
+    """Write ADAPTER and its base as one checkpoint, which plain transformers loads.
+
+    It is loaded again and compared with base and adapter before it takes its place. LoRA becomes part of the weights;
+    bottlenecks stay layers of their own, as transformers has them.
+    """
+    from mowa.adapt import merge as room
+    from mowa.adapt import store
+    from mowa.errors import ModelError
+    from mowa.loading import load
+
+    found = store.read(adapter)
+    base = load(model or found.base.where, offline=offline)
+    adapted = store.load(base, adapter)
+    sounds = _sounds(recordings or (SAMPLE,), adapted.preprocessing.rate_hz)
+    with room.written(room.merge(adapted), out) as folder:
+        after = room.compare(adapted, load(str(folder)), sounds)
+        rows = [_row("base with adapter → merged", after)]
+        if base.vocabulary == adapted.vocabulary:
+            rows.append(_row("base alone → merged", room.compare(base, adapted, sounds)))
+        _say(rows)
+        if after.largest > tolerance:
+            raise ModelError(
+                f"the merged checkpoint says something else than {adapter} over its base: a log-probability is"
+                f" {after.largest:.2g} off, and {tolerance:g} is let pass; {out} was not written"
+            )
+    click.echo(str(out))
+
+
+def _row(what: str, difference: Difference) -> list[str]:
+    return [what, f"{difference.largest:.2e}", f"{difference.agreeing:.2%}", str(difference.frames)]
+
+
+def _say(rows: list[list[str]]) -> None:
+    from mowa.cli.show import table
+
+    table(["emissions", "largest difference", "same output", "frames"], rows)
+
+
+def _sounds(recordings: tuple[Path, ...], rate_hz: int) -> list[np.ndarray[Any, Any]]:
+    """Pieces of every recording, none shorter than a tenth of a second. ModelError where there are none."""
+    from mowa.data import audio
+
+    piece = int(PIECE_S * rate_hz)
+    loaded = [audio.load(file, rate_hz)[: int(LONGEST_S * rate_hz)] for file in audio.find(recordings)]
+    pieces = [samples[start : start + piece] for samples in loaded for start in range(0, len(samples), piece)]
+    return [samples for samples in pieces if len(samples) >= rate_hz // 10]

@@ -1,0 +1,217 @@
+"""One table, wherever it is kept → its rows, one at a time: JSON lines, CSV, TSV, parquet, Arrow, a stream off the hub.
+
+This room knows containers and what their columns may be called; it refuses to know what a recording is, and decodes
+none: sound comes as a path, or as the bytes that the table holds. `sources` puts the tables of a folder together.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mowa.errors import DataError, HubUnreachable, MissingPart
+
+# What a column may be called, the likelier name first; letter case does not matter.
+ROLES: dict[str, tuple[str, ...]] = {
+    "audio": tuple("audio audio_filepath audio_path audio_file file_name filename file path wav flac mp3".split()),
+    "text": tuple("text sentence transcription transcript normalized_text raw_transcription raw_text txt".split()),
+    "id": ("id", "utt_id", "utterance_id", "uid", "key", "__key__"),
+    "duration": ("duration_s", "duration"),
+    "offset": ("offset",),
+    "split": ("split",),
+    "speaker": ("speaker", "speaker_id", "client_id"),
+    "gender": ("gender", "sex"),
+    "age": ("age",),
+    "accent": ("accent", "accents"),
+    "voice": ("voice",),
+    "language": ("language", "locale", "lang"),
+}
+HUB = re.compile(r"hub:(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<config>.+))?")
+
+Row = tuple[str, Path, Mapping[str, Any]]  # where it stands, the folder its paths start from, its columns
+
+
+@lru_cache(maxsize=256)
+def columns(names: tuple[str, ...]) -> dict[str, str]:
+    """Role → the column that plays it, of those with these names."""
+    there = {str(name).strip().lower(): name for name in reversed(names)}
+    return {role: there[name] for role, known in ROLES.items() for name in reversed(known) if name in there}
+
+
+def _useful(names: list[str], sounding: list[str]) -> dict[str, str]:
+    """Columns to read → what to call them: those with a role, sound under any name; all, where a role is missing."""
+    known = {name for names in ROLES.values() for name in names}
+    useful = {name: name for name in names if name.strip().lower() in known}
+    if "audio" not in columns(tuple(useful)) and sounding:
+        useful[sounding[0]] = "audio"
+    if {"audio", "text"} <= set(columns(tuple(useful.values()))):
+        return useful
+    return {name: useful.get(name, name) for name in names}  # so that an error can name them all
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """Lines with their ends, a byte order mark left out; split at line feeds only, as U+2028 may stand in a text."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as wrong:
+                raise DataError(
+                    f"{path}:{number}: is not UTF-8 (byte 0x{wrong.object[wrong.start]:02x}). Save it as UTF-8, or "
+                    "convert it: iconv -f ITS-ENCODING -t UTF-8."
+                ) from None
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_decoded(path), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as wrong:
+            raise DataError(
+                f"{path}:{number}: broken JSON ({wrong.msg}, column {wrong.colno}). Write one whole object a line."
+            ) from None
+        if not isinstance(fields, dict):
+            raise DataError(f"{path}:{number}: is JSON, but no object with columns. Write one object a line.")
+        yield f"{path}:{number}", path.parent, fields
+
+
+def _table(path: Path) -> Iterator[Row]:
+    """CSV with its usual quotes, its delimiter told by the header; TSV with none, as Common Voice's quotes are text."""
+    lines = _decoded(path)
+    first = next(lines, "")
+    if path.suffix.lower() == ".tsv":
+        reader = csv.reader(chain([first], lines), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(chain([first], lines), delimiter=max(",;\t|", key=first.count))
+    lengths = _clip_lengths(path.parent)
+    try:
+        header = next(reader, [])
+        for values in reader:
+            if not values:
+                continue
+            where = f"{path}:{reader.line_num}"
+            if len(values) > len(header):
+                counted = f"{len(values)} columns, the header {len(header)}"
+                raise DataError(f"{where}: has {counted}. Quote texts that hold the delimiter.")
+            fields: dict[str, Any] = dict(zip(header, values, strict=False))
+            if (length_s := lengths.get(fields.get("path", ""))) is not None:
+                fields["duration_s"] = length_s
+            yield where, path.parent, fields
+    except csv.Error as wrong:
+        raise DataError(f"{path}:{reader.line_num}: broken table ({wrong}). Check the quotes before it.") from None
+
+
+def _clip_lengths(folder: Path) -> dict[str, float]:
+    """Seconds by clip, where Common Voice lists them: a header less to read for each of a million clips."""
+    listed = folder / "clip_durations.tsv"
+    if not listed.is_file():
+        return {}
+    rows = (line.rstrip("\r\n").split("\t") for line in _decoded(listed))
+    return {row[0]: float(row[1]) / 1000 for row in rows if len(row) == 2 and row[1].isdecimal()}
+
+
+# --- tables that hold bytes -------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    pq, arrow = part("pyarrow.parquet"), part("pyarrow")
+    try:
+        with pq.ParquetFile(path) as file:
+            structs = [field for field in file.schema_arrow if arrow.types.is_struct(field.type)]
+            sounding = [field.name for field in structs if field.type.get_field_index("bytes") >= 0]
+            useful = _useful(file.schema_arrow.names, sounding)
+            number = 0
+            for batch in file.iter_batches(batch_size=16, columns=list(useful)):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", path.parent, {useful[key]: value for key, value in fields.items()}
+    except (arrow.ArrowException, OSError) as wrong:
+        raise DataError(f"{path}: is no parquet file, or damaged ({_reason(wrong)}). Copy it again.") from wrong
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _lines,
+    ".json": _lines,
+    ".csv": _table,
+    ".tsv": _table,
+    ".parquet": _parquet,
+}
+"""By suffix: one file → its rows."""
+
+
+def saved(folder: Path) -> Iterator[Row]:
+    """The rows of a `Dataset` that `save_to_disk` wrote, straight from its mapped files."""
+    datasets = part("datasets")
+    try:
+        data = datasets.load_from_disk(str(folder)).with_format(None)  # a format is saved with it
+        sounding = [name for name, feature in data.features.items() if isinstance(feature, datasets.Audio)]
+        for name in sounding:
+            data = data.cast_column(name, datasets.Audio(decode=False))
+        useful = _useful(data.column_names, sounding)
+        for number, fields in enumerate(data.select_columns(list(useful)), 1):
+            yield f"{folder}: row {number}", folder, {useful[key]: value for key, value in fields.items()}
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as wrong:
+        raise DataError(f"{folder}: is damaged ({_reason(wrong)}). Save it again with save_to_disk.") from wrong
+
+
+def hub(source: str, choose: Callable[[Iterable[str]], str]) -> Iterator[Row]:
+    """`hub:owner/name[@revision][:config]`, streamed; `choose` picks one of the splits. HubUnreachable, DataError."""
+    named = HUB.fullmatch(source)
+    if named is None:
+        raise DataError(f"{source}: is no data set's name. Say hub:owner/name, or hub:owner/name:config.")
+    if Path(named["repo"]).exists():  # datasets would read that instead, without a word
+        raise DataError(f"{source}: a folder {named['repo']} stands here. For it, leave out hub:; else work elsewhere.")
+    datasets, errors = part("datasets"), part("huggingface_hub.errors")
+    try:
+        builder = datasets.load_dataset_builder(named["repo"], named["config"], revision=named["revision"])
+        if hasattr(builder.config, "decode_num_threads"):
+            builder.config.decode_num_threads = 0  # decoding ahead in threads needs torchcodec
+        splits = builder.as_streaming_dataset()
+        data = splits[choose(splits)]
+        kinds = data.features or {}
+        sounding = [name for name, feature in kinds.items() if isinstance(feature, datasets.Audio)]
+        for name in sounding:
+            data = data.cast_column(name, _undecoded(datasets, builder))
+        if useful := _useful(list(kinds), sounding):
+            data = data.select_columns(list(useful))
+        for number, fields in enumerate(data, 1):
+            yield f"{source}: row {number}", Path(), {useful.get(key, key): value for key, value in fields.items()}
+    except (ConnectionError, errors.HTTPError) as wrong:
+        raise HubUnreachable(f"{source}: the hub does not give it ({_reason(wrong)}). Try again later.") from wrong
+    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as wrong:
+        raise DataError(f"{source}: cannot be streamed ({_reason(wrong)}). Check its page on the hub.") from wrong
+
+
+def _undecoded(datasets: ModuleType, builder: Any) -> Any:
+    """The feature that leaves sound as the builder has it. Where rows are made one by one, `Audio` would not do: it
+    wants torchcodec even to pass a path on (datasets 5.2, Audio.encode_example)."""
+    if isinstance(builder, datasets.ArrowBasedBuilder):
+        return datasets.Audio(decode=False)
+    if builder.info.builder_name == "audiofolder":
+        return datasets.Value("string")
+    return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+
+
+def part(name: str) -> ModuleType:
+    """A module of what `mowa[data]` brings. MissingPart where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise MissingPart(f"{name.partition('.')[0]} is needed to read this: pip install 'mowa[data]'") from None
+
+
+def _reason(wrong: Exception) -> str:
+    return next((line.strip() for line in str(wrong).splitlines() if line.strip()), type(wrong).__name__).rstrip(".")

@@ -1,0 +1,62 @@
+"""Checkpoints of a run that may be killed at any moment: a folder counts once it says that it is whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+WHOLE, AVERAGE = "whole", "average.safetensors"
+
+
+def last(folder: Path) -> Path | None:
+    """The last whole checkpoint in `folder`; those that a kill left half-written are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in found:
+        if not (path / WHOLE).is_file():
+            shutil.rmtree(path)
+    whole = [path for path in found if path.is_dir()]
+    return whole[-1] if whole else None
+
+
+class Whole(TrainerCallback):
+    """Marks a checkpoint when all of it is written. The last callback of a run."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / WHOLE).touch()
+
+
+class Average(TrainerCallback):
+    """An exponential moving average of what learns: a ← decay · a + (1 − decay) · w after every step.
+
+    It is kept in each checkpoint, so a run that goes on has the one it would have had.
+    """
+
+    def __init__(self, net: nn.Module, decay: float, resumed: Path | None = None) -> None:
+        self.decay = decay
+        self.learning = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
+        kept = load_file(resumed / AVERAGE) if resumed else self.learning
+        self.average = {name: kept[name].detach().clone().to(weight) for name, weight in self.learning.items()}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))  # young averages follow faster
+        for name, weight in self.learning.items():
+            self.average[name].lerp_(weight.detach(), 1 - decay)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            save_file({name: value.contiguous() for name, value in self.average.items()}, folder / AVERAGE)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """The net's weights become the average."""
+        for name, weight in self.learning.items():
+            weight.copy_(self.average[name])

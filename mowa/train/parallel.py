@@ -1,0 +1,315 @@
+"""One fine-tuning run on several devices: its processes, and how the stock Trainer shares the weights among them.
+
+torchrun's agent starts and watches the processes; here is what it is told, and what its end means in one line. What a
+strategy costs in memory `memory` knows; what is learnt nobody here does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mowa import machine
+from mowa.errors import MissingPart, RecipeError, TrainingStopped
+from mowa.train import memory, schema, tuning, zero
+from mowa.train.memory import Choice
+from mowa.train.tuning import Tuning
+
+LAUNCHED = ("zero2", "zero3", "fsdp")  # need their processes even on one device
+SHARDED = ("zero3", "zero3-offload", "fsdp")  # no process has all the weights
+PATIENCE_S = 10  # for a process that is asked to end
+_HUSHED = "ignore::FutureWarning:torch.distributed.c10d_logger"  # DeepSpeed's calls of what torch 2.13 has renamed
+_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+
+
+def wanted(plan: Tuning) -> bool:
+    """Whether the run needs processes of its own."""
+    how = plan.parallel
+    return how.devices * how.nodes > 1 or how.strategy in LAUNCHED
+
+
+def inside() -> bool:
+    """Whether this is one of a run's processes: torchrun (or srun, deepspeed, accelerate) said which."""
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def launch(plan: Tuning, out: Path, *, threads: int | None = None) -> None:
+    """Run `mowa train` as `plan` says on all devices of this machine, and return when every process has finished.
+
+    The recipe is written to `out`/recipe.yaml. On several machines this is called once on each. RecipeError where the
+    plan asks for what is not there; MissingPart without DeepSpeed; TrainingStopped when a process dies: the others are
+    ended, and the same command goes on from the last checkpoint. KeyboardInterrupt after Ctrl-C, when all have ended.
+    """
+    recipe = out / "recipe.yaml"
+    for note in (recipe, out / "run" / "recipe.yaml"):
+        if note.is_file() and tuning.read(note) != plan:
+            raise RecipeError(f"{note.parent} holds a run by another recipe: choose another folder, or delete that one")
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f"recipe.{os.uname().nodename}.partial"  # several machines may share the folder
+    schema.write(plan, partial)
+    partial.replace(recipe)
+    each = max(1, (threads or machine.cores()) // plan.parallel.devices)
+    oversee(["--module", "mowa", "train", str(recipe), "-o", str(out), "--threads", str(each)], plan, out, threads=each)
+
+
+def oversee(command: Sequence[str], plan: Tuning, out: Path, *, threads: int) -> None:
+    """Start `command` (what torchrun takes after its options) once for each device, and see to its end.
+
+    threads: of the processor, for each process. Raises as `launch` does.
+    """
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import parse_args, run
+
+    how = plan.parallel
+    on_gpus = possible(plan)
+    own = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE_S)}
+    own |= {} if on_gpus else {"DS_ACCELERATOR": "cpu"}
+    own["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS", ""), _HUSHED]))
+    with _as_agent(own):
+        try:
+            run(parse_args(["--nproc-per-node", str(how.devices), *_meeting(how.nodes), *command]))
+        except ChildFailedError as failed:
+            _end(failed)
+            raise TrainingStopped(f"{_cause(failed, how.devices * how.nodes)}; {_resume(out)}") from None
+        except SignalException as asked:
+            if asked.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise TrainingStopped(f"stopped by {signal.Signals(asked.sigval).name}; {_resume(out)}") from None
+        except (RendezvousError, DistError) as apart:
+            where = " ".join(str(apart).split())[:200]
+            raise TrainingStopped(f"the processes on {how.nodes} machines did not find each other: {where}") from None
+
+
+def possible(plan: Tuning) -> bool:
+    """Whether the processes will have GPUs; RecipeError or MissingPart where this machine cannot run the plan."""
+    import torch
+
+    how, gpus = plan.parallel, torch.cuda.device_count()
+    if gpus and how.devices > gpus:
+        raise RecipeError(f"parallel: devices is {how.devices}, and this machine has {gpus} GPU{'s' * (gpus > 1)}")
+    if how.strategy.startswith("zero") and not _deepspeed():
+        raise MissingPart(f"strategy {how.strategy} needs deepspeed: pip install deepspeed")
+    if how.strategy == "fsdp" and not gpus:
+        raise RecipeError("parallel: strategy: fsdp needs GPUs; without one: ddp, zero2 or zero3")
+    if plan.optimise.precision == "fp16" and not gpus:
+        raise RecipeError("optimise: precision: fp16 needs a GPU; without one: float32 or bf16")
+    return gpus > 0
+
+
+def _deepspeed() -> bool:
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def _meeting(nodes: int) -> list[str]:
+    """torchrun's options for where the processes find each other."""
+    if nodes == 1:
+        return ["--standalone", "--local-addr", "127.0.0.1"]
+    host, port, number = _environment("MASTER_ADDR"), _environment("MASTER_PORT"), _environment("NODE_RANK")
+    if "SLURM_JOB_ID" in os.environ:
+        host = host or _first_host(_environment("SLURM_JOB_NODELIST"))
+        port = port or str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000)
+        number = number or _environment("SLURM_NODEID")
+    for name, value in (("MASTER_ADDR", host), ("MASTER_PORT", port), ("NODE_RANK", number)):
+        if not value:
+            raise RecipeError(
+                f"parallel: nodes is {nodes} and {name} is not set: give every machine MASTER_ADDR and MASTER_PORT, "
+                "where the first one listens, and NODE_RANK, its number from 0"
+            )
+    options = {"nnodes": nodes, "node-rank": number, "master-addr": host, "master-port": port}
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def _environment(name: str) -> str:
+    return os.environ.get(name, "")
+
+
+def _first_host(names: str) -> str:
+    """`node[07-09,12],gpu1` → node07, as `scontrol show hostnames` begins."""
+    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", names)
+    return f"{found[1]}{found[2] or ''}{found[3] or ''}" if found else ""
+
+
+@contextmanager
+def _as_agent(own: dict[str, str]) -> Iterator[None]:
+    """torchrun's agent sets variables, handles signals and logs at length; afterwards all is as it was."""
+    import torch.distributed.elastic.multiprocessing  # noqa: F401  (its loggers, before they are silenced)
+
+    variables = dict(os.environ)
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {name: handler for name in handled if (handler := signal.getsignal(name)) is not None}
+    os.environ.update(own)
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+        os.environ.clear()
+        os.environ.update(variables)
+
+
+def _end(failed: Any) -> None:
+    """What a dead process had started (the readers of its batches) goes with it: each is the head of its own group."""
+    for failure in failed.failures.values():
+        try:
+            os.killpg(failure.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _cause(failed: Any, count: int) -> str:
+    """The failure that came first; in the same second, a kill before an exit, and what the agent itself ended last."""
+    asked = -signal.SIGTERM
+    rank, failure = min(
+        failed.failures.items(), key=lambda item: (item[1].exitcode == asked, item[1].timestamp, item[1].exitcode > 0)
+    )
+    if failure.exitcode < 0:
+        name = failure.signal_name()
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"process {rank} of {count} was ended by {name}{hint}, so the others were ended too"
+    said = f"with exit code {failure.exitcode}; what it said stands above"
+    return f"process {rank} of {count} ended {said}, and the others were ended too"
+
+
+def _resume(out: Path) -> str:
+    steps = [int(path.name.rpartition("-")[2]) for path in out.rglob("checkpoint-*") if path.name[11:].isdigit()]
+    if not steps:
+        return f"no checkpoint lies in {out} yet, so the same command begins anew"
+    return f"the same command goes on from checkpoint {max(steps)} in {out}"
+
+
+# --- inside each process: what the Trainer is told ----------------------------------------------------------------
+
+
+def arguments(plan: Tuning, net: Any, devices: int, *, precision: str = "auto") -> dict[str, Any]:
+    """The TrainingArguments that depend on devices, strategy and precision; they replace whatever stands there.
+
+    Call it after what learns in `net` was marked and before TrainingArguments are made. `devices`: on this machine;
+    precision: float32, bf16, fp16, or auto as `plan` and this machine have it. In a run's process two things are seen
+    to besides: it ends when its launcher does, and layerdrop is 0, for all processes must run the same blocks.
+    """
+    import torch
+
+    on_gpus = torch.cuda.is_available()
+    kind = _precision(plan, net) if precision == "auto" else precision
+    whole: dict[str, Any] = {"bf16": kind == "bf16", "fp16": kind == "fp16", "use_cpu": not on_gpus}
+    if not inside():
+        return whole
+    end_with_launcher()
+    net.config.layerdrop = 0.0
+    choice = settle(plan, net, devices * plan.parallel.nodes, precision=kind)
+    if choice.strategy == "ddp":
+        backend = "nccl" if on_gpus else "gloo"
+        return whole | {"ddp_backend": backend, "ddp_find_unused_parameters": _unused(plan, net)}
+    if choice.strategy == "fsdp":
+        block = type(net.base_model.encoder.layers[0]).__name__
+        return whole | {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [block]}}
+    config = zero.deepspeed_config(choice.strategy, plan, block=memory.block_parameters(net), precision=kind)
+    shared = {"deepspeed": config, "bf16": False, "fp16": kind == "fp16", "use_cpu": False}
+    if on_gpus:
+        return shared
+    zero.meet_on_processors()
+    return shared | {"accelerator_config": {"use_configured_state": True}, "dataloader_pin_memory": False}
+
+
+def settle(plan: Tuning, net: Any, devices: int, *, precision: str) -> Choice:
+    """The strategy of a run on `devices` over all machines, and why; RecipeError where the one asked for cannot be.
+
+    auto weighs by what `memory` estimates those that can run this plan; the first process prints the estimate.
+    """
+    import torch
+
+    how, on_gpus = plan.parallel, possible(plan)
+    if how.strategy != "auto":
+        if why := refused(how.strategy, plan, net):
+            raise RecipeError(f"parallel: strategy: {how.strategy}: {why}")
+        return Choice(how.strategy, f"{how.strategy}, as the recipe says")
+    host = machine.memory_bytes()
+    device = torch.cuda.get_device_properties(0).total_memory if on_gpus else host / how.devices
+    known = memory.estimate(net, plan, gpu_bytes=device, host_bytes=host, devices=devices, precision=precision)
+    among = [name for name in _weighed(on_gpus) if not refused(name, plan, net)]
+    choice = memory.choose(known, among)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{memory.table(known)}\nstrategy {choice.reason}", file=sys.stderr)
+    return choice
+
+
+def _weighed(on_gpus: bool) -> tuple[str, ...]:
+    if not _deepspeed():
+        return ("ddp", "fsdp") if on_gpus else ("ddp",)
+    return ("ddp", "zero2", "zero3", "zero3-offload") if on_gpus else ("ddp", "zero2", "zero3")
+
+
+def refused(strategy: str, plan: Tuning, net: Any) -> str:
+    """Why a strategy cannot run this plan; empty where it can."""
+    if strategy not in SHARDED:
+        return ""
+    if plan.optimise.ema:
+        return "no process has all the weights to average (optimise: ema); use ddp or zero2"
+    if plan.batch.layout == "packed" and net.config.feat_extract_norm == "group":
+        return (
+            "this net's front end takes packed recordings one by one, and the processes would fall out of step; "
+            "use batch: layout: padded, or ddp or zero2"
+        )
+    return ""
+
+
+def consolidated(trainer: Any) -> dict[str, Any] | None:
+    """After training: every weight of the module that was trained, whole, on the CPU of process 0; None on the others.
+
+    Every process calls it. Frozen weights are there too, even where the module leaves them out of its checkpoints.
+    float32, but float16 under fp16 and ZeRO.
+    """
+    module = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    state: dict[str, Any] = {}
+    if not trainer.is_fsdp_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # None on others, under ZeRO-3
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        if hasattr(weight, "full_tensor"):
+            state[name] = weight.full_tensor()  # all processes together
+        elif not hasattr(weight, "ds_id"):  # a piece of ZeRO-3, which has been put together above
+            state.setdefault(name, weight)
+    if not trainer.is_world_process_zero():
+        return None
+    whole = {}
+    for name, value in state.items():
+        tensor = value.detach().to("cpu").contiguous()
+        alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        whole[name] = tensor if alone else tensor.clone()  # safetensors refuses what shares its storage
+    return whole
+
+
+def _precision(plan: Tuning, net: Any) -> str:
+    import torch
+
+    if plan.optimise.precision != "auto":
+        return plan.optimise.precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    found = machine.precision(net.config.hidden_size, net.config.intermediate_size)
+    return "bf16" if found.dtype == "bfloat16" else "float32"
+
+
+def _unused(plan: Tuning, net: Any) -> bool:
+    """Whether steps leave something that learns without a gradient, which DDP has to look for."""
+    vector = getattr(net.base_model, "masked_spec_embed", None)
+    return vector is not None and vector.requires_grad and not plan.masks.time
+
+
+def end_with_launcher() -> None:
+    """Ask the kernel (Linux) to end this process when the one that started it is gone, even by kill -9."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)

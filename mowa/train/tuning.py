@@ -1,0 +1,260 @@
+"""Fine-tuning as one value: a checkpoint, recordings, what of it learns, and how. From nothing: `recipe`.
+
+Every knob is stated once, here: the command line, the reference page and the YAML files read it from these classes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mowa.data.augment import Masks, Roughness
+from mowa.errors import RecipeError
+from mowa.train import schema
+from mowa.train.schema import knob
+
+LEARNT = ("head", "adapters", "lora", "top-N", "encoder", "all")
+SHARE: dict[str, Any] = {"least": 0.0, "most": 1.0}
+MILD = Roughness(room=0.0, equalise=0.0, telephone=0.0, noise=0.0, gaps=0.0)
+PLAIN = replace(MILD, speed=(1.0, 1.0))  # as recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Recordings and their texts, from one place; `data.sources` says what it may be."""
+
+    path: str = field(
+        metadata={"help": "a .jsonl, .csv, .tsv or .parquet file, a Common Voice or other folder, or hub:owner/name"}
+    )
+    split: str = knob("", "split of a Common Voice folder or a data set: train, dev, test, …")
+    share: float = knob(0.0, "share of the seconds of every batch; 0: as long as it is", **SHARE)
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What is learnt from, what is measured on, and what is left out."""
+
+    train: tuple[Part, ...] = field(metadata={"help": "recordings to learn from; one path, or a list of parts"})
+    dev: tuple[Part, ...] = knob((), "measured during training; none: `hold_out` is taken from train")
+    test: tuple[Part, ...] = knob((), "measured once, in the end")
+    replay: tuple[Part, ...] = knob((), "recordings the checkpoint was good at, to watch what it forgets")
+    hold_out: float = knob(
+        0.05, "share of train to measure on where dev is empty; whole speakers, if they are named", **SHARE
+    )
+    shortest_s: float = knob(0.2, "shorter recordings are left out", least=0.0)
+    longest_s: float = knob(20.0, "longer recordings are left out", least=0.0)
+    strange: str = knob(
+        "map",
+        "letters the head lacks: map to near ones, drop, or reject the recording",
+        choices=("map", "drop", "reject"),
+    )
+    letters: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "letters to write otherwise, before anything else: {ё: е}"}
+    )
+    measured: int = knob(300, "at most so many recordings of each dev set, the same each time; 0: all", least=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """How recordings are put together."""
+
+    seconds: float = knob(40.0, "seconds of sound a step and device", least=0.5)
+    layout: str = knob("packed", "packed: end to end, no padding; padded: one row each", choices=("packed", "padded"))
+    accumulate: int = knob(1, "batches whose gradients are summed before a step", least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Low-rank updates (arXiv:2106.09685), in PEFT's format."""
+
+    rank: int = knob(16, "rank of the updates", least=1)
+    alpha: float = knob(32.0, "they are scaled by alpha / rank")
+    dropout: float = knob(0.0, "dropout on their input", **SHARE)
+    where: tuple[str, ...] = knob(("attention", "mlp"), "linears they sit on", choices=("attention", "mlp"))
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """Bottlenecks after each block, as MMS has them (arXiv:2305.13516): LayerNorm, down, ReLU, up, added."""
+
+    width: int = knob(64, "width of the bottleneck", least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Optimise:
+    """How weights move (AdamW)."""
+
+    epochs: float = knob(10.0, "passes over the training recordings; ignored where steps are given", least=0.0)
+    steps: int = knob(0, "steps of the optimiser; 0: as many as the epochs have", least=0)
+    learning_rate: float = knob(
+        0.0,
+        "of what learns below the head; 0: 3e-5 for all, encoder and top-N, 5e-4 for the rest and for a student",
+        least=0.0,
+    )
+    head_times: float = knob(
+        0.0, "the head learns so many times faster; 0: 10 for a new head, 1 for an old one", least=0.0
+    )
+    layer_decay: float = knob(
+        1.0, "each block learns so many times as fast as the one above it (1: all alike)", **SHARE
+    )
+    schedule: str = knob("tri-stage", "learning rate over time", choices=("tri-stage", "cosine", "linear", "constant"))
+    warmup: float = knob(0.1, "share of the steps in which the learning rate rises", **SHARE)
+    hold: float = knob(0.4, "share of the steps at the full rate (tri-stage)", **SHARE)
+    weight_decay: float = knob(0.01, "of matrices", least=0.0)
+    betas: tuple[float, float] = knob((0.9, 0.98), "of AdamW", least=0.0, most=0.99999)
+    clip: float = knob(1.0, "longest gradient", least=0.0)
+    precision: str = knob(
+        "auto", "auto: bf16 where the machine is fast at it, else float32", choices=("auto", "float32", "bf16", "fp16")
+    )
+    checkpointing: bool = knob(False, "recompute blocks in the backward pass: less memory, a third more time")
+    ema: float = knob(
+        0.0, "keep a moving average of the weights with this decay (0.999), and end with it", least=0.0, most=0.99999
+    )
+    seed: int = knob(0, "of everything that is drawn", least=0, most=2**31 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """When the dev sets are measured, and what for."""
+
+    every: int = knob(0, "steps between measurements; 0: ten in the run, at least 20 steps apart", least=0)
+    patience: int = knob(0, "stop after so many measurements without a better one; 0: never", least=0)
+    best: str = knob("wer", "the checkpoint that is kept has the lowest of these", choices=("wer", "cer", "loss"))
+    examples: int = knob(3, "recordings whose text is shown at each measurement", least=0)
+    trackers: tuple[str, ...] = knob((), "also write to these", choices=("tensorboard", "wandb"))
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Sentinels, which stop a run that would waste a night. Each is off at 0."""
+
+    blank: float = knob(0.99, "share of blank frames that counts as collapse", **SHARE)
+    patience: int = knob(400, "steps that a collapse, or no learning at all, may last", least=0)
+    divergence: float = knob(4.0, "times the best loss so far that counts as divergence", least=0.0)
+    forgetting: float = knob(1.5, "times its error rate at the start, on replay, that counts as forgetting", least=0.0)
+    frozen: bool = knob(True, "check that nothing frozen moves and that everything else gets a gradient")
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """Across devices and machines."""
+
+    devices: int = knob(1, "processes on each machine, one for each GPU", least=1)
+    nodes: int = knob(1, "machines; each is told its number by the usual environment variables", least=1)
+    strategy: str = knob("auto", "how weights are shared out", choices=("auto", "ddp", "zero2", "zero3", "fsdp"))
+
+
+@dataclass(frozen=True, slots=True)
+class Distil:
+    """Make a smaller net of the checkpoint: it keeps some of the blocks, and the whole checkpoint teaches it."""
+
+    layers: int = knob(0, "blocks that the student keeps, chosen evenly; 0: no distillation", least=0)
+    emissions: float = knob(1.0, "weight of the difference to what the teacher says, frame by frame (KL)", least=0.0)
+    hidden: float = knob(1.0, "weight of the difference to what the teacher hears, after each kept block", least=0.0)
+    letters: float = knob(1.0, "weight of the loss on texts, where there are any", least=0.0)
+    temperature: float = knob(1.0, "above 1, unlikely letters count more in emissions", least=0.01)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """A fine-tuning run. `train` says what learns; everything else is frozen."""
+
+    model: str = field(
+        metadata={"help": "checkpoint to start from: an alias, a folder, or a hub id owner/name[@revision]"}
+    )
+    data: Data
+    train: str = knob(
+        "all", "what learns: head | adapters | lora | top-N (blocks) | encoder (blocks) | all; always the head too"
+    )
+    vocabulary: str = knob(
+        "keep",
+        "the head's letters: keep, new (from the texts), extend (keep, and add the texts')",
+        choices=("keep", "new", "extend"),
+    )
+    language: str = knob("", "BCP 47 tag of what the model is to write, for its card")
+    batch: Batch = field(default_factory=Batch)
+    lora: Lora = field(default_factory=Lora)
+    adapters: Adapters = field(default_factory=Adapters)
+    distil: Distil = field(default_factory=Distil)
+    augment: Roughness = field(default_factory=lambda: MILD)
+    masks: Masks = field(default_factory=Masks)
+    optimise: Optimise = field(default_factory=Optimise)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    watch: Watch = field(default_factory=Watch)
+    parallel: Parallel = field(default_factory=Parallel)
+
+    @property
+    def top(self) -> int | None:
+        """How many of the topmost blocks learn, where `train` is top-N."""
+        found = re.fullmatch(r"top-([1-9]\d*)", self.train)
+        return int(found[1]) if found else None
+
+
+def read(path: Path, settings: dict[str, Any] | None = None) -> Tuning:
+    """A recipe file → Tuning, with `settings` (dotted paths) turned. RecipeError names the wrong key's path."""
+    found = schema.tree(path)
+    return checked(schema.turned(found, settings or {}) if isinstance(found, dict) else found, str(path))
+
+
+def checked(tree: Any, where: str) -> Tuning:
+    """A tree of plain values → Tuning. A plain path under data stands for a list of one part."""
+    if isinstance(tree, dict) and isinstance(tree.get("data"), dict):
+        parts = {key: _parts(value) for key, value in tree["data"].items() if key in ("train", "dev", "test", "replay")}
+        tree = {**tree, "data": {**tree["data"], **parts}}
+    tuning = schema.build(Tuning, tree, where)
+    if tuning.train == "top-N" or (tuning.train not in LEARNT and tuning.top is None):
+        raise RecipeError(f"{where}: train: {tuning.train!r} is none of {', '.join(LEARNT)} (N a number of blocks)")
+    if tuning.optimise.warmup + (tuning.optimise.hold if tuning.optimise.schedule == "tri-stage" else 0) > 1 + 1e-9:
+        raise RecipeError(
+            f"{where}: optimise: warmup and hold are shares of the steps and come to more than all of them"
+        )
+    if tuning.distil.layers and (
+        tuning.train != "all" or tuning.vocabulary != "keep" or tuning.batch.layout != "packed"
+    ):
+        raise RecipeError(f"{where}: distil: a student learns all, keeps the vocabulary, and is fed packed batches")
+    shares = [part.share for part in tuning.data.train]
+    if any(shares) and not all(shares):
+        raise RecipeError(f"{where}: data: train: some parts have a share and some have none; give all of them one")
+    if "" in tuning.data.letters:
+        raise RecipeError(f"{where}: data: letters: there is nothing to write otherwise in ''")
+    if not tuning.lora.where:
+        raise RecipeError(f"{where}: lora: where: at least one is needed, found none")
+    if tuning.data.longest_s <= tuning.data.shortest_s:
+        raise RecipeError(f"{where}: data: longest_s and shortest_s leave nothing in")
+    if not tuning.optimise.steps and not tuning.optimise.epochs:
+        raise RecipeError(f"{where}: optimise: steps and epochs are both 0; give one of them")
+    _rough(tuning.augment, f"{where}: augment")
+    _masks(tuning.masks, f"{where}: masks")
+    return tuning
+
+
+def _rough(how: Roughness, where: str) -> None:
+    for name in ("room", "equalise", "telephone", "noise", "gaps"):
+        _share(getattr(how, name), f"{where}: {name}")
+    for name, (low, high) in (("speed", how.speed), ("snr_db", how.snr_db), ("loudness_db", how.loudness_db)):
+        if low > high:
+            raise RecipeError(f"{where}: {name}: {low} is more than {high}; the smaller one comes first")
+    if how.speed[0] < 0.1:
+        raise RecipeError(f"{where}: speed is {how.speed[0]}; it must be at least 0.1")
+
+
+def _masks(how: Masks, where: str) -> None:
+    for name in ("time", "features"):
+        _share(getattr(how, name), f"{where}: {name}")
+    for name in ("time_span", "features_span"):
+        if getattr(how, name) < 1:
+            raise RecipeError(f"{where}: {name} is {getattr(how, name)}; it must be at least 1")
+
+
+def _share(value: float, where: str) -> None:
+    if not 0 <= value <= 1:
+        raise RecipeError(f"{where} is {value}; it is a share, from 0 to 1")
+
+
+def _parts(value: Any) -> Any:
+    if value is None:  # `dev:` with nothing behind it
+        return []
+    values = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in values]

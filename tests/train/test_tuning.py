@@ -1,0 +1,146 @@
+"""The recipe of fine-tuning: YAML and Python say the same, and every wrong key or value is named."""
+
+from dataclasses import replace
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+
+from mowa.data.augment import Roughness
+from mowa.errors import RecipeError
+from mowa.train import schema, tuning
+from mowa.train.tuning import Part, Tuning
+from tests.turns import LEAVES, another, trees
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+STORIES = ("head", "adapters", "lora", "top-layers", "full", "new-language", "continue")
+LEAST = {"model": "m", "data": {"train": "a.jsonl"}}
+
+
+def at(plan, leaf):
+    return reduce(getattr, leaf.path, plan)
+
+
+def checked(**turns):
+    return tuning.checked(schema.turned(LEAST, turns), "r")
+
+
+@settings(max_examples=20, deadline=None)
+@given(trees())
+def test_round_trip(tmp_path_factory, turns):
+    plan = tuning.checked(schema.turned({}, turns), "drawn")
+    written = yaml.safe_load(schema.text(plan))
+    for leaf in LEAVES:
+        assert reduce(getitem, leaf.path, written) == turns[leaf.dotted]
+    path = tmp_path_factory.mktemp("recipe") / "r.yaml"
+    schema.write(plan, path)
+    assert tuning.read(path) == plan
+
+
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.dotted)
+def test_a_wrong_key_is_named_by_its_path_with_the_right_one(leaf):
+    *groups, key = leaf.path
+    with pytest.raises(RecipeError) as wrong:
+        checked(**{".".join([*groups, f"{key}x"]): 1})
+    assert str(wrong.value) == f"{': '.join(['r', *groups])}: {key}x is no key here; did you mean {key}?"
+
+
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.dotted)
+def test_a_value_of_another_kind_is_named_by_its_path(leaf):
+    with pytest.raises(RecipeError, match=f"^r: {': '.join(leaf.path)}"):
+        checked(**{leaf.dotted: [[]]})
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.least is not None], ids=lambda leaf: leaf.dotted)
+def test_ranges(leaf):
+    pair = isinstance(leaf.default, tuple)
+    beyond = [leaf.least - 1] + ([leaf.most + 1] if leaf.most is not None else [])
+    for value in beyond:
+        with pytest.raises(RecipeError, match=f"^r: {': '.join(leaf.path)} is .*it must be at "):
+            checked(**{leaf.dotted: [value, value] if pair else value})
+
+
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.dotted)
+def test_every_default_is_allowed_and_every_knob_turns(leaf):
+    value = another(leaf)
+    before = checked()
+    after = checked(**{leaf.dotted: value})
+    assert at(after, leaf) != at(before, leaf)
+    assert {one.dotted for one in LEAVES if at(after, one) != at(before, one)} == {leaf.dotted}
+
+
+@pytest.mark.parametrize(
+    ("turns", "says"),
+    [
+        ({"train": "top-N"}, "train: 'top-N' is none of head, adapters, lora, top-N"),
+        ({"train": "top-0"}, "train: 'top-0' is none of"),
+        ({"train": "everything"}, "train: 'everything' is none of"),
+        ({"optimise.warmup": 0.7, "optimise.hold": 0.4}, "optimise: warmup and hold"),
+        ({"optimise.epochs": 0}, "optimise: steps and epochs are both 0"),
+        ({"data.longest_s": 0.1}, "data: longest_s and shortest_s"),
+        ({"data.train": [{"path": "a", "share": 0.5}, "b"]}, "data: train: some parts have a share"),
+        ({"data.train": None}, "data: train: at least one is needed"),
+        ({"data.train": [{"pth": "a"}]}, "data: train[0]: pth is no key here; did you mean path?"),
+        ({"data.dev": [3]}, "data: dev[0]: expected keys and values, found 3"),
+        ({"data.letters": {"": "a"}}, "data: letters: there is nothing"),
+        ({"lora.where": []}, "lora: where: at least one is needed"),
+        ({"augment.room": 1.5}, "augment: room is 1.5; it is a share"),
+        ({"augment.speed": [1.1, 0.9]}, "augment: speed: 1.1 is more than 0.9"),
+        ({"augment.speed": [0, 1]}, "augment: speed is 0.0; it must be at least 0.1"),
+        ({"masks.time": -0.1}, "masks: time is -0.1; it is a share"),
+        ({"masks.time_span": 0}, "masks: time_span is 0; it must be at least 1"),
+        ({"distil.layers": 3, "train": "lora"}, "distil: a student learns all"),
+        ({"learning_rate": 1}, "learning_rate is no key here; did you mean optimise: learning_rate?"),
+        ({"language": False}, "language: expected str, found False; write it in quotes"),
+    ],
+)
+def test_what_cannot_be_meant(turns, says):
+    with pytest.raises(RecipeError) as wrong:
+        checked(**turns)
+    assert str(wrong.value).startswith(f"r: {says}")
+    assert "\n" not in str(wrong.value)
+
+
+def test_a_constant_schedule_holds_nothing():
+    assert checked(**{"optimise.schedule": "cosine", "optimise.warmup": 0.7}).optimise.warmup == 0.7
+    assert checked(**{"optimise.warmup": 0.7, "optimise.hold": 0.3}).optimise.hold == 0.3
+
+
+def test_plain_paths_stand_for_parts():
+    parts = (Part("a.jsonl"),)
+    assert checked().data.train == parts
+    assert checked(**{"data.train": ["a.jsonl"]}).data.train == parts
+    assert checked(**{"data.train": {"path": "a.jsonl", "split": "test"}}).data.train == (Part("a.jsonl", "test"),)
+    assert checked(**{"data.dev": None}).data.dev == ()
+
+
+def test_one_roughness_brings_no_other():
+    assert checked(**{"augment.noise": 0.5}).augment == replace(tuning.MILD, noise=0.5)
+    assert checked().augment == tuning.MILD != Roughness()
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_shipped_recipes_read_and_round_trip(name, tmp_path):
+    plan = tuning.read(RECIPES / f"{name}.yaml")
+    schema.write(plan, tmp_path / "again.yaml")
+    assert tuning.read(tmp_path / "again.yaml") == plan
+
+
+def test_shipped_recipes_tell_every_story():
+    plans = {name: tuning.read(RECIPES / f"{name}.yaml") for name in STORIES}
+    assert [plans[name].train for name in STORIES[:5]] == ["head", "adapters", "lora", "top-6", "all"]
+    assert plans["top-layers"].top == 6
+    assert plans["new-language"].vocabulary == plans["head"].vocabulary == "new"
+    assert plans["continue"].data.replay
+    assert all(plan.data.replay == () for plan in plans.values() if plan.vocabulary == "new")  # `gather` refuses it
+    assert not {path.stem for path in RECIPES.glob("*.yaml")} - {*STORIES, "micro", "pl-tiny"}
+
+
+@pytest.mark.parametrize(
+    ("train", "top"), [("all", None), ("head", None), ("top-1", 1), ("top-12", 12)], ids=lambda value: str(value)
+)
+def test_top(train, top):
+    assert Tuning(model="m", data=checked().data, train=train).top == top
