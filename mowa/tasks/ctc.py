@@ -18,6 +18,14 @@ from mowa.errors import DataError, MissingPart
 from mowa.nouns import Preprocessing, Vocabulary
 
 IGNORED = -100
+SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+DELIMITER = "|"
+
+
+def vocabulary(alphabet: str) -> Vocabulary:
+    """The vocabulary of a new head: special tokens, the delimiter, then the letters."""
+    tokens = (*SPECIALS.values(), DELIMITER, *alphabet)
+    return Vocabulary(tokens, blank=0, delimiter=tokens.index(DELIMITER), specials=frozenset({1, 2, 3}))
 
 
 def labels(text: str, vocabulary: Vocabulary) -> list[int]:

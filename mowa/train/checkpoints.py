@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ WHOLE, AVERAGE = "whole", "average.safetensors"
 
 
 def last(folder: Path) -> Path | None:
-    """The last whole checkpoint in `folder`; those that a kill left half-written are removed."""
+    """The last whole checkpoint in `folder`; those that a kill left half-written are removed, by the first process."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in found:
-        if not (path / WHOLE).is_file():
+    whole = [path for path in found if (path / WHOLE).is_file()]
+    if os.environ.get("RANK", "0") == "0":
+        for path in set(found) - set(whole):
             shutil.rmtree(path)
-    whole = [path for path in found if path.is_dir()]
     return whole[-1] if whole else None
 
 
@@ -29,6 +30,8 @@ class Whole(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # each process writes a part of it
         if state.is_world_process_zero and folder.is_dir():
             (folder / WHOLE).touch()
 

@@ -13,13 +13,12 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from mowa.adapt import store
+from mowa.adapt import processor, store
 from mowa.files import atomic_write
 from mowa.tasks import ctc
 from mowa.train import parallel, schema, view
 from mowa.train.pupil import spelt, texts
 from mowa.train.ready import Run, first, measured
-from mowa.train.saving import processor
 
 DONE = "done"
 
@@ -62,12 +61,14 @@ def finish(run: Run, trainer: Trainer, out: Path, took_s: float) -> None:
             vocabulary=words,
             preprocessing=model.preprocessing,
             metrics=results,
+            language=plan.language,
         )
     else:
         finished = out / "run" / "finished"
         net.save_pretrained(finished)
-        processor(words, model.preprocessing, finished)
+        processor.write(words, model.preprocessing, finished)
         for file in sorted(finished.iterdir()):
+            file.chmod(0o644)  # safetensors keeps them to their owner
             file.replace(out / file.name)
         finished.rmdir()
     atomic_write(out / "report.json", json.dumps(report, ensure_ascii=False, indent=1))

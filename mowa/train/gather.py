@@ -11,7 +11,7 @@ import numpy as np
 from mowa.data import sift, sources
 from mowa.errors import DataError, RecipeError
 from mowa.nouns import Example, Vocabulary
-from mowa.train.saving import vocabulary
+from mowa.tasks.ctc import vocabulary
 from mowa.train.tuning import Data, Part, Tuning
 
 

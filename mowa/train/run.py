@@ -28,6 +28,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from mowa import machine
+from mowa.adapt import processor
 from mowa.data import synth
 from mowa.decode import ctc as decoder
 from mowa.errors import DataError, MissingPart, RecipeError
@@ -35,12 +36,12 @@ from mowa.families.patch import channel_last_front_end
 from mowa.files import atomic_write
 from mowa.nouns import Preprocessing, Vocabulary
 from mowa.tasks import ctc
+from mowa.tasks.ctc import DELIMITER, SPECIALS, vocabulary
 from mowa.train import distil, front, positions, teachers, transplant
 from mowa.train import recipe as recipes
 from mowa.train.batches import Batches, Clip, Windows, fill, plan
 from mowa.train.distil import Lesson, Teacher, Weights
 from mowa.train.recipe import Dev, Optimise, Recipe, Stage
-from mowa.train.saving import DELIMITER, SPECIALS, processor, vocabulary
 
 NEEDED = ("accelerate", "jiwer", "matplotlib")
 DOWNLOADS = Path("build/teachers")
@@ -307,7 +308,7 @@ def save(net: Any, recipe: Recipe, words: Vocabulary, sound: Preprocessing, out:
     with torch.no_grad():
         net.lm_head.bias[words.blank] += recipe.blank
     net.half().save_pretrained(out)
-    processor(words, sound, out)
+    processor.write(words, sound, out)
     recipes.write(recipe, out / "recipe.yaml")
 
 

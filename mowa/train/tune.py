@@ -96,7 +96,7 @@ def _claim(plan: Tuning, note: Path) -> None:
             raise RecipeError(
                 f"{note.parent} holds a run by another recipe ({different}): choose another folder, or delete it"
             )
-    if first():
+    elif first():
         note.parent.mkdir(parents=True, exist_ok=True)
         schema.write(plan, note)
 
