@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from mowa.engines.native import engine
     from mowa.engines.transcription import transcribe, transcripts
     from mowa.loading import load
+    from mowa.train.tune import tune
 
 __version__ = "0.1.0"
-__all__ = ["engine", "load", "transcribe", "transcripts"]
+__all__ = ["engine", "load", "transcribe", "transcripts", "tune"]
 
 _HOMES = {
     "engine": "mowa.engines.native",
     "load": "mowa.loading",
     "transcribe": "mowa.engines.transcription",
     "transcripts": "mowa.engines.transcription",
+    "tune": "mowa.train.tune",
 }
 
 
