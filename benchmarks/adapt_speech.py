@@ -7,14 +7,14 @@ russian: the recordings of festvox-ru (one man, 99 minutes; `mowa data people`),
 speaker never heard in training the Russian prompts of Asterisk; a new head of Cyrillic letters. pl-tiny has heard all
 of them before, respelt in Polish letters, so its rows flatter; `--model` names another checkpoint to begin from.
 telephone: synthetic Polish (`mowa data synth`) in a telephone band with noise at 5 to 15 dB, and the same clips clean.
-Each method is a run of `mowa train` of its own; the table is made of their report.json. None is run twice.
+Each method is a run of `mowa train` of its own; the table is made of their report.json, and curves.png of their
+histories. None is run twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,6 +98,38 @@ def run(out: Path, given: argparse.Namespace, method: str, parts: dict[str, Path
     return json.loads((out / "report.json").read_text())
 
 
+def picture(folder: Path, runs: dict[str, Path]) -> None:
+    """How the error rates fell, one line a method: curves.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axis, key in zip(axes, ("wer", "cer"), strict=True):
+        for method, out in runs.items():
+            seen = [row for row in rows(out / "history.jsonl") if f"eval_dev_{key}" in row]
+            axis.plot([row["step"] for row in seen], [100 * row[f"eval_dev_{key}"] for row in seen], "o-", label=method)
+        axis.set(xlabel="step", ylabel=f"{key.upper()} on dev, %", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(folder / "curves.png", dpi=80)
+
+
+def before(model: str, parts: dict[str, Path]) -> None:
+    """What the model says of the recordings to test on as it is."""
+    import mowa
+    from mowa.tasks import ctc
+
+    engine = mowa.engine(mowa.load(model))
+    for name in [name for name in parts if name not in ("train", "dev")]:
+        found = rows(parts[name])
+        files = [row["audio"] for row in found]
+        said, heard = [row["text"] for row in found], [one.text for one in mowa.transcripts(files, engine)]
+        rates = ctc.error_rates(said, heard)
+        print(f"| nothing | 0 | 0 | {name} | {100 * rates['wer']:.1f} | {100 * rates['cer']:.1f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["russian", "telephone"])
@@ -114,6 +146,8 @@ def main() -> None:
     print(
         "| what learns | parameters | minutes | recordings | WER % (95 %) | CER % (95 %) |\n|---|---|---|---|---|---|"
     )
+    if given.what == "telephone":  # the letters stay, so there is something to compare with
+        before(given.model, parts)
     for method in methods:
         out = folder / f"{Path(given.model).name}-{method}"
         report = run(out, given, method, parts, flags)
@@ -124,7 +158,7 @@ def main() -> None:
             ]
             learning = f"{report['learning'] / 1e6:.2f} M"
             print(f"| {method} | {learning} | {report['minutes']:.0f} | {name} | {' | '.join(rates)} |", flush=True)
-        shutil.copy(out / "curve.png", folder / f"{out.name}.png")
+    picture(folder, {method: folder / f"{Path(given.model).name}-{method}" for method in methods})
 
 
 if __name__ == "__main__":

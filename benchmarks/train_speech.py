@@ -68,6 +68,9 @@ def read(manifest: Path) -> list[dict[str, Any]]:
 
 
 def with_mowa(model: str, manifest: Path, what: str, steps: int, out: Path) -> dict[str, Any]:
+    from mowa import machine
+
+    machine.huge_pages()  # as `mowa train` does
     from mowa.loading import load
     from mowa.nouns import Example
     from mowa.train import tune, tuning
@@ -93,6 +96,7 @@ def with_mowa(model: str, manifest: Path, what: str, steps: int, out: Path) -> d
     with tune.swapped(run.model.net, run):
         trainer, *_ = tune.trainer_of(run, out, None)
         trainer.add_callback(ticking)
+        trainer.args.eval_on_start = False
         trainer.args.eval_strategy = "no"
         trainer.args.save_strategy = "no"
         trainer.train()

@@ -66,6 +66,9 @@ def learn(net: Any, family: Family, what: str) -> None:
     rule = _rule(what, places, family)
     for place in places:
         place.parameter.requires_grad_(rule(place))
+    for module in net.modules():
+        if hasattr(module, "_requires_grad"):  # stock front ends ask for the gradient of the samples, unless told so
+            module._requires_grad = any(weight.requires_grad for weight in module.parameters())
 
 
 def _rule(what: str, places: list[_Place], family: Family) -> Callable[[_Place], bool]:

@@ -49,7 +49,11 @@ def add(
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets), bias="none"
     )
-    return peft.inject_adapter_in_model(config, net, NAME)
+    net = peft.inject_adapter_in_model(config, net, NAME)
+    for module in net.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):  # autocast casts what has to be cast, and to fewer bits
+            module.cast_input_dtype_enabled = False
+    return net
 
 
 def _linears(family: Family, where: Sequence[str]) -> set[str]:

@@ -40,15 +40,16 @@ def merge(model: Model) -> Model:
     """The net of `model` without PEFT: every linear with low-rank updates has them in its weights. `model` stays.
 
     Linears without updates share their weights with `model`. A net without LoRA comes back as it is, in modules of its
-    own. Sums are made in the weights' dtype.
+    own. Sums are made in float64 and rounded once, to the weights' dtype.
     """
     net = store.twin(model.net)
     if lora.has(net):
         layer = lora.package().tuners.lora.LoraLayer
         for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, layer)]:
-            alone: Any = copy.deepcopy(module)  # merging writes into the weights, and these are the base's too
+            dtype = module.get_base_layer().weight.dtype
+            alone: Any = copy.deepcopy(module).double()  # merging writes into the weights, and these are the base's too
             alone.merge(safe_merge=True)
-            net.set_submodule(name, alone.get_base_layer().requires_grad_(False))
+            net.set_submodule(name, alone.get_base_layer().to(dtype).requires_grad_(False))
         del net.peft_config
     net.mowa_adapter = f"{getattr(net, 'mowa_adapter', 'that it had')} (merged)"  # no other may stand on it
     return Model(net, model.family, model.origin, model.vocabulary, model.preprocessing)
@@ -58,6 +59,8 @@ def merge(model: Model) -> Model:
 def compare(before: Model, after: Model, sounds: Sequence[np.ndarray]) -> Difference:
     """Emissions of both over `sounds` (float32 [n] each, at the models' rate, not yet normalised), one at a time.
 
+    In float64: what is seen is what their weights differ in, not how the sums of float32 happened to be rounded.
+
     Raises ModelError where they do not mean the same by their outputs, or no sound is long enough for a frame.
     """
     if before.vocabulary != after.vocabulary or before.preprocessing != after.preprocessing:
@@ -65,8 +68,7 @@ def compare(before: Model, after: Model, sounds: Sequence[np.ndarray]) -> Differ
             f"{before.origin.name} and {after.origin.name} have other letters or other audio settings: nothing compares"
         )
     largest, agreeing, frames = 0.0, 0, 0
-    for sound in sounds:
-        ours, theirs = _emissions(before, sound), _emissions(after, sound)
+    for ours, theirs in zip(_emissions(before, sounds), _emissions(after, sounds), strict=True):
         largest = max(largest, float((ours - theirs).abs().max()))
         agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         frames += len(ours)
@@ -75,12 +77,16 @@ def compare(before: Model, after: Model, sounds: Sequence[np.ndarray]) -> Differ
     return Difference(largest, agreeing / frames, frames)
 
 
-def _emissions(model: Model, sound: np.ndarray) -> Tensor:
-    """Log-probabilities [T, V], float32, on the CPU."""
-    like = next(model.net.parameters())
-    samples = audio.normalize(sound) if model.preprocessing.normalize else sound
-    values = torch.from_numpy(np.ascontiguousarray(samples))[None].to(like.device, like.dtype)
-    return model.net.eval()(values).logits[0].float().log_softmax(-1).cpu()
+def _emissions(model: Model, sounds: Sequence[np.ndarray]) -> list[Tensor]:
+    """Log-probabilities float64 [T, V] of each sound, on the CPU."""
+    net = copy.deepcopy(model.net).double().eval()
+    device = next(net.parameters()).device
+    emissions = []
+    for sound in sounds:
+        samples = audio.normalize(sound) if model.preprocessing.normalize else sound
+        values = torch.from_numpy(np.ascontiguousarray(samples))[None].to(device, torch.float64)
+        emissions.append(net(values).logits[0].log_softmax(-1).cpu())
+    return emissions
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mowa import machine
 from mowa.cli import knobs
 from mowa.errors import RecipeError
 
@@ -100,6 +101,7 @@ def _from_nothing(tree: Any) -> bool:
 
 def run(plan: Recipe | Tuning, out: Path, threads: int | None) -> bool:
     """Train, here or in processes of its own. → whether it was here."""
+    machine.huge_pages()
     from mowa.train.tuning import Tuning
 
     if not isinstance(plan, Tuning):

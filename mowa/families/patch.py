@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mowa.kernels.dropout import drop
+
 
 class ChannelLastGelu(nn.Module):
     """GELU of a transposed view, computed in the layout memory has. Same values, same gradients.
@@ -39,6 +41,24 @@ def channel_last_front_end(net: nn.Module) -> Iterator[int]:
     finally:
         for layer, activation in swapped:
             layer.activation = activation
+
+
+@contextmanager
+def quick_dropout(net: nn.Module) -> Iterator[None]:
+    """Dropout by `kernels.dropout` in every `nn.Dropout` of a net on a processor: other masks, ten times as fast."""
+    swapped = [layer for layer in net.modules() if isinstance(layer, nn.Dropout) and layer.p]
+    if all(weight.device.type == "cpu" for weight in net.parameters()):
+        for layer in swapped:
+            layer.forward = partial(_dropped, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in swapped:
+            vars(layer).pop("forward", None)
+
+
+def _dropped(layer: nn.Dropout, hidden: torch.Tensor) -> torch.Tensor:
+    return drop(hidden, layer.p) if layer.training else hidden
 
 
 def checkpoint_blocks(net: Any, on: bool = True) -> None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mowa.kernels.dropout import drop
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -45,11 +47,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float,
     """q, k, v [1, H, T, D] of one float dtype, T the sum of the segments' lengths → [1, T, H, D] in it."""
     if in_one_launch(q, dropout):
         return _flash(q, k, v, segments, scale)
+    one = _dropping if dropout and q.device.type == "cpu" else F.scaled_dot_product_attention
     parts = [
-        F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], dropout_p=dropout, scale=scale)
+        one(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], dropout_p=dropout, scale=scale)
         for a, b in zip(segments.starts, segments.starts[1:], strict=False)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _dropping(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, scale: float) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = torch.softmax(q @ k.transpose(-2, -1) * scale, dim=-1, dtype=wide).to(q.dtype)
+    return drop(weights, dropout_p) @ v
 
 
 def in_one_launch(q: Tensor, dropout: float) -> bool:

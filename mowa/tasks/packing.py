@@ -30,6 +30,7 @@ from mowa.kernels.segments import Segments, attend
 NAME = "mowa_segments"
 FAMILIES = ("wav2vec2", "hubert")
 GRID = 32  # frames in a row are a multiple of this: a processor prepares anew for every new shape
+PIECE = 256  # frames that a frozen front end makes at a time
 SPARED = 4  # a positional convolution with a kernel of so many times the recordings' length is run on each by itself
 
 
@@ -158,8 +159,24 @@ def _features(core: Any, values: Tensor, lengths: Sequence[int], counts: Sequenc
     if core.config.feat_extract_norm == "group":  # over time, so over all samples of a recording and no others
         alone = (values[:, a * how.hop : a * how.hop + n] for a, n in zip(begins, lengths, strict=False))
         return torch.cat([core.feature_extractor(part) for part in alone], dim=2).transpose(1, 2)
-    features = core.feature_extractor(values).transpose(1, 2)
+    frozen = not any(weight.requires_grad for weight in core.feature_extractor.parameters())
+    if frozen and not is_deepspeed_zero3_enabled():  # whose processes have to call every module equally often
+        features = _in_pieces(core.feature_extractor, values, how)
+    else:
+        features = core.feature_extractor(values).transpose(1, 2)
     return torch.cat([features[:, a : a + count] for a, count in zip(begins, counts, strict=False)], dim=1)
+
+
+@torch.no_grad()
+def _in_pieces(module: Any, values: Tensor, how: Frames) -> Tensor:
+    """The same frames [1, T, C], made a piece of the row at a time: what lies between two layers stays small."""
+    total = how.count(values.shape[1])
+    pieces = []
+    for first in range(0, total, PIECE):
+        count = min(PIECE, total - first)
+        heard = values[:, first * how.hop : (first + count - 1) * how.hop + how.reach]
+        pieces.append(module(heard).transpose(1, 2))
+    return torch.cat(pieces, dim=1)
 
 
 def _masked(core: Any, states: Tensor, counts: Sequence[int], hidden: Tensor | None, silenced: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from mowa import machine
 from mowa.adapt import freeze
 from mowa.errors import MissingPart, RecipeError
-from mowa.families.patch import channel_last_front_end
+from mowa.families.patch import channel_last_front_end, quick_dropout
 from mowa.nouns import Family, Model
 from mowa.tasks import packing
 from mowa.train import checkpoints, optimiser, parallel, positions, schema, tuning, view, watch
@@ -38,14 +38,19 @@ class Tuned(Trainer):
     """The stock Trainer with our optimiser, made when (and over the parameters) the strategy wants it."""
 
     def __init__(self, *, tuning: Tuning, family: Family, new_head: bool, **settings: Any) -> None:
+        from accelerate.utils import AutocastKwargs
+
         super().__init__(**settings)
+        # every weight is used once a pass: a cache of their casts would hold memory and save nothing
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.tuning, self.family, self.new_head = tuning, family, new_head
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             net: Any = self.model if model is None else model
             groups = optimiser.groups(net, self.family, self.tuning, new_head=self.new_head)
-            self.optimizer = torch.optim.AdamW(groups, betas=self.tuning.optimise.betas)
+            fused = not self.is_deepspeed_enabled  # one pass over the weights instead of ten
+            self.optimizer = torch.optim.AdamW(groups, betas=self.tuning.optimise.betas, fused=fused)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -118,6 +123,7 @@ def swapped(net: Any, run: Run) -> Iterator[None]:
     """Swaps that hold while the net learns, all of which are undone: speed, packed attention, held positions."""
     with ExitStack() as stack:
         stack.enter_context(channel_last_front_end(net))
+        stack.enter_context(quick_dropout(net))
         if run.plan.batch.layout == "packed":
             stack.enter_context(packing.packed(net))
         if getattr(net.config, "absolute_positions", None) is not None:

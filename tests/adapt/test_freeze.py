@@ -60,6 +60,14 @@ def test_encoder_is_what_transformers_leaves_when_it_freezes_the_front_end(famil
     assert learning(ours) == learning(theirs)
 
 
+def test_a_frozen_front_end_asks_for_no_gradient():
+    subject = net()
+    samples = torch.randn(1, 4000)
+    for what, asked in {"encoder": False, "all": True, "top-1": False}.items():
+        freeze.learn(subject, find("wav2vec2"), what)
+        assert subject.train().wav2vec2.feature_extractor(samples.clone()).requires_grad == asked, what
+
+
 def test_a_norm_before_the_blocks_is_not_on_top():
     ours = net(feat_extract_norm="group", do_stable_layer_norm=False)
     freeze.learn(ours, find("wav2vec2"), "top-1")

@@ -81,6 +81,19 @@ def test_each_recording_is_heard_as_if_it_were_alone(net, grid):
             assert not row[count:].any()
 
 
+def test_a_frozen_front_end_makes_the_same_frames_in_pieces(net, monkeypatch):
+    monkeypatch.setattr(packing, "PIECE", 7)
+    clips = sounds()
+    values, lengths, _ = laid(net, clips)
+    front = net.base_model.feature_extractor
+    with packing.packed(net.eval()):
+        whole = packing.emit(net, values, lengths)[0]
+        front.requires_grad_(False)
+        pieces = packing.emit(net, values, lengths)[0]
+        front.requires_grad_(True)
+    torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+
+
 def test_loss_and_gradients_are_those_of_the_padded_net(net):
     net.train()
     clips = sounds((1500, 900, 2000))

@@ -119,6 +119,34 @@ def test_a_killed_run_ends_in_the_same_bits(base, manifest, tmp_path):
     assert not list((out / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.slow
+def test_a_run_killed_five_times_ends_in_the_same_bits(base, manifest, tmp_path):
+    """kill -9 at five moments drawn by chance: while it steps, measures or writes a checkpoint."""
+    plan = recipe(base, manifest, **RESUMED, **{"optimise.steps": 40, "evaluate.every": 2})
+    whole = run(plan, tmp_path / "whole")
+    file, out = tmp_path / "recipe.yaml", tmp_path / "broken"
+    schema.write(plan, file)
+    command = [sys.executable, "-m", "mowa", "train", str(file), "-o", str(out), "--threads", "1"]
+
+    def reached():
+        return max((int(mark.parent.name.partition("-")[2]) for mark in out.glob("run/*/whole")), default=0)
+
+    chance, died = np.random.default_rng(), []
+    for _ in range(5):
+        goal = reached() + int(chance.integers(2, 7))
+        broken = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while broken.poll() is None and reached() < goal:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.5))
+        broken.send_signal(signal.SIGKILL)
+        broken.wait()
+        died.append(reached())
+    assert not (out / "model.safetensors").exists(), died
+    subprocess.run(command, check=True, capture_output=True)
+    ours, theirs = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), died
+
+
 def test_another_recipe_in_the_same_folder_is_refused(base, manifest, tmp_path):
     run(recipe(base, manifest), tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
