@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mowa.engines.native import engine
     from mowa.engines.transcription import transcribe, transcripts
     from mowa.loading import load
-    from mowa.train.tune import tune
+    from mowa.train.plans import tune
 
 __version__ = "0.1.0"
 __all__ = ["engine", "load", "transcribe", "transcripts", "tune"]
@@ -28,7 +28,7 @@ _HOMES = {
     "load": "mowa.loading",
     "transcribe": "mowa.engines.transcription",
     "transcripts": "mowa.engines.transcription",
-    "tune": "mowa.train.tune",
+    "tune": "mowa.train.plans",
 }
 
 

@@ -42,7 +42,8 @@ _SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.i
 _PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 _SMALL = (
     *("config.json", "preprocessor_config.json", "processor_config.json", "vocab.json", "tokenizer*.json"),
-    *("special_tokens_map.json", "added_tokens.json", "README.md"),
+    *("special_tokens_map.json", "added_tokens.json", "README.md", "generation_config.json", "chat_template*"),
+    *("tokenizer.model", "merges.txt"),
 )
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -92,6 +93,23 @@ def resolve(
     repo = hub_id["repo"]
     folder = _from_hub(repo, revision or hub_id["revision"] or "main", offline, vet)
     return Origin(name=name, source=repo, folder=folder, revision=folder.name, license=_license(folder))
+
+
+class _Described(Exception):
+    """The small files of a hub model are here, in the folder that is its argument."""
+
+
+def described(name: str, *, offline: bool = False) -> Path:
+    """The local folder with the config and tokenizer of a model. Weights are not fetched. Raises as `resolve` does."""
+
+    def stop(folder: Path) -> None:
+        raise _Described(folder)
+
+    try:
+        return resolve(name, offline=offline, vet=stop).folder
+    except _Described as found:
+        folder: Path = found.args[0]
+        return folder
 
 
 def _unknown(name: str) -> UnknownModel:
@@ -265,6 +283,26 @@ def _metadata(path: Path) -> dict[str, str]:
     except (OSError, ValueError, OverflowError):
         return {}
     return header.get("__metadata__", {}) if isinstance(header, dict) else {}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and warning of what we check ourselves; leave its settings as they were."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging as chatter
+
+    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    no_hub_bars = are_progress_bars_disabled()
+    chatter.set_verbosity(logging.CRITICAL)
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()  # and the hub's with them
+        if no_hub_bars:
+            disable_progress_bars()
 
 
 def read_json(path: Path) -> dict[str, Any]:

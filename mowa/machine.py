@@ -30,7 +30,8 @@ PARTS = {
     "matplotlib": "training curves",
     "jiwer": "error rates",
     "peft": "LoRA",
-    "datasets": "data sets and parquet as recordings",
+    "datasets": "data sets and parquet; language models",
+    "trl": "training language models",
     "deepspeed": "training across devices",
 }
 GAIN_WORTH_HAVING = 1.5  # how much faster a half-precision product must be for the net to be worth its roundings

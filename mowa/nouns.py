@@ -51,7 +51,24 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture, as data. `model_types` are the `model_type`s of transformers configs it answers to."""
+    """One architecture, as data. `model_types` are the `model_type`s of transformers configs it answers to.
+
+    name           what it is called here, unlike any other family
+    task           ctc, causal, vision-language or embedding
+    blocks         class names of its blocks, the layers that are alike
+    linears        group → names of the linear layers of a block; a suffix with dots where the last part says too little
+    frozen         parts that stay as they are when all the rest learns, below the net's base model
+    head           the module that gives outputs; empty where there is none
+    architectures  class names of transformers nets it answers to, for configs that name no model type
+    aliases        regular expressions: how repositories of it are called, from the beginning of the last part of a name
+    swaps          operation → class names of modules that compute it: `rms_norm` x·r·w, `rms_norm_plus_one` x·r·(1+w)
+                   with r = (mean x² + eps)^-½, rounded before or after the weight; `swiglu` down(silu(gate)·up) and
+                   `geglu` down(gelu(gate)·up), where the config leaves the activation that the family is known by
+    tensors        part → where it lies in safetensors: `block` a prefix with `{i}`; embeddings, norm, head tensors
+    template       what its chat templates put before and after an assistant's turn, where they agree
+    limits         operation → why it does not apply: those of `swaps`, `packing`,
+                   `packing_unaccelerated` (with transformers' own attention), `attention`, `fused_head`, `experts`
+    """
 
     name: str
     model_types: tuple[str, ...]
@@ -60,6 +77,12 @@ class Family:
     linears: Mapping[str, tuple[str, ...]]
     frozen: tuple[str, ...] = ()
     head: str = "lm_head"
+    architectures: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    swaps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    template: tuple[str, str] | None = None
+    limits: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +94,16 @@ class Model:
     origin: Origin
     vocabulary: Vocabulary
     preprocessing: Preprocessing
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """A causal language model in memory: the stock transformers module, and the tokenizer that it was trained with."""
+
+    net: Any  # a transformers PreTrainedModel
+    family: Family
+    origin: Origin
+    tokenizer: Any  # a transformers PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)

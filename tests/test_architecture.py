@@ -30,6 +30,7 @@ HEAVY = {
     "onnxruntime",
     "peft",
     "pyarrow",
+    "trl",
     "yaml",
 }  # only inside the function that needs them
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -171,9 +171,9 @@ def test_the_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (
             "WhisperForConditionalGeneration",
             "whisper",
-            "does not know the model type 'whisper': known are hubert",
+            "does not know the model type 'whisper': known are bert",
         ),
-        ("BertForMaskedLM", "bert", "does not know the model type 'bert'"),
+        ("BertForMaskedLM", "bert", "is a bert model, which is for embedding: name a causal language model"),
         ("Wav2Vec2ForPreTraining", "wav2vec2", "is a Wav2Vec2ForPreTraining, which has no CTC head: fine-tune one"),
         ("HubertForSequenceClassification", "hubert", "is a HubertForSequenceClassification, which has no CTC head"),
     ],

@@ -8,7 +8,10 @@ is no part of the updates; it learns as it is, and `store` keeps it whole (PEFT'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mowa.errors import MissingPart, RecipeError
@@ -32,28 +35,77 @@ def has(net: Any) -> bool:
 
 
 def add(
-    net: Any, family: Family, *, rank: int, alpha: float, dropout: float = 0.0, where: Sequence[str] = ("attention",)
+    net: Any,
+    family: Family,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    where: Sequence[str] = ("attention",),
+    kind: str = "lora",
 ) -> Any:
     """Put updates of `rank`, scaled by alpha / rank, on the linears `where` (attention, mlp) of every block. → net.
 
+    kind: lora, rslora (arXiv:2312.03732) or dora (arXiv:2402.09353).
     In place; everything but the updates is frozen (`freeze.learn` lets the head learn too). A is drawn from torch's
     generator. `dropout` is that of the updates' input while training.
 
     Raises RecipeError: linears that are not there, or that this family does not call; updates on a net that has some.
     MissingPart without PEFT.
     """
-    targets = _linears(family, where)
+    settings = config(family, rank=rank, alpha=alpha, dropout=dropout, where=where, kind=kind)
     if has(net):
         raise RecipeError("lora: this net has low-rank updates already: merge them first, or start from its base")
-    peft = package()
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets), bias="none"
-    )
-    net = peft.inject_adapter_in_model(config, net, NAME)
+    net = package().inject_adapter_in_model(settings, net, NAME)
     for module in net.modules():
         if hasattr(module, "cast_input_dtype_enabled"):  # autocast casts what has to be cast, and to fewer bits
             module.cast_input_dtype_enabled = False
     return net
+
+
+def wrapped(
+    net: Any, family: Family, *, rank: int, alpha: float, dropout: float, where: Sequence[str], kind: str
+) -> Any:
+    """A PeftModel around `net`, a causal one, with such updates; what of it learns are the updates alone.
+
+    Trainers know a PeftModel: their checkpoints hold the updates and not the net. Raises as `add` does.
+    """
+    if has(net):
+        raise RecipeError("lora: this net has low-rank updates already: merge them first, or start from its base")
+    peft = package()
+    settings = config(family, rank=rank, alpha=alpha, dropout=dropout, where=where, kind=kind, task="CAUSAL_LM")
+    with hushed():
+        return peft.get_peft_model(net, settings)
+
+
+def over(net: Any, folder: Path, **how: Any) -> Any:
+    """A PeftModel around `net` with the updates in `folder`, as PEFT reads them."""
+    with hushed():
+        return package().PeftModel.from_pretrained(net, folder, **how)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """PEFT and TRL ask by a name that transformers has given up, and transformers tells people so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def config(
+    family: Family, *, rank: int, alpha: float, dropout: float, where: Sequence[str], kind: str, task: str | None = None
+) -> Any:
+    """PEFT's LoraConfig of such updates. RecipeError: linears that are not there, or that this family does not call."""
+    return package().LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=sorted(_linears(family, where)),
+        bias="none",
+        use_rslora=kind == "rslora",
+        use_dora=kind == "dora",
+        task_type=task,
+    )
 
 
 def _linears(family: Family, where: Sequence[str]) -> set[str]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from mowa.adapt import lora, processor, store
 from mowa.data import audio
 from mowa.errors import DataError, ModelError
+from mowa.files import quiet
 from mowa.nouns import Model
 
 
@@ -100,7 +101,7 @@ def written(model: Model, out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
         folder = Path(name) / "checkpoint"
-        with _no_bars():
+        with quiet():
             model.net.save_pretrained(folder)
         processor.write(model.vocabulary, model.preprocessing, folder)
         for file in folder.glob("*.safetensors"):  # which nobody but the writer may read, as the library leaves it
@@ -109,20 +110,3 @@ def written(model: Model, out: Path) -> Iterator[Path]:
         if out.is_dir():
             out.rmdir()
         os.replace(folder, out)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar of one step; leave its settings, and the hub's with them, as they were."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-    from transformers.utils import logging as chatter
-
-    bars, none_of_hub = chatter.is_progress_bar_enabled(), are_progress_bars_disabled()
-    chatter.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            chatter.enable_progress_bar()
-        if none_of_hub:
-            disable_progress_bars()

@@ -96,18 +96,18 @@ def save(
     """
     family = find(net.config.model_type)
     name = re.sub(r"[^\w-]+", "-", language or folder.resolve().name) or "adapter"
-    with _arriving(folder) as made:
+    with arriving(folder) as made:
         file, tensors = (_peft if kind == LORA else _mms)(net, family, name, base, made)
         _write_tensors(tensors, made / file)
         processor.write(vocabulary, preprocessing, made)
         note = {
             "format": FORMAT,
             "kind": kind,
-            "base": asdict(_base(base)),
+            "base": asdict(base_of(base)),
             "language": language,
             "weights": {
                 "file": file,
-                "sha256": _sha256(made / file),
+                "sha256": sha256_of(made / file),
                 "parameters": sum(value.numel() for value in tensors.values()),
             },
             "vocabulary": {
@@ -115,9 +115,7 @@ def save(
                 "delimiter": vocabulary.delimiter,
                 "specials": sorted(vocabulary.specials),
             },
-            "made_by": {
-                package: found for package in ("mowa", "torch", "transformers", "peft") if (found := _v(package))
-            },
+            "made_by": makers(),
             "metrics": metrics,
         }
         (made / NOTE).write_text(json.dumps(note, ensure_ascii=False, indent=1, default=float), encoding="utf-8")
@@ -173,7 +171,7 @@ def load(model: Model, folder: str | Path) -> Model:
     MissingPart: a LoRA without PEFT.
     """
     adapter = read(folder)
-    _refuse_another_base(adapter, model)
+    refuse_another_base(adapter, model)
     state = _tensors(adapter)
     learning = [(parameter, parameter.requires_grad) for parameter in model.net.parameters()]
     net = twin(model.net)
@@ -206,19 +204,24 @@ def fingerprint(folder: Path) -> str:
     if not files:
         raise ModelError(f"{folder} has no weights, so no adapter can be told to be its own")
     if len(files) == 1:
-        return _sha256(files[0])
-    lines = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)
+        return sha256_of(files[0])
+    lines = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _v(package: str) -> str | None:
+def makers() -> dict[str, str]:
+    """The versions of the packages that write adapters."""
+    return {package: found for package in ("mowa", "torch", "transformers", "peft") if (found := version_of(package))}
+
+
+def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _base(origin: Origin) -> Base:
+def base_of(origin: Origin) -> Base:
     """A folder is named whole, so that it is found from elsewhere; an alias and a hub id are names of their own."""
     named = origin.revision is not None or origin.name in ALIASES
     source = (origin.source if origin.revision else origin.name) if named else str(origin.folder.resolve())
@@ -232,7 +235,7 @@ def _peft(net: Any, family: Family, name: str, base: Origin, made: Path) -> tupl
     peft = lora.package()
     config = copy.deepcopy(net.peft_config[lora.NAME])
     config.modules_to_save, config.inference_mode = [family.head], True
-    config.base_model_name_or_path = _base(base).source
+    config.base_model_name_or_path = base_of(base).source
     config.revision = base.revision
     config.save_pretrained(str(made))
     tensors = peft.get_peft_model_state_dict(net, adapter_name=lora.NAME, save_embedding_layers=False)
@@ -254,7 +257,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 @contextmanager
-def _arriving(folder: Path) -> Iterator[Path]:
+def arriving(folder: Path) -> Iterator[Path]:
     """A folder to write into, whose files then take their places in `folder`, the note of what they are last."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".adapter-") as name:
@@ -269,7 +272,7 @@ def _arriving(folder: Path) -> Iterator[Path]:
             os.replace(file, folder / file.name)
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
     about = file.stat()
     return _hashed(file.resolve(), about.st_size, about.st_mtime_ns)
 
@@ -281,7 +284,8 @@ def _hashed(file: Path, size: int, changed_ns: int) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _refuse_another_base(adapter: Adapter, model: Model) -> None:
+def refuse_another_base(adapter: Any, model: Any) -> None:
+    """ModelError where `adapter` (a folder, a base) was made over another model than `model`, or over an adapter."""
     if already := getattr(model.net, "mowa_adapter", None):
         raise ModelError(f"{adapter.folder} cannot stand on the adapter {already}: load it over the base of both")
     base, origin = adapter.base, model.origin
@@ -300,7 +304,7 @@ def _tensors(adapter: Adapter) -> dict[str, Tensor]:
     file = adapter.folder / adapter.weights
     if not file.is_file():
         raise ModelError(f"{adapter.folder} lacks its weights, {adapter.weights}")
-    if _sha256(file) != adapter.sha256:
+    if sha256_of(file) != adapter.sha256:
         raise ModelError(f"{file} is damaged, or another adapter's: its checksum is not the one in {NOTE}")
     return load_file(file)
 

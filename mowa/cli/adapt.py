@@ -27,9 +27,13 @@ def adapt() -> None:
 @click.argument("adapter", type=click.Path(path_type=Path))
 def show(adapter: Path) -> None:
     """Say what the ADAPTER in a folder is, of which base, and how well it did."""
-    from mowa.adapt import store
+    from mowa.adapt import language, store
+    from mowa.cli import language as texts
     from mowa.cli.show import size, table
 
+    if language.is_here(adapter):
+        texts.show(language.read(adapter))
+        return
     found = store.read(adapter)
     base = found.base
     specials = {found.vocabulary.blank, found.vocabulary.delimiter, *found.vocabulary.specials}
@@ -65,21 +69,36 @@ def _measured(found: Adapter) -> list[list[str]]:
 @click.option("--audio", "recordings", type=click.Path(exists=True, path_type=Path), multiple=True,
               help="Recording(s) to compare over. [default: the bundled sample]")  # fmt: skip
 @click.option("--tolerance", type=click.FloatRange(min=0), default=1e-3, show_default=True,
-              help="Largest difference of a log-probability that is let pass.")  # fmt: skip
+              help="Speech: largest difference of a log-probability that is let pass.")  # fmt: skip
+@click.option("--data", multiple=True,
+              help="Text(s) or conversations to compare over. [default: what the run held out]")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True,
+              help="Language models: precision of the merged weights.")  # fmt: skip
 @click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
 def merge(
-    adapter: Path, out: Path, model: str | None, recordings: tuple[Path, ...], tolerance: float, offline: bool
+    adapter: Path,
+    out: Path,
+    model: str | None,
+    recordings: tuple[Path, ...],
+    tolerance: float,
+    data: tuple[str, ...],
+    dtype: str,
+    offline: bool,
 ) -> None:
     """Write ADAPTER and its base as one checkpoint, which plain transformers loads.
 
     It is loaded again and compared with base and adapter before it takes its place. LoRA becomes part of the weights;
     bottlenecks stay layers of their own, as transformers has them.
     """
+    from mowa.adapt import language, store
     from mowa.adapt import merge as room
-    from mowa.adapt import store
+    from mowa.cli import language as texts
     from mowa.errors import ModelError
-    from mowa.loading import load
+    from mowa.loading.speech import load
 
+    if language.is_here(adapter):
+        texts.merge(adapter, out, model, data, dtype, offline)
+        return
     found = store.read(adapter)
     base = load(model or found.base.where, offline=offline)
     adapted = store.load(base, adapter)

@@ -10,8 +10,10 @@ import click
 
 from mowa.cli import knobs
 from mowa.cli.train import run
+from mowa.train import schema
+from mowa.train.tuning import Tuning
 
-FIXED = ("model", "train", "vocabulary", "distil.layers", "batch.layout")
+FIXED = ("task", "model", "train", "vocabulary", "distil.layers", "batch.layout")
 
 
 @click.command(short_help="Make a smaller model of a larger one.")
@@ -29,7 +31,7 @@ def distill(
     be turned by its path: --distil.temperature 2.
     """
     from mowa.errors import RecipeError
-    from mowa.train import schema, tuning
+    from mowa.train import tuning
 
     settings = knobs.settings(context)
     if missing := [knobs.SHORT[path] for path in ("data.train", "data.dev") if path not in settings]:
@@ -39,6 +41,7 @@ def distill(
         click.echo(str(out))
 
 
+_TURNED = {leaf.dotted for leaf in schema.leaves(Tuning)} - set(FIXED)
 distill.params.extend(
-    option for option in knobs.options() if isinstance(option, knobs.Knob) and option.leaf.dotted not in FIXED
+    option for option in knobs.options() if isinstance(option, knobs.Knob) and option.leaf.dotted in _TURNED
 )

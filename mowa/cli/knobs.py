@@ -14,10 +14,12 @@ from typing import Any
 import click
 
 from mowa.train import schema
+from mowa.train.instruct import Instruction
 from mowa.train.schema import Leaf
 from mowa.train.tuning import Tuning
 
 EVERYDAY = {
+    "task": "task",
     "model": "model",
     "data": "data.train",
     "dev": "data.dev",
@@ -35,7 +37,17 @@ EVERYDAY = {
 }
 """Flag → the knob it stands for. `--help` shows these; `mowa train --knobs` and docs/recipes.md show all."""
 
-LEAVES = tuple(schema.leaves(Tuning))
+
+def _all() -> tuple[Leaf, ...]:
+    """The knobs of every kind of tuning; one that several have, as recordings have it, with all the words it takes."""
+    found: dict[str, Leaf] = {}
+    for leaf in (leaf for kind in (Tuning, Instruction) for leaf in schema.leaves(kind)):
+        known = found.setdefault(leaf.dotted, leaf)
+        found[leaf.dotted] = dataclasses.replace(known, choices=tuple(dict.fromkeys(known.choices + leaf.choices)))
+    return tuple(found.values())
+
+
+LEAVES = _all()
 SHORT = {dotted: f"--{name}" for name, dotted in EVERYDAY.items()}
 
 

@@ -17,6 +17,7 @@ VERBS = {
     "doctor": ("mowa.cli.doctor:doctor", "Say what this machine has and whether mowa works on it."),
     "data": ("mowa.cli.data:data", "Collect sentences and speak them."),
     "adapt": ("mowa.cli.adapt:adapt", "Look at an adapter, or merge it into its base."),
+    "explain": ("mowa.cli.explain:explain", "Say how a model's layers would be computed here, and why."),
     "train": ("mowa.cli.train:train", "Train a model as a recipe says."),
     "distill": ("mowa.cli.distill:distill", "Make a smaller model of a larger one."),
 }

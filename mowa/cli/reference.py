@@ -19,6 +19,7 @@ import click
 from mowa.cli import knobs
 from mowa.cli.main import cli
 from mowa.train import schema
+from mowa.train.instruct import Instruction
 from mowa.train.recipe import Recipe
 from mowa.train.tuning import Tuning
 
@@ -27,8 +28,8 @@ SHIPPED = Path(__file__).parents[2] / "recipes"
 RECIPES = """\
 # Recipes
 
-Written by `make docs` from the recipes' classes (`mowa/train/tuning.py`, `mowa/train/recipe.py`); `make check` holds it
-to them.
+Written by `make docs` from the recipes' classes (`mowa/train/tuning.py`, `instruct.py`, `recipe.py`); `make check`
+holds it to them.
 
 A recipe is a YAML file. `mowa train RECIPE -o FOLDER` does what it says; started again, it goes on from its last
 checkpoint. What a recipe leaves out stands as the tables below say. A wrong key or value is refused before anything is
@@ -70,6 +71,14 @@ or `path@split`, once for each. Only their shares need YAML.
 |---|---|
 """
 
+OF_TEXTS = """\
+## Texts
+
+With `task: causal` a language model learns from texts or conversations ([chat-data.md](chat-data.md)). Groups with the
+names of those above are theirs; what stands otherwise is said.
+
+"""
+
 FROM_NOTHING = """\
 ## From nothing
 
@@ -103,8 +112,9 @@ def recipes() -> str:
     shipped = "\n".join(
         f"| [{path.name}](../recipes/{path.name}) | {_for_whom(path)} |" for path in sorted(SHIPPED.glob("*.yaml"))
     )
-    tuning = f"## Fine-tuning\n\n{_tables(Tuning)}\n"
-    return f"{RECIPES}{shipped}\n\n{tuning}{FROM_NOTHING}{_tables(Recipe)}"
+    tuning = f"## Recordings\n\n{_tables(Tuning)}\n"
+    texts = f"{OF_TEXTS}{_tables(Instruction)}\n"
+    return f"{RECIPES}{shipped}\n\n{tuning}{texts}{FROM_NOTHING}{_tables(Recipe)}"
 
 
 def _for_whom(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,8 @@ from mowa.cli import knobs
 from mowa.errors import RecipeError
 
 if TYPE_CHECKING:
-    from mowa.train.recipe import Recipe
+    from mowa.train.instruct import Instruction
+    from mowa.train.plans import Plan
     from mowa.train.tuning import Tuning
 
 
@@ -44,7 +44,7 @@ def _list_knobs(context: click.Context, parameter: click.Parameter, wanted: bool
 def train(
     context: click.Context, recipe: Path | None, out: Path | None, dry_run: bool, threads: int | None, **_: Any
 ) -> None:
-    """Train a model as RECIPE (YAML) says: fine-tune one on your recordings, or make one from nothing.
+    """Train a model as RECIPE (YAML) says: tune one on your recordings or texts, or make one from nothing.
 
     RECIPE may be left out where --model and --data are given. What is said here goes before what it says, and every
     knob of fine-tuning can be turned by its path: --optimise.weight-decay 0.1. Started again, a run goes on from its
@@ -66,57 +66,52 @@ def train(
 train.params.extend(knobs.options())  # behind its own, in the help too
 
 
-def _plan(recipe: Path | None, settings: dict[str, Any]) -> Recipe | Tuning:
+def _plan(recipe: Path | None, settings: dict[str, Any]) -> Plan:
     """The recipe with `settings` turned. RecipeError where there is none, or one from nothing has no such knobs."""
-    from mowa.train import recipe as recipes
-    from mowa.train import schema, tuning
+    from mowa.train import plans, schema
 
     if recipe is None:
         if missing := [knobs.SHORT[path] for path in ("model", "data.train") if path not in settings]:
             raise RecipeError(f"name a recipe, or give {' and '.join(missing)}; `mowa train --knobs` lists every knob")
-        return tuning.checked(schema.turned({}, settings), "command line")
-    if not _from_nothing(schema.tree(recipe)):
-        plan = tuning.read(recipe, settings)
-        if "optimise.epochs" in settings and plan.optimise.steps and "optimise.steps" not in settings:
-            raise RecipeError(f"{recipe} says how many steps, so --epochs would change nothing: add --steps 0")
-        return plan
-    if settings:
+        return plans.checked(schema.turned({}, settings), "command line")
+    if settings and plans.of_nothing(schema.tree(recipe)):
         flags = ", ".join(
             knobs.SHORT.get(leaf.dotted, knobs.flag(leaf)) for leaf in knobs.LEAVES if leaf.dotted in settings
         )
         raise RecipeError(f"{recipe} trains from nothing, and {flags} are for fine-tuning: say it in the recipe")
-    return recipes.read(recipe)
+    plan = plans.read(recipe, settings)
+    if "optimise.epochs" in settings and "optimise.steps" not in settings and plan.optimise.steps:  # type: ignore[union-attr]
+        raise RecipeError(f"{recipe} says how many steps, so --epochs would change nothing: add --steps 0")
+    return plan
 
 
-def _from_nothing(tree: Any) -> bool:
-    """Recipes from nothing have stages, others a model; of one with neither, whose keys it has more of."""
-    from mowa.train.recipe import Recipe
-    from mowa.train.tuning import Tuning
-
-    if not isinstance(tree, dict) or "model" in tree or "stages" in tree:
-        return isinstance(tree, dict) and "stages" in tree
-    fresh, tuned = ({field.name for field in dataclasses.fields(kind)} & set(tree) for kind in (Recipe, Tuning))
-    return len(fresh) > len(tuned)
-
-
-def run(plan: Recipe | Tuning, out: Path, threads: int | None) -> bool:
+def run(plan: Plan, out: Path, threads: int | None) -> bool:
     """Train, here or in processes of its own. → whether it was here."""
     machine.huge_pages()
-    from mowa.train.tuning import Tuning
+    from mowa.train.recipe import Recipe
 
-    if not isinstance(plan, Tuning):
+    if isinstance(plan, Recipe):
         from mowa.train import run as fresh
 
         fresh.train(plan, out, threads=threads)
         return True
-    from mowa.train import parallel
+    from mowa.train import parallel, plans
 
     if parallel.wanted(plan) and not parallel.inside():
         parallel.launch(plan, out, threads=threads)
         return False
-    from mowa import loading
-    from mowa.train import tune
-
-    model = loading.load(plan.model, head=plan.vocabulary != "new")
-    tune.tune(plan, model, out, threads=threads)
+    plans.tune(plan, _model(plan), out, threads=threads)
     return True
+
+
+def _model(plan: Tuning | Instruction) -> Any:
+    from mowa.loading import speech, text
+    from mowa.train.instruct import Instruction
+
+    if not isinstance(plan, Instruction):
+        return speech.load(plan.model, head=plan.vocabulary != "new")
+    from mowa.files import resolve
+    from mowa.train.sft import base_dtype
+
+    folder = resolve(plan.model, vet=text.family_of).folder
+    return text.load(plan.model, dtype=base_dtype(plan, folder))

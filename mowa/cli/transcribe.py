@@ -62,7 +62,7 @@ def transcribe(
     from mowa.decode import captions
     from mowa.engines import native
     from mowa.engines.transcription import Failure, base_of, transcripts
-    from mowa.loading import load
+    from mowa.loading.speech import load
 
     failures: list[Failure] = []
     debug = debug or click.get_current_context().find_root().params["debug"]

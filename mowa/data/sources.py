@@ -148,19 +148,20 @@ def _shards(files: list[Path]) -> dict[str, tuple[Path, ...]]:
 
 def _rows(path: str | Path, split: str) -> Iterator[Row]:
     if str(path).startswith("hub:"):
-        yield from hub(str(path), partial(_chosen, split, str(path)))
+        yield from hub(str(path), partial(chosen, split, str(path)))
         return
     splits = layout(path).splits
     if set(splits) != {""}:
-        for child in splits[_chosen(split, str(path), splits)]:
+        for child in splits[chosen(split, str(path), splits)]:
             yield from _rows(child, "")
         return
     for file in splits[""]:
         rows = saved(file) if file.is_dir() else READERS[file.suffix.lower()](file)
-        yield from _of_split(rows, split, str(path)) if split else rows
+        yield from of_split(rows, split, str(path)) if split else rows
 
 
-def _chosen(split: str, source: str, splits: Iterable[str]) -> str:
+def chosen(split: str, source: str, splits: Iterable[str]) -> str:
+    """The one of `splits` that `split` means: "" is train, or the only one; dev and validation are the same."""
     there = sorted(map(str, splits))
     for name in (split or "train", *sorted(_same(split))):
         if name in there:
@@ -175,7 +176,8 @@ def _same(split: str) -> set[str]:
     return _DEV if split in _DEV else {split}
 
 
-def _of_split(rows: Iterator[Row], split: str, source: str) -> Iterator[Row]:
+def of_split(rows: Iterator[Row], split: str, source: str) -> Iterator[Row]:
+    """Those rows whose column `split` says so. DataError where there is no such column, or none of them does."""
     seen: set[str] = set()
     for where, folder, fields in rows:
         column = columns(tuple(fields)).get("split")
@@ -185,7 +187,7 @@ def _of_split(rows: Iterator[Row], split: str, source: str) -> Iterator[Row]:
         if str(fields[column]) in _same(split):
             yield where, folder, fields
     if seen and not seen & _same(split):
-        _chosen(split, source, seen)
+        chosen(split, source, seen)
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------

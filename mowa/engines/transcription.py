@@ -25,7 +25,7 @@ from mowa.engines import native
 from mowa.engines.native import Native
 from mowa.engines.settings import Settings
 from mowa.errors import AudioError, ModelError, MowaError
-from mowa.loading import load
+from mowa.loading.speech import load
 from mowa.nouns import Model, Transcript
 
 DEFAULT = "pl-tiny"

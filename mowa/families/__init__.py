@@ -1,6 +1,46 @@
 """The architectures, one file each. Importing this package registers them all; it imports no torch."""
 
-from mowa.families import hubert, wav2vec2, wavlm
-from mowa.families.registry import families, find, model_types, names, register
+from mowa.families import (
+    bert,
+    deepseek,
+    gemma,
+    gpt_oss,
+    granite,
+    hubert,
+    llama,
+    mistral,
+    mixtral,
+    modernbert,
+    mpnet,
+    phi,
+    qwen,
+    qwen2_5_vl,
+    wav2vec2,
+    wavlm,
+)
+from mowa.families.registry import families, find, model_types, names, register, resolve
 
-__all__ = ["families", "find", "hubert", "model_types", "names", "register", "wav2vec2", "wavlm"]
+__all__ = [
+    "bert",
+    "deepseek",
+    "families",
+    "find",
+    "gemma",
+    "gpt_oss",
+    "granite",
+    "hubert",
+    "llama",
+    "mistral",
+    "mixtral",
+    "model_types",
+    "modernbert",
+    "mpnet",
+    "names",
+    "phi",
+    "qwen",
+    "qwen2_5_vl",
+    "register",
+    "resolve",
+    "wav2vec2",
+    "wavlm",
+]

@@ -16,5 +16,9 @@ HUBERT = register(
             "mlp": ("intermediate_dense", "output_dense"),
         },
         frozen=("feature_extractor",),
+        architectures=("HubertForCTC",),
+        aliases=(r"(.*-)?hubert-(base|large|xlarge)",),
+        tensors={"block": "hubert.encoder.layers.{i}.", "head": "lm_head.weight"},
+        limits={"fused_head": "letters are few, and their logits small"},
     )
 )

@@ -19,5 +19,9 @@ WAV2VEC2 = register(
             "mlp": ("intermediate_dense", "output_dense"),
         },
         frozen=("feature_extractor",),
+        architectures=("Wav2Vec2ForCTC",),
+        aliases=(r"(.*-)?wav2vec2-(base|large|xls-r|xlsr|lv-60)", r"mms-(300m|1b)"),
+        tensors={"block": "wav2vec2.encoder.layers.{i}.", "head": "lm_head.weight"},
+        limits={"fused_head": "letters are few, and their logits small"},
     )
 )

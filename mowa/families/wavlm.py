@@ -17,5 +17,13 @@ WAVLM = register(
         blocks=("WavLMEncoderLayer", "WavLMEncoderLayerStableLayerNorm"),
         linears={"mlp": ("intermediate_dense", "output_dense")},
         frozen=("feature_extractor",),
+        architectures=("WavLMForCTC",),
+        aliases=(r"(.*-)?wavlm-(base|large)",),
+        tensors={"block": "wavlm.encoder.layers.{i}.", "head": "lm_head.weight"},
+        limits={
+            "attention": "it hands bare weights to a function of torch",
+            "packing": "it attends in a way of its own",
+            "fused_head": "letters are few, and their logits small",
+        },
     )
 )

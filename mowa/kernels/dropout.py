@@ -34,7 +34,7 @@ class _Drop(torch.autograd.Function):
         return torch.where(mask, x * ctx.scale, 0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return torch.where(mask, gradient * ctx.scale, 0), None
 

@@ -19,15 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from mowa.errors import ModelError
-from mowa.kernels.segments import Segments, attend
+from mowa.families import attention
+from mowa.kernels.attention import Mask
+from mowa.kernels.segments import Segments
 
-NAME = "mowa_segments"
+NAME = attention.NAME
 FAMILIES = ("wav2vec2", "hubert")
 GRID = 32  # frames in a row are a multiple of this: a processor prepares anew for every new shape
 PIECE = 256  # frames that a frozen front end makes at a time
@@ -87,12 +86,11 @@ def lay(sounds: Sequence[np.ndarray], how: Frames, *, grid: int = 1) -> np.ndarr
 @contextmanager
 def packed(net: Any) -> Iterator[None]:
     """Let `net`'s attention know segments, as long as the context lasts; its ordinary forward stays as it was."""
-    before = net.config._attn_implementation
-    net.set_attn_implementation(NAME)
+    restore = attention.use(net)
     try:
         yield
     finally:
-        net.set_attn_implementation(before)
+        restore()
 
 
 def emit(
@@ -216,25 +214,13 @@ def _blocks(core: Any, states: Tensor, segments: Segments, after: Sequence[int])
     encoder, config, kept = core.encoder, core.config, {}
     stable = config.do_stable_layer_norm
     states = encoder.dropout(states if stable else encoder.layer_norm(states))
+    mask = Mask(documents=(segments,))
     in_step = is_deepspeed_zero3_enabled()  # then every process has to run every block
     for depth, layer in enumerate(encoder.layers):
         drop = core.training and config.layerdrop > 0 and bool(torch.rand([]) < config.layerdrop)
         if in_step or not drop:
-            out = layer(states, attention_mask=segments)
+            out = layer(states, attention_mask=mask)
             states = out[0] if isinstance(out, tuple) else out
         if depth in after:
             kept[depth] = states
     return (encoder.layer_norm(states) if stable else states), [kept[depth] for depth in after]
-
-
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
-) -> tuple[Tensor, None]:
-    if not isinstance(attention_mask, Segments):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    dropout, scale = settings.get("dropout", 0.0), settings.get("scaling") or query.shape[-1] ** -0.5
-    return attend(query, key, value, attention_mask, scale=scale, dropout=dropout), None
-
-
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)

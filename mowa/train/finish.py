@@ -41,7 +41,7 @@ def finish(run: Run, trainer: Trainer, out: Path, took_s: float) -> None:
         return
     net = model.net
     if state is not None:
-        _put(net, {name.removeprefix("net."): value for name, value in state.items()})
+        put(net, {name.removeprefix("net."): value for name, value in state.items()})
     report = {
         "model": plan.model,
         "train": plan.train,
@@ -81,7 +81,7 @@ def finish(run: Run, trainer: Trainer, out: Path, took_s: float) -> None:
     print(_table(results), file=sys.stderr)
 
 
-def _put(net: nn.Module, state: dict[str, torch.Tensor]) -> None:
+def put(net: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Whole weights in the place of the parts that a strategy left on this process."""
     for name, value in state.items():
         holder, _, leaf = name.rpartition(".")

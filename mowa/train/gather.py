@@ -37,12 +37,12 @@ def gather(plan: Tuning, words: Vocabulary | None, frames: Callable[[float], int
     """
     data, texts = plan.data, not plan.distil.layers  # a teacher needs none
     train = [(_read(part, cache, texts), part.share) for part in data.train]
-    dev = {name: _read(part, cache) for name, part in _named(data.dev, "dev").items()}
-    test = {name: _read(part, cache) for name, part in _named(data.test, "test").items()}
+    dev = {name: _read(part, cache) for name, part in named(data.dev, "dev").items()}
+    test = {name: _read(part, cache) for name, part in named(data.test, "test").items()}
     if not dev:
         train, dev = _held_out(train, data, plan.optimise.seed)
     said = _words(plan, words, [example.text for examples, _ in train for example in examples])
-    replay = {name: _read(part, cache) for name, part in _named(data.replay, "replay").items()}
+    replay = {name: _read(part, cache) for name, part in named(data.replay, "replay").items()}
     if replay and plan.vocabulary == "new":
         raise RecipeError(
             "data: replay: a head with a new vocabulary cannot be asked what the old one knew; leave it out"
@@ -71,7 +71,7 @@ def _read(part: Part, cache: Path, texts: bool = True) -> list[Example]:
     return list(sources.read(part.path, part.split, cache=cache, texts=texts))
 
 
-def _named(parts: Sequence[Part], kind: str) -> dict[str, Part]:
+def named(parts: Sequence[Part], kind: str) -> dict[str, Part]:
     """One part is called by its kind, several by their files' names too."""
     if len(parts) == 1:
         return {kind: parts[0]}

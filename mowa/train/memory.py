@@ -24,12 +24,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mowa.train.tuning import Tuning
+from mowa.families import find
+from mowa.train.instruct import Instruction
 
 ROOM = 0.8  # of a device's memory: what a run may be expected to fill
 ORDER = ("ddp", "zero2", "zero3", "zero3-offload", "fsdp")
 RATE_HZ = 16_000
 HALF = ("bf16", "fp16")
+LOGITS = 2 * 64 * 2**20  # bytes: what the fused head has of them at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +76,9 @@ class Choice:
 
 
 def estimate(
-    net: Any, plan: Tuning, *, gpu_bytes: float, host_bytes: float, devices: int, precision: str = "float32"
+    net: Any, plan: Any, *, gpu_bytes: float, host_bytes: float, devices: int, precision: str = "float32"
 ) -> Estimate:
-    """What `net` (a CTC net with its learning parameters marked; may lie on "meta") needs under `plan`.
+    """What `net` (with its learning parameters marked; may lie on "meta") needs under `plan`, which is for its kind.
 
     gpu_bytes: memory of one device, host_bytes: of one machine; devices: over all machines; precision: float32, bf16 or
     fp16.
@@ -84,7 +86,9 @@ def estimate(
     parameters = sum(parameter.numel() for parameter in net.parameters())
     learning = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
     part, block = learning / devices, block_parameters(net)
-    held = activations(net, plan.batch.seconds, precision=precision, checkpointing=plan.optimise.checkpointing)
+    how = {"precision": precision, "checkpointing": plan.optimise.checkpointing}
+    reads = isinstance(plan, Instruction)
+    held = of_text(net, plan.batch.tokens, **how) if reads else activations(net, plan.batch.seconds, **how)
     cast = 2 * (block if plan.optimise.checkpointing else parameters) if precision in HALF else 0
     own = precision == "fp16"  # DeepSpeed's: no autocast, so nothing is kept in half precision besides the weights
     wide, zero_cast, copy = (2, 0, 4 * part) if own else (4, cast, 0.0)
@@ -106,7 +110,28 @@ def estimate(
 
 def block_parameters(net: Any) -> int:
     """Parameters of the largest block: the size of buckets, and what is fetched ahead."""
-    return max(sum(parameter.numel() for parameter in block.parameters()) for block in net.base_model.encoder.layers)
+    kinds = find(net.config.model_type).blocks
+    blocks = [module for module in net.modules() if type(module).__name__ in kinds]
+    return max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+
+
+def of_text(net: Any, tokens: float, *, precision: str, checkpointing: bool) -> float:
+    """Bytes that a language model's pass over `tokens` keeps, with the fused head's passing logits.
+
+    Of a token, with e bytes an element, width H, heads of Q and K elements in all, inner width F: a block keeps
+    e (6 H + 2 Q + 2 K + 3 F) (norms' inputs and outputs, what attention and linears are given, the gate), a recomputed
+    one e H. Of experts, those that a token is sent to count. An estimate: nothing holds it against autograd.
+    """
+    config = net.config.get_text_config()
+    element, width, depth = _element(precision), config.hidden_size, config.num_hidden_layers
+    size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    queries = size * config.num_attention_heads
+    keys = size * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    sent = getattr(config, "num_experts_per_tok", None) or 1
+    inner = (getattr(config, "moe_intermediate_size", None) or config.intermediate_size) * sent
+    block = element * (6 * width + 2 * queries + 2 * keys + 3 * inner)
+    each = depth * element * width + block if checkpointing else depth * block
+    return tokens * (each + element * width) + LOGITS
 
 
 def activations(net: Any, seconds: float, *, precision: str, checkpointing: bool) -> float:

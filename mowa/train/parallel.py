@@ -20,7 +20,9 @@ from typing import Any
 
 from mowa import machine
 from mowa.errors import MissingPart, RecipeError, TrainingStopped
-from mowa.train import memory, schema, tuning, zero
+from mowa.families import find
+from mowa.train import memory, schema, zero
+from mowa.train.instruct import Instruction
 from mowa.train.memory import Choice
 from mowa.train.tuning import Tuning
 
@@ -31,7 +33,7 @@ _HUSHED = "ignore::FutureWarning:torch.distributed.c10d_logger"  # DeepSpeed's c
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
-def wanted(plan: Tuning) -> bool:
+def wanted(plan: Tuning | Instruction) -> bool:
     """Whether the run needs processes of its own."""
     how = plan.parallel
     return how.devices * how.nodes > 1 or how.strategy in LAUNCHED
@@ -42,7 +44,7 @@ def inside() -> bool:
     return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
-def launch(plan: Tuning, out: Path, *, threads: int | None = None) -> None:
+def launch(plan: Tuning | Instruction, out: Path, *, threads: int | None = None) -> None:
     """Run `mowa train` as `plan` says on all devices of this machine, and return when every process has finished.
 
     The recipe is written to `out`/recipe.yaml. On several machines this is called once on each. RecipeError where the
@@ -51,7 +53,7 @@ def launch(plan: Tuning, out: Path, *, threads: int | None = None) -> None:
     """
     recipe = out / "recipe.yaml"
     for note in (recipe, out / "run" / "recipe.yaml"):
-        if note.is_file() and tuning.read(note) != plan:
+        if note.is_file() and schema.build(type(plan), schema.tree(note), str(note)) != plan:
             raise RecipeError(f"{note.parent} holds a run by another recipe: choose another folder, or delete that one")
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f"recipe.{os.uname().nodename}.partial"  # several machines may share the folder
@@ -61,7 +63,7 @@ def launch(plan: Tuning, out: Path, *, threads: int | None = None) -> None:
     oversee(["--module", "mowa", "train", str(recipe), "-o", str(out), "--threads", str(each)], plan, out, threads=each)
 
 
-def oversee(command: Sequence[str], plan: Tuning, out: Path, *, threads: int) -> None:
+def oversee(command: Sequence[str], plan: Tuning | Instruction, out: Path, *, threads: int) -> None:
     """Start `command` (what torchrun takes after its options) once for each device, and see to its end.
 
     threads: of the processor, for each process. Raises as `launch` does.
@@ -92,7 +94,7 @@ def oversee(command: Sequence[str], plan: Tuning, out: Path, *, threads: int) ->
             raise TrainingStopped(f"the processes on {how.nodes} machines did not find each other: {where}") from None
 
 
-def possible(plan: Tuning) -> bool:
+def possible(plan: Tuning | Instruction) -> bool:
     """Whether the processes will have GPUs; RecipeError or MissingPart where this machine cannot run the plan."""
     import torch
 
@@ -194,7 +196,7 @@ def _resume(out: Path) -> str:
 # --- inside each process: what the Trainer is told ----------------------------------------------------------------
 
 
-def arguments(plan: Tuning, net: Any, devices: int, *, precision: str = "auto") -> dict[str, Any]:
+def arguments(plan: Tuning | Instruction, net: Any, devices: int, *, precision: str = "auto") -> dict[str, Any]:
     """The TrainingArguments that depend on devices, strategy and precision; they replace whatever stands there.
 
     Call it after what learns in `net` was marked and before TrainingArguments are made. `devices`: on this machine;
@@ -204,18 +206,19 @@ def arguments(plan: Tuning, net: Any, devices: int, *, precision: str = "auto") 
     import torch
 
     on_gpus = torch.cuda.is_available()
-    kind = _precision(plan, net) if precision == "auto" else precision
+    kind = precision_of(plan, net.config) if precision == "auto" else precision
     whole: dict[str, Any] = {"bf16": kind == "bf16", "fp16": kind == "fp16", "use_cpu": not on_gpus}
     if not inside():
         return whole
     end_with_launcher()
-    net.config.layerdrop = 0.0
+    if hasattr(net.config, "layerdrop"):
+        net.config.layerdrop = 0.0
     choice = settle(plan, net, devices * plan.parallel.nodes, precision=kind)
     if choice.strategy == "ddp":
         backend = "nccl" if on_gpus else "gloo"
         return whole | {"ddp_backend": backend, "ddp_find_unused_parameters": _unused(plan, net)}
     if choice.strategy == "fsdp":
-        block = type(net.base_model.encoder.layers[0]).__name__
+        (block, *_) = [name for name in map(_class_name, net.modules()) if name in find(net.config.model_type).blocks]
         return whole | {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [block]}}
     config = zero.deepspeed_config(choice.strategy, plan, block=memory.block_parameters(net), precision=kind)
     shared = {"deepspeed": config, "bf16": False, "fp16": kind == "fp16", "use_cpu": False}
@@ -225,7 +228,7 @@ def arguments(plan: Tuning, net: Any, devices: int, *, precision: str = "auto") 
     return shared | {"accelerator_config": {"use_configured_state": True}, "dataloader_pin_memory": False}
 
 
-def settle(plan: Tuning, net: Any, devices: int, *, precision: str) -> Choice:
+def settle(plan: Tuning | Instruction, net: Any, devices: int, *, precision: str) -> Choice:
     """The strategy of a run on `devices` over all machines, and why; RecipeError where the one asked for cannot be.
 
     auto weighs by what `memory` estimates those that can run this plan; the first process prints the estimate.
@@ -253,13 +256,13 @@ def _weighed(on_gpus: bool) -> tuple[str, ...]:
     return ("ddp", "zero2", "zero3", "zero3-offload") if on_gpus else ("ddp", "zero2", "zero3")
 
 
-def refused(strategy: str, plan: Tuning, net: Any) -> str:
+def refused(strategy: str, plan: Tuning | Instruction, net: Any) -> str:
     """Why a strategy cannot run this plan; empty where it can."""
     if strategy not in SHARDED:
         return ""
     if plan.optimise.ema:
         return "no process has all the weights to average (optimise: ema); use ddp or zero2"
-    if plan.batch.layout == "packed" and net.config.feat_extract_norm == "group":
+    if plan.batch.layout == "packed" and getattr(net.config, "feat_extract_norm", "") == "group":
         return (
             "this net's front end takes packed recordings one by one, and the processes would fall out of step; "
             "use batch: layout: padded, or ddp or zero2"
@@ -292,19 +295,27 @@ def consolidated(trainer: Any) -> dict[str, Any] | None:
     return whole
 
 
-def _precision(plan: Tuning, net: Any) -> str:
+def precision_of(plan: Tuning | Instruction, config: Any) -> str:
+    """What a net of this config computes in on this machine: float32, bf16 or fp16, as `plan` says or as is fastest."""
     import torch
 
     if plan.optimise.precision != "auto":
         return plan.optimise.precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    found = machine.precision(net.config.hidden_size, net.config.intermediate_size)
+    text = config.get_text_config()
+    found = machine.precision(text.hidden_size, text.intermediate_size)
     return "bf16" if found.dtype == "bfloat16" else "float32"
 
 
-def _unused(plan: Tuning, net: Any) -> bool:
+def _class_name(module: Any) -> str:
+    return type(module).__name__
+
+
+def _unused(plan: Tuning | Instruction, net: Any) -> bool:
     """Whether steps leave something that learns without a gradient, which DDP has to look for."""
+    if isinstance(plan, Instruction):
+        return False
     vector = getattr(net.base_model, "masked_spec_embed", None)
     return vector is not None and vector.requires_grad and not plan.masks.time
 

@@ -51,7 +51,7 @@ def ready(plan: Tuning, model: Model, out: Path) -> Run:
     net.config.ctc_zero_infinity, net.config.ctc_loss_reduction = True, "mean"
     if plan.train == "lora":
         low = plan.lora
-        lora.add(net, family, rank=low.rank, alpha=low.alpha, dropout=low.dropout, where=low.where)
+        lora.add(net, family, rank=low.rank, alpha=low.alpha, dropout=low.dropout, where=low.where, kind=low.kind)
     elif plan.train == "adapters":
         bottleneck.add(net, family, plan.adapters.width)
     freeze.learn(net, family, plan.train)

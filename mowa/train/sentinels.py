@@ -198,8 +198,8 @@ class NoLearning:
             "no learning",
             step,
             f"the loss was {first:.3g} in the beginning and is {last:.3g} after {step} steps",
-            "Check that the texts belong to their recordings; then try optimise.learning_rate ten times higher, or "
-            "more that learns (train: lora, top-6, all)"
+            "Check that the texts belong to their recordings, or answers to their questions; then try "
+            "optimise.learning_rate ten times higher, or more that learns (train: lora, top-6, all)"
             if guessing
             else "If the checkpoint was as good as it can be at this, all is well; else try a higher "
             "optimise.learning_rate",
@@ -285,7 +285,7 @@ class Overfitting:
         if not (math.isfinite(loss) and math.isfinite(learnt)):
             return None
         rows = self.rows.setdefault(name, [])
-        rows.append((loss, metrics.get("wer", math.inf), learnt))
+        rows.append((loss, metrics.get("wer", 1 - metrics.get("accuracy", -math.inf)), learnt))
         if len(rows) < 4:
             return None
         best = min(rows[:-3])  # the lowest dev loss before the last three
@@ -298,8 +298,8 @@ class Overfitting:
             step,
             f"the loss on it rose from {best[0]:.3g} to {loss:.3g}, while in training it fell from {best[2]:.3g} to "
             f"{learnt:.3g}",
-            "The best checkpoint is kept. Next time try less that learns (train: lora), more augment and masks, fewer "
-            "epochs, evaluate.patience: 3",
+            "The best checkpoint is kept. Next time try less that learns (train: lora), fewer epochs, with recordings "
+            "more augment and masks, evaluate.patience: 3",
         )
 
 
@@ -327,5 +327,19 @@ def broken(step: int, losses: Sequence[float], ids: Sequence[str]) -> Finding | 
         f"the loss of {len(short)} of {len(losses)} recordings in the batch is infinite, as their sound has fewer "
         f"frames than their text needs: {some(short)}",
         "Check that these texts belong to these recordings, and leave them out if not",
+        fatal=True,
+    )
+
+
+def broken_batch(step: int, loss: float, ids: Sequence[str]) -> Finding | None:
+    """A loss over examples of text that is no number, before anything is learnt from it."""
+    if math.isfinite(loss):
+        return None
+    return Finding(
+        "broken loss",
+        step,
+        f"the loss of a batch is {loss}: {some(ids)}",
+        "If it is always these, leave them out; else try a lower optimise.learning_rate, or optimise.precision: "
+        "bf16 or float32",
         fatal=True,
     )

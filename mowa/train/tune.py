@@ -24,8 +24,9 @@ from mowa.errors import MissingPart, RecipeError
 from mowa.families.patch import channel_last_front_end, quick_dropout
 from mowa.nouns import Family, Model
 from mowa.tasks import packing
-from mowa.train import checkpoints, optimiser, parallel, positions, schema, tuning, view, watch
+from mowa.train import checkpoints, optimiser, parallel, positions, schema, view, watch
 from mowa.train.finish import DONE, finish
+from mowa.train.optimiser import OwnOptimiser
 from mowa.train.packs import Packs
 from mowa.train.pupil import Pupil, best, loss_function, score, spelt, texts
 from mowa.train.ready import Run, batching, first, measured, ready
@@ -34,30 +35,16 @@ from mowa.train.tuning import PLAIN, Tuning
 NEEDED = ("accelerate", "jiwer", "matplotlib")
 
 
-class Tuned(Trainer):
-    """The stock Trainer with our optimiser, made when (and over the parameters) the strategy wants it."""
+class Tuned(OwnOptimiser, Trainer):
+    """The stock Trainer with our optimiser."""
 
     def __init__(self, *, tuning: Tuning, family: Family, new_head: bool, **settings: Any) -> None:
-        from accelerate.utils import AutocastKwargs
-
         super().__init__(**settings)
-        # every weight is used once a pass: a cache of their casts would hold memory and save nothing
-        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.tuning, self.family, self.new_head = tuning, family, new_head
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            net: Any = self.model if model is None else model
-            groups = optimiser.groups(net, self.family, self.tuning, new_head=self.new_head)
-            fused = not self.is_deepspeed_enabled  # one pass over the weights instead of ten
-            self.optimizer = torch.optim.AdamW(groups, betas=self.tuning.optimise.betas, fused=fused)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_scheduler is None:
-            moved: Any = optimizer or self.optimizer
-            self.lr_scheduler = optimiser.scheduler(moved, self.tuning.optimise, num_training_steps)
-        return self.lr_scheduler
+    def groups(self, net: nn.Module) -> list[dict[str, Any]]:
+        how, base = self.tuning.optimise, optimiser.rate(self.tuning)
+        return optimiser.groups(net, self.family, how, base, new_head=self.new_head)
 
 
 def tune(plan: Tuning, model: Model, out: Path, *, threads: int | None = None) -> Path:
@@ -72,7 +59,7 @@ def tune(plan: Tuning, model: Model, out: Path, *, threads: int | None = None) -
     torch.set_num_threads(threads or machine.cores())
     set_seed(plan.optimise.seed)
     note = out / "run" / "recipe.yaml"
-    _claim(plan, note)
+    claim(plan, note)
     if (out / "run" / DONE).is_file():
         print(f"{out}: finished before", file=sys.stderr)
         return out
@@ -92,10 +79,10 @@ def tune(plan: Tuning, model: Model, out: Path, *, threads: int | None = None) -
     return out
 
 
-def _claim(plan: Tuning, note: Path) -> None:
-    """This folder is this recipe's."""
+def claim(plan: Any, note: Path) -> None:
+    """This folder is this recipe's (a Tuning, or an Instruction), or a RecipeError says what of it is another's."""
     if note.is_file():
-        before, now = asdict(tuning.read(note)), asdict(plan)
+        before, now = asdict(schema.build(type(plan), schema.tree(note), str(note))), asdict(plan)
         if before != now:
             different = ", ".join(key for key in now if now[key] != before[key])
             raise RecipeError(
@@ -144,7 +131,7 @@ def trainer_of(run: Run, out: Path, resumed: Path | None) -> tuple[Trainer, view
     pupil = Pupil(net, layout=plan.batch.layout, attend=model.preprocessing.attention_mask, lessons=run.lessons)
     arguments = _arguments(run, out, resumed)
     sentinels = watch.Sentinels(plan.watch, out, pupil, tokens=words.tokens)
-    live = view.Live(plan.evaluate.examples, seconds=[sum(e.duration_s for e in batch) for batch in run.batches])
+    live = view.Live(plan.evaluate.examples, [sum(e.duration_s for e in batch) for batch in run.batches])
 
     def seen(losses: torch.Tensor, ids: torch.Tensor, index: int) -> None:
         batch = run.batches[index]

@@ -73,6 +73,11 @@ class Lora:
     alpha: float = knob(32.0, "they are scaled by alpha / rank")
     dropout: float = knob(0.0, "dropout on their input", **SHARE)
     where: tuple[str, ...] = knob(("attention", "mlp"), "linears they sit on", choices=("attention", "mlp"))
+    kind: str = knob(
+        "lora",
+        "lora; rslora: scaled by alpha / √rank (arXiv:2312.03732); dora: with a length of their own (arXiv:2402.09353)",
+        choices=("lora", "rslora", "dora"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,8 @@ class Optimise:
     steps: int = knob(0, "steps of the optimiser; 0: as many as the epochs have", least=0)
     learning_rate: float = knob(
         0.0,
-        "of what learns below the head; 0: 3e-5 for all, encoder and top-N, 5e-4 for the rest and for a student",
+        "of what learns below the head; 0: 3e-5 for all, encoder and top-N, 5e-4 for the rest and for a student; of a "
+        "language model 2e-4 for lora, 1e-5 for the rest",
         least=0.0,
     )
     head_times: float = knob(
@@ -165,6 +171,7 @@ class Tuning:
         metadata={"help": "checkpoint to start from: an alias, a folder, or a hub id owner/name[@revision]"}
     )
     data: Data
+    task: str = knob("ctc", "what is learnt: ctc (letters from sound); causal has knobs of its own", choices=("ctc",))
     train: str = knob(
         "all", "what learns: head | adapters | lora | top-N (blocks) | encoder (blocks) | all; always the head too"
     )
@@ -201,8 +208,8 @@ def read(path: Path, settings: dict[str, Any] | None = None) -> Tuning:
 def checked(tree: Any, where: str) -> Tuning:
     """A tree of plain values → Tuning. A plain path under data stands for a list of one part."""
     if isinstance(tree, dict) and isinstance(tree.get("data"), dict):
-        parts = {key: _parts(value) for key, value in tree["data"].items() if key in ("train", "dev", "test", "replay")}
-        tree = {**tree, "data": {**tree["data"], **parts}}
+        named = {key: parts(value) for key, value in tree["data"].items() if key in ("train", "dev", "test", "replay")}
+        tree = {**tree, "data": {**tree["data"], **named}}
     tuning = schema.build(Tuning, tree, where)
     if tuning.train == "top-N" or (tuning.train not in LEARNT and tuning.top is None):
         raise RecipeError(f"{where}: train: {tuning.train!r} is none of {', '.join(LEARNT)} (N a number of blocks)")
@@ -253,7 +260,8 @@ def _share(value: float, where: str) -> None:
         raise RecipeError(f"{where} is {value}; it is a share, from 0 to 1")
 
 
-def _parts(value: Any) -> Any:
+def parts(value: Any) -> Any:
+    """What stands under data → a list of trees of `Part`: a path alone is a part, and a part alone a list of one."""
     if value is None:  # `dev:` with nothing behind it
         return []
     values = value if isinstance(value, list | tuple) else [value]

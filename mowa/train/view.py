@@ -33,16 +33,16 @@ RECENT = 50  # steps over which the speed is taken
 class Live(TrainerCallback):
     """Progress to standard error. `count` examples are shown at each measurement of a set; give their texts to `heard`.
 
-    `seconds`: of sound in each batch of the run, in the order in which they are learnt; without it no speed is shown.
+    `sizes` of each batch of the run, in `unit`s and in the order in which they are learnt; without, no speed is shown.
     """
 
-    def __init__(self, count: int = 3, seconds: Sequence[float] = ()) -> None:
-        self.count, self.seconds = count, seconds
+    def __init__(self, count: int = 3, sizes: Sequence[float] = (), *, unit: str = "s of sound") -> None:
+        self.count, self.sizes, self.unit = count, sizes, unit
         self.texts: tuple[Sequence[str], Sequence[str]] | None = None
         self.bar: Any = None
         self.rates: dict[str, str] = {}
         self.loss = ""
-        self.paces: deque[tuple[float, float]] = deque(maxlen=RECENT)  # seconds of sound, seconds it took
+        self.paces: deque[tuple[float, float]] = deque(maxlen=RECENT)  # size, seconds it took
         self.began_s, self.since_s, self.first, self.batch = 0.0, 0.0, 0, 0
 
     def heard(self, references: Sequence[str], hypotheses: Sequence[str]) -> None:
@@ -71,7 +71,7 @@ class Live(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.monotonic()
         together = args.gradient_accumulation_steps * args.world_size
-        sound = self.seconds[(state.global_step - 1) * together : state.global_step * together]
+        sound = self.sizes[(state.global_step - 1) * together : state.global_step * together]
         self.paces.append((sum(sound), now - self.since_s))
         self.since_s = now
         if self.bar is not None:
@@ -100,6 +100,8 @@ class Live(TrainerCallback):
         name, values = found
         if "wer" in values:
             self.rates[name] = f"{name} WER {values['wer']:.1%}"
+        elif "accuracy" in values:
+            self.rates[name] = f"{name} loss {values['loss']:.3g}"
         self._say(f"step {state.global_step}/{state.max_steps} · {name}: {_spoken(values)}")
         if texts is not None and self.count:
             self._say(examples(*texts, self.count))
@@ -118,7 +120,7 @@ class Live(TrainerCallback):
 
     def _speed(self) -> str:
         sound, took = (sum(part) for part in zip(*self.paces, strict=True)) if self.paces else (0.0, 0.0)
-        return f" · {sound / took:.0f} s of sound a second" if sound and took else ""
+        return f" · {sound / took:.0f} {self.unit} a second" if sound and took else ""
 
     def _left(self, state: Any) -> str:
         done = max(1, state.global_step - self.first)
@@ -130,6 +132,7 @@ def _spoken(values: Mapping[str, float]) -> str:
     """One measurement in words."""
     parts = [f"{kind.upper()} {values[kind]:.1%}" for kind in ("wer", "cer") if kind in values]
     parts += [f"loss {values['loss']:.3g}"] if "loss" in values else []
+    parts += [f"right {values['accuracy']:.1%}"] if "accuracy" in values else []
     parts += [f"blank {values['blank']:.0%}"] if "blank" in values else []
     return " · ".join(parts)
 
@@ -204,11 +207,15 @@ def history(rows: Sequence[Mapping[str, Any]], out: Path, *, best: int | None = 
         _draw(losses, points, "loss", "o-", label=name, color=color)
         _draw(errors, points, "wer", "o-", label=f"{name} WER", color=color, times=100)
         _draw(errors, points, "cer", "o--", label=f"{name} CER", color=color, times=100)
+        _draw(errors, points, "accuracy", "o-", label=f"{name}, likeliest token right", color=color, times=100)
         _draw(blanks, points, "blank", "o-", color=color, times=100)
-    losses.set(ylabel="loss a letter, nats", yscale="log" if losses.lines else "linear")
-    errors.set(ylabel="error rate, %", ylim=(0, None))
+    reads = any("accuracy" in points[0] for points in sets.values())
+    what, share = ("token", "tokens, %") if reads else ("letter", "error rate, %")
+    losses.set(ylabel=f"loss a {what}, nats", yscale="log" if losses.lines else "linear")
+    errors.set(ylabel=share, ylim=(0, None))
     rates.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
     blanks.set(ylabel="blank frames, %", xlabel="step", ylim=(0, 100))
+    blanks.set_visible(bool(blanks.lines))
     for axis in axes.flat if best is not None else ():
         axis.axvline(best, color="black", linewidth=0.8, linestyle=":", label="kept" if axis is errors else None)
     for axis in (losses, errors):

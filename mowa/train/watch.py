@@ -75,6 +75,14 @@ class Sentinels:
             self.tell(self.constant.see(step, frames.tolist(), blank, loss, warming=warming))
         self.batches += 1
 
+    def texts(self, step: int, loss: float, ids: Sequence[str]) -> None:
+        """After a forward pass over examples of text: `loss`, nats a learnt token of the batch; `ids`, their names."""
+        self.tell(sentinels.broken_batch(step, loss, ids))
+        if self.divergence:
+            self.tell(self.divergence.see(step, loss))
+        if self.idle:
+            self.tell(self.idle.see(step, loss, warming=self.warming))
+
     def evaluated(self, name: str, metrics: Mapping[str, float], step: int) -> None:
         """After a measurement of one set: loss, cer, wer. Sets whose names begin with replay are there to be kept."""
         self.tell(self.judged(name, metrics, step))

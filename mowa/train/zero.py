@@ -9,12 +9,13 @@ import os
 import sys
 from typing import Any
 
+from mowa.train.instruct import Instruction
 from mowa.train.tuning import Tuning
 
 PERSISTENT = 10_000  # parameters: smaller ones (norms, biases) stay whole on every process under ZeRO-3
 
 
-def deepspeed_config(strategy: str, plan: Tuning, *, block: int, precision: str) -> dict[str, Any]:
+def deepspeed_config(strategy: str, plan: Tuning | Instruction, *, block: int, precision: str) -> dict[str, Any]:
     """What DeepSpeed is told. `block`: parameters of one block, which every bucket holds.
 
     Only the sizes of batches are left to the Trainer ("auto"); what it would look up in the model's config it would not

@@ -192,7 +192,7 @@ def test_weights_that_lack_a_part_are_refused(base, tmp_path, kind):
     del weights[next(name for name in weights if "lora_B" in name or "linear_2" in name)]
     save_file(weights, file)
     known = json.loads(note.read_text())
-    known["weights"]["sha256"] = store._sha256(file)
+    known["weights"]["sha256"] = store.sha256_of(file)
     note.write_text(json.dumps(known))
     with pytest.raises(ModelError, match="does not fit"):
         store.load(loading.load(str(base)), tmp_path / "medical")

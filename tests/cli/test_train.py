@@ -15,7 +15,9 @@ from mowa import loading
 from mowa.cli import knobs, reference
 from mowa.cli.main import main
 from mowa.cli.train import train
+from mowa.nouns import Model
 from mowa.train import parallel, schema, tuning
+from mowa.train.instruct import Instruction
 from tests.checkpoints import corpus, tiny
 from tests.turns import LEAVES, OWN, TEXT, another, trees
 
@@ -59,7 +61,7 @@ def turned(arguments):
 # --- flags ⇄ YAML -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.dotted)
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.dotted != "task"], ids=lambda leaf: leaf.dotted)
 def test_a_flag_turns_the_knob_that_yaml_turns_and_no_other(leaf):
     by_yaml = tuning.checked(schema.turned(LEAST, {leaf.dotted: another(leaf)}), "yaml")
     by_flag = tuning.checked(schema.turned(LEAST, turned(flags(leaf, another(leaf)))), "flags")
@@ -118,6 +120,8 @@ def test_recordings_as_people_write_them(given, part):
 def test_everyday_flags_stand_for_their_knobs():
     leaf_of = {leaf.dotted: leaf for leaf in LEAVES}
     for name, dotted in knobs.EVERYDAY.items():
+        if dotted == "task":  # which has one word here, and another for texts
+            continue
         said = flags(leaf_of[dotted], another(leaf_of[dotted]))
         short = [flag.replace(knobs.flag(leaf_of[dotted]), f"--{name}", 1) for flag in said]
         assert turned(short) == turned(said)
@@ -180,7 +184,10 @@ def test_dry_run_without_a_recipe_and_of_one_from_nothing(capsys):
 def test_knobs_lists_them_all(capsys):
     code, out, _ = run(capsys, "--knobs")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[1:]] == [leaf.dotted for leaf in LEAVES]
+    listed = [line.split()[0] for line in out.splitlines()[1:]]
+    assert listed[: len(LEAVES)] == [leaf.dotted for leaf in LEAVES]
+    of_texts = {leaf.dotted for leaf in schema.leaves(Instruction)}
+    assert set(listed) == {leaf.dotted for leaf in LEAVES} | of_texts
     assert "  --learning-rate  0.0 " in next(line for line in out.splitlines() if "optimise.learning_rate" in line)
 
 
@@ -246,7 +253,7 @@ def calls(monkeypatch):
     tune = SimpleNamespace(tune=lambda plan, model, out, *, threads: seen.append(("tune", plan, model, out, threads)))
     monkeypatch.setitem(sys.modules, "mowa.train.tune", tune)
     monkeypatch.setattr("mowa.train.tune", tune, raising=False)
-    monkeypatch.setattr(loading, "load", lambda name, **how: (name, how))
+    monkeypatch.setattr("mowa.loading.speech.load", lambda name, **how: Model(name, None, None, None, how))
     launch = lambda plan, out, *, threads: seen.append(("launch", plan, out, threads))  # noqa: E731
     monkeypatch.setattr(parallel, "launch", launch)
     return seen
@@ -257,7 +264,7 @@ def test_one_process_loads_and_tunes(capsys, recipe, calls, tmp_path, vocabulary
     out = tmp_path / "out"
     code, said, _ = run(capsys, recipe, "-o", out, "--vocabulary", vocabulary, "--threads", 3)
     plan = tuning.read(recipe, {"vocabulary": vocabulary})
-    assert calls == [("tune", plan, ("m", {"head": head}), out, 3)]
+    assert calls == [("tune", plan, Model("m", None, None, None, {"head": head}), out, 3)]
     assert (code, said) == (0, f"{out}\n")
 
 

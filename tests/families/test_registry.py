@@ -1,30 +1,224 @@
-"""The registry: every family is found by its model types, nothing else is, and what the families say is true."""
+"""The registry: families are found by their configs and by what models are called; other packages' families join."""
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from torch import nn
-from transformers import AutoConfig, AutoModelForCTC
 
 from mowa.errors import ModelError
-from mowa.families import find, model_types, names, register
+from mowa.families import families, find, model_types, names, register, resolve
 from mowa.nouns import Family
-from tests.checkpoints import SMALLEST
 
-TINY = SMALLEST | {"vocab_size": 8}
+CALLED = {
+    "meta-llama/Llama-2-7b-chat-hf": "llama",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama",
+    "unsloth/Llama-3.2-1B-Instruct-bnb-4bit": "llama",
+    "unsloth/Meta-Llama-3.1-8B-bnb-4bit": "llama",
+    "bartowski/Llama-3.2-3B-Instruct-GGUF": "llama",
+    "meta-llama/Llama-3.3-70B-Instruct": "llama",
+    "meta-llama/Llama-Guard-3-8B": "llama",
+    "codellama/CodeLlama-13b-Python-hf": "llama",
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "llama",
+    "TinyLlama/TinyLlama_v1.1": "llama",
+    "HuggingFaceTB/SmolLM-360M": "llama",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "llama",
+    "unsloth/SmolLM2-1.7B-Instruct-GGUF": "llama",
+    "lmsys/vicuna-7b-v1.5": "llama",
+    "01-ai/Yi-1.5-9B-Chat": "llama",
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "llama",
+    "deepseek-ai/deepseek-coder-6.7b-instruct": "llama",
+    "HuggingFaceTB/SmolLM3-3B": "smollm3",
+    "unsloth/SmolLM3-3B-128K-GGUF": "smollm3",
+    "mistralai/Mistral-7B-Instruct-v0.3": "mistral",
+    "unsloth/mistral-7b-bnb-4bit": "mistral",
+    "mistralai/Mistral-Nemo-Instruct-2407": "mistral",
+    "mistralai/Mistral-Small-24B-Instruct-2501": "mistral",
+    "mistralai/Mistral-Large-Instruct-2407": "mistral",
+    "mistralai/Codestral-22B-v0.1": "mistral",
+    "mistralai/Devstral-Small-2505": "mistral",
+    "HuggingFaceH4/zephyr-7b-beta": "mistral",
+    "mistralai/Ministral-8B-Instruct-2410": "ministral",
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": "mixtral",
+    "NousResearch/Nous-Hermes-2-Mixtral-8x7B-DPO": "mixtral",
+    "Qwen/Qwen1.5-7B-Chat": "qwen2",
+    "Qwen/Qwen2-0.5B": "qwen2",
+    "Qwen/Qwen2.5-7B-Instruct": "qwen2",
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF": "qwen2",
+    "unsloth/Qwen2.5-Math-1.5B-bnb-4bit": "qwen2",
+    "Qwen/QwQ-32B": "qwen2",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "qwen2",
+    "Qwen/Qwen1.5-MoE-A2.7B-Chat": "qwen2_moe",
+    "Qwen/Qwen2-57B-A14B-Instruct": "qwen2_moe",
+    "Qwen/Qwen3-0.6B": "qwen3",
+    "Qwen/Qwen3-4B-Instruct-2507": "qwen3",
+    "unsloth/Qwen3-14B-unsloth-bnb-4bit": "qwen3",
+    "Qwen/Qwen3-8B-FP8": "qwen3",
+    "Qwen/Qwen3-Embedding-0.6B": "qwen3",
+    "Qwen/Qwen3-Reranker-4B": "qwen3",
+    "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": "qwen3",
+    "Qwen/Qwen3-30B-A3B": "qwen3_moe",
+    "Qwen/Qwen3-235B-A22B-Thinking-2507": "qwen3_moe",
+    "unsloth/Qwen3-Coder-30B-A3B-Instruct-GGUF": "qwen3_moe",
+    "google/gemma-2b-it": "gemma",
+    "google/gemma-1.1-7b-it": "gemma",
+    "google/codegemma-7b": "gemma",
+    "google/gemma-2-2b-it": "gemma2",
+    "unsloth/gemma-2-27b-it-bnb-4bit": "gemma2",
+    "google/gemma-3-270m-it": "gemma3_text",
+    "unsloth/gemma-3-1b-pt": "gemma3_text",
+    "google/gemma-3-4b-it": "gemma3",
+    "unsloth/gemma-3-27b-it-GGUF": "gemma3",
+    "microsoft/phi-2": "phi",
+    "microsoft/phi-1_5": "phi",
+    "microsoft/Phi-3-mini-4k-instruct": "phi3",
+    "unsloth/Phi-3.5-mini-instruct-bnb-4bit": "phi3",
+    "microsoft/Phi-4-mini-instruct": "phi3",
+    "microsoft/phi-4": "phi3",
+    "microsoft/Phi-4-reasoning-plus": "phi3",
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek_v2",
+    "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct": "deepseek_v2",
+    "deepseek-ai/DeepSeek-V3-0324": "deepseek_v3",
+    "deepseek-ai/DeepSeek-R1-0528": "deepseek_v3",
+    "deepseek-ai/DeepSeek-V3.1": "deepseek_v3",
+    "ibm-granite/granite-3.1-8b-instruct": "granite",
+    "ibm-granite/granite-3.3-2b-base": "granite",
+    "ibm-granite/granite-3.1-1b-a400m-instruct": "granitemoe",
+    "openai/gpt-oss-20b": "gpt_oss",
+    "unsloth/gpt-oss-120b-unsloth-bnb-4bit": "gpt_oss",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
+    "unsloth/Qwen2.5-VL-3B-Instruct-GGUF": "qwen2_5_vl",
+    "google-bert/bert-base-uncased": "bert",
+    "sentence-transformers/all-MiniLM-L6-v2": "bert",
+    "BAAI/bge-small-en-v1.5": "bert",
+    "intfloat/e5-base-v2": "bert",
+    "intfloat/multilingual-e5-small": "bert",
+    "thenlper/gte-base": "bert",
+    "mixedbread-ai/mxbai-embed-large-v1": "bert",
+    "sentence-transformers/all-mpnet-base-v2": "mpnet",
+    "microsoft/mpnet-base": "mpnet",
+    "answerdotai/ModernBERT-large": "modernbert",
+    "Alibaba-NLP/gte-modernbert-base": "modernbert",
+    "facebook/wav2vec2-base-960h": "wav2vec2",
+    "jonatasgrosman/wav2vec2-large-xlsr-53-polish": "wav2vec2",
+    "facebook/mms-1b-all": "wav2vec2",
+    "facebook/hubert-large-ls960-ft": "hubert",
+    "microsoft/wavlm-base-plus": "wavlm",
+}
+STRANGERS = (
+    "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+    "HuggingFaceTB/SmolVLM-256M-Instruct",
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+    "mistralai/Mamba-Codestral-7B-v0.1",
+    "mistralai/Pixtral-12B-2409",
+    "mistralai/Ministral-3-8B-Instruct-2512",
+    "Qwen/Qwen2-VL-7B-Instruct",
+    "Qwen/Qwen2-Audio-7B",
+    "Qwen/Qwen2.5-Omni-7B",
+    "Qwen/Qwen3-VL-8B-Instruct",
+    "Qwen/Qwen3-VL-30B-A3B-Instruct",
+    "Qwen/Qwen3-Next-80B-A3B-Instruct",
+    "Qwen/Qwen3-Coder-Next",
+    "Qwen/Qwen3.5-9B",
+    "google/gemma-3n-E2B-it",
+    "google/recurrentgemma-2b",
+    "google/paligemma-3b-pt-224",
+    "google/embeddinggemma-300m",
+    "microsoft/Phi-3-small-8k-instruct",
+    "microsoft/Phi-3.5-vision-instruct",
+    "microsoft/Phi-3.5-MoE-instruct",
+    "microsoft/Phi-4-multimodal-instruct",
+    "microsoft/Phi-4-mini-flash-reasoning",
+    "deepseek-ai/DeepSeek-V3.2-Exp",
+    "deepseek-ai/deepseek-vl-7b-chat",
+    "ibm-granite/granite-4.0-h-tiny",
+    "ibm-granite/granite-20b-code-base",
+    "distilbert/distilbert-base-uncased",
+    "vinai/bertweet-base",
+    "sentence-transformers/paraphrase-multilingual-mpnet-base-v2",
+    "intfloat/multilingual-e5-large",
+    "openai/gpt2",
+    "facebook/wav2vec2-conformer-rope-large-960h-ft",
+    "unsloth/",
+    "",
+)
 
 
-def test_the_speech_families_are_known() -> None:
-    assert names() == ("hubert", "wav2vec2", "wavlm")
-    assert [find(model_type).name for model_type in model_types()] == ["hubert", "wav2vec2", "wavlm"]
+def _plain(name: str, **facts: object) -> Family:
+    return Family(**{"name": name, "model_types": (name,), "task": "causal", "blocks": (), "linears": {}} | facts)
 
 
-@pytest.mark.parametrize("model_type", ["whisper", "bert", "", "Wav2Vec2"])
+@pytest.mark.parametrize(("name", "family"), CALLED.items())
+def test_a_name_tells_the_family(name: str, family: str) -> None:
+    assert resolve(name).name == family
+    assert resolve(f"/models/{name}/").name == family
+    assert resolve(name.rpartition("/")[2].upper()).name == family
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_what_is_only_called_alike_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=r"no family is called like .* patterns of .* families were tried.* is needed"):
+        resolve(name)
+
+
+def test_every_alias_is_tried_here() -> None:
+    for family in families():
+        mine = [name.rpartition("/")[2] for name, said in CALLED.items() if said == family.name]
+        for alias in family.aliases:
+            assert any(re.match(alias, name, re.IGNORECASE) for name in mine), f"{family.name}: {alias}"
+
+
+def test_near_families_are_named() -> None:
+    with pytest.raises(ModelError, match=r"nearest are .*qwen3"):
+        resolve("Qwen/Qwen3-VL-8B-Instruct")
+
+
+def test_a_name_of_two_families_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mowa.families import registry
+
+    monkeypatch.setattr(registry, "_BY_TYPE", registry._BY_TYPE | {"other": _plain("other", aliases=("qwen3-8b",))})
+    with pytest.raises(ModelError, match=r"Qwen/Qwen3-8B is called like other and qwen3: only its config"):
+        resolve("Qwen/Qwen3-8B")
+    assert resolve("Qwen/Qwen3-8B", {"model_type": "qwen3"}).name == "qwen3"
+
+
+@pytest.mark.parametrize("family", families(), ids=names())
+def test_a_config_tells_the_family(family: Family, caplog: pytest.LogCaptureFixture) -> None:
+    for model_type in family.model_types:
+        assert resolve("some/thing", {"model_type": model_type}) is family
+    for architecture in family.architectures:
+        assert resolve("some/thing", {"architectures": [architecture]}) is family
+    assert not caplog.records
+
+
+def test_the_config_wins_over_the_name(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "mowa"):
+        assert resolve("unsloth/phi-4", {"model_type": "llama"}).name == "llama"
+    assert [record.getMessage() for record in caplog.records] == [
+        "unsloth/phi-4 is called like phi3, but its config is of llama: the config is believed"
+    ]
+
+
+def test_an_unknown_config_is_not_saved_by_its_name() -> None:
+    with pytest.raises(ModelError, match="does not know the model type 'qwen3_vl': did you mean"):
+        resolve("Qwen/Qwen3-8B", {"model_type": "qwen3_vl"})
+    with pytest.raises(
+        ModelError, match="names no model_type, and the architectures Strange, which mowa does not know"
+    ):
+        resolve("Qwen/Qwen3-8B", {"architectures": ["Strange"]})
+    with pytest.raises(ModelError, match="names no model_type, and no architectures either"):
+        resolve("Qwen/Qwen3-8B", {})
+
+
+@pytest.mark.parametrize("model_type", ["whisper", "roberta", "", "Wav2Vec2"])
 def test_an_unknown_type_lists_the_known(model_type: str) -> None:
-    with pytest.raises(ModelError, match=r"known are hubert, wav2vec2, wavlm$"):
+    with pytest.raises(ModelError, match=rf"known are {', '.join(model_types())}$"):
         find(model_type)
 
 
@@ -35,45 +229,81 @@ def test_a_near_miss_is_suggested() -> None:
 
 def test_a_model_type_belongs_to_one_family() -> None:
     with pytest.raises(ValueError, match="already the family 'wav2vec2'"):
-        register(Family(name="other", model_types=("fresh", "wav2vec2"), task="ctc", blocks=(), linears={}))
+        register(_plain("other", model_types=("fresh", "wav2vec2")))
+    with pytest.raises(ValueError, match="there is a family 'llama' already"):
+        register(_plain("llama", model_types=("fresh",)))
     with pytest.raises(ModelError):
         find("fresh")
 
 
-@pytest.mark.parametrize("stable", [False, True], ids=["group-norm", "layer-norm"])
-@pytest.mark.parametrize("model_type", model_types())
-def test_what_a_family_names_is_in_the_net(model_type: str, stable: bool) -> None:
-    family = find(model_type)
-    front = "layer" if stable else "group"
-    config = AutoConfig.for_model(model_type, **TINY, do_stable_layer_norm=stable, feat_extract_norm=front)
-    net = AutoModelForCTC.from_config(config)
-    blocks = [module for module in net.modules() if type(module).__name__ in family.blocks]
-    assert len(blocks) == config.num_hidden_layers
-    for block in blocks:
-        linears = {name.rpartition(".")[2] for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        assert {name for group in family.linears.values() for name in group} <= linears
-    assert isinstance(net.get_submodule(family.head), nn.Linear)
-    for name in family.frozen:
-        assert net.base_model.get_submodule(name) is not None
-
-
-@pytest.mark.parametrize("model_type", model_types())
-def test_every_linear_named_is_called(model_type: str) -> None:
-    """Swapping a linear for an adapter or an int8 twin changes nothing if the net only borrows its weight."""
-    import torch
-
-    family = find(model_type)
-    net = AutoModelForCTC.from_config(AutoConfig.for_model(model_type, **TINY)).eval()
-    wanted = {name for group in family.linears.values() for name in group}
-    called: set[str] = set()
-    for name, module in net.base_model.named_modules():
-        if (leaf := name.rpartition(".")[2]) in wanted:
-            module.register_forward_hook(lambda *_, leaf=leaf: called.add(leaf))
-    with torch.no_grad():
-        net(torch.randn(1, 800))
-    assert called == wanted
-
-
 def test_the_families_need_no_torch() -> None:
-    code = "import sys, mowa.families; sys.exit('torch' in sys.modules)"
+    code = "import sys, mowa.families as f; f.resolve('Qwen3-8B'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+HEAD = "from mowa.nouns import Family\n"
+FAMILY = "Family(name='{0}', model_types=('{0}',), task='causal', blocks=(), linears={{}}, aliases=('{0}-[0-9]+b',))"
+
+
+def _install(site: Path, distribution: str, module: str, source: str, point: str) -> None:
+    """A package as pip leaves it: its module, and a dist-info folder with an entry point."""
+    (site / f"{module}.py").write_text(HEAD + source)
+    info = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[mowa.families]\nmine = {module}:{point}\n")
+
+
+def _ask(site: Path, code: str) -> tuple[str, list[str]]:
+    """What `code` prints where `site` is installed, and the lines that were logged."""
+    before = "import logging, sys\nlogging.basicConfig(format='%(message)s')\nimport mowa.families as f\n"
+    place = {"PYTHONPATH": os.pathsep.join([str(site), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", before + code], env=os.environ | place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr.splitlines()
+
+
+def test_another_package_brings_a_family(tmp_path: Path) -> None:
+    _install(tmp_path, "of-one", "of_one", f"ONE = {FAMILY.format('novel')}\n", "ONE")
+    _install(tmp_path, "of-two", "of_two", f"TWO = ({FAMILY.format('tale')}, {FAMILY.format('saga')})\n", "TWO")
+    code = "print('of_one' in sys.modules, f.find('novel').name, f.resolve('me/Saga-7B').name, 'tale' in f.names())"
+    assert _ask(tmp_path, code) == ("False novel saga True", [])
+
+
+def test_a_package_may_ask_for_our_families(tmp_path: Path) -> None:
+    source = (
+        f"from dataclasses import replace\nfrom mowa.families import find\nONE = replace({FAMILY.format('novel')}, "
+    )
+    _install(tmp_path, "of-one", "of_one", source + "linears=find('llama').linears)\n", "ONE")
+    assert _ask(tmp_path, "print(*f.find('novel').linears)") == ("attention mlp", [])
+
+
+def test_the_package_in_the_docs_works(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "add-a-family.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "mowa_olmo:OLMO2" in page
+    _install(tmp_path, "mowa-olmo", "mowa_olmo", source, "OLMO2")
+    assert _ask(tmp_path, "print(f.resolve('allenai/OLMo-2-1124-7B-Instruct').name)") == ("olmo2", [])
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise RuntimeError('its wheel is flat')\n", "its wheel is flat"),
+        ("ONE = 3\n", "it gives a int, not a Family"),
+        (f"ONE = [{FAMILY.format('novel')}, 'llama']\n", "it gives a str, not a Family"),
+        (f"ONE = [{FAMILY.format('novel')}, {FAMILY.format('llama')}]\n", "there is a family 'llama' already"),
+        (
+            f"ONE = [{FAMILY.format('novel')}, Family('mine', ('llama',), 'causal', (), {{}})]\n",
+            "'llama' is already the family 'llama'",
+        ),
+        ("ONE = Family('x', ('x',), 'causal', (), {}, aliases=('x(',))\n", "missing ), unterminated subpattern"),
+    ],
+)
+def test_a_broken_package_is_left_out_and_said(tmp_path: Path, source: str, reason: str) -> None:
+    _install(tmp_path, "of-one", "of_one", source, "ONE")
+    _install(tmp_path, "of-two", "of_two", f"TWO = {FAMILY.format('tale')}\n", "TWO")
+    found, logged = _ask(tmp_path, "print(f.find('tale').name, 'novel' in f.names(), f.find('llama').blocks)")
+    assert found == "tale False ('LlamaDecoderLayer',)"
+    assert len(logged) == 1
+    assert logged[0].startswith(f"the families of of-one (of_one:ONE) are left out: {reason}")

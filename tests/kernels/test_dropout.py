@@ -6,8 +6,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mowa.families.patch import quick_dropout
+from mowa.kernels.attention import Mask, attend
 from mowa.kernels.dropout import drop, kept
-from mowa.kernels.segments import Segments, attend
+from mowa.kernels.segments import Segments
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
@@ -78,6 +79,6 @@ def test_modules_use_it_while_they_learn_and_are_given_back():
 def test_attention_drops_weights_and_keeps_its_mean():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 9, 4, dtype=torch.float64) for _ in range(3))
-    segments = Segments((4, 5))
-    mean = sum(attend(q, k, v, segments, scale=0.5, dropout=0.2) for _ in range(4000)) / 4000
-    torch.testing.assert_close(mean, attend(q, k, v, segments, scale=0.5), atol=0.05, rtol=0)
+    mask = Mask(documents=(Segments((4, 5)),))
+    mean = sum(attend(q, k, v, mask, scale=0.5, dropout=0.2) for _ in range(4000)) / 4000
+    torch.testing.assert_close(mean, attend(q, k, v, mask, scale=0.5), atol=0.05, rtol=0)

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mowa.kernels.segments import Segments, attend, in_one_launch
+from mowa.kernels.attention import Mask, attend, facts_of
+from mowa.kernels.attention_rules import choose
+from mowa.kernels.segments import Segments
 
 LENGTHS = [(1,), (63,), (1, 1, 1), (5, 64, 3), (200, 1, 37)]
 
@@ -23,7 +25,7 @@ def reference(q, k, v, lengths, scale):
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_is_attention_with_a_block_diagonal_mask(lengths):
     q, k, v = drawn(lengths)
-    ours, theirs = attend(q, k, v, Segments(lengths), scale=0.3), reference(q, k, v, lengths, 0.3)
+    ours, theirs = attend(q, k, v, Mask(documents=(Segments(lengths),)), scale=0.3), reference(q, k, v, lengths, 0.3)
     torch.testing.assert_close(ours, theirs)
     weight = torch.randn_like(ours)
     for a, b in zip(
@@ -38,16 +40,11 @@ def test_nothing_leaks_from_one_segment_to_another():
     lengths = (4, 7)
     q, k, v = drawn(lengths)
     with torch.no_grad():
-        before = attend(q, k, v, Segments(lengths), scale=1.0)
+        before = attend(q, k, v, Mask(documents=(Segments(lengths),)), scale=1.0)
         for part in (q, k, v):
             part[:, :, :4] = torch.nan
-        after = attend(q, k, v, Segments(lengths), scale=1.0)
+        after = attend(q, k, v, Mask(documents=(Segments(lengths),)), scale=1.0)
     torch.testing.assert_close(after[:, 4:], before[:, 4:], rtol=0, atol=0)
-
-
-def test_one_launch_is_for_half_precision_without_dropout_on_a_gpu():
-    assert not in_one_launch(torch.zeros(1, 1, 1, 8), 0.0)
-    assert not in_one_launch(torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), 0.0)
 
 
 @pytest.mark.gpu
@@ -56,7 +53,8 @@ def test_one_launch_is_for_half_precision_without_dropout_on_a_gpu():
 def test_one_launch_errs_no_more_than_torch_itself(lengths, dtype):
     exact = reference(*drawn(lengths, width=64, device="cuda"), lengths, 0.125)
     q, k, v = drawn(lengths, width=64, device="cuda", dtype=dtype)
-    assert in_one_launch(q, 0.0)
-    ours = (attend(q, k, v, Segments(lengths), scale=0.125).double() - exact).abs().max()
+    mask = Mask(documents=(Segments(lengths),))
+    assert choose(facts_of(q, k, v, mask, 0.0, None, False)).name.startswith("flash")
+    ours = (attend(q, k, v, Mask(documents=(Segments(lengths),)), scale=0.125).double() - exact).abs().max()
     theirs = (reference(q, k, v, lengths, 0.125).double() - exact).abs().max()
     assert ours <= 2 * theirs + 1e-6

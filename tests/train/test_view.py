@@ -55,7 +55,7 @@ def run(out, live, *, steps=6, **more):
 
 
 def test_plain_lines_where_nobody_looks(tmp_path, capsys):
-    run(tmp_path, view.Live(1, seconds=[10.0] * 6))
+    run(tmp_path, view.Live(1, sizes=[10.0] * 6))
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert "loss" not in out
@@ -83,7 +83,7 @@ def test_speed_counts_the_sound_of_accumulated_batches(tmp_path, monkeypatch):
     clock = iter(range(1000))
     a_second_a_look = SimpleNamespace(monotonic=lambda: float(next(clock)))
     monkeypatch.setattr(view, "time", a_second_a_look)
-    live = view.Live(0, seconds=[1.0, 2.0, 3.0, 4.0, 50.0, 60.0, 7.0, 8.0])
+    live = view.Live(0, sizes=[1.0, 2.0, 3.0, 4.0, 50.0, 60.0, 7.0, 8.0])
     live.heard = lambda *texts: [next(clock) for _ in range(100)]  # measuring takes long
     run(tmp_path, live, steps=4, gradient_accumulation_steps=2)
     assert [sound for sound, _ in live.paces] == [3.0, 7.0, 110.0, 15.0]
@@ -98,7 +98,7 @@ class Terminal(io.StringIO):
 
 def test_a_bar_on_a_terminal_which_is_left_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    live = view.Live(3, seconds=[10.0] * 6)
+    live = view.Live(3, sizes=[10.0] * 6)
     run(tmp_path, live)
     shown = terminal.getvalue()
     assert "6/6 steps" in shown

@@ -1,4 +1,4 @@
-"""A checkpoint → a `Model`: the stock transformers net, what its outputs mean, and what it asks of its audio.
+"""A CTC checkpoint → a `Model`: the stock transformers net, what its outputs mean, and what it asks of its audio.
 
 Everything is read from the checkpoint and nothing assumed: a net with a weight left at random, a vocabulary of another
 size than the head, or audio settings that are not written down are refused. How the net is fed or decoded is not known
@@ -8,22 +8,18 @@ here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mowa.errors import ModelError
-from mowa.families import find
-from mowa.files import read_json, resolve, weights
+from mowa.files import quiet, read_json, resolve, weights
+from mowa.loading import checkpoint
+from mowa.loading.checkpoint import check_device, check_dtype, refuse_misfits
 from mowa.nouns import Family, Model, Preprocessing, Vocabulary
 
 log = logging.getLogger("mowa")
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 # What Wav2Vec2CTCTokenizer takes where a checkpoint is silent (transformers, tokenization_wav2vec2.py).
 _ROLES = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -48,9 +44,8 @@ def load(
     Raises ModelError: an unknown name, family or dtype; no CTC head; config, vocabulary, audio settings or weights that
     are missing, damaged or do not fit each other; a device that is not there. HubUnreachable as `files.resolve` does.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    _check_device(device)
+    check_dtype(dtype)
+    check_device(device)
     vet = partial(family_of, head=head)
     origin = resolve(name, revision=revision, offline=offline, vet=vet)
     family = vet(origin.folder)
@@ -70,23 +65,15 @@ def _vocabulary(folder: Path, family: Family, net: Any, head: bool) -> Vocabular
     return vocabulary(folder, len(net.get_parameter(f"{family.head}.weight")))
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no type of its own for this
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"device {device!r} cannot be used here ({reason}): try cpu") from error
-
-
 def family_of(folder: Path, *, head: bool = True) -> Family:
     """The family that `folder`'s config.json names; ModelError if mowa has none, or the config names no CTC model.
 
     `head` False: a model without a CTC head will do.
     """
+    family = checkpoint.family_of(folder)
+    if family.task != "ctc":
+        raise ModelError(f"{folder} is a {family.name} model, and reads text: name one that hears, such as pl-tiny")
     config = read_json(folder / "config.json")
-    if "model_type" not in config:
-        raise ModelError(f"{folder}/config.json names no model_type, so it is not a transformers checkpoint")
-    family = find(str(config["model_type"]))
     architectures = config.get("architectures") or []
     if head and architectures and not any(name.endswith("ForCTC") for name in architectures):
         raise ModelError(f"{folder} is a {architectures[0]}, which has no CTC head: {_FINE_TUNE}")
@@ -94,16 +81,11 @@ def family_of(folder: Path, *, head: bool = True) -> Family:
 
 
 def _net(folder: Path, family: Family, dtype: str, *, head: bool) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCTC
+    from transformers import AutoModelForCTC
 
-    with _quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise ModelError(f"{folder}/config.json does not describe a {family.name} model: {reason}") from error
+    config = checkpoint.config_of(folder, family)
+    with quiet():
         try:
             net, report = AutoModelForCTC.from_pretrained(
                 weights(folder),
@@ -121,50 +103,12 @@ def _net(folder: Path, family: Family, dtype: str, *, head: bool) -> Any:
 
 
 def _refuse_gaps(folder: Path, family: Family, encoder: str, report: Mapping[str, Any], *, head: bool) -> None:
-    """Refuse a net that is not wholly the checkpoint's: transformers fills gaps with random numbers and only warns.
-
-    Harmless: a missing `masked_spec_embed` (used by SpecAugment alone) and heads of other tasks that nobody asked for.
-    A weight of the encoder that found no place is not: a layer or an adapter would be left out of the sum.
-    """
-    spared = () if head else (f"{family.head}.weight", f"{family.head}.bias")
-    missing = sorted(
-        key for key in report["missing_keys"] if not key.endswith(".masked_spec_embed") and key not in spared
-    )
-    if f"{family.head}.weight" in missing:
+    """`refuse_misfits`; but a missing `masked_spec_embed` is SpecAugment's alone, and a head may be to replace."""
+    of_head = (f"{family.head}.weight", f"{family.head}.bias")
+    if head and of_head[0] in report["missing_keys"]:
         raise ModelError(f"the weights of {folder} hold no {family.head}, so it has no CTC head: {_FINE_TUNE}")
-    if missing:
-        raise ModelError(f"the weights of {folder} lack {_some(missing)}: the checkpoint is incomplete")
-    if mismatched := sorted(report["mismatched_keys"]):
-        key, found, wanted = mismatched[0]
-        raise ModelError(f"{key} in {folder} has shape {list(found)}, its config.json asks for {list(wanted)}")
-    if homeless := sorted(key for key in report["unexpected_keys"] if key.startswith(f"{encoder}.")):
-        raise ModelError(
-            f"the config.json of {folder} has no place for its weights {_some(homeless)}: they do not match"
-        )
-
-
-def _some(keys: list[str]) -> str:
-    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from drawing bars and warning of what we check ourselves; leave its settings as they were."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-    from transformers.utils import logging as chatter
-
-    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    no_hub_bars = are_progress_bars_disabled()
-    chatter.set_verbosity(logging.CRITICAL)
-    chatter.disable_progress_bar()
-    try:
-        yield
-    finally:
-        chatter.set_verbosity(verbosity)
-        if bars:
-            chatter.enable_progress_bar()  # and the hub's with them
-        if no_hub_bars:
-            disable_progress_bars()
+    masks = {key for key in report["missing_keys"] if key.endswith(".masked_spec_embed")}
+    refuse_misfits(folder, encoder, report, spared=masks if head else masks.union(of_head))
 
 
 def preprocessing(folder: Path) -> Preprocessing:

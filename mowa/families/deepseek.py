@@ -1,0 +1,51 @@
+"""DeepSeek V2 and V3 (arXiv:2405.04434, 2412.19437), and R1 (arXiv:2501.12948), which is V3's net.
+
+Keys and values come from one small latent (MLA), and queries too except in V2-Lite, which has q_proj instead of
+q_a_proj and q_b_proj. The first blocks have an MLP, the others experts, some of them shared by all tokens.
+"""
+
+from __future__ import annotations
+
+from mowa.families.llama import LLAMA
+from mowa.families.mixtral import EXPERTS
+from mowa.families.registry import register
+from mowa.nouns import Family
+
+_LINEARS = {
+    "attention": ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+    "mlp": LLAMA.linears["mlp"],  # of the first blocks, and of shared experts
+}
+_LIMITS = {"experts": EXPERTS}
+_END = "<｜end▁of▁sentence｜>"
+
+DEEPSEEK_V2 = register(
+    Family(
+        name="deepseek_v2",
+        model_types=("deepseek_v2",),
+        task="causal",
+        blocks=("DeepseekV2DecoderLayer",),
+        linears=_LINEARS,
+        architectures=("DeepseekV2ForCausalLM",),
+        aliases=(r"deepseek-(coder-)?v2(\.5)?",),
+        swaps={"rms_norm": ("DeepseekV2RMSNorm",), "swiglu": ("DeepseekV2MLP",)},
+        tensors=LLAMA.tensors,
+        template=("Assistant:", _END),
+        limits=_LIMITS,
+    )
+)
+
+DEEPSEEK_V3 = register(
+    Family(
+        name="deepseek_v3",
+        model_types=("deepseek_v3",),
+        task="causal",
+        blocks=("DeepseekV3DecoderLayer",),
+        linears=_LINEARS,
+        architectures=("DeepseekV3ForCausalLM",),
+        aliases=(r"deepseek-v3(\.1)?(?![.\d])", r"deepseek-r1(?!-distill)(?!.*qwen)"),
+        swaps={"rms_norm": ("DeepseekV3RMSNorm",), "swiglu": ("DeepseekV3MLP",)},
+        tensors=LLAMA.tensors,
+        template=("<｜Assistant｜>", _END),
+        limits=_LIMITS,
+    )
+)

@@ -1,0 +1,27 @@
+"""gpt-oss (arXiv:2508.10925): experts with clipped gates, and attention that may look at nothing (a sink per head)."""
+
+from __future__ import annotations
+
+from mowa.families.llama import LLAMA
+from mowa.families.mixtral import EXPERTS
+from mowa.families.registry import register
+from mowa.nouns import Family
+
+GPT_OSS = register(
+    Family(
+        name="gpt_oss",
+        model_types=("gpt_oss",),
+        task="causal",
+        blocks=("GptOssDecoderLayer",),
+        linears={"attention": LLAMA.linears["attention"]},
+        architectures=("GptOssForCausalLM",),
+        aliases=(r"gpt-oss-(safeguard-)?\d+b",),
+        swaps={"rms_norm": ("GptOssRMSNorm",)},
+        tensors=LLAMA.tensors,
+        template=("<|start|>assistant", "<|return|>"),
+        limits={
+            "experts": EXPERTS,
+            "packing_unaccelerated": "transformers makes its mask without positions, so documents see each other",
+        },
+    )
+)

@@ -1,0 +1,44 @@
+"""Granite 3 (arXiv:2407.13739), dense and with experts: Llama's net with multipliers from the config.
+
+Granite 4 mixes attention with state-space layers and is another net.
+"""
+
+from __future__ import annotations
+
+from mowa.families.llama import LLAMA
+from mowa.families.mixtral import EXPERTS
+from mowa.families.registry import register
+from mowa.nouns import Family
+
+TURN = ("<|start_of_role|>assistant<|end_of_role|>", "<|end_of_text|>")
+
+GRANITE = register(
+    Family(
+        name="granite",
+        model_types=("granite",),
+        task="causal",
+        blocks=("GraniteDecoderLayer",),
+        linears=LLAMA.linears,
+        architectures=("GraniteForCausalLM",),
+        aliases=(r"granite-3\.\d-\d+b(?!-a\d)",),
+        swaps={"rms_norm": ("GraniteRMSNorm",), "swiglu": ("GraniteMLP",)},
+        tensors=LLAMA.tensors,
+        template=TURN,
+    )
+)
+
+GRANITEMOE = register(
+    Family(
+        name="granitemoe",
+        model_types=("granitemoe",),
+        task="causal",
+        blocks=("GraniteMoeDecoderLayer",),
+        linears={"attention": LLAMA.linears["attention"]},
+        architectures=("GraniteMoeForCausalLM",),
+        aliases=(r"granite-3\.\d-\d+b-a\d+m",),
+        swaps={"rms_norm": ("GraniteMoeRMSNorm",)},
+        tensors=LLAMA.tensors,
+        template=TURN,
+        limits={"experts": EXPERTS},
+    )
+)

@@ -1,0 +1,30 @@
+"""ModernBERT (arXiv:2412.13663): an encoder with rotary positions, a window in two of three blocks, gates by gelu."""
+
+from __future__ import annotations
+
+from mowa.families.bert import NO_HEAD, PADDED
+from mowa.families.registry import register
+from mowa.nouns import Family
+
+MODERNBERT = register(
+    Family(
+        name="modernbert",
+        model_types=("modernbert",),
+        task="embedding",
+        blocks=("ModernBertEncoderLayer",),
+        linears={"attention": ("attn.Wqkv", "attn.Wo"), "mlp": ("mlp.Wi", "mlp.Wo")},
+        head="",
+        architectures=("ModernBertModel", "ModernBertForMaskedLM"),
+        aliases=(r"(gte-)?modernbert-(base|large|embed-base|embed-large)",),
+        tensors={
+            "block": "layers.{i}.",
+            "embeddings": "embeddings.tok_embeddings.weight",
+            "norm": "final_norm.weight",
+        },
+        limits={
+            "geglu": "gate and up are one linear, and its gelu is exact",
+            "packing": PADDED,
+            "fused_head": NO_HEAD,
+        },
+    )
+)

@@ -1,0 +1,42 @@
+"""Phi 1, 1.5 and 2 (arXiv:2306.11644, 2309.05463), and Phi 3, 3.5, 4 (arXiv:2404.14219, 2412.08905), another net.
+
+Phi 2 runs attention and MLP side by side after one layer norm, and has no chat template. Phi 3 joins q, k and v in one
+linear, gate and up in another; the templates of Phi 3 and Phi 4 differ.
+"""
+
+from __future__ import annotations
+
+from mowa.families.llama import LLAMA
+from mowa.families.registry import register
+from mowa.nouns import Family
+
+PHI = register(
+    Family(
+        name="phi",
+        model_types=("phi",),
+        task="causal",
+        blocks=("PhiDecoderLayer",),
+        linears={"attention": ("q_proj", "k_proj", "v_proj", "dense"), "mlp": ("fc1", "fc2")},
+        architectures=("PhiForCausalLM",),
+        aliases=(r"phi-(1|1_5|2)(?![.\d])",),
+        tensors={**LLAMA.tensors, "norm": "model.final_layernorm.weight"},
+        limits={"swiglu": "its MLP has no gate"},
+    )
+)
+
+PHI3 = register(
+    Family(
+        name="phi3",
+        model_types=("phi3",),
+        task="causal",
+        blocks=("Phi3DecoderLayer",),
+        linears={"attention": ("qkv_proj", "o_proj"), "mlp": ("gate_up_proj", "down_proj")},
+        architectures=("Phi3ForCausalLM",),
+        aliases=(
+            r"phi-3(\.5)?-(mini|medium)(?!.*vision)",
+            r"phi-4(?![.\d])(?!.*(multimodal|flash|vision))",
+        ),
+        swaps={"rms_norm": ("Phi3RMSNorm",), "swiglu": ("Phi3MLP",)},
+        tensors=LLAMA.tensors,
+    )
+)

@@ -1,0 +1,79 @@
+"""Qwen 1.5, 2, 2.5 and 3 (arXiv:2309.16609, 2407.10671, 2412.15115, 2505.09388), dense and with experts.
+
+Qwen3's embedding and reranking models (arXiv:2506.05176) are Qwen3's net: that is a use of it, no other family.
+"""
+
+from __future__ import annotations
+
+from mowa.families.llama import LLAMA
+from mowa.families.mixtral import EXPERTS
+from mowa.families.registry import register
+from mowa.nouns import Family
+
+CHATML = ("<|im_start|>assistant\n", "<|im_end|>")
+
+QWEN2 = register(
+    Family(
+        name="qwen2",
+        model_types=("qwen2",),
+        task="causal",
+        blocks=("Qwen2DecoderLayer",),
+        linears=LLAMA.linears,
+        architectures=("Qwen2ForCausalLM",),
+        aliases=(
+            r"(code)?qwen(1\.5|2|2\.5)-(coder-|math-)?[\d.]+b(?!-a\d)",
+            r"qwq-32b",
+            r"deepseek-r1-distill-qwen-[\d.]+b",
+        ),
+        swaps={"rms_norm": ("Qwen2RMSNorm",), "swiglu": ("Qwen2MLP",)},
+        tensors=LLAMA.tensors,
+        template=CHATML,
+    )
+)
+
+QWEN2_MOE = register(
+    Family(
+        name="qwen2_moe",
+        model_types=("qwen2_moe",),
+        task="causal",
+        blocks=("Qwen2MoeDecoderLayer",),
+        linears=LLAMA.linears,  # the MLP's are those of the shared expert
+        architectures=("Qwen2MoeForCausalLM",),
+        aliases=(r"qwen1\.5-moe-a[\d.]+b", r"qwen2-\d+b-a\d+b"),
+        swaps={"rms_norm": ("Qwen2MoeRMSNorm",), "swiglu": ("Qwen2MoeMLP",)},
+        tensors=LLAMA.tensors,
+        template=CHATML,
+        limits={"experts": EXPERTS},
+    )
+)
+
+QWEN3 = register(
+    Family(
+        name="qwen3",
+        model_types=("qwen3",),
+        task="causal",
+        blocks=("Qwen3DecoderLayer",),
+        linears=LLAMA.linears,
+        architectures=("Qwen3ForCausalLM",),
+        aliases=(r"qwen3-(embedding-|reranker-)?[\d.]+b(?!-a\d)", r"deepseek-r1-0528-qwen3-\d+b"),
+        swaps={"rms_norm": ("Qwen3RMSNorm",), "swiglu": ("Qwen3MLP",)},
+        tensors=LLAMA.tensors,
+        template=CHATML,
+    )
+)
+
+QWEN3_MOE = register(
+    Family(
+        name="qwen3_moe",
+        model_types=("qwen3_moe",),
+        task="causal",
+        blocks=("Qwen3MoeDecoderLayer",),
+        linears={"attention": LLAMA.linears["attention"]},
+        architectures=("Qwen3MoeForCausalLM",),
+        aliases=(r"qwen3-(coder-)?\d+b-a\d+b",),
+        swaps={"rms_norm": ("Qwen3MoeRMSNorm",), "swiglu": ("Qwen3MoeMLP",)},
+        tensors=LLAMA.tensors,
+        template=CHATML,
+        limits={"experts": EXPERTS},
+    )
+)

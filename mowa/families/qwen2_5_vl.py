@@ -1,0 +1,28 @@
+"""Qwen2.5-VL (arXiv:2502.13923): Qwen2's net with positions in time, height and width, and a tower that sees.
+
+The names of linears are those of the text; the tower's MLPs have some alike.
+"""
+
+from __future__ import annotations
+
+from mowa.families.llama import LLAMA
+from mowa.families.qwen import CHATML
+from mowa.families.registry import register
+from mowa.nouns import Family
+
+QWEN2_5_VL = register(
+    Family(
+        name="qwen2_5_vl",
+        model_types=("qwen2_5_vl",),
+        task="vision-language",
+        blocks=("Qwen2_5_VLDecoderLayer",),
+        linears=LLAMA.linears,
+        frozen=("visual",),
+        architectures=("Qwen2_5_VLForConditionalGeneration",),
+        aliases=(r"qwen2\.5-vl-\d+b",),
+        swaps={"rms_norm": ("Qwen2_5_VLRMSNorm",), "swiglu": ("Qwen2MLP", "Qwen2_5_VLMLP")},
+        tensors=LLAMA.tensors,
+        template=CHATML,
+        limits={"packing": "it has three positions a token, and given one sees no bounds between documents"},
+    )
+)

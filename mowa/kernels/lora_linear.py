@@ -1,0 +1,89 @@
+"""A linear whose weight is frozen, with a low-rank update beside it (LoRA, arXiv:2106.09685), as one operation.
+
+    y  = x Wᵀ + b + s · (x Aᵀ) Bᵀ
+    dx = dy W + s · (dy B) A
+    dA = s · (dy B)ᵀ x,   dB = s · dyᵀ (x Aᵀ)
+
+The update is added by the product that makes it, into the buffer that is there already: one tensor as wide as y in the
+forward pass and one as wide as x in the backward, where PEFT's modules make four and three. Kept are x, as it came (so
+linears that share an input share what is kept), and x Aᵀ, which is narrow. W gets no gradient. It knows no modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x [..., I], weight [O, I] (frozen), bias [O] or none, a [R, I], b [O, R] → [..., O] in the dtype of x Wᵀ.
+
+    Under autocast everything is cast to its dtype, as autocast would. Outside it x and weight are of one dtype; a and b
+    may be wider, and then the update is made, added and learnt in theirs, as PEFT does.
+
+    Raises ValueError where the weight wants a gradient.
+    """
+    if weight.requires_grad:
+        raise ValueError("lora_linear: the weight must be frozen; a linear that learns as a whole is an nn.Linear")
+    kind = x.device.type
+    casting = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    compute = torch.get_autocast_dtype(kind) if casting else None
+    out: Tensor = _LoraLinear.apply(x, weight, bias, a, b, scale, compute)
+    return out
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        compute: torch.dtype | None,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(compute or x.dtype)
+        low = F.linear(rows.to(compute or a.dtype), a.to(compute or a.dtype))
+        out = F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+        update = b.to(low.dtype).t()
+        if out.dtype == low.dtype:
+            out.addmm_(low, update, alpha=scale)
+        else:
+            out = out.to(low.dtype).addmm_(low, update, alpha=scale).to(out.dtype)
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scale, ctx.compute = scale, compute
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, low = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):  # whatever the caller of backward() has set
+            dy = gradient.reshape(-1, gradient.shape[-1])
+            wide = dy.to(low.dtype)
+            dx = dbias = da = db = None
+            if ctx.needs_input_grad[4]:
+                db = (wide.t() @ low).mul_(ctx.scale).to(b.dtype)
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+                narrow = wide @ b.to(low.dtype)
+            if ctx.needs_input_grad[3]:
+                rows = x.reshape(-1, x.shape[-1]).to(ctx.compute or x.dtype).to(low.dtype)
+                da = (narrow.t() @ rows).mul_(ctx.scale).to(a.dtype)
+            if ctx.needs_input_grad[0]:
+                dx = _back(dy, weight.to(dy.dtype), narrow, a.to(low.dtype), ctx.scale).to(x.dtype).view(x.shape)
+            if ctx.needs_input_grad[2]:
+                dbias = dy.sum(0)
+        return dx, None, dbias, da, db, None, None
+
+
+def _back(dy: Tensor, weight: Tensor, narrow: Tensor, a: Tensor, scale: float) -> Tensor:
+    dx = dy @ weight
+    if dx.dtype == a.dtype:
+        return dx.addmm_(narrow, a, alpha=scale)
+    return dx.to(a.dtype).addmm_(narrow, a, alpha=scale)

@@ -1,0 +1,98 @@
+"""A causal checkpoint → a `LanguageModel`: the stock transformers net and its tokenizer, which have to fit each other.
+
+What is asked of the model, and how its words are chosen, is not known here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mowa.errors import ModelError
+from mowa.files import quiet, resolve, weights
+from mowa.loading import checkpoint
+from mowa.loading.checkpoint import check_device, check_dtype
+from mowa.nouns import Family, LanguageModel
+
+
+def load(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    offline: bool = False,
+) -> LanguageModel:
+    """Load a causal language model by folder or hub id, in eval mode, with no gradients, on `device` in `dtype`.
+
+    Raises ModelError: an unknown name, family or dtype; a model of another task; config, weights or tokenizer that are
+    missing, damaged or do not fit each other; a device that is not there. HubUnreachable as `files.resolve` does.
+    """
+    check_dtype(dtype)
+    check_device(device)
+    origin = resolve(name, revision=revision, offline=offline, vet=family_of)
+    family = family_of(origin.folder)
+    tokenizer = tokenizer_of(origin.folder)
+    net = _net(origin.folder, family, dtype)
+    refuse_another_tokenizer(tokenizer, net, origin.name)
+    return LanguageModel(net=net.to(device), family=family, origin=origin, tokenizer=tokenizer)
+
+
+def family_of(folder: Path) -> Family:
+    """The family that `folder`'s config.json names; ModelError if mowa has none, or it is of another task."""
+    family = checkpoint.family_of(folder)
+    if family.task != "causal":
+        kind = "hears" if family.task == "ctc" else f"is for {family.task}"
+        raise ModelError(f"{folder} is a {family.name} model, which {kind}: name a causal language model")
+    return family
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in `folder`; ModelError where there is none, or it is damaged. No code of the folder's is run."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError(f"{folder} has no tokenizer: tokenizer.json, or tokenizer.model, belongs beside the weights")
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"the tokenizer of {folder} cannot be read: {reason}") from error
+
+
+def refuse_another_tokenizer(tokenizer: Any, net: Any, name: str) -> None:
+    """ModelError where the tokenizer has ids that the net has no embedding for: it is another model's."""
+    rows, highest = net.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer of {name} has ids up to {highest} and the model embeds {rows}: it is another model's, or "
+            "tokens were added to it and not to the model"
+        )
+
+
+def _net(folder: Path, family: Family, dtype: str) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    config = checkpoint.config_of(folder, family)
+    with quiet():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                weights(folder),
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # not ignored: `refuse_misfits` names them
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise ModelError(f"the weights of {folder} are damaged: {error}") from error
+    net, report = loaded
+    checkpoint.refuse_misfits(folder, net.base_model_prefix, report)
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        net.generation_config = GenerationConfig.from_pretrained(folder)
+    return net.eval().requires_grad_(False)

@@ -1,0 +1,86 @@
+"""The next token: rows of token ids as batches, packed end to end or padded, and the loss over those that are learnt.
+
+What a row says, and why some of it is not learnt, is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100
+GRID = 64  # rows are padded to multiples of this, so that a processor meets few shapes
+
+
+class Row(Protocol):
+    """One example. ids int [n]; learnt bool [n]: whether the token is to be said after those before it."""
+
+    @property
+    def ids(self) -> Any: ...
+
+    @property
+    def learnt(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+
+def pack(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Rows end to end: input_ids, labels, position_ids, int64 [1, T], T the sum of their lengths.
+
+    Positions begin anew with each row. The first token of a row is nobody's to say, so its label is IGNORED.
+    """
+    ids = np.concatenate([row.ids for row in rows])
+    return {
+        "input_ids": _whole(ids),
+        "labels": _whole(np.concatenate([_labels(row) for row in rows])),
+        "position_ids": _whole(np.concatenate([np.arange(len(row)) for row in rows])),
+    }
+
+
+def pad(rows: Sequence[Row], filler: int, *, grid: int = GRID) -> dict[str, Tensor]:
+    """Rows side by side: input_ids, labels, attention_mask, int64 [B, N], N the longest, in multiples of `grid`."""
+    longest = -(-max(map(len, rows)) // grid) * grid
+    shape = (len(rows), longest)
+    ids, labels, mask = np.full(shape, filler), np.full(shape, IGNORED), np.zeros(shape, np.int64)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)], labels[place, : len(row)], mask[place, : len(row)] = row.ids, _labels(row), 1
+    named = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in named.items()}
+
+
+def _labels(row: Row) -> np.ndarray:
+    labels = np.where(row.learnt, row.ids, IGNORED)
+    labels[:1] = IGNORED
+    return labels
+
+
+def _whole(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))[None]
+
+
+def learnt(rows: Iterable[Row]) -> int:
+    """How many tokens are learnt: those with a label after the first of their row."""
+    return sum(int(np.asarray(row.learnt)[1:].sum()) for row in rows)
+
+
+@torch.inference_mode()
+def measure(net: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    """Over every learnt token of the batches: `loss` (mean −log p, nats), `accuracy` (it was the likeliest), `tokens`.
+
+    The stock forward is asked for logits, so this says what anybody's inference would see.
+    """
+    device = next(net.parameters()).device
+    lost, right, count = 0.0, 0, 0
+    for batch in batches:
+        inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        targets = batch["labels"][:, 1:].to(device)
+        known = targets != IGNORED
+        logits = net(**inputs, use_cache=False).logits[:, :-1][known].float()
+        lost += float(torch.nn.functional.cross_entropy(logits, targets[known], reduction="sum"))
+        right += int((logits.argmax(-1) == targets[known]).sum())
+        count += int(known.sum())
+    return {"loss": lost / max(1, count), "accuracy": right / max(1, count), "tokens": count}

@@ -1,0 +1,286 @@
+"""What every family says of its net is so: blocks, linears, head, tensors, and that the named classes compute that."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mowa.families import families, find, model_types
+from mowa.nouns import Family
+from tests.checkpoints import SMALLEST
+from tests.families.tiny import CAUSAL, EMBEDDING, TEXT, VISION, VOCABULARY, tiny
+
+SPEECH = tuple(family.name for family in families() if family.task == "ctc")
+SPOKEN = SMALLEST | {"vocab_size": 8}
+OPERATIONS = {"rms_norm", "rms_norm_plus_one", "swiglu", "geglu"}
+BESIDES = {"packing", "packing_unaccelerated", "attention", "fused_head", "experts"}
+
+
+@cache
+def _net(name: str) -> PreTrainedModel:
+    return tiny(name)
+
+
+def _blocks(net: nn.Module, family: Family) -> list[nn.Module]:
+    return [module for module in net.modules() if type(module).__name__ in family.blocks]
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Module]:
+    return {f".{name}": linear for name, linear in module.named_modules() if isinstance(linear, nn.Linear)}
+
+
+def test_each_family_of_text_has_a_tiny_net() -> None:
+    tasks = {"causal": CAUSAL, "vision-language": VISION, "embedding": EMBEDDING, "ctc": SPEECH}
+    for family in families():
+        assert family.name in tasks[family.task]
+    assert sorted(TEXT + SPEECH) == [family.name for family in families()]
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_tiny_net_is_small_seeded_and_runs(name: str) -> None:
+    net, ids = tiny(name), torch.randint(3, 80, (2, 21), generator=torch.Generator().manual_seed(0))
+    assert sum(weight.numel() for weight in net.parameters()) < 120_000
+    assert {weight.dtype for weight in net.parameters()} == {torch.float32}
+    assert not net.training
+    with torch.no_grad():
+        out, again = net(input_ids=ids)[0], tiny(name)(input_ids=ids)[0]
+    assert out.shape == (2, 21, VOCABULARY if find(name).head else 32)
+    assert torch.equal(out, again)
+    assert not torch.equal(out, tiny(name, seed=1)(input_ids=ids)[0])
+    assert out.std() > 0.1
+    assert tiny(name, num_hidden_layers=4, layer_types=None).config.get_text_config().num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_blocks_linears_and_head_are_there(name: str) -> None:
+    family, net = find(name), _net(name)
+    assert type(net).__name__ in family.architectures
+    assert net.config.model_type in family.model_types
+    blocks = _blocks(net, family)
+    assert len(blocks) == net.config.get_text_config().num_hidden_layers
+    there = {suffix for block in blocks for suffix in _linears(block)}
+    if name.startswith("deepseek"):  # V2-Lite has one linear where the others have two
+        there |= {suffix for block in _blocks(tiny(name, q_lora_rank=None), family) for suffix in _linears(block)}
+    named = [linear for group in family.linears.values() for linear in group]
+    for linear in named:
+        assert any(suffix.endswith(f".{linear}") for suffix in there), linear
+    left = {suffix for suffix in there if not any(suffix.endswith(f".{linear}") for linear in named)}
+    if name == "qwen3_moe":  # a config may have blocks without experts; no checkpoint that is known does
+        left -= {".mlp.gate_proj", ".mlp.up_proj", ".mlp.down_proj"}
+    assert left <= {".mlp.shared_expert_gate"}
+    if family.head:
+        assert net.get_output_embeddings() is net.get_submodule(family.head)
+    else:
+        assert net.get_output_embeddings() is None
+    for part in family.frozen:
+        assert net.base_model.get_submodule(part) is not None
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_every_linear_named_is_called(name: str) -> None:
+    """Swapping a linear for an adapter or an int8 twin changes nothing if the net only borrows its weight."""
+    family, net = find(name), tiny(name)
+    named = tuple(f".{linear}" for group in family.linears.values() for linear in group)
+    waiting = {
+        id(linear)
+        for block in _blocks(net, family)
+        for suffix, linear in _linears(block).items()
+        if suffix.endswith(named)
+    }
+    assert waiting
+    for module in net.modules():
+        module.register_forward_hook(lambda module, *_: waiting.discard(id(module)))
+    with torch.no_grad():
+        net(input_ids=torch.randint(3, 80, (1, 9)))
+    assert not waiting
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_tensors_lie_where_the_family_says(name: str, tmp_path: Path) -> None:
+    family, net = find(name), _net(name)
+    net.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    stem = family.tensors["block"]
+    blocks = {int(found[1]) for key in shapes if (found := re.match(re.escape(stem).replace(r"\{i\}", r"(\d+)"), key))}
+    assert blocks == set(range(len(_blocks(net, family))))
+    text = net.config.get_text_config()
+    assert shapes[family.tensors["embeddings"]] == (VOCABULARY, text.hidden_size)
+    assert shapes.get(family.tensors.get("norm", ""), (text.hidden_size,)) == (text.hidden_size,)
+    assert not any(key.startswith(stem.format(i=0)) for part, key in family.tensors.items() if part != "block")
+    assert bool(family.head) == ("head" in family.tensors)
+    if family.head:
+        tied = net.get_output_embeddings().weight is net.get_input_embeddings().weight
+        assert tied or shapes[family.tensors["head"]] == (VOCABULARY, text.hidden_size)
+        assert not tied or family.tensors["head"] not in shapes
+
+
+def _swaps() -> Iterator[Any]:
+    for family in families():
+        for operation, classes in family.swaps.items():
+            for kind in classes:
+                yield pytest.param(family.name, operation, kind, id=f"{family.name}-{operation}-{kind}")
+
+
+@pytest.mark.parametrize(("name", "operation", "kind"), list(_swaps()))
+def test_the_named_classes_compute_just_that(name: str, operation: str, kind: str) -> None:
+    """In float64 against the formula, and in bfloat16 to the bit where the formula says how it rounds."""
+    torch.manual_seed(0)
+    made = tiny(name).double()
+    module = next(module for module in made.modules() if type(module).__name__ == kind)
+    gated = operation in ("swiglu", "geglu")
+    width = module.down_proj.out_features if gated else module.weight.shape[-1]
+    x = torch.randn(3, 7, width, dtype=torch.float64)
+    # Norms of transformers go through float32 whatever they are given.
+    tolerance = 1e-6 if operation.startswith("rms") else 1e-12
+    torch.testing.assert_close(module(x), _formula(operation, module, x), atol=tolerance, rtol=tolerance)
+    if not gated:
+        low, x = module.bfloat16(), x.bfloat16()
+        assert torch.equal(low(x), _formula(operation, low, x, after=kind == "GptOssRMSNorm"))
+
+
+def _formula(operation: str, module: Any, x: Tensor, after: bool = False) -> Tensor:
+    if operation in ("swiglu", "geglu"):
+        parts = (
+            module.gate_up_proj(x).chunk(2, -1)
+            if hasattr(module, "gate_up_proj")
+            else (module.gate_proj(x), module.up_proj(x))
+        )
+        active = F.silu(parts[0]) if operation == "swiglu" else F.gelu(parts[0], approximate="tanh")
+        return module.down_proj(active * parts[1])
+    eps = module.eps if operation == "rms_norm_plus_one" else module.variance_epsilon
+    wide = x.float()
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if operation == "rms_norm_plus_one":
+        return (normal * (1 + module.weight.float())).to(x.dtype)
+    return (normal * module.weight).to(x.dtype) if after else normal.to(x.dtype) * module.weight
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
+def test_a_family_says_why_of_what_it_leaves_out(family: Family) -> None:
+    assert set(family.swaps) <= OPERATIONS
+    assert set(family.limits) <= OPERATIONS | BESIDES
+    assert not set(family.swaps) & set(family.limits)
+    if family.task == "ctc":
+        return
+    swapped = {kind for classes in family.swaps.values() for kind in classes}
+    for module in _net(family.name).modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            assert kind in swapped, kind
+        if kind.endswith("MLP") and kind not in ("GptOssMLP", "SiglipMLP"):  # a router with its experts; no gate
+            assert kind in swapped or {"swiglu", "geglu"} & set(family.limits), kind
+        if kind.endswith("Experts"):
+            assert "experts" in family.limits, kind
+
+
+@pytest.mark.parametrize("name", [name for name in TEXT if name != "gemma3"])  # its reason is about images
+def test_rows_pack_where_no_limit_says_otherwise(name: str) -> None:
+    """In transformers as it is: two documents end to end, each with positions of its own, against each by itself."""
+    net, ids = _net(name), torch.randint(3, 80, (1, 24), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    if name == "mpnet":
+        positions = positions + 1 + net.config.pad_token_id
+    how = {"use_cache": False} if find(name).head else {}
+    with torch.no_grad():
+        packed = net(input_ids=ids, position_ids=positions, **how)[0][:, 10:]
+        alone = net(input_ids=ids[:, 10:], position_ids=positions[:, 10:], **how)[0]
+    assert torch.allclose(packed, alone, atol=1e-5) == (
+        not {"packing", "packing_unaccelerated"} & find(name).limits.keys()
+    )
+
+
+class Asked(Exception):
+    pass
+
+
+def _asked(*_: Any, **__: Any) -> None:
+    raise Asked
+
+
+@pytest.mark.parametrize("name", TEXT + SPEECH)
+def test_the_attention_interface_is_asked_where_no_limit_says_otherwise(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "asked", _asked)  # type: ignore[arg-type]
+    if name in SPEECH:
+        net, inputs = (
+            AutoModelForCTC.from_config(AutoConfig.for_model(name, **SPOKEN)),
+            {"input_values": torch.randn(1, 800)},
+        )
+    else:
+        net, inputs = tiny(name), {"input_ids": torch.tensor([[5, 6, 7]])}
+    for config in {id(module.config): module.config for module in net.modules() if hasattr(module, "config")}.values():
+        config._attn_implementation = "asked"
+    if "attention" in find(name).limits:
+        net(**inputs)
+    else:
+        with pytest.raises(Asked):
+            net(**inputs)
+
+
+@pytest.mark.parametrize("stable", [False, True], ids=["group-norm", "layer-norm"])
+@pytest.mark.parametrize("model_type", SPEECH)
+def test_what_a_family_of_speech_names_is_in_the_net(model_type: str, stable: bool) -> None:
+    family = find(model_type)
+    front = "layer" if stable else "group"
+    config = AutoConfig.for_model(model_type, **SPOKEN, do_stable_layer_norm=stable, feat_extract_norm=front)
+    net = AutoModelForCTC.from_config(config)
+    blocks = _blocks(net, family)
+    assert len(blocks) == config.num_hidden_layers
+    for block in blocks:
+        linears = {name.rpartition(".")[2] for name in _linears(block)}
+        assert {name for group in family.linears.values() for name in group} <= linears
+    assert type(net).__name__ in family.architectures
+    assert isinstance(net.get_submodule(family.head), nn.Linear)
+    for name in family.frozen:
+        assert net.base_model.get_submodule(name) is not None
+    state = net.state_dict()
+    assert family.tensors["head"] in state
+    for index in range(len(blocks)):
+        assert any(key.startswith(family.tensors["block"].format(i=index)) for key in state)
+
+
+@pytest.mark.parametrize("model_type", SPEECH)
+def test_every_linear_of_speech_is_called(model_type: str) -> None:
+    family = find(model_type)
+    net = AutoModelForCTC.from_config(AutoConfig.for_model(model_type, **SPOKEN)).eval()
+    wanted = {name for group in family.linears.values() for name in group}
+    called: set[str] = set()
+    for name, module in net.base_model.named_modules():
+        if (leaf := name.rpartition(".")[2]) in wanted:
+            module.register_forward_hook(lambda *_, leaf=leaf: called.add(leaf))
+    with torch.no_grad():
+        net(torch.randn(1, 800))
+    assert called == wanted
+
+
+def test_model_types_are_those_of_transformers() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert set(model_types()) <= set(CONFIG_MAPPING_NAMES)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_the_first_blocks_of_deepseek_have_an_mlp_and_the_others_experts(name: str) -> None:
+    kinds = [type(block.mlp).__name__ for block in _blocks(_net(name), find(name))]
+    assert kinds[0].endswith("MLP")
+    assert all(kind.lower().endswith("moe") for kind in kinds[1:])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "gemma3", "gpt_oss", "ministral", "modernbert"])
+def test_windows_alternate_with_full_attention(name: str) -> None:
+    text = _net(name).config.get_text_config()
+    assert len(set(text.layer_types)) == 2
+    assert text.sliding_window == 8

@@ -1,0 +1,84 @@
+"""Rotary embedding against transformers' function, float64 and finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.phi.modeling_phi import PhiConfig, PhiRotaryEmbedding
+
+from mowa.kernels.rope import rope
+
+
+def angles(length, turned, dtype=torch.float64):
+    slots = torch.arange(length, dtype=torch.float64)[:, None] / 100.0 ** (torch.arange(turned // 2) / turned)
+    slots = torch.cat((slots, slots), -1)[None]
+    return slots.cos().to(dtype), slots.sin().to(dtype)
+
+
+def run(function, q, k, upward):
+    q, k = (part.detach().requires_grad_() for part in (q, k))
+    out = function(q, k)
+    return (*(part.detach() for part in out), *torch.autograd.grad(out, (q, k), upward))
+
+
+@pytest.mark.parametrize("length", [1, 63, 4097])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_near_to_float64_as_the_library(length, dtype, monkeypatch):
+    torch.manual_seed(0)
+    q, dq = (torch.randn(2, length, 3, 8).to(dtype).transpose(1, 2) for _ in range(2))  # as attention makes them
+    k, dk = (torch.randn(2, length, 1, 8).to(dtype).transpose(1, 2) for _ in range(2))
+    cos, sin = angles(length, 8, dtype)
+    wide = [part.double() for part in (q, k)]
+    exact = run(lambda q, k: apply_rotary_pos_emb(q, k, cos.double(), sin.double()), *wide, (dq.double(), dk.double()))
+    theirs = run(lambda q, k: apply_rotary_pos_emb(q, k, cos, sin), q, k, (dq, dk))
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, real=real, **kw: real(*a, **kw).fill_(float("nan")))
+    before = q.clone()
+    for found, peer, truth in zip(run(lambda q, k: rope(q, k, cos, sin), q, k, (dq, dk)), theirs, exact, strict=True):
+        assert found.dtype == dtype
+        allowed = 2 * (peer.double() - truth).abs().max() + torch.finfo(dtype).eps
+        assert (found.double() - truth).abs().max() <= allowed
+    assert torch.equal(q, before)
+
+
+@pytest.mark.parametrize("turned", [2, 4, 8])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_gradients_by_finite_differences(turned, heads):
+    torch.manual_seed(1)
+    q, k = (torch.randn(1, *shape, 8, dtype=torch.float64, requires_grad=True) for shape in ((3, 3), (3, 3)))
+    cos, sin = torch.randn(2, 1, 3, turned, dtype=torch.float64)  # not of one angle: the backward must not lean on it
+    assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin, heads), (q, k))
+
+
+def test_turns_part_of_a_head_as_phi_does():
+    torch.manual_seed(2)
+    config = PhiConfig(hidden_size=32, num_attention_heads=4)
+    q, k = torch.randn(1, 4, 63, 8), torch.randn(1, 4, 63, 8)
+    cos, sin = PhiRotaryEmbedding(config)(q, torch.arange(63)[None])
+    turned = cos.shape[-1]
+    assert turned < 8
+    parts = apply_rotary_pos_emb(q[..., :turned], k[..., :turned], cos, sin)
+    for found, part, whole in zip(rope(q, k, cos, sin), parts, (q, k), strict=True):
+        assert torch.allclose(found[..., :turned], part, atol=1e-6)
+        assert torch.equal(found[..., turned:], whole[..., turned:])
+
+
+def test_heads_in_another_place():
+    torch.manual_seed(3)
+    q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 1, 8)
+    cos, sin = angles(5, 8, torch.float32)
+    for found, expected in zip(rope(q, k, cos, sin, heads=2), apply_rotary_pos_emb(q, k, cos, sin, 2), strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_angles_wider_than_heads():
+    q, k = torch.randn(1, 3, 5, 8).bfloat16(), torch.randn(1, 1, 5, 8).bfloat16()
+    cos, sin = angles(5, 8, torch.float32)
+    for found, expected in zip(rope(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        assert found.dtype == expected.dtype == torch.float32
+        assert torch.allclose(found, expected, atol=1e-6)
+    q.requires_grad_()
+    rope(q, k, cos, sin)[0].sum().backward()
+    assert q.grad.dtype == torch.bfloat16
