@@ -5,7 +5,7 @@
 The task is that of packages_task.py: of which section of the Debian archive a package is, by its description (ten
 sections, equally many of each; guessing gets 10 %). An answer is right if what the model says first, greedily and
 without sampling, is the name of the section. `mowa train` learns from --rows descriptions, and `mowa adapt merge` makes
-one checkpoint in bfloat16, which must find the same token likeliest as base and adapter at 99.5 % of the places.
+checkpoints in the base's precision and in bfloat16, each compared with base and adapter before it is written.
 """
 
 from __future__ import annotations
@@ -84,9 +84,11 @@ def main() -> None:
     mowa("train", str(recipe), "-o", str(given.out / "adapter"))
     minutes = (time.time() - began) / 60
     rows.append(("adapter", answered(language.load(base, given.out / "adapter").net, base.tokenizer, asked)))
-    mowa("adapt", "merge", str(given.out / "adapter"), "-o", str(given.out / "merged"))
-    merged = text.load(str(given.out / "merged"), dtype="bfloat16")
-    rows.append(("merged, bfloat16", answered(merged.net, merged.tokenizer, asked)))
+    for dtype in ("float32", "bfloat16"):
+        folder = given.out / f"merged-{dtype}"
+        mowa("adapt", "merge", str(given.out / "adapter"), "-o", str(folder), "--dtype", dtype)
+        merged = text.load(str(folder), dtype=dtype)
+        rows.append((f"merged, {dtype}", answered(merged.net, merged.tokenizer, asked)))
     print(f"{given.rows} descriptions learnt in {minutes:.1f} minutes; right of {len(asked)} held out:")
     for name, right in rows:
         print(f"{name:<18} {spoken(right)}")

@@ -27,6 +27,7 @@ from mowa.nouns import LanguageModel, Origin
 
 TASK, WEIGHTS = "causal", "adapter_model.safetensors"
 LEAST = 0.995  # of the tokens, the share on whose likeliest successor a merged model has to agree
+TIMES = 2.0  # in half precision: as far as the base is from itself, so many times
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +148,28 @@ def merge(model: LanguageModel, dtype: str) -> LanguageModel:
     return LanguageModel(net.eval(), model.family, model.origin, model.tokenizer)
 
 
-def refuse_drift(found: Agreement) -> None:
-    """ModelError where a merged model is not what it was made of."""
-    if found.agreeing < LEAST:
-        raise ModelError(
-            f"the merged model is not what was trained: {found}.\n  Nothing was written; try --dtype float32, which "
-            "keeps every bit of the updates"
-        )
+def refuse_drift(found: Agreement, rounded: Agreement | None = None) -> None:
+    """ModelError where a merged model is not what it was made of.
+
+    In float32 both must find the same token likeliest at LEAST of the places. In half precision a merged model may be
+    TIMES as far from what was trained as the base is from itself, `rounded` to that precision: near ties flip there.
+    """
+    away, room = 1 - found.agreeing, 1 - LEAST
+    allowed = max(room, TIMES * (1 - rounded.agreeing)) if rounded else room
+    if away <= allowed and (rounded is None or found.divergence <= TIMES * rounded.divergence + 1e-6):
+        return
+    beside = f"; the base rounded so: {rounded}" if rounded else ""
+    raise ModelError(
+        f"the merged model is not what was trained: {found}{beside}.\n  Nothing was written; try --dtype float32, "
+        "which keeps every bit of the updates"
+    )
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision in which `folder`'s weights were written, as its config says; float32 where it is silent."""
+    config = read_json(folder / "config.json")
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 @torch.inference_mode()

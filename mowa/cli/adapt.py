@@ -72,8 +72,8 @@ def _measured(found: Adapter) -> list[list[str]]:
               help="Speech: largest difference of a log-probability that is let pass.")  # fmt: skip
 @click.option("--data", multiple=True,
               help="Text(s) or conversations to compare over. [default: what the run held out]")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True,
-              help="Language models: precision of the merged weights.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+              help="Language models: precision of the merged weights. [default: the base's]")  # fmt: skip
 @click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
 def merge(
     adapter: Path,

@@ -48,13 +48,19 @@ def merge(adapter: Path, out: Path, model: str | None, data: tuple[str, ...], dt
     from mowa.loading import text
 
     found = language.read(adapter)
-    adapted = language.load(text.load(model or found.base.where, offline=offline), adapter)
+    name = model or found.base.where
+    base = text.load(name, offline=offline)
+    dtype = str(language.stored_dtype(base.origin.folder)).removeprefix("torch.") if dtype == "auto" else dtype
+    adapted = language.load(base, adapter)
     rows, of = _compared(adapter, adapted, data)
+    rounded = None
+    if dtype != "float32":
+        rounded = language.compare(base, text.load(name, dtype=dtype, offline=offline), _batches(rows))
+        click.echo(f"base → base in {dtype}, {of}: {rounded}", err=True)
     with language.written(language.merge(adapted, dtype), out) as folder:
-        again = text.load(str(folder), dtype=dtype)
-        agreement = language.compare(adapted, again, _batches(rows))
+        agreement = language.compare(adapted, text.load(str(folder), dtype=dtype), _batches(rows))
         click.echo(f"base with adapter → merged in {dtype}, {of}: {agreement}", err=True)
-        language.refuse_drift(agreement)
+        language.refuse_drift(agreement, rounded)
     click.echo(str(out))
 
 

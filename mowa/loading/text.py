@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mowa.errors import ModelError
-from mowa.files import quiet, resolve, weights
+from mowa.families import resolve as resolve_family
+from mowa.files import quiet, read_json, resolve, weights
 from mowa.loading import checkpoint
 from mowa.loading.checkpoint import check_device, check_dtype
 from mowa.nouns import Family, LanguageModel
@@ -31,7 +32,8 @@ def load(
     check_dtype(dtype)
     check_device(device)
     origin = resolve(name, revision=revision, offline=offline, vet=family_of)
-    family = family_of(origin.folder)
+    family_of(origin.folder)  # a folder is not vetted by `resolve`
+    family = resolve_family(origin.source, read_json(origin.folder / "config.json"))
     tokenizer = tokenizer_of(origin.folder)
     net = _net(origin.folder, family, dtype)
     refuse_another_tokenizer(tokenizer, net, origin.name)

@@ -70,14 +70,18 @@ def instruct(plan: Instruction, model: LanguageModel, out: Path, *, threads: int
     net = run.model.net
     resumed = checkpoints.last(out / "run")
     began = time.time()
-    before = measured_before(run, out / "run" / "before.json")
-    alone = measure(net, few(run.texts.train))
+    shared = parallel.inside() and torch.cuda.is_available()  # no GPU may have room for all of the net
+    if torch.cuda.is_available() and not shared:
+        net.to("cuda")
+    before = {} if shared else measured_before(run, out / "run" / "before.json")
+    alone = None if shared else measure(net, few(run.texts.train))
     with lora.hushed():
         trainer, live = trainer_of(run, out, resumed)
     changes = accelerate.accelerate(net, tiles=plan.memory.tiles) if plan.memory.accelerate else ()
     try:
         _say(run, changes, resumed)
-        check_packing(run, alone)
+        if alone is not None:
+            check_packing(run, alone)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         lost = totals(trainer, next(iter(trainer.eval_dataset.values())))["loss"]
     finally:

@@ -14,7 +14,7 @@ import torch
 
 from mowa.adapt import language, lora
 from mowa.errors import TrainingStopped
-from mowa.files import atomic_write, quiet, read_json, weights
+from mowa.files import atomic_write, quiet, weights
 from mowa.nouns import LanguageModel
 from mowa.train import parallel, schema, view
 from mowa.train.finish import DONE, put
@@ -52,7 +52,7 @@ def finish(
         language.save(net, out, base=model.origin, tokenizer=model.tokenizer, metrics={})
         again = lora.over(_stock(model.origin.folder, dtype), out)
     else:
-        net.to(_stored_dtype(model.origin.folder))
+        net.to(language.stored_dtype(model.origin.folder))
         finished = out / "run" / "finished"
         language.put(model, finished)
         for file in sorted(finished.iterdir()):
@@ -103,13 +103,6 @@ def _stock(folder: Path, dtype: torch.dtype) -> Any:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with quiet():
         return AutoModelForCausalLM.from_pretrained(weights(folder), config=config, dtype=dtype)
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The precision in which `folder`'s weights were written, as its config says; float32 where it is silent."""
-    config = read_json(folder / "config.json")
-    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
-    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def table(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> str:

@@ -75,9 +75,17 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
 
 
 def test_a_merge_that_drifts_is_refused():
+    def apart(divergence, agreeing):
+        return language.Agreement(divergence, 1.0, agreeing, 1000)
+
+    language.refuse_drift(apart(0.0, 0.996))
     with pytest.raises(ModelError, match="not what was trained"):
-        language.refuse_drift(language.Agreement(0.1, 2.0, 0.98, 1000))
-    language.refuse_drift(language.Agreement(0.0, 0.0, 0.999, 1000))
+        language.refuse_drift(apart(0.0, 0.99))
+    rounding = apart(1e-3, 0.98)  # what half precision does to the base itself
+    language.refuse_drift(apart(1.5e-3, 0.97), rounding)
+    for found in (apart(1.5e-3, 0.95), apart(5e-3, 0.99)):
+        with pytest.raises(ModelError, match="the base rounded so"):
+            language.refuse_drift(found, rounding)
 
 
 @pytest.mark.parametrize("train", ["all", "top-1"])
