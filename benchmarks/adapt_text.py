@@ -66,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="build/smollm2")
     parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--questions", type=int, default=100, help="held-out descriptions to be asked about")
     parser.add_argument("--out", type=Path, default=Path("build/adapt-text"))
     given = parser.parse_args()
     from mowa.adapt import language
@@ -77,21 +78,22 @@ def main() -> None:
     recipe = given.out / "recipe.yaml"
     steps = given.rows * 150 // 2048
     recipe.write_text(RECIPE.format(model=given.model, train=train, dev=TASK / "dev.jsonl", every=max(1, steps // 6)))
-    asked = questions(TASK / "test.jsonl")
+    asked = questions(TASK / "test.jsonl")[: given.questions]
     base = text.load(given.model)
-    rows = [("before", answered(base.net, base.tokenizer, asked))]
+
+    def ask(name: str, model: Any) -> None:
+        print(f"{name:<18} {spoken(answered(model.net, model.tokenizer, asked))} of {len(asked)} right", flush=True)
+
+    ask("before", base)
     began = time.time()
     mowa("train", str(recipe), "-o", str(given.out / "adapter"))
     minutes = (time.time() - began) / 60
-    rows.append(("adapter", answered(language.load(base, given.out / "adapter").net, base.tokenizer, asked)))
+    print(f"{given.rows} descriptions learnt in {minutes:.1f} minutes")
+    ask("adapter", language.load(base, given.out / "adapter"))
     for dtype in ("float32", "bfloat16"):
         folder = given.out / f"merged-{dtype}"
         mowa("adapt", "merge", str(given.out / "adapter"), "-o", str(folder), "--dtype", dtype)
-        merged = text.load(str(folder), dtype=dtype)
-        rows.append((f"merged, {dtype}", answered(merged.net, merged.tokenizer, asked)))
-    print(f"{given.rows} descriptions learnt in {minutes:.1f} minutes; right of {len(asked)} held out:")
-    for name, right in rows:
-        print(f"{name:<18} {spoken(right)}")
+        ask(f"merged, {dtype}", text.load(str(folder), dtype=dtype))
 
 
 if __name__ == "__main__":
