@@ -21,9 +21,10 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from mowa.errors import HubUnreachable, ModelError, UnknownModel
+from mowa.errors import DataError, HubUnreachable, ModelError, UnknownModel
 from mowa.machine import cache_folder
 from mowa.nouns import Origin
 
@@ -147,7 +148,7 @@ def _from_hub(repo: str, revision: str, offline: bool, vet: Callable[[Path], obj
     if cached and (offline or _COMMIT.fullmatch(revision)):
         return cached
     if offline:
-        raise HubUnreachable(f"{repo} ({revision}) is not cached and mowa is offline: use the bundled model pl-tiny")
+        raise HubUnreachable(f"{repo} ({revision}) is not cached and mowa is offline: connect once, or name a folder")
     try:
         return _download(repo, revision, vet)
     except errors.GatedRepoError:
@@ -164,7 +165,7 @@ def _from_hub(repo: str, revision: str, offline: bool, vet: Callable[[Path], obj
     if cached:
         log.warning("%s; using the cached revision %s of %s", reason, cached.name[:12], repo)
         return cached
-    raise HubUnreachable(f"{reason} and {repo} is not cached: connect once, or use the bundled model pl-tiny")
+    raise HubUnreachable(f"{reason} and {repo} is not cached: connect once, or name a folder")
 
 
 def _snapshot(repo: str, revision: str) -> Path | None:
@@ -181,7 +182,7 @@ def _snapshot(repo: str, revision: str) -> Path | None:
 def _download(repo: str, revision: str, vet: Callable[[Path], object] | None) -> Path:
     """Ask for the commit and its files (one request); fetch the small files, show them to `vet`, fetch the weights.
 
-    Pickles are fetched only where there are no safetensors; other frameworks' weights and language models never.
+    Pickles are fetched only where there are no safetensors; other frameworks' weights and n-gram models never.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -335,6 +336,31 @@ def _replacing(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def becoming(out: Path) -> Iterator[Path]:
+    """A folder to write into and to examine; it becomes `out` when the context ends well, else nothing is left of it.
+
+    Raises DataError where `out` is there already and not an empty folder.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} is there already: choose another folder, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
+        folder = Path(name) / "whole"
+        folder.mkdir()
+        yield folder
+        if out.is_dir():
+            out.rmdir()
+        os.replace(folder, out)
+
+
+def let_read(folder: Path) -> None:
+    """Whoever may read the config in `folder` may read its weights too, which safetensors keeps to their writer."""
+    readers = (folder / "config.json").stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(readers)
 
 
 def cached(model_types: Container[str]) -> list[Cached]:

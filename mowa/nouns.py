@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+IGNORED = -100  # the label of what is not learnt, as torch and transformers have it
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:

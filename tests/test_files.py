@@ -223,7 +223,7 @@ def test_no_network_and_nothing_cached(tmp_path: Path, monkeypatch: pytest.Monke
     assert time.monotonic() - start < 5
     assert str(caught.value) == (
         f"the hub at {NOWHERE} cannot be reached and {files.ALIASES['polish']} is not cached: "
-        "connect once, or use the bundled model pl-tiny"
+        "connect once, or name a folder"
     )
 
 
@@ -242,7 +242,7 @@ def test_offline_asks_nobody(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monke
     from huggingface_hub import constants
 
     hub.publish(REPO, checkpoint(tmp_path / "src"))
-    with pytest.raises(HubUnreachable, match="is not cached and mowa is offline: use the bundled model pl-tiny"):
+    with pytest.raises(HubUnreachable, match="is not cached and mowa is offline: connect once, or name a folder"):
         files.resolve(REPO, offline=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubUnreachable, match="mowa is offline"):

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,10 +20,10 @@ from torch import Tensor
 
 from mowa.adapt import lora, store
 from mowa.errors import DataError, ModelError
-from mowa.files import atomic_write, quiet, read_json
+from mowa.files import atomic_write, becoming, let_read, quiet, read_json
 from mowa.nouns import LanguageModel, Origin
 
-TASK, WEIGHTS = "causal", "adapter_model.safetensors"
+TASK, WEIGHTS, TEMPLATE = "causal", "adapter_model.safetensors", "chat_template.jinja"
 LEAST = 0.995  # of the tokens, the share on whose likeliest successor a merged model has to agree
 TIMES = 2.0  # in half precision: as far as the base is from itself, so many times
 
@@ -119,7 +117,8 @@ def read(folder: Path) -> Updates:
 def load(model: LanguageModel, folder: Path) -> LanguageModel:
     """The updates in `folder` over the weights of `model`, their base, which stays as it is. In eval mode, frozen.
 
-    Raises ModelError: no updates there, updates of another base or tokenizer, damaged files. MissingPart without PEFT.
+    Its tokenizer writes conversations as they were learnt, if that was not with the base's own template.
+    Raises ModelError: no updates there, updates of another base, damaged files. MissingPart without PEFT.
     """
     updates = read(folder)
     store.refuse_another_base(updates, model)
@@ -127,7 +126,10 @@ def load(model: LanguageModel, folder: Path) -> LanguageModel:
         raise ModelError(f"{folder}/{WEIGHTS} is damaged, or another adapter's: its checksum is not in {store.NOTE}")
     net = lora.over(store.twin(model.net), folder, autocast_adapter_dtype=False)
     net.mowa_adapter = str(folder)
-    return LanguageModel(net.eval().requires_grad_(False), model.family, model.origin, model.tokenizer)
+    tokenizer = copy.copy(model.tokenizer)
+    if (folder / TEMPLATE).is_file():
+        tokenizer.chat_template = (folder / TEMPLATE).read_text(encoding="utf-8")
+    return LanguageModel(net.eval().requires_grad_(False), model.family, model.origin, tokenizer)
 
 
 def merge(model: LanguageModel, dtype: str) -> LanguageModel:
@@ -137,11 +139,7 @@ def merge(model: LanguageModel, dtype: str) -> LanguageModel:
     """
     kind = getattr(torch, dtype)
     net = store.twin(model.net).get_base_model()
-    layer = lora.package().tuners.lora.LoraLayer
-    for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, layer)]:
-        alone: Any = copy.deepcopy(module).double()  # merging writes into the weights, and these are the base's too
-        alone.merge(safe_merge=True)
-        net.set_submodule(name, alone.get_base_layer().to(kind).requires_grad_(False))
+    lora.fold(net, kind)
     if net.dtype != kind:
         net = copy.deepcopy(net).to(kind)
     net.mowa_adapter = f"{getattr(model.net, 'mowa_adapter', 'that it had')} (merged)"  # no other may stand on it
@@ -197,20 +195,10 @@ def compare(before: LanguageModel, after: LanguageModel, batches: Iterable[Mappi
 
 @contextmanager
 def written(model: LanguageModel, out: Path) -> Iterator[Path]:
-    """A folder with the whole checkpoint of `model`, to be examined; it becomes `out` when the context ends well.
-
-    Raises DataError where `out` is there already and not an empty folder, or cannot be written; nothing is left then.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out} is there already: choose another folder, or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
-        folder = Path(name) / "checkpoint"
+    """A folder with the whole checkpoint of `model`, to be examined; it becomes `out` as `files.becoming` says."""
+    with becoming(out) as folder:
         put(model, folder)
         yield folder
-        if out.is_dir():
-            out.rmdir()
-        os.replace(folder, out)
 
 
 def put(model: LanguageModel, folder: Path) -> None:
@@ -223,6 +211,4 @@ def put(model: LanguageModel, folder: Path) -> None:
             model.tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    readers = (folder / "config.json").stat().st_mode
-    for file in folder.glob("*.safetensors"):  # which nobody but the writer may read, as the library leaves it
-        file.chmod(readers)
+    let_read(folder)

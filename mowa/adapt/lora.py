@@ -8,6 +8,7 @@ is no part of the updates; it learns as it is, and `store` keeps it whole (PEFT'
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,19 @@ def over(net: Any, folder: Path, **how: Any) -> Any:
     """A PeftModel around `net` with the updates in `folder`, as PEFT reads them."""
     with hushed():
         return package().PeftModel.from_pretrained(net, folder, **how)
+
+
+def fold(net: Any, dtype: Any = None) -> None:
+    """Every linear of `net` with updates becomes a plain one that has them in its weights, in `dtype` (or its own).
+
+    In place, but no tensor is written to: another net may have it too. Sums are made in float64 and rounded once.
+    """
+    layer = package().tuners.lora.LoraLayer
+    for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, layer)]:
+        alone: Any = copy.deepcopy(module).double()
+        alone.merge(safe_merge=True)
+        kind = dtype or module.get_base_layer().weight.dtype
+        net.set_submodule(name, alone.get_base_layer().to(kind).requires_grad_(False))
 
 
 @contextmanager

@@ -8,13 +8,10 @@ plain as the other and loads the same. Which recordings are compared is not deci
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +19,8 @@ from torch import Tensor
 
 from mowa.adapt import lora, processor, store
 from mowa.data import audio
-from mowa.errors import DataError, ModelError
-from mowa.files import quiet
+from mowa.errors import ModelError
+from mowa.files import becoming, let_read, quiet
 from mowa.nouns import Model
 
 
@@ -45,12 +42,7 @@ def merge(model: Model) -> Model:
     """
     net = store.twin(model.net)
     if lora.has(net):
-        layer = lora.package().tuners.lora.LoraLayer
-        for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, layer)]:
-            dtype = module.get_base_layer().weight.dtype
-            alone: Any = copy.deepcopy(module).double()  # merging writes into the weights, and these are the base's too
-            alone.merge(safe_merge=True)
-            net.set_submodule(name, alone.get_base_layer().to(dtype).requires_grad_(False))
+        lora.fold(net)
         del net.peft_config
     net.mowa_adapter = f"{getattr(net, 'mowa_adapter', 'that it had')} (merged)"  # no other may stand on it
     return Model(net, model.family, model.origin, model.vocabulary, model.preprocessing)
@@ -92,21 +84,10 @@ def _emissions(model: Model, sounds: Sequence[np.ndarray]) -> list[Tensor]:
 
 @contextmanager
 def written(model: Model, out: Path) -> Iterator[Path]:
-    """A folder with the whole checkpoint of `model`, to be examined; it becomes `out` when the context ends well.
-
-    Raises DataError where `out` is there already and not an empty folder.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out} is there already: choose another folder, or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
-        folder = Path(name) / "checkpoint"
+    """A folder with the whole checkpoint of `model`, to be examined; it becomes `out` as `files.becoming` says."""
+    with becoming(out) as folder:
         with quiet():
             model.net.save_pretrained(folder)
         processor.write(model.vocabulary, model.preprocessing, folder)
-        for file in folder.glob("*.safetensors"):  # which nobody but the writer may read, as the library leaves it
-            file.chmod((folder / "vocab.json").stat().st_mode)
+        let_read(folder)
         yield folder
-        if out.is_dir():
-            out.rmdir()
-        os.replace(folder, out)

@@ -68,14 +68,14 @@ def _compared(adapter: Path, model: LanguageModel, data: tuple[str, ...]) -> tup
     """What a merged model is compared over, and what that is: data that was named, what the run held out, questions."""
     from mowa.data import chat, dialogues
     from mowa.errors import DataError
-    from mowa.train import instruct, texts
+    from mowa.train import plans, texts
 
     encode: Any = {"learn": "all", "long": "truncate", "length": texts.FEW}
     if data:
         items = [item for path in data for item in dialogues.read(path)]
         return chat.encode(items, model.tokenizer, **encode)[0][:MOST], ", ".join(data)
     try:
-        plan = instruct.read(adapter / "recipe.yaml")
+        plan: Any = plans.read(adapter / "recipe.yaml")
         held_out = texts.gather(plan, model)
         return [row for rows in (held_out.test | held_out.dev).values() for row in rows][:MOST], "what the run held out"
     except DataError:  # moved since

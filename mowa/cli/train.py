@@ -110,8 +110,7 @@ def _model(plan: Tuning | Instruction) -> Any:
 
     if not isinstance(plan, Instruction):
         return speech.load(plan.model, head=plan.vocabulary != "new")
-    from mowa.files import resolve
+    from mowa.files import described
     from mowa.train.sft import base_dtype
 
-    folder = resolve(plan.model, vet=text.family_of).folder
-    return text.load(plan.model, dtype=base_dtype(plan, folder))
+    return text.load(plan.model, dtype=base_dtype(plan, described(plan.model)))

@@ -12,6 +12,7 @@ import torch
 from mowa.errors import ModelError
 from mowa.families.registry import find
 from mowa.kernels.attention_rules import Facts, choose, has
+from mowa.nouns import Family
 
 TWIN = frozenset({"varlen", "varlen_window", "triton"})  # what torch for CUDA brings
 NAMES = {
@@ -54,7 +55,7 @@ def explain(config: Any, *, length: int, device: str, dtype: str, packed: bool =
         return [Row("attention", text.num_hidden_layers, "transformers", why)]
     rows = []
     for layer, count in _layers(text).items():
-        facts = _facts(text, layer, length, kind, capability, dtype, packed)
+        facts = _facts(family, text, layer, length, kind, capability, dtype, packed)
         if layer == "chunked_attention":
             rows.append(Row(NAMES[layer], count, "sdpa", "a mask of all tokens against all, made by transformers"))
             continue
@@ -91,15 +92,20 @@ def _layers(text: Any) -> Counter[str]:
 
 
 def _facts(
-    text: Any, layer: str, length: int, device: str, capability: tuple[int, int], dtype: str, packed: bool
+    family: Family,
+    text: Any,
+    layer: str,
+    length: int,
+    device: str,
+    capability: tuple[int, int],
+    dtype: str,
+    packed: bool,
 ) -> Facts:
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     values = width
     if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None):
         width, values = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
-    task = find(text.model_type).task if _known(text.model_type) else "causal"
-    causal = task not in ("ctc", "embedding") or text.model_type == "qwen3"
     window = text.sliding_window if layer == "sliding_attention" else None
     return Facts(
         device=device,
@@ -110,7 +116,7 @@ def _facts(
         keys=length,
         documents=packed,
         windowed=window is not None and window < length,
-        causal=causal,
+        causal=family.task not in ("ctc", "embedding"),
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         sinks=text.model_type == "gpt_oss",
         dropout=bool(getattr(text, "attention_dropout", 0.0)),
@@ -118,14 +124,6 @@ def _facts(
         capability=capability,
         packages=has() | TWIN if device == "cuda" else has(),
     )
-
-
-def _known(model_type: str) -> bool:
-    try:
-        find(model_type)
-    except ModelError:
-        return False
-    return True
 
 
 def _shape(facts: Facts) -> str:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from mowa.kernels.linear_cross_entropy import score
-
-IGNORED = -100
+from mowa.nouns import IGNORED
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 
 from mowa.errors import ModelError
 from mowa.families import find
-from mowa.files import quiet, read_json
+from mowa.files import quiet, read_json, weights
 from mowa.nouns import Family
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,6 +48,30 @@ def config_of(folder: Path, family: Family) -> Any:
         except (ValueError, TypeError, StrictDataclassError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise ModelError(f"{folder}/config.json does not describe a {family.name} model: {reason}") from error
+
+
+def net_of(auto: Any, folder: Path, family: Family, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The net in `folder` as `auto`, an AutoModel class, makes it, and what did not fit. ModelError: damaged weights.
+
+    A weight of another shape is no error here: `refuse_misfits` names it.
+    """
+    from safetensors import SafetensorError
+
+    config = config_of(folder, family)
+    with quiet():
+        try:
+            loaded: tuple[Any, dict[str, Any]] = auto.from_pretrained(
+                weights(folder),
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise ModelError(f"the weights of {folder} are damaged: {error}") from error
+    return loaded
 
 
 def refuse_misfits(folder: Path, encoder: str, report: Mapping[str, Any], *, spared: Container[str] = ()) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mowa.errors import ModelError
-from mowa.files import quiet, read_json, resolve, weights
+from mowa.files import read_json, resolve
 from mowa.loading import checkpoint
 from mowa.loading.checkpoint import check_device, check_dtype, refuse_misfits
 from mowa.nouns import Family, Model, Preprocessing, Vocabulary
@@ -81,23 +81,9 @@ def family_of(folder: Path, *, head: bool = True) -> Family:
 
 
 def _net(folder: Path, family: Family, dtype: str, *, head: bool) -> Any:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCTC
 
-    config = checkpoint.config_of(folder, family)
-    with quiet():
-        try:
-            net, report = AutoModelForCTC.from_pretrained(
-                weights(folder),
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # not ignored: `_refuse_gaps` names them
-                output_loading_info=True,
-            )
-        except SafetensorError as error:
-            raise ModelError(f"the weights of {folder} are damaged: {error}") from error
+    net, report = checkpoint.net_of(AutoModelForCTC, folder, family, dtype)
     _refuse_gaps(folder, family, net.base_model_prefix, report, head=head)
     return net.eval().requires_grad_(False)
 

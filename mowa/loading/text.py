@@ -10,7 +10,7 @@ from typing import Any
 
 from mowa.errors import ModelError
 from mowa.families import resolve as resolve_family
-from mowa.files import quiet, read_json, resolve, weights
+from mowa.files import quiet, read_json, resolve
 from mowa.loading import checkpoint
 from mowa.loading.checkpoint import check_device, check_dtype
 from mowa.nouns import Family, LanguageModel
@@ -74,24 +74,9 @@ def refuse_another_tokenizer(tokenizer: Any, net: Any, name: str) -> None:
 
 
 def _net(folder: Path, family: Family, dtype: str) -> Any:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    config = checkpoint.config_of(folder, family)
-    with quiet():
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                weights(folder),
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # not ignored: `refuse_misfits` names them
-                output_loading_info=True,
-            )
-        except SafetensorError as error:
-            raise ModelError(f"the weights of {folder} are damaged: {error}") from error
-    net, report = loaded
+    net, report = checkpoint.net_of(AutoModelForCausalLM, folder, family, dtype)
     checkpoint.refuse_misfits(folder, net.base_model_prefix, report)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from mowa.nouns import IGNORED
+
 GRID = 64  # rows are padded to multiples of this, so that a processor meets few shapes
 
 

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 
 from mowa.data.text import plain
 from mowa.errors import DataError, MissingPart
-from mowa.nouns import Preprocessing, Vocabulary
+from mowa.nouns import IGNORED, Preprocessing, Vocabulary
 
-IGNORED = -100
 SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 DELIMITER = "|"
 

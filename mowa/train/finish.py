@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import nn
 from transformers import Trainer
 
 from mowa.adapt import processor, store
-from mowa.files import atomic_write
+from mowa.files import atomic_write, let_read
 from mowa.tasks import ctc
 from mowa.train import parallel, schema, view
 from mowa.train.pupil import spelt, texts
@@ -64,21 +66,33 @@ def finish(run: Run, trainer: Trainer, out: Path, took_s: float) -> None:
             language=plan.language,
         )
     else:
-        finished = out / "run" / "finished"
-        net.save_pretrained(finished)
-        processor.write(words, model.preprocessing, finished)
-        for file in sorted(finished.iterdir()):
-            file.chmod(0o644)  # safetensors keeps them to their owner
-            file.replace(out / file.name)
-        finished.rmdir()
+        with whole(out) as finished:
+            net.save_pretrained(finished)
+            processor.write(words, model.preprocessing, finished)
+    conclude(plan, trainer, out, report, best=None if plan.optimise.ema else trainer.state.best_global_step)
+    print(_table(results), file=sys.stderr)
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint into, whose files then take their places in `out`."""
+    finished = out / "run" / "finished"
+    finished.mkdir(parents=True, exist_ok=True)
+    yield finished
+    let_read(finished)
+    for file in sorted(finished.iterdir()):
+        file.replace(out / file.name)
+    finished.rmdir()
+
+
+def conclude(plan: Any, trainer: Any, out: Path, report: dict[str, Any], *, best: int | None) -> None:
+    """Report, recipe and curve (with the `best` step marked) into `out`; what only broken-off runs need goes."""
     atomic_write(out / "report.json", json.dumps(report, ensure_ascii=False, indent=1))
     schema.write(plan, out / "recipe.yaml")
-    best = None if plan.optimise.ema else trainer.state.best_global_step
     view.history(trainer.state.log_history, out, best=best)
     for folder in (out / "run").glob("checkpoint-*"):
         shutil.rmtree(folder)
     (out / "run" / DONE).touch()
-    print(_table(results), file=sys.stderr)
 
 
 def put(net: nn.Module, state: dict[str, torch.Tensor]) -> None:

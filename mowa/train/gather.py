@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from mowa.errors import DataError, RecipeError
 from mowa.nouns import Example, Vocabulary
 from mowa.tasks.ctc import vocabulary
 from mowa.train.tuning import Data, Part, Tuning
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ def gather(plan: Tuning, words: Vocabulary | None, frames: Callable[[float], int
         return [*result.kept, *wordless]
 
     learnt = [(sifted(part.path, examples), share) for part, (examples, share) in zip(data.train, train, strict=True)]
-    watched = {name: _some(sifted(name, examples), data.measured) for name, examples in (dev | replay).items()}
+    watched = {name: some(sifted(name, examples), data.measured) for name, examples in (dev | replay).items()}
     measured = {name: sifted(name, examples) for name, examples in test.items()}
     everything = [example for examples, _ in learnt for example in examples]
     unseen = [example for name, examples in (watched | measured).items() for example in examples]
@@ -112,7 +115,7 @@ def _words(plan: Tuning, words: Vocabulary | None, texts: Sequence[str]) -> Voca
     return replace(words, tokens=(*words.tokens, *(letter for letter in letters if letter.casefold() not in known)))
 
 
-def _some(examples: list[Example], most: int) -> list[Example]:
+def some(examples: list[Item], most: int) -> list[Item]:
     """The same `most` of them every time."""
     if not most or len(examples) <= most:
         return examples

@@ -5,15 +5,13 @@ What both kinds of tuning have (LoRA, how weights move, sentinels, devices) is `
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mowa.errors import RecipeError
 from mowa.train import schema
 from mowa.train.schema import knob
-from mowa.train.tuning import SHARE, Lora, Optimise, Parallel, Part, Watch, parts
+from mowa.train.tuning import SHARE, Lora, Optimise, Parallel, Part, Watch, in_parts, refuse_nonsense, top_of
 
 LEARNT = ("lora", "top-N", "all")
 
@@ -94,31 +92,18 @@ class Instruction:
     @property
     def top(self) -> int | None:
         """How many of the topmost blocks learn, where `train` is top-N."""
-        found = re.fullmatch(r"top-([1-9]\d*)", self.train)
-        return int(found[1]) if found else None
-
-
-def read(path: Path, settings: dict[str, Any] | None = None) -> Instruction:
-    """A recipe file → Instruction, with `settings` (dotted paths) turned. RecipeError names the wrong key's path."""
-    found = schema.tree(path)
-    return checked(schema.turned(found, settings or {}) if isinstance(found, dict) else found, str(path))
+        return top_of(self.train)
 
 
 def checked(tree: Any, where: str) -> Instruction:
     """A tree of plain values → Instruction. A plain path under data stands for a list of one part."""
-    if isinstance(tree, dict) and isinstance(tree.get("data"), dict):
-        named = {key: parts(value) for key, value in tree["data"].items() if key in ("train", "dev", "test")}
-        tree = {**tree, "data": {**tree["data"], **named}}
-    plan = schema.build(Instruction, tree, where)
-    if plan.train not in ("lora", "all") and plan.top is None:
-        raise RecipeError(f"{where}: train: {plan.train!r} is none of {', '.join(LEARNT)} (N a number of blocks)")
+    plan = schema.build(Instruction, in_parts(tree), where)
+    refuse_nonsense(plan, where, LEARNT)
     if plan.batch.tokens < plan.data.length:
         raise RecipeError(
             f"{where}: batch: tokens is {plan.batch.tokens} and data: length {plan.data.length}: an example of that "
             "length fits into no batch; raise the one or lower the other"
         )
-    if not plan.optimise.steps and not plan.optimise.epochs:
-        raise RecipeError(f"{where}: optimise: steps and epochs are both 0; give one of them")
     shares = [part.share for part in plan.data.train]
     if any(shares):
         raise RecipeError(
@@ -129,6 +114,4 @@ def checked(tree: Any, where: str) -> Instruction:
             raise RecipeError(f"{where}: optimise: {knob_of_recordings} is for recordings; leave it at 0")
     if plan.memory.offload and not plan.optimise.checkpointing:
         raise RecipeError(f"{where}: memory: offload is of use only with optimise: checkpointing; turn that on too")
-    if not plan.lora.where:
-        raise RecipeError(f"{where}: lora: where: at least one is needed, found none")
     return plan

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from mowa.data import audio, augment
 from mowa.data.augment import Masks, Roughness
-from mowa.nouns import Example, Preprocessing, Vocabulary
+from mowa.nouns import IGNORED, Example, Preprocessing, Vocabulary
 from mowa.tasks import ctc, packing
 from mowa.tasks.packing import Frames
 from mowa.train.batches import fill, pools
@@ -141,7 +141,7 @@ class Packs(Dataset[dict[str, Any]]):
 
 
 def _labels(ids: Sequence[Sequence[int]]) -> torch.Tensor:
-    labels = torch.full((len(ids), max(1, *map(len, ids))), ctc.IGNORED)
+    labels = torch.full((len(ids), max(1, *map(len, ids))), IGNORED)
     for row, target in enumerate(ids):
         labels[row, : len(target)] = torch.tensor(target)
     return labels

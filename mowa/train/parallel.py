@@ -314,10 +314,8 @@ def _class_name(module: Any) -> str:
 
 def _unused(plan: Tuning | Instruction, net: Any) -> bool:
     """Whether steps leave something that learns without a gradient, which DDP has to look for."""
-    if isinstance(plan, Instruction):
-        return False
-    vector = getattr(net.base_model, "masked_spec_embed", None)
-    return vector is not None and vector.requires_grad and not plan.masks.time
+    vector = getattr(net.base_model, "masked_spec_embed", None)  # which nothing that reads has
+    return vector is not None and vector.requires_grad and not plan.masks.time  # type: ignore[union-attr]
 
 
 def end_with_launcher() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mowa.decode import ctc as decoder
-from mowa.nouns import Vocabulary
+from mowa.nouns import IGNORED, Vocabulary
 from mowa.tasks import ctc, packing
 from mowa.train.distill import Lessons
 
@@ -76,12 +76,12 @@ def loss_function(
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         logits, counts = outputs["logits"].float(), outputs["counts"]
-        written = (labels != ctc.IGNORED).any(1)  # what has no text is there for the lesson
+        written = (labels != IGNORED).any(1)  # what has no text is there for the lesson
         each = torch.where(written, ctc.losses(logits, counts, labels, blank), 0.0)
         if seen is not None and torch.is_grad_enabled():
             true = torch.arange(logits.shape[1], device=logits.device) < counts[:, None]
             seen(each.detach(), logits.detach().argmax(-1)[true], int(outputs["index"]))
-        letters = (labels != ctc.IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        letters = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         total = weight * each.sum() / (letters + (letters == 0))
         return total + outputs["lesson"] / parts if "lesson" in outputs else total
 

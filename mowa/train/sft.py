@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import set_seed
 
 from mowa import machine
 from mowa.adapt import freeze, lora
@@ -25,14 +25,13 @@ from mowa.errors import MissingPart, RecipeError, TrainingStopped
 from mowa.families import accelerate, patch, swaps
 from mowa.families.accelerate import Change
 from mowa.files import atomic_write, read_json
-from mowa.nouns import Family, LanguageModel
+from mowa.nouns import IGNORED, Family, LanguageModel
 from mowa.tasks import causal
-from mowa.train import bins, checkpoints, optimiser, parallel, texts, view, watch
+from mowa.train import bins, checkpoints, optimiser, parallel, texts, trainers, view, watch
 from mowa.train.finish import DONE
 from mowa.train.instruct import Instruction
 from mowa.train.ready import LEAST_APART, first
 from mowa.train.texts import Texts, measure
-from mowa.train.tune import Patience, claim
 from mowa.train.written import finish
 
 NEEDED = ("accelerate", "datasets", "matplotlib", "peft", "trl")
@@ -62,7 +61,7 @@ def instruct(plan: Instruction, model: LanguageModel, out: Path, *, threads: int
         raise MissingPart(f"tuning language models needs {', '.join(missing)}: pip install 'mowa[text]'")
     torch.set_num_threads(threads or machine.cores())
     set_seed(plan.optimise.seed)
-    claim(plan, out / "run" / "recipe.yaml")
+    trainers.claim(plan, out / "run" / "recipe.yaml")
     if (out / "run" / DONE).is_file():
         print(f"{out}: finished before", file=sys.stderr)
         return out
@@ -189,17 +188,13 @@ def trainer_of(run: Run, out: Path, resumed: Path | None) -> tuple[Any, view.Liv
         model.family,
         seen,
         model=model.net,
-        args=_arguments(run, out, resumed),
+        args=_arguments(run, out),
         data_collator=collate,
         train_dataset=listed("train", run.batches),
         eval_dataset=measured,
         processing_class=model.tokenizer,
     )
-    for spoken in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(spoken)
-    patience = [Patience(trainer.args.metric_for_best_model, plan.evaluate.patience)] if plan.evaluate.patience else []
-    for callback in (sentinels.callback(), live, *patience, checkpoints.Whole()):
-        trainer.add_callback(callback)
+    trainers.follow(trainer, plan, sentinels, live)
     if first():
         for finding in found.findings:
             sentinels.tell(finding)
@@ -228,7 +223,7 @@ def _class() -> Any:
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             number = int(inputs.pop("number"))
-            learnt = (inputs["labels"][:, 1:] != causal.IGNORED).sum()
+            learnt = (inputs["labels"][:, 1:] != IGNORED).sum()
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if model.training:
                 alone = loss[0] if return_outputs else loss
@@ -280,37 +275,18 @@ def rate(plan: Instruction) -> float:
     return plan.optimise.learning_rate or (BOLD if plan.train == "lora" else GENTLE)
 
 
-def _arguments(run: Run, out: Path, resumed: Path | None) -> Any:
+def _arguments(run: Run, out: Path) -> Any:
     from trl import SFTConfig
 
-    plan, how = run.plan, run.plan.optimise
-    settings: dict[str, Any] = {
-        "output_dir": str(out / "run"),
-        "max_steps": run.steps,
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": plan.batch.accumulate,
-        "train_sampling_strategy": "sequential",
+    settings = trainers.arguments(run.plan, out, run.model.net, steps=run.steps, every=run.every)
+    settings |= {
         "gradient_checkpointing": False,  # `ready` has seen to it
         "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_grad_norm": how.clip,
-        "seed": how.seed,
-        "eval_strategy": "steps",
-        "eval_steps": run.every,
-        "save_steps": run.every,
-        "save_total_limit": 2,
         "load_best_model_at_end": True,
         "metric_for_best_model": f"eval_{next(iter(run.texts.dev))}_loss",
-        "greater_is_better": False,
-        "logging_steps": min(10, run.every),
-        "dataloader_num_workers": 0,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "disable_tqdm": True,
-        "report_to": view.trackers(plan.evaluate.trackers) or "none",
     }
-    return SFTConfig(**(settings | parallel.arguments(plan, run.model.net, plan.parallel.devices)))
+    return SFTConfig(**settings)
 
 
 def measured_before(run: Run, note: Path) -> dict[str, dict[str, float]]:

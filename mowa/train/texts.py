@@ -16,7 +16,7 @@ from mowa.errors import DataError
 from mowa.nouns import LanguageModel
 from mowa.tasks import causal
 from mowa.train import bins
-from mowa.train.gather import named
+from mowa.train.gather import named, some
 from mowa.train.instruct import Instruction, TextData
 from mowa.train.sentinels import Finding
 from mowa.train.tuning import Part
@@ -38,12 +38,14 @@ class Texts:
 
 
 def gather(plan: Instruction, model: LanguageModel) -> Texts:
-    """Everything that `plan.data` names, as `model`'s tokenizer has it.
+    """Everything that `plan.data` names, as `model`'s tokenizer has it, which takes the template that `data` names.
 
     DataError where nothing is left to learn from or to measure on, or a check of the tokens says that it would be
     learnt wrongly.
     """
     data = plan.data
+    if data.template:
+        model.tokenizer.chat_template = template(data.template)
     notes: list[str] = []
     findings: list[Finding] = []
 
@@ -62,7 +64,7 @@ def gather(plan: Instruction, model: LanguageModel) -> Texts:
     if not dev:
         train, held_out = _held_out(train, data.hold_out, plan.optimise.seed)
         dev = {"dev": held_out}
-    dev = {name: _some(rows, data.measured) for name, rows in dev.items()}
+    dev = {name: some(rows, data.measured) for name, rows in dev.items()}
     shown = "\n\n".join(chat.show(row, model.tokenizer, color=sys.stderr.isatty()) for row in train[: data.shown])
     if leak := leakage(train, dev | test):
         findings.append(leak)
@@ -78,16 +80,13 @@ def _encoded(items: Any, data: TextData, model: LanguageModel) -> Any:
         learn=data.learn,
         long=data.long,
         length=min(data.length, reads),
-        template=_template(data.template),
         eos_ids=end_ids(model),
         vocab_size=model.net.get_input_embeddings().num_embeddings,
     )
 
 
-def _template(name: str) -> str | None:
+def template(name: str) -> str:
     """The text of a chat template: one of ours by its name, or a file's."""
-    if not name:
-        return None
     if name in chat.TEMPLATES:
         return chat.TEMPLATES[name]
     if Path(name).is_file():
@@ -118,14 +117,6 @@ def _held_out(rows: list[Tokens], share: float, seed: int) -> tuple[list[Tokens]
 
 def _conversation(row: Tokens) -> str:
     return row.id.partition("#")[0]
-
-
-def _some(rows: list[Tokens], most: int) -> list[Tokens]:
-    """The same `most` of them every time."""
-    if not most or len(rows) <= most:
-        return rows
-    chosen = np.random.default_rng(0).permutation(len(rows))[:most]
-    return [rows[index] for index in sorted(chosen)]
 
 
 def leakage(train: Sequence[Tokens], unseen: dict[str, list[Tokens]]) -> Finding | None:

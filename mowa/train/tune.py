@@ -10,21 +10,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from mowa import machine
 from mowa.adapt import freeze
-from mowa.errors import MissingPart, RecipeError
+from mowa.errors import MissingPart
 from mowa.families.patch import channel_last_front_end, quick_dropout
 from mowa.nouns import Family, Model
 from mowa.tasks import packing
-from mowa.train import checkpoints, optimiser, parallel, positions, schema, view, watch
+from mowa.train import checkpoints, optimiser, positions, trainers, view, watch
 from mowa.train.finish import DONE, finish
 from mowa.train.optimiser import OwnOptimiser
 from mowa.train.packs import Packs
@@ -58,8 +58,7 @@ def tune(plan: Tuning, model: Model, out: Path, *, threads: int | None = None) -
         raise MissingPart(f"training needs {', '.join(missing)}: pip install 'mowa[train]'")
     torch.set_num_threads(threads or machine.cores())
     set_seed(plan.optimise.seed)
-    note = out / "run" / "recipe.yaml"
-    claim(plan, note)
+    trainers.claim(plan, out / "run" / "recipe.yaml")
     if (out / "run" / DONE).is_file():
         print(f"{out}: finished before", file=sys.stderr)
         return out
@@ -77,20 +76,6 @@ def tune(plan: Tuning, model: Model, out: Path, *, threads: int | None = None) -
             average.take()
         finish(run, trainer, out, time.time() - began)
     return out
-
-
-def claim(plan: Any, note: Path) -> None:
-    """This folder is this recipe's (a Tuning, or an Instruction), or a RecipeError says what of it is another's."""
-    if note.is_file():
-        before, now = asdict(schema.build(type(plan), schema.tree(note), str(note))), asdict(plan)
-        if before != now:
-            different = ", ".join(key for key in now if now[key] != before[key])
-            raise RecipeError(
-                f"{note.parent} holds a run by another recipe ({different}): choose another folder, or delete it"
-            )
-    elif first():
-        note.parent.mkdir(parents=True, exist_ok=True)
-        schema.write(plan, note)
 
 
 def _say(run: Run, resumed: Path | None) -> None:
@@ -159,58 +144,23 @@ def trainer_of(run: Run, out: Path, resumed: Path | None) -> tuple[Trainer, view
         compute_metrics=scored,
         preprocess_logits_for_metrics=best,
     )
-    for spoken in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(spoken)
     average = checkpoints.Average(net, plan.optimise.ema, resumed) if plan.optimise.ema else None
-    patience = (
-        [Patience(str(arguments.metric_for_best_model), plan.evaluate.patience)] if plan.evaluate.patience else []
-    )
-    for callback in (sentinels.callback(), live, *patience, *([average] if average else []), checkpoints.Whole()):
-        trainer.add_callback(callback)
+    trainers.follow(trainer, plan, sentinels, live, *([average] if average else []))
     if first():
         sentinels.leak(run.data.leak)
     return trainer, live, average
 
 
-class Patience(TrainerCallback):
-    """Ends a run whose measure was not the best one for so many measurements. It looks back, and remembers nothing."""
-
-    def __init__(self, measure: str, patience: int) -> None:
-        self.measure, self.patience = measure, patience
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        values = [row[self.measure] for row in state.log_history if self.measure in row]
-        if values and len(values) - 1 - values.index(min(values)) >= self.patience:
-            control.should_training_stop = True
-
-
 def _arguments(run: Run, out: Path, resumed: Path | None) -> TrainingArguments:
-    plan, how = run.plan, run.plan.optimise
-    settings: dict[str, Any] = {
-        "output_dir": str(out / "run"),
-        "max_steps": run.steps,
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": plan.batch.accumulate,
-        "train_sampling_strategy": "sequential",
-        "max_grad_norm": how.clip,
-        "seed": how.seed,
-        "eval_strategy": "steps",
-        "eval_steps": run.every,
+    plan = run.plan
+    settings = trainers.arguments(plan, out, run.model.net, steps=run.steps, every=run.every)
+    settings |= {
         "eval_on_start": resumed is None and not run.new_head,
-        "save_steps": run.every,
-        "save_total_limit": 2,
-        "load_best_model_at_end": not how.ema,
+        "load_best_model_at_end": not plan.optimise.ema,
         "metric_for_best_model": f"eval_{next(iter(run.data.dev))}_{plan.evaluate.best}",
-        "greater_is_better": False,
-        "logging_steps": min(10, run.every),
         "dataloader_num_workers": min(4, max(1, machine.cores() // 2)),
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "disable_tqdm": True,
-        "report_to": view.trackers(plan.evaluate.trackers) or "none",
     }
-    return TrainingArguments(**(settings | parallel.arguments(plan, run.model.net, plan.parallel.devices)))
+    return TrainingArguments(**settings)
 
 
 def _only(items: list[dict[str, Any]]) -> dict[str, Any]:

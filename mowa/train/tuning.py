@@ -195,8 +195,7 @@ class Tuning:
     @property
     def top(self) -> int | None:
         """How many of the topmost blocks learn, where `train` is top-N."""
-        found = re.fullmatch(r"top-([1-9]\d*)", self.train)
-        return int(found[1]) if found else None
+        return top_of(self.train)
 
 
 def read(path: Path, settings: dict[str, Any] | None = None) -> Tuning:
@@ -207,16 +206,8 @@ def read(path: Path, settings: dict[str, Any] | None = None) -> Tuning:
 
 def checked(tree: Any, where: str) -> Tuning:
     """A tree of plain values → Tuning. A plain path under data stands for a list of one part."""
-    if isinstance(tree, dict) and isinstance(tree.get("data"), dict):
-        named = {key: parts(value) for key, value in tree["data"].items() if key in ("train", "dev", "test", "replay")}
-        tree = {**tree, "data": {**tree["data"], **named}}
-    tuning = schema.build(Tuning, tree, where)
-    if tuning.train == "top-N" or (tuning.train not in LEARNT and tuning.top is None):
-        raise RecipeError(f"{where}: train: {tuning.train!r} is none of {', '.join(LEARNT)} (N a number of blocks)")
-    if tuning.optimise.warmup + (tuning.optimise.hold if tuning.optimise.schedule == "tri-stage" else 0) > 1 + 1e-9:
-        raise RecipeError(
-            f"{where}: optimise: warmup and hold are shares of the steps and come to more than all of them"
-        )
+    tuning = schema.build(Tuning, in_parts(tree), where)
+    refuse_nonsense(tuning, where, LEARNT)
     if tuning.distil.layers and (
         tuning.train != "all" or tuning.vocabulary != "keep" or tuning.batch.layout != "packed"
     ):
@@ -226,15 +217,40 @@ def checked(tree: Any, where: str) -> Tuning:
         raise RecipeError(f"{where}: data: train: some parts have a share and some have none; give all of them one")
     if "" in tuning.data.letters:
         raise RecipeError(f"{where}: data: letters: there is nothing to write otherwise in ''")
-    if not tuning.lora.where:
-        raise RecipeError(f"{where}: lora: where: at least one is needed, found none")
     if tuning.data.longest_s <= tuning.data.shortest_s:
         raise RecipeError(f"{where}: data: longest_s and shortest_s leave nothing in")
-    if not tuning.optimise.steps and not tuning.optimise.epochs:
-        raise RecipeError(f"{where}: optimise: steps and epochs are both 0; give one of them")
     _rough(tuning.augment, f"{where}: augment")
     _masks(tuning.masks, f"{where}: masks")
     return tuning
+
+
+def top_of(train: str) -> int | None:
+    """How many blocks the N of top-N is; None where `train` says something else."""
+    found = re.fullmatch(r"top-([1-9]\d*)", train)
+    return int(found[1]) if found else None
+
+
+def in_parts(tree: Any) -> Any:
+    """`tree` with everything that is measured or learnt from as lists of trees of `Part`."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("data"), dict):
+        return tree
+    named = {key: parts(value) for key, value in tree["data"].items() if key in ("train", "dev", "test", "replay")}
+    return {**tree, "data": {**tree["data"], **named}}
+
+
+def refuse_nonsense(plan: Any, where: str, learnt: tuple[str, ...]) -> None:
+    """RecipeError for what no kind of tuning can mean; `learnt` is what `plan.train` may be."""
+    if plan.train == "top-N" or (plan.train not in learnt and plan.top is None):
+        raise RecipeError(f"{where}: train: {plan.train!r} is none of {', '.join(learnt)} (N a number of blocks)")
+    how = plan.optimise
+    if how.warmup + (how.hold if how.schedule == "tri-stage" else 0) > 1 + 1e-9:
+        raise RecipeError(
+            f"{where}: optimise: warmup and hold are shares of the steps and come to more than all of them"
+        )
+    if not how.steps and not how.epochs:
+        raise RecipeError(f"{where}: optimise: steps and epochs are both 0; give one of them")
+    if not plan.lora.where:
+        raise RecipeError(f"{where}: lora: where: at least one is needed, found none")
 
 
 def _rough(how: Roughness, where: str) -> None:

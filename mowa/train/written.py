@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -14,10 +12,10 @@ import torch
 
 from mowa.adapt import language, lora
 from mowa.errors import TrainingStopped
-from mowa.files import atomic_write, quiet, weights
+from mowa.files import quiet, weights
 from mowa.nouns import LanguageModel
-from mowa.train import parallel, schema, view
-from mowa.train.finish import DONE, put
+from mowa.train import parallel
+from mowa.train.finish import conclude, put, whole
 from mowa.train.instruct import Instruction
 from mowa.train.ready import first
 from mowa.train.texts import Texts, measure
@@ -53,11 +51,8 @@ def finish(
         again = lora.over(_stock(model.origin.folder, dtype), out)
     else:
         net.to(language.stored_dtype(model.origin.folder))
-        finished = out / "run" / "finished"
-        language.put(model, finished)
-        for file in sorted(finished.iterdir()):
-            file.replace(out / file.name)
-        finished.rmdir()
+        with whole(out) as finished:
+            language.put(model, finished)
         again = _stock(out, dtype)
     again = again.to(device).eval()
     after = {name: measure(again, rows) for name, rows in (texts.dev | texts.test).items()}
@@ -76,12 +71,7 @@ def finish(
     }
     if plan.train == "lora":
         language.note(out, metrics=after)
-    atomic_write(out / "report.json", json.dumps(report, ensure_ascii=False, indent=1))
-    schema.write(plan, out / "recipe.yaml")
-    view.history(trainer.state.log_history, out, best=trainer.state.best_global_step)
-    for folder in (out / "run").glob("checkpoint-*"):
-        shutil.rmtree(folder)
-    (out / "run" / DONE).touch()
+    conclude(plan, trainer, out, report, best=trainer.state.best_global_step)
     print(table(before, after), file=sys.stderr)
 
 

@@ -68,6 +68,18 @@ def test_the_base_is_as_it_was_after_merging(adapter):
     assert all(torch.equal(value, before[name]) for name, value in base.net.state_dict().items())
 
 
+def test_a_template_that_was_given_goes_with_what_learnt_it(tmp_path):
+    ours = "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "ours.jinja").write_text(ours)
+    out = tune(tmp_path, data__template=str(tmp_path / "ours.jinja"), optimise__steps=1)
+    assert AutoTokenizer.from_pretrained(out).chat_template == ours
+    base = loading.load(str(tmp_path / "base"))
+    with language.written(language.merge(language.load(base, out), "float32"), tmp_path / "merged"):
+        pass
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == ours
+    assert base.tokenizer.chat_template != ours
+
+
 def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
     other = loading.load(str(chats.model(tmp_path / "other", hidden_size=16)))
     with pytest.raises(ModelError, match=r"wants .* as its base"):
