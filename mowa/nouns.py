@@ -127,7 +127,8 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of speech. `final` is false for a live hypothesis that may still change."""
+    """A stretch of speech. `final` is false for a live hypothesis that may still change; `channel` is None where the
+    channels of the recording were heard as one."""
 
     text: str
     start_s: float
@@ -135,6 +136,7 @@ class Segment:
     words: tuple[Word, ...] = ()
     confidence: float = 0.0
     final: bool = True
+    channel: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +162,17 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One datum before collation: a recording and its text."""
+    """One datum before collation: a recording and its text.
+
+    `duration_s` is 0 where nobody has said it. `sound` is the encoded recording where it is no file of its own (`audio`
+    is then what it is called); it is a part of it, from `begin_s` on, where `part`.
+    """
 
     id: str
     audio: str
     text: str
     duration_s: float
     tags: Mapping[str, Any] = field(default_factory=dict)
+    begin_s: float = 0.0
+    part: bool = False
+    sound: bytes | None = field(default=None, repr=False)

@@ -1,15 +1,26 @@
-"""`mowa data`: sentences from text, speech from sentences, and human recordings in neighbouring languages."""
+"""`mowa data`: what is in a corpus; sentences from text, speech from sentences, human recordings of neighbours."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from mowa.data.check import Findings, Report, Shared
 
-@click.group(short_help="Collect sentences and speak them.")
+USUAL = ("train", "dev", "validation", "valid", "val", "test")  # where there are such splits, others overlap them
+NAMED = 5  # of what is wrong, so many are printed; --json has more
+
+
+@click.group(short_help="Check corpora; collect sentences and speak them.")
 def data() -> None:
-    """Collect sentences and speak them, for training where no recordings are."""
+    """Check what is in a corpus; collect sentences and speak them, for training where no recordings are."""
 
 
 @data.command()
@@ -90,3 +101,122 @@ def people(out: Path, sources: tuple[str, ...], downloads: Path) -> None:
         left_out = "".join(f"; {count} {reason}" for reason, count in sorted(tally.skipped.items()))
         licence = room.SOURCES[name].licence
         click.echo(f"{name}: {tally.clips} clips, {tally.hours:.2f} h ({licence}){left_out}", err=True)
+
+
+@data.command()
+@click.argument("names", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--split", default="", help="One split. [default: of one corpus every one]")
+@click.option("--column", "named", multiple=True, metavar="ROLE=NAME", help="Which column is audio, text, speaker, …")
+@click.option("--against", multiple=True, metavar="SOURCE", help="Another source that should share nothing with it.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+def check(names: tuple[str, ...], split: str, named: tuple[str, ...], against: tuple[str, ...], as_json: bool) -> int:
+    """What is in a corpus, and what is wrong with it: hours, rates, letters, doubles, silence, leaks between splits.
+
+    SOURCE is anything that `mowa transcribe --journal` takes. Every recording is decoded. The exit code is 2 where
+    something cannot be read.
+    """
+    from mowa.cli import show
+    from mowa.cli.corpus import parse_columns
+    from mowa.data import check as room
+    from mowa.data import sources
+
+    columns = parse_columns(named)
+    looked, left = _splits(names, split)
+    reports: dict[str, Report] = {}
+    with show.audio_progress(None) as bar:
+        for part in looked:
+            reports[part or ", ".join(names)] = room.check(
+                sources.entries(names, part, columns=columns), heard=bar.update
+            )
+        for other in against:
+            reports[other] = room.check(sources.entries(other, columns=columns), heard=bar.update)
+    leaks = {
+        (one, other): room.shared(reports[one], reports[other])
+        for one, other in combinations(reports, 2)
+        if not {one, other} <= set(against)
+    }
+    if as_json:
+        told = {name: _told(report) for name, report in reports.items()}
+        between = [{"between": pair, **asdict(found)} for pair, found in leaks.items()]
+        click.echo(json.dumps({"splits": told, "shared": between}, ensure_ascii=False, indent=1))
+    else:
+        for line in _rendered(reports, leaks, left):
+            click.echo(line)
+    return 2 if any(report.unreadable.count for report in reports.values()) else 0
+
+
+def _splits(names: Sequence[str], split: str) -> tuple[list[str], list[str]]:
+    """The splits to look at ("": the only one there is), and those that are left out."""
+    from mowa.data import layouts, sources
+
+    if split or len(names) > 1:
+        return [split], []
+    places = list(layouts.places(names[0]))
+    there = sources.splits(places[0]) if len(places) == 1 else []
+    usual = [name for name in USUAL if name in there]
+    looked = usual or there
+    return looked or [""], [name for name in there if name not in looked]
+
+
+def _told(report: Report) -> dict[str, Any]:
+    """A report without what only comparisons need."""
+    return {
+        field.name: asdict(value) if hasattr(value := getattr(report, field.name), "named") else value
+        for field in fields(report)
+        if field.name not in ("sounds", "texts")
+    }
+
+
+def _rendered(
+    reports: Mapping[str, Report], leaks: Mapping[tuple[str, str], Shared], left: Sequence[str]
+) -> Iterator[str]:
+    for name, report in reports.items():
+        yield name
+        yield from (f"  {line}" for line in _lines(report))
+    for (one, other), found in leaks.items():
+        yield f"{one} and {other}"
+        pairs = {"the same recording": found.sounds, "the same text": found.texts, "the same speaker": found.speakers}
+        for what, findings in pairs.items():
+            yield f"  {what}: {_listed(findings, ' = ')}"
+    if left:
+        yield f"not looked at: {', '.join(left)} (name one with --split)"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    shortest, middle, longest = report.lengths_s
+    hours = report.seconds / 3600
+    yield f"{report.recordings} recordings, {f'{hours:.2f} h' if hours >= 1 else f'{60 * hours:.1f} min'}"
+    yield f"lengths: {shortest:.2f} to {longest:.2f} s, half of them under {middle:.2f} s"
+    yield f"  {_counted(report.histogram)}"
+    yield f"rates: {_counted({f'{rate} Hz': count for rate, count in report.rates_hz.items()})}"
+    yield f"channels: {_counted(report.channels)}; formats: {_counted(report.formats)}"
+    if report.languages:
+        yield f"languages: {_counted(report.languages)}"
+    if report.speakers:
+        yield f"speakers: {len(report.speakers)}, the busiest {next(iter(report.speakers.values()))} recordings"
+    if report.letters:
+        yield f"letters: {len(report.letters)} kinds, {sum(report.letters.values())} in all: {''.join(report.letters)}"
+        rare = ", ".join(f"{letter} {report.letters[letter]}" for letter in report.rare)
+        yield f"rare letters: {rare or 'none'}"
+        yield f"letters a second: {report.pace:.1f}; far from that: {_listed(report.odd, ', ')}"
+    wrong = {
+        "without a text": report.without_text,
+        "the same sound again": report.same_sound,
+        "the same text again": report.same_text,
+        "silent": report.silent,
+        "clipped": report.clipped,
+        "not to be read": report.unreadable,
+    }
+    for what, findings in wrong.items():
+        yield f"{what}: {_listed(findings, ' = ' if 'again' in what else ', ')}"
+
+
+def _counted(counts: Mapping[Any, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in counts.items()) or "none"
+
+
+def _listed(findings: Findings, sign: str) -> str:
+    if not findings.count:
+        return "none"
+    shown = "; ".join(sign.join(filter(None, pair)) for pair in findings.named[:NAMED])
+    return f"{findings.count} ({shown}{'; …' if findings.count > NAMED else ''})"

@@ -13,9 +13,10 @@ from mowa.errors import MowaError
 # verb → (module:function, the line `mowa --help` shows)
 VERBS = {
     "transcribe": ("mowa.cli.transcribe:transcribe", "Write down what is said in recordings."),
+    "journal": ("mowa.cli.journal:journal", "Look into, merge and export what a corpus run wrote."),
     "models": ("mowa.cli.models:models", "List aliases, families and what is cached."),
     "doctor": ("mowa.cli.doctor:doctor", "Say what this machine has and whether mowa works on it."),
-    "data": ("mowa.cli.data:data", "Collect sentences and speak them."),
+    "data": ("mowa.cli.data:data", "Check corpora; collect sentences and speak them."),
     "adapt": ("mowa.cli.adapt:adapt", "Look at an adapter, or merge it into its base."),
     "explain": ("mowa.cli.explain:explain", "Say how a model's layers would be computed here, and why."),
     "train": ("mowa.cli.train:train", "Train a model as a recipe says."),

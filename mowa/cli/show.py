@@ -28,6 +28,12 @@ def size(count: int) -> str:
     return f"{number:.2f} GB"
 
 
+def set_total(bar: tqdm, total_s: float) -> None:
+    """How much there is in all is known now: the bar says how much is left."""
+    bar.bar_format, bar.total = _BAR, round(total_s)
+    bar.refresh()
+
+
 def audio_progress(total_s: float | None) -> tqdm:
     """A bar in seconds of audio, with audio-seconds per second and the time left. Silent when not a terminal."""
     return tqdm(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mowa.decode.captions import FORMATS
-from mowa.engines.settings import Settings
-from mowa.errors import AudioError, MowaError
+from mowa.engines.settings import ENGINES, Settings, Wanted
+from mowa.errors import AudioError, DataError, MowaError
 
 if TYPE_CHECKING:
     from mowa.engines.transcription import Failure
@@ -21,7 +21,7 @@ DEFAULTS = Settings()
 
 # fmt: off
 @click.command(short_help="Write down what is said in recordings.")
-@click.argument("recordings", nargs=-1, required=True, metavar="FILE_OR_FOLDER...")
+@click.argument("recordings", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("-m", "--model", help="Alias, folder, or hub id owner/name[@revision]. [default: pl-tiny, or what the"
               " adapter was made for]")
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER",
@@ -32,6 +32,28 @@ DEFAULTS = Settings()
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder for one file per recording; else standard output."
 )
+@click.option("--journal", type=click.Path(path_type=Path), metavar="FILE.jsonl",
+              help="Write a line for each recording into this file; the same command goes on where it ended.")
+@click.option("--retry-failed", is_flag=True, help="With --journal: hear again what failed.")
+@click.option("--shard", metavar="I/N", help="With --journal: only every N-th recording, from the I-th on.")
+@click.option("--split", default="", help="With --journal: which split of a corpus. [default: train, or the only one]")
+@click.option("--column", "columns", multiple=True, metavar="ROLE=NAME",
+              help="With --journal: which column of a table is audio, id, duration, offset.")
+@click.option("--channels", default=DEFAULTS.channels, show_default=True,
+              help="mix: their average; split: each for itself, twins once; or numbers, such as 0,1.")
+@click.option("--decoders", type=click.IntRange(min=1),
+              help="With --journal: threads that decode ahead. [default: half the cores]")
+@click.option("--remote", is_flag=True, help="With --journal: open addresses (s3://…) that a manifest names.")
+@click.option("--ray", metavar="auto|ADDRESS",
+              help="With --journal: on a Ray cluster; auto: the one that runs, else this machine.")
+@click.option("--workers", default="1-1000", metavar="N|MIN-MAX",
+              help="With --ray: processes that hear. [default: as many as fit]")
+@click.option("--worker-cpus", type=click.FloatRange(min=0.1), default=1.0, show_default=True,
+              help="With --ray: processors of each.")
+@click.option("--worker-gpus", type=click.FloatRange(min=0), default=0.0, show_default=True,
+              help="With --ray: GPUs of each; 0.5: two share one.")
+@click.option("--engine", "kind", type=click.Choice(ENGINES), default="auto", show_default=True,
+              help="What computes: PyTorch (native) or ONNX Runtime (onnx); auto: what measures fastest here.")
 @click.option("--characters", is_flag=True, help="Times of single characters too (json, textgrid).")
 @click.option("--resample", type=click.Choice(["best", "fast"]), default=DEFAULTS.resample, show_default=True)
 @click.option("--batch-s", type=click.FloatRange(min=1), default=DEFAULTS.batch_s, show_default=True,
@@ -44,34 +66,60 @@ DEFAULTS = Settings()
               help="Surety of speech that a window needs to be read; 0 reads all.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
-    "--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or what measures fastest."
+    "--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, int8, or what measures fastest."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads. [default: the cores there are]")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def transcribe(
     recordings: tuple[str, ...], model: str | None, adapter: Path | None, revision: str | None, offline: bool,
-    form: str, out: Path | None, characters: bool, device: str, dtype: str, threads: int | None, debug: bool,
-    **chosen: Any,
+    form: str, out: Path | None, journal: Path | None, retry_failed: bool, shard: str | None, split: str,
+    columns: tuple[str, ...], decoders: int | None, remote: bool, ray: str | None, workers: str,
+    worker_cpus: float, worker_gpus: float, kind: str, characters: bool, device: str, dtype: str, threads: int | None,
+    debug: bool, **chosen: Any,
 ) -> int:
     # fmt: on
     """Write down what is said in recordings, in any common format, at any rate.
 
-    Bad recordings get a line on standard error, the others go on, and the exit code is 2.
+    SOURCE is a file or a folder. With --journal it may also be a pattern (in quotes), a manifest, a corpus, an archive
+    or hub:owner/name, of any size. Bad recordings get a line on standard error, the others go on, and the exit code
+    is 2.
     """
-    from mowa.cli import show
+    from mowa.cli import corpus, show
     from mowa.decode import captions
-    from mowa.engines import native
-    from mowa.engines.transcription import Failure, base_of, transcripts
-    from mowa.loading.speech import load
+    from mowa.engines.transcription import Failure, base_of, opened, transcripts
 
+    chosen["channels"] = corpus.parse_channels(chosen["channels"])
+    wanted = Wanted(
+        model or base_of(adapter), adapter, revision, offline, engine=kind, device=device, dtype=dtype, threads=threads
+    )
+    share, named = corpus.parse_shard(shard), corpus.parse_columns(columns)
+    if journal is None and (retry_failed or share or split or named or decoders or remote or ray):
+        raise DataError(
+            "--retry-failed, --shard, --split, --column, --decoders, --remote, --ray are for corpora: name a --journal"
+        )
+    if journal is not None:
+        if out is not None or form != "text" or characters:
+            raise DataError("--journal writes a journal; `mowa journal export` makes other formats of it")
+        from mowa.engines.corpus import Source
+
+        cluster = (ray, corpus.parse_workers(workers, worker_cpus, worker_gpus)) if ray else None
+        return corpus.run(
+            Source(recordings, split, named, share),
+            wanted,
+            Settings(**chosen),
+            journal,
+            retry_failed=retry_failed,
+            decoders=decoders,
+            remote=remote,
+            cluster=cluster,
+        )
     failures: list[Failure] = []
     debug = debug or click.get_current_context().find_root().params["debug"]
     files = list(_files(recordings, failures, debug))
     if out is not None:
         _writable(out)
     if files:
-        loaded = load(model or base_of(adapter), revision=revision, offline=offline)
-        engine = native.engine(loaded, device=device, dtype=dtype, threads=threads).choose(adapter)
+        engine = opened(wanted).engine
         settings = Settings(**chosen)
         names = _names(files, recordings) if out is not None else {}
         with show.audio_progress(_total_s(files)) as bar:

@@ -7,10 +7,13 @@ none: sound comes as a path, or as the bytes that the table holds. `sources` put
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -46,11 +49,12 @@ def columns(names: tuple[str, ...]) -> dict[str, str]:
     return {role: there[name] for role, known in ROLES.items() for name in reversed(known) if name in there}
 
 
-def _useful(names: list[str], sounding: list[str]) -> dict[str, str]:
-    """Columns to read → what to call them: those with a role, sound under any name; all, where a role is missing."""
+def _useful(names: list[str], sounding: list[str], also: Collection[str]) -> dict[str, str]:
+    """Columns to read → what to call them: those with a role, sound under any name; all, where a role is missing.
+    `also` are columns that were asked for by name."""
     known = {name for names in ROLES.values() for name in names}
-    useful = {name: name for name in names if name.strip().lower() in known}
-    if "audio" not in columns(tuple(useful)) and sounding:
+    useful = {name: name for name in names if name.strip().lower() in known or name in also}
+    if "audio" not in columns(tuple(useful)) and sounding and sounding[0] not in also:
         useful[sounding[0]] = "audio"
     if {"audio", "text"} <= set(columns(tuple(useful.values()))):
         return useful
@@ -60,21 +64,31 @@ def _useful(names: list[str], sounding: list[str]) -> dict[str, str]:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _decoded(path: Path) -> Iterator[str]:
+def decoded(lines: Iterable[bytes], name: object) -> Iterator[str]:
     """Lines with their ends, a byte order mark left out; split at line feeds only, as U+2028 may stand in a text."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as wrong:
-                raise DataError(
-                    f"{path}:{number}: is not UTF-8 (byte 0x{wrong.object[wrong.start]:02x}). Save it as UTF-8, or "
-                    "convert it: iconv -f ITS-ENCODING -t UTF-8."
-                ) from None
+    for number, line in enumerate(lines, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as wrong:
+            raise DataError(
+                f"{name}:{number}: is not UTF-8 (byte 0x{wrong.object[wrong.start]:02x}). Save it as UTF-8, or "
+                "convert it: iconv -f ITS-ENCODING -t UTF-8."
+            ) from None
 
 
-def _lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_decoded(path), 1):
+def lines(path: Path) -> Iterator[str]:
+    """The lines of a text file as `decoded` gives them, unpacked where it is a .gz. DataError, as there."""
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            yield from decoded(file, path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as wrong:
+        raise DataError(f"{path}: is damaged, or cut off ({_reason(wrong)}). Copy it again.") from None
+    except OSError as wrong:
+        raise DataError(f"{path}: cannot be read ({wrong.strerror}). Check who may read it.") from None
+
+
+def _objects(path: Path, also: Collection[str] = ()) -> Iterator[Row]:
+    for number, line in enumerate(lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -88,30 +102,34 @@ def _lines(path: Path) -> Iterator[Row]:
         yield f"{path}:{number}", path.parent, fields
 
 
-def _table(path: Path) -> Iterator[Row]:
+def _table(path: Path, also: Collection[str] = ()) -> Iterator[Row]:
     """CSV with its usual quotes, its delimiter told by the header; TSV with none, as Common Voice's quotes are text."""
-    lines = _decoded(path)
+    lengths = _clip_lengths(path.parent)
+    for where, fields in table(lines(path), path, tabs=suffix(path).startswith(".tsv")):
+        if (length_s := lengths.get(fields.get("path", ""))) is not None:
+            fields["duration_s"] = length_s
+        yield where, path.parent, fields
+
+
+def table(lines: Iterator[str], name: object, *, tabs: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table with a header: where each stands, and its columns. `tabs`: as a TSV, quotes being text."""
     first = next(lines, "")
-    if path.suffix.lower() == ".tsv":
+    if tabs:
         reader = csv.reader(chain([first], lines), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(chain([first], lines), delimiter=max(",;\t|", key=first.count))
-    lengths = _clip_lengths(path.parent)
     try:
         header = next(reader, [])
         for values in reader:
             if not values:
                 continue
-            where = f"{path}:{reader.line_num}"
+            where = f"{name}:{reader.line_num}"
             if len(values) > len(header):
                 counted = f"{len(values)} columns, the header {len(header)}"
                 raise DataError(f"{where}: has {counted}. Quote texts that hold the delimiter.")
-            fields: dict[str, Any] = dict(zip(header, values, strict=False))
-            if (length_s := lengths.get(fields.get("path", ""))) is not None:
-                fields["duration_s"] = length_s
-            yield where, path.parent, fields
+            yield where, dict(zip(header, values, strict=False))
     except csv.Error as wrong:
-        raise DataError(f"{path}:{reader.line_num}: broken table ({wrong}). Check the quotes before it.") from None
+        raise DataError(f"{name}:{reader.line_num}: broken table ({wrong}). Check the quotes before it.") from None
 
 
 def _clip_lengths(folder: Path) -> dict[str, float]:
@@ -119,20 +137,20 @@ def _clip_lengths(folder: Path) -> dict[str, float]:
     listed = folder / "clip_durations.tsv"
     if not listed.is_file():
         return {}
-    rows = (line.rstrip("\r\n").split("\t") for line in _decoded(listed))
+    rows = (line.rstrip("\r\n").split("\t") for line in lines(listed))
     return {row[0]: float(row[1]) / 1000 for row in rows if len(row) == 2 and row[1].isdecimal()}
 
 
 # --- tables that hold bytes -------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, also: Collection[str] = ()) -> Iterator[Row]:
     pq, arrow = part("pyarrow.parquet"), part("pyarrow")
     try:
         with pq.ParquetFile(path) as file:
             structs = [field for field in file.schema_arrow if arrow.types.is_struct(field.type)]
             sounding = [field.name for field in structs if field.type.get_field_index("bytes") >= 0]
-            useful = _useful(file.schema_arrow.names, sounding)
+            useful = _useful(file.schema_arrow.names, sounding, also)
             number = 0
             for batch in file.iter_batches(batch_size=16, columns=list(useful)):
                 for fields in batch.to_pylist():
@@ -142,33 +160,80 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: is no parquet file, or damaged ({_reason(wrong)}). Copy it again.") from wrong
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _lines,
-    ".json": _lines,
+def _arrow(path: Path, also: Collection[str] = ()) -> Iterator[Row]:
+    datasets = part("datasets")
+    try:
+        yield from _mapped(datasets.Dataset.from_file(str(path)), path, path.parent, also)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as wrong:
+        raise DataError(
+            f"{path}: is no Arrow file of datasets, or damaged ({_reason(wrong)}). Copy it again."
+        ) from wrong
+
+
+READERS: dict[str, Callable[..., Iterator[Row]]] = {
+    ".jsonl": _objects,
+    ".json": _objects,
     ".csv": _table,
     ".tsv": _table,
     ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".jsonl.gz": _objects,
+    ".csv.gz": _table,
+    ".tsv.gz": _table,
 }
-"""By suffix: one file → its rows."""
+"""By `suffix`: one file, and columns that are wanted whatever they are called → its rows."""
 
 
-def saved(folder: Path) -> Iterator[Row]:
+def suffix(path: Path) -> str:
+    """In small letters, with what a .gz holds: `.jsonl.gz`."""
+    last = path.suffix.lower()
+    return path.with_suffix("").suffix.lower() + last if last == ".gz" else last
+
+
+def saved(folder: Path, also: Collection[str] = ()) -> Iterator[Row]:
     """The rows of a `Dataset` that `save_to_disk` wrote, straight from its mapped files."""
     datasets = part("datasets")
     try:
-        data = datasets.load_from_disk(str(folder)).with_format(None)  # a format is saved with it
-        sounding = [name for name, feature in data.features.items() if isinstance(feature, datasets.Audio)]
-        for name in sounding:
-            data = data.cast_column(name, datasets.Audio(decode=False))
-        useful = _useful(data.column_names, sounding)
-        for number, fields in enumerate(data.select_columns(list(useful)), 1):
-            yield f"{folder}: row {number}", folder, {useful[key]: value for key, value in fields.items()}
+        yield from _mapped(datasets.load_from_disk(str(folder)), folder, folder, also)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as wrong:
         raise DataError(f"{folder}: is damaged ({_reason(wrong)}). Save it again with save_to_disk.") from wrong
 
 
-def hub(source: str, choose: Callable[[Iterable[str]], str]) -> Iterator[Row]:
+def _mapped(data: Any, name: Path, folder: Path, also: Collection[str]) -> Iterator[Row]:
+    """The rows of a `Dataset`, its sound undecoded."""
+    datasets = part("datasets")
+    data = data.with_format(None)  # a format is saved with it
+    sounding = [name for name, feature in data.features.items() if isinstance(feature, datasets.Audio)]
+    for column in sounding:
+        data = data.cast_column(column, datasets.Audio(decode=False))
+    useful = _useful(data.column_names, sounding, also)
+    for number, fields in enumerate(data.select_columns(list(useful)), 1):
+        yield f"{name}: row {number}", folder, {useful[key]: value for key, value in fields.items()}
+
+
+def hub(source: str, choose: Callable[[Iterable[str]], str], also: Collection[str] = ()) -> Iterator[Row]:
     """`hub:owner/name[@revision][:config]`, streamed; `choose` picks one of the splits. HubUnreachable, DataError."""
+    with _reached(source) as (datasets, builder, splits):
+        data = splits[choose(splits)]
+        kinds = data.features or {}
+        sounding = [name for name, feature in kinds.items() if isinstance(feature, datasets.Audio)]
+        for name in sounding:
+            data = data.cast_column(name, _undecoded(datasets, builder))
+        if useful := _useful(list(kinds), sounding, also):
+            data = data.select_columns(list(useful))
+        for number, fields in enumerate(data, 1):
+            yield f"{source}: row {number}", Path(), {useful.get(key, key): value for key, value in fields.items()}
+
+
+def hub_splits(source: str) -> list[str]:
+    """The splits of a data set on the hub, sorted. Errors as `hub`."""
+    with _reached(source) as (_, _, splits):
+        return sorted(map(str, splits))
+
+
+@contextmanager
+def _reached(source: str) -> Iterator[tuple[ModuleType, Any, Any]]:
+    """datasets, the builder of a data set on the hub, and its streams by split."""
     named = HUB.fullmatch(source)
     if named is None:
         raise DataError(f"{source}: is no data set's name. Say hub:owner/name, or hub:owner/name:config.")
@@ -179,16 +244,7 @@ def hub(source: str, choose: Callable[[Iterable[str]], str]) -> Iterator[Row]:
         builder = datasets.load_dataset_builder(named["repo"], named["config"], revision=named["revision"])
         if hasattr(builder.config, "decode_num_threads"):
             builder.config.decode_num_threads = 0  # decoding ahead in threads needs torchcodec
-        splits = builder.as_streaming_dataset()
-        data = splits[choose(splits)]
-        kinds = data.features or {}
-        sounding = [name for name, feature in kinds.items() if isinstance(feature, datasets.Audio)]
-        for name in sounding:
-            data = data.cast_column(name, _undecoded(datasets, builder))
-        if useful := _useful(list(kinds), sounding):
-            data = data.select_columns(list(useful))
-        for number, fields in enumerate(data, 1):
-            yield f"{source}: row {number}", Path(), {useful.get(key, key): value for key, value in fields.items()}
+        yield datasets, builder, builder.as_streaming_dataset()
     except (ConnectionError, errors.HTTPError) as wrong:
         raise HubUnreachable(f"{source}: the hub does not give it ({_reason(wrong)}). Try again later.") from wrong
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as wrong:

@@ -1,8 +1,9 @@
-"""Manifests, folders and data sets of every usual shape → Examples, one at a time.
+"""Recordings, manifests, folders, archives and data sets of every usual shape → Examples, one at a time.
 
-This room knows where others keep recordings and texts; it refuses to know what is learnt from them (`sift` says which
-can be) and how a table is read (`rows`). Nothing is decoded or copied but what has no file of its own (bytes in
-parquet, Arrow or a stream): that is written once, under `cache`. The hub is reached only for a source named `hub:`.
+This room makes Examples of rows; it refuses to know what is learnt from them (`sift` says which can be), where tables
+and recordings are kept (`layouts`) and how they are read (`rows`, `archives`, `kaldi`, `cuts`). `entries` lists and
+opens no recording; `read` sees to it that each is a file that is there. The hub is reached only for a source named
+`hub:`.
 """
 
 from __future__ import annotations
@@ -10,192 +11,226 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mowa.data import audio
-from mowa.data.rows import READERS, ROLES, Row, columns, hub, part, saved
+from mowa.data import archives, audio, cuts, kaldi
+from mowa.data.layouts import LISTED, UNDERSTOOD, Layout, chosen, layout, of_split, places, walk
+from mowa.data.rows import READERS, ROLES, Row, columns, hub, hub_splits, part, saved, suffix
 from mowa.errors import AudioError, DataError
 from mowa.files import atomic_write
 from mowa.machine import cache_folder
 from mowa.nouns import Example
 
-UNDERSTOOD = (
-    "a .jsonl, .csv, .tsv or .parquet file, a Common Voice folder, an audiofolder (metadata.jsonl or .csv), a folder "
-    "with transcripts.tsv, a folder of {split}.jsonl, .csv, .tsv or .parquet files or of such folders, a folder that "
-    "datasets saved, and hub:owner/name[@revision][:config]"
-)
+__all__ = ["LISTED", "UNDERSTOOD", "Layout", "chosen", "entries", "layout", "of_split", "read", "splits"]
 
 _TAGS = ("speaker", "gender", "age", "accent", "voice", "language")
-_DEV = {"dev", "validation", "valid", "val"}
-_MANIFESTS = (".jsonl", ".tsv", ".csv")  # in a folder; the first wins where a split has several
-_ASIDE = {"clip_durations", "reported", "times", "unvalidated_sentences", "validated_sentences"}  # of Common Voice
-_SHARD = re.compile(r"(?P<split>.+)-\d+-of-\d+(-\w+)?")
 _MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
 _DOUBTFUL_S = 300.0  # longer than this, a duration is compared with the recording: it may be in milliseconds
 _MUTE = 100  # so many rows without a text, and the column has none
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a path is read: its kind in words, and the files or folders of each split ("" where nothing has a name)."""
+def entries(
+    names: str | Path | Sequence[str | Path],
+    split: str = "",
+    *,
+    columns: Mapping[str, str] | None = None,
+    texts: bool = False,
+) -> Iterator[Example]:
+    """What is at `names` (`LISTED` says what that may be), one after the other, listed and not opened.
 
-    kind: str
-    splits: Mapping[str, tuple[Path, ...]]
+    `split` names one of several; "" is train, or the only one there is; dev and validation are the same. In a single
+    table it picks rows by their column `split`. `columns` (role → column) overrides what is guessed from names
+    (`rows.ROLES`). With `texts` every source must have some.
+
+    An Example's audio is absolute, whether it is there or not: what is relative is looked for beside the table, in
+    `clips` beside it, and in the working directory. Bytes in tables and archives come in `sound`, undecoded;
+    addresses (s3://…) stay addresses, but for what a hub: source lists, which is fetched. Durations are those stated,
+    else 0. A row with `offset` and a duration is that part of its recording. Ids are the row's, else the file's stem;
+    of bare recordings the path without its suffix, as given or below the named folder; a second one of the same name
+    becomes name-2. Tags, where given: speaker, gender, age, accent, voice, language. Texts are left as they are.
+
+    Memory: the ids given, the names in one directory, the table of one split of an archive; no corpus. DataError, with
+    file and line, for what cannot be listed, after all before it was given; MissingPart without `datasets`;
+    HubUnreachable.
+    """
+    listed = [names] if isinstance(names, str | Path) else list(names)
+    for found in _found(listed, split, columns or {}, texts=texts, recordings=True):
+        example = found.example
+        if found.remote and "://" in example.audio:
+            with suppress(Exception):  # every protocol has its own; whoever opens the address will meet them
+                example = replace(example, sound=_fetched(example.audio))
+        yield example
 
 
 def read(path: str | Path, split: str = "", *, cache: Path | None = None, texts: bool = True) -> Iterator[Example]:
-    """The recordings and texts of a manifest, folder or data set (`UNDERSTOOD` lists them), in order, lazily.
+    """The recordings and texts at one place, in order, lazily, each recording a file that is there.
 
-    `split` names one of several; "" is train, or the only one there is; dev and validation are the same. In a single
-    manifest it picks rows by their column `split`. Audio paths are absolute: what is relative is looked for beside the
-    manifest, in `clips` beside it, and in the working directory. Durations are the row's, else the header's. Ids are
-    the row's, else the file's stem, else numbers; a second one of the same name becomes name-2. Tags, where given:
-    speaker, gender, age, accent, voice, language. Texts are left as they are. `cache` (default: mowa's own) is where
-    bytes become files, named after their sha256. With `texts=False` rows need none (it is then "").
+    As `entries`, and: durations are the row's, else the header's, and bytes become files under `cache` (default: mowa's
+    own), named after their sha256. With `texts=False` rows need none (it is then ""), and bare recordings will do.
 
     Raises DataError, with file and line, for what cannot be used: no such split, no column for recording or text,
     no text in any row, broken JSON, not UTF-8, no rows, no such recording, a part of a recording (`offset`); AudioError
     for a recording whose length has to be read and cannot be; MissingPart without `datasets`; HubUnreachable.
     """
     cache = cache or cache_folder() / "audio"
-    remote = str(path).startswith("hub:")
+    for found in _found([path], split, {}, texts=texts, recordings=not texts):
+        example = found.example
+        if example.begin_s:
+            raise DataError(f"{found.where}: is a part of a recording (offset). Cut the recordings into files first.")
+        file = _file(found, cache)
+        length_s = _duration(found.where, example.duration_s, file)
+        yield replace(example, audio=str(file), duration_s=length_s, part=False, sound=None)
+
+
+def splits(name: str | Path) -> list[str]:
+    """The splits that `entries` can tell apart at a place, sorted; none where there is but one, or it has no name.
+
+    Of a single table they are the values of its column `split`. Errors as `entries`.
+    """
+    if str(name).startswith("hub:"):
+        return hub_splits(str(name))
+    here = layout(name, recordings=True)
+    if set(here.splits) != {""}:
+        return sorted(here.splits)
+    (first, *others) = here.splits[""]
+    if here.kind == "archive":
+        return archives.splits(first)
+    if others or suffix(first) not in READERS:
+        return []
+    found: set[str] = set()
+    for _, _, fields in READERS[suffix(first)](first):
+        column = _guessed(fields, {}).get("split")
+        if column is None:
+            return []
+        found.add(str(fields[column]))
+    return sorted(found)
+
+
+# --- rows, and what they say ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An example, where it was listed, the folder its path starts from, its name there, and whether off the hub."""
+
+    example: Example
+    where: str
+    folder: Path
+    name: str
+    remote: bool
+
+
+def _found(
+    names: Sequence[str | Path], split: str, named: Mapping[str, str], *, texts: bool, recordings: bool
+) -> Iterator[_Found]:
+    if unknown := next((role for role in named if role not in ROLES), None):
+        raise DataError(f"there is no role {unknown} for a column. Roles are {', '.join(ROLES)}.")
     taken: set[str] = set()
     again: Counter[str] = Counter()
-    number, spoken = 0, False
-    for number, (where, folder, fields) in enumerate(_rows(path, split), 1):
-        column = columns(tuple(fields))
-        for role in ("audio", "text") if texts else ("audio",):
-            if role not in column:
-                raise _no_column(where, role, fields)
-        text = fields[column["text"]] if "text" in column else ""
-        if not isinstance(text, str | None):
-            raise DataError(f"{where}: {column['text']} is {text!r}, which is no text. Write it in quotes.")
-        spoken = spoken or bool(text and text.strip())
-        if texts and not spoken and number == _MUTE:
-            break
-        if _number(fields.get(column.get("offset", ""))):
-            raise DataError(f"{where}: is a part of a recording (offset). Cut the recordings into files first.")
-        file, name = _recording(where, folder, fields[column["audio"]], cache, remote)
-        named = fields.get(column.get("id", ""))
-        yield Example(
-            id=_unique(str(named) if named not in (None, "") else Path(name).stem or str(number), taken, again),
-            audio=str(file),
-            text=text or "",
-            duration_s=_duration(where, _number(fields.get(column.get("duration", ""))), file),
-            tags={tag: str(value) for tag in _TAGS if (value := fields.get(column.get(tag, ""))) not in (None, "")},
+    for name in (place for listed in names for place in places(str(listed))):
+        remote, number, spoken, column = name.startswith("hub:"), 0, False, dict[str, str]()
+        for number, (where, folder, fields) in enumerate(_rows(name, split, named, recordings), 1):
+            if cuts.is_cut(fields):
+                fields = cuts.fields(where, fields)
+            column = _guessed(fields, named)
+            for role, asked in named.items() if number == 1 else ():
+                if role not in column:
+                    raise _no_column(where, role, fields, asked)
+            for role in ("audio", "text") if texts else ("audio",):
+                if role not in column:
+                    raise _no_column(where, role, fields, named.get(role))
+            example, called = _example(where, folder, fields, column, str(number))
+            spoken = spoken or bool(example.text.strip())
+            if texts and not spoken and number == _MUTE:
+                break
+            example = replace(example, id=_unique(example.id, taken, again))
+            yield _Found(example, where, folder, called, remote)
+        if not number:
+            raise DataError(f"{name}: is empty, there is no row to read. Check that it was written to its end.")
+        if texts and not spoken:
+            told = column.get("text", "text")
+            raise DataError(f"{name}: {told} is empty in all {number} rows read. Name a source with texts.")
+
+
+def _rows(name: str, split: str, named: Mapping[str, str], recordings: bool) -> Iterator[Row]:
+    choose = partial(chosen, split, name)
+    if name.startswith("hub:"):
+        yield from hub(name, choose, named.values())
+        return
+    here = layout(name, recordings=recordings)
+    if set(here.splits) != {""}:
+        for child in here.splits[choose(here.splits)]:
+            yield from _rows(str(child), "", named, recordings)
+        return
+    for file in here.splits[""]:
+        if here.kind in ("recording", "folder of recordings"):
+            if split:
+                raise DataError(f"{name}: has no split {split}, but bare recordings. Leave the split out.")
+            yield from _bare(name, file)
+        elif archives.is_archive(file):
+            yield from archives.rows(file, split, choose, named)
+        else:
+            rows = READERS[suffix(file)](file, named.values()) if file.is_file() else _directory(here, file, named)
+            yield from of_split(rows, split, name, named.get("split")) if split else rows
+
+
+def _directory(here: Layout, folder: Path, named: Mapping[str, str]) -> Iterator[Row]:
+    return kaldi.rows(folder) if here.kind == "Kaldi directory" else saved(folder, named.values())
+
+
+def _bare(name: str, place: Path) -> Iterator[Row]:
+    """A recording, called as it was given, or those under a folder, called as they are below it."""
+    if not place.is_dir():
+        yield name, Path(), {"audio": str(place), "id": os.path.splitext(name)[0]}
+        return
+    for file in walk(place):
+        yield str(file), Path(), {"audio": str(file), "id": str(file.relative_to(place).with_suffix(""))}
+
+
+def _guessed(fields: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, str]:
+    """Role → column, those that were named first; of the others, none that was named for another role."""
+    there = {role: name for role, name in named.items() if name in fields}
+    guessed = {role: name for role, name in columns(tuple(fields)).items() if role not in named}
+    return {role: name for role, name in guessed.items() if name not in there.values()} | there
+
+
+def _example(
+    where: str, folder: Path, fields: Mapping[str, Any], column: Mapping[str, str], number: str
+) -> tuple[Example, str]:
+    """The Example of one row, and what the row calls its recording."""
+    text = fields[column["text"]] if "text" in column else ""
+    if not isinstance(text, str | None):
+        raise DataError(f"{where}: {column['text']} is {text!r}, which is no text. Write it in quotes.")
+    place, name, sound = _recording(where, folder, fields[column["audio"]])
+    named, offset = fields.get(column.get("id", "")), fields.get(column.get("offset", ""))
+    length_s, begin_s = _number(fields.get(column.get("duration", ""))), _number(offset)
+    if begin_s < 0 or (begin_s and length_s <= 0):
+        raise DataError(
+            f"{where}: is a part of a recording (offset {offset}) without a duration. Give both, in seconds."
         )
-    if not number:
-        raise DataError(f"{path}: is empty, there is no row to read. Check that it was written to its end.")
-    if texts and not spoken:
-        raise DataError(f"{path}: {column['text']} is empty in all {number} rows read. Name a source with texts.")
+    return Example(
+        id=str(named) if named not in (None, "") else Path(name).stem or number,
+        audio=place,
+        text=text or "",
+        duration_s=max(0.0, length_s),
+        tags={tag: str(value) for tag in _TAGS if (value := fields.get(column.get(tag, ""))) not in (None, "")},
+        begin_s=begin_s,
+        part=offset not in (None, "") and length_s > 0,
+        sound=sound,
+    ), name
 
 
-# --- which files, which split -----------------------------------------------------------------------------------------
-
-
-def layout(path: str | Path) -> Layout:
-    """Which of the understood shapes a path has. DataError where it has none, or does not exist."""
-    source, path = str(path), Path(path).expanduser()
-    if source.startswith("hub:"):
-        return Layout("data set on the hub", {})
-    if not path.exists():
-        hint = f", or say hub:{source} if it is there" if re.fullmatch(r"[\w-]+/[\w.-]+", source) else ""
-        raise DataError(f"{source}: no such file or folder. Check the spelling{hint}.")
-    found = _folder(path) if path.is_dir() else None
-    if path.is_file() and path.suffix.lower() in READERS:
-        found = Layout(f"{path.suffix.lower()} file", {"": (path,)})
-    if found is None:
-        raise DataError(f"{source}: is nothing that can be read here. Understood are {UNDERSTOOD}.")
-    return found
-
-
-def _folder(path: Path, *, deeper: bool = True) -> Layout | None:
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return Layout("saved by datasets", {"": (path,)})
-    for stem, kind in (("metadata", "audiofolder"), ("transcripts", "folder with transcripts")):
-        for suffix in _MANIFESTS:
-            if (path / f"{stem}{suffix}").is_file():
-                return Layout(kind, {"": (path / f"{stem}{suffix}",)})
-    if shards := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
-        return Layout("parquet files", _shards(shards))
-    manifests: dict[str, tuple[Path, ...]] = {}
-    for suffix in _MANIFESTS:
-        for file in sorted(path.glob(f"*{suffix}")):
-            if file.stem not in _ASIDE:
-                manifests.setdefault(file.stem, (file,))
-    if manifests:
-        return Layout("Common Voice" if (path / "clips").is_dir() else "folder of manifests", manifests)
-    if not deeper:
-        return None
-    inside = (child for child in sorted(path.glob("[!.]*")) if child.is_dir() and _folder(child, deeper=False))
-    folders = {child.name: (child,) for child in inside}
-    return Layout("folder of splits", folders) if folders else None
-
-
-def _shards(files: list[Path]) -> dict[str, tuple[Path, ...]]:
-    """Parquet files by split: `{split}-00000-of-00002.parquet`, as the hub has them, or `{split}.parquet`."""
-    named = {file: match["split"] if (match := _SHARD.fullmatch(file.stem)) else file.stem for file in files}
-    if not {"train", "test", *_DEV} & set(named.values()) and not any(_SHARD.fullmatch(file.stem) for file in files):
-        return {"": tuple(files)}  # part-0, part-1: pieces of one table
-    return {split: tuple(file for file in files if named[file] == split) for split in named.values()}
-
-
-def _rows(path: str | Path, split: str) -> Iterator[Row]:
-    if str(path).startswith("hub:"):
-        yield from hub(str(path), partial(chosen, split, str(path)))
-        return
-    splits = layout(path).splits
-    if set(splits) != {""}:
-        for child in splits[chosen(split, str(path), splits)]:
-            yield from _rows(child, "")
-        return
-    for file in splits[""]:
-        rows = saved(file) if file.is_dir() else READERS[file.suffix.lower()](file)
-        yield from of_split(rows, split, str(path)) if split else rows
-
-
-def chosen(split: str, source: str, splits: Iterable[str]) -> str:
-    """The one of `splits` that `split` means: "" is train, or the only one; dev and validation are the same."""
-    there = sorted(map(str, splits))
-    for name in (split or "train", *sorted(_same(split))):
-        if name in there:
-            return name
-    if not split and len(there) == 1:
-        return there[0]
-    listed = ", ".join(there[:20]) + (", …" if len(there) > 20 else "")
-    raise DataError(f"{source}: there is no split {split or 'train'}. Name one of those there are: {listed}.")
-
-
-def _same(split: str) -> set[str]:
-    return _DEV if split in _DEV else {split}
-
-
-def of_split(rows: Iterator[Row], split: str, source: str) -> Iterator[Row]:
-    """Those rows whose column `split` says so. DataError where there is no such column, or none of them does."""
-    seen: set[str] = set()
-    for where, folder, fields in rows:
-        column = columns(tuple(fields)).get("split")
-        if column is None:
-            raise DataError(f"{where}: split {split} was asked for, and there is no column split. Leave the split out.")
-        seen.add(str(fields[column]))
-        if str(fields[column]) in _same(split):
-            yield where, folder, fields
-    if seen and not seen & _same(split):
-        chosen(split, source, seen)
-
-
-# --- one row ----------------------------------------------------------------------------------------------------------
-
-
-def _no_column(where: str, role: str, fields: Mapping[str, Any]) -> DataError:
-    what = {"audio": "recording", "text": "text"}[role]
+def _no_column(where: str, role: str, fields: Mapping[str, Any], asked: str | None = None) -> DataError:
     found = ", ".join(repr(str(name)[:40]) for name in fields) or "none"
+    if asked is not None:
+        return DataError(f"{where}: there is no column {asked}, which is to be the {role}. Found: {found}.")
+    what = {"audio": "recording", "text": "text"}[role]
     return DataError(f"{where}: no column holds the {what}. Call one of them {', '.join(ROLES[role])}; found: {found}.")
 
 
@@ -217,26 +252,43 @@ def _unique(name: str, taken: set[str], again: Counter[str]) -> str:
     return free
 
 
-def _recording(where: str, folder: Path, value: Any, cache: Path, remote: bool) -> tuple[Path, str]:
-    """What stands in the audio column → a file that is there, and the name it had."""
+def _recording(where: str, folder: Path, value: Any) -> tuple[str, str, bytes | None]:
+    """What stands in the audio column → its place, the name it has there, and its bytes where it is no file."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if isinstance(data, bytes):
-        return _kept(data, name or "", cache), name or ""
+        return name or where, name or "", data
     name = name or data
     if not isinstance(name, str) or not name:
         raise DataError(f"{where}: names no recording. Fill in its path, or delete the row.")
     if "://" in name:
-        if not remote:
-            raise DataError(f"{where}: {name} is an address, and none is opened from a manifest. Download it first.")
-        with part("fsspec").open(name, "rb") as file:
-            return _kept(file.read(), name, cache), name
-    for base in (folder, folder / "clips", Path()):
-        if (base / name).is_file():
-            return Path(os.path.abspath(base / name)), name
-    looked = dict.fromkeys((folder.absolute(), Path.cwd()))
-    raise DataError(
-        f"{where}: there is no recording {name} in {' or '.join(map(str, looked))}. Mend the path, or delete the row."
-    )
+        return name, name, None
+    bases = (folder, folder / "clips", Path())
+    place = next((there for base in bases if os.path.isfile(there := os.path.join(base, name))), None)
+    return os.path.abspath(place or os.path.join(folder, name)), name, None
+
+
+# --- files that are there ---------------------------------------------------------------------------------------------
+
+
+def _file(found: _Found, cache: Path) -> Path:
+    example = found.example
+    if example.sound is not None:
+        return _kept(example.sound, found.name, cache)
+    if "://" in example.audio:
+        if not found.remote:
+            told = f"{example.audio} is an address, and none is opened from a manifest. Download it first."
+            raise DataError(f"{found.where}: {told}")
+        return _kept(_fetched(example.audio), example.audio, cache)
+    if os.path.isfile(example.audio):
+        return Path(example.audio)
+    looked = " or ".join(map(str, dict.fromkeys((found.folder.absolute(), Path.cwd()))))
+    raise DataError(f"{found.where}: there is no recording {found.name} in {looked}. Mend the path, or delete the row.")
+
+
+def _fetched(address: str) -> bytes:
+    with part("fsspec").open(address, "rb") as file:
+        data: bytes = file.read()
+    return data
 
 
 def _kept(data: bytes, name: str, cache: Path) -> Path:

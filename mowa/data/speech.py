@@ -1,7 +1,8 @@
 """Where people speak, and where a long recording may be cut so that no word is.
 
-Speech is found by Silero VAD (github.com/snakers4/silero-vad, MIT), its ONNX run by onnxruntime without torch.
-`windows` tiles a stream with cores that end in silence, each with sound around it for the model to see past its edges.
+Speech is found by Silero VAD (github.com/snakers4/silero-vad, MIT), its ONNX for whole sequences run by onnxruntime
+without torch. `windows` tiles a stream with cores that end in silence, each with sound around it for the model to see
+past its edges.
 
 This file knows nothing of files, models or text: it takes samples and gives probabilities and cuts.
 """
@@ -57,24 +58,24 @@ class SpeechDetector:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1  # blocks are tiny: threads only cost
         self._net = onnxruntime.InferenceSession(_model_file(), options, providers=["CPUExecutionProvider"])
-        self._state = np.zeros((2, 1, 128), np.float32)
+        self._state = [np.zeros((1, 1, 128), np.float32)] * 2
         self._heard = np.zeros(CONTEXT, np.float32)  # context, then the samples that do not fill a block yet
 
     def feed(self, samples: Samples) -> Probabilities:
         """The probability of speech in each block that these samples fill: float32 [blocks], in order, of 32 ms each.
 
-        However a stream is split between calls, the same blocks get the same probabilities.
+        However a stream is split between calls, the same blocks get the same probabilities, up to rounding.
         """
         heard = np.concatenate([self._heard, samples])
-        starts = range(0, len(heard) - CONTEXT - BLOCK + 1, BLOCK)
-        speech = np.zeros(len(starts), np.float32)
-        rate = np.array(RATE_HZ, np.int64)
-        for block, at in enumerate(starts):
-            inputs = {"input": heard[None, at : at + CONTEXT + BLOCK], "state": self._state, "sr": rate}
-            probability, self._state = self._net.run(None, inputs)
-            speech[block] = probability[0, 0]
-        self._heard = heard[len(starts) * BLOCK :].copy()
-        return speech
+        count = (len(heard) - CONTEXT) // BLOCK
+        if not count:
+            self._heard = heard
+            return np.zeros(0, np.float32)
+        blocks = np.lib.stride_tricks.sliding_window_view(heard, CONTEXT + BLOCK)[::BLOCK][:count]
+        inputs = {"input": np.ascontiguousarray(blocks), "h": self._state[0], "c": self._state[1]}
+        speech, *self._state = self._net.run(None, inputs)
+        self._heard = heard[count * BLOCK :].copy()
+        return np.asarray(speech, np.float32)
 
 
 def windows(
@@ -182,6 +183,6 @@ def _quietest(tape: _Tape, start: int, end: int, hop: int) -> int:
 def _model_file() -> Path:
     package = importlib.util.find_spec("silero_vad")
     for folder in (package.submodule_search_locations or ()) if package else ():
-        if (file := Path(folder) / "data" / "silero_vad.onnx").is_file():
+        if (file := Path(folder) / "data" / "silero_vad_16k_sequence.onnx").is_file():
             return file
-    raise MissingPart("Silero VAD's model file is not installed. Install it: pip install 'silero-vad>=6.2'")
+    raise MissingPart("Silero VAD's model file is not installed. Install it: pip install 'silero-vad>=6.2.3'")

@@ -65,7 +65,15 @@ def parse(line: str) -> Transcript:
     Unknown keys are passed over. Raises DataError if the line is not JSON or not a transcript.
     """
     try:
-        row = json.loads(line)
+        found = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"not a transcript: {error}.") from None
+    return parse_row(found)
+
+
+def parse_row(row: Any) -> Transcript:
+    """The transcript that `row` gave these keys and values for. DataError if they are none's."""
+    try:
         if not isinstance(row, dict):
             raise TypeError(f"a JSON object was expected, this is a {type(row).__name__}")
         return Transcript(
@@ -86,7 +94,13 @@ def parse(line: str) -> Transcript:
 
 
 def _json(transcript: Transcript, characters: bool) -> str:
-    row = {
+    # Settings may hold paths and the like: their text will do. NaN is no JSON, and would be a bug of ours.
+    return json.dumps(row(transcript, characters=characters), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def row(transcript: Transcript, *, characters: bool = False) -> dict[str, Any]:
+    """A transcript as keys and values that JSON knows, rounded."""
+    return {
         "file": transcript.file,
         "text": transcript.text,
         "duration_s": round(transcript.duration_s, 3),
@@ -95,14 +109,14 @@ def _json(transcript: Transcript, characters: bool) -> str:
         "model": transcript.model,
         "settings": dict(transcript.settings),
     }
-    # Settings may hold paths and the like: their text will do. NaN is no JSON, and would be a bug of ours.
-    return json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def _segment_row(segment: Segment, characters: bool) -> dict[str, Any]:
     row = _timed_row(segment)
     if not segment.final:
         row["final"] = False
+    if segment.channel is not None:
+        row["channel"] = segment.channel
     row["words"] = [_word_row(word, characters) for word in segment.words]
     return row
 
@@ -125,7 +139,7 @@ def _timed_row(item: Segment | Word | Character) -> dict[str, Any]:
 
 def _segment_from(row: Mapping[str, Any]) -> Segment:
     words = tuple(_word_from(word) for word in row["words"])
-    return Segment(**_timed_from(row), words=words, final=row.get("final", True))
+    return Segment(**_timed_from(row), words=words, final=row.get("final", True), channel=row.get("channel"))
 
 
 def _word_from(row: Mapping[str, Any]) -> Word:
@@ -148,11 +162,12 @@ def _string(row: Mapping[str, Any], key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """One subtitle: one or two lines, shown from `start_s` to `end_s`, whole milliseconds."""
+    """One subtitle: one or two lines, shown from `start_s` to `end_s`, whole milliseconds, and the channel heard."""
 
     start_s: float
     end_s: float
     lines: tuple[str, ...]
+    channel: int | None = None
 
 
 def cues(
@@ -171,16 +186,18 @@ def cues(
     none. 42 characters a line and 7 s are the limits of the Netflix Timed Text Style Guide.
     """
     groups: list[list[Word]] = []
+    channels: list[int | None] = []
     for segment in transcript.segments:
         spoken = [word for word in segment.words if _label(word)]  # an empty line would end a cue early
         groups += _groups(spoken, longest_s, widest // 2, gap_s)
+        channels += [segment.channel] * (len(groups) - len(channels))
     # Strictly rising, even where two segments overlap.
     starts = list(accumulate((_ms(group[0].start_s) for group in groups), lambda before, at: max(at, before + 1)))
     wanted = [max(_ms(group[-1].end_s), at + _ms(shortest_s), at + 1) for group, at in zip(groups, starts, strict=True)]
     ends = [*map(min, wanted, starts[1:]), *wanted[-1:]]
     return tuple(
-        Cue(start / 1000, end / 1000, _lines(group, widest // 2))
-        for start, end, group in zip(starts, ends, groups, strict=True)
+        Cue(start / 1000, end / 1000, _lines(group, widest // 2), channel)
+        for start, end, group, channel in zip(starts, ends, groups, channels, strict=True)
     )
 
 
@@ -211,7 +228,10 @@ def _lines(words: Sequence[Word], width: int) -> tuple[str, ...]:
 
 def _srt(shown: Sequence[Cue]) -> str:
     return "".join(
-        f"{number}\n{_clock(cue.start_s, ',')} --> {_clock(cue.end_s, ',')}\n" + "\n".join(cue.lines) + "\n\n"
+        f"{number}\n{_clock(cue.start_s, ',')} --> {_clock(cue.end_s, ',')}\n"
+        + ("" if cue.channel is None else f"[{cue.channel}] ")
+        + "\n".join(cue.lines)
+        + "\n\n"
         for number, cue in enumerate(shown, start=1)
     )
 
@@ -219,7 +239,10 @@ def _srt(shown: Sequence[Cue]) -> str:
 def _vtt(shown: Sequence[Cue]) -> str:
     escapes = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
     blocks = ["WEBVTT\n"] + [
-        f"{_clock(cue.start_s, '.')} --> {_clock(cue.end_s, '.')}\n" + "\n".join(cue.lines).translate(escapes) + "\n"
+        f"{_clock(cue.start_s, '.')} --> {_clock(cue.end_s, '.')}\n"
+        + ("" if cue.channel is None else f"<v channel {cue.channel}>")
+        + "\n".join(cue.lines).translate(escapes)
+        + "\n"
         for cue in shown
     ]
     return "\n".join(blocks)
@@ -274,10 +297,13 @@ def tier(items: Sequence[Word | Character], duration_s: float) -> tuple[Interval
 
 
 def _textgrid(transcript: Transcript, characters: bool) -> str:
-    words = transcript.words
-    items: dict[str, Sequence[Word | Character]] = {"words": words}
-    if characters:
-        items["characters"] = [character for word in words for character in word.characters]
+    items: dict[str, Sequence[Word | Character]] = {}
+    for channel in sorted({segment.channel for segment in transcript.segments}, key=str) or [None]:
+        words = [word for segment in transcript.segments if segment.channel == channel for word in segment.words]
+        of = "" if channel is None else f" of channel {channel}"
+        items[f"words{of}"] = words
+        if characters:
+            items[f"characters{of}"] = [character for word in words for character in word.characters]
     # All tiers end together: at the end of the recording, or of the tier that outlasts it.
     end_ms = max(tier(each, transcript.duration_s)[-1].end_ms for each in items.values())
     lines = ['File type = "ooTextFile"', 'Object class = "TextGrid"', ""]

@@ -2,14 +2,6 @@
 
 It knows tensors, lengths and precision; it refuses to know files, windows and words.
 
-How recordings may share a batch (`Sharing`):
-- PADDED: layer-norm front-ends in float32. The attention mask keeps padding out of every sum, so a padded batch gives
-  what each recording gives alone, to 1e-5.
-- EQUAL: group-norm front-ends normalise over time, padding included, and no mask can help; only recordings of the very
-  same length share a batch.
-- ALONE: half precision on a CPU. Matrix products of another shape round elsewhere, and a rounding may tip a letter;
-  a CPU gains little from batches anyway.
-
 Adapters are engines of their own over the base's weights, which are in memory once: `choose` one for each request.
 """
 
@@ -19,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +19,52 @@ import torch
 
 from mowa import machine
 from mowa.adapt import store
+from mowa.engines.protocol import Sharing, frames
 from mowa.errors import ModelError
+from mowa.families import inference
 from mowa.families.patch import positions_by_table
-from mowa.nouns import Model
+from mowa.nouns import Model, Origin, Preprocessing, Vocabulary
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class Sharing(Enum):
-    PADDED = "padded"
-    EQUAL = "equal"
-    ALONE = "alone"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """A loaded model with the device and precision it runs in. Make one with `engine`."""
+    """A loaded model with the device and precision it runs in. Make one with `engine`.
+
+    `plan` is how a processor computes the net; without one the net itself is called.
+    """
 
     model: Model
     device: str
     precision: machine.Precision
     sharing: Sharing
+    plan: inference.Plan | None = None
     adapters: Mapping[str, Native] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return "native"
+
+    @property
+    def origin(self) -> Origin:
+        return self.model.origin
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.model.vocabulary
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.model.preprocessing
+
+    @property
+    def config(self) -> Any:
+        return self.model.net.config
+
+    @property
+    def dtype(self) -> str:
+        return self.precision.dtype
 
     def choose(self, adapter: str | Path | None) -> Native:
         """The engine that one of `adapters` is, by its name, or that an adapter's folder makes; itself for None.
@@ -64,14 +79,21 @@ class Native:
         if isinstance(adapter, str) and not Path(adapter).is_dir():
             loaded = f"loaded are {', '.join(self.adapters)}" if self.adapters else "none were loaded"
             raise ModelError(f"no adapter is called {adapter!r}: {loaded}; name one of them, or an adapter's folder")
-        return replace(self, model=store.load(self.model, adapter), adapters={})
+        model = store.load(self.model, adapter)
+        plan = _plan(model, self.device, self.precision, like=self.plan)
+        return replace(
+            self, model=model, plan=plan, sharing=_sharing(model, self.device, self.precision, plan), adapters={}
+        )
 
     def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Log-probabilities of one batch: clips float32 [n_i], already normalised → float32 [T_i, V] each.
-
-        T_i counts the frames of clip i alone: nothing of the padding is returned.
-        """
+        """As `Engine.emissions`. ValueError for clips that may not share a batch."""
         lengths = [len(clip) for clip in clips]
+        if self.plan is not None:
+            if min(lengths) != max(lengths) and self.sharing is not Sharing.PADDED:
+                raise ValueError(f"clips of different lengths {lengths} may not share a batch of this net")
+            with torch.inference_mode(), machine.matmul_precision(self.precision.matmul):
+                planned = self.plan([torch.from_numpy(clip) for clip in clips])
+                return [torch.log_softmax(logits, dim=-1).numpy() for logits in planned]
         values = torch.full((len(clips), max(lengths)), self.model.preprocessing.padding_value)
         for row, clip in enumerate(clips):
             values[row, : len(clip)] = torch.from_numpy(clip)
@@ -111,28 +133,47 @@ def engine(
     precision = _precision(model, device, dtype)
     try:
         positions_by_table(model.net)
-        model.net.to(device, getattr(torch, precision.dtype))
+        model.net.to(device, torch.float32 if precision.dtype == "int8" else getattr(torch, precision.dtype))
     except (RuntimeError, AssertionError) as wrong:
         raise ModelError(f"device {device!r} cannot be used ({str(wrong).splitlines()[0]})") from None
-    base = Native(model, device, precision, _sharing(model.net.config, device, precision))
+    plan = _plan(model, device, precision)
+    base = Native(model, device, precision, _sharing(model, device, precision, plan), plan)
     return replace(base, adapters={name: base.choose(Path(folder)) for name, folder in (adapters or {}).items()})
 
 
 def _precision(model: Model, device: str, dtype: str) -> machine.Precision:
     config = model.net.config
     if device != "cpu":
+        if dtype == "int8":
+            raise ModelError(f"int8 is for processors: leave --dtype out on {device}, or use --device cpu")
         return machine.Precision("float32" if dtype == "auto" else dtype)
     if dtype == "auto":
         return machine.precision(config.hidden_size, config.intermediate_size)
-    if dtype == "float32":
-        return machine.exact_precision(config.hidden_size, config.intermediate_size)
+    if dtype in ("float32", "int8"):
+        return replace(machine.exact_precision(config.hidden_size, config.intermediate_size), dtype=dtype)
     return machine.Precision(dtype)
 
 
-def _sharing(config: Any, device: str, precision: machine.Precision) -> Sharing:
+def _plan(
+    model: Model, device: str, precision: machine.Precision, like: inference.Plan | None = None
+) -> inference.Plan | None:
+    """How a processor is to compute the net; None where the net is to be called as it is. ModelError: int8 without."""
+    kind: inference.Kind
+    if device != "cpu" or (kind := precision.dtype) not in ("float32", "bfloat16", "int8"):  # type: ignore[assignment]
+        return None
+    if not (why := inference.refused(model.net, kind)):
+        with torch.inference_mode():
+            return inference.Plan(model.net, kind, like)
+    if kind == "int8":
+        raise ModelError(f"{model.origin.name} cannot run in int8: {why}; use --dtype auto")
+    return None
+
+
+def _sharing(model: Model, device: str, precision: machine.Precision, plan: inference.Plan | None) -> Sharing:
     if device == "cpu" and precision.dtype != "float32":
         return Sharing.ALONE
-    return Sharing.EQUAL if config.feat_extract_norm == "group" else Sharing.PADDED
+    padded = plan is not None or model.net.config.feat_extract_norm != "group"  # a plan pads nothing
+    return Sharing.PADDED if padded else Sharing.EQUAL
 
 
 @contextmanager
@@ -146,41 +187,3 @@ def _arithmetic() -> Iterator[None]:
         if torch.cuda.is_available():
             exact.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
         yield
-
-
-def batches(lengths: Sequence[int], budget: int, sharing: Sharing) -> list[list[int]]:
-    """Indices of clips that run together, shortest first; count × longest stays within `budget` samples.
-
-    A clip longer than the budget runs alone.
-    """
-    grouped: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        last = grouped[-1] if grouped else []
-        fits = bool(last) and lengths[index] * (len(last) + 1) <= budget
-        alike = bool(last) and lengths[index] == lengths[last[0]]
-        if fits and (sharing is Sharing.PADDED or (sharing is Sharing.EQUAL and alike)):
-            last.append(index)
-        else:
-            grouped.append([index])
-    return grouped
-
-
-def hop(config: Any) -> int:
-    """Samples from one frame to the next: 320 for every stock front-end."""
-    step = int(np.prod(config.conv_stride))
-    return (
-        step * int(config.adapter_stride) ** int(config.num_adapter_layers)
-        if getattr(config, "add_adapter", False)
-        else step
-    )
-
-
-def frames(config: Any, samples: int) -> int:
-    """How many frames the net gives for so many samples (0 for fewer than its receptive field)."""
-    n = samples
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        n = (n - kernel) // stride + 1 if n >= kernel else 0
-    if getattr(config, "add_adapter", False):
-        for _ in range(config.num_adapter_layers):
-            n = (n - 1) // config.adapter_stride + 1 if n else 0
-    return n

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Wav2Vec2FeatureExtractor
 
-from mowa.data import audio
+from mowa.data import decoders
 from mowa.data.audio import SAMPLE_MIN, find, is_silent, load, normalize, probe, stream
 from mowa.errors import AudioError
 
@@ -108,7 +108,7 @@ def test_flac(tmp_path, subtype):
 def test_ffmpeg_scales_every_depth_as_libsndfile_does(tmp_path, monkeypatch, subtype):
     soundfile.write(tmp_path / "a.wav", tone(0.3, channels=2), 16_000, subtype)
     by_libsndfile = load(tmp_path / "a.wav")
-    monkeypatch.setattr(audio, "_open_sndfile", lambda *_: None)
+    monkeypatch.setattr(decoders, "_sndfile", lambda *_: None)
     np.testing.assert_allclose(load(tmp_path / "a.wav"), by_libsndfile, rtol=0, atol=1e-7)
 
 
@@ -399,11 +399,11 @@ def test_a_name_with_a_line_break_keeps_the_error_on_one_line(tmp_path):
 
 def test_probe_reads_the_header(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(1.5, 44_100, 2), 44_100)
-    assert probe(tmp_path / "a.wav") == audio.Info(1.5, 44_100, 2, "wav")
+    assert probe(tmp_path / "a.wav") == decoders.Info(1.5, 44_100, 2, "wav")
     soundfile.write(tmp_path / "a.ogg", tone(1.5), 16_000)
-    assert probe(tmp_path / "a.ogg") == audio.Info(1.5, 16_000, 1, "ogg")
+    assert probe(tmp_path / "a.ogg") == decoders.Info(1.5, 16_000, 1, "ogg")
     encode(tmp_path / "b.aac", tone(1.5), 16_000, "aac")
-    assert probe(tmp_path / "b.aac") == audio.Info(None, 16_000, 1, "aac")
+    assert probe(tmp_path / "b.aac") == decoders.Info(None, 16_000, 1, "aac")
 
 
 def test_find_walks_folders_sorted_and_keeps_files_as_given(tmp_path):

@@ -137,6 +137,15 @@ def test_texts_stay_as_they_are(tmp_path, texts):
         assert [example.text for example in read(tmp_path / "m.csv")] == texts
 
 
+def test_splits_are_listed(tmp_path):
+    recording(tmp_path / "a.wav")
+    manifest = text(tmp_path / "m.csv", "path,text,split\na.wav,tak,train\na.wav,nie,validation\n")
+    assert sources.splits(manifest) == ["train", "validation"]
+    assert sources.splits(text(tmp_path / "n.csv", "path,text\na.wav,tak\n")) == []
+    assert sources.splits(tmp_path) == ["m", "n"]
+    assert sources.splits(tmp_path / "a.wav") == []
+
+
 def test_rows_are_read_one_by_one(tmp_path):
     recording(tmp_path / "a.wav")
     manifest = lines(tmp_path / "m.jsonl", *[{"audio": "a.wav", "text": "tak"}] * 3)
@@ -407,6 +416,31 @@ def test_a_recording_that_is_far_away(hub, tmp_path):
     told = refusal(repo / "data/train-00000-of-00001.parquet")
     assert "memory://mowa-test/a.wav is an address, and none is opened from a manifest" in told
     memory.rm("/mowa-test", recursive=True)
+
+
+def test_entries_of_the_hub(hub, tmp_path):
+    """Bytes come as they are, undecoded and kept nowhere; an address is fetched, and where it cannot be, passed on."""
+    import datasets
+    import fsspec
+
+    repo, _ = hub
+    sounds, data = table()
+    data.to_parquet(repo / "data/train-00000-of-00001.parquet")
+    found = list(sources.entries("hub:owner/name"))
+    assert [(example.id, example.text, example.sound) for example in found] == list(
+        zip(("one", "two", "3"), TEXTS, sounds, strict=True)
+    )
+    assert [example.audio for example in found] == ["x/one.wav", "two.wav", "hub:owner/name: row 3"]
+    fsspec.filesystem("memory").pipe("/mowa-test/a.wav", encoded())
+    addresses = ["memory://mowa-test/a.wav", "memory://mowa-test/gone.wav"]
+    far = datasets.Dataset.from_dict({"audio": addresses, "sentence": ["tak", "nie"]})
+    far.to_parquet(repo / "data/test-00000-of-00001.parquet")
+    assert sources.splits("hub:owner/name") == ["test", "train"]
+    found = list(sources.entries("hub:owner/name", "test"))
+    assert [(example.audio, example.sound) for example in found] == [(addresses[0], encoded()), (addresses[1], None)]
+    local = list(sources.entries(repo / "data/test-00000-of-00001.parquet"))
+    assert [(example.audio, example.sound) for example in local] == [(address, None) for address in addresses]
+    fsspec.filesystem("memory").rm("/mowa-test", recursive=True)
 
 
 def test_a_hub_that_cannot_be_asked(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 import mowa
 from mowa.adapt import merge, store
-from mowa.engines import native
+from mowa.engines import protocol
 from mowa.errors import ModelError
 from tests.adapt.made import OTHER, logits, saved
 from tests.checkpoints import clip, tiny
@@ -97,4 +97,4 @@ def test_the_bundled_model_looks_its_positions_up_under_an_adapter_too(tmp_path)
     (scores,) = chosen.choose("m").emissions([sound])
     expected = logits(ours.net, samples=16_000)[0].log_softmax(-1).numpy()
     np.testing.assert_allclose(scores, expected, atol=2e-4)
-    assert native.frames(net.config, 16_000) == len(expected)
+    assert protocol.frames(net.config, 16_000) == len(expected)

@@ -6,7 +6,7 @@ import torch
 
 import mowa
 from mowa.data import audio
-from mowa.engines import native
+from mowa.engines import protocol
 from tests.checkpoints import KINDS, clip, tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -20,7 +20,7 @@ def test_emissions_equal_the_processors(kind, tmp_path):
     assert gpu.precision.dtype == "float32"
     lengths = [400, 16_000, 23_457, 16_000]
     clips = [audio.normalize(clip(seed, length)) for seed, length in enumerate(lengths)]
-    for group in native.batches(lengths, 100_000, gpu.sharing):
+    for group in protocol.batches(lengths, 100_000, gpu.sharing):
         ours = gpu.emissions([clips[index] for index in group])
         for index, scores in zip(group, ours, strict=True):
             assert np.abs(scores - cpu.emissions([clips[index]])[0]).max() <= 1e-4

@@ -10,7 +10,7 @@ import soxr
 
 import mowa
 from mowa.data import audio
-from mowa.engines import native
+from mowa.engines import protocol
 from mowa.engines.transcription import Failure, Settings
 from mowa.errors import AudioError, ModelError
 from mowa.tasks.ctc import error_rates
@@ -80,7 +80,7 @@ def test_folder_needs_a_list(engine, tmp_path):
 
 def test_bfloat16_hears_nearly_the_same():
     half = mowa.engine(mowa.load("pl-tiny"), device="cpu", dtype="bfloat16")
-    assert half.sharing is native.Sharing.ALONE
+    assert half.sharing is protocol.Sharing.ALONE
     heard = mowa.transcribe(SAMPLE, half)
     assert error_rates([SAID["said"]], [heard.text])["cer"] < 0.2
 
@@ -91,15 +91,15 @@ def test_wrong_places_are_named(device, dtype):
         mowa.engine(mowa.load("pl-tiny"), device=device, dtype=dtype)
 
 
-@pytest.mark.parametrize("sharing", list(native.Sharing))
+@pytest.mark.parametrize("sharing", list(protocol.Sharing))
 def test_batches_hold_every_clip_once(sharing):
     lengths = [400, 800, 400, 1600, 1600, 100_000, 1600]
-    groups = native.batches(lengths, 4000, sharing)
+    groups = protocol.batches(lengths, 4000, sharing)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:
         longest = max(lengths[index] for index in group)
         assert len(group) == 1 or longest * len(group) <= 4000
-        if sharing is native.Sharing.EQUAL:
+        if sharing is protocol.Sharing.EQUAL:
             assert len({lengths[index] for index in group}) == 1
-        if sharing is native.Sharing.ALONE:
+        if sharing is protocol.Sharing.ALONE:
             assert len(group) == 1

@@ -1,0 +1,158 @@
+"""Which engine computes a model here: the one that is named, or the one that measures fastest and keeps the text.
+
+What is measured is the net itself over two clips of noise, after each engine has warmed up; it is remembered by
+processor, versions and the net's shape. Text is kept by float32, and by bfloat16 where the processor computes in it
+(`machine.precision`; docs/speed.md says what that was held to). int8 and float16 are never picked, only named.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mowa import machine
+from mowa.adapt import store
+from mowa.engines import native, onnx
+from mowa.engines.native import Native
+from mowa.engines.onnx import Onnx
+from mowa.engines.protocol import Engine
+from mowa.errors import ModelError
+from mowa.nouns import Model
+
+log = logging.getLogger("mowa")
+
+NAMES = ("auto", "native", "onnx")
+CLIPS_S = (2.0, 5.0)
+ROUNDS = 3
+FILE = "engines.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An engine and why it is this one, in one line."""
+
+    engine: Native | Onnx
+    reason: str
+
+
+def engine(
+    model: Model,
+    *,
+    name: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    adapter: str | Path | None = None,
+) -> Choice:
+    """The engine called `name` over `model`, in `dtype` on `device`, with the adapter in a folder where one is named.
+
+    auto: PyTorch, unless an ONNX export of this very model is in the cache (`--engine onnx` puts it there), may be
+    asked for this dtype and device, and measures faster. The net of `model` may be converted in place.
+
+    Raises ModelError: an unknown name; a device or dtype that the engine does not have. As the engines do.
+    """
+    if name not in NAMES:
+        raise ModelError(f"engine {name!r} is not one of {', '.join(NAMES)}")
+    if name == "onnx":
+        _refuse_device(device)
+        whole = model if adapter is None else store.load(model, adapter)
+        return _said(Choice(onnx.engine(whole, dtype=dtype, threads=threads), "onnx: as it was named"))
+    beside = _exported(model, device, dtype, threads, adapter) if name == "auto" else None
+    ours = native.engine(model, device=device, dtype=dtype, threads=threads).choose(adapter)
+    if name == "native":
+        return _said(Choice(ours, f"native, {ours.dtype}: as it was named"))
+    if beside is None:
+        why = "a GPU" if ours.device != "cpu" else _why(ours, dtype)
+        return _said(Choice(ours, f"native, {ours.dtype} on {ours.device}: {why}"))
+    seconds = _remembered([ours, beside])
+    fastest: Native | Onnx = beside if seconds[_label(beside)] < seconds[_label(ours)] else ours
+    shown = ", ".join(f"{label} {spent:.2f} s" for label, spent in seconds.items())
+    audio_s = sum(CLIPS_S)
+    return _said(Choice(fastest, f"{fastest.name}, {fastest.dtype}: measured on {audio_s:.0f} s of audio, {shown}"))
+
+
+def _said(choice: Choice) -> Choice:
+    log.info("engine: %s", choice.reason)
+    return choice
+
+
+def _refuse_device(device: str) -> None:
+    if device not in ("auto", "cpu"):
+        raise ModelError(f"the onnx engine runs on processors: leave --device out, or use --engine native on {device}")
+
+
+def _why(ours: Native, dtype: str) -> str:
+    if dtype != "auto":
+        return "the dtype was named, and there is no ONNX export of this model to compare with"
+    if ours.dtype == "float32":
+        return f"half precision is not {machine.GAIN_WORTH_HAVING} times as fast on this processor"
+    return f"its products are more than {machine.GAIN_WORTH_HAVING} times as fast as float32 on this processor"
+
+
+def _exported(model: Model, device: str, dtype: str, threads: int | None, adapter: str | Path | None) -> Onnx | None:
+    """The cached export of `model`, where it could be picked. Asked before the net is converted to another dtype."""
+    import torch
+
+    if device not in ("auto", "cpu") or (device == "auto" and torch.cuda.is_available()) or dtype not in onnx.DTYPES:
+        return None
+    if not any((machine.cache_folder() / "onnx").glob("*")):
+        return None  # nothing to look for, so no weights to read
+    whole = model if adapter is None else store.load(model, adapter)
+    folder = onnx.place(whole, "float32" if dtype == "auto" else dtype)
+    if not folder.is_dir():
+        return None
+    try:
+        return onnx.engine(folder, threads=threads)
+    except ModelError as damaged:
+        log.warning("%s", damaged)
+        return None
+
+
+def measure(engines: list[Any]) -> dict[str, float]:
+    """Seconds that each takes over the clips, the least of some rounds, in turn."""
+    rng = np.random.default_rng(0)
+    clips = [rng.standard_normal(int(s * 16_000)).astype(np.float32) for s in CLIPS_S]
+    spent: dict[str, list[float]] = {_label(one): [] for one in engines}
+    for turn in range(ROUNDS + 1):
+        for one in engines:
+            started = time.perf_counter()
+            for clip in clips:
+                one.emissions([clip])
+            if turn:
+                spent[_label(one)].append(time.perf_counter() - started)
+    return {label: min(rounds) for label, rounds in spent.items()}
+
+
+def _label(one: Engine) -> str:
+    return f"{one.name} {one.dtype}"
+
+
+def _remembered(engines: list[Any]) -> dict[str, float]:
+    config = engines[0].config
+    shape = [config.model_type, config.hidden_size, config.intermediate_size, config.num_hidden_layers]
+    versions = [f"{package} {store.version_of(package)}" for package in ("mowa", "torch", "onnxruntime")]
+    labels = [_label(one) for one in engines]
+    said = [machine.processor(), f"{machine.cores()} cores", *versions, *shape, list(config.conv_dim), *labels]
+    key = " · ".join(map(str, said))
+    file = machine.cache_folder() / FILE
+    try:
+        known: dict[str, dict[str, float]] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = measure(engines)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fresh = file.with_suffix(f".{os.getpid()}")
+            fresh.write_text(json.dumps(known, ensure_ascii=False, indent=1))
+            fresh.replace(file)
+        except OSError:
+            pass  # a read-only home only means measuring again
+    return known[key]

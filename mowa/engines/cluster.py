@@ -1,0 +1,185 @@
+"""A corpus on several machines: the job of `corpus`, spread by Ray Data; the journal stays on the machine that asks.
+
+Every part of the source is listed, decoded and heard on a worker; what comes back are lines of the journal. A worker
+that dies is replaced and its recordings are done again, so a line may come twice; the journal takes the first. Ray must
+be the same version everywhere, mowa be installed, and the sources be found by the same names (a shared disk, or
+addresses such as s3://… with `remote`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mowa.engines import corpus, pipeline
+from mowa.engines.corpus import Source
+from mowa.engines.journal import Journal, line
+from mowa.engines.settings import Settings, Wanted, Workers
+from mowa.errors import MissingPart, ModelError, MowaError
+from mowa.nouns import Example
+
+TOGETHER = 16  # recordings that a worker is given at a time
+
+
+def transcribe(
+    source: Source,
+    wanted: Wanted,
+    settings: Settings,
+    journal: Journal,
+    *,
+    address: str = "auto",
+    workers: Workers | None = None,
+    heard: Callable[[float], object] = lambda seconds: None,
+    failed: Callable[[pipeline.Failure], object] = lambda failure: None,
+    remote: bool = False,
+) -> None:
+    """Transcribe what is not in `journal` yet on the cluster at `address` (auto: the one that runs, else this machine).
+
+    MissingPart without Ray. ModelError: no cluster there, or no room in it for one worker. What a worker raises (a
+    model that is not there, a broken manifest) is raised here; all that was done until then is in the journal.
+    """
+    ray = _ray()
+    workers = workers or Workers()
+    ours = _join(ray, address)
+    try:
+        data = _planned(ray, source, wanted, settings, workers, ray.put(frozenset(journal.done)), remote)
+        for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in map(_row, table.column("line").to_pylist()):
+                if row["id"] in journal.done:
+                    continue
+                journal.add_row(row)
+                heard(row.get("duration_s", 0.0))
+                if "error" in row:
+                    failed(pipeline.Failure(row["file"], MowaError(row["error"])))
+    except ray.exceptions.RayError as wrong:
+        raise _cause(wrong) from wrong
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report home
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise MissingPart("transcribing on a cluster needs Ray: pip install 'mowa[ray]'") from None
+    return ray
+
+
+def _join(ray: Any, address: str) -> bool:
+    """Connect, unless this process is connected. → whether it was not."""
+    if ray.is_initialized():
+        return False
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as wrong:
+        if address != "auto":
+            reason = (str(wrong).splitlines() or [type(wrong).__name__])[0]
+            raise ModelError(f"no Ray cluster answers at {address} ({reason}). Start one: ray start --head") from None
+        ray.init(include_dashboard=False, **quiet)
+    return True
+
+
+def _planned(
+    ray: Any, source: Source, wanted: Wanted, settings: Settings, workers: Workers, done: Any, remote: bool
+) -> Any:
+    """The job as a Ray data set of lines. Nothing runs yet."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    room = ray.cluster_resources()
+    most = min(workers.most or 10**6, _room(room, workers))
+    if workers.cpus > room.get("CPU", 0) or workers.gpus > room.get("GPU", 0):
+        there = f"{room.get('CPU', 0):g} processors and {room.get('GPU', 0):g} GPUs"
+        raise ModelError(
+            f"the cluster has {there}, and a worker wants {workers.cpus:g} and {workers.gpus:g}: ask for less"
+        )
+    least = min(workers.least, most)
+    parts = max(2 * most, 2)
+
+    def listed(numbers: Any) -> Iterator[Any]:
+        known = ray.get(done)
+        for number in numbers.column("id").to_pylist():
+            yield from _tables(corpus.shard(source.examples(), number + 1, parts), known)
+
+    return (
+        ray.data.range(parts, override_num_blocks=parts)
+        .map_batches(listed, batch_size=1, batch_format="pyarrow", num_cpus=0.1)
+        .map_batches(
+            Hearer,
+            fn_constructor_kwargs={"wanted": wanted, "settings": settings, "remote": remote},
+            batch_size=TOGETHER,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus or None,
+        )
+    )
+
+
+def _room(room: Mapping[str, float], workers: Workers) -> int:
+    """How many workers fit, leaving a little of a processor to those that list."""
+    by_cpus = int((room.get("CPU", 0) - 0.1) // workers.cpus) if workers.cpus else 10**6
+    by_gpus = int(room.get("GPU", 0) // workers.gpus) if workers.gpus else 10**6
+    return max(min(by_cpus, by_gpus), 1)
+
+
+def _tables(examples: Iterator[Example], done: frozenset[str]) -> Iterator[Any]:
+    """What is not done, in Arrow tables of a few recordings."""
+    held: list[Example] = []
+    for example in examples:
+        if example.id not in done:
+            held.append(example)
+        if len(held) == TOGETHER:
+            yield _table(held)
+            held = []
+    yield _table(held)
+
+
+def _table(examples: Sequence[Example]) -> Any:
+    import pyarrow
+
+    kinds = {"id": pyarrow.string(), "audio": pyarrow.string(), "duration_s": pyarrow.float64()}
+    kinds |= {"begin_s": pyarrow.float64(), "part": pyarrow.bool_(), "sound": pyarrow.binary()}
+    rows = [{name: getattr(example, name) for name in kinds} for example in examples]
+    return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(kinds.items()))
+
+
+class Hearer:
+    """A worker: the model, loaded once, and the pipeline over what it is given."""
+
+    def __init__(self, wanted: Wanted, settings: Settings, remote: bool) -> None:
+        from mowa.engines.transcription import opened
+
+        self.engine, self.settings, self.remote = opened(wanted).engine, settings, remote
+
+    def __call__(self, table: Any) -> Any:
+        import json
+
+        import pyarrow
+
+        examples = [Example(text="", **row) for row in table.to_pylist()]
+        found = pipeline.outcomes(examples, self.engine, self.settings, remote=self.remote)
+        lines = [json.dumps(line(example, outcome)) for example, outcome in found]
+        return pyarrow.table({"line": pyarrow.array(lines, pyarrow.string())})
+
+
+def _row(text: str) -> dict[str, Any]:
+    import json
+
+    row: dict[str, Any] = json.loads(text)
+    return row
+
+
+def _cause(wrong: BaseException) -> MowaError:
+    """What went wrong on the worker, in a line."""
+    seen: BaseException | None = wrong
+    while seen is not None:
+        if isinstance(seen, MowaError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return ModelError(f"the cluster gave up ({(str(wrong).strip().splitlines() or [type(wrong).__name__])[-1]})")

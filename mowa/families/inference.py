@@ -1,0 +1,234 @@
+"""A CTC net on a processor as a plan: what the net says, by fewer and better matrix products. The net stays untouched.
+
+- Convolutions of the front end are products of weights with a view of the frames, [T, channels], in which windows
+  overlap; a piece of the recording goes through all of them while it is in the cache.
+- q, k and v are one product; weights are packed (`kernels.packed_linear`); GELU and sums are made with the product.
+- Recordings that share a batch are end to end in the linears and apart in all that looks along time. None is padded to
+  another's length, so none needs the net's mask, and front ends that normalise over time may share a batch too.
+
+`float32` differs from the net by rounding alone. `bfloat16` computes as the net in bfloat16 would, but for the first
+convolution. `int8` multiplies the blocks' linears in integers and the front end and attention in bfloat16; the states
+between blocks, norms, projection and head stay float32. A plan never writes to the net or hangs anything on it: nets
+that share tensors (adapters over one base, `adapt.store.twin`) share packed weights too (`like`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mowa.kernels.encoder_attention import encoder_attention
+from mowa.kernels.packed_linear import Kind, PackedLinear, works
+
+PIECE = 64  # frames of the front end made at a time
+GRID = 16  # every recording gets a multiple of so many frames: oneDNN prepares anew for every new shape
+NETS = ("Wav2Vec2ForCTC", "HubertForCTC")
+Packs = dict[tuple[object, ...], PackedLinear]
+Bounds = list[tuple[tuple[int, int], int]]  # of each recording: its rows on the grid, and how many are real
+
+
+def refused(net: Any, kind: Kind) -> str:
+    """Why `net` cannot be planned in this kind of arithmetic; empty where it can."""
+    config, name = net.config, type(net).__name__
+    if any(weight.device.type != "cpu" for weight in net.parameters()):
+        return "plans are for processors"
+    if name not in NETS:
+        return f"{name} attends in a way of its own"
+    if getattr(config, "conv_pos_batch_norm", False):
+        return "its positional convolution normalises over the batch"
+    if {config.hidden_act, config.feat_extract_activation} != {"gelu"}:
+        return "its activation is not GELU"
+    if odd := [name for name, module in net.named_modules() if _odd(module)]:
+        return f"{odd[0]} computes in a way of its own"
+    return "" if works(kind) and works("float32") else f"torch does not multiply in {kind} here"
+
+
+def _odd(module: Any) -> bool:
+    """A linear with updates that are not a plain product of two matrices (DoRA and the like)."""
+    return bool(getattr(module, "lora_variant", None)) or bool(getattr(module, "use_dora", {}).get("default", False))
+
+
+class Plan:
+    """`net` as planned. `like` is the plan of a net with which it shares weights.
+
+    Called with recordings float32 [n_i], normalised, in inference mode → logits float32 [T_i, V] each.
+    """
+
+    def __init__(self, net: Any, kind: Kind, like: Plan | None = None) -> None:
+        core = net.base_model
+        self.net, self.kind = net, kind
+        self._packs: Packs = like._packs if like is not None and like.kind == kind else {}
+        self._states = torch.bfloat16 if kind == "bfloat16" else torch.float32  # what goes from block to block
+        self._half = torch.float32 if kind == "float32" else torch.bfloat16  # front end, positions and attention
+        self._front = self._front_of(core.feature_extractor)
+        self._along = self._positions_of(core.encoder.pos_conv_embed)
+        self._blocks = [self._block_of(layer) for layer in core.encoder.layers]
+
+    def __call__(self, sounds: Sequence[Tensor]) -> list[Tensor]:
+        net, core = self.net, self.net.base_model
+        kind = next(core.feature_projection.parameters()).dtype
+        parts = [self._front(sound).to(kind) for sound in sounds]
+        counts, parts = [len(part) for part in parts], [_on_grid(part) for part in parts]
+        bounds = list(zip(pairwise([0, *accumulate(map(len, parts))]), counts, strict=True))
+        states = core.feature_projection(torch.cat(parts)[None])
+        states = (states[0] if isinstance(states, tuple) else states)[0].to(self._states)
+        states = states + torch.cat([_on_grid(self._along(states[a : a + count])) for (a, _), count in bounds])
+        stable = net.config.do_stable_layer_norm
+        states = states if stable else core.encoder.layer_norm(states)
+        for block in self._blocks:
+            states = block(states, bounds)
+        states = core.encoder.layer_norm(states) if stable else states
+        alone = [states[a : a + count] for (a, _), count in bounds]
+        if getattr(core, "adapter", None) is not None:  # convolutions that make fewer frames
+            alone = [core.adapter(part[None])[0] for part in alone]
+        return [net.lm_head(part).float() for part in alone]
+
+    def _packed(self, layers: Sequence[Any], out: torch.dtype | None = None) -> PackedLinear:
+        """The linears, all of one input, as one; packed once for all nets that share their weights."""
+        key = (*(layer.weight.data_ptr() for layer in layers), out)
+        if key not in self._packs:
+            weight = torch.cat([layer.weight.detach() for layer in layers])
+            bias = torch.cat([_bias(layer) for layer in layers])
+            self._packs[key] = PackedLinear(weight, bias, self.kind, out)
+        return self._packs[key]
+
+    def _front_of(self, module: Any) -> Callable[[Tensor], Tensor]:
+        layers = [self._convolution_of(layer, first=index == 0) for index, layer in enumerate(module.conv_layers)]
+        hop, reach = 1, 1
+        for layer in module.conv_layers:
+            reach += (layer.conv.kernel_size[0] - 1) * hop
+            hop *= layer.conv.stride[0]
+        over_time = any(isinstance(layer.layer_norm, nn.GroupNorm) for layer in module.conv_layers[:1])
+
+        def through(samples: Tensor) -> Tensor:
+            frames = samples.float()[:, None]
+            for layer in layers:
+                frames = layer(frames)
+            return frames
+
+        def in_pieces(samples: Tensor) -> Tensor:
+            total = (len(samples) - reach) // hop + 1
+            starts = range(0, total, PIECE)
+            ends = [(min(start + PIECE, -(-total // GRID) * GRID) - 1) * hop + reach for start in starts]
+            samples = functional.pad(samples, (0, max(0, ends[-1] - len(samples))))
+            made = [through(samples[start * hop : end]) for start, end in zip(starts, ends, strict=True)]
+            return torch.cat(made)[:total]
+
+        return through if over_time else in_pieces
+
+    def _convolution_of(self, layer: Any, *, first: bool) -> Callable[[Tensor], Tensor]:
+        """Frames [T, C] → [T', C'], norm and GELU included. The first one, of samples, stays float32."""
+        conv, norm = layer.conv, getattr(layer, "layer_norm", None)
+        kernel, stride, half = conv.kernel_size[0], conv.stride[0], self._half
+        key = (conv.weight.data_ptr(), "front")
+        if key not in self._packs:
+            flat = conv.weight.detach().permute(0, 2, 1).flatten(1)  # [C', kernel · C]
+            bias = None if conv.bias is None else conv.bias.detach()
+            narrow = half is torch.bfloat16 and not first
+            self._packs[key] = PackedLinear(flat, bias, "bfloat16" if narrow else "float32")
+        product = self._packs[key]
+        affine: list[Tensor] = []
+        if norm is not None:
+            affine = [p.detach().to(torch.float32 if first else half) for p in (norm.weight, norm.bias)]
+
+        def apply(frames: Tensor) -> Tensor:
+            count, width = (len(frames) - kernel) // stride + 1, frames.shape[1]
+            rows = frames.as_strided((count, kernel * width), (stride * width, 1))
+            if norm is None:
+                return product(rows, gelu=True)
+            out = product(rows)
+            if isinstance(norm, nn.GroupNorm):
+                spread, mean = torch.var_mean(out, 0, correction=0)
+                scale = torch.rsqrt(spread + norm.eps) * affine[0]
+                out = functional.gelu(torch.addcmul(affine[1] - mean * scale, out, scale))
+            else:
+                out = functional.gelu(functional.layer_norm(out, (out.shape[1],), affine[0], affine[1], norm.eps))
+            return out.to(half) if first else out
+
+        return apply
+
+    def _positions_of(self, module: Any) -> Callable[[Tensor], Tensor]:
+        """States [T, C] → what the positional convolution adds to them."""
+        if "forward" in vars(module):  # looked up in a table (`patch.positions_by_table`)
+            return lambda states: module(states[None])[0]
+        conv, half = module.conv, self._half
+        kernel, groups = conv.kernel_size[0], conv.groups
+        weight = conv.weight.detach().to(half)[:, :, None].to(memory_format=torch.channels_last)
+        bias = conv.bias.detach().to(half)
+
+        def along(states: Tensor) -> Tensor:
+            row = _on_grid(states.to(half))[None, None].permute(0, 3, 1, 2)  # [1, C, 1, T], channels last
+            wide = functional.conv2d(row, weight, bias, padding=(0, kernel // 2), groups=groups)
+            return functional.gelu(wide.permute(0, 2, 3, 1)[0, 0, : len(states)]).to(states.dtype)
+
+        return along
+
+    def _block_of(self, layer: Any) -> Callable[[Tensor, Bounds], Tensor]:
+        attention, feed = layer.attention, layer.feed_forward
+        before = _Linears(self, (attention.q_proj, attention.k_proj, attention.v_proj), self._half)
+        after, up, down = (
+            _Linears(self, (one,)) for one in (attention.out_proj, feed.intermediate_dense, feed.output_dense)
+        )
+        heads, stable = attention.num_heads, self.net.config.do_stable_layer_norm
+        extra = getattr(layer, "adapter_layer", None)
+
+        def attend(states: Tensor, bounds: Bounds) -> Tensor:
+            q, k, v = before(states).unflatten(-1, (3, heads, -1)).unbind(1)
+            parts = [encoder_attention(q[a:b], k[a:b], v[a:b], attention.scaling, count) for (a, b), count in bounds]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1).to(self._states)
+
+        def stable_block(states: Tensor, bounds: Bounds) -> Tensor:
+            states = after.plus(attend(layer.layer_norm(states), bounds), states)
+            states = down.plus(up(layer.final_layer_norm(states), gelu=True), states)
+            return states if extra is None else states + extra(states)
+
+        def block(states: Tensor, bounds: Bounds) -> Tensor:
+            states = layer.layer_norm(after.plus(attend(states, bounds), states))
+            return layer.final_layer_norm(down.plus(up(states, gelu=True), states))
+
+        return stable_block if stable else block
+
+
+class _Linears:
+    """Linears of one input as one product, with the low-rank updates that some of them may have beside it."""
+
+    def __init__(self, plan: Plan, modules: Sequence[Any], out: torch.dtype | None = None) -> None:
+        plain = [getattr(module, "base_layer", module) for module in modules]
+        self.product = plan._packed(plain, out)
+        bounds = pairwise([0, *accumulate(len(layer.weight) for layer in plain)])
+        self.updated = [
+            (slice(*bound), module)
+            for bound, module in zip(bounds, modules, strict=True)
+            if hasattr(module, "base_layer") and not module.merged and not module.disable_adapters
+        ]
+
+    def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        if not self.updated:
+            return self.product(x, gelu=gelu)
+        out = self._update(x, self.product(x))
+        return functional.gelu(out) if gelu else out
+
+    def plus(self, x: Tensor, states: Tensor) -> Tensor:
+        return self._update(x, self.product.plus(x, states))
+
+    def _update(self, x: Tensor, out: Tensor) -> Tensor:
+        for columns, module in self.updated:
+            for name in module.active_adapters:
+                out[:, columns] += module.lora_B[name](module.lora_A[name](x)) * module.scaling[name]
+        return out
+
+
+def _on_grid(rows: Tensor) -> Tensor:
+    """[T, …] and zeros up to the next multiple of `GRID`."""
+    spare = -len(rows) % GRID
+    return torch.cat([rows, rows.new_zeros(spare, *rows.shape[1:])]) if spare else rows
+
+
+def _bias(layer: Any) -> Tensor:
+    bias: Tensor = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
+    return bias

@@ -1,0 +1,134 @@
+"""The engine in ONNX Runtime says what PyTorch says, whoever shares the batch; made once, and anew if needed."""
+
+import builtins
+
+import numpy as np
+import pytest
+import soundfile
+
+import mowa
+from mowa.adapt import store
+from mowa.data import audio
+from mowa.engines import onnx, protocol
+from mowa.engines.protocol import Sharing
+from mowa.errors import MissingPart, ModelError
+from mowa.export import export
+from tests.adapt.made import OTHER, saved
+from tests.checkpoints import clip
+from tests.checkpoints import tiny as whole_tiny
+
+pytest.importorskip("onnxscript")
+
+QUICK = {"conv_dim": (16,) * 3, "conv_kernel": (10, 8, 8), "conv_stride": (5, 8, 8), "num_hidden_layers": 1}
+
+
+def tiny(folder, **changes):
+    """Fewer convolutions with the hop of seven: quicker to trace."""
+    return whole_tiny(folder, **QUICK | changes)
+
+
+CLIPS = [audio.normalize(clip(index, length)) for index, length in enumerate([400, 401, 4_097, 12_345])]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOWA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "onnx"
+
+
+@pytest.fixture(scope="module", params=["layer", "group"])
+def base(request, tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp(request.param), norm=request.param)
+
+
+def test_it_says_what_the_native_engine_says(base):
+    engine = onnx.engine(mowa.load(str(base)))
+    native = mowa.engine(mowa.load(str(base)), device="cpu", dtype="float32")
+    assert (engine.name, engine.device, engine.dtype) == ("onnx", "cpu", "float32")
+    assert (engine.vocabulary, engine.preprocessing) == (native.vocabulary, native.preprocessing)
+    assert engine.origin.source == native.origin.source
+    for group in protocol.batches([len(one) for one in CLIPS], 60_000, engine.sharing):
+        for index, scores in zip(group, engine.emissions([CLIPS[i] for i in group]), strict=True):
+            (expected,) = native.emissions([CLIPS[index]])
+            assert scores.shape == expected.shape
+            np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_clips_that_may_not_share_are_refused(base):
+    engine = onnx.engine(mowa.load(str(base)))
+    group = engine.config.feat_extract_norm == "group"
+    assert engine.sharing is (Sharing.EQUAL if group else Sharing.PADDED)
+    if group:
+        with pytest.raises(ValueError, match="may not share"):
+            engine.emissions(CLIPS)
+    narrow = onnx.engine(mowa.load(str(base)), dtype="int8")
+    assert (narrow.sharing, narrow.dtype) == (Sharing.ALONE, "int8")
+    with pytest.raises(ValueError, match="may not share"):
+        narrow.emissions(CLIPS)
+
+
+def test_recordings_go_through_it(tmp_path):
+    file = tmp_path / "noise.wav"
+    soundfile.write(file, clip(3, 20_000), 16_000)
+    folder = str(tiny(tmp_path / "base"))
+    ours = next(
+        iter(mowa.transcripts([file], onnx.engine(mowa.load(folder)), mowa.engines.settings.Settings(speech=0)))
+    )
+    theirs = mowa.transcribe(file, folder, device="cpu", dtype="float32", speech=0.0)
+    assert ours.text == theirs.text
+    assert ours.text
+
+
+def test_it_is_exported_once(tmp_path, cache, monkeypatch):
+    folder = str(tiny(tmp_path / "base"))
+    onnx.engine(mowa.load(folder))
+    (made,) = cache.iterdir()
+    monkeypatch.setattr(onnx.exporting, "export", lambda *_, **__: pytest.fail("it was exported again"))
+    onnx.engine(mowa.load(folder))
+    assert list(cache.iterdir()) == [made]
+
+
+def test_a_damaged_one_is_made_anew(tmp_path, cache):
+    folder = str(tiny(tmp_path / "base"))
+    (expected,) = onnx.engine(mowa.load(folder)).emissions(CLIPS[-1:])
+    (made,) = cache.iterdir()
+    (made / "model.onnx.data").write_bytes(b"\0" * 1_000)
+    (scores,) = onnx.engine(mowa.load(folder)).emissions(CLIPS[-1:])
+    np.testing.assert_array_equal(scores, expected)
+
+
+def test_another_models_weights_and_every_adapter_are_exports_of_their_own(tmp_path, cache):
+    base = tiny(tmp_path / "base")
+    saved(base, "lora", tmp_path / "adapter", words=OTHER)
+    model = mowa.load(str(base))
+    plain, adapted = onnx.engine(model), onnx.engine(store.load(model, tmp_path / "adapter"))
+    assert len(list(cache.iterdir())) == 2
+    assert adapted.vocabulary == OTHER
+    native = mowa.engine(mowa.load(str(base)), device="cpu", dtype="float32")
+    for ours, theirs in ((plain, native), (adapted, native.choose(tmp_path / "adapter"))):
+        np.testing.assert_allclose(ours.emissions(CLIPS[-1:])[0], theirs.emissions(CLIPS[-1:])[0], atol=1e-4)
+
+
+def test_a_folder_is_run_as_it_is(tmp_path):
+    out = export(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out", int8=True)
+    assert onnx.engine(out).dtype == "int8"
+    with pytest.raises(ModelError, match="was exported in int8"):
+        onnx.engine(out, dtype="float32")
+    with pytest.raises(ModelError, match="holds no export"):
+        onnx.engine(tmp_path / "base")
+    with pytest.raises(ModelError, match="dtype 'bfloat16' is not one of"):
+        onnx.engine(out, dtype="bfloat16")
+
+
+def test_without_onnxruntime_it_says_what_to_do(tmp_path, monkeypatch):
+    out = export(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out")
+    real = builtins.__import__
+
+    def without(name, *rest, **more):
+        if name == "onnxruntime":
+            raise ImportError(name=name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingPart, match="needs onnxruntime"):
+        onnx.engine(out)

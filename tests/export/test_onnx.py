@@ -1,0 +1,196 @@
+"""Exports against stock transformers, read by ONNX Runtime alone; and what becomes of an export that is not the net."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCTC, AutoTokenizer, Wav2Vec2FeatureExtractor
+
+import mowa
+from mowa import export as exporting
+from mowa.adapt import merge, store
+from mowa.data import audio
+from mowa.errors import DataError, MissingPart, ModelError
+from mowa.export import onnx
+from tests.adapt.made import OTHER, saved
+from tests.checkpoints import KINDS, clip
+from tests.checkpoints import tiny as whole_tiny
+
+pytest.importorskip("onnxscript")
+import onnxruntime
+
+QUICK = {"conv_dim": (16,) * 3, "conv_kernel": (10, 8, 8), "conv_stride": (5, 8, 8), "num_hidden_layers": 1}
+
+
+def tiny(folder, **changes):
+    """Fewer convolutions with the hop of seven: quicker to trace."""
+    return whole_tiny(folder, **QUICK | changes)
+
+
+LENGTHS = [400, 401, 4_097, 20_000]
+
+
+def run(folder, clips):
+    """Logits of a batch by what the folder says, padded with zeros."""
+    note = json.loads((folder / "mowa.json").read_text())
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    longest = max(map(len, clips))
+    feed = {"input_values": np.stack([np.pad(one, (0, longest - len(one))) for one in clips])}
+    if note["masked"]:
+        feed["attention_mask"] = np.stack([(np.arange(longest) < len(one)).astype(np.int64) for one in clips])
+    return session.run(["logits"], feed)[0]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def made(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("-".join(request.param))
+    base = whole_tiny(root / "base", *request.param)
+    return base, exporting.export(mowa.load(str(base)), root / "out")
+
+
+def test_any_length_and_any_batch_give_what_transformers_gives(made):
+    base, out = made
+    net = AutoModelForCTC.from_pretrained(base).double().eval()
+    clips = [audio.normalize(clip(index, length)) for index, length in enumerate(LENGTHS)]
+    masked = json.loads((out / "mowa.json").read_text())["masked"]
+    assert masked == (net.config.feat_extract_norm == "layer")
+    together = run(out, clips) if masked else [None] * len(clips)
+    for one, row in zip(clips, together, strict=True):
+        with torch.inference_mode():
+            expected = net(torch.from_numpy(one).double()[None]).logits[0].numpy()
+        np.testing.assert_allclose(run(out, [one])[0], expected, atol=1e-4)
+        if row is not None:
+            np.testing.assert_allclose(row[: len(expected)], expected, atol=1e-4)
+
+
+def test_the_folder_says_what_it_is(made):
+    base, out = made
+    found = exporting.read(out)
+    loaded = mowa.load(str(base))
+    assert (found.scheme, found.family) == ("float32", loaded.family.name)
+    assert (found.vocabulary, found.preprocessing) == (loaded.vocabulary, loaded.preprocessing)
+    assert found.config.conv_stride == loaded.net.config.conv_stride
+    assert found.origin.source == str(base)
+    note = json.loads((out / "mowa.json").read_text())
+    assert note["compared"]["farthest"] < 1e-4
+    assert set(note["files"]) == {"model.onnx", "model.onnx.data"}
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
+    assert Wav2Vec2FeatureExtractor.from_pretrained(out).do_normalize == loaded.preprocessing.normalize
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    model = mowa.load(str(tiny(tmp_path / "base")))
+    sound = torch.from_numpy(clip(0, 5_000))[None]
+    before, how = model.net(sound).logits, model.net.config._attn_implementation
+    names = list(model.net.state_dict())
+    exporting.export(model, tmp_path / "out")
+    assert torch.equal(model.net(sound).logits, before)
+    assert model.net.config._attn_implementation == how
+    assert list(model.net.state_dict()) == names
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapters"])
+def test_an_adapter_is_part_of_it(tmp_path, kind):
+    base = tiny(tmp_path / "base")
+    saved(base, kind, tmp_path / "adapter", words=OTHER)
+    adapted = store.load(mowa.load(str(base)), tmp_path / "adapter")
+    out = exporting.export(adapted, tmp_path / "out")
+    sound = clip(0, 8_000)
+    with torch.inference_mode():
+        expected = merge.merge(adapted).net(torch.from_numpy(sound)[None]).logits[0].numpy()
+    np.testing.assert_allclose(run(out, [sound])[0], expected, atol=1e-4)
+    assert exporting.read(out).vocabulary == OTHER
+
+
+def test_half_precision_is_written_as_float32(tmp_path):
+    model = mowa.load(str(tiny(tmp_path / "base")), dtype="bfloat16")
+    out = exporting.export(model, tmp_path / "out")
+    with torch.inference_mode():
+        expected = model.net.float()(torch.from_numpy(clip(0, 5_000))[None]).logits[0].numpy()
+    np.testing.assert_allclose(run(out, [clip(0, 5_000)])[0], expected, atol=1e-4)
+
+
+def test_int8_is_smaller_and_says_how_often_it_agrees(tmp_path, caplog):
+    wide = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    model = mowa.load(str(tiny(tmp_path / "base", **wide)))
+    with caplog.at_level("INFO", "mowa"):
+        narrow = exporting.export(model, tmp_path / "int8", int8=True)
+    found = exporting.read(narrow)
+    assert found.scheme == "int8"
+    assert onnx.AGREEING <= found.agreeing < 1
+    assert f"{found.agreeing * 100:.1f} % of frames" in caplog.text
+    whole = exporting.export(model, tmp_path / "float32")
+    sizes = [sum(file.stat().st_size for file in one.glob("model.onnx*")) for one in (narrow, whole)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_what_is_not_the_net_leaves_nothing(tmp_path, monkeypatch):
+    model = mowa.load(str(tiny(tmp_path / "base")))
+    trace = onnx._trace
+
+    def broken(net, *rest):
+        with torch.no_grad():
+            net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight * 1.01)
+        trace(net, *rest)
+        net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight / 1.01)
+
+    monkeypatch.setattr(onnx, "_trace", broken)
+    with pytest.raises(ModelError, match="is not what the net is"):
+        exporting.export(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_int8_that_says_other_letters_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx, "AGREEING", 1.1)
+    with pytest.raises(ModelError, match="does not bear int8"):
+        exporting.export(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out", int8=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_there_is_not_written_over(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(DataError, match="is there already"):
+        exporting.export(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out")
+
+
+def test_damaged_and_foreign_folders_are_refused(tmp_path):
+    base = tiny(tmp_path / "base")
+    with pytest.raises(ModelError, match="holds no export"):
+        exporting.read(base)
+    saved(base, "lora", tmp_path / "adapter")
+    with pytest.raises(ModelError, match="is lora of format 1, not onnx"):
+        exporting.read(tmp_path / "adapter")
+    out = exporting.export(mowa.load(str(base)), tmp_path / "out")
+    weights = out / "model.onnx.data"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match=r"model\.onnx\.data is missing or damaged"):
+        exporting.read(out)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"model\.onnx\.data is missing or damaged"):
+        exporting.read(out)
+    (out / "mowa.json").write_text(json.dumps({"format": 1, "kind": "onnx", "files": {}}))
+    with pytest.raises(ModelError, match="is damaged: it does not say 'vocabulary'"):
+        exporting.read(out)
+
+
+def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
+    model = mowa.load(str(tiny(tmp_path / "base")))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingPart, match=r"ONNX needs onnxscript: pip install 'mowa\[onnx\]'"):
+        exporting.export(model, tmp_path / "out")
+
+
+def test_the_digest_is_of_all_that_makes_the_numbers(tmp_path):
+    base = tiny(tmp_path / "base")
+    saved(base, "lora", tmp_path / "adapter")
+    one, same = mowa.load(str(base)), mowa.load(str(base))
+    assert onnx.digest(one) == onnx.digest(same)
+    assert onnx.digest(store.load(one, tmp_path / "adapter")) != onnx.digest(one)
+    with torch.no_grad():
+        next(same.net.parameters()).view(-1)[0] += 1e-6
+    assert onnx.digest(one) != onnx.digest(same)
