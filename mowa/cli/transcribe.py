@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mowa import machine
 from mowa.decode.captions import FORMATS
 from mowa.engines.settings import ENGINES, Settings, Wanted
 from mowa.errors import AudioError, DataError, MowaError
@@ -84,6 +85,7 @@ def transcribe(
     or hub:owner/name, of any size. Bad recordings get a line on standard error, the others go on, and the exit code
     is 2.
     """
+    machine.huge_pages()
     from mowa.cli import corpus, show
     from mowa.decode import captions
     from mowa.engines.transcription import Failure, base_of, opened, transcripts

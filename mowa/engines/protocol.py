@@ -3,6 +3,7 @@
 How recordings may share a batch (`Sharing`):
 - PADDED: layer-norm front-ends in float32. The attention mask keeps padding out of every sum, so a padded batch gives
   what each recording gives alone, to 1e-5.
+  Engines that lay recordings end to end, and pad none, may share all that is float32.
 - EQUAL: group-norm front-ends normalise over time, padding included, and no mask can help; only recordings of the very
   same length share a batch.
 - ALONE: half precision and integers on a CPU. Matrix products of another shape round elsewhere, and a rounding may tip
