@@ -271,7 +271,8 @@ def _run(
     rate_hz = engine.preprocessing.rate_hz
     spoken = []
     for job, voice, window in pool:
-        if window.speech < settings.speech or audio.is_silent(window.samples):
+        short = not frames(engine.config, len(window.samples))  # for front ends that reach further than `SAMPLE_MIN`
+        if short or window.speech < settings.speech or audio.is_silent(window.samples):
             voice.paths[window.core_start] = _silence(window, engine)
             job.waiting -= 1
             heard((window.core_end - window.core_start) / rate_hz)

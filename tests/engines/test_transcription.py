@@ -103,3 +103,13 @@ def test_batches_hold_every_clip_once(sharing):
             assert len({lengths[index] for index in group}) == 1
         if sharing is protocol.Sharing.ALONE:
             assert len(group) == 1
+
+
+@pytest.mark.parametrize("samples", [400, 700, 1039, 1040])
+def test_shorter_than_the_first_frame_is_silence(engine, tmp_path, samples):
+    """pl-tiny's first frame is made of 1040 samples, wav2vec2's of 400."""
+    noise = np.random.default_rng(0).standard_normal(samples).astype(np.float32) / 10
+    soundfile.write(tmp_path / "short.wav", noise, 16_000)
+    heard = mowa.transcribe(tmp_path / "short.wav", engine, speech=0)
+    assert heard.duration_s == samples / 16_000
+    assert heard.text == "" or samples >= 1040
