@@ -29,7 +29,6 @@ PIECE = 64  # frames of the front end made at a time
 GRID = 16  # every recording gets a multiple of so many frames: oneDNN prepares anew for every new shape
 NETS = ("Wav2Vec2ForCTC", "HubertForCTC")
 Packs = dict[tuple[object, ...], PackedLinear]
-Bounds = list[tuple[tuple[int, int], int]]  # of each recording: its rows on the grid, and how many are real
 
 
 def refused(net: Any, kind: Kind) -> str:
@@ -67,26 +66,45 @@ class Plan:
         self._half = torch.float32 if kind == "float32" else torch.bfloat16  # front end, positions and attention
         self._front = self._front_of(core.feature_extractor)
         self._along = self._positions_of(core.encoder.pos_conv_embed)
-        self._blocks = [self._block_of(layer) for layer in core.encoder.layers]
+        self.blocks = [_Block(self, layer) for layer in core.encoder.layers]
 
     def __call__(self, sounds: Sequence[Tensor]) -> list[Tensor]:
-        net, core = self.net, self.net.base_model
-        kind = next(core.feature_projection.parameters()).dtype
-        parts = [self._front(sound).to(kind) for sound in sounds]
+        return self.above([self.features(sound) for sound in sounds])
+
+    def features(self, sound: Tensor) -> Tensor:
+        """Normalised samples float32 [n] → what the front end makes of them, [T, C]: each frame of its own samples."""
+        return self._front(sound).to(next(self.net.base_model.feature_projection.parameters()).dtype)
+
+    def above(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Features [T_i, C] of each recording → logits float32 [T_i, V] each."""
         counts, parts = [len(part) for part in parts], [_on_grid(part) for part in parts]
         bounds = list(zip(pairwise([0, *accumulate(map(len, parts))]), counts, strict=True))
-        states = core.feature_projection(torch.cat(parts)[None])
-        states = (states[0] if isinstance(states, tuple) else states)[0].to(self._states)
+        states = self.project(torch.cat(parts))
         states = states + torch.cat([_on_grid(self._along(states[a : a + count])) for (a, _), count in bounds])
-        stable = net.config.do_stable_layer_norm
-        states = states if stable else core.encoder.layer_norm(states)
-        for block in self._blocks:
-            states = block(states, bounds)
-        states = core.encoder.layer_norm(states) if stable else states
-        alone = [states[a : a + count] for (a, _), count in bounds]
-        if getattr(core, "adapter", None) is not None:  # convolutions that make fewer frames
-            alone = [core.adapter(part[None])[0] for part in alone]
-        return [net.lm_head(part).float() for part in alone]
+        states = self.enter(states)
+        for block in self.blocks:
+            q, k, v = block.qkv(states)
+            heard = [encoder_attention(q[a:b], k[a:b], v[a:b], block.scaling, count) for (a, b), count in bounds]
+            states = block.rest(states, heard[0] if len(heard) == 1 else torch.cat(heard))
+        adapter = getattr(self.net.base_model, "adapter", None)
+        return [self.leave(states[a : a + count], adapter) for (a, _), count in bounds]
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features [T, C] → states [T, D], positions not yet added."""
+        states = self.net.base_model.feature_projection(features[None])
+        return (states[0] if isinstance(states, tuple) else states)[0].to(self._states)
+
+    def enter(self, states: Tensor) -> Tensor:
+        """What is done between positions and the first block."""
+        stable = self.net.config.do_stable_layer_norm
+        return states if stable else self.net.base_model.encoder.layer_norm(states)
+
+    def leave(self, states: Tensor, adapter: Any = None) -> Tensor:
+        """States [T, D] after the last block → logits float32 [T, V]; `adapter` are convolutions to fewer frames."""
+        states = self.net.base_model.encoder.layer_norm(states) if self.net.config.do_stable_layer_norm else states
+        states = states if adapter is None else adapter(states[None])[0]
+        logits: Tensor = self.net.lm_head(states).float()
+        return logits
 
     def _packed(self, layers: Sequence[Any], out: torch.dtype | None = None) -> PackedLinear:
         """The linears, all of one input, as one; packed once for all nets that share their weights."""
@@ -168,30 +186,35 @@ class Plan:
 
         return along
 
-    def _block_of(self, layer: Any) -> Callable[[Tensor, Bounds], Tensor]:
+
+class _Block:
+    """One block, but for what its frames see of each other: that lies between `qkv` and `rest`."""
+
+    def __init__(self, plan: Plan, layer: Any) -> None:
         attention, feed = layer.attention, layer.feed_forward
-        before = _Linears(self, (attention.q_proj, attention.k_proj, attention.v_proj), self._half)
-        after, up, down = (
-            _Linears(self, (one,)) for one in (attention.out_proj, feed.intermediate_dense, feed.output_dense)
+        self._layer, self._stable, self._states = layer, plan.net.config.do_stable_layer_norm, plan._states
+        self._before = _Linears(plan, (attention.q_proj, attention.k_proj, attention.v_proj), plan._half)
+        self._after, self._up, self._down = (
+            _Linears(plan, (one,)) for one in (attention.out_proj, feed.intermediate_dense, feed.output_dense)
         )
-        heads, stable = attention.num_heads, self.net.config.do_stable_layer_norm
+        self._heads, self.scaling = attention.num_heads, attention.scaling
+
+    def qkv(self, states: Tensor) -> tuple[Tensor, ...]:
+        """States [T, D] → q, k and v, [T, H, d] each, not scaled."""
+        made = self._before(self._layer.layer_norm(states) if self._stable else states)
+        return made.unflatten(-1, (3, self._heads, -1)).unbind(1)
+
+    def rest(self, states: Tensor, heard: Tensor) -> Tensor:
+        """States before the block and what its attention gave, [T, H, d] → states after it."""
+        layer, heard = self._layer, heard.flatten(1).to(self._states)
+        if not self._stable:
+            states = layer.layer_norm(self._after.plus(heard, states))
+            out: Tensor = layer.final_layer_norm(self._down.plus(self._up(states, gelu=True), states))
+            return out
+        states = self._after.plus(heard, states)
+        states = self._down.plus(self._up(layer.final_layer_norm(states), gelu=True), states)
         extra = getattr(layer, "adapter_layer", None)
-
-        def attend(states: Tensor, bounds: Bounds) -> Tensor:
-            q, k, v = before(states).unflatten(-1, (3, heads, -1)).unbind(1)
-            parts = [encoder_attention(q[a:b], k[a:b], v[a:b], attention.scaling, count) for (a, b), count in bounds]
-            return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1).to(self._states)
-
-        def stable_block(states: Tensor, bounds: Bounds) -> Tensor:
-            states = after.plus(attend(layer.layer_norm(states), bounds), states)
-            states = down.plus(up(layer.final_layer_norm(states), gelu=True), states)
-            return states if extra is None else states + extra(states)
-
-        def block(states: Tensor, bounds: Bounds) -> Tensor:
-            states = layer.layer_norm(after.plus(attend(states, bounds), states))
-            return layer.final_layer_norm(down.plus(up(states, gelu=True), states))
-
-        return stable_block if stable else block
+        return states if extra is None else states + extra(states)
 
 
 class _Linears:

@@ -103,6 +103,12 @@ def positions_by_table(net: Any, *, training: bool = False) -> bool:
     return True
 
 
+def table(net: Any) -> torch.Tensor | None:
+    """Where `positions_by_table` looks up, [N, D], the last row for all frames from there on; None: nowhere."""
+    forward = vars(net.base_model.encoder.pos_conv_embed).get("forward")
+    return forward.args[0] if isinstance(forward, partial) and forward.func is _look_up else None
+
+
 def _look_up(table: torch.Tensor, module: nn.Module, training: bool, hidden: torch.Tensor) -> torch.Tensor:
     if not (training or torch.is_inference_mode_enabled()):
         return type(module).forward(module, hidden)
