@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,19 @@ log = logging.getLogger("mowa")
 DTYPES = ("auto", "float32", "int8")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Onnx:
     """A loaded export. Make one with `engine`."""
 
     exported: Exported
     session: Any  # an onnxruntime InferenceSession
     model: Model | None = None
+    threads: int | None = None
+
+    @cached_property
+    def chunk(self) -> Any:
+        """The graph of one chunk (`export.chunks`), opened when it is first asked for; None where there is none."""
+        return None if self.exported.chunk is None else _session(self.exported.chunk, self.threads)
 
     @property
     def name(self) -> str:
@@ -103,7 +110,8 @@ def engine(source: Model | str | Path, *, dtype: str = "auto", threads: int | No
         exported = exporting.read(Path(source))
         if dtype not in ("auto", exported.scheme):
             raise ModelError(f"{source} was exported in {exported.scheme}: leave --dtype out, or export it in {dtype}")
-    return Onnx(exported, _session(exported.graph, threads), source if isinstance(source, Model) else None)
+    model = source if isinstance(source, Model) else None
+    return Onnx(exported, _session(exported.graph, threads), model, threads)
 
 
 def cached(model: Model, scheme: str) -> Path:

@@ -7,6 +7,8 @@ from the net), and config, vocabulary and audio settings as transformers has the
   out, `attention_mask` int64 [B, N], 1 where there is sound.
 - output: `logits` float32 [B, T, V].
 
+A net that was trained to hear in chunks has a `chunk.onnx` too (`export.chunks`), for live streams.
+
 int8: weights of matrix products by row, activations as they come; convolutions stay float32, which is faster and more
 exact. Who runs the folder is not known here.
 """
@@ -30,6 +32,8 @@ from torch import Tensor, nn
 from mowa.adapt import merge, processor, store
 from mowa.data import audio
 from mowa.errors import MissingPart, ModelError
+from mowa.export import chunks as one_chunk
+from mowa.families.chunks import Chunks, reach, trained_for
 from mowa.families.patch import positions_by_table
 from mowa.files import becoming, quiet, read_json
 from mowa.nouns import Model, Origin, Preprocessing, Vocabulary
@@ -64,6 +68,11 @@ class Exported:
     def graph(self) -> Path:
         return self.folder / GRAPH
 
+    @property
+    def chunk(self) -> Path | None:
+        """The graph of one chunk, where the net was trained to hear in chunks."""
+        return self.folder / one_chunk.GRAPH if trained_for(self.config) else None
+
 
 def export(model: Model, out: Path, *, int8: bool = False) -> Path:
     """Write `model`, adapter included, as ONNX into `out`, which must not be there. → out. `model` stays as it is.
@@ -76,9 +85,19 @@ def export(model: Model, out: Path, *, int8: bool = False) -> Path:
     masked = net.config.feat_extract_norm == "layer"
     with becoming(Path(out)) as folder:
         _trace(net, folder / GRAPH, masked, model.origin.name)
+        live = trained_for(net.config)
+        if live is not None:
+            with _tracing(model.origin.name):
+                one_chunk.write(net, folder / one_chunk.GRAPH)
         if int8:
-            _narrow(folder)
+            for graph in (GRAPH, one_chunk.GRAPH) if live else (GRAPH,):
+                _narrow(folder, graph)
         farthest, agreeing = _compared(model, net, folder / GRAPH, masked)
+        if live is not None:
+            apart, alike = _compared_live(
+                net, folder / one_chunk.GRAPH, Chunks(live.sizes[0], live.left, live.ahead[-1])
+            )
+            farthest, agreeing = max(farthest, apart), min(agreeing, alike)
         if not int8 and not farthest <= FARTHEST:
             raise ModelError(
                 f"the ONNX of {model.origin.name} is not what the net is: {farthest:.2g} nats away, {FARTHEST} allowed"
@@ -186,40 +205,50 @@ def _trace(net: Any, file: Path, masked: bool, name: str) -> None:
         mask = torch.ones(values.shape, dtype=torch.int64)
         mask[1, 12_000:] = 0
         inputs, names, axes = (values, mask), [*names, "attention_mask"], axes * 2
+    with _tracing(name):
+        torch.onnx.export(
+            _Graph(net).eval(),
+            inputs,
+            str(file),
+            input_names=names,
+            output_names=["logits"],
+            dynamo=True,
+            opset_version=20,
+            dynamic_shapes=tuple(axes),
+            verbose=False,
+        )
+
+
+@contextmanager
+def _tracing(name: str) -> Iterator[None]:
     with _hushed():
         try:
-            torch.onnx.export(
-                _Graph(net).eval(),
-                inputs,
-                str(file),
-                input_names=names,
-                output_names=["logits"],
-                dynamo=True,
-                opset_version=20,
-                dynamic_shapes=tuple(axes),
-                verbose=False,
-            )
+            yield
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"torch cannot write {name} as ONNX: {reason}") from error
 
 
-def _narrow(folder: Path) -> None:
-    """The graph in `folder` with its matrix products in int8; the file names stay."""
+def _compared_live(net: Any, graph: Path, chunks: Chunks) -> tuple[float, float]:
+    return one_chunk.compared(net, _opened(graph), audio.load(SAMPLE)[: SAMPLE_S * 16_000], chunks, NEVER)
+
+
+def _narrow(folder: Path, graph: str) -> None:
+    """A graph in `folder` with its matrix products in int8; the file names stay."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     made = folder / "int8"
     made.mkdir()
     with _hushed():
         quantize_dynamic(
-            folder / GRAPH,
-            made / GRAPH,
+            folder / graph,
+            made / graph,
             weight_type=QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=["MatMul", "Gemm"],
             use_external_data_format=True,
         )
-    for file in folder.glob(f"{GRAPH}*"):
+    for file in folder.glob(f"{graph}*"):
         file.unlink()
     for file in made.iterdir():
         file.rename(folder / file.name)
@@ -230,15 +259,12 @@ def _narrow(folder: Path) -> None:
 def _compared(model: Model, net: Any, graph: Path, masked: bool) -> tuple[float, float]:
     """The largest difference of a log-probability, over noise and the bundled sample, padded where that is allowed,
     and the share of the frames with the same likeliest output."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    session = _opened(graph)
     speech = audio.load(SAMPLE)[: SAMPLE_S * model.preprocessing.rate_hz]
     noise = np.random.default_rng(1).standard_normal(4_097).astype(np.float32)
+    least = reach(net.config)
     farthest, same, frames = 0.0, 0, 0
-    for clips in ([speech, noise], [noise[:400]]) if masked else ([speech], [noise], [noise[:400]]):
+    for clips in ([speech, noise], [noise[:least]]) if masked else ([speech], [noise], [noise[:least]]):
         ready = [audio.normalize(clip) if model.preprocessing.normalize else clip for clip in clips]
         longest = max(map(len, ready))
         values = np.stack([np.pad(clip, (0, longest - len(clip))) for clip in ready]).astype(np.float32)
@@ -255,6 +281,14 @@ def _compared(model: Model, net: Any, graph: Path, masked: bool) -> tuple[float,
     return farthest, same / frames
 
 
+def _opened(graph: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
+
 def _write_note(model: Model, folder: Path, masked: bool, int8: bool, compared: dict[str, float]) -> None:
     words = model.vocabulary
     note = {
@@ -265,7 +299,7 @@ def _write_note(model: Model, folder: Path, masked: bool, int8: bool, compared: 
         "masked": masked,
         "origin": {name: value for name, value in asdict(model.origin).items() if name != "folder"},
         "weights_sha256": digest(model),
-        "files": {file.name: store.sha256_of(file) for file in sorted(folder.glob(f"{GRAPH}*"))},
+        "files": {file.name: store.sha256_of(file) for file in sorted(folder.glob("*.onnx*"))},
         "compared": compared,
         "vocabulary": {
             "tokens": words.tokens,
