@@ -15,17 +15,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mowa.engines.live import stream
     from mowa.engines.native import engine
     from mowa.engines.transcription import transcribe, transcripts
     from mowa.loading import load
     from mowa.train.plans import tune
 
 __version__ = "0.1.0"
-__all__ = ["engine", "load", "transcribe", "transcripts", "tune"]
+__all__ = ["engine", "load", "stream", "transcribe", "transcripts", "tune"]
 
 _HOMES = {
     "engine": "mowa.engines.native",
     "load": "mowa.loading",
+    "stream": "mowa.engines.live",
     "transcribe": "mowa.engines.transcription",
     "transcripts": "mowa.engines.transcription",
     "tune": "mowa.train.plans",

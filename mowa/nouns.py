@@ -127,8 +127,11 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of speech. `final` is false for a live hypothesis that may still change; `channel` is None where the
-    channels of the recording were heard as one."""
+    """A stretch of speech. `channel` is None where the channels of the recording were heard as one.
+
+    Of a live stream: `final` is false for a hypothesis that may still change, and `stability` is the share of its
+    letters that will not; `ends` is false where a final one will be gone on with.
+    """
 
     text: str
     start_s: float
@@ -137,6 +140,8 @@ class Segment:
     confidence: float = 0.0
     final: bool = True
     channel: int | None = None
+    stability: float = 1.0
+    ends: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,15 @@ class SpeechDetector:
         self._state = [np.zeros((1, 1, 128), np.float32)] * 2
         self._heard = np.zeros(CONTEXT, np.float32)  # context, then the samples that do not fill a block yet
 
+    @property
+    def state(self) -> dict[str, npt.NDArray[np.float32]]:
+        """All that it remembers, which another detector may be given."""
+        return {"h": self._state[0], "c": self._state[1], "heard": self._heard}
+
+    @state.setter
+    def state(self, state: dict[str, npt.NDArray[np.float32]]) -> None:
+        self._state, self._heard = [state["h"], state["c"]], state["heard"]
+
     def feed(self, samples: Samples) -> Probabilities:
         """The probability of speech in each block that these samples fill: float32 [blocks], in order, of 32 ms each.
 
