@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mowa.data import audio, augment
+from mowa.data import audio, augment, level
 from mowa.nouns import Example, Preprocessing, Vocabulary
 from mowa.tasks import ctc
 from mowa.train.recipe import Augment
 
+WRONG_DB = 4.0  # by how much the level that a live stream begins with may be wrong
 GRID_S = 0.5  # batches are padded to multiples of this: a processor prepares anew for every new shape
 POOL = 1024  # clips sorted by length together: little padding, yet no two epochs share their batches
 
@@ -104,26 +105,42 @@ class Batches(Dataset[dict[str, Any]]):
         preprocessing: Preprocessing,
         *,
         rough: Augment | None = None,
+        chunks: Sequence[int] = (),
+        ahead: Sequence[int] = (0,),
         seed: int = 0,
     ) -> None:
         self.plan, self.vocabulary, self.preprocessing = plan, vocabulary, preprocessing
-        self.rough, self.seed = rough, seed
+        self.rough, self.chunks, self.ahead, self.seed = rough, tuple(chunks), tuple(ahead), seed
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """→ `ctc.collate`'s tensors and ear [B] bool. A clip whose letters are not learnt has no labels."""
+        """→ `ctc.collate`'s tensors, ear [B] bool, and where there are `chunks`, which of them this batch has: chunk
+        [].
+
+        A clip whose letters are not learnt has no labels. 0 frames are no chunk: all is heard at once.
+        """
         group = self.plan[index]
-        sounds = [self._sound(clip.example, index, place) for place, clip in enumerate(group)]
+        rng = np.random.default_rng((self.seed, index))
+        chunk = int(rng.choice(self.chunks)) if self.chunks else 0
+        ahead = int(rng.choice(self.ahead))
+        sounds = [self._sound(clip.example, index, place, live=chunk > 0) for place, clip in enumerate(group)]
         targets = [ctc.labels(clip.example.text, self.vocabulary) if clip.letters else [] for clip in group]
         batch = ctc.collate(sounds, targets, self.preprocessing, grid=int(GRID_S * self.preprocessing.rate_hz))
-        return batch | {"ear": torch.tensor([clip.ear for clip in group])}
+        batch |= {"ear": torch.tensor([clip.ear for clip in group])}
+        return batch | {"chunk": torch.tensor(chunk), "ahead": torch.tensor(ahead)} if self.chunks else batch
 
-    def _sound(self, example: Example, index: int, place: int) -> np.ndarray:
-        samples = audio.load(example.audio, self.preprocessing.rate_hz)
-        samples = _roughened(samples, self.rough, index, np.random.default_rng((self.seed, index, place)))
-        return audio.normalize(samples) if self.preprocessing.normalize else samples
+    def _sound(self, example: Example, index: int, place: int, *, live: bool) -> np.ndarray:
+        rng, rate_hz = np.random.default_rng((self.seed, index, place)), self.preprocessing.rate_hz
+        samples = _roughened(audio.load(example.audio, rate_hz), self.rough, index, rng)
+        if not self.preprocessing.normalize:
+            return samples
+        if not live:
+            return audio.normalize(samples)
+        wrong = 10 ** (rng.normal(0, WRONG_DB if self.rough else 0) / 10)
+        before = level.Level.typical(float(samples.var()) * wrong, rate_hz)
+        return level.normalised(samples, before, rate_hz)[0]
 
 
 class Windows(Dataset[dict[str, Any]]):

@@ -3,6 +3,7 @@
     loss = letters · CTC + front · d(z, z′) + ear · mean over the chosen blocks of d(h, h′)
     d(a, b) = mean over frames and features of ((a − b) / s)²,   s: a feature's standard deviation, the teacher's
 
+
 z is the projected front-end (before positions), h the features after a block; primes are the teacher's. The
 net has the teacher's positions (`positions`), so its features are the teacher's own to begin with, and stay near them.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mowa.errors import RecipeError
+from mowa.families.chunks import Chunks, chunked
 from mowa.tasks import ctc
 from mowa.train import positions
 from mowa.train.transplant import FRAME, LEVEL, LOUDEST, Ear
@@ -80,19 +82,35 @@ def survey(ear: Ear, recordings: Sequence[np.ndarray]) -> list[Tensor]:
 
 
 class Lesson(nn.Module):
-    """What the Trainer trains: the net, with the loss of a stage. While letters are learnt, only they are evaluated."""
+    """What the Trainer trains: the net, with the loss of a stage. While letters are learnt, only they are evaluated.
 
-    def __init__(self, net: nn.Module, weights: Weights, teacher: Teacher | None = None) -> None:
+    `left` is how many frames before a chunk are seen, where batches come in chunks; None: all.
+    """
+
+    def __init__(
+        self, net: nn.Module, weights: Weights, teacher: Teacher | None = None, left: int | None = None
+    ) -> None:
         super().__init__()
-        self.net, self.weights = net, weights
+        self.net, self.weights, self.left = net, weights, left
         self._teacher = (teacher,)  # in a tuple: no part of the checkpoint
 
     @property
     def taught(self) -> bool:
         return self._teacher[0] is not None
 
-    def forward(self, input_values: Tensor, attention_mask: Tensor, labels: Tensor, ear: Tensor) -> dict[str, Tensor]:
-        """Batch [B, N] → loss [], logits [B, T, V]; `ear` [B]: the clips on which the teacher is listened to."""
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        ear: Tensor,
+        chunk: Tensor | None = None,
+        ahead: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Batch [B, N] → loss [], logits [B, T, V]; `ear` [B]: the clips on which the teacher is listened to.
+
+        `chunk` []: of so many frames is a chunk, 0 for none; `ahead` []: so many are heard after it.
+        """
         net: Any = self.net
         (teacher,) = self._teacher
         weigh = self.weights
@@ -101,9 +119,13 @@ class Lesson(nn.Module):
             states: tuple[Any, ...] = (net.wav2vec2.feature_projection(normed)[0],)
             logits = states[0].new_zeros(len(states[0]), 1, 2)
         else:
-            out = net.wav2vec2(input_values, attention_mask=attention_mask, output_hidden_states=True)
+            size = 0 if chunk is None else int(chunk)
+            how = Chunks(size, self.left, 0 if ahead is None else int(ahead)) if size else None
+            with chunked(net, how) as alone:
+                out = net.base_model(input_values, attention_mask=attention_mask, output_hidden_states=True)
+                inner = tuple(map(alone, out.hidden_states[1 : len(net.wav2vec2.encoder.layers)]))
             low = net.wav2vec2.feature_projection.projection(out.extract_features) if weigh.front else None
-            states = (low, *out.hidden_states[1 : len(net.wav2vec2.encoder.layers)], out.last_hidden_state)
+            states = (low, *inner, out.last_hidden_state)
             logits = net.lm_head(net.dropout(out.last_hidden_state))
         loss = logits.new_zeros((), dtype=torch.float32)
         if weigh.letters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,29 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Dev:
-    """A manifest that is watched during training, under a name of its own; of a long one, `clips` of them."""
+    """A manifest that is watched during training, under a name of its own; of a long one, `clips` of them.
+
+    With a `chunk_s` it is heard in chunks, as if it were live, each with `ahead_s` after it.
+    """
 
     name: str
     manifest: str
     clips: int = 150
+    chunk_s: float = math.inf
+    ahead_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """Hearing in chunks is learnt: every batch has a length of chunk drawn from `chunk_s`, which sees `left_s` before
+    it, and a length from `ahead_s` after it. `full` is no chunk at all, or all that was before.
+
+    What is heard in chunks is normalised as a live stream is (`data.level`). `families.chunks` says what is seen.
+    """
+
+    chunk_s: tuple[float, ...] = schema.knob((0.32, 0.64, 1.28, math.inf), "lengths of chunks", least=0.02)
+    left_s: float = schema.knob(math.inf, "what is seen before a chunk", least=0.0)
+    ahead_s: tuple[float, ...] = schema.knob((0.0,), "what is seen after it", least=0.0, most=2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +102,7 @@ class Stage:
     letters: float = 1.0
     front: float = 0.0
     ear: float = 0.0
+    streaming: Streaming | None = None
     augment: Augment = field(default_factory=Augment)
     optimise: Optimise = field(default_factory=Optimise)
 

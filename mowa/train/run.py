@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from mowa.adapt import processor
 from mowa.data import synth
 from mowa.decode import ctc as decoder
 from mowa.errors import DataError, MissingPart, RecipeError
+from mowa.families import chunks as hearing
+from mowa.families.chunks import TRAINED
 from mowa.families.patch import channel_last_front_end
 from mowa.files import atomic_write
 from mowa.nouns import Preprocessing, Vocabulary
@@ -165,20 +168,22 @@ def _stage(
     weights = Weights(stage.letters, stage.front, stage.ear)
     if (weights.front or weights.ear) and teacher is None:
         raise RecipeError(f"stage {stage.name}: front and ear need a teacher")
-    lesson = Lesson(net, weights, teacher if weights.front or weights.ear else None)
+    if stage.streaming and not stage.letters:
+        raise RecipeError(f"stage {stage.name}: streaming is learnt with letters; weigh them")
+    if stage.streaming and (why := hearing.refused(net)):
+        raise RecipeError(f"stage {stage.name}: this net cannot hear in chunks: {why}")
     before = {name: value.clone() for name, value in net.wav2vec2.state_dict().items()} if how.keep != 1 else {}
     print(f"stage {number}, {stage.name}: {how.steps} steps", file=sys.stderr)
     with channel_last_front_end(net), positions.held(net) if teacher is not None else nullcontext():
+        left = _frames(net, stage.streaming.left_s) if stage.streaming else 0
+        lesson = Lesson(net, weights, teacher if weights.front or weights.ear else None, left or None)
         optimiser = _optimiser(lesson, how)
         trainer = Trainer(
             model=lesson,
             args=_arguments(stage, folder),
             data_collator=_only,
-            train_dataset=_training(stage, sources, words, sound),
-            eval_dataset={
-                name: Batches(list(fill(sorted(part, key=lambda c: c.duration_s), how.batch_s)), words, sound)
-                for name, part in dev.items()
-            },
+            train_dataset=_training(stage, sources, words, sound, net),
+            eval_dataset={part.name: _watched(part, dev[part.name], how, words, sound, net) for part in stage.dev},
             compute_metrics=(lambda seen: _metrics(seen, words)) if stage.letters else None,
             preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
             optimizers=(optimiser, get_cosine_schedule_with_warmup(optimiser, how.warmup_steps, how.steps)),
@@ -196,13 +201,31 @@ def _stage(
     return rows
 
 
-def _training(stage: Stage, sources: Any, words: Vocabulary, sound: Preprocessing) -> Batches | Windows:
+def _watched(
+    part: Dev, clips: Sequence[Clip], how: Optimise, words: Vocabulary, sound: Preprocessing, net: Any
+) -> Batches:
+    plan = list(fill(sorted(clips, key=lambda c: c.duration_s), how.batch_s))
+    chunk = _frames(net, part.chunk_s)
+    return Batches(plan, words, sound, chunks=(chunk,) if chunk else (), ahead=(_frames(net, part.ahead_s),))
+
+
+def _frames(net: Any, seconds: float) -> int:
+    """A length as frames of the net; 0 where it has no end."""
+    if math.isinf(seconds):
+        return 0
+    return round(seconds * Preprocessing().rate_hz / math.prod(net.config.conv_stride))
+
+
+def _training(stage: Stage, sources: Any, words: Vocabulary, sound: Preprocessing, net: Any) -> Batches | Windows:
     how, rough = stage.optimise, stage.augment
     if not stage.letters:
         window = {"batch_s": how.batch_s, "window_s": stage.window_s}
         return Windows(sources, how.steps, sound, rough=rough, seed=how.seed, **window)
     batches = plan(sources, count=how.steps, budget_s=how.batch_s, shortest_first=how.shortest_first, seed=how.seed)
-    return Batches(batches, words, sound, rough=rough, seed=how.seed)
+    if (live := stage.streaming) is None:
+        return Batches(batches, words, sound, rough=rough, seed=how.seed)
+    chunks, ahead = ([_frames(net, one) for one in many] for many in (live.chunk_s, live.ahead_s))
+    return Batches(batches, words, sound, rough=rough, chunks=chunks, ahead=ahead, seed=how.seed)
 
 
 def _beginnings(recipe: Recipe, folder: Path) -> str | None:
@@ -307,6 +330,11 @@ def save(net: Any, recipe: Recipe, words: Vocabulary, sound: Preprocessing, out:
     """An ordinary 16-bit checkpoint that `AutoModelForCTC` and `pipeline` load, and the recipe beside it."""
     with torch.no_grad():
         net.lm_head.bias[words.blank] += recipe.blank
+    for stage in recipe.stages:
+        if (live := stage.streaming) is not None:
+            sizes, ahead = (sorted({_frames(net, one) for one in many}) for many in (live.chunk_s, live.ahead_s))
+            said = {"chunk_frames": [one for one in sizes if one], "ahead_frames": ahead}
+            setattr(net.config, TRAINED, said | {"left_frames": _frames(net, live.left_s) or None})
     net.half().save_pretrained(out)
     processor.write(words, sound, out)
     recipes.write(recipe, out / "recipe.yaml")

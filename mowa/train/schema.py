@@ -21,6 +21,7 @@ from mowa.errors import MissingPart, RecipeError
 from mowa.files import atomic_write
 
 Kind = TypeVar("Kind")
+FULL = "full"  # how a number without an end is written
 _NEEDED = "recipes need pyyaml: pip install 'mowa[train]'"
 
 
@@ -165,7 +166,7 @@ def _value(hint: Any, value: Any, where: str, standing: Any = dataclasses.MISSIN
     wanted = origin or hint
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
-            value = float(value)  # YAML 1.1 reads 1e-4 as a word
+            value = math.inf if value == FULL else float(value)  # YAML 1.1 reads 1e-4 as a word
     right = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
     if right and origin is None and not (wanted is float and math.isnan(value)):
         return value

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCTC, pipeline
 
+import mowa
 from mowa.errors import DataError, MissingPart, RecipeError
+from mowa.families.chunks import Trained, trained_for
 from mowa.families.patch import ChannelLastGelu, channel_last_front_end
 from mowa.nouns import Example
 from mowa.train import batches, run
 from mowa.train.batches import Clip
-from mowa.train.recipe import Augment, Dev, Optimise, Recipe, Source, Stage
+from mowa.train.recipe import Augment, Dev, Optimise, Recipe, Source, Stage, Streaming, read
 from tests.checkpoints import clip, corpus
 
 NET = {
@@ -182,3 +185,45 @@ def test_clips_without_letters_have_no_labels(recipe):
     assert (batch["labels"][1] == -100).all()
     assert (batch["labels"][0] >= 0).any()
     assert batch["input_values"].shape[1] % 8_000 == 0
+
+
+def live(recipe, **how):
+    (stage,) = recipe.stages
+    heard = Streaming((0.1, 0.2, math.inf), **how)
+    dev = (*stage.dev, Dev("live", stage.dev[0].manifest, 3, 0.1, 0.04))
+    return dataclasses.replace(recipe, stages=(dataclasses.replace(stage, streaming=heard, dev=dev),))
+
+
+def test_hearing_in_chunks_is_trained_and_stands_in_the_config(recipe, tmp_path):
+    out = run.train(live(recipe, left_s=1.0, ahead_s=(0.0, 0.04)), tmp_path / "out", threads=1)
+    net = AutoModelForCTC.from_pretrained(out)
+    assert trained_for(net.config) == Trained((5, 10), 50, (0, 2))
+    rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert any("eval_live_cer" in row for row in rows)
+    assert read(out / "recipe.yaml").stages[0].streaming == Streaming((0.1, 0.2, math.inf), 1.0, (0.0, 0.04))
+    stream = mowa.stream(str(out))
+    assert isinstance(stream.feed(clip(0, 16_000)), list)
+
+
+def test_every_batch_has_a_chunk_of_its_own_and_is_normalised_as_live(recipe):
+    clips = [Clip(example) for example in run.synth.read_manifest(Path(recipe.stages[0].sources[0].manifest))][:2]
+    words, sound = run.vocabulary(recipe.alphabet), run.Preprocessing()
+    made = batches.Batches([clips] * 40, words, sound, chunks=(5, 10, 0), ahead=(0, 2), seed=3)
+    again = batches.Batches([clips] * 40, words, sound, chunks=(5, 10, 0), ahead=(0, 2), seed=3)
+    drawn = [(int(made[i]["chunk"]), int(made[i]["ahead"])) for i in range(40)]
+    assert {chunk for chunk, _ in drawn} == {0, 5, 10}
+    assert {ahead for _, ahead in drawn} == {0, 2}
+    assert drawn == [(int(again[i]["chunk"]), int(again[i]["ahead"])) for i in range(40)]
+    whole, live = (next(i for i, (chunk, _) in enumerate(drawn) if bool(chunk) is one) for one in (False, True))
+    assert abs(float(made[whole]["input_values"][0][: int(made[whole]["attention_mask"][0].sum())].mean())) < 1e-4
+    assert not torch.equal(made[whole]["input_values"], made[live]["input_values"])
+
+
+def test_chunks_that_cannot_be_trained_are_refused_before_the_first_step(recipe, tmp_path):
+    group = dataclasses.replace(live(recipe), net=NET | {"feat_extract_norm": "group", "do_stable_layer_norm": False})
+    with pytest.raises(RecipeError, match="cannot hear in chunks: its front end normalises"):
+        run.train(group, tmp_path / "a")
+    (stage,) = live(recipe).stages
+    silent = dataclasses.replace(recipe, stages=(dataclasses.replace(stage, letters=0.0),))
+    with pytest.raises(RecipeError, match="streaming is learnt with letters"):
+        run.train(silent, tmp_path / "b")
