@@ -42,8 +42,8 @@ model: .venv/.test apt-espeak apt-festival
 	$(BIN)/mowa data people --out build/people --source fillets-cs
 	$(BIN)/mowa data festival build/pl-tiny/sentences.txt --out build/festival --clips 4000
 	$(BIN)/mowa data festival build/pl-tiny/held-out.txt --out build/festival --voice czech_dita --clips 300
-	test -f build/pl-tiny/second/model.safetensors || $(BIN)/mowa train recipes/pl-tiny.yaml --out build/pl-tiny/second
-	$(BIN)/python benchmarks/quality.py --model build/pl-tiny/second
+	test -f build/pl-tiny/third/model.safetensors || $(BIN)/mowa train recipes/pl-tiny.yaml --out build/pl-tiny/third
+	$(BIN)/python benchmarks/quality.py --model build/pl-tiny/third
 
 micro: .venv/.test
 	$(BIN)/mowa train recipes/micro.yaml --out build/micro

@@ -6,6 +6,7 @@ What a knob means is not known here: its default, its words and its help are rea
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Iterator
@@ -162,6 +163,8 @@ def takes(leaf: Leaf) -> str:
         return many + _range(leaf)
     if origin is dict:
         return f"keys and values ({_PLAIN.get(parts[1], 'anything')})"
+    if parts and dataclasses.is_dataclass(parts[0]):
+        return "keys and values (below), or nothing"
     return _PLAIN[leaf.hint] + _range(leaf)
 
 
@@ -187,6 +190,8 @@ def _yaml(value: Any) -> str:
         return f"{{{', '.join(f'{_yaml(key)}: {_yaml(item)}' for key, item in value.items())}}}"
     if isinstance(value, bool):
         return str(value).lower()
+    if value == math.inf:
+        return schema.FULL
     return str(value) if value != "" else '""'
 
 

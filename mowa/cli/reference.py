@@ -149,7 +149,7 @@ def _groups(kind: Any, path: str = "", standing: Any = None) -> Iterator[tuple[s
             value = schema.stands(field)
             yield from _groups(hint, under, value if dataclasses.is_dataclass(value) else None)
         elif members and dataclasses.is_dataclass(members[0]):
-            yield from _groups(members[0], f"{under}[]")
+            yield from _groups(members[0], f"{under}[]" if typing.get_origin(hint) is tuple else under)
 
 
 def _prose(kind: type) -> str:

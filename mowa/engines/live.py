@@ -59,8 +59,8 @@ class Live:
 
     `chunk_s` is how much is heard at a time (None: 0.32 s cached, 1.28 s in windows), `left_s` what is seen before that
     (None: as in training, or 4 s in windows), `right_s` what is heard after it, and again with the next chunk (None:
-    the least that it was trained with, or 1.28 s in windows: the positional convolution of wav2vec2 looks 1.26 s
-    ahead).
+    the most that it was trained with, up to a chunk, or 1.28 s in windows: the positional convolution of wav2vec2
+    looks 1.26 s ahead).
     """
 
     mode: Literal["auto", "cached", "window"] = "auto"
@@ -115,8 +115,8 @@ def _cached(engine: Engine, trained: Trained | None, size: int, left: int | None
     step = _step(engine)
     if step is None:
         raise ModelError(f"the {engine.name} engine has no memory for {name}: use --mode window, or --engine native")
-    nearest = [one for one in trained.ahead if 0 < one <= size] or [trained.ahead[0]]
-    return Cached(engine, step, size, trained.left if left is None else left, nearest[0] if ahead is None else ahead)
+    most = max((one for one in trained.ahead if one <= size), default=0)
+    return Cached(engine, step, size, trained.left if left is None else left, most if ahead is None else ahead)
 
 
 def _step(engine: Engine) -> Step | None:
