@@ -13,6 +13,7 @@ from mowa.errors import MowaError
 # verb → (module:function, the line `mowa --help` shows)
 VERBS = {
     "transcribe": ("mowa.cli.transcribe:transcribe", "Write down what is said in recordings."),
+    "listen": ("mowa.cli.listen:listen", "Write down what is said, as it is said."),
     "journal": ("mowa.cli.journal:journal", "Look into, merge and export what a corpus run wrote."),
     "models": ("mowa.cli.models:models", "List aliases, families and what is cached."),
     "doctor": ("mowa.cli.doctor:doctor", "Say what this machine has and whether mowa works on it."),

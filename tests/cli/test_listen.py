@@ -1,0 +1,356 @@
+"""`mowa listen` as people and programs meet it: sound comes, words are written, and nothing that was heard is lost."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mowa.cli import listen, screen
+from mowa.cli.main import main
+from mowa.data import audio
+from mowa.data.live import Block, Piece, Source
+from mowa.errors import AudioError
+from mowa.nouns import Segment, Word
+
+ROOT = Path(__file__).parents[2]
+MODEL = ["--model", str(ROOT / "tests" / "assets" / "micro"), "--threads", "1", "--dtype", "float32"]
+RATE_HZ = 16_000
+KEYS = [
+    "type", "text", "start_s", "end_s", "confidence", "ends", "stability", "words", "heard_s", "latency_s",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sound():
+    """Eight seconds of speech."""
+    return audio.load(ROOT / "examples" / "dzien-dobry.flac")[: 8 * RATE_HZ]
+
+
+@pytest.fixture
+def file(tmp_path, sound):
+    soundfile.write(tmp_path / "said.wav", sound, RATE_HZ)
+    return tmp_path / "said.wav"
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments, model=MODEL):
+        with pytest.raises(SystemExit) as end:
+            main(["listen", *map(str, arguments), *model])
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+def finals(out):
+    events = [json.loads(line) for line in out.splitlines()]
+    return " ".join(event["text"] for event in events if event["type"] == "final" and event["text"])
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_events_for_programs(run, file):
+    code, out, err = run(file, "--format", "json")
+    assert (code, err) == (0, "")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert {event["type"] for event in events} == {"final", "partial"}
+    until_s = heard_s = 0.0
+    for event in events:
+        assert list(event) == KEYS
+        assert event["heard_s"] >= heard_s
+        heard_s = event["heard_s"]
+        assert event["text"] == " ".join(word["text"] for word in event["words"])
+        assert (event["latency_s"] is None) == (not event["words"])
+        assert event["latency_s"] is None or event["latency_s"] >= 0
+        for word in event["words"]:
+            assert list(word) == ["text", "start_s", "end_s", "confidence"]
+            assert until_s <= word["start_s"] <= word["end_s"] <= heard_s + 0.001
+        if event["type"] == "final" and event["words"]:
+            until_s = event["end_s"]
+    assert events[-1]["heard_s"] == 8.0
+    assert [event for event in events if event["type"] == "final"][-1]["ends"]
+    assert "zapisuje" in finals(out)
+
+
+def test_all_ways_in_bring_the_same_words(run, file, sound, tmp_path, monkeypatch):
+    code, plain, err = run(file)
+    assert (code, err) == (0, "")
+    assert len(plain.splitlines()) == 1
+    (tmp_path / "said.raw").write_bytes((sound * 32768).round().astype("<i2").tobytes())
+    outs = [run(file, "--simulate", "--speed", 20, "--format", "json")]
+    for name in ("said.raw", "said.wav"):
+        with subprocess.Popen(["cat", tmp_path / name], stdout=subprocess.PIPE) as cat:
+            monkeypatch.setattr(sys, "stdin", cat.stdout)
+            outs.append(run("-", "--format", "json"))
+    for code, out, err in outs:
+        assert (code, err) == (0, "")
+        assert finals(out) == plain.strip()
+
+
+def test_a_line_for_each_segment(run, sound, monkeypatch):
+    pause = np.zeros(RATE_HZ, np.float32)
+    plays(monkeypatch, [sound[: 2 * RATE_HZ], pause, sound[2 * RATE_HZ : 5 * RATE_HZ], pause])
+    code, out, err = run("--pause-s", 0.5)
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 2
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------------
+
+
+def plays(monkeypatch, pieces, *, after=None, ends=False, lost_s=0.0):
+    """Listen to these pieces instead of a microphone; `lost_s` is lost before each but the first."""
+
+    def sounds(rate_hz):
+        for number, piece in enumerate(pieces):
+            for at in range(0, len(piece), 512):
+                lost = lost_s if number and not at else 0.0
+                yield Piece(piece[at : at + 512], RATE_HZ, time.monotonic(), lost)
+        if after is not None:
+            yield from after()
+
+    monkeypatch.setattr(listen, "_source", lambda *_: Source("microphone", sounds, waits=True, ends=ends))
+
+
+@pytest.fixture(scope="module")
+def heard(sound):
+    """The words of the first five seconds, as a stream says them."""
+    from mowa.engines import live
+    from mowa.engines.settings import Wanted
+    from mowa.engines.transcription import opened
+
+    stream = live.stream(opened(Wanted(MODEL[1], dtype="float32", threads=1)).engine)
+    segments = [*stream.feed(sound[: 5 * RATE_HZ]), *stream.close()]
+    return " ".join(segment.text for segment in segments if segment.final and segment.text)
+
+
+@pytest.mark.parametrize(("ends", "signalled", "code"), [(False, signal.SIGINT, 0), (True, signal.SIGTERM, 130)])
+def test_ctrl_c_writes_what_was_heard(run, sound, monkeypatch, heard, ends, signalled, code):
+    before = signal.getsignal(signalled)
+
+    def after():
+        os.kill(os.getpid(), signalled)
+        while True:
+            time.sleep(0.01)
+            yield Piece(np.zeros(0, np.float32), RATE_HZ, time.monotonic())
+
+    plays(monkeypatch, [sound[: 5 * RATE_HZ]], after=after, ends=ends)
+    assert (code, heard, "") == (lambda code, out, err: (code, finals(out), err))(*run("--format", "json"))
+    assert signal.getsignal(signalled) is before
+
+
+def test_ctrl_c_twice_stops_at_once():
+    finished = []
+    with listen.stoppable(types.SimpleNamespace(finish=lambda: finished.append(True))) as stopped:
+        signal.raise_signal(signal.SIGINT)
+        assert (stopped, finished) == ([signal.SIGINT], [True])
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_what_was_heard_before_it_was_unplugged(run, sound, monkeypatch, heard):
+    def after():
+        raise AudioError("microphone: gives no sound any more")
+        yield
+
+    plays(monkeypatch, [sound[: 5 * RATE_HZ]], after=after)
+    code, out, err = run("--format", "json")
+    assert (code, err) == (2, "mowa: microphone: gives no sound any more\n")
+    assert finals(out) == heard
+    assert run()[1].strip() == heard
+
+
+def test_lost_sound_is_told_once_and_times_stay_true(run, sound, monkeypatch):
+    plays(monkeypatch, [sound[: 3 * RATE_HZ], sound[: 3 * RATE_HZ]], lost_s=100.0)
+    code, out, err = run("--format", "json")
+    assert code == 0
+    assert err.startswith("mowa: 100.0 s of sound were lost: ")
+    assert err.count("\n") == 1
+    events = [json.loads(line) for line in out.splitlines() if '"final"' in line]
+    ends = [event["end_s"] for event in events if event["words"]]
+    assert min(end for end in ends if end > 50) > 103
+    assert max(end for end in ends if end < 50) <= 3
+    assert events[-1]["heard_s"] == 106.0
+
+
+def test_a_process_with_an_open_pipe_is_stopped(file, sound):
+    soundfile.write(file, np.repeat(sound, 2), 2 * RATE_HZ)  # what resamples is not left to a thread that still waits
+    code = "import sys; from mowa.cli.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "listen", "-", "--format", "json", *MODEL]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(file.read_bytes())
+        process.stdin.flush()
+        first = process.stdout.readline()  # comes while the pipe is open
+        process.send_signal(signal.SIGINT)
+        rest, err = process.stdout.read(), process.stderr.read()
+        process.stdin.close()
+    assert (process.returncode, err) == (130, b"")
+    assert json.loads(first)["words"]
+    assert json.loads(rest.splitlines()[-1])
+
+
+# --- what cannot be heard ---------------------------------------------------------------------------------------------
+
+
+def test_every_error_is_one_line(run, file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    for arguments, line in (
+        (["lost.wav"], "lost.wav: does not exist. Check the spelling."),
+        (["lost.wav", "--simulate"], "lost.wav: does not exist. Check the spelling."),
+        (["gopher://x/y"], "gopher://x/y: is no address"),
+        ([], "microphones need sounddevice: pip install 'mowa[live]'"),
+        (["--list-devices"], "microphones need sounddevice"),
+        (["--simulate"], "--simulate plays a file"),
+        (["-", "--simulate"], "--simulate plays a file"),
+        ([file, "--speed", 2], "--speed is for --simulate"),
+        ([file, "--rate", 8000], "--rate is for raw samples"),
+        ([file, "--input-device", 1], "--input-device is a microphone"),
+        ([file, "--mode", "cached"], ""),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"mowa: {line}")
+        assert err.count("\n") == 1
+
+
+def test_a_damaged_file_is_heard_to_where_it_breaks(run, file, sound):
+    soundfile.write(file, np.concatenate([sound, [np.nan]]), RATE_HZ, subtype="FLOAT")
+    code, out, err = run(file)
+    assert code == 2
+    assert "not a number" in err
+    assert err.count("\n") == 1
+    assert "zapisuje" in out
+
+
+def test_microphones_are_listed(run, monkeypatch, capsys):
+    there = [
+        {"name": "Speaker", "max_input_channels": 0, "default_samplerate": 48_000.0},
+        {"name": "Built-in", "max_input_channels": 2, "default_samplerate": 44_100.0},
+    ]
+    module = types.SimpleNamespace(
+        default=types.SimpleNamespace(device=(1, 0)), query_devices=lambda: there, PortAudioError=OSError
+    )
+    monkeypatch.setitem(sys.modules, "sounddevice", module)
+    code, out, err = run("--list-devices", model=[])
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1].split() == ["1", "Built-in", "2", "44100", "Hz", "default"]
+    there.pop()
+    assert run("--list-devices", model=[])[2] == "mowa: there is no microphone here\n"
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+def said(text, *, end_s=1.0, final=True, ends=False):
+    words = tuple(Word(word, 0.0, end_s, 1.0) for word in text.split())
+    return Segment(text, 0.0, end_s, words, final=final, ends=ends)
+
+
+def test_latency_is_from_when_the_sound_was_recorded(monkeypatch):
+    now = types.SimpleNamespace(monotonic=lambda: 50.0)
+    monkeypatch.setattr(listen, "time", now)
+    stream = types.SimpleNamespace(heard_s=0.0, feed=None, flush=lambda: [], close=lambda: [said("end", end_s=2.5)])
+    hearing = listen.Hearing(stream)
+
+    def feed(samples):
+        stream.heard_s += len(samples) / RATE_HZ
+        return [said("one", end_s=0.5), said("", end_s=1.0)]
+
+    stream.feed = feed
+    one_second = np.zeros(RATE_HZ, np.float32)
+    blocks = [Block(one_second, recorded_s) for recorded_s in (40.0, 41.0, 47.0)]
+    *found, last = hearing.events(blocks)
+    assert [[event.latency_s for event in events] for events in found] == [[10.0, None], [10.0, None], [10.0, None]]
+    assert [event.latency_s for event in last] == [6.0]  # 2.5 s of it were recorded between 41 and 47
+    assert [event.heard_s for event in last] == [3.0]
+
+
+def test_status():
+    stream = types.SimpleNamespace(heard_s=42.4)
+    hearing = listen.Hearing(stream)
+    hearing.computed_s = 4.664
+    assert listen.status(hearing) == "0:42 heard · 0.11× real time"
+    hearing.latency_s, stream.heard_s = 0.338, 3700.0
+    assert listen.status(hearing) == "1:01:40 heard · 0.00× real time · 0.34 s behind"
+    hearing.lost_s = 20.0
+    assert listen.status(hearing).endswith("1:02:00 heard · 0.00× real time · 0.34 s behind · 20.0 s lost")
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+class Emulator:
+    """A terminal that knows what a screen writes, and nothing else. Rows hold the columns of what they show."""
+
+    def __init__(self, width):
+        self.width, self.rows, self.at, self.dim = width, [""], 0, False
+        self.dimmed = ""
+
+    def write(self, text):
+        for code in re.findall(r"\x1b\[\d?[A-Zm]|.|\n|\r", text):
+            if code == "\n":
+                self.at += 1
+                self.rows += [""] * (self.at == len(self.rows))
+            elif code == "\x1b[2K":
+                self.rows[self.at] = ""
+            elif code == "\x1b[1A":
+                self.at -= 1
+                assert self.at >= 0
+            elif code in ("\x1b[2m", "\x1b[0m"):
+                self.dim = code == "\x1b[2m"
+            elif code != "\r":
+                self.rows[self.at] += code
+                self.dimmed += code if self.dim else ""
+                assert screen.columns(self.rows[self.at]) < self.width
+
+
+words = st.lists(st.text(alphabet="aąż字e\u0301", min_size=1, max_size=14), max_size=4).map(" ".join)
+feeds = st.lists(st.lists(st.tuples(words, st.sampled_from(["final", "ends", "partial"])), max_size=3), max_size=9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(feeds, st.integers(3, 30))
+def test_what_is_final_stays_on_the_terminal(fed, width):
+    with pytest.MonkeyPatch.context() as patch:
+        emulator = Emulator(width)
+        patch.setattr(screen.click, "echo", lambda text, nl: emulator.write(text))
+        patch.setattr(screen.shutil, "get_terminal_size", lambda: os.terminal_size((width, 24)))
+        shown, final = screen.Screen("waiting"), []
+        for feed in fed:
+            segments = [said(text, final=kind != "partial", ends=kind == "ends") for text, kind in feed]
+            shown.show(segments, "0:42 heard")
+            final += [segment.text for segment in segments if segment.final]
+            open_ = segments[-1].text if segments and not segments[-1].final else ""
+            everything = "".join(emulator.rows).replace(" ", "")
+            if screen.columns(open_) < width - 1:
+                assert open_.replace(" ", "") in everything
+            assert everything.startswith("".join(final).replace(" ", ""))
+        shown.end()
+    assert "".join(emulator.rows).replace(" ", "") == "".join(final).replace(" ", "")
+
+
+def test_partial_words_are_dim_and_final_ones_are_not(monkeypatch):
+    emulator = Emulator(40)
+    monkeypatch.setattr(screen.click, "echo", lambda text, nl: emulator.write(text))
+    monkeypatch.setattr(screen.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    shown = screen.Screen("waiting")
+    emulator.dimmed = ""
+    shown.show([said("ala ma"), said("kota i psa", final=False)], "status")
+    assert emulator.rows == ["ala ma kota i psa", "status"]
+    assert emulator.dimmed == "kota i psastatus"
+    shown.show([said("kota", ends=True), said("", final=False)], "later")
+    assert emulator.rows == ["ala ma kota", "", "later"]
+    shown.end()
+    assert emulator.rows == ["ala ma kota", "", ""]
