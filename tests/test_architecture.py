@@ -32,6 +32,7 @@ HEAVY = {
     "onnxscript",
     "peft",
     "pyarrow",
+    "sounddevice",
     "trl",
     "yaml",
 }  # only inside the function that needs them

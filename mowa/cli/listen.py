@@ -54,7 +54,7 @@ ASKED = Wanted("")
 @click.option("--left-s", type=click.FloatRange(min=0),
               help="Seconds before them that are heard with them. [default: as the mode has it]")
 @click.option("--right-s", type=click.FloatRange(min=0),
-              help="Seconds after them that are waited for. [default: as the mode has it]")
+              help="Seconds after them that are heard with them, and waited for. [default: as the mode has it]")
 @click.option("--pause-s", type=click.FloatRange(min=0), default=RULES.pause_s, show_default=True,
               help="Quiet that ends a segment.")
 @click.option("--longest-s", type=click.FloatRange(min=0), default=RULES.longest_s, show_default=True,
