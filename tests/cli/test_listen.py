@@ -136,6 +136,15 @@ def heard(sound):
     return " ".join(segment.text for segment in segments if segment.final and segment.text)
 
 
+@pytest.fixture
+def listened_to():
+    """Ctrl-C as at a terminal: whoever runs tests in the background may have it ignored, and so has mowa then."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listened_to")
 @pytest.mark.parametrize(("ends", "signalled", "code"), [(False, signal.SIGINT, 0), (True, signal.SIGTERM, 130)])
 def test_ctrl_c_writes_what_was_heard(run, sound, monkeypatch, heard, ends, signalled, code):
     before = signal.getsignal(signalled)
@@ -151,6 +160,7 @@ def test_ctrl_c_writes_what_was_heard(run, sound, monkeypatch, heard, ends, sign
     assert signal.getsignal(signalled) is before
 
 
+@pytest.mark.usefixtures("listened_to")
 def test_ctrl_c_twice_stops_at_once():
     finished = []
     with listen.stoppable(types.SimpleNamespace(finish=lambda: finished.append(True))) as stopped:
