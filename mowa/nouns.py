@@ -68,6 +68,8 @@ class Family:
                    `geglu` down(gelu(gate)·up), where the config leaves the activation that the family is known by
     tensors        part → where it lies in safetensors: `block` a prefix with `{i}`; embeddings, norm, head tensors
     template       what its chat templates put before and after an assistant's turn, where they agree
+    widths         part below the base model, or head → in what its matrices are kept where the blocks' `linears` are in
+                   integers: float16, or int8 (by row or output channel, computed wide); vectors stay float32
     limits         operation → why it does not apply: those of `swaps`, `packing`,
                    `packing_unaccelerated` (with transformers' own attention), `attention`, `fused_head`, `experts`
     """
@@ -84,18 +86,76 @@ class Family:
     swaps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
     template: tuple[str, str] | None = None
+    widths: Mapping[str, str] = field(default_factory=dict)
     limits: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
+class Scheme:
+    """In how few bits weights are kept, and what their products are made of. `shrink.schemes` knows them by name.
+
+    name         int8-dynamic, int4-weight, …
+    weights      of the blocks' linears: float32, float16, bfloat16, int8, int4, nf4, or mixed (a choice for each)
+    activations  what meets them: wide (as it is), dynamic (int8 by its own range), static (int8 by a range seen before)
+    group        so many weights of a row share a step; 0: the whole row
+    symmetric    steps to both sides of 0 alike; else each group has a zero of its own
+    compensated  the error of a column is made good by the others (GPTQ), for which recordings are needed
+    budget       of mixed: the share of the size in float32 that may be used
+    """
+
+    name: str
+    weights: str
+    activations: str = "wide"
+    group: int = 0
+    symmetric: bool = True
+    compensated: bool = False
+    budget: float = 0.0
+
+
+FLOAT32 = Scheme("float32", "float32")
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
-    """A model in memory: the stock transformers module and what is needed to feed it and read it."""
+    """A model in memory: the stock transformers module and what is needed to feed it and read it.
+
+    Of a shrunk one, linears are `kernels.narrow.NarrowLinear`s, and other weights are rounded to what `scheme`
+    and the family say.
+    """
 
     net: Any  # a transformers PreTrainedModel
     family: Family
     origin: Origin
     vocabulary: Vocabulary
     preprocessing: Preprocessing
+    scheme: Scheme = FLOAT32
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A model on disk as another program runs it: a folder with a manifest.
+
+    `kind` is its format, `config` the transformers config of the net, `details` what a runner must know beside,
+    `agreeing` the share of frames with the net's likeliest output, and `unchecked` what could not be measured, and why.
+    """
+
+    folder: Path
+    kind: str
+    family: str
+    scheme: Scheme
+    origin: Origin
+    config: Any
+    vocabulary: Vocabulary
+    preprocessing: Preprocessing
+    files: tuple[str, ...]
+    details: Mapping[str, Any]
+    agreeing: float | None
+    unchecked: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that hold the model."""
+        return sum((self.folder / name).stat().st_size for name in self.files)
 
 
 @dataclass(frozen=True, slots=True)

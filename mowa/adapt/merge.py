@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ def merge(model: Model) -> Model:
         lora.fold(net)
         del net.peft_config
     net.mowa_adapter = f"{getattr(net, 'mowa_adapter', 'that it had')} (merged)"  # no other may stand on it
-    return Model(net, model.family, model.origin, model.vocabulary, model.preprocessing)
+    return replace(model, net=net)
 
 
 @torch.inference_mode()

@@ -189,7 +189,9 @@ def load(model: Model, folder: str | Path) -> Model:
     net.mowa_adapter = str(adapter.folder)
     called = adapter.folder.resolve().name
     origin = replace(model.origin, name=f"{model.origin.name}+{called}", source=f"{model.origin.source}+{called}")
-    return Model(net.eval(), model.family, origin, adapter.vocabulary, adapter.preprocessing)
+    return replace(
+        model, net=net.eval(), origin=origin, vocabulary=adapter.vocabulary, preprocessing=adapter.preprocessing
+    )
 
 
 def twin(net: Any) -> Any:

@@ -66,6 +66,11 @@ class Native:
     def dtype(self) -> str:
         return self.precision.dtype
 
+    @property
+    def scheme(self) -> str:
+        """In what the weights are: float32, or what the model was shrunk to."""
+        return self.model.scheme.name
+
     def choose(self, adapter: str | Path | None) -> Native:
         """The engine that one of `adapters` is, by its name, or that an adapter's folder makes; itself for None.
 
@@ -119,6 +124,10 @@ def engine(
 ) -> Native:
     """Put the model on its device in its precision. "auto": a GPU if there is one; the dtype `machine` measured.
 
+    A shrunk model whose scheme rounds inputs is multiplied in int8 by "auto", where a processor can; a dtype that is
+    named is computed in, with the weights that it was shrunk to and inputs as they are. Where there is no plan, inputs
+    are rounded as the scheme says, in whatever dtype.
+
     The net is converted in place. `adapters` (name → folder) are loaded over it, once, for `Native.choose`. Raises
     ModelError for a device that is not there, an unknown dtype, or an adapter of another base.
     """
@@ -148,7 +157,14 @@ def _precision(model: Model, device: str, dtype: str) -> machine.Precision:
             raise ModelError(f"int8 is for processors: leave --dtype out on {device}, or use --device cpu")
         return machine.Precision("float32" if dtype == "auto" else dtype)
     if dtype == "auto":
-        return machine.precision(config.hidden_size, config.intermediate_size)
+        if model.scheme.activations == "wide" or inference.refused(model.net, "int8"):
+            return machine.precision(config.hidden_size, config.intermediate_size)
+        dtype = "int8"
+    if dtype == "int8" and model.scheme.weights in ("int4", "nf4"):
+        raise ModelError(
+            f"{model.origin.name} is in {model.scheme.name}, which is not multiplied in int8: leave --dtype out, or"
+            " shrink it to int8-dynamic"
+        )
     if dtype in ("float32", "int8"):
         return replace(machine.exact_precision(config.hidden_size, config.intermediate_size), dtype=dtype)
     return machine.Precision(dtype)
@@ -171,6 +187,8 @@ def _plan(
 
 def _sharing(model: Model, device: str, precision: machine.Precision, plan: inference.Plan | None) -> Sharing:
     if device == "cpu" and precision.dtype != "float32":
+        return Sharing.ALONE
+    if plan is None and model.scheme.activations != "wide":  # inputs are rounded by the range of the whole batch
         return Sharing.ALONE
     padded = plan is not None or model.net.config.feat_extract_norm != "group"  # a plan pads nothing
     return Sharing.PADDED if padded else Sharing.EQUAL

@@ -19,6 +19,12 @@ HUBERT = register(
         architectures=("HubertForCTC",),
         aliases=(r"(.*-)?hubert-(base|large|xlarge)",),
         tensors={"block": "hubert.encoder.layers.{i}.", "head": "lm_head.weight"},
+        widths={
+            "feature_extractor": "int8",
+            "feature_projection": "int8",
+            "encoder": "float16",
+            "lm_head": "float16",
+        },
         limits={"fused_head": "letters are few, and their logits small"},
     )
 )

@@ -8,8 +8,14 @@
 
 `float32` differs from the net by rounding alone. `bfloat16` computes as the net in bfloat16 would, but for the first
 convolution. `int8` multiplies the blocks' linears in integers and the front end and attention in bfloat16; the states
-between blocks, norms, projection and head stay float32. A plan never writes to the net or hangs anything on it: nets
-that share tensors (adapters over one base, `adapt.store.twin`) share packed weights too (`like`).
+between blocks, norms, projection and head stay float32.
+
+Of a shrunk net, `int8` multiplies linears in int8 by row as they are, by the range of inputs that was seen before where
+there is one, and other linears in bfloat16. In the other kinds of arithmetic all weights are made wide once, and inputs
+are not rounded.
+
+A plan never writes to the net or hangs anything on it: nets that share tensors (adapters over one base,
+`adapt.store.twin`) share packed weights too (`like`).
 """
 
 from __future__ import annotations
@@ -23,12 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mowa.kernels.encoder_attention import encoder_attention
+from mowa.kernels.narrow import NarrowLinear
 from mowa.kernels.packed_linear import Kind, PackedLinear, works
 
 PIECE = 64  # frames of the front end made at a time
 GRID = 16  # every recording gets a multiple of so many frames: oneDNN prepares anew for every new shape
 NETS = ("Wav2Vec2ForCTC", "HubertForCTC")
-Packs = dict[tuple[object, ...], PackedLinear]
+Packs = dict[tuple[object, ...], "PackedLinear | _Cast"]
 
 
 def refused(net: Any, kind: Kind) -> str:
@@ -64,7 +71,11 @@ class Plan:
         self._packs: Packs = like._packs if like is not None and like.kind == kind else {}
         self._states = torch.bfloat16 if kind == "bfloat16" else torch.float32  # what goes from block to block
         self._half = torch.float32 if kind == "float32" else torch.bfloat16  # front end, positions and attention
+        self._shrunk = any(isinstance(module, NarrowLinear) for module in net.modules())
         self._front = self._front_of(core.feature_extractor)
+        projection = core.feature_projection.projection
+        narrow = isinstance(projection, NarrowLinear)  # it would make its weights wide for every chunk
+        self._projection = self._packed([projection], kind="float32") if narrow else None
         self._along = self._positions_of(core.encoder.pos_conv_embed)
         self.blocks = [_Block(self, layer) for layer in core.encoder.layers]
 
@@ -73,7 +84,8 @@ class Plan:
 
     def features(self, sound: Tensor) -> Tensor:
         """Normalised samples float32 [n] → what the front end makes of them, [T, C]: each frame of its own samples."""
-        return self._front(sound).to(next(self.net.base_model.feature_projection.parameters()).dtype)
+        like = next(self.net.base_model.feature_projection.parameters(), None)
+        return self._front(sound).to(self._states if like is None else like.dtype)
 
     def above(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Features [T_i, C] of each recording → logits float32 [T_i, V] each."""
@@ -91,7 +103,11 @@ class Plan:
 
     def project(self, features: Tensor) -> Tensor:
         """Features [T, C] → states [T, D], positions not yet added."""
-        states = self.net.base_model.feature_projection(features[None])
+        module = self.net.base_model.feature_projection
+        if self._projection is not None:
+            normed = module.layer_norm(features) if getattr(module, "feat_proj_layer_norm", True) else features
+            return self._projection(normed.float()).to(self._states)
+        states = module(features[None])
         return (states[0] if isinstance(states, tuple) else states)[0].to(self._states)
 
     def enter(self, states: Tensor) -> Tensor:
@@ -106,13 +122,32 @@ class Plan:
         logits: Tensor = self.net.lm_head(states).float()
         return logits
 
-    def _packed(self, layers: Sequence[Any], out: torch.dtype | None = None) -> PackedLinear:
-        """The linears, all of one input, as one; packed once for all nets that share their weights."""
-        key = (*(layer.weight.data_ptr() for layer in layers), out)
-        if key not in self._packs:
-            weight = torch.cat([layer.weight.detach() for layer in layers])
-            bias = torch.cat([_bias(layer) for layer in layers])
-            self._packs[key] = PackedLinear(weight, bias, self.kind, out)
+    def sort(self, layer: Any) -> tuple[Kind, tuple[float, int] | None]:
+        """In which arithmetic a linear of a block is multiplied, and the range of its inputs where that is known."""
+        if self.kind != "int8" or not self._shrunk:
+            return self.kind, None
+        if isinstance(layer, NarrowLinear) and layer.bits == 8 and layer.group >= layer.in_features:
+            return "int8", layer.range
+        return "bfloat16", None
+
+    def _packed(
+        self, layers: Sequence[Any], out: torch.dtype | None = None, kind: Kind | None = None
+    ) -> PackedLinear | _Cast:
+        """The linears, all of one input and sort, as one; packed once for all nets that share their weights."""
+        narrow = isinstance(layers[0], NarrowLinear)
+        key = (*(_tensor(layer).data_ptr() for layer in layers), out, kind)
+        if key in self._packs:
+            return self._packs[key]
+        made, range_ = self.sort(layers[0])
+        made = kind or made
+        bias = torch.cat([_bias(layer) for layer in layers])
+        if made == "int8" and narrow:
+            codes, scales = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("codes", "scales"))
+            self._packs[key] = PackedLinear.of_codes(codes, scales[:, 0], bias, out, range_)
+        else:
+            packed = PackedLinear(torch.cat([layer.weight.detach() for layer in layers]), bias, made, out)
+            cast = made == "bfloat16" and self.kind == "int8"
+            self._packs[key] = _Cast(packed, out or torch.float32) if cast else packed
         return self._packs[key]
 
     def _front_of(self, module: Any) -> Callable[[Tensor], Tensor]:
@@ -217,13 +252,28 @@ class _Block:
         return states if extra is None else states + extra(states)
 
 
+class _Cast:
+    """A product in bfloat16 where others are in int8: x, and what comes of it, are as they are there."""
+
+    def __init__(self, product: PackedLinear, out: torch.dtype) -> None:
+        self._product, self._out = product, out
+
+    def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        return self._product(x.bfloat16(), gelu=gelu).to(self._out)
+
+    def plus(self, x: Tensor, r: Tensor) -> Tensor:
+        return self(x) + r
+
+
 class _Linears:
-    """Linears of one input as one product, with the low-rank updates that some of them may have beside it."""
+    """Linears of one input as one product, where they are of one sort, with the low-rank updates that some of them may
+    have beside it."""
 
     def __init__(self, plan: Plan, modules: Sequence[Any], out: torch.dtype | None = None) -> None:
         plain = [getattr(module, "base_layer", module) for module in modules]
-        self.product = plan._packed(plain, out)
-        bounds = pairwise([0, *accumulate(len(layer.weight) for layer in plain)])
+        alike = len({plan.sort(layer) for layer in plain}) == 1
+        self.products = [plan._packed(some, out) for some in ([plain] if alike else [[one] for one in plain])]
+        bounds = pairwise([0, *accumulate(layer.out_features for layer in plain)])
         self.updated = [
             (slice(*bound), module)
             for bound, module in zip(bounds, modules, strict=True)
@@ -232,12 +282,18 @@ class _Linears:
 
     def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         if not self.updated:
-            return self.product(x, gelu=gelu)
-        out = self._update(x, self.product(x))
+            return self._made(x, gelu=gelu)
+        out = self._update(x, self._made(x))
         return functional.gelu(out) if gelu else out
 
     def plus(self, x: Tensor, states: Tensor) -> Tensor:
-        return self._update(x, self.product.plus(x, states))
+        """Of one linear alone: what it gives, and `states`."""
+        (product,) = self.products
+        return self._update(x, product.plus(x, states))
+
+    def _made(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        made = [product(x, gelu=gelu) for product in self.products]
+        return made[0] if len(made) == 1 else torch.cat(made, -1)
 
     def _update(self, x: Tensor, out: Tensor) -> Tensor:
         for columns, module in self.updated:
@@ -252,6 +308,12 @@ def _on_grid(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(spare, *rows.shape[1:])]) if spare else rows
 
 
+def _tensor(layer: Any) -> Tensor:
+    """What a linear is known by: of those that are narrow, `weight` is another tensor each time."""
+    tensor: Tensor = layer.codes if isinstance(layer, NarrowLinear) else layer.weight
+    return tensor
+
+
 def _bias(layer: Any) -> Tensor:
-    bias: Tensor = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
+    bias: Tensor = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
     return bias

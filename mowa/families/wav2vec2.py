@@ -22,6 +22,12 @@ WAV2VEC2 = register(
         architectures=("Wav2Vec2ForCTC",),
         aliases=(r"(.*-)?wav2vec2-(base|large|xls-r|xlsr|lv-60)", r"mms-(300m|1b)"),
         tensors={"block": "wav2vec2.encoder.layers.{i}.", "head": "lm_head.weight"},
+        widths={
+            "feature_extractor": "int8",
+            "feature_projection": "int8",
+            "encoder": "float16",
+            "lm_head": "float16",
+        },
         limits={"fused_head": "letters are few, and their logits small"},
     )
 )

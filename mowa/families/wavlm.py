@@ -20,6 +20,12 @@ WAVLM = register(
         architectures=("WavLMForCTC",),
         aliases=(r"(.*-)?wavlm-(base|large)",),
         tensors={"block": "wavlm.encoder.layers.{i}.", "head": "lm_head.weight"},
+        widths={
+            "feature_extractor": "int8",
+            "feature_projection": "int8",
+            "encoder": "float16",
+            "lm_head": "float16",
+        },
         limits={
             "attention": "it hands bare weights to a function of torch",
             "packing": "it attends in a way of its own",

@@ -8,7 +8,7 @@ In float32 and bfloat16 by oneDNN, with what follows the product made while it i
     x̂[m, k] = ⌊x[m, k] / t + z + ½⌋ in 0 … 255,  t = (max(x, 0) - min(x, 0)) / 255,  z = round(-min(x, 0) / t)
     y[m, n] = s[n] t Σ_k (x̂[m, k] - z) ŵ[n, k] + b[n]
 
-with t and z of each x as it comes; the sums are integers and exact. It knows tensors and no modules.
+with t and z of each x as it comes, or seen before; the sums are integers and exact. It knows tensors and no modules.
 
 The operators are those that torch's own compiler emits for processors (torch/_inductor/mkldnn_lowerings.py); `works`
 says whether this torch has them.
@@ -36,23 +36,47 @@ class PackedLinear:
     may have other than x.
     """
 
-    __slots__ = ("_bias", "_kind", "_out", "_scales", "_weight", "_zeros")
+    __slots__ = ("_bias", "_kind", "_out", "_range", "_scales", "_weight", "_zeros")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: Kind, out: torch.dtype | None = None) -> None:
         self._kind = kind
         if kind == "int8":
             wide = weight.float()
-            self._scales = (wide.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-            self._zeros = torch.zeros(len(wide), dtype=torch.int64)
-            narrow = (wide / self._scales[:, None]).round_().to(torch.int8)
-            self._weight = torch.ops.onednn.qlinear_prepack(narrow, [ROWS, weight.shape[1]])
-            self._out = out or torch.float32
-            self._bias = None if bias is None else bias.float()
+            scales = (wide.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+            self._pack((wide / scales[:, None]).round_().to(torch.int8), scales, bias, out, None)
             return
         dtype = getattr(torch, kind)
         self._out = dtype
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), ROWS)
         self._bias = None if bias is None else bias.to(dtype)
+
+    @classmethod
+    def of_codes(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        out: torch.dtype | None = None,
+        range_: tuple[float, int] | None = None,
+    ) -> PackedLinear:
+        """In int8, of ŵ int8 [N, K] and s [N] as they are; t and z are `range_`, where it is given, for every x."""
+        made = cls.__new__(cls)
+        made._kind = "int8"
+        made._pack(codes, scales.float(), bias, out, range_)
+        return made
+
+    def _pack(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        out: torch.dtype | None,
+        range_: tuple[float, int] | None,
+    ) -> None:
+        self._scales, self._zeros = scales, torch.zeros(len(codes), dtype=torch.int64)
+        self._weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), [ROWS, codes.shape[1]])
+        self._out, self._range = out or torch.float32, range_
+        self._bias = None if bias is None else bias.float()
 
     def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         act = "gelu" if gelu else "none"
@@ -69,8 +93,13 @@ class PackedLinear:
         return out
 
     def _narrow(self, x: Tensor, act: str) -> Tensor:
-        step, zero = _steps(x)
-        narrow = torch.add(torch.tensor(zero + 0.5), x.float(), alpha=1 / step).to(torch.uint8)  # cuts off, so rounds
+        step, zero = _steps(x) if self._range is None else self._range
+        narrow = torch.add(torch.tensor(zero + 0.5), x.float(), alpha=1 / step)
+        if self._range is not None:
+            narrow.clamp_(0, STEPS)
+            if not math.isfinite(float(narrow.sum())):
+                step = math.nan  # as in `_steps`
+        narrow = narrow.to(torch.uint8)  # cuts off, so rounds
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             narrow, step, zero, self._weight, self._scales, self._zeros, self._bias, 1.0, 0, self._out, act, [], "none"
         )

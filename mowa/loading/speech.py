@@ -15,7 +15,7 @@ from typing import Any
 
 from mowa.errors import ModelError
 from mowa.files import read_json, resolve
-from mowa.loading import checkpoint
+from mowa.loading import checkpoint, narrowed
 from mowa.loading.checkpoint import check_device, check_dtype, refuse_misfits
 from mowa.nouns import Family, Model, Preprocessing, Vocabulary
 
@@ -49,6 +49,7 @@ def load(
     vet = partial(family_of, head=head)
     origin = resolve(name, revision=revision, offline=offline, vet=vet)
     family = vet(origin.folder)
+    said = narrowed.note(origin.folder)
     net = _net(origin.folder, family, dtype, head=head)
     return Model(
         net=net.to(device),
@@ -56,13 +57,14 @@ def load(
         origin=origin,
         vocabulary=_vocabulary(origin.folder, family, net, head),
         preprocessing=preprocessing(origin.folder),
+        scheme=narrowed.scheme_of(said, net, family),
     )
 
 
 def _vocabulary(folder: Path, family: Family, net: Any, head: bool) -> Vocabulary:
     if not head and not (folder / "vocab.json").is_file():
         return Vocabulary((), blank=0, delimiter=None)
-    return vocabulary(folder, len(net.get_parameter(f"{family.head}.weight")))
+    return vocabulary(folder, net.get_submodule(family.head).out_features)
 
 
 def family_of(folder: Path, *, head: bool = True) -> Family:
@@ -83,6 +85,10 @@ def family_of(folder: Path, *, head: bool = True) -> Family:
 def _net(folder: Path, family: Family, dtype: str, *, head: bool) -> Any:
     from transformers import AutoModelForCTC
 
+    if how := narrowed.settings(folder):
+        if not head:
+            raise ModelError(f"{folder} is in few bits, and those do not learn: name the model that it was made of")
+        return narrowed.net_of(AutoModelForCTC, folder, family, dtype, how)
     net, report = checkpoint.net_of(AutoModelForCTC, folder, family, dtype)
     _refuse_gaps(folder, family, net.base_model_prefix, report, head=head)
     return net.eval().requires_grad_(False)

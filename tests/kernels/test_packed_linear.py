@@ -1,12 +1,14 @@
 """Packed linears against float64, at odd sizes, over rows that overlap, and where int8 has nothing to hold on to."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from mowa.kernels.narrow import NarrowLinear, to_int
 from mowa.kernels.packed_linear import PackedLinear, works
 
 SIZES = [(1, 1, 1), (63, 10, 65), (130, 96, 48), (513, 257, 3)]
@@ -88,6 +90,38 @@ class TestInt8:
         x, weight, bias = made(8, 32, 16)
         x[2, 3] = math.nan
         assert torch.isnan(PackedLinear(weight, bias, "int8")(x)[2]).all()
+
+    @pytest.mark.parametrize("size", SIZES[1:], ids=str)
+    def test_codes_and_scales_are_taken_as_they_are(self, size):
+        x, weight, bias = made(*size)
+        narrow = to_int(weight, 8)
+        codes, scales = narrow.codes.clone(), narrow.scales[:, 0]
+        codes[0, 0] = -128
+        packed = PackedLinear.of_codes(codes, scales, bias)
+        linear = NarrowLinear(replace(narrow, codes=codes), bias, "dynamic")
+        assert relative(packed(x), linear(x).double()) <= 3e-3
+        torch.testing.assert_close(packed(torch.zeros(3, size[1])), bias.expand(3, size[2]))
+        eye = PackedLinear.of_codes(codes, scales, None)(torch.eye(size[1]) * 255)  # t is 1, so x̂ is x
+        torch.testing.assert_close(eye.T / 255, codes * scales[:, None], rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("size", SIZES[1:], ids=str)
+    @pytest.mark.parametrize("range_", [(0.03, 117), (0.005, 0), (0.01, 255), (0.004, 128)])
+    def test_a_range_that_was_seen_before_is_kept_to(self, size, range_):
+        x, weight, bias = made(*size)
+        narrow = to_int(weight, 8)
+        packed = PackedLinear.of_codes(narrow.codes, narrow.scales[:, 0], bias, None, range_)
+        truth = NarrowLinear(narrow, bias, "static", range_)(x)
+        assert relative(packed(x), truth.double()) <= 3e-3
+        one = packed(x[:1])
+        torch.testing.assert_close(packed(x)[:1], one, rtol=1e-4, atol=1e-4)  # whoever else is there
+
+    def test_what_is_no_number_stays_none_in_a_range_too(self):
+        x, weight, bias = made(8, 32, 16)
+        narrow = to_int(weight, 8)
+        packed = PackedLinear.of_codes(narrow.codes, narrow.scales[:, 0], bias, None, (0.03, 117))
+        assert torch.isfinite(packed(x * 1e6)).all()
+        x[2, 3] = math.nan
+        assert torch.isnan(packed(x)[2]).all()
 
     def test_it_may_answer_in_bfloat16(self):
         x, weight, bias = made(8, 32, 16)
