@@ -23,6 +23,10 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {
     "av",
     "accelerate",
+    "bitsandbytes",
+    "compressed_tensors",
+    "coremltools",
+    "ctranslate2",
     "datasets",
     "deepspeed",
     "jiwer",
@@ -33,6 +37,8 @@ HEAVY = {
     "peft",
     "pyarrow",
     "sounddevice",
+    "tensorrt",
+    "torchao",
     "trl",
     "yaml",
 }  # only inside the function that needs them

@@ -24,11 +24,16 @@ from mowa.engines.native import Native
 from mowa.engines.onnx import Onnx
 from mowa.engines.protocol import Engine
 from mowa.errors import ModelError
+from mowa.export import manifest
 from mowa.nouns import Model
 
 log = logging.getLogger("mowa")
 
 NAMES = ("auto", "native", "onnx")
+ELSEWHERE = {
+    "coreml": "a Core ML package: Apple's devices run it, examples/run_coreml.py shows how",
+    "tensorrt": "for a GPU with TensorRT: examples/run_tensorrt.py shows how to build and run it",
+}
 CLIPS_S = (2.0, 5.0)
 ROUNDS = 3
 FILE = "engines.json"
@@ -38,7 +43,7 @@ FILE = "engines.json"
 class Choice:
     """An engine and why it is this one, in one line."""
 
-    engine: Native | Onnx
+    engine: Engine
     reason: str
 
 
@@ -78,6 +83,34 @@ def engine(
     return _said(Choice(fastest, f"{fastest.name}, {fastest.dtype}: measured on {audio_s:.0f} s of audio, {shown}"))
 
 
+def artifact(
+    folder: Path,
+    *,
+    name: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    adapter: str | Path | None = None,
+) -> Choice:
+    """The engine that runs what was exported to `folder` as something else than safetensors, which `engine` runs.
+
+    Raises ModelError: a format that nothing here runs, or an engine, device or adapter that it cannot have.
+    """
+    kind = manifest.read(folder).kind
+    if kind in ELSEWHERE:
+        raise ModelError(f"{folder} is {ELSEWHERE[kind]}")
+    if name not in ("auto", kind):
+        raise ModelError(f"{folder} was exported as {kind}: leave --engine out, or name the model it was made of")
+    if adapter is not None:
+        raise ModelError(f"{folder} was exported, and takes no adapter: export the model with the adapter in it")
+    _refuse_device(device)
+    if kind == "onnx":
+        return _said(Choice(onnx.engine(folder, dtype=dtype, threads=threads), "onnx: so it was exported"))
+    from mowa.engines import ctranslate2
+
+    return _said(Choice(ctranslate2.engine(folder, dtype=dtype, threads=threads), f"{kind}: so it was exported"))
+
+
 def _said(choice: Choice) -> Choice:
     log.info("engine: %s", choice.reason)
     return choice
@@ -89,6 +122,8 @@ def _refuse_device(device: str) -> None:
 
 
 def _why(ours: Native, dtype: str) -> str:
+    if ours.dtype == "int8" and dtype == "auto":
+        return f"its scheme is {ours.model.scheme.name}"
     if dtype != "auto":
         return "the dtype was named, and there is no ONNX export of this model to compare with"
     if ours.dtype == "float32":
@@ -105,7 +140,7 @@ def _exported(model: Model, device: str, dtype: str, threads: int | None, adapte
     if not any((machine.cache_folder() / "onnx").glob("*")):
         return None  # nothing to look for, so no weights to read
     whole = model if adapter is None else store.load(model, adapter)
-    folder = onnx.place(whole, "float32" if dtype == "auto" else dtype)
+    folder = onnx.place(whole, dtype)
     if not folder.is_dir():
         return None
     try:

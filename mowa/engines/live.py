@@ -26,11 +26,11 @@ from mowa import machine
 from mowa.data import audio, level
 from mowa.data.speech import SpeechDetector
 from mowa.decode.stream import RULES, Arrays, Listener, Rules, Samples, Scores, Stream
-from mowa.engines import native
+from mowa.engines import choose, native
 from mowa.engines.native import Native
 from mowa.engines.onnx import Onnx
 from mowa.engines.protocol import Engine, frames, hop
-from mowa.engines.transcription import DEFAULT
+from mowa.engines.transcription import DEFAULT, exported
 from mowa.errors import ModelError
 from mowa.families import chunks, streaming
 from mowa.families.chunks import Trained
@@ -79,7 +79,8 @@ def stream(model: str | Model | Engine | None = None, how: Live = Live(), rules:
     in as many threads as there are streams; each has a detector and a memory of its own.
     """
     if model is None or isinstance(model, str):
-        model = load(model or DEFAULT)
+        folder = exported(model or DEFAULT)
+        model = load(model or DEFAULT) if folder is None else choose.artifact(folder).engine
     engine = native.engine(model) if isinstance(model, Model) else model
     return Stream(listener(engine, how), SpeechDetector() if rules.detect else None, rules)
 

@@ -17,24 +17,28 @@ from typing import Any
 
 import numpy as np
 
+from mowa import export as exporting
 from mowa import machine
 from mowa.adapt import store
 from mowa.engines.protocol import Sharing, frames
 from mowa.errors import DataError, MissingPart, ModelError
-from mowa.export import onnx as exporting
-from mowa.export.onnx import Exported
-from mowa.nouns import Model, Origin, Preprocessing, Vocabulary
+from mowa.export import manifest
+from mowa.export.onnx import run
+from mowa.nouns import FLOAT32, Artifact, Model, Origin, Preprocessing, Vocabulary
+from mowa.shrink import shrink
 
 log = logging.getLogger("mowa")
 
 DTYPES = ("auto", "float32", "int8")
+KIND = "onnx"
+EXACT = ("float32", "float16", "bfloat16", "int4", "nf4")  # weights that are multiplied in float32
 
 
 @dataclass(frozen=True)
 class Onnx:
     """A loaded export. Make one with `engine`."""
 
-    exported: Exported
+    exported: Artifact
     session: Any  # an onnxruntime InferenceSession
     model: Model | None = None
     threads: int | None = None
@@ -42,7 +46,8 @@ class Onnx:
     @cached_property
     def chunk(self) -> Any:
         """The graph of one chunk (`export.chunks`), opened when it is first asked for; None where there is none."""
-        return None if self.exported.chunk is None else _session(self.exported.chunk, self.threads)
+        name = self.exported.details["chunk"]
+        return None if name is None else _session(self.exported.folder / name, self.threads)
 
     @property
     def name(self) -> str:
@@ -70,13 +75,18 @@ class Onnx:
 
     @property
     def dtype(self) -> str:
-        return self.exported.scheme
+        scheme = self.exported.scheme
+        return "float32" if scheme.activations == "wide" and scheme.weights in EXACT else "int8"
+
+    @property
+    def scheme(self) -> str:
+        return self.exported.scheme.name
 
     @property
     def sharing(self) -> Sharing:
         if self.dtype != "float32":
             return Sharing.ALONE
-        return Sharing.PADDED if self.exported.masked else Sharing.EQUAL
+        return Sharing.PADDED if self.exported.details["masked"] else Sharing.EQUAL
 
     def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         """As `Engine.emissions`. ValueError for clips that may not share a batch."""
@@ -84,13 +94,7 @@ class Onnx:
         longest = int(lengths.max())
         if lengths.min() != longest and self.sharing is not Sharing.PADDED:
             raise ValueError(f"clips of different lengths {lengths.tolist()} may not share a batch of this net")
-        values = np.full((len(clips), longest), self.preprocessing.padding_value, np.float32)
-        for row, clip in zip(values, clips, strict=True):
-            row[: len(clip)] = clip
-        feed = {"input_values": values}
-        if self.exported.masked:
-            feed["attention_mask"] = (np.arange(longest) < lengths[:, None]).astype(np.int64)
-        (logits,) = self.session.run(["logits"], feed)
+        logits = run(self.session, clips, self.exported.details["masked"], self.preprocessing.padding_value)
         logits -= logits.max(-1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         return [row[: frames(self.config, int(n))] for row, n in zip(logits, lengths, strict=True)]
@@ -98,41 +102,50 @@ class Onnx:
 
 def engine(source: Model | str | Path, *, dtype: str = "auto", threads: int | None = None) -> Onnx:
     """A folder that was exported, or a model, whose export is made now or was before. "auto" is what the folder holds,
-    and float32 of a model.
+    or the model's own scheme.
 
     Raises ModelError: an unknown dtype, or another than the folder's; no or a damaged export. As `export` does.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} with ONNX Runtime; use --engine native")
     if isinstance(source, Model):
-        exported = exporting.read(cached(source, "float32" if dtype == "auto" else dtype))
+        exported = manifest.read(cached(source, dtype), (KIND,))
     else:
-        exported = exporting.read(Path(source))
-        if dtype not in ("auto", exported.scheme):
-            raise ModelError(f"{source} was exported in {exported.scheme}: leave --dtype out, or export it in {dtype}")
+        exported = manifest.read(Path(source), (KIND,))
+        if dtype not in ("auto", exported.scheme.weights):
+            name = exported.scheme.name
+            raise ModelError(f"{source} was exported in {name}: leave --dtype out, or export it in {dtype}")
     model = source if isinstance(source, Model) else None
-    return Onnx(exported, _session(exported.graph, threads), model, threads)
+    return Onnx(exported, _session(exported.folder / exported.details["graph"], threads), model, threads)
 
 
-def cached(model: Model, scheme: str) -> Path:
-    """The export of `model` in `scheme` under the cache, made where it is not there or damaged."""
-    folder = place(model, scheme)
+def cached(model: Model, dtype: str = "auto") -> Path:
+    """The export of `model` under the cache, made where it is not there or damaged; in int8-dynamic where `dtype` is
+    int8 and the model is wide."""
+    folder = place(model, dtype)
     try:
-        exporting.read(folder)
+        manifest.read(folder, (KIND,))
         return folder
     except ModelError:
         if folder.exists():
             _remove(folder)
-    log.info("writing %s as ONNX in %s, once", model.origin.name, scheme)
+    narrow = shrink(model, "int8-dynamic") if _narrowed(model, dtype) else model
+    log.info("writing %s as ONNX in %s, once", model.origin.name, narrow.scheme.name)
     with suppress(DataError):  # another process was faster
-        exporting.export(model, folder, int8=scheme == "int8")
+        exporting.export(narrow, KIND, folder)
     return folder
 
 
-def place(model: Model, scheme: str) -> Path:
-    """Where the export of `model` in `scheme` is kept; it need not be there."""
+def _narrowed(model: Model, dtype: str) -> bool:
+    if dtype == "float32" and model.scheme != FLOAT32:
+        raise ModelError(f"{model.origin.name} is in {model.scheme.name}: leave --dtype out")
+    return dtype == "int8" and model.scheme == FLOAT32
+
+
+def place(model: Model, dtype: str = "auto") -> Path:
+    """Where the export of `model` is kept; it need not be there."""
     made_by = [f"{package} {store.version_of(package)}" for package in ("mowa", "torch", "transformers", "onnxruntime")]
-    said = [exporting.digest(model), scheme, str(exporting.FORMAT), *made_by]
+    said = [manifest.digest(model), "int8" if _narrowed(model, dtype) else "as it is", str(manifest.FORMAT), *made_by]
     said += [repr(model.vocabulary), repr(model.preprocessing)]
     return machine.cache_folder() / "onnx" / hashlib.sha256("\n".join(said).encode()).hexdigest()[:24]
 

@@ -18,6 +18,8 @@ from mowa.engines.pipeline import Failure
 from mowa.engines.protocol import Engine
 from mowa.engines.settings import Settings, Wanted
 from mowa.errors import AudioError
+from mowa.export import is_export, read
+from mowa.files import ALIASES
 from mowa.loading.speech import load
 from mowa.nouns import Example, Model, Transcript
 
@@ -47,15 +49,20 @@ def transcribe(
     `Settings`. The first bad recording raises its MowaError; `transcripts` goes on past it.
     """
     chosen = Settings(**settings)
-    if not isinstance(model, Native):
-        loaded = load(model or base_of(adapter)) if model is None or isinstance(model, str) else model
-        model = native.engine(loaded, device=device, dtype=dtype, threads=threads)
-    model = model.choose(adapter)
+    engine: Engine
+    how: Any = {"device": device, "dtype": dtype, "threads": threads}
+    if isinstance(model, str) and (folder := exported(model)) is not None:
+        engine = choose.artifact(folder, adapter=adapter, **how).engine
+    else:
+        if not isinstance(model, Native):
+            loaded = load(model or base_of(adapter)) if model is None or isinstance(model, str) else model
+            model = native.engine(loaded, **how)
+        engine = model.choose(adapter)
     alone = isinstance(files, str | Path)
     if alone and Path(str(files)).is_dir():
         raise AudioError(f"{files}: is a folder. Give it in a list, transcribe([folder]), for a list of transcripts.")
     done = []
-    for outcome in transcripts(audio.find([files] if isinstance(files, str | Path) else files), model, chosen):
+    for outcome in transcripts(audio.find([files] if isinstance(files, str | Path) else files), engine, chosen):
         if isinstance(outcome, Failure):
             raise outcome.error
         done.append(outcome)
@@ -64,9 +71,17 @@ def transcribe(
 
 def opened(wanted: Wanted) -> Choice:
     """The engine that was asked for, loaded, and why it is this one. Raises as `load` and `choose.engine` do."""
-    model = load(wanted.model, revision=wanted.revision, offline=wanted.offline)
     how: Any = {"device": wanted.device, "dtype": wanted.dtype, "threads": wanted.threads, "adapter": wanted.adapter}
+    if (folder := exported(wanted.model)) is not None:
+        return choose.artifact(folder, name=wanted.engine, **how)
+    model = load(wanted.model, revision=wanted.revision, offline=wanted.offline)
     return choose.engine(model, name=wanted.engine, **how)
+
+
+def exported(name: str) -> Path | None:
+    """The folder that `name` is, where it holds an export that another program than PyTorch runs."""
+    folder = Path(name)
+    return folder if name not in ALIASES and is_export(folder) and read(folder).kind != "safetensors" else None
 
 
 def base_of(adapter: str | Path | None) -> str:

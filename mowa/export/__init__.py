@@ -1,5 +1,6 @@
 """Models as other programs run them, each compared with the net before its folder is there."""
 
-from mowa.export.onnx import Exported, export, read
+from mowa.export.manifest import is_export, read
+from mowa.export.protocol import FORMATS, export
 
-__all__ = ["Exported", "export", "read"]
+__all__ = ["FORMATS", "export", "is_export", "read"]

@@ -54,8 +54,8 @@ def inputs(kept: Shape, sound: Tensor, frames: int) -> tuple[Tensor, ...]:
     return (*given, torch.zeros(kept.low, kept.wide)) if kept.low else given
 
 
-def write(net: Any, file: Path) -> None:
-    """Trace `net` (as `onnx.plain` gives it) into `file`."""
+def write(net: Any, file: Path, opset: int) -> None:
+    """Trace `net` (as `plain` gives it, narrow products in their place) into `file`."""
     graph = Chunk(net).eval()
     sound = torch.from_numpy(np.random.default_rng(0).standard_normal(REACH, np.float32))
     given = inputs(graph.kept, sound, 5)
@@ -70,7 +70,7 @@ def write(net: Any, file: Path) -> None:
         input_names=names,
         output_names=made,
         dynamo=True,
-        opset_version=20,
+        opset_version=opset,
         dynamic_shapes=tuple(axes),
         verbose=False,
     )

@@ -13,6 +13,7 @@ from mowa.engines import onnx, protocol
 from mowa.engines.protocol import Sharing
 from mowa.errors import MissingPart, ModelError
 from mowa.export import export
+from mowa.shrink import shrink
 from tests.adapt.made import OTHER, saved
 from tests.checkpoints import clip
 from tests.checkpoints import tiny as whole_tiny
@@ -110,9 +111,9 @@ def test_another_models_weights_and_every_adapter_are_exports_of_their_own(tmp_p
 
 
 def test_a_folder_is_run_as_it_is(tmp_path):
-    out = export(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out", int8=True)
+    out = export(shrink(mowa.load(str(tiny(tmp_path / "base"))), "int8-dynamic"), "onnx", tmp_path / "out").folder
     assert onnx.engine(out).dtype == "int8"
-    with pytest.raises(ModelError, match="was exported in int8"):
+    with pytest.raises(ModelError, match="was exported in int8-dynamic"):
         onnx.engine(out, dtype="float32")
     with pytest.raises(ModelError, match="holds no export"):
         onnx.engine(tmp_path / "base")
@@ -121,7 +122,7 @@ def test_a_folder_is_run_as_it_is(tmp_path):
 
 
 def test_without_onnxruntime_it_says_what_to_do(tmp_path, monkeypatch):
-    out = export(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out")
+    out = export(mowa.load(str(tiny(tmp_path / "base"))), "onnx", tmp_path / "out").folder
     real = builtins.__import__
 
     def without(name, *rest, **more):

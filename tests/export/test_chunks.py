@@ -6,7 +6,8 @@ import pytest
 
 import mowa
 from mowa.errors import ModelError
-from mowa.export import chunks, onnx
+from mowa.export import chunks, export, manifest, onnx
+from mowa.export.plain import plain
 from mowa.families.chunks import Chunks
 from tests.checkpoints import clip
 from tests.checkpoints import tiny as whole_tiny
@@ -20,30 +21,30 @@ TRAINED = {"chunk_frames": [16], "left_frames": None, "ahead_frames": [0, 8]}
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("net")
     model = mowa.load(str(whole_tiny(folder / "a", **QUICK, streaming=TRAINED)))
-    return model, onnx.export(model, folder / "onnx")
+    return model, export(model, "onnx", folder / "onnx").folder
 
 
 @pytest.mark.parametrize("how", [Chunks(16, None, 8), Chunks(1, 3), Chunks(7, 20, 3), Chunks(200)])
 def test_it_says_what_the_net_says(exported, how):
     model, folder = exported
     session = onnxruntime.InferenceSession(str(folder / chunks.GRAPH), providers=["CPUExecutionProvider"])
-    apart, agreeing = chunks.compared(onnx.plain(model), session, clip(1, 30_001), how, -50.0)
+    apart, agreeing = chunks.compared(plain(model), session, clip(1, 30_001), how, -50.0)
     assert apart <= 1e-4
     assert agreeing == 1
 
 
 def test_the_folder_names_and_guards_it(exported):
     _, folder = exported
-    assert onnx.read(folder).chunk == folder / chunks.GRAPH
+    assert manifest.read(folder).details["chunk"] == chunks.GRAPH
     (folder / chunks.GRAPH).write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"chunk\.onnx is missing or damaged"):
-        onnx.read(folder)
+        manifest.read(folder)
 
 
 def test_a_net_that_was_not_trained_for_it_has_none(tmp_path):
     model = mowa.load(str(whole_tiny(tmp_path / "a", **QUICK)))
-    folder = onnx.export(model, tmp_path / "onnx")
-    assert onnx.read(folder).chunk is None
+    folder = export(model, "onnx", tmp_path / "onnx").folder
+    assert manifest.read(folder).details["chunk"] is None
     assert not (folder / chunks.GRAPH).exists()
 
 
@@ -51,7 +52,7 @@ def test_front_ends_that_reach_far_are_exported(tmp_path):
     """pl-tiny's first frame is made of 1040 samples."""
     far = {"conv_dim": (16,) * 4, "conv_kernel": (400, 1, 3, 3), "conv_stride": (160, 1, 1, 2), "num_hidden_layers": 1}
     model = mowa.load(str(whole_tiny(tmp_path / "a", **far)))
-    folder = onnx.export(model, tmp_path / "onnx")
+    folder = export(model, "onnx", tmp_path / "onnx").folder
     session = onnxruntime.InferenceSession(str(folder / onnx.GRAPH), providers=["CPUExecutionProvider"])
     values = np.zeros((1, 1040), np.float32)
     (logits,) = session.run(None, {"input_values": values, "attention_mask": np.ones((1, 1040), np.int64)})

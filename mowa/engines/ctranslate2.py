@@ -1,0 +1,99 @@
+"""A CTC net in CTranslate2, over a folder that `mowa.export` wrote.
+
+It knows arrays and lengths; it refuses to know files, windows and words. CTranslate2 takes no mask for these nets, so
+only recordings of one length share a batch, and none in int8 (`engines.protocol`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mowa import machine
+from mowa.engines.protocol import Sharing, frames
+from mowa.errors import ModelError
+from mowa.export import ctranslate2 as exporting
+from mowa.export import manifest
+from mowa.nouns import Artifact, Origin, Preprocessing, Vocabulary
+
+KIND = "ctranslate2"
+DTYPES = ("auto", "float32", "int8")
+
+
+@dataclass(frozen=True)
+class CTranslate2:
+    """A loaded export. Make one with `engine`."""
+
+    exported: Artifact
+    loaded: Any  # a ctranslate2.models.Wav2Vec2
+
+    @property
+    def name(self) -> str:
+        return KIND
+
+    @property
+    def origin(self) -> Origin:
+        return self.exported.origin
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.exported.vocabulary
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.exported.preprocessing
+
+    @property
+    def config(self) -> Any:
+        return self.exported.config
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @property
+    def dtype(self) -> str:
+        return _dtype(self.exported)
+
+    @property
+    def scheme(self) -> str:
+        return self.exported.scheme.name
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing.EQUAL if self.dtype == "float32" else Sharing.ALONE
+
+    def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """As `Engine.emissions`. ValueError for clips that may not share a batch."""
+        lengths = [len(clip) for clip in clips]
+        if min(lengths) != max(lengths):
+            raise ValueError(f"clips of different lengths {lengths} may not share a batch of this net")
+        logits = exporting.run(self.loaded, clips)
+        logits -= logits.max(-1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        return [row[: frames(self.config, lengths[0])] for row in logits]
+
+
+def engine(folder: str | Path, dtype: str = "auto", threads: int | None = None) -> CTranslate2:
+    """The export in `folder`. "auto" is what it computes in, and nothing else can be had.
+
+    Raises ModelError: an unknown dtype, or another than the folder's; no or a damaged export; MissingPart.
+    """
+    exported = manifest.read(Path(folder), (KIND,))
+    found = _dtype(exported)
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} with CTranslate2")
+    if dtype not in ("auto", found):
+        raise ModelError(f"{folder} computes in {found}: leave --dtype out, or export the model in {dtype}")
+    exporting.parts()
+    where = exported.folder / exported.details["model"]
+    return CTranslate2(exported, exporting.opened(where, exported.scheme, threads or machine.cores()))
+
+
+def _dtype(exported: Artifact) -> str:
+    """Half precision is multiplied in float32."""
+    return "int8" if exported.scheme.weights == "int8" else "float32"

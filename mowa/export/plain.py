@@ -1,0 +1,54 @@
+"""The net that exporters write: without PEFT, without weight norm, in float32 on the CPU.
+
+Which format it is written in is not known here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mowa.adapt import merge
+from mowa.families.patch import positions_by_table
+from mowa.kernels.narrow import NarrowLinear
+from mowa.nouns import Model
+
+
+def plain(model: Model, *, widen: bool = False, by_table: bool = True) -> Any:
+    """The net of `model` for inference, over the same tensors where it can be; `model` stays as it is.
+
+    With `widen`, narrow linears are `nn.Linear`s of what they stand for. With `by_table`, absolute positions are looked
+    up (`patch.positions_by_table`), else the convolution that gives them stays.
+    """
+    net = merge.merge(model).net
+    if {(p.dtype, p.device.type) for p in net.parameters()} != {(torch.float32, "cpu")}:
+        net = net.to("cpu", torch.float32)
+    if widen:
+        for name, module in list(net.named_modules()):
+            if isinstance(module, NarrowLinear):
+                net.set_submodule(name, _widened(module))
+    if by_table:
+        positions_by_table(net, training=True)
+    along = net.base_model.encoder.pos_conv_embed
+    if hasattr(getattr(along, "conv", None), "parametrizations"):
+        along.conv = _folded(along.conv)
+    if net.config._attn_implementation != "eager":
+        net.set_attn_implementation("eager")  # sdpa's mask becomes a selection in every layer
+    return net.eval().requires_grad_(False)
+
+
+def _widened(linear: NarrowLinear) -> nn.Linear:
+    made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    made.weight = nn.Parameter(linear.weight, requires_grad=False)
+    made.register_parameter("bias", None if linear.bias is None else nn.Parameter(linear.bias, requires_grad=False))
+    return made
+
+
+def _folded(conv: Any) -> nn.Conv1d:
+    """The convolution with its weight norm multiplied in. torch's own removal would take the weight from every copy."""
+    sizes = conv.in_channels, conv.out_channels, conv.kernel_size
+    made = nn.Conv1d(*sizes, padding=conv.padding, groups=conv.groups, device="meta")
+    made.weight, made.bias = nn.Parameter(conv.weight.detach()), nn.Parameter(conv.bias.detach())
+    return made

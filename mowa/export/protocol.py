@@ -1,0 +1,82 @@
+"""What every exporter is, and the one way a model leaves: asked first, written beside, compared, and only then there.
+
+An exporter is a module of this room. How any format looks is not known here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from mowa.errors import DataError, ModelError
+from mowa.export import manifest
+from mowa.export.manifest import Written
+from mowa.files import becoming
+from mowa.nouns import Artifact, Model
+
+FORMATS = {
+    "onnx": "ONNX, for ONNX Runtime on processors, phones and in browsers",
+    "safetensors": "quantised weights that transformers loads",
+    "coreml": "an mlprogram for Apple's Core ML",
+    "tensorrt": "an engine for NVIDIA GPUs, or all that builds one there",
+    "ctranslate2": "CTranslate2",
+}
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Exporter(Protocol):
+    """A module of this room, named as its format is."""
+
+    def can(self, model: Model) -> str:
+        """Why this model, as it is shrunk, cannot be written so, and what could instead; empty where it can."""
+
+    def parts(self) -> None:
+        """MissingPart, with what to install, where a package that writing needs is not there."""
+
+    def write(self, model: Model, folder: Path, **options: Any) -> tuple[Any, Written]:
+        """Write `model` into `folder`, which is there and empty, read it again and compare it with the net where that
+        can be done here. → the net that was written (its config is what goes beside it), and what was written.
+
+        Raises ModelError where what was written does not say what the net says, or an operator has no equal: named.
+        """
+
+
+def exporter(to: str) -> Exporter:
+    """The exporter called `to`. ModelError with the nearest name where there is none."""
+    if to not in FORMATS:
+        near = difflib.get_close_matches(to, FORMATS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(FORMATS)}"
+        raise ModelError(f"no format is called {to!r}; {hint}")
+    return cast(Exporter, import_module(f"mowa.export.{to}"))
+
+
+def export(model: Model, to: str, out: str | Path, **options: Any) -> Artifact:
+    """Write `model`, adapter included, as `to` into the folder `out`, which must not be there. `model` stays as it is.
+
+    Raises ModelError: an unknown format, a model or scheme that it cannot hold, a result that is not what the net says
+    (nothing is left then); MissingPart; DataError where `out` is there, or the disk is full.
+    """
+    chosen, out = exporter(to), Path(out)
+    if why := chosen.can(model):
+        raise ModelError(f"{model.origin.name} in {model.scheme.name} cannot be written as {to}: {why}")
+    chosen.parts()
+    try:
+        with becoming(out) as folder:
+            net, written = chosen.write(model, folder, **options)
+            manifest.write(model, net, to, folder, written)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(out.parent).free
+        need = 4 * sum(weight.numel() for weight in model.net.parameters())
+        raise DataError(
+            f"the disk of {out} is full ({free / 1e6:.0f} MB are free, and writing takes up to {2 * need / 1e6:.0f}):"
+            " nothing was left there; make room, or choose another folder"
+        ) from None
+    return manifest.read(out)

@@ -1,0 +1,230 @@
+"""A model as a checkpoint of stock transformers in few bits: `model.safetensors` and a config.json that says how.
+
+`AutoModelForCTC.from_pretrained(folder)` gives the very weights of the shrunk net, with the package that the scheme
+needs there; `mowa.load(folder)` gives the shrunk model itself, and needs none.
+
+| scheme              | package            | what is no block's linear                                          |
+|---------------------|--------------------|--------------------------------------------------------------------|
+| float32, fp16, bf16 | none               | as the rest                                                        |
+| int8-…, mixed       | compressed-tensors | the feature projection in int8, other matrices in float16          |
+| int4-weight         | compressed-tensors | the same; beside zeros the feature projection is in float16 too    |
+| nf4                 | bitsandbytes       | float32: transformers leaves it in what the file has it in         |
+
+transformers holds narrow linears alone, so convolutions that other formats keep in int8 are in float16 here. It rounds
+inputs as the scheme says, but multiplies in floating point, with the weights made wide again: files are smaller, nets
+are not faster there. How the tensors are called is `adapt.quantized`'s affair, how they are loaded
+`loading.narrowed`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mowa.adapt import merge, quantized
+from mowa.data import audio
+from mowa.errors import ModelError
+from mowa.export.manifest import Written
+from mowa.families.chunks import reach
+from mowa.files import let_read, quiet
+from mowa.kernels.narrow import NarrowLinear
+from mowa.nouns import Model
+
+log = logging.getLogger("mowa")
+
+FILE = "model.safetensors"
+FLOATS = ("float32", "float16", "bfloat16")
+FARTHEST = 1e-3  # nats: what may be away in any log-probability where all weights are the same
+AGREEING = 0.8  # the share of frames with the same likeliest output, where weights or inputs are rounded on the way
+NEEDED = {quantized.COMPRESSED: ("compressed-tensors",), quantized.BITSANDBYTES: ("bitsandbytes", "accelerate")}
+NEVER = -50.0  # nats: what is less likely than this is not compared, float32 itself is too coarse there
+SAMPLE = Path(__file__).parents[1] / "assets" / "sample.flac"
+SAMPLE_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Net:
+    """What was written, as far as whoever writes the rest of the folder needs it."""
+
+    config: Any
+
+
+def can(model: Model) -> str:
+    """As `Exporter.can`."""
+    kept = _narrow(model.net)
+    for name, module in model.net.named_modules():
+        if isinstance(module, NarrowLinear) and module.activations != "wide" and name not in kept:
+            return (
+                f"transformers does not round the inputs of {name} beside zeros of groups, nf4 or groups that do not"
+                " fill a row; shrink it symmetric, or use onnx"
+            )
+    return ""
+
+
+def parts() -> None:
+    """As `Exporter.parts`: nothing is needed for writing."""
+
+
+def write(model: Model, folder: Path, **options: Any) -> tuple[Net, Written]:
+    """As `Exporter.write`; there are no options.
+
+    Every tensor is read again and must be the one that was written. Compared is what the net says of the bundled sample
+    and of noise with what the file's net says, and, where the package is installed, stock transformers' one.
+    """
+    if options:
+        raise ModelError(f"safetensors has no option {next(iter(options))!r}")
+    net = merge.merge(model).net
+    linears = _narrow(net)
+    config, kept = _config(model, net, linears), _tensors(model, net, linears)
+    save_file(kept, folder / FILE, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    let_read(folder)
+    how = getattr(config, "quantization_config", None)
+    ours = _read(folder, config, how, linears, kept)
+    if {(p.dtype, p.device.type) for p in net.parameters()} != {(torch.float32, "cpu")}:
+        net = copy.deepcopy(net).to("cpu", torch.float32)
+    again = _said(ours, model)
+    farthest, agreeing = _apart(_said(net, model), again)
+    _judge(model, farthest, agreeing, exact=model.scheme.weights in FLOATS)
+    package = how["quant_method"] if how else ""
+    details: dict[str, Any] = {"package": package}
+    missing = next((name for name in NEEDED.get(package, ()) if find_spec(name.replace("-", "_")) is None), "")
+    if missing:
+        log.info("%s is not installed: whether transformers says the same was not tried", missing)
+        details["transformers"] = f"not tried: {missing} is not installed"
+    else:
+        apart, alike = _apart(again, _said(_stock(folder), model))
+        _judge(model, apart, alike, exact=model.scheme.activations == "wide" and package != quantized.BITSANDBYTES)
+        details["transformers"] = {"farthest": apart, "agreeing": alike}
+    made_by = ("safetensors", package) if package else ("safetensors",)
+    return Net(config), Written((FILE,), details, farthest, agreeing, made_by=made_by)
+
+
+def _narrow(net: Any) -> dict[str, NarrowLinear]:
+    """The linears that stay narrow in the file. One package reads it, so nothing else is beside nf4, or zeros.
+
+    compressed-tensors reads no row whose last group is shorter; schemes give such to the feature projection alone.
+    """
+    found = {name: module for name, module in net.named_modules() if isinstance(module, NarrowLinear)}
+    found = {n: one for n, one in found.items() if one.in_features % min(one.group, one.in_features) == 0}
+    levels = {name: linear for name, linear in found.items() if linear.form == "nf4"}
+    return levels or {name: linear for name, linear in found.items() if linear.zeros is not None} or found
+
+
+def _config(model: Model, net: Any, linears: dict[str, NarrowLinear]) -> Any:
+    config = copy.deepcopy(net.config)
+    config.architectures = [type(net).__name__]
+    config.dtype = getattr(torch, model.scheme.weights if model.scheme.weights in FLOATS else "float32")
+    if linears:
+        others = [n for n, m in net.named_modules() if isinstance(m, nn.Linear | NarrowLinear) and n not in linears]
+        config.quantization_config = quantized.settings(linears, others)
+    return config
+
+
+def _tensors(model: Model, net: Any, linears: dict[str, NarrowLinear]) -> dict[str, Tensor]:
+    """Name → tensor, as it lies in the file."""
+    narrow = {name: module for name, module in net.named_modules() if isinstance(module, NarrowLinear)}
+    wide = {name: value for name, value in net.state_dict().items() if name.rpartition(".")[0] not in narrow}
+    kept: dict[str, Tensor] = {}
+    for name, linear in narrow.items():
+        if name in linears:
+            kept |= quantized.tensors(name, linear)
+        else:
+            wide[f"{name}.weight"] = linear.weight
+            wide |= {} if linear.bias is None else {f"{name}.bias": linear.bias}
+    as_it_is = any(linear.form == "nf4" for linear in linears.values())
+    for name, value in wide.items():
+        dtype = torch.float32 if as_it_is else _dtype(model, name, value)
+        value = value.detach().cpu()
+        kept[name] = (value.to(dtype) if value.is_floating_point() else value).contiguous()
+    return kept
+
+
+def _dtype(model: Model, name: str, value: Tensor) -> torch.dtype:
+    if model.scheme.weights in FLOATS:
+        return getattr(torch, model.scheme.weights)
+    where = name.removeprefix(f"{model.net.base_model_prefix}.")
+    narrower = value.ndim > 1 and any(where.startswith(f"{part}.") for part in model.family.widths)
+    return torch.float16 if narrower else torch.float32
+
+
+def _read(folder: Path, config: Any, how: Any, linears: dict[str, NarrowLinear], kept: dict[str, Tensor]) -> Any:
+    """The net in the file, as `mowa.load` makes it. ModelError where a tensor is not the one that was written."""
+    from transformers import AutoModelForCTC
+
+    found = load_file(folder / FILE)
+    again, rest = quantized.read(how, found) if how else ({}, found)
+    same = found.keys() == kept.keys() and all(torch.equal(found[name], value) for name, value in kept.items())
+    for name, linear in linears.items():
+        before, after = linear.state_dict(), again[name].state_dict() if name in again else {}
+        same = same and before.keys() == after.keys() and linear.activations == again[name].activations
+        same = same and all(torch.equal(after[key], value.cpu()) for key, value in before.items())
+    if not same:
+        raise ModelError(f"{FILE} does not hold what was written into it: export the model again")
+    with torch.device("meta"):
+        net = AutoModelForCTC.from_config(_dense(config))
+    return quantized.filled(net, again, rest)
+
+
+def _dense(config: Any) -> Any:
+    dense = copy.deepcopy(config)
+    vars(dense).pop("quantization_config", None)
+    dense.dtype = torch.float32
+    return dense
+
+
+def _stock(folder: Path) -> Any:
+    """The net as transformers loads it, in float32, without what it and its packages have to say."""
+    from transformers import AutoModelForCTC
+
+    with quiet(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            net = AutoModelForCTC.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+            with torch.inference_mode():
+                net(torch.zeros(1, reach(net.config)))  # compressed-tensors makes weights wide at the first call
+        except Exception as error:  # of any kind: they come from three packages
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"transformers does not load what was written: {reason}") from error
+    return net
+
+
+@torch.inference_mode()
+def _said(net: Any, model: Model) -> list[Tensor]:
+    """Log-probabilities [T, V] of the bundled sample, of noise, and of as little noise as makes a frame."""
+    speech = audio.load(SAMPLE)[: SAMPLE_S * model.preprocessing.rate_hz]
+    noise = np.random.default_rng(1).standard_normal(4_097).astype(np.float32)
+    said = []
+    for clip in (speech, noise, noise[: reach(net.config)]):
+        values = audio.normalize(clip) if model.preprocessing.normalize else clip
+        said.append(net(torch.from_numpy(values)[None]).logits[0].float().log_softmax(-1).clamp(min=NEVER))
+    return said
+
+
+def _apart(ours: list[Tensor], theirs: list[Tensor]) -> tuple[float, float]:
+    """The largest difference of a log-probability, and the share of the frames with the same likeliest output."""
+    a, b = torch.cat(ours), torch.cat(theirs)
+    farthest = float((a - b).abs().nan_to_num(nan=torch.inf).max())
+    return farthest, float((a.argmax(-1) == b.argmax(-1)).float().mean())
+
+
+def _judge(model: Model, farthest: float, agreeing: float, *, exact: bool) -> None:
+    name = f"{model.origin.name} in {model.scheme.name}"
+    if exact and not farthest <= FARTHEST:
+        raise ModelError(f"what was written is not {name}: {farthest:.2g} nats away, {FARTHEST} allowed; use onnx")
+    if agreeing < AGREEING:
+        raise ModelError(
+            f"what was written is not {name}: in {1 - agreeing:.0%} of frames another letter is likeliest; use onnx"
+        )

@@ -1,0 +1,328 @@
+"""A CTC net for TensorRT: a typed ONNX graph, and the engine of it, or all that builds and checks one where it can be.
+
+A folder holds `model.onnx` and its weights; `build.py` with `build.json` and `reference.npz`, which make the engine on
+a machine with a GPU and keep it only if it says what the net says; `build.sh`, the same by trtexec; and `model.engine`,
+where TensorRT and a GPU are here.
+
+- inputs: `input_values` float32 [B, N], normalised as the audio settings say; where front ends let a mask keep padding
+  out, `attention_mask` int64 [B, N], 1 where there is sound.
+- output: `logits` float32 [B, T, V].
+
+Nothing is left to TensorRT to choose. Half precision is in the graph's own types and in products alone, so that
+LayerNormalization and Softmax are float32: in float16 they overflow after attention, and what comes of it may be finite
+and wrong (github.com/NVIDIA/TensorRT, issues 4111 and 4493). int8 is symmetric on both sides of a product, as TensorRT
+has no other, and products beside it are float16. Who runs the folder is not known here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mowa.data import audio
+from mowa.errors import ModelError
+from mowa.export import onnx as graphs
+from mowa.export import products, tensors, typed
+from mowa.export import tensorrt_build as building
+from mowa.export.manifest import Written
+from mowa.export.onnx import AGREEING, FARTHEST, GRAPH, OPSET, SAMPLE
+from mowa.export.plain import plain
+from mowa.families.chunks import reach
+from mowa.kernels.narrow import NarrowLinear
+from mowa.nouns import FLOAT32, Model
+
+log = logging.getLogger("mowa")
+
+ENGINE = "model.engine"
+Profile = Sequence[Sequence[int]]
+PROFILE: Profile = ((1, 16_000), (1, 160_000), (4, 480_000))
+HEARD_S = 5  # the longest that is compared but for the profile's own
+EARNED = 2.0  # times the error that such arithmetic was seen to make here
+MASKED = ("Wav2Vec2ForCTC", "HubertForCTC")
+HALVES = {"float16": "float16", "bfloat16": "bfloat16", "int8": "float16"}  # of what is not quantised
+FAR = -1e9  # added to the scores of what is not there
+TAKEN = (("float32", "wide"), ("float16", "wide"), ("bfloat16", "wide"), ("int8", "static"))
+REFUSED = {
+    ("int8", "dynamic"): "TensorRT's ONNX parser has no DynamicQuantizeLinear",
+    ("int8", "wide"): "TensorRT multiplies int8 weights with int8 inputs alone",
+    ("int4", "wide"): "its int4 is ONNX Runtime's MatMulNBits, which TensorRT has not",
+    ("nf4", "wide"): "nf4 is ONNX Runtime's MatMulBnb4, which TensorRT has not",
+    ("mixed", "dynamic"): "it has operators that TensorRT has not",
+}
+# Operators of nets like these that onnx-tensorrt reads in the types they come in (its docs/operators.md, 10.15).
+KNOWN = frozenset(
+    "Abs Add And Cast Clip Concat Constant ConstantOfShape Conv DequantizeLinear Div Equal Expand Floor Gather"
+    " GatherND Gelu Gemm Greater GreaterOrEqual Identity InstanceNormalization LayerNormalization Less LessOrEqual Log"
+    " MatMul Max Min Mul Neg Not Or Pad Pow QuantizeLinear Range Reciprocal ReduceMean ReduceSum Relu Reshape Shape"
+    " Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where".split()
+)
+
+
+def can(model: Model) -> str:
+    """As `Exporter.can`."""
+    kind = model.scheme.weights, model.scheme.activations
+    return "" if kind in TAKEN else f"{REFUSED.get(kind, 'TensorRT has no such products')}; use int8-static, or bf16"
+
+
+def parts() -> None:
+    """MissingPart where what exporting needs is not installed; TensorRT itself need not be."""
+    graphs.parts()
+
+
+def write(model: Model, folder: Path, *, profile: Profile = PROFILE) -> tuple[Any, Written]:
+    """As `Exporter.write`. `profile`: batch and samples of the smallest, the usual and the largest input.
+
+    What the graph says is compared in ONNX Runtime, in its own types, and what the engine says where there can be one,
+    with the net in float64. float32 must say the same, to 1e-3 nats or twice what the net in float32 is away; anything
+    narrower must find the same output likeliest in 80 % of frames, and an engine may be twice as far as the graph is.
+    """
+    wide = plain(model, widen=True)
+    _check(profile, reach(wide.config))
+    masked = _masked(wide)
+    _trace(model, wide, folder, masked)
+    files = tensors.keep(folder, [GRAPH], FLOAT32, graphs.says(model, masked))
+    cases, own = _cases(model, wide, profile, masked)
+    found = building.apart(_said(folder / GRAPH, cases), cases)
+    if model.scheme.weights == "float32":
+        allowed = {"farthest": max(EARNED * own["farthest"], FARTHEST)}
+    else:
+        allowed = {"rms": max(EARNED * found["rms"], FARTHEST), "agreeing": AGREEING}
+    _judge(model, found, allowed)
+    names = ["input_values", *(["attention_mask"] if masked else [])]
+    shapes = {name: [list(shape) for shape in profile] for name in names}
+    how = {"graph": GRAPH, "engine": ENGINE, "profile": shapes, "allowed": allowed}
+    _kit(folder, how, cases)
+    engine, unchecked = ENGINE if _here() else None, ""
+    if engine is not None:
+        found = _built(model, folder, allowed, cases)
+        files = (*files, engine)
+    else:
+        unchecked = (
+            "TensorRT itself was not run: compared is model.onnx in ONNX Runtime, its products rounded as its types"
+            " say; build.py compares the engine where it is built"
+        )
+    details = how | {"engine": engine, "masked": masked, "opset": OPSET}
+    made_by = ("onnx", "onnxscript", "onnxruntime", *(["tensorrt"] if engine else []))
+    return wide, Written(files, details, found["farthest"], found["agreeing"], unchecked, made_by)
+
+
+def _check(profile: Profile, least: int) -> None:
+    try:
+        ascending = all(1 <= a <= b <= c for a, b, c in zip(*profile, strict=True))
+        fits = len(profile) == 3 and all(len(shape) == 2 for shape in profile) and ascending
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ModelError(
+            f"a profile is batch and samples of the smallest, the usual and the largest input, as {PROFILE};"
+            f" not {profile}"
+        )
+    if profile[0][1] < least:
+        raise ModelError(f"the net needs {least} samples for a frame, and the profile begins at {profile[0][1]}")
+
+
+def _masked(net: Any) -> bool:
+    """Whether padding can be kept out, by a net that is computed part by part."""
+    config = net.config
+    stock = type(net).__name__ in MASKED and not getattr(config, "add_adapter", False)
+    return stock and config.feat_extract_norm == "layer"
+
+
+class _Net(nn.Module):
+    """A net as a function of tensors. With a mask its encoder's parts are called one by one, and frame t of a row is
+    there where its samples are: t · hop + reach ≤ n. transformers' own mask is the same, but made of operators that
+    TensorRT has not in these types (NonZero of booleans, CumSum of integers)."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+        self.hop, self.reach = math.prod(net.config.conv_stride), reach(net.config)
+
+    def forward(self, input_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is None:
+            logits: Tensor = self.net(input_values).logits
+            return logits
+        base, stable = self.net.base_model, self.net.config.do_stable_layer_norm
+        states = base.feature_projection(base.feature_extractor(input_values).transpose(1, 2))
+        states = states[0] if isinstance(states, tuple) else states
+        ends = torch.arange(states.shape[1]) * self.hop + self.reach
+        there = (ends[None] <= attention_mask.sum(-1, keepdim=True)).to(states.dtype)
+        states = states * there[..., None]
+        states = states + base.encoder.pos_conv_embed(states)
+        states = states if stable else base.encoder.layer_norm(states)
+        for layer in base.encoder.layers:
+            made = layer(states, attention_mask=(1 - there[:, None, None]) * FAR)
+            states = made[0] if isinstance(made, tuple) else made
+        states = base.encoder.layer_norm(states) if stable else states
+        out: Tensor = self.net.lm_head(states)
+        return out
+
+
+def _trace(model: Model, wide: Any, folder: Path, masked: bool) -> None:
+    """`model.onnx` in `folder`, every tensor in its type. ModelError: an operator has no equal in ONNX or TensorRT."""
+    import onnx
+
+    scheme = model.scheme.weights
+    net = _quantised(model) if scheme == "int8" else wide
+    values = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 16_000), np.float32))
+    given = (values, torch.ones(values.shape, dtype=torch.int64)) if masked else (values,)
+    with graphs.hushed(), TemporaryDirectory(dir=folder.parent) as place:
+        try:
+            torch.onnx.export(
+                _Net(net).eval(),
+                given,
+                f"{place}/{GRAPH}",
+                input_names=["input_values", "attention_mask"][: len(given)],
+                output_names=["logits"],
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: "batch", 1: "time"},) * len(given),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+            raise ModelError(f"torch cannot write {model.origin.name} as ONNX: {reason}") from error
+        made = onnx.load(f"{place}/{GRAPH}")
+    if unknown := sorted(typed.operators(made.graph) - KNOWN):
+        raise ModelError(f"TensorRT does not read {', '.join(unknown)}, which {model.origin.name} needs: use onnx")
+    typed.symmetric(made.graph)
+    if scheme in HALVES:
+        typed.in_halves(made.graph, HALVES[scheme])
+    _save(made, folder)
+
+
+def _quantised(model: Model) -> Any:
+    """The net with products of int8 where inputs have a range, and wide linears elsewhere."""
+    net = plain(model)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, NarrowLinear) and module.activations != "static":
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear.weight = nn.Parameter(module.weight, requires_grad=False)
+            bias = None if module.bias is None else nn.Parameter(module.bias, requires_grad=False)
+            linear.register_parameter("bias", bias)
+            net.set_submodule(name, linear)
+    return products.put(net)
+
+
+def _save(model: Any, folder: Path) -> None:
+    import onnx
+
+    onnx.save_model(model, folder / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data", size_threshold=1024)
+
+
+def _cases(model: Model, net: Any, profile: Profile, masked: bool) -> tuple[list[building.Arrays], dict[str, float]]:
+    """Inputs at the corners of the profile and between them, what the net says in float64, and how far from that it is
+    in float32. Speech and noise by turns; where there is a mask, the rows of a batch are of many lengths. Engines were
+    seen to be right in the usual shape alone (github.com/NVIDIA/TensorRT, issue 4450)."""
+    (few, least), (usual, best), (many, most) = profile
+    speech, rng = audio.load(SAMPLE), np.random.default_rng(1)
+    enough = max(least, HEARD_S * model.preprocessing.rate_hz)
+    shapes = [(few, least), (usual, min(best, enough)), (many, min(most, enough)), (few, most)]
+    exact, cases, plainly = copy.deepcopy(net).double(), [], []
+    for batch, longest in dict.fromkeys(shapes):
+        lengths = np.linspace(longest, least, batch).astype(int) if masked else np.full(batch, longest)
+        values = np.full((batch, longest), model.preprocessing.padding_value, np.float32)
+        for index, length in enumerate(lengths):
+            row = rng.standard_normal(length, np.float32) if index % 2 else np.resize(speech, length)
+            values[index, :length] = audio.normalize(row) if model.preprocessing.normalize else row
+        mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
+        case = {"input_values": values} | ({"attention_mask": mask} if masked else {})
+        given = {name: torch.from_numpy(value) for name, value in case.items()}
+        with torch.inference_mode():
+            plainly.append(net(**given).logits.numpy())
+            said = exact(**given | {"input_values": given["input_values"].double()}).logits.float().numpy()
+        frames = [_frames(net.config, length) if masked else said.shape[1] for length in lengths]
+        cases.append(case | {"logits": said, "frames": np.array(frames)})
+    return cases, building.apart(plainly, cases)
+
+
+def _frames(config: Any, samples: int) -> int:
+    return (int(samples) - reach(config)) // math.prod(config.conv_stride) + 1
+
+
+def _said(graph: Path, cases: Sequence[building.Arrays]) -> list[np.ndarray]:
+    """What the graph says in ONNX Runtime, which has no such halves on processors, so they are emulated; nothing is
+    optimised, as roundings would be dropped."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    with TemporaryDirectory() as place:
+        made = onnx.load(graph)
+        typed.emulated(made.graph)
+        _save(made, Path(place))
+        session = onnxruntime.InferenceSession(f"{place}/{GRAPH}", options, providers=["CPUExecutionProvider"])
+        return [session.run(["logits"], building.inputs(case))[0] for case in cases]
+
+
+def _judge(model: Model, found: dict[str, float], allowed: dict[str, float]) -> None:
+    name, scheme = model.origin.name, model.scheme
+    if scheme.weights == "float32":
+        if why := building.verdict(found, allowed):
+            raise ModelError(f"the graph of {name} is not what the net is: {why}")
+    elif found["agreeing"] < AGREEING:
+        instead = "bf16" if scheme.weights == "float16" else "float32"
+        raise ModelError(
+            f"{name} does not bear {scheme.name} as TensorRT has it: in {1 - found['agreeing']:.0%} of frames another"
+            f" letter is likeliest; export it in {instead}"
+        )
+    else:
+        log.info("%s: the same output likeliest in %.1f %% of frames", scheme.name, found["agreeing"] * 100)
+
+
+def _kit(folder: Path, how: dict[str, Any], cases: Sequence[building.Arrays]) -> None:
+    """All that builds the engine elsewhere."""
+    (folder / "build.json").write_text(json.dumps(how, indent=1))
+    (folder / "build.py").write_text(Path(building.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    kept: dict[str, Any] = {f"{index}.{name}": of for index, case in enumerate(cases) for name, of in case.items()}
+    np.savez_compressed(folder / "reference.npz", **kept)
+    shapes = []
+    for index, word in enumerate(("min", "opt", "max")):
+        each = (f"{name}:{'x'.join(map(str, of[index]))}" for name, of in how["profile"].items())
+        shapes.append(f"  --{word}Shapes={','.join(each)}")
+    line = ["trtexec", f"  --onnx={GRAPH}", "  --saveEngine=unchecked.engine", "  --stronglyTyped", "  --skipInference"]
+    line += ["  --noTF32", *shapes]
+    script = folder / "build.sh"
+    script.write_text(
+        "#!/bin/sh\n"
+        "# The engine by trtexec; build.py keeps it as model.engine only if it says what the net says.\n"
+        'set -e\ncd "$(dirname "$0")"\n' + " \\\n".join(line) + "\npython3 build.py unchecked.engine\n"
+    )
+    script.chmod(0o755)
+
+
+def _here() -> bool:
+    """Whether an engine can be built on this machine."""
+    try:
+        import_module("tensorrt")
+    except (ImportError, OSError):
+        return False
+    return torch.cuda.is_available()
+
+
+def _built(model: Model, folder: Path, allowed: dict[str, float], cases: Sequence[building.Arrays]) -> dict[str, float]:
+    try:
+        engine = building.plan(folder)
+        found = building.apart(building.outputs(engine, [building.inputs(case) for case in cases]), cases)
+    except RuntimeError as error:
+        raise ModelError(f"{model.origin.name}: {error}") from error
+    if why := building.verdict(found, allowed):
+        raise ModelError(f"TensorRT's engine of {model.origin.name} does not say what the net says: {why}")
+    (folder / ENGINE).write_bytes(engine)
+    return found
