@@ -15,6 +15,7 @@ SHARES = st.floats(0, 1)
 # What the schema says of a knob alone is too little where it depends on others, or is checked by hand.
 OWN = {
     "train": st.sampled_from(["head", "adapters", "lora", "encoder", "all"]) | st.integers(1, 48).map("top-{}".format),
+    "qat_group": st.sampled_from([32, 64, 128]),
     "data.shortest_s": st.floats(0, 5),
     "data.longest_s": st.floats(6, 60),
     "lora.where": st.lists(st.sampled_from(["attention", "mlp"]), min_size=1, unique=True),
@@ -67,7 +68,7 @@ def values(leaf):
 def trees(draw):
     """Dotted path → value, for every knob: a recipe that says everything."""
     turns = {leaf.dotted: draw(values(leaf)) for leaf in LEAVES}
-    if turns["distil.layers"]:
+    if turns["distil.layers"] or turns["qat"] != "none":
         turns |= {"train": "all", "vocabulary": "keep", "batch.layout": "packed"}
     return turns
 

@@ -27,6 +27,7 @@ EVERYDAY = {
     "test": "data.test",
     "train": "train",
     "vocabulary": "vocabulary",
+    "qat": "qat",
     "epochs": "optimise.epochs",
     "steps": "optimise.steps",
     "learning-rate": "optimise.learning_rate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
 
@@ -21,8 +22,13 @@ VERBS = {
     "adapt": ("mowa.cli.adapt:adapt", "Look at an adapter, or merge it into its base."),
     "explain": ("mowa.cli.explain:explain", "Say how a model's layers would be computed here, and why."),
     "train": ("mowa.cli.train:train", "Train a model as a recipe says."),
+    "shrink": ("mowa.cli.shrink:shrink", "Make a model smaller, and measure what it costs."),
+    "export": ("mowa.cli.export:export", "Write a model as other programs run it."),
+    "bench": ("mowa.cli.bench:bench", "Time models, engines and schemes on this machine."),
     "distill": ("mowa.cli.distill:distill", "Make a smaller model of a larger one."),
 }
+
+CHATTER = ("torchao", "torch.utils._pytree")  # where torchao is installed, importing transformers makes them warn
 
 
 class Verbs(click.Group):
@@ -54,6 +60,8 @@ def cli(debug: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run, and turn what can go wrong into one line and exit code 2 (130 after Ctrl-C)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for name in CHATTER:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = cli.main(arguments, prog_name="mowa", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 from tqdm import tqdm
@@ -43,3 +44,20 @@ def audio_progress(total_s: float | None) -> tqdm:
         disable=None,
         bar_format=_BAR if total_s else None,
     )
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str, float], None]]:
+    """A bar for work of several kinds, told by what is being done and the share of it that is. Silent elsewhere."""
+    bar = tqdm(total=100, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}]", leave=False)
+
+    def told(what: str, share: float) -> None:
+        if not bar.disable:
+            bar.set_description_str(what, refresh=False)
+            bar.n = round(share * 100)
+            bar.refresh()
+
+    try:
+        yield told
+    finally:
+        bar.close()

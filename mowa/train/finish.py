@@ -18,7 +18,7 @@ from transformers import Trainer
 from mowa.adapt import processor, store
 from mowa.files import atomic_write, let_read
 from mowa.tasks import ctc
-from mowa.train import parallel, schema, view
+from mowa.train import parallel, qat, schema, view
 from mowa.train.pupil import spelt, texts
 from mowa.train.ready import Run, first, measured
 
@@ -29,6 +29,8 @@ def finish(run: Run, trainer: Trainer, out: Path, took_s: float) -> None:
     """Measure what came of it, and write it: weights, vocabulary, settings, report, curve."""
     plan, model = run.plan, run.model
     words = model.vocabulary
+    if plan.qat != "none":
+        qat.settle(model.net)
     results = {}
     for name, examples in (run.data.dev | run.data.test).items():
         found: Any = trainer.predict(measured(run, examples), metric_key_prefix=name)
@@ -44,6 +46,9 @@ def finish(run: Run, trainer: Trainer, out: Path, took_s: float) -> None:
     net = model.net
     if state is not None:
         put(net, {name.removeprefix("net."): value for name, value in state.items()})
+    if plan.qat != "none":
+        qat.plain(net)
+        setattr(net.config, qat.NOTE, qat.note(plan.qat, plan.qat_group))
     report = {
         "model": plan.model,
         "train": plan.train,

@@ -38,7 +38,7 @@ def gather(plan: Tuning, words: Vocabulary | None, frames: Callable[[float], int
 
     DataError where nothing is left to learn from or to measure on.
     """
-    data, texts = plan.data, not plan.distil.layers  # a teacher needs none
+    data, texts = plan.data, not plan.taught  # a teacher needs none
     train = [(_read(part, cache, texts), part.share) for part in data.train]
     dev = {name: _read(part, cache) for name, part in named(data.dev, "dev").items()}
     test = {name: _read(part, cache) for name, part in named(data.test, "test").items()}

@@ -260,6 +260,8 @@ def refused(strategy: str, plan: Tuning | Instruction, net: Any) -> str:
     """Why a strategy cannot run this plan; empty where it can."""
     if strategy not in SHARDED:
         return ""
+    if getattr(plan, "qat", "none") != "none":
+        return "whole weights are rounded (qat), and no process has them; use ddp or zero2"
     if plan.optimise.ema:
         return "no process has all the weights to average (optimise: ema); use ddp or zero2"
     if plan.batch.layout == "packed" and getattr(net.config, "feat_extract_norm", "") == "group":

@@ -11,7 +11,7 @@ from mowa.errors import RecipeError
 from mowa.families.patch import checkpoint_blocks
 from mowa.nouns import Example, Model
 from mowa.tasks import packing
-from mowa.train import distill, packs
+from mowa.train import distill, packs, qat
 from mowa.train.gather import Gathered, gather
 from mowa.train.packs import Batching, Packs
 from mowa.train.tuning import Tuning
@@ -41,12 +41,9 @@ def ready(plan: Tuning, model: Model, out: Path) -> Run:
     rate = model.preprocessing.rate_hz
     words = model.vocabulary if len(model.vocabulary) else None
     data = gather(plan, words, lambda seconds: frames.count(int(seconds * rate)), out / "audio")
-    lessons = None
-    if plan.distil.layers:
-        how = plan.distil
-        weights = {"emissions": how.emissions, "hidden": how.hidden, "temperature": how.temperature}
-        teacher, model = model, distill.student(model, how.layers)
-        lessons, net = distill.Lessons(teacher.net, how.layers, **weights), model.net
+    vars(net.config).pop(qat.NOTE, None)  # what learns is on no grid any more
+    model, lessons = _taught(plan, model)
+    net = model.net
     new_head = head.grow(net, family, words, data.words)
     net.config.ctc_zero_infinity, net.config.ctc_loss_reduction = True, "mean"
     if plan.train == "lora":
@@ -54,6 +51,8 @@ def ready(plan: Tuning, model: Model, out: Path) -> Run:
         lora.add(net, family, rank=low.rank, alpha=low.alpha, dropout=low.dropout, where=low.where, kind=low.kind)
     elif plan.train == "adapters":
         bottleneck.add(net, family, plan.adapters.width)
+    if plan.qat != "none":
+        qat.prepare(net, family, plan.qat, plan.qat_group)
     freeze.learn(net, family, plan.train)
     if plan.optimise.checkpointing:
         checkpoint_blocks(net)
@@ -72,6 +71,17 @@ def ready(plan: Tuning, model: Model, out: Path) -> Run:
     every = plan.evaluate.every or max(LEAST_APART, -(-steps // 10))
     tuned = Model(net, family, model.origin, data.words, model.preprocessing)
     return Run(plan, tuned, data, steps, min(every, steps), batches, new_head, lessons)
+
+
+def _taught(plan: Tuning, model: Model) -> tuple[Model, distill.Lessons | None]:
+    """What learns, and the checkpoint as it was to teach it, where the plan has a teacher."""
+    if not plan.taught:
+        return model, None
+    how = plan.distil
+    layers = how.layers or model.net.config.num_hidden_layers
+    student = distill.student(model, layers)
+    weights = {"emissions": how.emissions, "hidden": how.hidden, "temperature": how.temperature}
+    return student, distill.Lessons(model.net, layers, **weights)
 
 
 def batching(run: Run) -> Batching:

@@ -16,6 +16,7 @@ from mowa.train import schema
 from mowa.train.schema import knob
 
 LEARNT = ("head", "adapters", "lora", "top-N", "encoder", "all")
+GROUPS = (32, 64, 128)  # columns that share a step, as `mowa shrink` knows them
 SHARE: dict[str, Any] = {"least": 0.0, "most": 1.0}
 MILD = Roughness(room=0.0, equalise=0.0, telephone=0.0, noise=0.0, gaps=0.0)
 PLAIN = replace(MILD, speed=(1.0, 1.0))  # as recorded
@@ -154,9 +155,9 @@ class Parallel:
 
 @dataclass(frozen=True, slots=True)
 class Distil:
-    """Make a smaller net of the checkpoint: it keeps some of the blocks, and the whole checkpoint teaches it."""
+    """A teacher, the whole checkpoint as it was: for a smaller net that keeps some of its blocks, or for `qat`."""
 
-    layers: int = knob(0, "blocks that the student keeps, chosen evenly; 0: no distillation", least=0)
+    layers: int = knob(0, "blocks that the student keeps, chosen evenly; 0: all, and a teacher with qat only", least=0)
     emissions: float = knob(1.0, "weight of the difference to what the teacher says, frame by frame (KL)", least=0.0)
     hidden: float = knob(1.0, "weight of the difference to what the teacher hears, after each kept block", least=0.0)
     letters: float = knob(1.0, "weight of the loss on texts, where there are any", least=0.0)
@@ -184,6 +185,12 @@ class Tuning:
     batch: Batch = field(default_factory=Batch)
     lora: Lora = field(default_factory=Lora)
     adapters: Adapters = field(default_factory=Adapters)
+    qat: str = knob(
+        "none",
+        "learn with weights rounded as mowa shrink will: in int8 or int4; the checkpoint as it was teaches (distil)",
+        choices=("none", "int8", "int4"),
+    )
+    qat_group: int = knob(32, "columns that share a step, of qat: int4: 32, 64 or 128", least=32, most=128)
     distil: Distil = field(default_factory=Distil)
     augment: Roughness = field(default_factory=lambda: MILD)
     masks: Masks = field(default_factory=Masks)
@@ -196,6 +203,12 @@ class Tuning:
     def top(self) -> int | None:
         """How many of the topmost blocks learn, where `train` is top-N."""
         return top_of(self.train)
+
+    @property
+    def taught(self) -> bool:
+        """Whether the checkpoint, as it was, is listened to: then recordings need no texts."""
+        how = self.distil
+        return bool(how.layers) or (self.qat != "none" and bool(how.emissions or how.hidden))
 
 
 def read(path: Path, settings: dict[str, Any] | None = None) -> Tuning:
@@ -212,6 +225,8 @@ def checked(tree: Any, where: str) -> Tuning:
         tuning.train != "all" or tuning.vocabulary != "keep" or tuning.batch.layout != "packed"
     ):
         raise RecipeError(f"{where}: distil: a student learns all, keeps the vocabulary, and is fed packed batches")
+    if tuning.qat != "none":
+        _rounded(tuning, f"{where}: qat")
     shares = [part.share for part in tuning.data.train]
     if any(shares) and not all(shares):
         raise RecipeError(f"{where}: data: train: some parts have a share and some have none; give all of them one")
@@ -251,6 +266,27 @@ def refuse_nonsense(plan: Any, where: str, learnt: tuple[str, ...]) -> None:
         raise RecipeError(f"{where}: optimise: steps and epochs are both 0; give one of them")
     if not plan.lora.where:
         raise RecipeError(f"{where}: lora: where: at least one is needed, found none")
+
+
+def _rounded(plan: Tuning, where: str) -> None:
+    """RecipeError for what cannot learn with rounded weights."""
+    if plan.train in ("lora", "adapters"):
+        raise RecipeError(
+            f"{where}: with train: {plan.train} the checkpoint's own weights stay as they are: merge the adapter"
+            " (mowa adapt merge), and let all, encoder or top-N learn"
+        )
+    if plan.train == "head":
+        raise RecipeError(
+            f"{where}: the head is not rounded, so train: head learns nothing of it: all, encoder or top-N"
+        )
+    if plan.vocabulary != "keep":
+        raise RecipeError(f"{where}: a new head comes first, rounding after it: vocabulary: keep")
+    if plan.taught and plan.batch.layout != "packed":
+        raise RecipeError(
+            f"{where}: the teacher is fed packed batches: batch: layout: packed, or distil: emissions and hidden: 0"
+        )
+    if plan.qat_group not in GROUPS:
+        raise RecipeError(f"{where}_group is {plan.qat_group}; it must be one of {', '.join(map(str, GROUPS))}")
 
 
 def _rough(how: Roughness, where: str) -> None:

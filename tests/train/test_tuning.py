@@ -16,7 +16,7 @@ from mowa.train.tuning import Part, Tuning
 from tests.turns import LEAVES, another, trees
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-STORIES = ("head", "adapters", "lora", "top-layers", "full", "new-language", "continue")
+STORIES = ("head", "adapters", "lora", "top-layers", "full", "new-language", "continue", "qat")
 LEAST = {"model": "m", "data": {"train": "a.jsonl"}}
 
 
@@ -93,6 +93,15 @@ def test_every_default_is_allowed_and_every_knob_turns(leaf):
         ({"masks.time": -0.1}, "masks: time is -0.1; it is a share"),
         ({"masks.time_span": 0}, "masks: time_span is 0; it must be at least 1"),
         ({"distil.layers": 3, "train": "lora"}, "distil: a student learns all"),
+        (
+            {"qat": "int4", "train": "lora"},
+            "qat: with train: lora the checkpoint's own weights stay as",
+        ),
+        ({"qat": "int4", "train": "head"}, "qat: the head is not rounded"),
+        ({"qat": "int4", "vocabulary": "extend"}, "qat: a new head comes first"),
+        ({"qat": "int8", "batch.layout": "padded"}, "qat: the teacher is fed packed batches"),
+        ({"qat": "int4", "qat_group": 48}, "qat_group is 48; it must be one of 32, 64, 128"),
+        ({"qat": "int3"}, "qat: 'int3' is none of them; did you mean int8?"),
         ({"learning_rate": 1}, "learning_rate is no key here; did you mean optimise: learning_rate?"),
         ({"language": False}, "language: expected str, found False; write it in quotes"),
     ],

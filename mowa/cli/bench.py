@@ -1,0 +1,68 @@
+"""`mowa bench`: models side by side on this machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from mowa.cli import show
+from mowa.errors import ModelError
+
+
+# fmt: off
+@click.command(short_help="Time models, engines and schemes on this machine.")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--engine", "engines", multiple=True, metavar="NAME",
+              help="native, onnx; several may be named. [default: native; an export's own]")
+@click.option("--dtype", "dtypes", multiple=True, metavar="NAME",
+              help="float32, bfloat16, int8, auto; several may be named. [default: auto]")
+@click.option("--data", metavar="SOURCE", help="Recordings, with texts for error rates. [default: a bundled one]")
+@click.option("--split", default="", help="Split of --data.")
+@click.option("--clips", type=click.IntRange(min=1), default=20, show_default=True, help="At most so many of them.")
+@click.option("--speeds", is_flag=True, help="Time with one thread and all, one recording and four.")
+@click.option("--picture", type=click.Path(path_type=Path), metavar="FILE.png",
+              help="Draw size, speed and error rates: what nothing else beats is on a line.")
+@click.option("--json", "listed", type=click.Path(path_type=Path), metavar="FILE.json", help="Write what was measured.")
+def bench(
+    models: tuple[str, ...], engines: tuple[str, ...], dtypes: tuple[str, ...], data: str | None, split: str,
+    clips: int, speeds: bool, picture: Path | None, listed: Path | None,
+) -> int:
+    # fmt: on
+    """Latency, throughput, memory and size of MODELs (names, folders, exports), each in a process of its own."""
+    from mowa.evaluate import bench as room
+    from mowa.evaluate import pareto, report
+    from mowa.files import atomic_write
+
+    if picture is not None:
+        pareto.parts()
+    wanted = room.arms(models, engines, dtypes)
+    timed = report.speeds() if speeds else ()
+    with show.steps() as told:
+        rows = room.measured(wanted, data, split, clips, timed, told)
+    head = ["model", "engine", "computes in", "MB", "RAM MB", "load s", "median s", "× real time", "frames"]
+    heard = any(row.rates for row in rows)
+    show.table(head + (["WER %"] if heard else []), [_cells(row, heard) for row in rows])
+    for row in rows:
+        for speed in row.speeds:
+            click.echo(f"{row.name}, {speed.threads} threads, batch {speed.batch}: {speed.rtf:.4f} s for a second")
+    if listed is not None:
+        atomic_write(listed, json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1) + "\n")
+    if picture is not None:
+        pareto.draw(rows, picture)
+        click.echo(f"\n{picture}")
+    if not any(row.rtf for row in rows):
+        raise ModelError("none of them could be run")
+    return 2 if any(row.wrong for row in rows) else 0
+
+
+def _cells(row, heard):  # type: ignore[no-untyped-def]
+    if row.wrong:
+        return [row.model, row.engine, *["–"] * 6, f"no: {row.wrong}"]
+    cells = [
+        row.model, row.engine, row.dtype, f"{row.size / 1e6:.1f}", f"{row.memory / 1e6:.0f}", f"{row.loading_s:.1f}",
+        f"{row.latency_s:.3f}", f"{1 / row.rtf:.1f}", f"{row.agreeing:.1%}",
+    ]  # fmt: skip
+    return cells + ([f"{row.rates.wer:.1%}" if row.rates else "–"] if heard else [])

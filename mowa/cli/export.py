@@ -1,0 +1,74 @@
+"""`mowa export`: a model as other programs run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mowa.cli import show
+from mowa.errors import ModelError
+from mowa.shrink.schemes import HOW, SCHEMES
+
+ONLY = {"opset": "onnx", "no_mask": "onnx", "seconds": "coreml"}  # options of one format
+
+
+# fmt: off
+@click.command(short_help="Write a model as other programs run it.")
+@click.argument("model")
+@click.option("--to", required=True, metavar="FORMAT", help="onnx, safetensors, coreml, tensorrt, ctranslate2.")
+@click.option("--scheme", default="float32", show_default=True, metavar="SCHEME",
+              help=f"{', '.join(SCHEMES)}. {HOW[0].upper()}{HOW[1:]}.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for it.")
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="An adapter, to be part of it.")
+@click.option("--data", default="", metavar="SOURCE", help="Recordings to calibrate on, where the scheme needs some.")
+@click.option("--split", default="", help="Split of --data.")
+@click.option("--opset", type=int, help="onnx: version of the operators, 18 to 23. [default: 20]")
+@click.option("--no-mask", is_flag=True, help="onnx: one input, for recordings that share no batch.")
+@click.option("--seconds", metavar="LIST", help="coreml: lengths of recordings it takes. [default: 5,10,20]")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
+def export(
+    model: str, to: str, scheme: str, out: Path, adapter: Path | None, data: str, split: str, revision: str | None,
+    offline: bool, **turned: Any,
+) -> None:
+    # fmt: on
+    """Write MODEL as FORMAT into a folder, in a scheme; it is read again and compared before the folder is there.
+
+    `mowa transcribe -m FOLDER` runs what runs here. What a scheme does to the words, `mowa shrink` measures.
+    """
+    from mowa.adapt import store
+    from mowa.export import protocol
+    from mowa.loading.speech import load
+    from mowa.shrink import calibrate, schemes
+    from mowa.shrink import shrink as narrow
+
+    chosen = schemes.named(scheme)
+    protocol.exporter(to).parts()
+    options = _options(to, turned)
+    loaded = load(model, revision=revision, offline=offline)
+    loaded = loaded if adapter is None else store.load(loaded, adapter)
+    sounds = calibrate.sounds(data, loaded, split=split) if data and schemes.calibrated(chosen) else None
+    with show.steps() as told:
+        shrunk = narrow(loaded, chosen, sounds, told=lambda share: told(f"{scheme}: shrinking", share))
+        told(f"{scheme}: writing {to}", 1.0)
+        artifact = protocol.export(shrunk, to, out, **options)
+    click.echo(f"{out}  {show.size(artifact.size)}, {to}, {schemes.label(artifact.scheme)}")
+    if artifact.unchecked:
+        click.echo(f"not checked here: {artifact.unchecked}")
+
+
+def _options(to: str, turned: dict[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in turned.items() if value}
+    for name in given:
+        if ONLY[name] != to:
+            raise ModelError(f"--{name.replace('_', '-')} is for {ONLY[name]}, not for {to}")
+    if "no_mask" in given:
+        given["masked"] = not given.pop("no_mask")
+    if "seconds" in given:
+        try:
+            given["seconds"] = tuple(float(one) for one in given["seconds"].split(","))
+        except ValueError:
+            raise ModelError(f"--seconds {given['seconds']} is no list of seconds: say 5,10,20") from None
+    return given

@@ -1,0 +1,82 @@
+"""Two hearings of the same recordings: how many more words one of them gets wrong, and whether that is chance.
+
+Recordings are drawn anew many times, the same for both (paired bootstrap, Bisani and Ney 2004): what both find hard
+does not count as a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mowa.data.text import plain
+from mowa.errors import MissingPart
+
+DRAWS, LEVEL = 2000, 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Error rates (1.0: all wrong) with their intervals; `words` there were to hear."""
+
+    wer: float
+    cer: float
+    wer_interval: tuple[float, float]
+    cer_interval: tuple[float, float]
+    words: int
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """How much higher the second's error rates are, relative to the first's (0.02: by two in a hundred)."""
+
+    wer: float
+    cer: float
+    wer_interval: tuple[float, float]
+    cer_interval: tuple[float, float]
+
+
+def rates(said: Sequence[str], heard: Sequence[str]) -> Rates:
+    """Lower-cased, without punctuation. MissingPart without jiwer."""
+    words, letters = _counts(said, heard, words=True), _counts(said, heard, words=False)
+    drawn = _drawn(len(said))
+    (wer, wer_interval), (cer, cer_interval) = (_rate(*one, drawn) for one in (words, letters))
+    return Rates(wer, cer, wer_interval, cer_interval, int(words[1].sum()))
+
+
+def apart(said: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Apart:
+    drawn = _drawn(len(said))
+    found = []
+    for words in (True, False):
+        (ours, _), (theirs, _) = (_counts(said, one, words=words) for one in (first, second))
+        whole = max(1, int(ours.sum()))
+        share = (theirs.sum() - ours.sum()) / whole
+        again = (theirs[drawn].sum(1) - ours[drawn].sum(1)) / np.maximum(1, ours[drawn].sum(1))
+        low, high = np.quantile(again, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        found.append((float(share), (float(low), float(high))))
+    (wer, wer_interval), (cer, cer_interval) = found
+    return Apart(wer, cer, wer_interval, cer_interval)
+
+
+def _rate(wrong: np.ndarray, total: np.ndarray, drawn: np.ndarray) -> tuple[float, tuple[float, float]]:
+    again = wrong[drawn].sum(1) / np.maximum(1, total[drawn].sum(1))
+    low, high = np.quantile(again, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(wrong.sum() / max(1, total.sum())), (float(low), float(high))
+
+
+def _drawn(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, count, (DRAWS, count))
+
+
+def _counts(said: Sequence[str], heard: Sequence[str], *, words: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Of each recording, what is wrong and what there was to hear."""
+    try:
+        import jiwer
+    except ImportError:
+        raise MissingPart("jiwer is needed to measure error rates: pip install 'mowa[evaluate]'") from None
+    process = jiwer.process_words if words else jiwer.process_characters
+    seen = [process(plain(a), plain(b)) for a, b in zip(said, heard, strict=True)]
+    wrong = [one.substitutions + one.deletions + one.insertions for one in seen]
+    return np.array(wrong), np.array([one.substitutions + one.deletions + one.hits for one in seen])

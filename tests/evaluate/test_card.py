@@ -1,0 +1,151 @@
+"""Drift, paired differences and verdicts on numbers that are known, and the page that shows them."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mowa.errors import ModelError
+from mowa.evaluate import card, page, pairs, pareto
+from mowa.evaluate.drift import Drift, drift
+from mowa.evaluate.measure import Measured, Speed
+from mowa.nouns import Example
+
+RNG = np.random.default_rng(0)
+WORDS = "ala ma kota i psa a on nie ma nic".split()
+
+
+def scores(frames=20, letters=5):
+    raw = RNG.standard_normal((frames, letters)).astype(np.float32) * 3
+    return raw - np.log(np.exp(raw).sum(-1, keepdims=True))
+
+
+def texts(count=60):
+    return [" ".join(RNG.choice(WORDS, 6)) for _ in range(count)]
+
+
+def worse(said, share):
+    rng = np.random.default_rng(1)
+    return [" ".join("źle" if rng.random() < share else word for word in text.split()) for text in said]
+
+
+def test_drift_is_what_its_formula_says():
+    ours, theirs = [scores(), scores(7)], [scores(), scores(7)]
+    found = drift(ours, theirs, blank=0)
+    p, q = (np.concatenate(one) for one in (ours, theirs))
+    assert found.frames == 27
+    assert found.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
+    assert found.agreeing == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+    assert found.blank == pytest.approx(((q.argmax(-1) == 0).sum() - (p.argmax(-1) == 0).sum()) / 27)
+    same = drift(ours, ours, blank=0)
+    assert (same.largest, same.kl, same.agreeing) == (0.0, 0.0, 1.0)
+    with pytest.raises(ModelError, match="not of the same model"):
+        drift(ours, [scores(), scores(8)], blank=0)
+
+
+def test_numbers_that_are_none_drift_far():
+    broken = scores()
+    broken[3] = np.nan
+    found = drift([scores()], [broken], blank=0)
+    assert np.isfinite(found.kl)
+    assert found.largest > 5
+
+
+def test_error_rates_are_jiwers():
+    import jiwer
+
+    said = texts()
+    heard = worse(said, 0.2)
+    found = pairs.rates(said, heard)
+    assert found.wer == pytest.approx(jiwer.wer(said, heard))
+    assert found.cer == pytest.approx(jiwer.cer(said, heard))
+    assert found.wer_interval[0] < found.wer < found.wer_interval[1]
+    assert found.words == 360
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.05, 0.3), st.floats(0.0, 0.3))
+def test_the_paired_difference_is_that_of_the_rates(first, more):
+    said = texts(30)
+    ours = worse(said, first)
+    theirs = worse(ours, more)
+    found, a, b = pairs.apart(said, ours, theirs), pairs.rates(said, ours), pairs.rates(said, theirs)
+    if a.wer:
+        assert found.wer == pytest.approx(b.wer / a.wer - 1)
+        assert found.wer_interval[0] <= found.wer + 1e-9
+    assert pairs.apart(said, ours, ours).wer_interval == (0.0, 0.0)
+
+
+FINE = Drift(1.0, 0.1, 0.01, 0.99, 0.0, 1000)
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "wer", "interval", "words", "verdict"),
+    [
+        (0.99, 0.01, (-0.02, 0.04), 1000, card.SHIP),
+        (0.99, 0.05, (0.03, 0.07), 1000, card.REFUSE),
+        (0.99, 0.05, (-0.01, 0.11), 1000, card.DOUBTFUL),
+        (0.99, 0.0, (0.0, 0.0), 50, card.DOUBTFUL),
+        (0.5, 0.0, (0.0, 0.0), 1000, card.REFUSE),
+    ],
+)
+def test_verdicts(agreeing, wer, interval, words, verdict):
+    far = Drift(1.0, 0.1, 0.01, agreeing, 0.0, 1000)
+    heard = pairs.Rates(0.1, 0.05, (0.08, 0.12), (0.04, 0.06), words)
+    assert card.judge(far, heard, pairs.Apart(wer, wer, interval, interval))[0] == verdict
+
+
+def test_without_texts_it_stays_doubtful():
+    assert card.judge(FINE, None, None) == (card.DOUBTFUL, "without texts only drift is known: 99.0% of frames agree")
+
+
+def made(said, heard, emissions):
+    numbers = {"audio_s": 100.0, "hearing_s": 2.0, "latency_s": 0.1, "loading_s": 1.0, "memory": 10**9}
+    return Measured("onnx", "int8", tuple(heard), tuple(emissions), **numbers, speeds=(Speed(2, 1, 0.02),))
+
+
+@pytest.fixture
+def whole(tmp_path):
+    said = texts()
+    examples = [Example(str(i), "x", text, 0.0, {"language": "pl" if i % 2 else "cs"}) for i, text in enumerate(said)]
+    emissions = [scores() for _ in said]
+    first, second = made(said, worse(said, 0.1), emissions), made(said, worse(said, 0.4), emissions)
+    rows = [
+        card.row(name, "onnx", tmp_path, size, found, first, (1000, first), examples, blank=0, tag="language")
+        for name, size, found in (("float32", 1000, first), ("int8 <&>", 250, second))
+    ]
+    rows.append(card.Row("nf4", "onnx", "", 0, 0.0, verdict=card.REFUSE, reason="no such thing"))
+    return card.Card("a net", "dev", len(said), 100.0, 0.02, "a machine", {"torch": "2"}, tuple(rows))
+
+
+def test_a_row_says_it_all_and_a_page_shows_it(whole, tmp_path):
+    first, second, _ = whole.rows
+    assert (first.verdict, second.verdict) == (card.SHIP, card.REFUSE)
+    assert (second.share, second.speedup, first.speeds[0].rtf) == (0.25, 1.0, 0.02)
+    assert set(second.tagged) == {"pl", "cs"}
+    card.write(whole, tmp_path / "card.json")
+    kept = json.loads((tmp_path / "card.json").read_text())
+    assert kept["rows"][1]["drift"]["agreeing"] == 1.0
+    page.write(whole, tmp_path / "card.html")
+    shown = (tmp_path / "card.html").read_text()
+    assert "int8 &lt;&amp;&gt;" in shown
+    assert 'class="v refuse">refuse' in shown
+    assert "no such thing" in shown
+    assert "http" not in shown.replace("http-equiv", "")
+
+
+def test_what_was_measured_is_read_back(tmp_path):
+    before = made(["a", "b"], ["a", "c"], [scores(), scores(3)])
+    before.write(tmp_path)
+    after = Measured.read(tmp_path)
+    assert asdict(after) | {"emissions": 0} == asdict(before) | {"emissions": 0}
+    for a, b in zip(before.emissions, after.emissions, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_nothing_beats_is_on_the_line():
+    points = [(100, 10), (50, 10), (25, 8), (30, 5), (200, 20)]
+    assert pareto.front(points) == [2, 1, 4]
