@@ -3,13 +3,14 @@
 # make check  style, types, generated docs        make slow   the tests that take longer
 # make model  gather speech and train pl-tiny     make bench  speed and memory beside transformers
 # make gpu    the tests that need a CUDA device
+# make browser  pl-tiny in a web page, in int8, on http://127.0.0.1:8000/ (needs npm)
 
 PYTHON ?= python3
 BIN := .venv/bin
 HUMAN ?=
 WHISPER ?=
 
-.PHONY: demo test slow check model micro score bench gpu docs apt-espeak apt-festival
+.PHONY: demo test slow check model micro score bench gpu docs browser apt-espeak apt-festival
 
 demo: .venv/.run
 	$(BIN)/mowa transcribe examples/dzien-dobry.flac
@@ -55,6 +56,14 @@ score: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/python benchmarks/transcribe.py
+
+browser: .venv/.test examples/browser/node_modules
+	test -f build/browser/mowa.json || $(BIN)/mowa export pl-tiny --to onnx --scheme int8-dynamic -o build/browser
+	$(BIN)/python examples/browser/serve.py build/browser
+
+examples/browser/node_modules: examples/browser/package-lock.json
+	npm ci --prefix examples/browser
+	@touch $@
 
 .venv/.run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mowa needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }

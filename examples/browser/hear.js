@@ -14,8 +14,9 @@ let model; // a promise: the model is fetched when it is first needed, and kept
 
 self.onmessage = async ({ data: { samples } }) => {
   try {
-    const { note, frameS, session } = await (model ??= load());
+    const { note, frameS, least, session } = await (model ??= load().catch(again));
     const rate = note.preprocessing.rate_hz;
+    if (samples.length < least) throw new Error(`shorter than ${least} samples, nothing can be heard.`);
     const began = performance.now();
     let busyMs = 0;
     for (const [start, end] of windows(samples, rate)) {
@@ -26,15 +27,19 @@ self.onmessage = async ({ data: { samples } }) => {
     }
     postMessage({ what: "done", busyS: busyMs / 1000, threads: ort.env.wasm.numThreads });
   } catch (error) {
-    model = undefined;
     postMessage({ what: "failed", why: error.message ?? String(error) });
   }
 };
 
+function again(error) {
+  model = undefined;
+  throw error;
+}
+
 async function load() {
   const [note, config] = await Promise.all(["mowa.json", "config.json"].map(async (name) => (await get(name)).json()));
-  const { graph, chunk } = note.details;
-  const weights = Object.keys(note.files).filter((name) => name !== graph && name !== chunk);
+  const { graph } = note.details;
+  const weights = Object.keys(note.files).filter((name) => name.endsWith(".data"));
   const parts = await fetched([graph, ...weights]);
   const session = await ort.InferenceSession.create(parts[0], {
     executionProviders: ["wasm"],
@@ -43,7 +48,8 @@ async function load() {
   const bytes = parts.reduce((sum, part) => sum + part.length, 0);
   postMessage({ what: "ready", name: note.origin.name, scheme: note.scheme.name, bytes });
   const stride = config.conv_stride.reduce((product, one) => product * one, 1);
-  return { note, session, frameS: stride / note.preprocessing.rate_hz };
+  const least = config.conv_kernel.reduceRight((heard, one, index) => (heard - 1) * config.conv_stride[index] + one, 1);
+  return { note, session, least, frameS: stride / note.preprocessing.rate_hz };
 }
 
 async function get(name) {
@@ -75,8 +81,9 @@ function* windows(samples, rate) {
   const step = rate / 50;
   let start = 0;
   while (samples.length - start > WINDOW_S * rate) {
+    const last = Math.min(start + WINDOW_S * rate, samples.length - rate); // what is left is a second at least
     let [quietest, cut] = [Infinity, 0];
-    for (let at = start + (WINDOW_S - SEEK_S) * rate; at < start + WINDOW_S * rate; at += step) {
+    for (let at = start + (WINDOW_S - SEEK_S) * rate; at < last; at += step) {
       const loud = samples.subarray(at - 5 * step, at + 5 * step).reduce((sum, value) => sum + value * value, 0);
       if (loud < quietest) [quietest, cut] = [loud, at];
     }
@@ -88,7 +95,8 @@ function* windows(samples, rate) {
 
 async function hear(session, note, sound) {
   const shape = [1, sound.length];
-  const feed = { input_values: new ort.Tensor("float32", note.preprocessing.normalize ? normalised(sound) : sound, shape) };
+  const values = note.preprocessing.normalize ? normalised(sound) : sound;
+  const feed = { input_values: new ort.Tensor("float32", values, shape) };
   if (note.details.masked) {
     feed.attention_mask = new ort.Tensor("int64", new BigInt64Array(sound.length).fill(1n), shape);
   }

@@ -1,4 +1,4 @@
-// The page: a recording in, its words and its waveform out. What hears is a worker (hear.js); here are files and sights.
+// The page: a recording in, its words and waveform out. What hears is a worker (hear.js); here are files and sights.
 
 const RATE = 16000; // what every model of these families hears
 const BAR = 4; // pixels of a bar of the waveform, a gap included

@@ -42,6 +42,8 @@ def share(context: click.Context, parameter: click.Parameter, text: str) -> floa
               help="Recordings to calibrate on. [default: a few of --data, which are not measured then]")
 @click.option("--max-wer-increase", "most", default="2%", show_default=True, callback=share, metavar="SHARE",
               help="How many more words may be wrong, relative to float32.")
+@click.option("--against", default="", metavar="MODEL",
+              help="Compare with the float32 of this model, which it was trained on from. [default: its own]")
 @click.option("--by", "tag", default="", metavar="TAG", help="Error rates for each value of a tag (language) too.")
 @click.option("--speeds", is_flag=True, help="Time it with one thread and all, one recording and four.")
 @click.option("-o", "--out", type=click.Path(path_type=Path),
@@ -51,7 +53,8 @@ def share(context: click.Context, parameter: click.Parameter, text: str) -> floa
 @click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
 def shrink(
     model: str, named: tuple[str, ...], formats: tuple[str, ...], data: str, split: str, clips: int, calibration: str,
-    most: float, tag: str, speeds: bool, out: Path | None, force: bool, revision: str | None, offline: bool,
+    most: float, against: str, tag: str, speeds: bool, out: Path | None, force: bool, revision: str | None,
+    offline: bool,
 ) -> int:
     # fmt: on
     """Write MODEL in one or more schemes and formats, run each over recordings, and say whether it may ship.
@@ -68,7 +71,7 @@ def shrink(
     chosen = tuple(schemes.named(one) for name in named for one in (ALL if name == "all" else (name,)))
     wanted = report.Wanted(
         tuple(dict.fromkeys(chosen)), tuple(dict.fromkeys(formats)), data, split, clips, calibration, most, tag,
-        report.speeds() if speeds else (), force,
+        report.speeds() if speeds else (), force, against,
     )  # fmt: skip
     if out is not None and out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file: name a folder with --out")

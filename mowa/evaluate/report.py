@@ -38,7 +38,8 @@ Told = Callable[[str, float], object]  # what is being done, and the share of it
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What is to be reported. `clips` recordings of `data` at most are measured (0: all); with `tag`, error rates of
-    each value of it too; `forced` keeps what is refused. `calibration` is a source of its own; without, some of `data`
+    each value of it too; `forced` keeps what is refused. Drift and words are compared with those of the model's own
+    float32, or of the model called `against`. `calibration` is a source of its own; without, some of `data`
     are heard for it, and not measured."""
 
     schemes: tuple[Scheme, ...]
@@ -51,6 +52,7 @@ class Wanted:
     tag: str = ""
     speeds: tuple[tuple[int, int], ...] = ()
     forced: bool = False
+    against: str = ""
 
 
 def speeds() -> tuple[tuple[int, int], ...]:
@@ -92,6 +94,10 @@ def report(model: Model, wanted: Wanted, out: Path | None = None, *, told: Told 
         work.key = hashlib.sha256(
             "\n".join([manifest.digest(model), *(f"{one.id} {one.text}" for one in examples)]).encode()
         ).hexdigest()
+        if wanted.against:
+            told(f"{wanted.against}: hearing", 1.0)
+            files = tuple(example.audio for example in examples)
+            work.reference = measure(Request(wanted.against, files, "native", "float32"))
         rows = list(_rows(work))
     made = Card(
         model.origin.name, wanted.data, len(examples), work.reference.audio_s if work.reference else 0.0, wanted.most,

@@ -38,7 +38,7 @@ from mowa.nouns import Model
 
 log = logging.getLogger("mowa")
 
-GRAPH = "model.onnx"
+GRAPH, TOKENS = "model.onnx", "tokens.txt"
 OPSETS = range(18, 24)
 OPSET = 20  # GELU is an operator from there on
 FARTHEST = 1e-3  # nats: what float32 may be away from the net in any log-probability
@@ -83,6 +83,7 @@ def write(model: Model, folder: Path, *, opset: int = OPSET, masked: bool | None
             one_chunk.write(net, folder / one_chunk.GRAPH, opset)
             graphs.append(one_chunk.GRAPH)
     files = tensors.keep(folder, graphs, model.scheme, says(model, with_mask))
+    (folder / TOKENS).write_text(tokens(model), encoding="utf-8")
     farthest, agreeing = _compared(model, wide, folder / GRAPH, with_mask)
     if live is not None:
         how = Chunks(live.sizes[0], live.left, live.ahead[-1])
@@ -110,6 +111,15 @@ def says(model: Model, masked: bool) -> dict[str, str]:
         "origin": model.origin.source,
         "license": model.origin.license or "",
     }
+
+
+def tokens(model: Model) -> str:
+    """The vocabulary as sherpa-onnx reads it: a symbol and its id in each line, `<blk>` the blank, `▁` a space."""
+    words, lines = model.vocabulary, []
+    for index, token in enumerate(words.tokens):
+        symbol = "<blk>" if index == words.blank else "▁" if index == words.delimiter else token.replace(" ", "▁")
+        lines.append(f"{symbol} {index}\n")
+    return "".join(lines)
 
 
 def _judge(model: Model, farthest: float, agreeing: float) -> None:

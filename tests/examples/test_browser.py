@@ -142,6 +142,14 @@ def test_what_is_no_recording_is_said_to_be_none(page, exact, tmp_path):
     assert page.is_enabled("#file")
 
 
+def test_after_one_that_is_too_short_another_is_heard(page, exact, sample, tmp_path):
+    soundfile.write(tmp_path / "short.wav", np.ones(100, np.float32), 16_000)
+    page.goto(exact)
+    page.set_input_files("#file", tmp_path / "short.wav")
+    told(page, "It did not work: shorter than")
+    assert heard(page, sample)
+
+
 def test_a_folder_without_an_export_is_refused(tmp_path):
     command = [sys.executable, str(BROWSER / "serve.py"), str(tmp_path), "--port", "0"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")

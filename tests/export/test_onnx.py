@@ -174,6 +174,15 @@ def test_the_graph_alone_says_how_it_is_run(made):
     assert bool(int(said["masked"])) == found.details["masked"]
 
 
+def test_the_vocabulary_is_there_as_others_read_it(made):
+    _, out = made
+    lines = (out / "tokens.txt").read_text(encoding="utf-8").splitlines()
+    words = manifest.read(out).vocabulary
+    assert len(lines) == len(words)
+    assert lines[words.blank] == f"<blk> {words.blank}"
+    assert lines[words.delimiter] == f"▁ {words.delimiter}"
+
+
 def test_a_mask_can_be_left_out_and_operators_chosen(tmp_path):
     out = write(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out", masked=False, opset=18)
     session = onnxruntime.InferenceSession(str(out / "model.onnx"))
