@@ -11,7 +11,7 @@ from mowa.cli import show
 from mowa.errors import ModelError
 from mowa.shrink.schemes import HOW, SCHEMES
 
-ONLY = {"opset": "onnx", "no_mask": "onnx", "seconds": "coreml"}  # options of one format
+ONLY = {"opset": "onnx", "no_mask": "onnx", "seconds": "coreml", "profile": "tensorrt"}  # options of one format
 
 
 # fmt: off
@@ -27,6 +27,8 @@ ONLY = {"opset": "onnx", "no_mask": "onnx", "seconds": "coreml"}  # options of o
 @click.option("--opset", type=int, help="onnx: version of the operators, 18 to 23. [default: 20]")
 @click.option("--no-mask", is_flag=True, help="onnx: one input, for recordings that share no batch.")
 @click.option("--seconds", metavar="LIST", help="coreml: lengths of recordings it takes. [default: 5,10,20]")
+@click.option("--profile", metavar="LIST",
+              help="tensorrt: least, likeliest and largest batch x samples. [default: 1x16000,1x160000,4x480000]")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
 def export(
@@ -71,4 +73,9 @@ def _options(to: str, turned: dict[str, Any]) -> dict[str, Any]:
             given["seconds"] = tuple(float(one) for one in given["seconds"].split(","))
         except ValueError:
             raise ModelError(f"--seconds {given['seconds']} is no list of seconds: say 5,10,20") from None
+    if "profile" in given:
+        sizes = [one.partition("x") for one in given["profile"].split(",")]
+        if len(sizes) != 3 or not all(batch.isdigit() and samples.isdigit() for batch, _, samples in sizes):
+            raise ModelError(f"--profile {given['profile']} is not three sizes: say 1x16000,1x160000,4x480000")
+        given["profile"] = tuple((int(batch), int(samples)) for batch, _, samples in sizes)
     return given

@@ -94,6 +94,7 @@ def test_what_is_exported_is_run_by_its_path(run, tmp_path):
         (["export", MICRO, "--to", "onnx", "--scheme", "int5", "-o", "x"], "no scheme is called 'int5'; did you mean"),
         (["export", MICRO, "--to", "onnx", "--seconds", "5", "-o", "x"], "--seconds is for coreml, not for onnx"),
         (["export", MICRO, "--to", "onnx", "--scheme", "int8-static", "-o", "x"], "int8-static needs recordings"),
+        (["export", MICRO, "--to", "tensorrt", "--profile", "5", "-o", "x"], "--profile 5 is not three sizes"),
         (["shrink", MICRO, "--scheme", "int8", "--to", "coreml", "--data", "."], "coreml does not run here"),
         (["shrink", MICRO, "--scheme", "int8", "--data", "/nowhere"], "/nowhere"),
         (["bench", "/nowhere"], "none of them could be run"),
