@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +35,9 @@ def resident(net: Any) -> float:
 
 
 def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    from mowa import machine
+
+    return machine.peak_memory() / 2**30
 
 
 def clock() -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 import warnings
@@ -137,7 +136,9 @@ def main(arm: str, model: str, listed: str, out: str) -> None:
     started, spent = time.perf_counter(), time.process_time()
     texts = run(files)
     wall_s, cpu_s = time.perf_counter() - started, time.process_time() - spent
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    from mowa import machine
+
+    peak_mb = machine.peak_memory() / 2**20
     short = [file for file in files[:COMPARED] if soundfile.info(file).duration <= LONG_S]
     np.savez(f"{out}.npz", *frames(short))
     found = {"load_s": load_s, "wall_s": wall_s, "cpu_s": cpu_s, "peak_mb": peak_mb, "texts": texts}

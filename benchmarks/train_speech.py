@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -162,9 +161,11 @@ def with_transformers(model: str, manifest: Path, what: str, steps: int, out: Pa
 def timed(rows: list[dict[str, Any]], ticks: list[float]) -> dict[str, Any]:
     import torch
 
+    from mowa import machine
+
     heard = sum(row["duration_s"] for row in rows[8 * WARM : 8 * len(ticks)])
     spent = ticks[-1] - ticks[WARM - 1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = machine.peak_memory() / 2**30
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
     return {"audio_s_per_s": heard / spent, "s_per_step": spent / (len(ticks) - WARM), "peak_gib": peak}

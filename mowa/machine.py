@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,9 @@ PARTS = {
     "datasets": "data sets and parquet; language models",
     "trl": "training language models",
     "deepspeed": "training across devices",
+    "torchao": "training with rounded weights",
+    "coremltools": "writing models for Core ML",
+    "ctranslate2": "writing and running models as CTranslate2 has them",
 }
 GAIN_WORTH_HAVING = 1.5  # how much faster a half-precision product must be for the net to be worth its roundings
 FLOAT32_ERROR = 1e-5  # relative: what still counts as float32 arithmetic
@@ -70,6 +74,21 @@ def cores() -> int:
 
 def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory() -> int:
+    """The most bytes that this process had resident.
+
+    On Linux getrusage would count what the parent had when it began this process, so the kernel's own mark is read.
+    """
+    marks = Path("/proc/self/status")
+    if marks.is_file():
+        for line in marks.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def huge_pages() -> None:

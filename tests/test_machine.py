@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,3 +49,13 @@ def test_facts():
     assert machine.memory_bytes() > 1e8
     assert machine.processor()
     assert machine.parts()["torch"]
+
+
+def test_peak_memory_is_this_process_alone():
+    """A small child of a parent that once held much: getrusage would say the parent's."""
+    code = "from mowa import machine; print(machine.peak_memory())"
+    parent = (
+        f"import subprocess, sys; x = bytearray(b'1') * 400_000_000; subprocess.run([sys.executable, '-c', {code!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 1_000_000 < int(done.stdout) < 300_000_000

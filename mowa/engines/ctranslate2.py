@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 
 from mowa import machine
+from mowa.engines.exported import Exported, log_softmax
 from mowa.engines.protocol import Sharing, frames
 from mowa.errors import ModelError
 from mowa.export import ctranslate2 as exporting
 from mowa.export import manifest
-from mowa.nouns import Artifact, Origin, Preprocessing, Vocabulary
+from mowa.nouns import Artifact
 
 KIND = "ctranslate2"
 DTYPES = ("auto", "float32", "int8")
 
 
 @dataclass(frozen=True)
-class CTranslate2:
+class CTranslate2(Exported):
     """A loaded export. Make one with `engine`."""
 
-    exported: Artifact
     loaded: Any  # a ctranslate2.models.Wav2Vec2
 
     @property
@@ -36,32 +36,8 @@ class CTranslate2:
         return KIND
 
     @property
-    def origin(self) -> Origin:
-        return self.exported.origin
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return self.exported.vocabulary
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return self.exported.preprocessing
-
-    @property
-    def config(self) -> Any:
-        return self.exported.config
-
-    @property
-    def device(self) -> str:
-        return "cpu"
-
-    @property
     def dtype(self) -> str:
         return _dtype(self.exported)
-
-    @property
-    def scheme(self) -> str:
-        return self.exported.scheme.name
 
     @property
     def sharing(self) -> Sharing:
@@ -72,9 +48,7 @@ class CTranslate2:
         lengths = [len(clip) for clip in clips]
         if min(lengths) != max(lengths):
             raise ValueError(f"clips of different lengths {lengths} may not share a batch of this net")
-        logits = exporting.run(self.loaded, clips)
-        logits -= logits.max(-1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        logits = log_softmax(exporting.run(self.loaded, clips))
         return [row[: frames(self.config, lengths[0])] for row in logits]
 
 

@@ -20,11 +20,12 @@ import numpy as np
 from mowa import export as exporting
 from mowa import machine
 from mowa.adapt import store
+from mowa.engines.exported import Exported, log_softmax
 from mowa.engines.protocol import Sharing, frames
 from mowa.errors import DataError, MissingPart, ModelError
 from mowa.export import manifest
 from mowa.export.onnx import run
-from mowa.nouns import FLOAT32, Artifact, Model, Origin, Preprocessing, Vocabulary
+from mowa.nouns import FLOAT32, Model
 from mowa.shrink import shrink
 
 log = logging.getLogger("mowa")
@@ -35,10 +36,9 @@ EXACT = ("float32", "float16", "bfloat16", "int4", "nf4")  # weights that are mu
 
 
 @dataclass(frozen=True)
-class Onnx:
+class Onnx(Exported):
     """A loaded export. Make one with `engine`."""
 
-    exported: Artifact
     session: Any  # an onnxruntime InferenceSession
     model: Model | None = None
     threads: int | None = None
@@ -54,33 +54,9 @@ class Onnx:
         return "onnx"
 
     @property
-    def origin(self) -> Origin:
-        return self.exported.origin
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return self.exported.vocabulary
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return self.exported.preprocessing
-
-    @property
-    def config(self) -> Any:
-        return self.exported.config
-
-    @property
-    def device(self) -> str:
-        return "cpu"
-
-    @property
     def dtype(self) -> str:
         scheme = self.exported.scheme
         return "float32" if scheme.activations == "wide" and scheme.weights in EXACT else "int8"
-
-    @property
-    def scheme(self) -> str:
-        return self.exported.scheme.name
 
     @property
     def sharing(self) -> Sharing:
@@ -94,9 +70,9 @@ class Onnx:
         longest = int(lengths.max())
         if lengths.min() != longest and self.sharing is not Sharing.PADDED:
             raise ValueError(f"clips of different lengths {lengths.tolist()} may not share a batch of this net")
-        logits = run(self.session, clips, self.exported.details["masked"], self.preprocessing.padding_value)
-        logits -= logits.max(-1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        logits = log_softmax(
+            run(self.session, clips, self.exported.details["masked"], self.preprocessing.padding_value)
+        )
         return [row[: frames(self.config, int(n))] for row, n in zip(logits, lengths, strict=True)]
 
 

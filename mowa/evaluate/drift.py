@@ -15,6 +15,7 @@ import numpy as np
 from mowa.errors import ModelError
 
 NEVER = -20.0  # nats: what both find less likely than this is alike
+NOTHING = -1  # what is likeliest where there are no numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def drift(reference: Sequence[np.ndarray], other: Sequence[np.ndarray], blank: i
         difference = np.abs(p - q)
         largest, apart = max(largest, float(difference.max(initial=0.0))), apart + float(difference.mean(-1).sum())
         kl += float((np.exp(p) * (p - q)).sum())
-        best, found = ours.argmax(-1), theirs.argmax(-1)
+        best, found = ours.argmax(-1), np.where(np.isnan(theirs).any(-1), NOTHING, theirs.argmax(-1))
         same += int((best == found).sum())
         more += int((found == blank).sum()) - int((best == blank).sum())
         frames += len(ours)

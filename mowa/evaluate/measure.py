@@ -120,7 +120,7 @@ def _here(request: Request, folder: Path) -> None:
         samples = audio.load(file, sound.rate_hz)[: int(LONGEST_S * sound.rate_hz)]
         clips.append(audio.normalize(samples) if sound.normalize else samples)
     engine.emissions([clips[0]])
-    memory = _peak()
+    memory = machine.peak_memory()
     emissions, spent = [], []
     for clip in clips:
         began = time.perf_counter()
@@ -144,13 +144,6 @@ def _timed(engine: Any, piece: np.ndarray, rate_hz: int, threads: int, batch: in
         engine.emissions(clips)
         spent.append(time.perf_counter() - began)
     return Speed(threads, batch, statistics.median(spent) / (batch * len(piece) / rate_hz))
-
-
-def _peak() -> int:
-    """Bytes that were resident at the most."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(arguments: Sequence[str]) -> None:

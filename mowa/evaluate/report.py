@@ -11,7 +11,8 @@ import logging
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,7 +23,7 @@ from mowa.adapt import store
 from mowa.data import sources
 from mowa.errors import DataError, ModelError
 from mowa.evaluate import card as cards
-from mowa.evaluate.card import REFUSE, Card, Row
+from mowa.evaluate.card import REFUSE, SHIP, Card, Row
 from mowa.evaluate.measure import FACTS, Measured, Request, measure
 from mowa.export import export, manifest, protocol
 from mowa.nouns import FLOAT32, Artifact, Example, Model, Scheme
@@ -72,6 +73,7 @@ class _Work:
     sounds: list[np.ndarray] | None
     told: Told
     key: str = ""
+    shrunk: Model | None = None
     reference: Measured | None = None
     baselines: dict[str, tuple[int, Measured]] = field(default_factory=dict)
 
@@ -130,13 +132,13 @@ def _recordings(model: Model, wanted: Wanted) -> tuple[list[Example], list[np.nd
 
 
 def _rows(work: _Work) -> list[Row]:
-    rows = []
-    for to in dict.fromkeys(("safetensors", *work.wanted.formats)):
-        listed = to in work.wanted.formats
-        base = _row(work, FLOAT32, to)
-        rows += [base] if listed else []
-        rows += [_row(work, scheme, to) for scheme in work.wanted.schemes if listed and scheme != FLOAT32]
-    return rows
+    """Made scheme by scheme, as some take long to make; told format by format."""
+    formats, rows = work.wanted.formats, {}
+    for scheme in dict.fromkeys((FLOAT32, *work.wanted.schemes)):
+        for to in dict.fromkeys(("safetensors", *formats)) if scheme == FLOAT32 else formats:
+            rows[to, scheme] = _row(work, scheme, to)
+        work.shrunk = None
+    return [row for to in formats for (of, _), row in rows.items() if of == to]
 
 
 def _row(work: _Work, scheme: Scheme, to: str) -> Row:
@@ -157,6 +159,8 @@ def _row(work: _Work, scheme: Scheme, to: str) -> Row:
         label, to, folder, artifact.size, found, work.reference, work.baselines[to], work.examples,
         blank=work.model.vocabulary.blank, most=work.wanted.most, tag=work.wanted.tag,
     )  # fmt: skip
+    if found is work.reference:
+        made = replace(made, verdict=SHIP, reason="what the others are compared with")
     if made.verdict == REFUSE and not work.wanted.forced:
         shutil.rmtree(folder)
     return made
@@ -168,10 +172,12 @@ def _made(work: _Work, scheme: Scheme, to: str, folder: Path) -> Artifact:
         return manifest.read(folder)
     if folder.exists():
         raise DataError(f"{folder} is of another model or report: choose another folder, or delete it")
-    work.told(f"{label}: shrinking", 0.0)
-    shrunk = shrink(work.model, scheme, work.sounds, told=lambda share: work.told(f"{label}: shrinking", share))
+    if work.shrunk is None:
+        work.told(f"{label}: shrinking", 0.0)
+        told = partial(work.told, f"{label}: shrinking")
+        work.shrunk = shrink(work.model, scheme, work.sounds, told=told)
     work.told(f"{label}: writing {to}", 1.0)
-    artifact = export(shrunk, to, folder)
+    artifact = export(work.shrunk, to, folder)
     (folder / "made_of").write_text(work.key)
     return artifact
 

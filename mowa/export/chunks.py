@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mowa.data import level
+from mowa.export import compare
 from mowa.families import streaming
 from mowa.families.chunks import Chunks, chunked, reach
 from mowa.families.streaming import Shape, Stock
@@ -77,13 +78,12 @@ def write(net: Any, file: Path, opset: int) -> None:
 
 
 @torch.inference_mode()
-def compared(net: Any, session: Any, speech: np.ndarray, how: Chunks, floor: float) -> tuple[float, float]:
-    """Chunk by chunk beside the net under `chunked`: the largest difference of a log-probability above `floor`, and the
-    share of the frames with the same likeliest output. `speech` float32 [n]."""
+def compared(net: Any, session: Any, speech: np.ndarray, how: Chunks) -> tuple[float, float]:
+    """`compare.apart` of what the graph says of `speech`, float32 [n], chunk by chunk, and the net under `chunked`."""
     stride, far = math.prod(net.config.conv_stride), reach(net.config)
     speech, _ = level.normalised(speech, level.Level.typical())
     with chunked(net, how):
-        theirs = net(torch.from_numpy(speech)[None]).logits[0].log_softmax(-1)
+        truth = compare.said(net, [speech])
     _, _, cache, *low = (one.numpy() for one in inputs(streaming.shape(net), torch.zeros(0), 0))
     said = []
     for first in range(0, len(speech) - far + 1, how.size * stride):
@@ -93,7 +93,5 @@ def compared(net: Any, session: Any, speech: np.ndarray, how: Chunks, floor: flo
         logits, made, *below = session.run(None, feed)
         cache = np.concatenate([cache, made[:, :, : how.size]], 2)
         low = [np.concatenate([a, b[: how.size]])[-len(a) :] for a, b in zip(low, below, strict=True)]
-        said.append(torch.from_numpy(logits[: how.size]).log_softmax(-1))
-    ours = torch.cat(said)
-    apart = (ours.clamp(min=floor) - theirs.clamp(min=floor)).abs().nan_to_num(nan=torch.inf)
-    return float(apart.max()), float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
+        said.append(torch.from_numpy(logits[: how.size]))
+    return compare.apart([torch.cat(said)], truth)

@@ -36,10 +36,11 @@ from torch import nn
 
 from mowa.data import audio
 from mowa.errors import MissingPart, ModelError
+from mowa.export import compare
 from mowa.export import coreml_check as check
 from mowa.export import coreml_net as nets
 from mowa.export.manifest import Written
-from mowa.export.onnx import AGREEING, FARTHEST, NEVER, SAMPLE, hushed, says
+from mowa.export.onnx import hushed, says
 from mowa.export.plain import plain
 from mowa.families.chunks import reach
 from mowa.nouns import Model
@@ -107,7 +108,7 @@ def write(model: Model, folder: Path, *, seconds: Sequence[float] = SECONDS) -> 
         del made, graph
         farthest, agreeing, unchecked = _compared(model, wide, folder / PACKAGE, lengths, masked)
     if farthest is not None and agreeing is not None:
-        _judge(model, farthest, agreeing)
+        compare.judge(model, "Core ML", farthest, agreeing)
     if not masked:
         log.warning(
             "the front end of %s hears padding: recordings that are not of %s s may get other letters at their ends",
@@ -155,8 +156,8 @@ def _loud(model: Model, net: Any) -> list[str]:
 
 def _speech(model: Model, length: int) -> np.ndarray:
     """The bundled sample, over and over, as the net hears it."""
-    speech = np.resize(audio.load(SAMPLE, model.preprocessing.rate_hz), length).astype(np.float32)
-    return audio.normalize(speech) if model.preprocessing.normalize else speech
+    whole = audio.load(compare.SAMPLE, model.preprocessing.rate_hz)
+    return compare.ready(model, np.resize(whole, length).astype(np.float32))
 
 
 def _converted(graph: nn.Module, name: str, lengths: Sequence[int], masked: bool, system: str, half: bool) -> Any:
@@ -210,36 +211,19 @@ def _compared(
     """
     program = check.opened(package)
     exact = copy.deepcopy(net).double() if model.scheme.weights == "float32" else net
-    farthest, same, frames, least = 0.0, 0, 0, reach(net.config)
+    least = reach(net.config)
+    found: list[torch.Tensor] = []
+    truth: list[torch.Tensor] = []
     for length in lengths:
         for heard in dict.fromkeys((length, max(length * 2 // 3, least), least) if masked else (length,)):
             clip = torch.from_numpy(_speech(model, heard))[None]
             given = {"input_values": nn.functional.pad(clip, (0, length - heard)), "samples": torch.tensor([heard])}
-            ours = exact(clip.to(exact.dtype)).logits[0].log_softmax(-1).clamp(min=NEVER)
+            truth.append(exact(clip.to(exact.dtype)).logits[0])
             try:
-                theirs = check.run(program, given)["logits"][0, : len(ours)].log_softmax(-1).clamp(min=NEVER)
+                found.append(check.run(program, given)["logits"][0, : len(truth[-1])])
             except check.Unknown as operator:
                 return None, None, f"{UNRUN}, and nothing was compared: {operator} is not known here"
-            farthest = max(farthest, float((theirs - ours).abs().nan_to_num(nan=torch.inf).max()))
-            same += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
-            frames += len(ours)
-    return farthest, same / frames, f"{UNRUN}: what is compared are its operators, computed by torch"
-
-
-def _judge(model: Model, farthest: float, agreeing: float) -> None:
-    name, scheme = model.origin.name, model.scheme
-    if scheme.weights == "float32":
-        if not farthest <= FARTHEST:
-            raise ModelError(
-                f"the Core ML program of {name} is not what the net is: {farthest:.2g} nats away, {FARTHEST} allowed"
-            )
-    elif agreeing < AGREEING:
-        raise ModelError(
-            f"{name} does not bear {scheme.name} as Core ML has it: in {1 - agreeing:.0%} of frames another letter is"
-            " likeliest; export it in float32"
-        )
-    else:
-        log.info("%s: the same output likeliest in %.1f %% of frames of the sample", scheme.name, agreeing * 100)
+    return *compare.apart(found, truth), f"{UNRUN}: what is compared are its operators, computed by torch"
 
 
 @contextmanager

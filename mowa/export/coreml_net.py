@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mowa.export.plain import widened
 from mowa.families.chunks import reach
 from mowa.families.patch import table
 from mowa.kernels.narrow import NarrowLinear
@@ -164,10 +165,7 @@ def fitted(net: Any, lengths: Sequence[int], *, grouped: bool, loud: Collection[
 def _kept(narrow: NarrowLinear, grouped: bool) -> nn.Module:
     """A linear that says in which codes its weights are kept, in buffers that coremltools looks for; it says nothing
     where there may be no such groups, and weights are then kept in half precision."""
-    linear = nn.Linear(narrow.in_features, narrow.out_features, narrow.bias is not None, device="meta")
-    linear.weight = nn.Parameter(narrow.weight, requires_grad=False)
-    bias = None if narrow.bias is None else nn.Parameter(narrow.bias, requires_grad=False)
-    linear.register_parameter("bias", bias)
+    linear = widened(narrow)
     if narrow.group >= narrow.in_features or (grouped and narrow.in_features % narrow.group == 0):
         quantisation = 3  # in coremltools' own numbers
         linear.register_buffer("_COREML_/weight/compression_type", torch.tensor([quantisation]))

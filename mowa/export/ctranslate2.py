@@ -21,12 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mowa.data import audio
 from mowa.errors import MissingPart, ModelError
+from mowa.export import compare
 from mowa.export.manifest import Written
-from mowa.export.onnx import AGREEING, FARTHEST, NEVER, SAMPLE, SAMPLE_S
 from mowa.export.plain import plain
-from mowa.families.chunks import reach
 from mowa.nouns import Model, Scheme
 
 log = logging.getLogger("mowa")
@@ -105,7 +103,7 @@ def write(model: Model, folder: Path) -> tuple[Any, Written]:
         farthest, agreeing = _compared(model, net, loaded)
     except (AttributeError, RuntimeError, ValueError) as error:
         raise ModelError(f"CTranslate2 cannot run {name}: {str(error).strip()}; export it as onnx") from error
-    _judge(model, farthest, agreeing)
+    compare.judge(model, f"CTranslate2's {kind}", farthest, agreeing, instead="onnx")
     details = {"model": FOLDER, "quantization": kind, "computes": loaded.compute_type, "masked": False}
     files = tuple(f"{FOLDER}/{file.name}" for file in sorted((folder / FOLDER).iterdir()))
     return net, Written(files, details, farthest, agreeing, made_by=("ctranslate2",))
@@ -150,39 +148,17 @@ def run(loaded: Any, clips: Sequence[np.ndarray]) -> np.ndarray:
     return np.array(loaded.encode(ctranslate2.StorageView.from_array(batch), to_cpu=True))
 
 
-@torch.inference_mode()
 def _compared(model: Model, net: Any, loaded: Any) -> tuple[float, float]:
-    """The largest difference of a log-probability, over noise and the bundled sample, alone and by twos, and the share
-    of the frames with the same likeliest output."""
-    speech = audio.load(SAMPLE)[: SAMPLE_S * model.preprocessing.rate_hz]
-    noise = np.random.default_rng(1).standard_normal(4_097).astype(np.float32)
-    farthest, same, frames = 0.0, 0, 0
-    for clips in ([speech], [noise, speech[: len(noise)]], [noise[: reach(net.config)]]):
-        ready = [audio.normalize(clip) if model.preprocessing.normalize else clip for clip in clips]
-        theirs = torch.from_numpy(run(loaded, ready)).log_softmax(-1).clamp(min=NEVER)
-        ours = net(torch.from_numpy(np.stack(ready))).logits.log_softmax(-1).clamp(min=NEVER)
-        if theirs.shape != ours.shape:
+    """`compare.apart` of what CTranslate2 and the net say, alone and by twos."""
+    speech, noise, least = compare.clips(model)
+    found: list[torch.Tensor] = []
+    truth: list[torch.Tensor] = []
+    for clips in ([speech], [noise, compare.ready(model, speech[: len(noise)])], [least]):
+        found += list(torch.from_numpy(run(loaded, clips)))
+        truth += compare.said(net, clips)
+        if len(found[-1]) != len(truth[-1]):
             raise ModelError(
-                f"CTranslate2 makes {theirs.shape[1]} frames of {model.origin.name} where the net makes"
-                f" {ours.shape[1]}: export it as onnx"
+                f"CTranslate2 makes {len(found[-1])} frames of {model.origin.name} where the net makes"
+                f" {len(truth[-1])}: export it as onnx"
             )
-        farthest = max(farthest, float((theirs - ours).abs().nan_to_num(nan=torch.inf).max()))
-        same += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
-        frames += ours.shape[0] * ours.shape[1]
-    return farthest, same / frames
-
-
-def _judge(model: Model, farthest: float, agreeing: float) -> None:
-    name, scheme = model.origin.name, model.scheme
-    if scheme.weights == "float32":
-        if not farthest <= FARTHEST:
-            raise ModelError(
-                f"what CTranslate2 makes of {name} is not what the net is: {farthest:.2g} nats away, {FARTHEST} allowed"
-            )
-        return
-    if agreeing < AGREEING:
-        raise ModelError(
-            f"{name} does not bear CTranslate2's {KINDS[_kind(scheme)]}: in {1 - agreeing:.0%} of frames another letter"
-            " is likeliest; export it in float32, or as onnx"
-        )
-    log.info("%s: the same output likeliest in %.1f %% of frames of the sample", scheme.name, agreeing * 100)
+    return compare.apart(found, truth)

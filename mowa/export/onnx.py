@@ -26,13 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mowa.data import audio
 from mowa.errors import MissingPart, ModelError
 from mowa.export import chunks as one_chunk
-from mowa.export import products, tensors
+from mowa.export import compare, products, tensors
 from mowa.export.manifest import Written
 from mowa.export.plain import plain
-from mowa.families.chunks import Chunks, reach, trained_for
+from mowa.families.chunks import Chunks, trained_for
 from mowa.files import quiet
 from mowa.nouns import Model
 
@@ -41,11 +40,6 @@ log = logging.getLogger("mowa")
 GRAPH, TOKENS = "model.onnx", "tokens.txt"
 OPSETS = range(18, 24)
 OPSET = 20  # GELU is an operator from there on
-FARTHEST = 1e-3  # nats: what float32 may be away from the net in any log-probability
-NEVER = -50.0  # nats: what is less likely than this is not compared, float32 itself is too coarse there
-AGREEING = 0.8  # the share of frames in which a narrow one must find the same output likeliest
-SAMPLE = Path(__file__).parents[1] / "assets" / "sample.flac"
-SAMPLE_S = 5
 
 
 def can(model: Model) -> str:
@@ -77,8 +71,8 @@ def write(model: Model, folder: Path, *, opset: int = OPSET, masked: bool | None
     name, live = model.origin.name, trained_for(wide.config)
     net = products.put(plain(model), floats=live is not None)
     graphs = [GRAPH]
-    with _tracing(name):
-        _trace(net, folder / GRAPH, with_mask, opset)
+    with tracing(name):
+        trace(_Graph(net), folder / GRAPH, with_mask, opset)
         if live is not None:
             one_chunk.write(net, folder / one_chunk.GRAPH, opset)
             graphs.append(one_chunk.GRAPH)
@@ -87,10 +81,9 @@ def write(model: Model, folder: Path, *, opset: int = OPSET, masked: bool | None
     farthest, agreeing = _compared(model, wide, folder / GRAPH, with_mask)
     if live is not None:
         how = Chunks(live.sizes[0], live.left, live.ahead[-1])
-        session, speech = _opened(folder / one_chunk.GRAPH), audio.load(SAMPLE)[: SAMPLE_S * 16_000]
-        apart, alike = one_chunk.compared(wide, session, speech, how, NEVER)
+        apart, alike = one_chunk.compared(wide, _opened(folder / one_chunk.GRAPH), compare.speech(model), how)
         farthest, agreeing = max(farthest, apart), min(agreeing, alike)
-    _judge(model, farthest, agreeing)
+    compare.judge(model, "ONNX", farthest, agreeing)
     details = {"masked": with_mask, "opset": opset, "graph": GRAPH, "chunk": one_chunk.GRAPH if live else None}
     return wide, Written(files, details, farthest, agreeing, made_by=("onnx", "onnxscript", "onnxruntime"))
 
@@ -122,20 +115,6 @@ def tokens(model: Model) -> str:
     return "".join(lines)
 
 
-def _judge(model: Model, farthest: float, agreeing: float) -> None:
-    name, scheme = model.origin.name, model.scheme
-    if scheme.weights == "float32":
-        if not farthest <= FARTHEST:
-            raise ModelError(f"the ONNX of {name} is not what the net is: {farthest:.2g} nats away, {FARTHEST} allowed")
-        return
-    if agreeing < AGREEING:
-        raise ModelError(
-            f"{name} does not bear {scheme.name}: in {1 - agreeing:.0%} of frames another letter is likeliest;"
-            " export it in float32"
-        )
-    log.info("%s: the same output likeliest in %.1f %% of frames of the sample", scheme.name, agreeing * 100)
-
-
 class _Graph(nn.Module):
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -146,7 +125,8 @@ class _Graph(nn.Module):
         return logits
 
 
-def _trace(net: Any, file: Path, masked: bool, opset: int) -> None:
+def trace(net: nn.Module, file: Path, masked: bool, opset: int) -> None:
+    """Write `net`, a function of recordings (and a mask), as ONNX for any batch and length."""
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 16_000), np.float32))
     inputs: tuple[Tensor, ...] = (values,)
     names, axes = ["input_values"], [{0: "batch", 1: "time"}]
@@ -155,7 +135,7 @@ def _trace(net: Any, file: Path, masked: bool, opset: int) -> None:
         mask[1, 12_000:] = 0
         inputs, names, axes = (values, mask), [*names, "attention_mask"], axes * 2
     torch.onnx.export(
-        _Graph(net).eval(),
+        net.eval(),
         inputs,
         str(file),
         input_names=names,
@@ -168,7 +148,8 @@ def _trace(net: Any, file: Path, masked: bool, opset: int) -> None:
 
 
 @contextmanager
-def _tracing(name: str) -> Iterator[None]:
+def tracing(name: str) -> Iterator[None]:
+    """While the net called `name` is traced: no chatter, and ModelError where an operator has no equal."""
     with hushed():
         try:
             yield
@@ -183,24 +164,13 @@ def _reason(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-@torch.inference_mode()
 def _compared(model: Model, net: Any, graph: Path, masked: bool) -> tuple[float, float]:
-    """The largest difference of a log-probability, over noise and the bundled sample, padded where that is allowed,
-    and the share of the frames with the same likeliest output."""
-    session = _opened(graph)
-    speech = audio.load(SAMPLE)[: SAMPLE_S * model.preprocessing.rate_hz]
-    noise = np.random.default_rng(1).standard_normal(4_097).astype(np.float32)
-    least = reach(net.config)
-    farthest, same, frames = 0.0, 0, 0
-    for clips in ([speech, noise], [noise[:least]]) if masked else ([speech], [noise], [noise[:least]]):
-        ready = [audio.normalize(clip) if model.preprocessing.normalize else clip for clip in clips]
-        theirs = torch.from_numpy(run(session, ready, masked)).log_softmax(-1).clamp(min=NEVER)
-        for clip, row in zip(ready, theirs, strict=True):
-            ours = net(torch.from_numpy(clip)[None]).logits[0].log_softmax(-1).clamp(min=NEVER)
-            farthest = max(farthest, float((row[: len(ours)] - ours).abs().nan_to_num(nan=torch.inf).max()))
-            same += int((row[: len(ours)].argmax(-1) == ours.argmax(-1)).sum())
-            frames += len(ours)
-    return farthest, same / frames
+    """`compare.apart` of what the graph and the net say, padded where that is allowed."""
+    session, clips = _opened(graph), compare.clips(model)
+    truth, found = compare.said(net, clips), []
+    for batch in (clips[:2], clips[2:]) if masked else ([clip] for clip in clips):
+        found += list(torch.from_numpy(run(session, batch, masked)))
+    return compare.apart([row[: len(ours)] for row, ours in zip(found, truth, strict=True)], truth)
 
 
 def run(session: Any, clips: Sequence[np.ndarray], masked: bool, padding: float = 0.0) -> np.ndarray:

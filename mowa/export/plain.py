@@ -28,7 +28,7 @@ def plain(model: Model, *, widen: bool = False, by_table: bool = True) -> Any:
     if widen:
         for name, module in list(net.named_modules()):
             if isinstance(module, NarrowLinear):
-                net.set_submodule(name, _widened(module))
+                net.set_submodule(name, widened(module))
     if by_table:
         positions_by_table(net, training=True)
     along = net.base_model.encoder.pos_conv_embed
@@ -39,7 +39,8 @@ def plain(model: Model, *, widen: bool = False, by_table: bool = True) -> Any:
     return net.eval().requires_grad_(False)
 
 
-def _widened(linear: NarrowLinear) -> nn.Linear:
+def widened(linear: NarrowLinear) -> nn.Linear:
+    """A linear over the numbers that the codes stand for."""
     made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
     made.weight = nn.Parameter(linear.weight, requires_grad=False)
     made.register_parameter("bias", None if linear.bias is None else nn.Parameter(linear.bias, requires_grad=False))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mowa.kernels.narrow import NarrowLinear
+from mowa.kernels.packing import halves, pairs
 
 MICROSOFT = "com.microsoft"
 
@@ -110,22 +111,16 @@ def _laid_out(linear: NarrowLinear, kind: str) -> tuple[Tensor, Tensor, Tensor |
         spare = -codes.shape[1] % linear.group
         return nn.functional.pad(codes, (0, spare)).unflatten(1, (-1, linear.group)), scales[..., None], None
     if kind == "nf4":
-        return _pairs(codes.flatten().to(torch.uint8), high=True), scales.flatten(), None
+        return pairs(codes)[:, 0], scales.flatten(), None
     if kind == "int4":
         spare = -codes.shape[1] % linear.group
         wide = nn.functional.pad(codes.to(torch.int16) + 8, (0, spare), value=8).to(torch.uint8)
-        blocks = _pairs(wide).unflatten(1, (-1, linear.group // 2))
+        blocks = halves(wide).unflatten(1, (-1, linear.group // 2))
         shifted = None if zeros is None else (zeros.to(torch.int16) + 8).to(torch.uint8)
         if shifted is not None:
-            shifted = _pairs(nn.functional.pad(shifted, (0, shifted.shape[1] % 2), value=8)).flatten()
+            shifted = halves(nn.functional.pad(shifted, (0, shifted.shape[1] % 2), value=8)).flatten()
         return blocks, scales.flatten(), shifted
     return codes.T.contiguous(), scales[:, 0].contiguous(), None
-
-
-def _pairs(nibbles: Tensor, *, high: bool = False) -> Tensor:
-    """Two and two along the last axis in a byte, the first in its low half, or in its `high` one."""
-    first, second = nibbles[..., 0::2], nibbles[..., 1::2]
-    return first << 4 | second if high else second << 4 | first
 
 
 def put(net: Any, *, floats: bool = False) -> Any:

@@ -28,14 +28,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mowa.adapt import merge, quantized
-from mowa.data import audio
 from mowa.errors import ModelError
+from mowa.export import compare
 from mowa.export.manifest import Written
 from mowa.families.chunks import reach
 from mowa.files import let_read, quiet
@@ -46,12 +45,7 @@ log = logging.getLogger("mowa")
 
 FILE = "model.safetensors"
 FLOATS = ("float32", "float16", "bfloat16")
-FARTHEST = 1e-3  # nats: what may be away in any log-probability where all weights are the same
-AGREEING = 0.8  # the share of frames with the same likeliest output, where weights or inputs are rounded on the way
 NEEDED = {quantized.COMPRESSED: ("compressed-tensors",), quantized.BITSANDBYTES: ("bitsandbytes", "accelerate")}
-NEVER = -50.0  # nats: what is less likely than this is not compared, float32 itself is too coarse there
-SAMPLE = Path(__file__).parents[1] / "assets" / "sample.flac"
-SAMPLE_S = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +89,10 @@ def write(model: Model, folder: Path, **options: Any) -> tuple[Net, Written]:
     ours = _read(folder, config, how, linears, kept)
     if {(p.dtype, p.device.type) for p in net.parameters()} != {(torch.float32, "cpu")}:
         net = copy.deepcopy(net).to("cpu", torch.float32)
-    again = _said(ours, model)
-    farthest, agreeing = _apart(_said(net, model), again)
-    _judge(model, farthest, agreeing, exact=model.scheme.weights in FLOATS)
+    clips = compare.clips(model)
+    again = compare.said(ours, clips)
+    farthest, agreeing = compare.apart(again, compare.said(net, clips))
+    compare.judge(model, FILE, farthest, agreeing, exact=model.scheme.weights in FLOATS, instead="onnx")
     package = how["quant_method"] if how else ""
     details: dict[str, Any] = {"package": package}
     missing = next((name for name in NEEDED.get(package, ()) if find_spec(name.replace("-", "_")) is None), "")
@@ -105,8 +100,9 @@ def write(model: Model, folder: Path, **options: Any) -> tuple[Net, Written]:
         log.info("%s is not installed: whether transformers says the same was not tried", missing)
         details["transformers"] = f"not tried: {missing} is not installed"
     else:
-        apart, alike = _apart(again, _said(_stock(folder), model))
-        _judge(model, apart, alike, exact=model.scheme.activations == "wide" and package != quantized.BITSANDBYTES)
+        apart, alike = compare.apart(compare.said(_stock(folder), clips), again)
+        exact = model.scheme.activations == "wide" and package != quantized.BITSANDBYTES
+        compare.judge(model, f"{FILE} in transformers", apart, alike, exact=exact, instead="onnx")
         details["transformers"] = {"farthest": apart, "agreeing": alike}
     made_by = ("safetensors", package) if package else ("safetensors",)
     return Net(config), Written((FILE,), details, farthest, agreeing, made_by=made_by)
@@ -199,32 +195,3 @@ def _stock(folder: Path) -> Any:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"transformers does not load what was written: {reason}") from error
     return net
-
-
-@torch.inference_mode()
-def _said(net: Any, model: Model) -> list[Tensor]:
-    """Log-probabilities [T, V] of the bundled sample, of noise, and of as little noise as makes a frame."""
-    speech = audio.load(SAMPLE)[: SAMPLE_S * model.preprocessing.rate_hz]
-    noise = np.random.default_rng(1).standard_normal(4_097).astype(np.float32)
-    said = []
-    for clip in (speech, noise, noise[: reach(net.config)]):
-        values = audio.normalize(clip) if model.preprocessing.normalize else clip
-        said.append(net(torch.from_numpy(values)[None]).logits[0].float().log_softmax(-1).clamp(min=NEVER))
-    return said
-
-
-def _apart(ours: list[Tensor], theirs: list[Tensor]) -> tuple[float, float]:
-    """The largest difference of a log-probability, and the share of the frames with the same likeliest output."""
-    a, b = torch.cat(ours), torch.cat(theirs)
-    farthest = float((a - b).abs().nan_to_num(nan=torch.inf).max())
-    return farthest, float((a.argmax(-1) == b.argmax(-1)).float().mean())
-
-
-def _judge(model: Model, farthest: float, agreeing: float, *, exact: bool) -> None:
-    name = f"{model.origin.name} in {model.scheme.name}"
-    if exact and not farthest <= FARTHEST:
-        raise ModelError(f"what was written is not {name}: {farthest:.2g} nats away, {FARTHEST} allowed; use onnx")
-    if agreeing < AGREEING:
-        raise ModelError(
-            f"what was written is not {name}: in {1 - agreeing:.0%} of frames another letter is likeliest; use onnx"
-        )

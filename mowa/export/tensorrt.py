@@ -32,12 +32,13 @@ from torch import Tensor, nn
 
 from mowa.data import audio
 from mowa.errors import ModelError
+from mowa.export import compare, products, tensors, typed
 from mowa.export import onnx as graphs
-from mowa.export import products, tensors, typed
 from mowa.export import tensorrt_build as building
+from mowa.export.compare import AGREEING, FARTHEST
 from mowa.export.manifest import Written
-from mowa.export.onnx import AGREEING, FARTHEST, GRAPH, OPSET, SAMPLE
-from mowa.export.plain import plain
+from mowa.export.onnx import GRAPH, OPSET
+from mowa.export.plain import plain, widened
 from mowa.families.chunks import reach
 from mowa.kernels.narrow import NarrowLinear
 from mowa.nouns import FLOAT32, Model
@@ -175,27 +176,8 @@ def _trace(model: Model, wide: Any, folder: Path, masked: bool) -> None:
 
     scheme = model.scheme.weights
     net = _quantised(model) if scheme == "int8" else wide
-    values = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 16_000), np.float32))
-    given = (values, torch.ones(values.shape, dtype=torch.int64)) if masked else (values,)
-    with graphs.hushed(), TemporaryDirectory(dir=folder.parent) as place:
-        try:
-            torch.onnx.export(
-                _Net(net).eval(),
-                given,
-                f"{place}/{GRAPH}",
-                input_names=["input_values", "attention_mask"][: len(given)],
-                output_names=["logits"],
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=({0: "batch", 1: "time"},) * len(given),
-                verbose=False,
-            )
-        except torch.onnx.errors.OnnxExporterError as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-            raise ModelError(f"torch cannot write {model.origin.name} as ONNX: {reason}") from error
+    with graphs.tracing(model.origin.name), TemporaryDirectory(dir=folder.parent) as place:
+        graphs.trace(_Net(net), Path(place) / GRAPH, masked, OPSET)
         made = onnx.load(f"{place}/{GRAPH}")
     if unknown := sorted(typed.operators(made.graph) - KNOWN):
         raise ModelError(f"TensorRT does not read {', '.join(unknown)}, which {model.origin.name} needs: use onnx")
@@ -210,11 +192,7 @@ def _quantised(model: Model) -> Any:
     net = plain(model)
     for name, module in list(net.named_modules()):
         if isinstance(module, NarrowLinear) and module.activations != "static":
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            linear.weight = nn.Parameter(module.weight, requires_grad=False)
-            bias = None if module.bias is None else nn.Parameter(module.bias, requires_grad=False)
-            linear.register_parameter("bias", bias)
-            net.set_submodule(name, linear)
+            net.set_submodule(name, widened(module))
     return products.put(net)
 
 
@@ -231,7 +209,7 @@ def _cases(
     and how far from that it is in float32. Speech and noise by turns; where there is a mask, the rows of a batch are of
     many lengths. Engines were seen to be right in the usual shape alone (github.com/NVIDIA/TensorRT, issue 4450)."""
     (few, least), (usual, best), (many, most) = profile
-    speech, rng = audio.load(SAMPLE), np.random.default_rng(1)
+    speech, rng = audio.load(compare.SAMPLE), np.random.default_rng(1)
     enough = max(least, HEARD_S * model.preprocessing.rate_hz)
     shapes = [(few, least), (usual, min(best, enough)), (many, min(most, enough)), (few, most)]
     cases, plainly, truth = [], [], copy.deepcopy(net).double() if exact else net
@@ -240,7 +218,7 @@ def _cases(
         values = np.full((batch, longest), model.preprocessing.padding_value, np.float32)
         for index, length in enumerate(lengths):
             row = rng.standard_normal(length, np.float32) if index % 2 else np.resize(speech, length)
-            values[index, :length] = audio.normalize(row) if model.preprocessing.normalize else row
+            values[index, :length] = compare.ready(model, row)
         mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
         case = {"input_values": values} | ({"attention_mask": mask} if masked else {})
         given = {name: torch.from_numpy(value) for name, value in case.items()}
@@ -280,14 +258,9 @@ def _judge(model: Model, found: dict[str, float], allowed: dict[str, float]) -> 
     if scheme.weights == "float32":
         if why := building.verdict(found, allowed):
             raise ModelError(f"the graph of {name} is not what the net is: {why}")
-    elif found["agreeing"] < AGREEING:
-        instead = "bf16" if scheme.weights == "float16" else "float32"
-        raise ModelError(
-            f"{name} does not bear {scheme.name} as TensorRT has it: in {1 - found['agreeing']:.0%} of frames another"
-            f" letter is likeliest; export it in {instead}"
-        )
     else:
-        log.info("%s: the same output likeliest in %.1f %% of frames", scheme.name, found["agreeing"] * 100)
+        instead = "bf16" if scheme.weights == "float16" else "float32"
+        compare.judge(model, "TensorRT", found["farthest"], found["agreeing"], instead=instead)
 
 
 def _kit(folder: Path, how: dict[str, Any], cases: Sequence[building.Arrays]) -> None:

@@ -34,8 +34,13 @@ def from_words(packed: Tensor, count: int, dim: int = 1) -> Tensor:
 
 def pairs(codes: Tensor) -> Tensor:
     """Codes of 0 … 15, an even number → uint8 [half as many, 1]."""
-    first, second = codes.flatten().to(torch.uint8).unflatten(0, (-1, 2)).unbind(1)
-    return (first << 4 | second)[:, None]
+    return halves(codes.flatten().to(torch.uint8), high=True)[:, None]
+
+
+def halves(codes: Tensor, *, high: bool = False) -> Tensor:
+    """uint8 [..., K] of 0 … 15, K even → [..., K / 2]: two and two in a byte, the first in its low half, or `high`."""
+    first, second = codes[..., 0::2], codes[..., 1::2]
+    return first << 4 | second if high else second << 4 | first
 
 
 def from_pairs(packed: Tensor, shape: tuple[int, ...]) -> Tensor:

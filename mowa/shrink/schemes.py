@@ -19,7 +19,7 @@ SCHEMES = {
         Scheme("int8-weight", "int8"),
         Scheme("int4-weight", "int4", group=32),
         Scheme("nf4", "nf4", group=64),
-        Scheme("mixed", "mixed", "dynamic", group=32, budget=0.25),
+        Scheme("mixed", "mixed", "dynamic", group=32, compensated=True, budget=0.25),
     )
 }
 ALIASES = {"int8": "int8-dynamic", "int4": "int4-weight", "float16": "fp16", "bfloat16": "bf16", "fp32": "float32"}
@@ -47,9 +47,9 @@ def named(text: str) -> Scheme:
 
 def label(scheme: Scheme) -> str:
     """What `named` gives it back from."""
-    turns = [GPTQ] if scheme.compensated else []
-    turns += [] if scheme.symmetric else [ASYMMETRIC]
     stock = SCHEMES[scheme.name]
+    turns = [GPTQ] if scheme.compensated and not stock.compensated else []
+    turns += [] if scheme.symmetric else [ASYMMETRIC]
     turns += [str(scheme.group)] if scheme.group != stock.group else []
     turns += [f"{scheme.budget * 100:g}%"] if scheme.budget != stock.budget else []
     return "+".join([scheme.name, *turns])

@@ -3,13 +3,13 @@
     loss = letters · CTC + front · d(z, z′) + ear · mean over the chosen blocks of d(h, h′)
     d(a, b) = mean over frames and features of ((a − b) / s)²,   s: a feature's standard deviation, the teacher's
 
-
 z is the projected front-end (before positions), h the features after a block; primes are the teacher's. The
 net has the teacher's positions (`positions`), so its features are the teacher's own to begin with, and stay near them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mowa.errors import RecipeError
-from mowa.families.chunks import Chunks, chunked
+from mowa.families.chunks import Chunks, chunked, reach
 from mowa.tasks import ctc
 from mowa.train import positions
 from mowa.train.transplant import FRAME, LEVEL, LOUDEST, Ear
@@ -157,9 +157,7 @@ class Lesson(nn.Module):
 
 def centre(config: Any) -> int:
     """The sample in the middle of a net's first frame. RecipeError where its frames are not the teacher's in length."""
-    reach, stride = 1, 1
-    for kernel, step in zip(config.conv_kernel, config.conv_stride, strict=True):
-        reach, stride = reach + (kernel - 1) * stride, stride * step
+    stride = math.prod(config.conv_stride)
     if stride != FRAME:
         raise RecipeError(f"net: conv_stride makes a frame of {stride} samples, the teacher's has {FRAME}")
-    return reach // 2
+    return reach(config) // 2

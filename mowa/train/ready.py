@@ -9,6 +9,7 @@ from pathlib import Path
 from mowa.adapt import bottleneck, freeze, head, lora
 from mowa.errors import RecipeError
 from mowa.families.patch import checkpoint_blocks
+from mowa.kernels.narrow import NarrowLinear
 from mowa.nouns import Example, Model
 from mowa.tasks import packing
 from mowa.train import distill, packs, qat
@@ -35,6 +36,11 @@ class Run:
 
 def ready(plan: Tuning, model: Model, out: Path) -> Run:
     net, family = model.net, model.family
+    if any(isinstance(module, NarrowLinear) for module in net.modules()):
+        raise RecipeError(
+            f"model: {model.origin.name} is in {model.scheme.name}, in which nothing is learnt: name the checkpoint"
+            " that it was shrunk from, and shrink what comes of it"
+        )
     if plan.batch.layout == "packed" and (why := packing.refused(family.name, net.config)):
         raise RecipeError(f"batch: layout: packed: {why}; use padded")
     frames = packing.frames(net.config)

@@ -52,6 +52,8 @@ def test_numbers_that_are_none_drift_far():
     found = drift([scores()], [broken], blank=0)
     assert np.isfinite(found.kl)
     assert found.largest > 5
+    blank = np.log(np.eye(4, dtype=np.float32)[np.zeros(9, int)] + 1e-6)  # numpy finds the first of no numbers largest
+    assert drift([blank], [np.full_like(blank, np.nan)], blank=0).agreeing == 0
 
 
 def test_error_rates_are_jiwers():

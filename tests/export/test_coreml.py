@@ -15,7 +15,7 @@ from torch import nn
 import mowa
 from mowa.data import audio
 from mowa.errors import MissingPart, ModelError
-from mowa.export import coreml, coreml_check, coreml_net, manifest
+from mowa.export import compare, coreml, coreml_check, coreml_net, manifest
 from mowa.export.protocol import export
 from mowa.families.patch import table
 from mowa.nouns import Scheme
@@ -301,10 +301,10 @@ def test_what_is_not_the_net_leaves_nothing(tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(coreml_net, "fitted", broken)
-    with pytest.raises(ModelError, match=r"the Core ML program of .*base is not what the net is"):
+    with pytest.raises(ModelError, match=r"the Core ML of .*base is not what the net is"):
         export(model, "coreml", tmp_path / "out", seconds=SECONDS)
-    monkeypatch.setattr(coreml, "AGREEING", 1.1)
-    with pytest.raises(ModelError, match="does not bear fp16 as Core ML has it"):
+    monkeypatch.setattr(compare, "AGREEING", 1.1)
+    with pytest.raises(ModelError, match="does not bear fp16 as Core ML: "):
         export(replace(model, scheme=HALF), "coreml", tmp_path / "out", seconds=SECONDS)
     assert not (tmp_path / "out").exists()
 

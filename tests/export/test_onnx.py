@@ -13,7 +13,7 @@ from mowa import export as exporting
 from mowa.adapt import merge, store
 from mowa.data import audio
 from mowa.errors import DataError, MissingPart, ModelError
-from mowa.export import manifest, onnx
+from mowa.export import compare, manifest, onnx
 from mowa.export.plain import plain
 from mowa.shrink import shrink
 from tests.adapt.made import OTHER, saved
@@ -194,22 +194,22 @@ def test_a_mask_can_be_left_out_and_operators_chosen(tmp_path):
 
 def test_what_is_not_the_net_leaves_nothing(tmp_path, monkeypatch):
     model = mowa.load(str(tiny(tmp_path / "base")))
-    trace = onnx._trace
+    trace = onnx.trace
 
-    def broken(net, *rest):
-        with torch.no_grad():
-            net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight * 1.01)
-        trace(net, *rest)
-        net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight / 1.01)
+    def broken(graph, *rest):
+        head = graph.net.lm_head
+        head.weight = torch.nn.Parameter(head.weight * 1.01, requires_grad=False)
+        trace(graph, *rest)
+        head.weight = torch.nn.Parameter(head.weight / 1.01, requires_grad=False)
 
-    monkeypatch.setattr(onnx, "_trace", broken)
+    monkeypatch.setattr(onnx, "trace", broken)
     with pytest.raises(ModelError, match="is not what the net is"):
         write(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_what_says_other_letters_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx, "AGREEING", 1.1)
+    monkeypatch.setattr(compare, "AGREEING", 1.1)
     shrunk = shrink(mowa.load(str(tiny(tmp_path / "base"))), "int8-dynamic")
     with pytest.raises(ModelError, match="does not bear int8-dynamic"):
         write(shrunk, tmp_path / "out")
@@ -271,3 +271,11 @@ def test_a_full_disk_is_said_and_nothing_is_left(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"the disk of .*out is full .*nothing was left there"):
         write(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_what_is_no_number_agrees_with_nothing():
+    """torch finds the first of no numbers likeliest, and that is often the blank."""
+    truth = torch.zeros(5, 3)
+    truth[:, 0] = 9
+    farthest, agreeing = compare.apart([torch.full((5, 3), torch.nan)], [truth])
+    assert (farthest, agreeing) == (float("inf"), 0)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCTC, AutoTokenizer, Wav2Vec2FeatureExtracto
 import mowa
 from mowa.adapt import merge, quantized, store
 from mowa.errors import DataError, ModelError
-from mowa.export import manifest, protocol, safetensors
+from mowa.export import compare, manifest, protocol, safetensors
 from mowa.kernels.narrow import NarrowLinear, to_int
 from mowa.nouns import Scheme
 from tests.adapt.made import OTHER, saved
@@ -94,8 +94,8 @@ def test_the_folder_says_what_it_is(made):
     package = "bitsandbytes" if model.scheme.name == "nf4" else "compressed-tensors"
     assert (artifact.kind, artifact.scheme, artifact.files) == ("safetensors", model.scheme, ("model.safetensors",))
     assert artifact.details["package"] == package
-    assert artifact.details["transformers"]["agreeing"] >= safetensors.AGREEING
-    assert artifact.agreeing >= safetensors.AGREEING
+    assert artifact.details["transformers"]["agreeing"] >= compare.AGREEING
+    assert artifact.agreeing >= compare.AGREEING
     assert note["made_by"][package]
     config = json.loads((artifact.folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == package
@@ -183,7 +183,7 @@ def test_a_net_that_transformers_takes_for_another_is_refused(tmp_path, monkeypa
     model = shrunk(tmp_path / "base", "int8-weight")
     other = shrunk(tmp_path / "other", "int4-weight", num_hidden_layers=1)
     monkeypatch.setattr(safetensors, "_stock", lambda folder: other.net)
-    with pytest.raises(ModelError, match=r"is not .* in int8-weight: .* nats away, 0\.001 allowed"):
+    with pytest.raises(ModelError, match=r"is not what the net is: .* nats away, 0\.001 allowed"):
         protocol.export(model, "safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -211,7 +211,7 @@ def test_without_the_package_it_is_not_claimed(tmp_path, monkeypatch, caplog):
         artifact = protocol.export(model, "safetensors", tmp_path / "out")
     assert artifact.details["transformers"] == "not tried: compressed-tensors is not installed"
     assert "compressed-tensors is not installed" in caplog.text
-    assert artifact.agreeing >= safetensors.AGREEING
+    assert artifact.agreeing >= compare.AGREEING
 
 
 def test_zeros_beside_rounded_inputs_are_refused(tmp_path):

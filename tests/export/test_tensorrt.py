@@ -244,7 +244,7 @@ def test_a_profile_that_is_none_is_refused(tmp_path, profile, said):
     ("scheme", "wrong", "said"),
     [
         (FLOAT32, lambda logits: logits * 1.01, "is not what the net is"),
-        (FP16, lambda logits: np.roll(logits, 1, -1), "does not bear fp16 as TensorRT has it: .*; export it in bf16"),
+        (FP16, lambda logits: np.roll(logits, 1, -1), "does not bear fp16 as TensorRT: .*; use bf16"),
     ],
     ids=["float32", "fp16"],
 )
@@ -261,7 +261,7 @@ def test_float16_that_overflows_is_refused(tmp_path):
     model = mowa.load(str(tiny(tmp_path / "base")))
     with torch.no_grad():
         model.net.lm_head.weight.mul_(1e6)
-    with pytest.raises(ModelError, match="in 100% of frames another letter is likeliest; export it in bf16"):
+    with pytest.raises(ModelError, match="in 100% of frames another letter is likeliest; use bf16"):
         exported(replace(model, scheme=FP16), tmp_path / "out")
 
 

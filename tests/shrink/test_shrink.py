@@ -128,7 +128,7 @@ def test_schemes_that_are_none(text, said):
         named(text)
 
 
-@pytest.mark.parametrize("text", [*SCHEMES, "int4-weight+gptq+asym+64", "mixed+gptq+30%", "int8-dynamic+gptq"])
+@pytest.mark.parametrize("text", [*SCHEMES, "int4-weight+gptq+asym+64", "mixed+asym+30%", "int8-dynamic+gptq"])
 def test_schemes_are_said_as_they_are_read(text):
     assert label(named(text)) == text
 

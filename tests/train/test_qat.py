@@ -182,7 +182,7 @@ def test_the_rounded_net_comes_nearer_to_what_it_was(base, manifest, tmp_path):
             truth, said = whole.net(values).logits, shrink(model, "int4-weight").net(values).logits
         return float(distill.apart(said, truth, [truth.shape[1]] * 4, 1.0))
 
-    assert far(loading.load(str(out))) < 0.8 * far(whole)
+    assert far(loading.load(str(out))) < 0.9 * far(whole)
 
 
 def test_a_run_that_was_broken_off_ends_in_the_same_bits(base, manifest, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCTC, pipeline
 from mowa import loading
 from mowa.data import sources
 from mowa.errors import RecipeError
+from mowa.shrink import shrink
 from mowa.tasks import packing
 from mowa.train import packs, pupil, ready, schema, tune, tuning
 from tests.checkpoints import clip, corpus, tiny
@@ -100,12 +101,13 @@ RESUMED = {"optimise.ema": 0.9, "batch.accumulate": 2, "train": "all", "masks.fe
 
 
 def test_a_killed_run_ends_in_the_same_bits(base, manifest, tmp_path):
-    """kill -9 after the first checkpoint, whatever the run is doing then; dropout, masks and EMA are on."""
-    plan = recipe(base, manifest, **RESUMED, **{"optimise.steps": 9})
-    whole = run(plan, tmp_path / "whole")
-    file, out = tmp_path / "recipe.yaml", tmp_path / "broken"
-    schema.write(plan, file)
-    command = [sys.executable, "-m", "mowa", "train", str(file), "-o", str(out), "--threads", "1"]
+    """kill -9 after the first checkpoint, whatever the run is doing then; dropout, masks and EMA are on. Every run is a
+    process of its own: what others before it made of this one may change how products are summed."""
+    file, whole, out = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "broken"
+    schema.write(recipe(base, manifest, **RESUMED, **{"optimise.steps": 9}), file)
+    command = [sys.executable, "-m", "mowa", "train", str(file), "--threads", "1", "-o", str(whole)]
+    subprocess.run(command, check=True, capture_output=True)
+    command[-1] = str(out)
     broken = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while broken.poll() is None and not list((out / "run").glob("checkpoint-*/whole")):
         time.sleep(0.02)
@@ -154,6 +156,12 @@ def test_another_recipe_in_the_same_folder_is_refused(base, manifest, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(RecipeError, match="another recipe \\(train\\)"):
         run(recipe(base, manifest, train="head"), tmp_path / "out")
+
+
+def test_a_shrunk_net_learns_nothing(base, manifest, tmp_path):
+    small = shrink(loading.load(str(base)), "int8-weight")
+    with pytest.raises(RecipeError, match="is in int8-weight, in which nothing is learnt: name the checkpoint that it"):
+        tune.tune(recipe(base, manifest), small, tmp_path / "out")
 
 
 def test_accumulated_batches_weigh_every_letter_alike(base, manifest, tmp_path):
