@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,14 +216,30 @@ def measure(width: int, inner: int, *, rounds: int = 15) -> Timing:
     return Timing(highest_s, medium_s, error, bfloat16_s)
 
 
+_EXACT_FIRST = ("highest", "high", "medium")
+_asked: list[str] = []  # by the blocks that are open now, in any thread
+_before = "highest"  # what there was before the first of them
+_asking = threading.Lock()
+
+
 @contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    """torch's float32 matmul precision within the block, put back after it."""
+    """torch's float32 matmul precision within the block, put back after it.
+
+    torch has one for the whole process: of blocks open at once in several threads, the most exact one's holds, and
+    what there was comes back when the last is left.
+    """
     import torch
 
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
+    global _before
+    with _asking:
+        if not _asked:
+            _before = torch.get_float32_matmul_precision()
+        _asked.append(name)
+        torch.set_float32_matmul_precision(min(_asked, key=_EXACT_FIRST.index))
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        with _asking:
+            _asked.remove(name)
+            torch.set_float32_matmul_precision(min(_asked, key=_EXACT_FIRST.index, default=_before))

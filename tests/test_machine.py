@@ -44,6 +44,18 @@ def test_matmul_precision_is_put_back():
     assert torch.get_float32_matmul_precision() == before
 
 
+def test_of_precisions_asked_for_at_once_the_most_exact_holds_and_none_is_left_behind():
+    before = torch.get_float32_matmul_precision()
+    one, other = machine.matmul_precision("medium"), machine.matmul_precision("highest")
+    one.__enter__()
+    other.__enter__()
+    assert torch.get_float32_matmul_precision() == "highest"
+    one.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "highest"
+    other.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_facts():
     assert machine.cores() >= 1
     assert machine.memory_bytes() > 1e8
