@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mowa.cli import show
 from mowa.errors import ModelError
+
+if TYPE_CHECKING:
+    from mowa.evaluate.bench import Row
 
 
 # fmt: off
@@ -58,7 +62,7 @@ def bench(
     return 2 if any(row.wrong for row in rows) else 0
 
 
-def _cells(row, heard):  # type: ignore[no-untyped-def]
+def _cells(row: Row, heard: bool) -> list[str]:
     if row.wrong:
         return [row.model, row.engine, *["–"] * 6, f"no: {row.wrong}"]
     cells = [
