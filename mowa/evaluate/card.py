@@ -4,7 +4,8 @@
 |----------|----------------------------------------------------------------------------------------------------------|
 | ship     | word errors increase by no more than `most` (relative)                                                   |
 | doubtful | they increase by more, but that may be chance; or there were no texts, or too few words, to know by      |
-| refuse   | they increase by more, and not by chance; or the net says something else: fewer than 80 % of frames agree |
+| refuse   | they increase by more, and not by chance, in all or for one value of a tag; or fewer than 80 % of frames |
+|          | agree: the net says something else                                                                       |
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def row(
         chosen = [index for index, one in enumerate(examples) if str(one.tags.get(tag, "")) == value]
         said, first, heard_now = ([each[i] for i in chosen] for each in (texts, reference.texts, found.texts))
         tagged[value] = rates(said, heard_now), apart(said, first, heard_now)
-    verdict, reason = judge(far, heard, pair, most)
+    verdict, reason = judge(far, heard, pair, most, tagged)
     return Row(
         scheme, format, str(folder), size, size / baseline[0], found.engine, found.dtype, found.memory,
         found.hearing_s / found.audio_s, baseline[1].hearing_s / found.hearing_s, found.latency_s, found.loading_s,
@@ -102,7 +103,13 @@ def row(
     )  # fmt: skip
 
 
-def judge(far: Drift, heard: Rates | None, pair: Apart | None, most: float = MOST) -> tuple[str, str]:
+def judge(
+    far: Drift,
+    heard: Rates | None,
+    pair: Apart | None,
+    most: float = MOST,
+    tagged: Mapping[str, tuple[Rates, Apart]] | None = None,
+) -> tuple[str, str]:
     """Verdict and why, in a line."""
     if far.agreeing < AGREEING:
         return REFUSE, f"only {far.agreeing:.0%} of frames say what float32 says"
@@ -111,11 +118,14 @@ def judge(far: Drift, heard: Rates | None, pair: Apart | None, most: float = MOS
     change = f"word errors {pair.wer:+.1%}, {most:.1%} allowed"
     if heard.words < WORDS:
         return DOUBTFUL, f"{heard.words} words are too few to tell ({change})"
-    if pair.wer <= most:
-        return SHIP, change
     low, high = pair.wer_interval
     if low > most:
         return REFUSE, f"{change}, and not by chance ({low:+.1%} to {high:+.1%})"
+    for value, (those, more) in (tagged or {}).items():
+        if those.words >= WORDS and more.wer_interval[0] > most:
+            return REFUSE, f"word errors of {value or 'what has no tag'} {more.wer:+.1%}, {most:.1%} allowed ({change})"
+    if pair.wer <= most:
+        return SHIP, change
     return DOUBTFUL, f"{change}, though {low:+.1%} to {high:+.1%} may be chance"
 
 

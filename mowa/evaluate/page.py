@@ -9,7 +9,7 @@ from mowa.evaluate.card import DOUBTFUL, REFUSE, SHIP, Card, Row
 from mowa.files import atomic_write
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1150px; padding: 0 1rem; color: #1c1c1c }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1400px; padding: 0 1rem; color: #1c1c1c }
 h1 { font-size: 1.5rem; margin-bottom: 0 } p.sub { color: #666; margin-top: .2rem }
 table { border-collapse: collapse; width: 100%; margin: 1.2rem 0; font-variant-numeric: tabular-nums }
 th { text-align: left; font-weight: 600; color: #555; font-size: .85rem }
@@ -19,6 +19,7 @@ td.n { text-align: right; white-space: nowrap } .bar { background: #dfe7f3; heig
 .v { border-radius: 3px; padding: .05rem .45rem; font-weight: 600; font-size: .85rem }
 .ship { background: #dff3e3; color: #19692c } .doubtful { background: #fdf1d3; color: #7a5800 }
 .refuse { background: #fbe0df; color: #9c1c16 } .why { color: #666; font-size: .85rem }
+td.n .why, td.verdict .why { display: block } td.verdict { min-width: 15rem }
 """
 HEAD = (
     "scheme",
@@ -66,7 +67,7 @@ def _row(row: Row, largest: int) -> str:
     verdict = f'<span class="v {kind}">{row.verdict}</span> <span class="why">{escape(row.reason)}</span>'
     if row.drift is None:
         empty = "<td class=n>–</td>" * (len(HEAD) - 2)
-        return f"<tr><td>{escape(row.scheme)}</td><td>{row.format}</td>{empty}<td>{verdict}</td></tr>"
+        return f"<tr><td>{escape(row.scheme)}</td><td>{row.format}</td>{empty}<td class=verdict>{verdict}</td></tr>"
     bar = f'<div class="bar"><i style="width:{row.size / largest * 100:.1f}%"></i></div>'
     cells = [
         f"{row.size / 1e6:.1f} MB, {row.share:.1%}{bar}",
@@ -86,7 +87,7 @@ def _row(row: Row, largest: int) -> str:
     else:
         cells += ["–"] * 3
     numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-    return f"<tr><td>{escape(row.scheme)}</td><td>{row.format}</td>{numbers}<td>{verdict}</td></tr>"
+    return f"<tr><td>{escape(row.scheme)}</td><td>{row.format}</td>{numbers}<td class=verdict>{verdict}</td></tr>"
 
 
 def _span(interval: tuple[float, float]) -> str:

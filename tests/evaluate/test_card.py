@@ -100,6 +100,15 @@ def test_verdicts(agreeing, wer, interval, words, verdict):
     assert card.judge(far, heard, pairs.Apart(wer, wer, interval, interval))[0] == verdict
 
 
+def test_what_breaks_one_language_is_refused():
+    heard, small = (pairs.Rates(0.2, 0.1, (0.18, 0.22), (0.09, 0.11), words) for words in (5000, 150))
+    little, much = pairs.Apart(0.01, 0.0, (0.0, 0.019), (0, 0)), pairs.Apart(0.12, 0.0, (0.07, 0.18), (0, 0))
+    verdict, why = card.judge(FINE, heard, little, 0.02, {"cs": (heard, little), "pl": (heard, much)})
+    assert verdict == card.REFUSE
+    assert "word errors of pl +12.0%" in why
+    assert card.judge(FINE, heard, little, 0.02, {"cs": (heard, little), "pl": (small, much)})[0] == card.SHIP
+
+
 def test_without_texts_it_stays_doubtful():
     assert card.judge(FINE, None, None) == (card.DOUBTFUL, "without texts only drift is known: 99.0% of frames agree")
 
