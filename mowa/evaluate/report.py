@@ -121,6 +121,9 @@ def _recordings(model: Model, wanted: Wanted) -> tuple[list[Example], list[np.nd
     sounds = None
     if needed and wanted.calibration:
         sounds = calibrate.sounds(wanted.calibration, model)
+    elif needed and len(examples) == 1:
+        label = schemes.label(needed[0])
+        raise DataError(f"{label} is calibrated on the one recording of {wanted.data}: name others with --calibrate")
     elif needed:
         few = examples[-max(1, min(20, len(examples) // 4)) :]
         sounds, examples = calibrate.heard(few, model), examples[: -len(few)]

@@ -26,11 +26,14 @@ FILE = "model.safetensors"
 def note(folder: Path) -> Mapping[str, Any]:
     """What mowa.json in `folder` says, where it is an export of this format; else nothing.
 
-    ModelError where it is, and a file is missing or another.
+    ModelError where it is, and a file is missing or another; and for exports of other formats, which hold no net.
     """
     file = folder / store.NOTE
     said = read_json(file) if file.is_file() else {}
     if said.get("kind") != KIND:
+        if "files" in said:
+            kind = said["kind"]
+            raise ModelError(f"{folder} was exported as {kind}, to be run as it is: name the model it was made of")
         return {}
     for name, known in said.get("files", {}).items():
         if not (folder / name).is_file() or store.sha256_of(folder / name) != known:

@@ -9,6 +9,7 @@ import soundfile
 
 from mowa.cli.main import main
 from mowa.data import audio
+from mowa.export import compare
 
 ROOT = Path(__file__).parents[2]
 MICRO = str(ROOT / "tests" / "assets" / "micro")
@@ -97,6 +98,10 @@ def test_what_is_exported_is_run_by_its_path(run, tmp_path):
         (["export", MICRO, "--to", "tensorrt", "--profile", "5", "-o", "x"], "--profile 5 is not three sizes"),
         (["shrink", MICRO, "--scheme", "int8", "--to", "coreml", "--data", "."], "coreml does not run here"),
         (["shrink", MICRO, "--scheme", "int8", "--data", "/nowhere"], "/nowhere"),
+        (
+            ["shrink", MICRO, "--scheme", "int8-static", "--data", str(compare.SAMPLE)],
+            "int8-static is calibrated on the one recording of",
+        ),
         (["bench", "/nowhere"], "none of them could be run"),
     ],
 )

@@ -262,6 +262,12 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
         exporting.read(out)
 
 
+def test_an_export_is_no_model_to_change(tmp_path):
+    out = write(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out")
+    with pytest.raises(ModelError, match="was exported as onnx, to be run as it is: name the model it was made of"):
+        mowa.load(str(out))
+
+
 def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
     model = mowa.load(str(tiny(tmp_path / "base")))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
