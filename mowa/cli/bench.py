@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--clips", type=click.IntRange(min=1), default=20, show_default=True, help="At most so many of them.")
 @click.option("--speeds", is_flag=True, help="Time with one thread and all, one recording and four.")
 @click.option("--picture", type=click.Path(path_type=Path), metavar="FILE.png",
-              help="Draw size, speed and error rates: what nothing else beats is on a line.")
+              help="Draw size, speed and error rates; what another is no worse than in all three is faint.")
 @click.option("--json", "listed", type=click.Path(path_type=Path), metavar="FILE.json", help="Write what was measured.")
 def bench(
     models: tuple[str, ...], engines: tuple[str, ...], dtypes: tuple[str, ...], data: str | None, split: str,

@@ -1,4 +1,4 @@
-"""Size, speed and errors of models as a picture: what no other is both smaller and faster than is on a line."""
+"""Size, speed and errors of models as a picture: what another beats in all that is shown is faint."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ def parts() -> None:
         raise MissingPart("pictures need matplotlib: pip install matplotlib") from None
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Of (size, speed), those that none beats in both, by size."""
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    best, found = float("-inf"), []
-    for index in order:
-        if points[index][1] > best:
-            best = points[index][1]
-            found.append(index)
-    return found
+def front(points: Sequence[Sequence[float]]) -> list[int]:
+    """Of points, those that none beats: is as good in all and better in one. Less is better, in each."""
+    return [
+        index
+        for index, point in enumerate(points)
+        if not any(
+            all(theirs <= ours for theirs, ours in zip(other, point, strict=True)) and tuple(other) != tuple(point)
+            for other in points
+        )
+    ]
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
@@ -36,25 +37,39 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     shown = [row for row in rows if row.rtf]
-    points = [(row.size / 1e6, 1 / row.rtf) for row in shown]
+    sizes, speeds = [row.size / 1e6 for row in shown], [1 / row.rtf for row in shown]
     known = all(row.rates for row in shown)
-    colours = [row.rates.wer * 100 if known and row.rates else row.agreeing * 100 for row in shown]
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    line = [points[index] for index in front(points)]
-    axis.plot(*zip(*line, strict=True), color="0.7", linewidth=1, zorder=1)
-    palette = "viridis_r" if known else "viridis"
+    wrong = [row.rates.wer * 100 if known and row.rates else -row.agreeing * 100 for row in shown]
+    best = front([(size, -speed, much) for size, speed, much in zip(sizes, speeds, wrong, strict=True)])
+    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     dots = axis.scatter(
-        [x for x, _ in points], [y for _, y in points], c=colours, cmap=palette, s=70, zorder=2, edgecolors="0.3"
+        sizes,
+        speeds,
+        c=[abs(one) for one in wrong],
+        cmap="viridis_r" if known else "viridis",
+        alpha=[1.0 if index in best else 0.3 for index in range(len(shown))],
+        s=90,
+        edgecolors="0.2",
     )
-    for row, (size, speed) in zip(shown, points, strict=True):
-        said = f"{Path(row.model).name}, {row.engine} {row.dtype}"
-        axis.annotate(said, (size, speed), textcoords="offset points", xytext=(7, 4), fontsize=8)
-    axis.set(xlabel="size, MB", ylabel="seconds of sound heard in a second", xlim=(0, None), ylim=(0, None))
-    axis.margins(0.2)
+    keys = []
+    for index, row in enumerate(shown):
+        weight = "bold" if index in best else "normal"
+        axis.annotate(
+            f"{index + 1}", (sizes[index], speeds[index]), (6, 5), textcoords="offset points", fontsize=9, weight=weight
+        )
+        said = f"{index + 1}  {Path(row.model).name}, {row.engine} {row.dtype}"
+        keys.append(Line2D([], [], linestyle="", label=said))
+    axis.set(xlabel="size, MB", ylabel="seconds of sound heard in a second")
+    axis.set(xlim=(0, max(sizes) * 1.1), ylim=(0, max(speeds) * 1.1))
     axis.grid(color="0.93")
-    figure.colorbar(dots, label="word error rate, %" if known else "frames that agree with the first, %")
+    axis.set_axisbelow(True)
+    figure.legend(handles=keys, loc="outside right upper", frameon=False, fontsize=9, handlelength=0)
+    what = "word error rate, %" if known else "frames that agree with the first, %"
+    bar = figure.colorbar(dots, location="bottom", aspect=50, label=f"{what} (faint: another is no worse in all three)")
+    bar.solids.set_alpha(1)
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=110)
     pyplot.close(figure)

@@ -157,6 +157,7 @@ def test_what_was_measured_is_read_back(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_what_nothing_beats_is_on_the_line():
-    points = [(100, 10), (50, 10), (25, 8), (30, 5), (200, 20)]
-    assert pareto.front(points) == [2, 1, 4]
+def test_what_another_beats_is_not_in_front():
+    points = [(100, -10), (50, -10), (25, -8), (30, -5), (200, -20), (25, -8)]
+    assert pareto.front(points) == [1, 2, 4, 5]
+    assert pareto.front([(50, -10, 30.0), (100, -10, 29.0), (100, -9, 30.0)]) == [0, 1]
