@@ -50,7 +50,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         speeds,
         c=[abs(one) for one in wrong],
         cmap="viridis_r" if known else "viridis",
-        alpha=[1.0 if index in best else 0.3 for index in range(len(shown))],
+        alpha=[1.0 if index in best else 0.3 for index in range(len(shown))],  # type: ignore[arg-type]
         s=90,
         edgecolors="0.2",
     )
@@ -69,7 +69,8 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     figure.legend(handles=keys, loc="outside right upper", frameon=False, fontsize=9, handlelength=0)
     what = "word error rate, %" if known else "frames that agree with the first, %"
     bar = figure.colorbar(dots, location="bottom", aspect=50, label=f"{what} (faint: another is no worse in all three)")
-    bar.solids.set_alpha(1)
+    if bar.solids is not None:
+        bar.solids.set_alpha(1)
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=110)
     pyplot.close(figure)
