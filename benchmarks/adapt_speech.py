@@ -70,8 +70,8 @@ def telephone(folder: Path) -> tuple[dict[str, Path], list[str]]:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index, row in enumerate(found):
             rng = np.random.default_rng(index)
-            samples = audio.load(row["audio"], 16_000)
-            samples = augment.telephone(augment.noise(samples, rng, float(rng.uniform(5, 15))))
+            samples = audio.load_audio(row["audio"], 16_000)
+            samples = augment.simulate_telephone(augment.add_noise(samples, rng, float(rng.uniform(5, 15))))
             file = folder / name / f"{index}.wav"
             soundfile.write(file, np.clip(samples, -1, 1), 16_000)
             heard.append(row | {"audio": str(file.resolve())})
@@ -121,11 +121,11 @@ def before(model: str, parts: dict[str, Path]) -> None:
     import mowa
     from mowa.tasks import ctc
 
-    engine = mowa.engine(mowa.load(model))
+    engine = mowa.open_engine(mowa.load(model))
     for name in [name for name in parts if name not in ("train", "dev")]:
         found = rows(parts[name])
         files = [row["audio"] for row in found]
-        said, heard = [row["text"] for row in found], [one.text for one in mowa.transcripts(files, engine)]
+        said, heard = [row["text"] for row in found], [one.text for one in mowa.iter_transcripts(files, engine)]
         rates = ctc.error_rates(said, heard)
         print(f"| nothing | 0 | 0 | {name} | {100 * rates['wer']:.1f} | {100 * rates['cer']:.1f} |", flush=True)
 

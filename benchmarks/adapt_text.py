@@ -89,7 +89,7 @@ def main() -> None:
     mowa("train", str(recipe), "-o", str(given.out / "adapter"))
     minutes = (time.time() - began) / 60
     print(f"{given.rows} descriptions learnt in {minutes:.1f} minutes")
-    ask("adapter", language.load(base, given.out / "adapter"))
+    ask("adapter", language.load_adapter(base, given.out / "adapter"))
     for dtype in ("float32", "bfloat16"):
         folder = given.out / f"merged-{dtype}"
         mowa("adapt", "merge", str(given.out / "adapter"), "-o", str(folder), "--dtype", dtype)

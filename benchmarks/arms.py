@@ -37,7 +37,7 @@ def resident(net: Any) -> float:
 def peak() -> float:
     from mowa import machine
 
-    return machine.peak_memory() / 2**30
+    return machine.peak_rss_bytes() / 2**30
 
 
 def clock() -> Any:
@@ -197,14 +197,14 @@ def held_in(given: argparse.Namespace) -> Any:
 def mowa_arm(given: argparse.Namespace) -> dict[str, Any]:
     from mowa import machine
 
-    machine.huge_pages()  # as `mowa train` does
+    machine.enable_huge_pages()  # as `mowa train` does
     from mowa.families import accelerate
     from mowa.loading import load
     from mowa.train import instruct, sft
 
     few = given.folder / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in conversations(given.data, PER_STEP * given.steps)))
-    plan = instruct.checked(
+    plan = instruct.parse(
         {
             "model": given.model,
             "data": {"train": str(few), "dev": str(given.dev), "learn": "all", "length": given.length, "measured": 1},
@@ -227,9 +227,9 @@ def mowa_arm(given: argparse.Namespace) -> dict[str, Any]:
     )
     model = load(given.model, dtype="bfloat16" if given.precision == "bfloat16" else "float32")
     before, ticking = resident(model.net), clock()
-    run = sft.ready(plan, model)
-    trainer, live = sft.trainer_of(run, given.folder / "mowa", None)
-    accelerate.accelerate(run.model.net, tiles=plan.memory.tiles)
+    run = sft.prepare(plan, model)
+    trainer, live = sft.build_trainer(run, given.folder / "mowa", None)
+    accelerate.accelerate(run.model.net, mlp_tiles=plan.memory.mlp_tiles)
     trainer.args.logging_steps = 1
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.add_callback(ticking)

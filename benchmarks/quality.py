@@ -23,7 +23,7 @@ import soundfile
 
 import mowa
 from mowa.data import audio, augment, synth
-from mowa.data.text import plain
+from mowa.data.text import normalize_text
 from mowa.engines.transcription import Failure
 from mowa.nouns import Example
 from mowa.tasks.ctc import error_rates
@@ -38,7 +38,7 @@ def changed(examples: list[Example], change: Change, folder: Path) -> list[Examp
     out = []
     for index, example in enumerate(examples):
         path = folder / f"{example.id}.wav"
-        sound = change(audio.load(example.audio), np.random.default_rng(index))
+        sound = change(audio.load_audio(example.audio), np.random.default_rng(index))
         soundfile.write(path, np.clip(sound, -1, 1), 16_000, subtype="PCM_16")
         out.append(Example(example.id, str(path), example.text, example.duration_s))
     return out
@@ -47,15 +47,17 @@ def changed(examples: list[Example], change: Change, folder: Path) -> list[Examp
 def people(folder: Path) -> list[Example]:
     with (folder / "transcripts.tsv").open() as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    return [Example(row["file"], str(folder / row["file"]), plain(row["normalized_text"]), 0.0) for row in rows]
+    return [
+        Example(row["file"], str(folder / row["file"]), normalize_text(row["normalized_text"]), 0.0) for row in rows
+    ]
 
 
 def ours(model: str) -> Hearing:
-    engine = mowa.engine(mowa.load(model), dtype="float32")
+    engine = mowa.open_engine(mowa.load(model), dtype="float32")
 
     def hear(files: list[str]) -> list[str]:
         heard = []
-        for outcome in mowa.transcripts(files, engine):
+        for outcome in mowa.iter_transcripts(files, engine):
             if isinstance(outcome, Failure):
                 raise outcome.error
             heard.append(outcome.text)
@@ -80,7 +82,7 @@ def row(name: str, examples: list[Example], hear: Hearing, known: set[str]) -> d
     """Measure one set and print its row."""
     rates = error_rates([example.text for example in examples], hear([example.audio for example in examples]))
     minutes = sum(soundfile.info(example.audio).duration for example in examples) / 60
-    leaked = len({plain(example.text) for example in examples} & known)
+    leaked = len({normalize_text(example.text) for example in examples} & known)
     shown = f"{minutes:.1f} | {rates['wer'] * 100:.1f} | {rates['cer'] * 100:.1f}"
     print(f"| {name} | {len(examples)} | {shown} | {leaked} |", flush=True)
     return rates | {"clips": len(examples), "minutes": minutes, "leaked": leaked}
@@ -96,17 +98,17 @@ def main() -> None:
     options = parser.parse_args()
 
     unseen = list(synth.read_manifest(options.data / "unseen.jsonl"))
-    known = {plain(line) for line in (options.data / "sentences.txt").read_text().splitlines()}
+    known = {normalize_text(line) for line in (options.data / "sentences.txt").read_text().splitlines()}
     hear = ours(options.model)
     with tempfile.TemporaryDirectory() as scratch:
         sets = {
             "synthetic, seen voices": list(synth.read_manifest(options.data / "seen.jsonl")),
             "synthetic, ten unseen voices": unseen,
             "unseen voices + noise at 10 dB": changed(
-                unseen, lambda x, rng: augment.noise(x, rng, 10.0), Path(scratch) / "noise"
+                unseen, lambda x, rng: augment.add_noise(x, rng, 10.0), Path(scratch) / "noise"
             ),
             "unseen voices, telephone band": changed(
-                unseen, lambda x, _: augment.telephone(x), Path(scratch) / "telephone"
+                unseen, lambda x, _: augment.simulate_telephone(x), Path(scratch) / "telephone"
             ),
         }
         if options.human:

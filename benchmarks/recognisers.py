@@ -62,17 +62,17 @@ def mowa_engine(name: str, dtype: str, model: str) -> Any:
     import mowa
     from mowa import machine
 
-    machine.huge_pages()
+    machine.enable_huge_pages()
     from mowa.data import audio
     from mowa.engines import choose
-    from mowa.engines.settings import Settings
+    from mowa.engines.settings import TranscriptionSettings
 
-    engine = choose.engine(mowa.load(model), name=name, device="cpu", dtype=dtype, threads=THREADS).engine
-    speech = 0.0 if "xlsr" in model else Settings().speech  # random weights are to read everything
+    engine = choose.select_engine(mowa.load(model), name=name, device="cpu", dtype=dtype, threads=THREADS).engine
+    speech = 0.0 if "xlsr" in model else TranscriptionSettings().vad_threshold  # random weights are to read everything
 
     def run(files: list[str]) -> list[str]:
         texts = []
-        for outcome in mowa.transcripts(files, engine, Settings(speech=speech)):
+        for outcome in mowa.iter_transcripts(files, engine, TranscriptionSettings(vad_threshold=speech)):
             if not hasattr(outcome, "text"):
                 raise SystemExit(f"{outcome.file}: {outcome.error}")
             texts.append(outcome.text)
@@ -104,7 +104,9 @@ def ctranslate2_engine(dtype: str, model: str) -> Any:
         return np.array(net.encode(ctranslate2.StorageView.from_array(values), to_cpu=True))[0]
 
     def run(files: list[str]) -> list[str]:
-        return [ctc.text(ctc.read(ctc.best_path(scores(sound), words), words)) for sound in sounds(files)]
+        return [
+            ctc.join_words(ctc.path_to_words(ctc.best_path(scores(sound), words), words)) for sound in sounds(files)
+        ]
 
     def frames(files: list[str]) -> Frames:
         return [scores(sound).argmax(-1) for sound in sounds(files)]
@@ -138,7 +140,7 @@ def main(arm: str, model: str, listed: str, out: str) -> None:
     wall_s, cpu_s = time.perf_counter() - started, time.process_time() - spent
     from mowa import machine
 
-    peak_mb = machine.peak_memory() / 2**20
+    peak_mb = machine.peak_rss_bytes() / 2**20
     short = [file for file in files[:COMPARED] if soundfile.info(file).duration <= LONG_S]
     np.savez(f"{out}.npz", *frames(short))
     found = {"load_s": load_s, "wall_s": wall_s, "cpu_s": cpu_s, "peak_mb": peak_mb, "texts": texts}

@@ -40,22 +40,22 @@ from transcribe import EXAMPLE, checkpoint
 import mowa
 from mowa import machine
 from mowa.data import audio, sources
-from mowa.decode.stream import Rules
+from mowa.decode.stream import EndpointConfig
 from mowa.engines import live
-from mowa.engines.live import Live
-from mowa.engines.native import Native
+from mowa.engines.live import StreamingConfig
+from mowa.engines.native import PyTorchEngine
 from mowa.tasks.ctc import error_rates
 
 PIECE = 320
 PAUSE_S = 1.0
 WAYS = {
-    "cached, 0.32 s + 0": Live("cached", 0.32, right_s=0.0),
-    "cached, 0.32 s + 0.16": Live("cached", 0.32, right_s=0.16),
-    "cached, 0.32 s + 0.32": Live("cached", 0.32, right_s=0.32),
-    "cached, 0.64 s + 0.32": Live("cached", 0.64, right_s=0.32),
-    "cached, 1.28 s + 0.32": Live("cached", 1.28, right_s=0.32),
-    "window, 0.64 s + 0.64": Live("window", 0.64, 4.0, 0.64),
-    "window, 1.28 s + 1.28": Live("window", 1.28, 4.0, 1.28),
+    "cached, 0.32 s + 0": StreamingConfig("cached", 0.32, lookahead_s=0.0),
+    "cached, 0.32 s + 0.16": StreamingConfig("cached", 0.32, lookahead_s=0.16),
+    "cached, 0.32 s + 0.32": StreamingConfig("cached", 0.32, lookahead_s=0.32),
+    "cached, 0.64 s + 0.32": StreamingConfig("cached", 0.64, lookahead_s=0.32),
+    "cached, 1.28 s + 0.32": StreamingConfig("cached", 1.28, lookahead_s=0.32),
+    "window, 0.64 s + 0.64": StreamingConfig("window", 0.64, 4.0, 0.64),
+    "window, 1.28 s + 1.28": StreamingConfig("window", 1.28, 4.0, 1.28),
 }
 
 
@@ -71,28 +71,33 @@ class Heard:
 
 
 def recordings(source: str, count: int) -> list[tuple[np.ndarray, str]]:
-    examples = list(sources.entries(source))
+    examples = list(sources.list_examples(source))
     chosen = np.random.default_rng(0).permutation(len(examples))[:count]
-    return [(audio.load(examples[i].audio), examples[i].text) for i in chosen]
+    return [(audio.load_audio(examples[i].audio), examples[i].text) for i in chosen]
 
 
-def hear(engine: Native, how: Live, clips: list[tuple[np.ndarray, str]], ends: list[list[tuple[str, float]]]) -> Heard:
+def hear(
+    engine: PyTorchEngine,
+    how: StreamingConfig,
+    clips: list[tuple[np.ndarray, str]],
+    ends: list[list[tuple[str, float]]],
+) -> Heard:
     """All recordings through one stream. `ends`: for each, its words and where they end, as heard offline."""
     stream, out = live.stream(engine, how), Heard()
     pause, ready_s = np.zeros(int(PAUSE_S * 16_000), np.float32), 0.0
     for (sound, _), words in zip(clips, ends, strict=True):
-        begun_s, found = stream.heard_s, []
+        begun_s, found = stream.received_s, []
         fed = np.concatenate([sound, pause])
         for start in range(0, len(fed), PIECE):
-            before, clock = stream.state.read + len(stream.state.ids), time.perf_counter()
+            before, clock = stream.state.frames_decoded + len(stream.state.stable_ids), time.perf_counter()
             events = stream.feed(fed[start : start + PIECE])
             spent = time.perf_counter() - clock
             out.all_s += spent
-            ready_s = max(ready_s, stream.heard_s) + spent  # a feed waits for its sound and for the feed before
-            if stream.state.read + len(stream.state.ids) != before:
+            ready_s = max(ready_s, stream.received_s) + spent  # a feed waits for its sound and for the feed before
+            if stream.state.frames_decoded + len(stream.state.stable_ids) != before:
                 out.spent_s.append(spent)
-            found += [(w.text, w.end_s - begun_s, ready_s - begun_s) for e in events if e.final for w in e.words]
-        found += [(w.text, w.end_s - begun_s, ready_s - begun_s) for e in stream.flush() if e.final for w in e.words]
+            found += [(w.text, w.end_s - begun_s, ready_s - begun_s) for e in events if e.is_final for w in e.words]
+        found += [(w.text, w.end_s - begun_s, ready_s - begun_s) for e in stream.flush() if e.is_final for w in e.words]
         out.texts.append(" ".join(text for text, _, _ in found))
         out.delays_s += delays(found, words)
         out.sound_s += len(fed) / 16_000
@@ -109,7 +114,9 @@ def delays(found: list[tuple[str, float, float]], words: list[tuple[str, float]]
     return out
 
 
-def offline(engine: Native, clips: list[tuple[np.ndarray, str]]) -> tuple[list[str], list[list[tuple[str, float]]]]:
+def offline(
+    engine: PyTorchEngine, clips: list[tuple[np.ndarray, str]]
+) -> tuple[list[str], list[list[tuple[str, float]]]]:
     texts, ends = [], []
     for sound, _ in clips:
         soundfile.write("/tmp/stream-clip.wav", sound, 16_000, "FLOAT")
@@ -123,7 +130,7 @@ def quantile(values: list[float], share: float) -> float:
     return float(np.quantile(values, share)) if values else float("nan")
 
 
-def table(engine: Native, sets: list[str], count: int) -> dict[str, Any]:
+def table(engine: PyTorchEngine, sets: list[str], count: int) -> dict[str, Any]:
     """pl-tiny, every way over every set."""
     out: dict[str, Any] = {}
     for source in sets:
@@ -140,7 +147,7 @@ def table(engine: Native, sets: list[str], count: int) -> dict[str, Any]:
             heard = hear(engine, how, clips, ends)
             rates = error_rates(said, heard.texts)
             row = {
-                "latency_s": live.listener(engine, how).latency_s,
+                "latency_s": live.create_streaming_encoder(engine, how).latency_s,
                 "compute_s": [quantile(heard.spent_s, share) for share in (0.5, 0.95)],
                 "delay_s": [quantile(heard.delays_s, share) for share in (0.5, 0.95)],
                 "wer": rates["wer"],
@@ -159,22 +166,22 @@ def table(engine: Native, sets: list[str], count: int) -> dict[str, Any]:
     return out
 
 
-def hour(engine: Native, minutes: float) -> None:
+def hour(engine: PyTorchEngine, minutes: float) -> None:
     """The bundled sample, a pause, the sample, …: memory and speed by the minute, and whether times run away."""
-    sound = np.concatenate([audio.load(EXAMPLE), np.zeros(16_000, np.float32)])
+    sound = np.concatenate([audio.load_audio(EXAMPLE), np.zeros(16_000, np.float32)])
     turn_s = len(sound) / 16_000
     for name in ("cached, 0.32 s + 0.16", "window, 1.28 s + 1.28"):
         stream, spent, memory, at = live.stream(engine, WAYS[name]), [0.0], [], 0
         starts: dict[str, list[float]] = {}
-        while stream.heard_s < minutes * 60:
+        while stream.received_s < minutes * 60:
             piece = np.take(sound, range(at, at + PIECE), mode="wrap")
             clock = time.perf_counter()
             events = stream.feed(piece)
             spent[-1] += time.perf_counter() - clock
-            for word in (word for event in events if event.final for word in event.words):
+            for word in (word for event in events if event.is_final for word in event.words):
                 starts.setdefault(word.text, []).append(word.start_s % turn_s)
             at += PIECE
-            if stream.heard_s >= (len(memory) + 1) * 60:
+            if stream.received_s >= (len(memory) + 1) * 60:
                 memory.append(resident())
                 spent.append(0.0)
         often = max(starts, key=lambda text: len(starts[text]))
@@ -194,9 +201,9 @@ def resident() -> int:
     return 0
 
 
-def many(engine: Native, streams: int, seconds: float) -> None:
+def many(engine: PyTorchEngine, streams: int, seconds: float) -> None:
     """So many streams at once, each in a thread that feeds as sound would come; how far the last falls behind."""
-    sound, behind = audio.load(EXAMPLE), [0.0] * streams
+    sound, behind = audio.load_audio(EXAMPLE), [0.0] * streams
     torch.set_num_threads(1)  # streams are the parallel work
     begun = time.monotonic() + 1
 
@@ -217,10 +224,10 @@ def many(engine: Native, streams: int, seconds: float) -> None:
     for thread in threads:
         thread.join()
     busy = (time.process_time() - cpu) / seconds
-    torch.set_num_threads(machine.cores())
+    torch.set_num_threads(machine.cpu_count())
     print(
         f"{streams} streams at once for {seconds:.0f} s: the worst was {max(behind):.2f} s behind at its worst, "
-        f"{busy:.2f} of {machine.cores()} cores busy"
+        f"{busy:.2f} of {machine.cpu_count()} cores busy"
     )
 
 
@@ -248,8 +255,8 @@ print(json.dumps(out))
 
 def xlsr(folder: Path) -> None:
     """XLSR's size in windows, beside transformers' pipeline at the same chunk and look-ahead."""
-    how = Live("window", 1.28, 4.0, 1.28)
-    model, samples = checkpoint(folder / "model"), audio.load(EXAMPLE)
+    how = StreamingConfig("window", 1.28, 4.0, 1.28)
+    model, samples = checkpoint(folder / "model"), audio.load_audio(EXAMPLE)
     sound = np.take(samples, range(int(XLSR_S * 16_000)), mode="wrap")
     file = folder / "live.wav"
     soundfile.write(file, sound, 16_000)
@@ -264,9 +271,9 @@ def xlsr(folder: Path) -> None:
     print(f"| transformers pipeline, the same windows | {windows:.2f} | 1 | {growing / windows:.2f} |")
     print(f"| transformers pipeline, all so far | {growing:.2f} | {windows / growing:.2f} | 1 |")
     for dtype in ("float32", "bfloat16", "int8"):
-        engine = mowa.engine(mowa.load(str(model)), device="cpu", dtype=dtype)
+        engine = mowa.open_engine(mowa.load(str(model)), device="cpu", dtype=dtype)
         for warm in (True, False):
-            stream = live.stream(engine, how, Rules(detect=False))
+            stream = live.stream(engine, how, EndpointConfig(vad=False))
             clock = time.perf_counter()
             for start in range(0, len(sound) // (8 if warm else 1), PIECE):
                 stream.feed(sound[start : start + PIECE])
@@ -290,9 +297,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    print(f"{machine.cores()} cores, {options.model}, {options.dtype}")
+    print(f"{machine.cpu_count()} cores, {options.model}, {options.dtype}")
     found: dict[str, Any] = {}
-    engine = mowa.engine(mowa.load(options.model), device="cpu", dtype=options.dtype)
+    engine = mowa.open_engine(mowa.load(options.model), device="cpu", dtype=options.dtype)
     if "table" not in options.skip:
         found = table(engine, [one for one in options.data if Path(one).exists()], options.clips)
     if "many" not in options.skip:

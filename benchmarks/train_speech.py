@@ -69,14 +69,14 @@ def read(manifest: Path) -> list[dict[str, Any]]:
 def with_mowa(model: str, manifest: Path, what: str, steps: int, out: Path) -> dict[str, Any]:
     from mowa import machine
 
-    machine.huge_pages()  # as `mowa train` does
+    machine.enable_huge_pages()  # as `mowa train` does
     from mowa.loading import load
     from mowa.nouns import Example
     from mowa.train import tune, tuning
-    from mowa.train.ready import ready
+    from mowa.train.ready import prepare
 
     rows = read(manifest)
-    plan = tuning.checked(
+    plan = tuning.parse(
         {
             "model": model,
             "data": {"train": str(manifest), "dev": str(manifest), "measured": 1},
@@ -88,12 +88,12 @@ def with_mowa(model: str, manifest: Path, what: str, steps: int, out: Path) -> d
         },
         "benchmark",
     )
-    run = ready(plan, load(model), out)
+    run = prepare(plan, load(model), out)
     examples = [Example(row["id"], row["audio"], row["text"], row["duration_s"]) for row in rows]
     run.batches[:] = [examples[8 * step : 8 * step + 8] for step in range(steps)]
     ticking = clock()
-    with tune.swapped(run.model.net, run):
-        trainer, *_ = tune.trainer_of(run, out, None)
+    with tune.training_patches(run.model.net, run):
+        trainer, *_ = tune.build_trainer(run, out, None)
         trainer.add_callback(ticking)
         trainer.args.eval_on_start = False
         trainer.args.eval_strategy = "no"
@@ -165,7 +165,7 @@ def timed(rows: list[dict[str, Any]], ticks: list[float]) -> dict[str, Any]:
 
     heard = sum(row["duration_s"] for row in rows[8 * WARM : 8 * len(ticks)])
     spent = ticks[-1] - ticks[WARM - 1]
-    peak = machine.peak_memory() / 2**30
+    peak = machine.peak_rss_bytes() / 2**30
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
     return {"audio_s_per_s": heard / spent, "s_per_step": spent / (len(ticks) - WARM), "peak_gib": peak}

@@ -194,14 +194,14 @@ def main() -> None:
     manifest = options.data / "unseen.jsonl"
     if "pl-tiny" not in options.skip and manifest.exists():
         from mowa.data import synth
-        from mowa.files import ALIASES
+        from mowa.files import MODEL_ALIASES
 
         examples = list(synth.read_manifest(manifest)) + list(synth.read_manifest(options.data / "seen.jsonl"))
         print(f"\npl-tiny, {len(examples)} recordings in voices it has and has not learnt from\n")
         files = [example.audio for example in examples]
         found = measured(
             [arm for arm in TINY_ARMS if arm in options.arms],
-            str(ALIASES["pl-tiny"]),
+            str(MODEL_ALIASES["pl-tiny"]),
             files,
             options.rounds,
             options.folder / "arms",

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mowa.engines.live import stream
-    from mowa.engines.native import engine
-    from mowa.engines.transcription import transcribe, transcripts
+    from mowa.engines.native import open_engine
+    from mowa.engines.transcription import iter_transcripts, transcribe
     from mowa.loading import load
-    from mowa.train.plans import tune
+    from mowa.train.plans import train
 
 __version__ = "0.1.0"
-__all__ = ["engine", "load", "stream", "transcribe", "transcripts", "tune"]
+__all__ = ["iter_transcripts", "load", "open_engine", "stream", "train", "transcribe"]
 
 _HOMES = {
     "engine": "mowa.engines.native",

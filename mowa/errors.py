@@ -48,5 +48,5 @@ class TrainingStopped(MowaError):
     pass
 
 
-class MissingPart(MowaError):
+class MissingDependency(MowaError):
     pass

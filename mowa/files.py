@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mowa")
 
-ALIASES: dict[str, str | Path] = {
+MODEL_ALIASES: dict[str, str | Path] = {
     "pl-tiny": Path(__file__).parent / "assets" / "pl-tiny",
     "polish": "jonatasgrosman/wav2vec2-large-xlsr-53-polish",
 }
@@ -52,7 +52,7 @@ _PROBE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Cached:
+class CachedModel:
     """One thing kept on this disk: a hub snapshot, or (`converted`) the safetensors made of a pickle in `name`."""
 
     name: str
@@ -63,12 +63,12 @@ class Cached:
     converted: bool = False
 
 
-def resolve(
+def resolve_model(
     name: str,
     *,
     revision: str | None = None,
     offline: bool = False,
-    vet: Callable[[Path], object] | None = None,
+    validate: Callable[[Path], object] | None = None,
 ) -> Origin:
     """Find the local folder that `name` (alias, folder or hub id `owner/name[@revision]`) stands for.
 
@@ -78,7 +78,7 @@ def resolve(
     Raises UnknownModel (nothing answers to the name), HubUnreachable (no answer, and nothing cached),
     ModelError (gated, no such revision, a revision asked of a folder, and whatever `vet` raises).
     """
-    target = ALIASES.get(name, name)
+    target = MODEL_ALIASES.get(name, name)
     folder = Path(os.path.expanduser(target))
     if target and folder.is_dir():
         if revision:
@@ -92,23 +92,23 @@ def resolve(
     if revision and hub_id["revision"] not in (None, revision):
         raise ModelError(f"two revisions were named, {hub_id['revision']!r} and {revision!r}: keep one")
     repo = hub_id["repo"]
-    folder = _from_hub(repo, revision or hub_id["revision"] or "main", offline, vet)
+    folder = _from_hub(repo, revision or hub_id["revision"] or "main", offline, validate)
     return Origin(name=name, source=repo, folder=folder, revision=folder.name, license=_license(folder))
 
 
-class _Described(Exception):
+class _ConfigFetched(Exception):
     """The small files of a hub model are here, in the folder that is its argument."""
 
 
-def described(name: str, *, offline: bool = False) -> Path:
+def fetch_config(name: str, *, offline: bool = False) -> Path:
     """The local folder with the config and tokenizer of a model. Weights are not fetched. Raises as `resolve` does."""
 
     def stop(folder: Path) -> None:
-        raise _Described(folder)
+        raise _ConfigFetched(folder)
 
     try:
-        return resolve(name, offline=offline, vet=stop).folder
-    except _Described as found:
+        return resolve_model(name, offline=offline, validate=stop).folder
+    except _ConfigFetched as found:
         folder: Path = found.args[0]
         return folder
 
@@ -116,10 +116,10 @@ def described(name: str, *, offline: bool = False) -> Path:
 def _unknown(name: str) -> UnknownModel:
     if name.startswith((".", "/", "~")):
         return UnknownModel(f"there is no folder {name}")
-    close = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, MODEL_ALIASES, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return UnknownModel(
-        f"no model is called {name!r}: {hint}name an alias ({', '.join(ALIASES)}), a folder, or a hub id owner/name"
+        f"no model is called {name!r}: {hint}name an alias ({', '.join(MODEL_ALIASES)}), a folder, or a hub id owner/name"
     )
 
 
@@ -134,7 +134,7 @@ def _license(folder: Path) -> str | None:
     return found[1] if found else None
 
 
-def _from_hub(repo: str, revision: str, offline: bool, vet: Callable[[Path], object] | None) -> Path:
+def _from_hub(repo: str, revision: str, offline: bool, validate: Callable[[Path], object] | None) -> Path:
     """The snapshot folder of `repo`; its name is the commit. A pinned commit that is cached needs no request at all."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import validate_repo_id
@@ -150,7 +150,7 @@ def _from_hub(repo: str, revision: str, offline: bool, vet: Callable[[Path], obj
     if offline:
         raise HubUnreachable(f"{repo} ({revision}) is not cached and mowa is offline: connect once, or name a folder")
     try:
-        return _download(repo, revision, vet)
+        return _download(repo, revision, validate)
     except errors.GatedRepoError:
         page = f"{constants.ENDPOINT}/{repo}"
         raise ModelError(f"{repo} is gated: accept its terms at {page}, then set HF_TOKEN to your token") from None
@@ -176,10 +176,10 @@ def _snapshot(repo: str, revision: str) -> Path | None:
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    return folder if _weight_files(folder) else None
+    return folder if weight_files(folder) else None
 
 
-def _download(repo: str, revision: str, vet: Callable[[Path], object] | None) -> Path:
+def _download(repo: str, revision: str, validate: Callable[[Path], object] | None) -> Path:
     """Ask for the commit and its files (one request); fetch the small files, show them to `vet`, fetch the weights.
 
     Pickles are fetched only where there are no safetensors; other frameworks' weights and n-gram models never.
@@ -194,13 +194,13 @@ def _download(repo: str, revision: str, vet: Callable[[Path], object] | None) ->
     weights = _SAFETENSORS if files & {"model.safetensors", "model.safetensors.index.json"} else _PICKLES
     # By name first, so that the name is remembered for offline use; then by commit, so that both calls see the same.
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(_SMALL)))
-    if vet:
-        vet(folder)
+    if validate:
+        validate(folder)
     snapshot_download(repo, revision=folder.name, allow_patterns=[*_SMALL, *weights])
     return folder
 
 
-def weights(folder: Path) -> Path:
+def ensure_safetensors(folder: Path) -> Path:
     """The folder that holds `folder`'s weights as safetensors: itself, or one under the cache made of its pickles.
 
     A pickle is read once, with `weights_only`, straight from the file's pages, and written as safetensors next to a
@@ -210,13 +210,13 @@ def weights(folder: Path) -> Path:
 
     Raises ModelError where weights are missing, damaged, or a pickle wants to run code (it is not run).
     """
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if not files:
         raise ModelError(f"{folder} has no complete weights: neither model.safetensors nor pytorch_model.bin")
     return folder if files[0].suffix == ".safetensors" else _converted(folder, files)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Safetensors if there are any, else pickles, whole or in shards; empty if there are none or a shard is missing."""
     for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         if single.is_file():
@@ -233,7 +233,7 @@ def _converted(folder: Path, pickles: list[Path]) -> Path:
     stamp = json.dumps([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in real])
     key = hashlib.sha256("\n".join(map(str, real)).encode()).hexdigest()[:16]
     made = cache_folder() / "converted" / key / "model.safetensors"
-    if made.is_file() and _metadata(made).get("stamp") == stamp:
+    if made.is_file() and safetensors_metadata(made).get("stamp") == stamp:
         return made.parent
 
     from safetensors.torch import save_file
@@ -276,7 +276,7 @@ def _owning_their_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return owned
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def safetensors_metadata(path: Path) -> dict[str, str]:
     """What is noted in a safetensors header (u64 length, then JSON); empty if the file is not one."""
     try:
         with path.open("rb") as file:
@@ -287,7 +287,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Keep transformers from drawing bars and warning of what we check ourselves; leave its settings as they were."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging as chatter
@@ -339,7 +339,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def becoming(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder to write into and to examine; it becomes `out` when the context ends well, else nothing is left of it.
 
     Raises DataError where `out` is there already and not an empty folder.
@@ -356,14 +356,14 @@ def becoming(out: Path) -> Iterator[Path]:
         os.replace(folder, out)
 
 
-def let_read(folder: Path) -> None:
+def fix_weight_permissions(folder: Path) -> None:
     """Whoever may read the config in `folder` may read its weights too, which safetensors keeps to their writer."""
     readers = (folder / "config.json").stat().st_mode
     for file in folder.glob("*.safetensors"):
         file.chmod(readers)
 
 
-def cached(model_types: Container[str]) -> list[Cached]:
+def list_cached_models(model_types: Container[str]) -> list[CachedModel]:
     """Hub snapshots with weights whose config names one of `model_types`, then conversions, each sorted by name.
 
     The families are told, not asked: this room lies below them. Sizes are bytes on disk. No network, no torch.
@@ -372,7 +372,7 @@ def cached(model_types: Container[str]) -> list[Cached]:
     return [one for kind in kinds for one in sorted(kind, key=lambda one: one.name)]
 
 
-def _cached_snapshots(model_types: Container[str]) -> Iterator[Cached]:
+def _cached_snapshots(model_types: Container[str]) -> Iterator[CachedModel]:
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
@@ -382,15 +382,15 @@ def _cached_snapshots(model_types: Container[str]) -> Iterator[Cached]:
     for repo in repos:
         for snapshot in repo.revisions if repo.repo_type == "model" else ():
             model_type = _model_type(snapshot.snapshot_path)
-            if model_type in model_types and _weight_files(snapshot.snapshot_path):
+            if model_type in model_types and weight_files(snapshot.snapshot_path):
                 folder, size = snapshot.snapshot_path, snapshot.size_on_disk
-                yield Cached(repo.repo_id, folder, size, model_type, revision=snapshot.commit_hash)
+                yield CachedModel(repo.repo_id, folder, size, model_type, revision=snapshot.commit_hash)
 
 
-def _cached_conversions() -> Iterator[Cached]:
+def _cached_conversions() -> Iterator[CachedModel]:
     for file in (cache_folder() / "converted").glob("*/model.safetensors"):
-        source = _metadata(file).get("source", "")
-        yield Cached(source, file.parent, file.stat().st_size, _model_type(Path(source)), converted=True)
+        source = safetensors_metadata(file).get("source", "")
+        yield CachedModel(source, file.parent, file.stat().st_size, _model_type(Path(source)), converted=True)
 
 
 def _model_type(folder: Path) -> str:

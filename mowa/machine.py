@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 # What each optional part is for; `mowa doctor` prints the table.
-PARTS = {
+OPTIONAL_PACKAGES = {
     "torch": "runs every model",
     "transformers": "the models themselves",
     "soundfile": "wav, flac, ogg, opus, mp3",
@@ -41,8 +41,8 @@ PARTS = {
     "coremltools": "writing models for Core ML",
     "ctranslate2": "writing and running models as CTranslate2 has them",
 }
-GAIN_WORTH_HAVING = 1.5  # how much faster a half-precision product must be for the net to be worth its roundings
-FLOAT32_ERROR = 1e-5  # relative: what still counts as float32 arithmetic
+MIN_BFLOAT16_SPEEDUP = 1.5  # how much faster a half-precision product must be for the net to be worth its roundings
+FLOAT32_TOLERANCE = 1e-5  # relative: what still counts as float32 arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Precision:
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class MatmulTiming:
     """Seconds for one [499, width] × [width, inner] product per way of doing it; `medium_error` relative to float64."""
 
     highest_s: float
@@ -63,7 +63,7 @@ class Timing:
     bfloat16_s: float
 
 
-def cores() -> int:
+def cpu_count() -> int:
     """Cores this process may use: its affinity, and a container's quota where one is set."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
@@ -73,11 +73,11 @@ def cores() -> int:
     return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
 
 
-def memory_bytes() -> int:
+def total_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def peak_memory() -> int:
+def peak_rss_bytes() -> int:
     """The most bytes that this process had resident.
 
     On Linux getrusage would count what the parent had when it began this process, so the kernel's own mark is read.
@@ -92,7 +92,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def huge_pages() -> None:
+def enable_huge_pages() -> None:
     """Let torch ask Linux for pages of 2 MB: big tensors that come and go then leave less behind.
 
     To be said before torch takes its first memory, so by programs and not by the library; the environment's own word
@@ -101,7 +101,7 @@ def huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def processor() -> str:
+def cpu_name() -> str:
     for line in _cpuinfo():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -122,10 +122,10 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-def parts() -> dict[str, str | None]:
+def optional_package_versions() -> dict[str, str | None]:
     """Installed version of every optional part, None where it is missing."""
     found: dict[str, str | None] = {}
-    for name in PARTS:
+    for name in OPTIONAL_PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -133,7 +133,7 @@ def parts() -> dict[str, str | None]:
     return found
 
 
-def gpu() -> str | None:
+def gpu_name() -> str | None:
     import torch
 
     if not torch.cuda.is_available():
@@ -149,39 +149,39 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mowa"
 
 
-def precision(width: int, inner: int) -> Precision:
+def select_precision(hidden_size: int, intermediate_size: int) -> Precision:
     """The fastest trustworthy way to multiply matrices of a net of this width on this processor, measured once.
 
     bfloat16 only where the processor computes in it and is half as fast again; else float32, with torch's
     "medium" matmul precision where that is faster and yet as exact as float32 (on others it means bfloat16).
     """
-    timing = _remembered(width, inner)
-    exact = exact_precision(width, inner)
+    timing = _remembered(hidden_size, intermediate_size)
+    exact = select_float32_precision(hidden_size, intermediate_size)
     best_s = timing.medium_s if exact.matmul == "medium" else timing.highest_s
-    if {"bf16", "amx"} & set(cpu_features()) and timing.bfloat16_s * GAIN_WORTH_HAVING < best_s:
+    if {"bf16", "amx"} & set(cpu_features()) and timing.bfloat16_s * MIN_BFLOAT16_SPEEDUP < best_s:
         return Precision("bfloat16")
     return exact
 
 
-def exact_precision(width: int, inner: int) -> Precision:
+def select_float32_precision(hidden_size: int, intermediate_size: int) -> Precision:
     """The fastest way that is float32 in result, measured once."""
-    timing = _remembered(width, inner)
-    medium = timing.medium_s < timing.highest_s and timing.medium_error <= FLOAT32_ERROR
+    timing = _remembered(hidden_size, intermediate_size)
+    medium = timing.medium_s < timing.highest_s and timing.medium_error <= FLOAT32_TOLERANCE
     return Precision("float32", "medium" if medium else "highest")
 
 
-def _remembered(width: int, inner: int) -> Timing:
+def _remembered(width: int, inner: int) -> MatmulTiming:
     import torch
 
-    key = f"{processor()} · torch {torch.__version__} · {torch.get_num_threads()} threads · {width}×{inner}"
+    key = f"{cpu_name()} · torch {torch.__version__} · {torch.get_num_threads()} threads · {width}×{inner}"
     file = cache_folder() / "machine.json"
     try:
         known: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
         known = {}
     if key in known:
-        return Timing(**known[key])
-    timing = measure(width, inner)
+        return MatmulTiming(**known[key])
+    timing = benchmark_matmul(width, inner)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         fresh = file.with_suffix(f".{os.getpid()}")
@@ -192,13 +192,13 @@ def _remembered(width: int, inner: int) -> Timing:
     return timing
 
 
-def measure(width: int, inner: int, *, rounds: int = 15) -> Timing:
+def benchmark_matmul(hidden_size: int, intermediate_size: int, *, rounds: int = 15) -> MatmulTiming:
     """Time a linear layer of the net in three precisions, interleaved. The least of each: what was disturbed least."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(499, width, generator=generator)
-    w = torch.randn(width, inner, generator=generator) / width**0.5
+    x = torch.randn(499, hidden_size, generator=generator)
+    w = torch.randn(hidden_size, intermediate_size, generator=generator) / hidden_size**0.5
     x16, w16 = x.bfloat16(), w.bfloat16()
     seconds: dict[str, list[float]] = {"highest": [], "medium": [], "bfloat16": []}
     with torch.inference_mode():
@@ -213,7 +213,7 @@ def measure(width: int, inner: int, *, rounds: int = 15) -> Timing:
         truth = x.double() @ w.double()
     error = float((medium - truth).norm() / truth.norm())
     highest_s, medium_s, bfloat16_s = (min(spent) for spent in seconds.values())
-    return Timing(highest_s, medium_s, error, bfloat16_s)
+    return MatmulTiming(highest_s, medium_s, error, bfloat16_s)
 
 
 _EXACT_FIRST = ("highest", "high", "medium")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-IGNORED = -100  # the label of what is not learnt, as torch and transformers have it
+IGNORE_INDEX = -100  # the label of what is not learnt, as torch and transformers have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,12 @@ class Family:
     frozen: tuple[str, ...] = ()
     head: str = "lm_head"
     architectures: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    swaps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    tensors: Mapping[str, str] = field(default_factory=dict)
+    name_patterns: tuple[str, ...] = ()
+    fused_modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tensor_names: Mapping[str, str] = field(default_factory=dict)
     template: tuple[str, str] | None = None
-    widths: Mapping[str, str] = field(default_factory=dict)
-    limits: Mapping[str, str] = field(default_factory=dict)
+    non_block_weights: Mapping[str, str] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +106,10 @@ class Scheme:
     name: str
     weights: str
     activations: str = "wide"
-    group: int = 0
+    group_size: int = 0
     symmetric: bool = True
-    compensated: bool = False
-    budget: float = 0.0
+    gptq: bool = False
+    size_budget: float = 0.0
 
 
 FLOAT32 = Scheme("float32", "float32")
@@ -140,7 +140,7 @@ class Artifact:
     """
 
     folder: Path
-    kind: str
+    format: str
     family: str
     scheme: Scheme
     origin: Origin
@@ -149,11 +149,11 @@ class Artifact:
     preprocessing: Preprocessing
     files: tuple[str, ...]
     details: Mapping[str, Any]
-    agreeing: float | None
-    unchecked: str = ""
+    agreement: float | None
+    unverified_reason: str = ""
 
     @property
-    def size(self) -> int:
+    def size_bytes(self) -> int:
         """Bytes of the files that hold the model."""
         return sum((self.folder / name).stat().st_size for name in self.files)
 
@@ -198,10 +198,10 @@ class Segment:
     end_s: float
     words: tuple[Word, ...] = ()
     confidence: float = 0.0
-    final: bool = True
+    is_final: bool = True
     channel: int | None = None
     stability: float = 1.0
-    ends: bool = True
+    is_endpoint: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +238,6 @@ class Example:
     text: str
     duration_s: float
     tags: Mapping[str, Any] = field(default_factory=dict)
-    begin_s: float = 0.0
-    part: bool = False
-    sound: bytes | None = field(default=None, repr=False)
+    offset_s: float = 0.0
+    is_excerpt: bool = False
+    audio_bytes: bytes | None = field(default=None, repr=False)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mowa
-from mowa.kernels.narrow import NarrowLinear, to_int, to_nf4
+from mowa.kernels.narrow import QuantizedLinear, quantize, quantize_nf4
 from mowa.nouns import Model, Scheme
 from tests.checkpoints import tiny
 
@@ -19,10 +19,10 @@ SCHEMES = {
     "int8-dynamic": Scheme("int8-dynamic", "int8", "dynamic"),
     "int8-static": Scheme("int8-static", "int8", "static"),
     "int8-weight": Scheme("int8-weight", "int8"),
-    "int4-weight": Scheme("int4-weight", "int4", group=32),
-    "int4-weight+asym": Scheme("int4-weight", "int4", group=32, symmetric=False),
-    "nf4": Scheme("nf4", "nf4", group=64),
-    "mixed": Scheme("mixed", "mixed", "dynamic", group=32, budget=0.5),
+    "int4-weight": Scheme("int4-weight", "int4", group_size=32),
+    "int4-weight+asym": Scheme("int4-weight", "int4", group_size=32, symmetric=False),
+    "nf4": Scheme("nf4", "nf4", group_size=64),
+    "mixed": Scheme("mixed", "mixed", "dynamic", group_size=32, size_budget=0.5),
 }
 
 
@@ -45,17 +45,19 @@ def shrunk(folder: Path, scheme: str, family: str = "wav2vec2", norm: str = "lay
         else:
             net.set_submodule(name, narrow(linear, SCHEMES["int8-dynamic"] if scheme == "mixed" else made))
     projection = net.base_model.feature_projection.projection
-    net.base_model.feature_projection.projection = NarrowLinear(to_int(projection.weight.data, 8, 16), projection.bias)
+    net.base_model.feature_projection.projection = QuantizedLinear(
+        quantize(projection.weight.data, 8, 16), projection.bias
+    )
     return replace(model, scheme=made)
 
 
-def narrow(linear: nn.Linear, scheme: Scheme) -> NarrowLinear:
+def narrow(linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
     weight = linear.weight.detach()
     if scheme.weights == "nf4":
-        made = to_nf4(weight, scheme.group)
+        made = quantize_nf4(weight, scheme.group_size)
     else:
-        made = to_int(weight, int(scheme.weights[3:]), scheme.group, symmetric=scheme.symmetric)
-    return NarrowLinear(made, linear.bias, scheme.activations, RANGE if scheme.activations == "static" else None)
+        made = quantize(weight, int(scheme.weights[3:]), scheme.group_size, symmetric=scheme.symmetric)
+    return QuantizedLinear(made, linear.bias, scheme.activations, RANGE if scheme.activations == "static" else None)
 
 
 def widened(net: nn.Module) -> nn.Module:
@@ -70,14 +72,14 @@ def widened(net: nn.Module) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def narrows(net: nn.Module) -> dict[str, NarrowLinear]:
-    return {name: module for name, module in net.named_modules() if isinstance(module, NarrowLinear)}
+def narrows(net: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in net.named_modules() if isinstance(module, QuantizedLinear)}
 
 
-def same(one: NarrowLinear, other: nn.Module) -> bool:
+def same(one: QuantizedLinear, other: nn.Module) -> bool:
     """Codes, scales, zeros, bias, range and how they are read, to the last bit."""
-    if not isinstance(other, NarrowLinear):
+    if not isinstance(other, QuantizedLinear):
         return False
     ours, theirs = one.state_dict(), other.state_dict()
-    how = [(m.bits, m.group, m.form, m.activations) for m in (one, other)]
+    how = [(m.bits, m.group_size, m.quant_type, m.activations) for m in (one, other)]
     return how[0] == how[1] and ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)

@@ -68,7 +68,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_folder_is_itself(tmp_path: Path, hub: Hub) -> None:
-    origin = files.resolve(str(checkpoint(tmp_path / "model")))
+    origin = files.resolve_model(str(checkpoint(tmp_path / "model")))
     assert origin.folder == tmp_path / "model"
     assert (origin.source, origin.revision, origin.license) == (origin.name, None, "apache-2.0")
     assert not hub.log
@@ -88,21 +88,21 @@ def test_a_folder_is_itself(tmp_path: Path, hub: Hub) -> None:
 )
 def test_the_licence_is_read_from_the_front_matter_only(tmp_path: Path, card: str, license: str | None) -> None:
     (tmp_path / "README.md").write_text(card)
-    assert files.resolve(str(tmp_path)).license == license
+    assert files.resolve_model(str(tmp_path)).license == license
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="folders have no revisions"):
-        files.resolve(str(tmp_path), revision="v1")
+        files.resolve_model(str(tmp_path), revision="v1")
 
 
 def test_an_alias_names_a_bundled_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(files.ALIASES, "pl-tiny", checkpoint(tmp_path / "pl-tiny"))
-    origin = files.resolve("pl-tiny")
+    monkeypatch.setitem(files.MODEL_ALIASES, "pl-tiny", checkpoint(tmp_path / "pl-tiny"))
+    origin = files.resolve_model("pl-tiny")
     assert (origin.name, origin.folder) == ("pl-tiny", tmp_path / "pl-tiny")
-    monkeypatch.setitem(files.ALIASES, "pl-tiny", tmp_path / "gone")
+    monkeypatch.setitem(files.MODEL_ALIASES, "pl-tiny", tmp_path / "gone")
     with pytest.raises(ModelError, match="pl-tiny is missing from this installation"):
-        files.resolve("pl-tiny")
+        files.resolve_model("pl-tiny")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_an_alias_names_a_bundled_folder(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_an_unknown_name_is_told_what_is_near(name: str, message: str, hub: Hub) -> None:
     with pytest.raises(UnknownModel) as caught:
-        files.resolve(name)
+        files.resolve_model(name)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not hub.log
@@ -130,61 +130,61 @@ def test_an_unknown_name_is_told_what_is_near(name: str, message: str, hub: Hub)
 
 def test_a_hub_id_is_fetched_pinned_and_kept(hub: Hub, tmp_path: Path) -> None:
     commit = hub.publish(REPO, checkpoint(tmp_path / "src"))
-    origin = files.resolve(REPO)
+    origin = files.resolve_model(REPO)
     assert (origin.source, origin.revision, origin.license) == (REPO, commit, "apache-2.0")
-    assert files.weights(origin.folder) == origin.folder
+    assert files.ensure_safetensors(origin.folder) == origin.folder
     assert hub.downloads == {"config.json", "vocab.json", "README.md", "model.safetensors"}
 
     hub.log.clear()
-    assert files.resolve(REPO) == origin
+    assert files.resolve_model(REPO) == origin
     assert len(hub.log) == 1, "only whether the branch has moved"
 
     hub.log.clear()
-    assert files.resolve(REPO, offline=True) == origin
-    assert files.resolve(f"{REPO}@{commit}").folder == origin.folder, "a commit cannot move"
+    assert files.resolve_model(REPO, offline=True) == origin
+    assert files.resolve_model(f"{REPO}@{commit}").folder == origin.folder, "a commit cannot move"
     assert not hub.log
 
 
 def test_a_branch_that_moved_is_fetched_anew(hub: Hub, tmp_path: Path) -> None:
     first = hub.publish(REPO, checkpoint(tmp_path / "src"))
-    assert files.resolve(REPO).revision == first
+    assert files.resolve_model(REPO).revision == first
     second = hub.publish(REPO, checkpoint(tmp_path / "src", size=1))
-    assert files.resolve(REPO).revision == second
-    assert files.resolve(REPO, revision=first).revision == first
+    assert files.resolve_model(REPO).revision == second
+    assert files.resolve_model(REPO, revision=first).revision == first
 
 
 def test_a_second_name_for_the_same_commit_is_remembered_too(hub: Hub, tmp_path: Path) -> None:
     hub.publish(REPO, checkpoint(tmp_path / "src"))
     commit = hub.publish(REPO, tmp_path / "src", branch="v1")
-    assert files.resolve(REPO).revision == files.resolve(f"{REPO}@v1").revision == commit
-    assert files.resolve(f"{REPO}@v1", offline=True).revision == commit
+    assert files.resolve_model(REPO).revision == files.resolve_model(f"{REPO}@v1").revision == commit
+    assert files.resolve_model(f"{REPO}@v1", offline=True).revision == commit
 
 
 def test_an_alias_may_name_a_hub_id(hub: Hub, tmp_path: Path) -> None:
-    commit = hub.publish(str(files.ALIASES["polish"]), checkpoint(tmp_path / "src"))
-    origin = files.resolve("polish")
-    assert (origin.name, origin.source, origin.revision) == ("polish", files.ALIASES["polish"], commit)
+    commit = hub.publish(str(files.MODEL_ALIASES["polish"]), checkpoint(tmp_path / "src"))
+    origin = files.resolve_model("polish")
+    assert (origin.name, origin.source, origin.revision) == ("polish", files.MODEL_ALIASES["polish"], commit)
 
 
 def test_a_revision_is_named_after_an_at_or_apart(hub: Hub, tmp_path: Path) -> None:
     hub.publish(REPO, checkpoint(tmp_path / "src"))
     commit = hub.publish(REPO, checkpoint(tmp_path / "src", size=1), branch="v1")
-    assert files.resolve(f"{REPO}@v1").revision == commit
-    assert files.resolve(REPO, revision="v1").revision == commit
-    assert files.resolve(REPO, revision="v1", offline=True).revision == commit
+    assert files.resolve_model(f"{REPO}@v1").revision == commit
+    assert files.resolve_model(REPO, revision="v1").revision == commit
+    assert files.resolve_model(REPO, revision="v1", offline=True).revision == commit
     with pytest.raises(ModelError, match="two revisions were named, 'v1' and 'main'"):
-        files.resolve(f"{REPO}@v1", revision="main")
+        files.resolve_model(f"{REPO}@v1", revision="main")
 
 
 def test_a_pickle_is_fetched_only_where_there_is_nothing_better(hub: Hub, tmp_path: Path) -> None:
     hub.publish(REPO, checkpoint(tmp_path / "both", pickled=True))
-    files.resolve(REPO)
+    files.resolve_model(REPO)
     assert "pytorch_model.bin" not in hub.downloads
     hub.publish("someone/old", checkpoint(tmp_path / "old", safetensors=False, pickled=True))
-    origin = files.resolve("someone/old")
+    origin = files.resolve_model("someone/old")
     assert "pytorch_model.bin" in hub.downloads
     assert "flax_model.msgpack" not in hub.downloads
-    made = files.weights(origin.folder)
+    made = files.ensure_safetensors(origin.folder)
     assert torch.equal(load_file(made / "model.safetensors")["lm_head.weight"], torch.arange(63.0))
 
 
@@ -196,33 +196,33 @@ def test_a_model_that_is_refused_costs_no_weights(hub: Hub, tmp_path: Path) -> N
         raise ModelError("not of our kind")
 
     with pytest.raises(ModelError, match="not of our kind"):
-        files.resolve(REPO, vet=vet)
+        files.resolve_model(REPO, validate=vet)
     assert "model.safetensors" not in hub.downloads
     with pytest.raises(HubUnreachable):  # what is left of it is not a cached model
-        files.resolve(REPO, offline=True)
+        files.resolve_model(REPO, offline=True)
 
 
 def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(UnknownModel, match="the hub has no model no/such; if it is private, set HF_TOKEN"):
-        files.resolve("no/such")
+        files.resolve_model("no/such")
     with pytest.raises(UnknownModel, match="someone/two--hyphens is no folder, and no hub id can look like that"):
-        files.resolve("someone/two--hyphens")
+        files.resolve_model("someone/two--hyphens")
     hub.publish(REPO, checkpoint(tmp_path / "src"))
     with pytest.raises(ModelError, match="has no revision 'v9'"):
-        files.resolve(REPO, revision="v9")
+        files.resolve_model(REPO, revision="v9")
     hub.gated.add(REPO)
     with pytest.raises(ModelError, match=f"{REPO} is gated: accept its terms at {hub.url}/{REPO}, then set HF_TOKEN"):
-        files.resolve(REPO)
+        files.resolve_model(REPO)
 
 
 def test_no_network_and_nothing_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point_client_at(NOWHERE, tmp_path / "hf", monkeypatch)
     start = time.monotonic()
     with pytest.raises(HubUnreachable) as caught:
-        files.resolve("polish")
+        files.resolve_model("polish")
     assert time.monotonic() - start < 5
     assert str(caught.value) == (
-        f"the hub at {NOWHERE} cannot be reached and {files.ALIASES['polish']} is not cached: "
+        f"the hub at {NOWHERE} cannot be reached and {files.MODEL_ALIASES['polish']} is not cached: "
         "connect once, or name a folder"
     )
 
@@ -231,10 +231,10 @@ def test_no_network_but_cached(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     commit = hub.publish(REPO, checkpoint(tmp_path / "src"))
-    origin = files.resolve(REPO)
+    origin = files.resolve_model(REPO)
     point_client_at(NOWHERE, tmp_path / "hf", monkeypatch)
     with caplog.at_level(logging.WARNING, "mowa"):
-        assert files.resolve(REPO) == origin
+        assert files.resolve_model(REPO) == origin
     assert f"cannot be reached; using the cached revision {commit[:12]}" in caplog.text
 
 
@@ -243,10 +243,10 @@ def test_offline_asks_nobody(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monke
 
     hub.publish(REPO, checkpoint(tmp_path / "src"))
     with pytest.raises(HubUnreachable, match="is not cached and mowa is offline: connect once, or name a folder"):
-        files.resolve(REPO, offline=True)
+        files.resolve_model(REPO, offline=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubUnreachable, match="mowa is offline"):
-        files.resolve(REPO)
+        files.resolve_model(REPO)
     assert not hub.log
 
 
@@ -267,7 +267,7 @@ def test_the_hub_is_found_by_its_environment_and_without_torch(hub: Hub, tmp_pat
 
 def test_safetensors_stay_where_they_are(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "model", pickled=True)
-    assert files.weights(folder) == folder
+    assert files.ensure_safetensors(folder) == folder
     assert not files.cache_folder().exists()
 
 
@@ -275,11 +275,11 @@ def test_a_pickle_is_converted_once_and_again_when_it_changes(tmp_path: Path, mo
     folder = checkpoint(tmp_path / "model", safetensors=False, pickled=True)
     read: list[Path] = []
     monkeypatch.setattr(files, "_read_pickle", lambda path, real=files._read_pickle: read.append(path) or real(path))
-    made = files.weights(folder)
-    assert files.weights(folder) == made
+    made = files.ensure_safetensors(folder)
+    assert files.ensure_safetensors(folder) == made
     assert len(read) == 1
     checkpoint(folder, safetensors=False, pickled=True, size=4097)
-    assert files.weights(folder) == made
+    assert files.ensure_safetensors(folder) == made
     assert len(read) == 2
     assert torch.equal(load_file(made / "model.safetensors")["lm_head.weight"], torch.arange(4097.0))
     assert [file.name for file in made.iterdir()] == ["model.safetensors"]
@@ -287,10 +287,10 @@ def test_a_pickle_is_converted_once_and_again_when_it_changes(tmp_path: Path, mo
 
 def test_a_damaged_conversion_is_made_again(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "model", safetensors=False, pickled=True)
-    made = files.weights(folder) / "model.safetensors"
+    made = files.ensure_safetensors(folder) / "model.safetensors"
     for rubbish in (b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]"):
         made.write_bytes(rubbish)
-        files.weights(folder)
+        files.ensure_safetensors(folder)
         assert load_file(made)["lm_head.weight"].shape == (63,)
 
 
@@ -309,7 +309,7 @@ def test_a_conversion_keeps_every_tensor(tmp_path: Path, zipped: bool, dtype: to
         "empty too": torch.ones(0, dtype=dtype),
     }
     torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    made = load_file(files.weights(tmp_path) / "model.safetensors")
+    made = load_file(files.ensure_safetensors(tmp_path) / "model.safetensors")
     assert made.keys() == state.keys()
     for name, tensor in state.items():
         assert made[name].dtype == dtype
@@ -322,10 +322,10 @@ def test_shards_become_one_file_and_a_missing_one_is_said(tmp_path: Path) -> Non
         torch.save(state, tmp_path / name)
     places = {key: name for name, state in shards.items() for key in state}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
-    assert load_file(files.weights(tmp_path) / "model.safetensors").keys() == {"layer.1", "layer.2"}
+    assert load_file(files.ensure_safetensors(tmp_path) / "model.safetensors").keys() == {"layer.1", "layer.2"}
     (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(ModelError, match="no complete weights"):
-        files.weights(tmp_path)
+        files.ensure_safetensors(tmp_path)
 
 
 class Evil:
@@ -343,7 +343,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path: Path, 
     victim, path = tmp_path / "created", tmp_path / "pytorch_model.bin"
     torch.save({"lm_head.weight": Evil(victim)}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ModelError, match=r"is refused: its pickle wants to run posix\.system") as caught:
-        files.weights(tmp_path)
+        files.ensure_safetensors(tmp_path)
     assert "\n" not in str(caught.value)
     assert not victim.exists()
     torch.load(path, weights_only=False)  # the trap works: without care it springs
@@ -361,7 +361,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path: Path, 
 def test_a_pickle_that_is_none_is_said(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(ModelError, match=message) as caught:
-        files.weights(tmp_path)
+        files.ensure_safetensors(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -369,17 +369,17 @@ def test_half_a_pickle_and_a_training_state_are_said(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save({"model": {"a": torch.ones(3)}, "step": 3}, path)
     with pytest.raises(ModelError, match="is not a plain name → tensor pickle"):
-        files.weights(tmp_path)
+        files.ensure_safetensors(tmp_path)
     torch.save({"a": torch.ones(4097)}, path)
     path.write_bytes(path.read_bytes()[:9000])
     with pytest.raises(ModelError, match=r"is damaged|is refused"):
-        files.weights(tmp_path)
+        files.ensure_safetensors(tmp_path)
     assert not list(files.cache_folder().rglob("*.tmp"))
 
 
 def test_no_weights_are_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no complete weights"):
-        files.weights(tmp_path)
+        files.ensure_safetensors(tmp_path)
 
 
 # reading and writing
@@ -418,7 +418,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
 
 def test_no_cache_is_an_empty_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point_client_at(NOWHERE, tmp_path / "hf", monkeypatch)
-    assert files.cached({"wav2vec2"}) == []
+    assert files.list_cached_models({"wav2vec2"}) == []
 
 
 def test_the_cache_lists_known_models_and_conversions(hub: Hub, tmp_path: Path) -> None:
@@ -426,10 +426,10 @@ def test_the_cache_lists_known_models_and_conversions(hub: Hub, tmp_path: Path) 
     other = checkpoint(tmp_path / "other")
     (other / "config.json").write_text('{"model_type": "whisper"}')
     hub.publish("someone/whisper", other)
-    files.resolve("someone/whisper")
-    origin = files.resolve(REPO)
-    made = files.weights(origin.folder)
-    snapshot, conversion = files.cached({"wav2vec2", "hubert"})
+    files.resolve_model("someone/whisper")
+    origin = files.resolve_model(REPO)
+    made = files.ensure_safetensors(origin.folder)
+    snapshot, conversion = files.list_cached_models({"wav2vec2", "hubert"})
     assert (snapshot.name, snapshot.revision, snapshot.model_type) == (REPO, commit, "wav2vec2")
     assert snapshot.folder.samefile(origin.folder)
     assert snapshot.size_bytes > 4 * 4097

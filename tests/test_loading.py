@@ -24,7 +24,7 @@ from transformers.utils import logging as chatter
 
 from mowa import files
 from mowa.errors import HubUnreachable, ModelError, UnknownModel
-from mowa.loading import load, preprocessing, vocabulary
+from mowa.loading import load, read_preprocessing, read_vocabulary
 from tests.checkpoints import SMALLEST
 from tests.hub import NOWHERE, point_client_at, running
 
@@ -272,7 +272,7 @@ def test_a_wish_that_cannot_be_granted(folder: Path, wish: dict[str, str], messa
 
 
 def test_the_vocabulary_says_what_each_output_means(folder: Path) -> None:
-    vocab = vocabulary(folder, len(TOKENS))
+    vocab = read_vocabulary(folder, len(TOKENS))
     assert vocab.tokens == TOKENS
     assert (vocab.blank, vocab.delimiter, vocab.specials) == (0, 4, {1, 2, 3})
 
@@ -283,7 +283,7 @@ def test_names_of_specials_are_read_not_known(folder: Path) -> None:
     change(folder, "config.json", pad_token_id=None)
     change(folder, "tokenizer_config.json", pad_token={"content": "[PAD]"}, word_delimiter_token="_")
     write(folder, "special_tokens_map.json", {"unk_token": {"content": "[UNK]"}, "bos_token": "^"})
-    vocab = vocabulary(folder, 8)
+    vocab = read_vocabulary(folder, 8)
     assert (vocab.blank, vocab.delimiter, vocab.specials) == (7, 3, {4, 5, 6})
 
 
@@ -294,10 +294,10 @@ def test_what_transformers_writes_today_is_read(tmp_path: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"):
         (tmp_path / name).unlink()
     Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(tmp_path)
-    vocab = vocabulary(tmp_path, len(TOKENS))
+    vocab = read_vocabulary(tmp_path, len(TOKENS))
     assert (vocab.tokens, vocab.blank, vocab.delimiter, vocab.specials) == (TOKENS, 0, 4, {1, 2, 3})
-    assert preprocessing(tmp_path).normalize is False
-    assert preprocessing(tmp_path).attention_mask is True
+    assert read_preprocessing(tmp_path).normalize is False
+    assert read_preprocessing(tmp_path).attention_mask is True
 
 
 def test_added_tokens_count_up_to_the_head(folder: Path) -> None:
@@ -305,20 +305,20 @@ def test_added_tokens_count_up_to_the_head(folder: Path) -> None:
     bare = [token for token in TOKENS if token not in ("<s>", "</s>")]
     write(folder, "vocab.json", {token: id for id, token in enumerate(bare)})
     write(folder, "added_tokens.json", {"<s>": 6, "</s>": 7})
-    vocab = vocabulary(folder, 8)
+    vocab = read_vocabulary(folder, 8)
     assert vocab.tokens == (*bare, "<s>", "</s>")
     assert vocab.specials == {1, 6, 7}
-    assert vocabulary(folder, 6).tokens == tuple(bare)
+    assert read_vocabulary(folder, 6).tokens == tuple(bare)
     (folder / "added_tokens.json").unlink()
     decoder = {"6": {"content": "<s>", "special": True}, "7": {"content": "[NOISE]", "special": True}}
     change(folder, "tokenizer_config.json", added_tokens_decoder=decoder)
-    assert vocabulary(folder, 8).specials == {1, 6, 7}
+    assert read_vocabulary(folder, 8).specials == {1, 6, 7}
 
 
 def test_where_config_and_tokenizer_disagree_the_loss_decides(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     change(folder, "config.json", pad_token_id=3)
     with caplog.at_level(logging.WARNING, "mowa"):
-        vocab = vocabulary(folder, 8)
+        vocab = read_vocabulary(folder, 8)
     assert (vocab.blank, vocab.specials) == (3, {0, 1, 2})
     assert "pads with id 0, the CTC loss with 3: blank is 3" in caplog.text
 
@@ -326,7 +326,7 @@ def test_where_config_and_tokenizer_disagree_the_loss_decides(folder: Path, capl
 @pytest.mark.parametrize("size", [1, 7, 9, 4097])
 def test_a_vocabulary_of_another_size_is_refused(folder: Path, size: int) -> None:
     with pytest.raises(ModelError, match=f"has 8 tokens and its head {size} outputs"):
-        vocabulary(folder, size)
+        read_vocabulary(folder, size)
 
 
 @pytest.mark.parametrize(
@@ -342,16 +342,16 @@ def test_a_vocabulary_that_is_none(folder: Path, vocab: dict[str, int], pad: int
     write(folder, "vocab.json", vocab)
     change(folder, "config.json", pad_token_id=pad)
     with pytest.raises(ModelError, match=message):
-        vocabulary(folder, 3)
+        read_vocabulary(folder, 3)
 
 
 def test_many_languages_need_a_target(folder: Path) -> None:
     pol = {token: id for id, token in enumerate(TOKENS)}
     write(folder, "vocab.json", {"eng": {"<pad>": 0}, "pol": pol})
     with pytest.raises(ModelError, match=r"holds 2 languages \(eng, pol, …\) and the target_lang of .* is None"):
-        vocabulary(folder, 8)
+        read_vocabulary(folder, 8)
     change(folder, "tokenizer_config.json", target_lang="pol")
-    assert vocabulary(folder, 8).tokens == TOKENS
+    assert read_vocabulary(folder, 8).tokens == TOKENS
 
 
 # preprocessing
@@ -359,7 +359,7 @@ def test_many_languages_need_a_target(folder: Path) -> None:
 
 def test_audio_settings_are_read(folder: Path) -> None:
     write(folder, "preprocessor_config.json", {"sampling_rate": 8000, "do_normalize": False, "padding_value": 1.0})
-    settings = preprocessing(folder)
+    settings = read_preprocessing(folder)
     assert (settings.rate_hz, settings.normalize, settings.attention_mask, settings.padding_value) == (
         8000,
         False,
@@ -372,9 +372,9 @@ def test_audio_settings_are_read(folder: Path) -> None:
 def test_audio_settings_are_never_assumed(folder: Path, key: str) -> None:
     change(folder, "preprocessor_config.json", **{key: None})
     with pytest.raises(ModelError, match=f"preprocessor_config.json does not say {key}"):
-        preprocessing(folder)
+        read_preprocessing(folder)
 
 
 def test_aliases_are_folders_of_ours_or_hub_ids() -> None:
-    for target in files.ALIASES.values():
+    for target in files.MODEL_ALIASES.values():
         assert isinstance(target, Path) or target.count("/") == 1

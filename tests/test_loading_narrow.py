@@ -45,7 +45,7 @@ def out(tmp_path, monkeypatch):
 
 def emissions(model, **how):
     sound = audio.normalize(clip(3, 12_000))
-    return mowa.engine(model, device="cpu", **how).emissions([sound])[0]
+    return mowa.open_engine(model, device="cpu", **how).emissions([sound])[0]
 
 
 def change(folder, name, **values):
@@ -111,7 +111,7 @@ def test_a_checkpoint_that_is_no_export_is_as_it_was(tmp_path):
 
 
 def test_engines_run_it(out):
-    found = mowa.engine(load(str(out)), device="cpu")
+    found = mowa.open_engine(load(str(out)), device="cpu")
     assert (found.scheme, found.dtype) == ("int8-dynamic", "int8")
     assert found.plan is not None
     wide = emissions(load(str(out)), dtype="float32")
@@ -128,13 +128,13 @@ def test_mowa_transcribe_takes_the_folder(out, tmp_path, capsys):
 
 def test_it_cannot_learn(out):
     with pytest.raises(ModelError, match="in few bits, and those do not learn"):
-        load(str(out), head=False)
+        load(str(out), require_head=False)
 
 
 def test_the_rest_may_be_in_half_precision(out):
     net = load(str(out), dtype="bfloat16").net
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
-    assert all(linear.scales.dtype is torch.float32 for linear in narrows(net).values())
+    assert all(linear.scale.dtype is torch.float32 for linear in narrows(net).values())
     with torch.inference_mode():
         assert net(torch.zeros(1, 8_000, dtype=torch.bfloat16)).logits.isfinite().all()
 

@@ -9,7 +9,7 @@ from mowa import machine
 
 
 def timing(highest_s=4.0, medium_s=2.0, medium_error=1e-7, bfloat16_s=1.0):
-    return machine.Timing(highest_s, medium_s, medium_error, bfloat16_s)
+    return machine.MatmulTiming(highest_s, medium_s, medium_error, bfloat16_s)
 
 
 @pytest.mark.parametrize(
@@ -25,14 +25,14 @@ def timing(highest_s=4.0, medium_s=2.0, medium_error=1e-7, bfloat16_s=1.0):
 def test_precision_follows_the_facts(monkeypatch, features, measured, chosen):
     monkeypatch.setattr(machine, "cpu_features", lambda: features)
     monkeypatch.setattr(machine, "_remembered", lambda width, inner: measured)
-    assert machine.precision(64, 64) == chosen
-    assert machine.exact_precision(64, 64).dtype == "float32"
+    assert machine.select_precision(64, 64) == chosen
+    assert machine.select_float32_precision(64, 64).dtype == "float32"
 
 
 def test_measured_once(monkeypatch, tmp_path):
     monkeypatch.setenv("MOWA_CACHE", str(tmp_path))
     first = machine._remembered(63, 65)
-    monkeypatch.setattr(machine, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(machine, "benchmark_matmul", lambda *_: pytest.fail("measured again"))
     assert machine._remembered(63, 65) == first
     assert len(json.loads((tmp_path / "machine.json").read_text())) == 1
 
@@ -57,10 +57,10 @@ def test_of_precisions_asked_for_at_once_the_most_exact_holds_and_none_is_left_b
 
 
 def test_facts():
-    assert machine.cores() >= 1
-    assert machine.memory_bytes() > 1e8
-    assert machine.processor()
-    assert machine.parts()["torch"]
+    assert machine.cpu_count() >= 1
+    assert machine.total_memory_bytes() > 1e8
+    assert machine.cpu_name()
+    assert machine.optional_package_versions()["torch"]
 
 
 def test_peak_memory_is_this_process_alone():

@@ -6,9 +6,9 @@ import typing
 from hypothesis import strategies as st
 
 from mowa.train import schema
-from mowa.train.tuning import Tuning
+from mowa.train.tuning import CTCRecipe
 
-LEAVES = tuple(schema.leaves(Tuning))
+LEAVES = tuple(schema.iter_options(CTCRecipe))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 SHARES = st.floats(0, 1)
 

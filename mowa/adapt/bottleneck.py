@@ -20,7 +20,7 @@ from mowa.errors import RecipeError
 from mowa.nouns import Family
 
 
-def add(net: Any, family: Family, width: int) -> Any:
+def add(net: Any, family: Family, bottleneck_dim: int) -> Any:
     """Give each block of `net` an adapter of `width`, in place. → net.
 
     W1 is drawn from torch's generator with the deviation `config.initializer_range`. Adapters of this very width that
@@ -29,10 +29,12 @@ def add(net: Any, family: Family, width: int) -> Any:
     Raises RecipeError where the blocks have no place for adapters, or have some of another width.
     """
     if has(net):
-        if (there := net.config.adapter_attn_dim) != width:
-            raise RecipeError(f"adapters: width: this net has adapters of width {there} already; it cannot be {width}")
+        if (there := net.config.adapter_attn_dim) != bottleneck_dim:
+            raise RecipeError(
+                f"adapters: width: this net has adapters of width {there} already; it cannot be {bottleneck_dim}"
+            )
         return net
-    for block in put(net, family, width):
+    for block in insert_on_meta(net, family, bottleneck_dim):
         layer = block.adapter_layer.to_empty(device=_like(block).device)
         layer.norm.reset_parameters()
         nn.init.normal_(layer.linear_1.weight, std=getattr(net.config, "initializer_range", 0.02))
@@ -46,7 +48,7 @@ def has(net: Any) -> bool:
     return getattr(net.config, "adapter_attn_dim", None) is not None
 
 
-def put(net: Any, family: Family, width: int) -> list[Any]:
+def insert_on_meta(net: Any, family: Family, bottleneck_dim: int) -> list[Any]:
     """Adapters without weights (on the meta device) into every block of `net`. → its blocks. RecipeError as `add`."""
     blocks = [module for module in net.modules() if type(module).__name__ in family.blocks]
     if not blocks or not all(hasattr(block, "adapter_layer") for block in blocks):
@@ -57,7 +59,7 @@ def put(net: Any, family: Family, width: int) -> list[Any]:
     stock = type(blocks[0])
     name = f"{stock.__name__.partition('EncoderLayer')[0]}AttnAdapterLayer"
     adapter = getattr(sys.modules[stock.__module__], name)
-    net.config.adapter_attn_dim = width
+    net.config.adapter_attn_dim = bottleneck_dim
     for block in blocks:
         with torch.device("meta"):
             layer = adapter(net.config)
@@ -65,7 +67,7 @@ def put(net: Any, family: Family, width: int) -> list[Any]:
     return blocks
 
 
-def weights(net: Any, family: Family) -> dict[str, Tensor]:
+def adapter_state_dict(net: Any, family: Family) -> dict[str, Tensor]:
     """Adapters and head by name: what transformers keeps in `adapter.<lang>.safetensors`."""
     own = (f"{family.head}.", ".adapter_layer.")
     return {name: value for name, value in net.state_dict().items() if name.startswith(own[0]) or own[1] in name}

@@ -16,26 +16,29 @@ from typing import Any
 from mowa.errors import RecipeError
 from mowa.nouns import Family
 
-HEAD, LORA, ADAPTERS, BLOCK = "head", "lora", "adapters", "block"
-MASK, POSITIONS, CONVOLUTIONAL = "mask vector", "positional convolution", "convolutional adapter"
-BEFORE, AFTER = "norm before the blocks", "norm after the blocks"
+HEAD, LORA, BOTTLENECK, BLOCK = "head", "lora", "adapters", "block"
+MASK_EMBEDDING, POSITIONAL_CONV, CONV_ADAPTER = "mask vector", "positional convolution", "convolutional adapter"
+NORM_BEFORE_BLOCKS, NORM_AFTER_BLOCKS = "norm before the blocks", "norm after the blocks"
 
 # What stands below the encoder's name, in the order in which sound goes through it.
 _BELOW = {
-    "masked_spec_embed": MASK,
-    "encoder.pos_conv_embed.": POSITIONS,
-    "adapter.": CONVOLUTIONAL,
+    "masked_spec_embed": MASK_EMBEDDING,
+    "encoder.pos_conv_embed.": POSITIONAL_CONV,
+    "adapter.": CONV_ADAPTER,
 }
-_FIRST, _LAST = ("feature extractor", "feature projection", MASK), (AFTER, CONVOLUTIONAL, ADAPTERS, LORA, HEAD)
+_FIRST, _LAST = (
+    ("feature extractor", "feature projection", MASK_EMBEDDING),
+    (NORM_AFTER_BLOCKS, CONV_ADAPTER, BOTTLENECK, LORA, HEAD),
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ParameterCount:
     """A part of a net: how many parameters it has, and how many of them learn."""
 
     part: str
     parameters: int
-    learning: int
+    trainable: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class _Place:
     block: int | None  # also of what was added to a block
 
 
-def learn(net: Any, family: Family, what: str) -> None:
+def set_trainable(net: Any, family: Family, method: str) -> None:
     """Let `what` of `net` (a CTC net of `family`) learn and freeze everything else, in place.
 
     head       the CTC head alone
@@ -63,7 +66,7 @@ def learn(net: Any, family: Family, what: str) -> None:
     Raises RecipeError: an unknown word, more blocks than there are, adapters or LoRA in a net without any.
     """
     places = list(_places(net, family))
-    rule = _rule(what, places, family)
+    rule = _rule(method, places, family)
     for place in places:
         place.parameter.requires_grad_(rule(place))
     for module in net.modules():
@@ -71,29 +74,29 @@ def learn(net: Any, family: Family, what: str) -> None:
             module._requires_grad = any(weight.requires_grad for weight in module.parameters())
 
 
-def _rule(what: str, places: list[_Place], family: Family) -> Callable[[_Place], bool]:
+def _rule(method: str, places: list[_Place], family: Family) -> Callable[[_Place], bool]:
     there = {place.part for place in places}
-    if what == HEAD:
+    if method == HEAD:
         return lambda place: place.part == HEAD
-    if what in (ADAPTERS, LORA):
-        if what not in there:
-            raise RecipeError(f"train: {what}: this net has none; add them to it first")
-        return lambda place: place.part in (what, HEAD)
-    if what == "encoder":
+    if method in (BOTTLENECK, LORA):
+        if method not in there:
+            raise RecipeError(f"train: {method}: this net has none; add them to it first")
+        return lambda place: place.part in (method, HEAD)
+    if method == "encoder":
         deaf = {_spoken(name) for name in family.frozen}
         return lambda place: place.part not in deaf
-    if what == "all":
+    if method == "all":
         return lambda place: True
-    if (found := re.fullmatch(r"top-([1-9]\d*)", what)) is None:
-        raise RecipeError(f"train: {what!r} is none of head, adapters, lora, top-N, encoder, all (N: blocks)")
+    if (found := re.fullmatch(r"top-([1-9]\d*)", method)) is None:
+        raise RecipeError(f"train: {method!r} is none of head, adapters, lora, top-N, encoder, all (N: blocks)")
     blocks = 1 + max((place.block for place in places if place.block is not None), default=-1)
     if (count := int(found[1])) > blocks:
-        raise RecipeError(f"train: {what}: the net has {blocks} blocks; top-{blocks} at most, or encoder")
-    also = (AFTER, CONVOLUTIONAL, HEAD)
+        raise RecipeError(f"train: {method}: the net has {blocks} blocks; top-{blocks} at most, or encoder")
+    also = (NORM_AFTER_BLOCKS, CONV_ADAPTER, HEAD)
     return lambda place: place.part in also or (place.block is not None and place.block >= blocks - count)
 
 
-def table(net: Any, family: Family) -> list[Row]:
+def count_parameters(net: Any, family: Family) -> list[ParameterCount]:
     """What `net` is made of, part by part in the order sound takes, then what was added to it, then the head."""
     counts: dict[str, list[int]] = {}
     for place in _places(net, family):
@@ -102,19 +105,21 @@ def table(net: Any, family: Family) -> list[Row]:
         row[0] += size
         row[1] += size if place.parameter.requires_grad else 0
     between = [part for part in counts if part not in (*_FIRST, *_LAST)]
-    return [Row(part, *counts[part]) for part in (*_FIRST, *between, *_LAST) if part in counts]
+    return [ParameterCount(part, *counts[part]) for part in (*_FIRST, *between, *_LAST) if part in counts]
 
 
-def show(rows: list[Row]) -> str:
+def format_table(counts: list[ParameterCount]) -> str:
     """The table as text. Neighbouring blocks that all learn, or all do not, are one line."""
     lines = [("part", "parameters", "learning")]
-    for _, same in groupby(rows, key=lambda row: (_is_block(row), bool(row.learning), row.part * (not _is_block(row)))):
+    for _, same in groupby(
+        counts, key=lambda row: (_is_block(row), bool(row.trainable), row.part * (not _is_block(row)))
+    ):
         run = list(same)
         part = run[0].part
         if len(run) > 1:
             part = f"{BLOCK}s {_number(run[0])}–{_number(run[-1])}"
-        lines.append((part, f"{sum(row.parameters for row in run):,}", f"{sum(row.learning for row in run):,}"))
-    whole, learning = (sum(getattr(row, key) for row in rows) for key in ("parameters", "learning"))
+        lines.append((part, f"{sum(row.parameters for row in run):,}", f"{sum(row.trainable for row in run):,}"))
+    whole, learning = (sum(getattr(row, key) for row in counts) for key in ("parameters", "learning"))
     lines.append(("total", f"{whole:,}", f"{learning:,} ({learning / max(1, whole):.2%})"))
     widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
     figures = max(len(line[2].partition(" ")[0]) for line in lines)
@@ -125,11 +130,11 @@ def show(rows: list[Row]) -> str:
     )
 
 
-def _is_block(row: Row) -> bool:
+def _is_block(row: ParameterCount) -> bool:
     return row.part.startswith(f"{BLOCK} ")
 
 
-def _number(row: Row) -> str:
+def _number(row: ParameterCount) -> str:
     return row.part.rpartition(" ")[2]
 
 
@@ -149,10 +154,10 @@ def _part(name: str, block: int | None, encoder: str, family: Family, stable: bo
     if ".lora_" in name:
         return LORA
     if block is not None:
-        return ADAPTERS if ".adapter_layer." in name else f"{BLOCK} {block}"
+        return BOTTLENECK if ".adapter_layer." in name else f"{BLOCK} {block}"
     below = name.removeprefix(f"{encoder}.")
     if below.startswith("encoder.layer_norm."):
-        return AFTER if stable else BEFORE
+        return NORM_AFTER_BLOCKS if stable else NORM_BEFORE_BLOCKS
     found = next((part for stem, part in _BELOW.items() if below.startswith(stem)), None)
     return found or _spoken(below.partition(".")[0])
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from mowa.nouns import Family, Vocabulary
 
-SPREAD = 0.02  # deviation of a new row, as transformers begins a linear layer of such nets
+INIT_STD = 0.02  # deviation of a new row, as transformers begins a linear layer of such nets
 
 
 @torch.no_grad()
-def grow(net: Any, family: Family, old: Vocabulary | None, new: Vocabulary) -> bool:
+def resize_head(net: Any, family: Family, old: Vocabulary | None, new: Vocabulary) -> bool:
     """Give `net` (in place) a head whose output i says `new.tokens[i]`. → whether it is a new one.
 
     The blank and the delimiter are carried over whatever they are called. `old` None: the net has no head yet, or one
@@ -23,7 +23,7 @@ def grow(net: Any, family: Family, old: Vocabulary | None, new: Vocabulary) -> b
         return False
     before = getattr(net, family.head, None) if old is not None else None
     width = net.config.hidden_size if before is None else before.in_features
-    weight, bias = torch.empty(len(new), width).normal_(std=SPREAD), torch.zeros(len(new))
+    weight, bias = torch.empty(len(new), width).normal_(std=INIT_STD), torch.zeros(len(new))
     if before is not None and old is not None:
         rows = {token: index for index, token in enumerate(old.tokens)}
         kept = {i: rows[token] for i, token in enumerate(new.tokens) if token in rows and i not in new.specials}

@@ -15,18 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mowa.errors import MissingPart, RecipeError
+from mowa.errors import MissingDependency, RecipeError
 from mowa.nouns import Family
 
-NAME = "default"  # PEFT's for an adapter that needs no other
+ADAPTER_NAME = "default"  # PEFT's for an adapter that needs no other
 
 
-def package() -> Any:
+def import_peft() -> Any:
     """PEFT; MissingPart where it is not installed."""
     try:
         import peft
     except ImportError:
-        raise MissingPart("LoRA needs peft: pip install 'mowa[train]'") from None
+        raise MissingDependency("LoRA needs peft: pip install 'mowa[train]'") from None
     return peft
 
 
@@ -42,8 +42,8 @@ def add(
     rank: int,
     alpha: float,
     dropout: float = 0.0,
-    where: Sequence[str] = ("attention",),
-    kind: str = "lora",
+    target_modules: Sequence[str] = ("attention",),
+    variant: str = "lora",
 ) -> Any:
     """Put updates of `rank`, scaled by alpha / rank, on the linears `where` (attention, mlp) of every block. → net.
 
@@ -54,18 +54,20 @@ def add(
     Raises RecipeError: linears that are not there, or that this family does not call; updates on a net that has some.
     MissingPart without PEFT.
     """
-    settings = config(family, rank=rank, alpha=alpha, dropout=dropout, where=where, kind=kind)
+    settings = lora_config(
+        family, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, variant=variant
+    )
     if has(net):
         raise RecipeError("lora: this net has low-rank updates already: merge them first, or start from its base")
-    net = package().inject_adapter_in_model(settings, net, NAME)
+    net = import_peft().inject_adapter_in_model(settings, net, ADAPTER_NAME)
     for module in net.modules():
         if hasattr(module, "cast_input_dtype_enabled"):  # autocast casts what has to be cast, and to fewer bits
             module.cast_input_dtype_enabled = False
     return net
 
 
-def wrapped(
-    net: Any, family: Family, *, rank: int, alpha: float, dropout: float, where: Sequence[str], kind: str
+def get_peft_model(
+    net: Any, family: Family, *, rank: int, alpha: float, dropout: float, target_modules: Sequence[str], variant: str
 ) -> Any:
     """A PeftModel around `net`, a causal one, with such updates; what of it learns are the updates alone.
 
@@ -73,24 +75,32 @@ def wrapped(
     """
     if has(net):
         raise RecipeError("lora: this net has low-rank updates already: merge them first, or start from its base")
-    peft = package()
-    settings = config(family, rank=rank, alpha=alpha, dropout=dropout, where=where, kind=kind, task="CAUSAL_LM")
-    with hushed():
+    peft = import_peft()
+    settings = lora_config(
+        family,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        variant=variant,
+        task_type="CAUSAL_LM",
+    )
+    with suppress_peft_warnings():
         return peft.get_peft_model(net, settings)
 
 
-def over(net: Any, folder: Path, **how: Any) -> Any:
+def load_peft_model(net: Any, folder: Path, **options: Any) -> Any:
     """A PeftModel around `net` with the updates in `folder`, as PEFT reads them."""
-    with hushed():
-        return package().PeftModel.from_pretrained(net, folder, **how)
+    with suppress_peft_warnings():
+        return import_peft().PeftModel.from_pretrained(net, folder, **options)
 
 
-def fold(net: Any, dtype: Any = None) -> None:
+def merge_and_unload(net: Any, dtype: Any = None) -> None:
     """Every linear of `net` with updates becomes a plain one that has them in its weights, in `dtype` (or its own).
 
     In place, but no tensor is written to: another net may have it too. Sums are made in float64 and rounded once.
     """
-    layer = package().tuners.lora.LoraLayer
+    layer = import_peft().tuners.lora.LoraLayer
     for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, layer)]:
         alone: Any = copy.deepcopy(module).double()
         alone.merge(safe_merge=True)
@@ -99,33 +109,40 @@ def fold(net: Any, dtype: Any = None) -> None:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def suppress_peft_warnings() -> Iterator[None]:
     """PEFT and TRL ask by a name that transformers has given up, and transformers tells people so."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing`", FutureWarning)
         yield
 
 
-def config(
-    family: Family, *, rank: int, alpha: float, dropout: float, where: Sequence[str], kind: str, task: str | None = None
+def lora_config(
+    family: Family,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Sequence[str],
+    variant: str,
+    task_type: str | None = None,
 ) -> Any:
     """PEFT's LoraConfig of such updates. RecipeError: linears that are not there, or that this family does not call."""
-    return package().LoraConfig(
+    return import_peft().LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=sorted(_linears(family, where)),
+        target_modules=sorted(_linears(family, target_modules)),
         bias="none",
-        use_rslora=kind == "rslora",
-        use_dora=kind == "dora",
-        task_type=task,
+        use_rslora=variant == "rslora",
+        use_dora=variant == "dora",
+        task_type=task_type,
     )
 
 
-def _linears(family: Family, where: Sequence[str]) -> set[str]:
-    if not where:
+def _linears(family: Family, target_modules: Sequence[str]) -> set[str]:
+    if not target_modules:
         raise RecipeError(f"lora: where: at least one is needed ({', '.join(family.linears)})")
-    for place in where:
+    for place in target_modules:
         if place in family.linears:
             continue
         if place == "attention":
@@ -134,4 +151,4 @@ def _linears(family: Family, where: Sequence[str]) -> set[str]:
                 f" torch, so an update there would never be asked; use where: [{', '.join(family.linears)}]"
             )
         raise RecipeError(f"lora: where: {place!r}: {family.name} has {', '.join(family.linears)}")
-    return {name for place in where for name in family.linears[place]}
+    return {name for place in target_modules for name in family.linears[place]}

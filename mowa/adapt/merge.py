@@ -20,54 +20,54 @@ from torch import Tensor
 from mowa.adapt import lora, processor, store
 from mowa.data import audio
 from mowa.errors import ModelError
-from mowa.files import becoming, let_read, quiet
+from mowa.files import atomic_folder, fix_weight_permissions, silence_transformers
 from mowa.nouns import Model
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class EmissionDiff:
     """How far the emissions of two models are apart: the largest difference of a log-probability (nats), the share of
     frames in which both find the same output likeliest, and how many frames were compared."""
 
-    largest: float
-    agreeing: float
+    max_abs_diff: float
+    agreement: float
     frames: int
 
 
-def merge(model: Model) -> Model:
+def merge_adapter(model: Model) -> Model:
     """The net of `model` without PEFT: every linear with low-rank updates has them in its weights. `model` stays.
 
     Linears without updates share their weights with `model`. A net without LoRA comes back as it is, in modules of its
     own. Sums are made in float64 and rounded once, to the weights' dtype.
     """
-    net = store.twin(model.net)
+    net = store.copy_sharing_weights(model.net)
     if lora.has(net):
-        lora.fold(net)
+        lora.merge_and_unload(net)
         del net.peft_config
     net.mowa_adapter = f"{getattr(net, 'mowa_adapter', 'that it had')} (merged)"  # no other may stand on it
     return replace(model, net=net)
 
 
 @torch.inference_mode()
-def compare(before: Model, after: Model, sounds: Sequence[np.ndarray]) -> Difference:
+def compare_emissions(reference: Model, candidate: Model, clips: Sequence[np.ndarray]) -> EmissionDiff:
     """Emissions of both over `sounds` (float32 [n] each, at the models' rate, not yet normalised), one at a time.
 
     In float64: what is seen is what their weights differ in, not how the sums of float32 happened to be rounded.
 
     Raises ModelError where they do not mean the same by their outputs, or no sound is long enough for a frame.
     """
-    if before.vocabulary != after.vocabulary or before.preprocessing != after.preprocessing:
+    if reference.vocabulary != candidate.vocabulary or reference.preprocessing != candidate.preprocessing:
         raise ModelError(
-            f"{before.origin.name} and {after.origin.name} have other letters or other audio settings: nothing compares"
+            f"{reference.origin.name} and {candidate.origin.name} have other letters or other audio settings: nothing compares"
         )
     largest, agreeing, frames = 0.0, 0, 0
-    for ours, theirs in zip(_emissions(before, sounds), _emissions(after, sounds), strict=True):
+    for ours, theirs in zip(_emissions(reference, clips), _emissions(candidate, clips), strict=True):
         largest = max(largest, float((ours - theirs).abs().max()))
         agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         frames += len(ours)
     if not frames:
         raise ModelError("there is no sound to compare emissions over")
-    return Difference(largest, agreeing / frames, frames)
+    return EmissionDiff(largest, agreeing / frames, frames)
 
 
 def _emissions(model: Model, sounds: Sequence[np.ndarray]) -> list[Tensor]:
@@ -83,11 +83,11 @@ def _emissions(model: Model, sounds: Sequence[np.ndarray]) -> list[Tensor]:
 
 
 @contextmanager
-def written(model: Model, out: Path) -> Iterator[Path]:
+def atomic_checkpoint(model: Model, out: Path) -> Iterator[Path]:
     """A folder with the whole checkpoint of `model`, to be examined; it becomes `out` as `files.becoming` says."""
-    with becoming(out) as folder:
-        with quiet():
+    with atomic_folder(out) as folder:
+        with silence_transformers():
             model.net.save_pretrained(folder)
-        processor.write(model.vocabulary, model.preprocessing, folder)
-        let_read(folder)
+        processor.write_processor(model.vocabulary, model.preprocessing, folder)
+        fix_weight_permissions(folder)
         yield folder

@@ -18,32 +18,35 @@ _ROLES = {
 }
 
 
-def write(words: Vocabulary, sound: Preprocessing, out: Path) -> None:
+def write_processor(vocabulary: Vocabulary, preprocessing: Preprocessing, folder: Path) -> None:
     """vocab.json and the files of tokenizer and feature extractor into `out`, as transformers reads them."""
     from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 
-    vocab = out / "vocab.json"
+    vocab = folder / "vocab.json"
     vocab.write_text(
-        json.dumps({token: i for i, token in enumerate(words.tokens)}, ensure_ascii=False, indent=1), encoding="utf-8"
+        json.dumps({token: i for i, token in enumerate(vocabulary.tokens)}, ensure_ascii=False, indent=1),
+        encoding="utf-8",
     )
-    special = {words.tokens[index] for index in words.specials}
+    special = {vocabulary.tokens[index] for index in vocabulary.specials}
     named: dict[str, str | None] = {
         role: next((token for token in spellings if token in special), None) for role, spellings in _ROLES.items()
     }
-    named["pad_token"] = words.tokens[words.blank]
+    named["pad_token"] = vocabulary.tokens[vocabulary.blank]
     others = sorted(special - set(named.values()))
     tokenizer = Wav2Vec2CTCTokenizer(
-        str(vocab), word_delimiter_token=None if words.delimiter is None else words.tokens[words.delimiter], **named
+        str(vocab),
+        word_delimiter_token=None if vocabulary.delimiter is None else vocabulary.tokens[vocabulary.delimiter],
+        **named,
     )
     if others:
         tokenizer.add_tokens(others, special_tokens=True)
-    tokenizer.save_pretrained(out)
+    tokenizer.save_pretrained(folder)
     written = {role: token for role, token in named.items() if token is not None}
-    (out / "special_tokens_map.json").write_text(json.dumps(written, ensure_ascii=False, indent=1), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(written, ensure_ascii=False, indent=1), encoding="utf-8")
     Wav2Vec2FeatureExtractor(
         feature_size=1,
-        sampling_rate=sound.rate_hz,
-        padding_value=sound.padding_value,
-        do_normalize=sound.normalize,
-        return_attention_mask=sound.attention_mask,
-    ).save_pretrained(out)
+        sampling_rate=preprocessing.rate_hz,
+        padding_value=preprocessing.padding_value,
+        do_normalize=preprocessing.normalize,
+        return_attention_mask=preprocessing.attention_mask,
+    ).save_pretrained(folder)

@@ -37,17 +37,17 @@ from torch import Tensor, nn
 
 from mowa.adapt import bottleneck, lora, processor
 from mowa.errors import ModelError
-from mowa.families import find
-from mowa.files import ALIASES, read_json
+from mowa.families import get_family
+from mowa.files import MODEL_ALIASES, read_json
 from mowa.nouns import Family, Model, Origin, Preprocessing, Vocabulary
 
-NOTE, FORMAT = "mowa.json", 1
-LORA, ADAPTERS = "lora", "adapters"
-PREFIX = "base_model.model."  # before every name in PEFT's files
+MANIFEST, FORMAT_VERSION = "mowa.json", 1
+LORA, BOTTLENECK = "lora", "adapters"
+PEFT_PREFIX = "base_model.model."  # before every name in PEFT's files
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseCheckpoint:
     """The checkpoint that an adapter was made over. `sha256` is that of its weights (`fingerprint`)."""
 
     name: str
@@ -56,7 +56,7 @@ class Base:
     sha256: str
 
     @property
-    def where(self) -> str:
+    def load_name(self) -> str:
         """By which name it can be loaded."""
         return f"{self.source}@{self.revision}" if self.revision else self.source
 
@@ -66,23 +66,23 @@ class Adapter:
     """What an adapter's folder says of itself."""
 
     folder: Path
-    kind: str
-    base: Base
+    adapter_type: str
+    base: BaseCheckpoint
     language: str
-    weights: str
+    weights_file: str
     sha256: str
     parameters: int
     vocabulary: Vocabulary
     preprocessing: Preprocessing
-    made_by: Mapping[str, str]
+    package_versions: Mapping[str, str]
     metrics: Mapping[str, Any]
 
 
-def save(
+def save_adapter(
     net: Any,
     folder: Path,
     *,
-    kind: str,
+    adapter_type: str,
     base: Origin,
     vocabulary: Vocabulary,
     preprocessing: Preprocessing,
@@ -94,20 +94,20 @@ def save(
     `base` says where the net's other weights came from; its files must still be there. What else is in the folder
     stays. A folder whose writing was broken off has no mowa.json, and is no adapter.
     """
-    family = find(net.config.model_type)
+    family = get_family(net.config.model_type)
     name = re.sub(r"[^\w-]+", "-", language or folder.resolve().name) or "adapter"
-    with arriving(folder) as made:
-        file, tensors = (_peft if kind == LORA else _mms)(net, family, name, base, made)
+    with atomic_update(folder) as made:
+        file, tensors = (_peft if adapter_type == LORA else _mms)(net, family, name, base, made)
         _write_tensors(tensors, made / file)
-        processor.write(vocabulary, preprocessing, made)
+        processor.write_processor(vocabulary, preprocessing, made)
         note = {
-            "format": FORMAT,
-            "kind": kind,
-            "base": asdict(base_of(base)),
+            "format": FORMAT_VERSION,
+            "kind": adapter_type,
+            "base": asdict(base_from_origin(base)),
             "language": language,
             "weights": {
                 "file": file,
-                "sha256": sha256_of(made / file),
+                "sha256": sha256_file(made / file),
                 "parameters": sum(value.numel() for value in tensors.values()),
             },
             "vocabulary": {
@@ -115,32 +115,32 @@ def save(
                 "delimiter": vocabulary.delimiter,
                 "specials": sorted(vocabulary.specials),
             },
-            "made_by": makers(),
+            "made_by": package_versions(),
             "metrics": metrics,
         }
-        (made / NOTE).write_text(json.dumps(note, ensure_ascii=False, indent=1, default=float), encoding="utf-8")
+        (made / MANIFEST).write_text(json.dumps(note, ensure_ascii=False, indent=1, default=float), encoding="utf-8")
     return folder
 
 
-def read(folder: str | Path) -> Adapter:
+def read_adapter(folder: str | Path) -> Adapter:
     """What the adapter in `folder` is, without its weights. ModelError where there is none, or another format's."""
     folder = Path(folder)
-    if not (folder / NOTE).is_file():
+    if not (folder / MANIFEST).is_file():
         what = "holds no adapter" if folder.is_dir() else "is no folder"
-        raise ModelError(f"{folder} {what}: an adapter is a folder with a {NOTE}, as `mowa train` writes it")
-    note = read_json(folder / NOTE)
-    if note.get("format") != FORMAT or note.get("kind") not in (LORA, ADAPTERS):
-        raise ModelError(f"{folder}/{NOTE} is of a format that this mowa does not know: update mowa")
+        raise ModelError(f"{folder} {what}: an adapter is a folder with a {MANIFEST}, as `mowa train` writes it")
+    note = read_json(folder / MANIFEST)
+    if note.get("format") != FORMAT_VERSION or note.get("kind") not in (LORA, BOTTLENECK):
+        raise ModelError(f"{folder}/{MANIFEST} is of a format that this mowa does not know: update mowa")
     ids = read_json(folder / "vocab.json")
     sound = read_json(folder / "preprocessor_config.json")
     try:
         special = note["vocabulary"]
         return Adapter(
             folder=folder,
-            kind=note["kind"],
-            base=Base(**note["base"]),
+            adapter_type=note["kind"],
+            base=BaseCheckpoint(**note["base"]),
             language=note["language"],
-            weights=note["weights"]["file"],
+            weights_file=note["weights"]["file"],
             sha256=note["weights"]["sha256"],
             parameters=note["weights"]["parameters"],
             vocabulary=Vocabulary(
@@ -155,14 +155,14 @@ def read(folder: str | Path) -> Adapter:
                 attention_mask=sound["return_attention_mask"],
                 padding_value=sound["padding_value"],
             ),
-            made_by=note["made_by"],
+            package_versions=note["made_by"],
             metrics=note["metrics"],
         )
     except (KeyError, TypeError) as missing:
         raise ModelError(f"{folder} is damaged: its files do not say {missing}") from None
 
 
-def load(model: Model, folder: str | Path) -> Model:
+def load_adapter(model: Model, folder: str | Path) -> Model:
     """The adapter in `folder` over the weights of `model`, its base, which stays as it is. In eval mode, frozen.
 
     The tensors of the base are shared, not copied; the adapter's own take its device and dtype.
@@ -170,19 +170,21 @@ def load(model: Model, folder: str | Path) -> Model:
     Raises ModelError: no adapter there, an adapter of another base, an adapter over an adapter, damaged files.
     MissingPart: a LoRA without PEFT.
     """
-    adapter = read(folder)
-    refuse_another_base(adapter, model)
+    adapter = read_adapter(folder)
+    validate_base(adapter, model)
     state = _tensors(adapter)
     learning = [(parameter, parameter.requires_grad) for parameter in model.net.parameters()]
-    net = twin(model.net)
+    net = copy_sharing_weights(model.net)
     like = next(net.parameters())
     state = {name: value.to(like.device, like.dtype) for name, value in state.items()}
     try:
-        (_put_lora if adapter.kind == LORA else _put_bottlenecks)(net, model.family, adapter, state)
+        (_put_lora if adapter.adapter_type == LORA else _put_bottlenecks)(net, model.family, adapter, state)
         _put_head(net, model.family, adapter, state)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ModelError(f"{adapter.folder}/{adapter.weights} does not fit {adapter.base.name}: {reason}") from error
+        raise ModelError(
+            f"{adapter.folder}/{adapter.weights_file} does not fit {adapter.base.name}: {reason}"
+        ) from error
     net.requires_grad_(False)
     for parameter, learns in learning:  # those of the base are its own affair
         parameter.requires_grad_(learns)
@@ -194,61 +196,63 @@ def load(model: Model, folder: str | Path) -> Model:
     )
 
 
-def twin(net: Any) -> Any:
+def copy_sharing_weights(net: Any) -> Any:
     """A net of its own over the very tensors of `net`: modules and config are copied, weights and buffers are not."""
     memo = {id(tensor): tensor for tensor in chain(net.parameters(), net.buffers())}
     return copy.deepcopy(net, memo)
 
 
-def fingerprint(folder: Path) -> str:
+def hash_weights(folder: Path) -> str:
     """SHA-256 (hex) of a checkpoint's weights file; of many, that of the lines `sha256sum` prints for them."""
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise ModelError(f"{folder} has no weights, so no adapter can be told to be its own")
     if len(files) == 1:
-        return sha256_of(files[0])
-    lines = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
+        return sha256_file(files[0])
+    lines = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def makers() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """The versions of the packages that write adapters."""
-    return {package: found for package in ("mowa", "torch", "transformers", "peft") if (found := version_of(package))}
+    return {
+        package: found for package in ("mowa", "torch", "transformers", "peft") if (found := installed_version(package))
+    }
 
 
-def version_of(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def base_of(origin: Origin) -> Base:
+def base_from_origin(origin: Origin) -> BaseCheckpoint:
     """A folder is named whole, so that it is found from elsewhere; an alias and a hub id are names of their own."""
-    named = origin.revision is not None or origin.name in ALIASES
+    named = origin.revision is not None or origin.name in MODEL_ALIASES
     source = (origin.source if origin.revision else origin.name) if named else str(origin.folder.resolve())
-    return Base(origin.name, source, origin.revision, fingerprint(origin.folder))
+    return BaseCheckpoint(origin.name, source, origin.revision, hash_weights(origin.folder))
 
 
 def _peft(net: Any, family: Family, name: str, base: Origin, made: Path) -> tuple[str, dict[str, Tensor]]:
     """adapter_config.json into `made`; → the name of the weights file, and what is to be in it."""
     if not lora.has(net):
         raise ModelError("this net has no low-rank updates to save")
-    peft = lora.package()
-    config = copy.deepcopy(net.peft_config[lora.NAME])
+    peft = lora.import_peft()
+    config = copy.deepcopy(net.peft_config[lora.ADAPTER_NAME])
     config.modules_to_save, config.inference_mode = [family.head], True
-    config.base_model_name_or_path = base_of(base).source
+    config.base_model_name_or_path = base_from_origin(base).source
     config.revision = base.revision
     config.save_pretrained(str(made))
-    tensors = peft.get_peft_model_state_dict(net, adapter_name=lora.NAME, save_embedding_layers=False)
+    tensors = peft.get_peft_model_state_dict(net, adapter_name=lora.ADAPTER_NAME, save_embedding_layers=False)
     head = getattr(net, family.head).state_dict(prefix=f"{family.head}.")
-    return "adapter_model.safetensors", {f"{PREFIX}{key}": value for key, value in (tensors | head).items()}
+    return "adapter_model.safetensors", {f"{PEFT_PREFIX}{key}": value for key, value in (tensors | head).items()}
 
 
 def _mms(net: Any, family: Family, name: str, base: Origin, made: Path) -> tuple[str, dict[str, Tensor]]:
     if not bottleneck.has(net):
         raise ModelError("this net has no bottleneck adapters to save")
-    return f"adapter.{name}.safetensors", bottleneck.weights(net, family)
+    return f"adapter.{name}.safetensors", bottleneck.adapter_state_dict(net, family)
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -259,22 +263,22 @@ def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 @contextmanager
-def arriving(folder: Path) -> Iterator[Path]:
+def atomic_update(folder: Path) -> Iterator[Path]:
     """A folder to write into, whose files then take their places in `folder`, the note of what they are last."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".adapter-") as name:
         made = Path(name)
         yield made
-        (folder / NOTE).unlink(missing_ok=True)
-        readers = (made / NOTE).stat().st_mode  # safetensors lets nobody but the writer read
-        for file in sorted(made.iterdir(), key=lambda file: file.name == NOTE):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        readers = (made / MANIFEST).stat().st_mode  # safetensors lets nobody but the writer read
+        for file in sorted(made.iterdir(), key=lambda file: file.name == MANIFEST):
             with file.open("rb+") as written:
                 os.fsync(written.fileno())
             file.chmod(readers)
             os.replace(file, folder / file.name)
 
 
-def sha256_of(file: Path) -> str:
+def sha256_file(file: Path) -> str:
     about = file.stat()
     return _hashed(file.resolve(), about.st_size, about.st_mtime_ns)
 
@@ -286,14 +290,14 @@ def _hashed(file: Path, size: int, changed_ns: int) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def refuse_another_base(adapter: Any, model: Any) -> None:
+def validate_base(adapter: Any, model: Any) -> None:
     """ModelError where `adapter` (a folder, a base) was made over another model than `model`, or over an adapter."""
     if already := getattr(model.net, "mowa_adapter", None):
         raise ModelError(f"{adapter.folder} cannot stand on the adapter {already}: load it over the base of both")
     base, origin = adapter.base, model.origin
     if base.revision is not None and (base.source, base.revision) == (origin.source, origin.revision):
         return
-    if base.sha256 != (found := fingerprint(origin.folder)):
+    if base.sha256 != (found := hash_weights(origin.folder)):
         raise ModelError(
             f"{adapter.folder} wants {base.where} (weights {base.sha256[:12]}…) as its base;"
             f" {origin.name} is another (weights {found[:12]}…)"
@@ -303,24 +307,24 @@ def refuse_another_base(adapter: Any, model: Any) -> None:
 def _tensors(adapter: Adapter) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    file = adapter.folder / adapter.weights
+    file = adapter.folder / adapter.weights_file
     if not file.is_file():
-        raise ModelError(f"{adapter.folder} lacks its weights, {adapter.weights}")
-    if sha256_of(file) != adapter.sha256:
-        raise ModelError(f"{file} is damaged, or another adapter's: its checksum is not the one in {NOTE}")
+        raise ModelError(f"{adapter.folder} lacks its weights, {adapter.weights_file}")
+    if sha256_file(file) != adapter.sha256:
+        raise ModelError(f"{file} is damaged, or another adapter's: its checksum is not the one in {MANIFEST}")
     return load_file(file)
 
 
 def _put_lora(net: Any, family: Family, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
     if lora.has(net):
         raise ModelError(f"{adapter.folder} cannot stand on a net with low-rank updates: load it over its base")
-    peft = lora.package()
+    peft = lora.import_peft()
     config = peft.LoraConfig.from_pretrained(str(adapter.folder))
     config.modules_to_save, config.inference_mode = None, True  # the head is put in by `_put_head`
-    peft.inject_adapter_in_model(config, net, lora.NAME, low_cpu_mem_usage=True)
-    head = f"{PREFIX}{family.head}."
+    peft.inject_adapter_in_model(config, net, lora.ADAPTER_NAME, low_cpu_mem_usage=True)
+    head = f"{PEFT_PREFIX}{family.head}."
     updates = {name: value for name, value in state.items() if not name.startswith(head)}
-    report = peft.set_peft_model_state_dict(net, updates, lora.NAME, low_cpu_mem_usage=True)
+    report = peft.set_peft_model_state_dict(net, updates, lora.ADAPTER_NAME, low_cpu_mem_usage=True)
     missing = [name for name in report.missing_keys if ".lora_" in name]
     if missing or report.unexpected_keys:
         raise ValueError(f"{(missing or report.unexpected_keys)[0]} is in one and not in the other")
@@ -330,8 +334,10 @@ def _put_bottlenecks(net: Any, family: Family, adapter: Adapter, state: Mapping[
     layers = {name: value for name, value in state.items() if ".adapter_layer." in name}
     widths = {value.shape[0] for name, value in layers.items() if name.endswith(".linear_1.weight")}
     if len(widths) != 1:
-        raise ModelError(f"{adapter.folder}/{adapter.weights} holds adapters of {len(widths)} widths; it must be one")
-    bottleneck.put(net, family, widths.pop())
+        raise ModelError(
+            f"{adapter.folder}/{adapter.weights_file} holds adapters of {len(widths)} widths; it must be one"
+        )
+    bottleneck.insert_on_meta(net, family, widths.pop())
     report = net.load_state_dict(layers, strict=False, assign=True)
     missing = [name for name in report.missing_keys if ".adapter_layer." in name]
     if missing or report.unexpected_keys:
@@ -339,7 +345,7 @@ def _put_bottlenecks(net: Any, family: Family, adapter: Adapter, state: Mapping[
 
 
 def _put_head(net: Any, family: Family, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
-    prefix = f"{PREFIX if adapter.kind == LORA else ''}{family.head}."
+    prefix = f"{PEFT_PREFIX if adapter.adapter_type == LORA else ''}{family.head}."
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     words = adapter.vocabulary
     head = nn.Linear(getattr(net, family.head).in_features, len(words), bias="bias" in own, device="meta")

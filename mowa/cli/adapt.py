@@ -10,47 +10,47 @@ import click
 if TYPE_CHECKING:
     import numpy as np
 
-    from mowa.adapt.merge import Difference
+    from mowa.adapt.merge import EmissionDiff
     from mowa.adapt.store import Adapter
 
 SAMPLE = Path(__file__).parents[1] / "assets" / "sample.flac"
-PIECE_S, LONGEST_S = 15.0, 60.0  # emissions are compared over so much of each recording, in pieces
-KINDS = {"lora": "low-rank updates (LoRA)", "adapters": "bottleneck adapters (MMS)"}
+CHUNK_S, MAX_COMPARED_S = 15.0, 60.0  # emissions are compared over so much of each recording, in pieces
+ADAPTER_TYPES = {"lora": "low-rank updates (LoRA)", "adapters": "bottleneck adapters (MMS)"}
 
 
 @click.group(short_help="Look at an adapter, or merge it into its base.")
-def adapt() -> None:
+def adapter() -> None:
     """Look at an adapter, or merge it into its base. `mowa train` makes adapters (train: lora, train: adapters)."""
 
 
-@adapt.command()
+@adapter.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 def show(adapter: Path) -> None:
     """Say what the ADAPTER in a folder is, of which base, and how well it did."""
     from mowa.adapt import language, store
     from mowa.cli import language as texts
-    from mowa.cli.show import size, table
+    from mowa.cli.show import format_size, print_table
 
-    if language.is_here(adapter):
-        texts.show(language.read(adapter))
+    if language.is_causal_adapter(adapter):
+        texts.show_causal(language.read_adapter(adapter))
         return
-    found = store.read(adapter)
+    found = store.read_adapter(adapter)
     base = found.base
     specials = {found.vocabulary.blank, found.vocabulary.delimiter, *found.vocabulary.specials}
     letters = "".join(token for index, token in enumerate(found.vocabulary.tokens) if index not in specials)
-    weights = adapter / found.weights
+    weights = adapter / found.weights_file
     rows = [
-        ["kind", KINDS[found.kind]],
-        ["base", base.where if base.where == base.name else f"{base.name} ({base.where})"],
+        ["kind", ADAPTER_TYPES[found.adapter_type]],
+        ["base", base.load_name if base.load_name == base.name else f"{base.name} ({base.load_name})"],
         ["base's weights", f"sha256 {base.sha256}"],
         ["language", found.language or "not said"],
         ["letters", f"{len(letters)}: {letters}"],
         ["parameters", f"{found.parameters:,}, the head among them"],
-        ["file", f"{weights.name}, {size(weights.stat().st_size) if weights.is_file() else 'missing'}"],
-        ["made by", ", ".join(f"{name} {version}" for name, version in found.made_by.items())],
+        ["file", f"{weights.name}, {format_size(weights.stat().st_size) if weights.is_file() else 'missing'}"],
+        ["made by", ", ".join(f"{name} {version}" for name, version in found.package_versions.items())],
         *_measured(found),
     ]
-    table(["adapter", str(adapter)], rows)
+    print_table(["adapter", str(adapter)], rows)
 
 
 def _measured(found: Adapter) -> list[list[str]]:
@@ -62,7 +62,7 @@ def _measured(found: Adapter) -> list[list[str]]:
     ]
 
 
-@adapt.command()
+@adapter.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the checkpoint.")
 @click.option("-m", "--model", help="The adapter's base, where it is not found by the name that the adapter knows.")
@@ -96,42 +96,44 @@ def merge(
     from mowa.errors import ModelError
     from mowa.loading.speech import load
 
-    if language.is_here(adapter):
-        texts.merge(adapter, out, model, data, dtype, offline)
+    if language.is_causal_adapter(adapter):
+        texts.merge_causal(adapter, out, model, data, dtype, offline)
         return
-    found = store.read(adapter)
-    base = load(model or found.base.where, offline=offline)
-    adapted = store.load(base, adapter)
+    found = store.read_adapter(adapter)
+    base = load(model or found.base.load_name, offline=offline)
+    adapted = store.load_adapter(base, adapter)
     sounds = _sounds(recordings or (SAMPLE,), adapted.preprocessing.rate_hz)
-    with room.written(room.merge(adapted), out) as folder:
-        after = room.compare(adapted, load(str(folder)), sounds)
+    with room.atomic_checkpoint(room.merge_adapter(adapted), out) as folder:
+        after = room.compare_emissions(adapted, load(str(folder)), sounds)
         rows = [_row("base with adapter → merged", after)]
         if base.vocabulary == adapted.vocabulary:
-            rows.append(_row("base alone → merged", room.compare(base, adapted, sounds)))
+            rows.append(_row("base alone → merged", room.compare_emissions(base, adapted, sounds)))
         _say(rows)
-        if after.largest > tolerance:
+        if after.max_abs_diff > tolerance:
             raise ModelError(
                 f"the merged checkpoint says something else than {adapter} over its base: a log-probability is"
-                f" {after.largest:.2g} off, and {tolerance:g} is let pass; {out} was not written"
+                f" {after.max_abs_diff:.2g} off, and {tolerance:g} is let pass; {out} was not written"
             )
     click.echo(str(out))
 
 
-def _row(what: str, difference: Difference) -> list[str]:
-    return [what, f"{difference.largest:.2e}", f"{difference.agreeing:.2%}", str(difference.frames)]
+def _row(what: str, difference: EmissionDiff) -> list[str]:
+    return [what, f"{difference.max_abs_diff:.2e}", f"{difference.agreement:.2%}", str(difference.frames)]
 
 
 def _say(rows: list[list[str]]) -> None:
-    from mowa.cli.show import table
+    from mowa.cli.show import print_table
 
-    table(["emissions", "largest difference", "same output", "frames"], rows)
+    print_table(["emissions", "largest difference", "same output", "frames"], rows)
 
 
 def _sounds(recordings: tuple[Path, ...], rate_hz: int) -> list[np.ndarray[Any, Any]]:
     """Pieces of every recording, none shorter than a tenth of a second. ModelError where there are none."""
     from mowa.data import audio
 
-    piece = int(PIECE_S * rate_hz)
-    loaded = [audio.load(file, rate_hz)[: int(LONGEST_S * rate_hz)] for file in audio.find(recordings)]
+    piece = int(CHUNK_S * rate_hz)
+    loaded = [
+        audio.load_audio(file, rate_hz)[: int(MAX_COMPARED_S * rate_hz)] for file in audio.find_audio_files(recordings)
+    ]
     pieces = [samples[start : start + piece] for samples in loaded for start in range(0, len(samples), piece)]
     return [samples for samples in pieces if len(samples) >= rate_hz // 10]

@@ -13,7 +13,7 @@ from mowa.cli import show
 from mowa.errors import ModelError
 
 if TYPE_CHECKING:
-    from mowa.evaluate.bench import Row
+    from mowa.evaluate.bench import BenchResult
 
 
 # fmt: off
@@ -41,32 +41,32 @@ def bench(
     from mowa.files import atomic_write
 
     if picture is not None:
-        pareto.parts()
-    wanted = room.arms(models, engines, dtypes)
-    timed = report.speeds() if speeds else ()
-    with show.steps() as told:
-        rows = room.measured(wanted, data, split, clips, timed, told)
+        pareto.require_matplotlib()
+    wanted = room.expand_cases(models, engines, dtypes)
+    timed = report.throughput_grid() if speeds else ()
+    with show.stage_progress() as told:
+        rows = room.run_bench(wanted, data, split, clips, timed, told)
     head = ["model", "engine", "computes in", "MB", "RAM MB", "load s", "median s", "× real time", "frames"]
-    heard = any(row.rates for row in rows)
-    show.table(head + (["WER %"] if heard else []), [_cells(row, heard) for row in rows])
+    heard = any(row.error_rates for row in rows)
+    show.print_table(head + (["WER %"] if heard else []), [_cells(row, heard) for row in rows])
     for row in rows:
-        for speed in row.speeds:
-            click.echo(f"{row.name}, {speed.threads} threads, batch {speed.batch}: {speed.rtf:.4f} s for a second")
+        for speed in row.throughput:
+            click.echo(f"{row.name}, {speed.threads} threads, batch {speed.batch_size}: {speed.rtf:.4f} s for a second")
     if listed is not None:
         atomic_write(listed, json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1) + "\n")
     if picture is not None:
-        pareto.draw(rows, picture)
+        pareto.plot_bench(rows, picture)
         click.echo(f"\n{picture}")
     if not any(row.rtf for row in rows):
         raise ModelError("none of them could be run")
-    return 2 if any(row.wrong for row in rows) else 0
+    return 2 if any(row.error for row in rows) else 0
 
 
-def _cells(row: Row, heard: bool) -> list[str]:
-    if row.wrong:
-        return [row.model, row.engine, *["–"] * 6, f"no: {row.wrong}"]
+def _cells(row: BenchResult, heard: bool) -> list[str]:
+    if row.error:
+        return [row.model, row.engine, *["–"] * 6, f"no: {row.error}"]
     cells = [
-        row.model, row.engine, row.dtype, f"{row.size / 1e6:.1f}", f"{row.memory / 1e6:.0f}", f"{row.loading_s:.1f}",
-        f"{row.latency_s:.3f}", f"{1 / row.rtf:.1f}", f"{row.agreeing:.1%}",
+        row.model, row.engine, row.dtype, f"{row.size_bytes / 1e6:.1f}", f"{row.peak_memory_bytes / 1e6:.0f}", f"{row.load_s:.1f}",
+        f"{row.latency_s:.3f}", f"{1 / row.rtf:.1f}", f"{row.agreement:.1%}",
     ]  # fmt: skip
-    return cells + ([f"{row.rates.wer:.1%}" if row.rates else "–"] if heard else [])
+    return cells + ([f"{row.error_rates.wer:.1%}" if row.error_rates else "–"] if heard else [])

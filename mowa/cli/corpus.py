@@ -15,40 +15,42 @@ import click
 from mowa.errors import DataError, MowaError
 
 if TYPE_CHECKING:
-    from mowa.engines.corpus import Source
-    from mowa.engines.journal import Journal
+    from mowa.engines.corpus import CorpusSource
+    from mowa.engines.journal import ResultsFile
     from mowa.engines.pipeline import Failure
-    from mowa.engines.settings import Settings, Wanted, Workers
+    from mowa.engines.settings import EngineSpec, TranscriptionSettings, WorkerPool
 
 
-def run(
-    source: Source,
-    wanted: Wanted,
-    settings: Settings,
+def transcribe_batch(
+    source: CorpusSource,
+    wanted: EngineSpec,
+    settings: TranscriptionSettings,
     journal: Path,
     *,
     retry_failed: bool,
     decoders: int | None,
     remote: bool,
-    cluster: tuple[str, Workers] | None,
+    cluster: tuple[str, WorkerPool] | None,
 ) -> int:
     """→ 0, or 2 where anything in the journal failed. cluster: an address of Ray, and what is asked of it."""
     from mowa.engines import corpus
-    from mowa.engines.journal import Journal
-    from mowa.engines.transcription import opened
+    from mowa.engines.journal import ResultsFile
+    from mowa.engines.transcription import load_engine
 
-    choice = opened(wanted)
+    choice = load_engine(wanted)
     engine = choice.engine
     if wanted.engine == "auto":
         click.echo(choice.reason, err=True)
     shard = source.shard
-    header = corpus.header(engine, settings, adapter=wanted.adapter, shard=f"{shard[0]}/{shard[1]}" if shard else "")
-    with Journal.open(journal, header, retry_failed=retry_failed) as book:
-        before = len(book.done)
+    header = corpus.build_header(
+        engine, settings, adapter=wanted.adapter, shard=f"{shard[0]}/{shard[1]}" if shard else ""
+    )
+    with ResultsFile.open(journal, header, retry_failed=retry_failed) as book:
+        before = len(book.done_ids)
         if before:
             click.echo(f"{journal}: {before} are in it already", err=True)
         try:
-            with _progress(source, book.done) as bar:
+            with _progress(source, book.done_ids) as bar:
 
                 def failed(failure: Failure) -> None:
                     bar.clear()
@@ -56,29 +58,34 @@ def run(
 
                 how: Any = {"remote": remote, "heard": bar.update, "failed": failed}
                 if cluster is None:
-                    corpus.transcribe(source.examples(), engine, settings, book, decoders=decoders, **how)
+                    corpus.transcribe_corpus(source.examples(), engine, settings, book, decode_threads=decoders, **how)
                 else:
                     _spread(
                         source, replace(wanted, engine=engine.name, dtype=engine.dtype), settings, book, cluster, how
                     )
         except KeyboardInterrupt:
-            click.echo(f"{journal}: {len(book.done)} are in it; the same command goes on", err=True)
+            click.echo(f"{journal}: {len(book.done_ids)} are in it; the same command goes on", err=True)
             raise
-        click.echo(f"{journal}: {len(book.done)} in it, {book.failed} of them failed", err=True)
-        return 2 if book.failed else 0
+        click.echo(f"{journal}: {len(book.done_ids)} in it, {book.num_failed} of them failed", err=True)
+        return 2 if book.num_failed else 0
 
 
 def _spread(
-    source: Source, wanted: Wanted, settings: Settings, book: Journal, cluster: tuple[str, Workers], how: Any
+    source: CorpusSource,
+    wanted: EngineSpec,
+    settings: TranscriptionSettings,
+    book: ResultsFile,
+    cluster: tuple[str, WorkerPool],
+    how: Any,
 ) -> None:
     from mowa.engines import cluster as room
 
     address, workers = cluster
-    room.transcribe(source, wanted, settings, book, address=address, workers=workers, **how)
+    room.transcribe_on_ray(source, wanted, settings, book, address=address, workers=workers, **how)
 
 
 @contextmanager
-def _progress(source: Source, done: set[str]) -> Iterator[Any]:
+def _progress(source: CorpusSource, done: set[str]) -> Iterator[Any]:
     """The bar. How much there is to hear is counted beside the work, where somebody looks."""
     from mowa.cli import show
 
@@ -92,7 +99,7 @@ def _progress(source: Source, done: set[str]) -> Iterator[Any]:
             stop.set()
 
 
-def _count(source: Source, done: frozenset[str], bar: Any, stop: Event) -> None:
+def _count(source: CorpusSource, done: frozenset[str], bar: Any, stop: Event) -> None:
     """Set the bar's total to the seconds that are not done, unless that is not to be had from headers."""
     from mowa.cli import show
     from mowa.data import audio
@@ -105,9 +112,9 @@ def _count(source: Source, done: frozenset[str], bar: Any, stop: Event) -> None:
             if example.id in done:
                 continue
             length_s = example.duration_s
-            if not length_s and example.sound is None:
+            if not length_s and example.audio_bytes is None:
                 try:
-                    length_s = audio.probe(example.audio).duration_s or 0.0
+                    length_s = audio.probe_audio(example.audio).duration_s or 0.0
                 except MowaError:
                     continue
             if not length_s:
@@ -115,7 +122,7 @@ def _count(source: Source, done: frozenset[str], bar: Any, stop: Event) -> None:
             total += length_s
     except MowaError:
         return  # the work will say so
-    show.set_total(bar, total)
+    show.set_progress_total(bar, total)
 
 
 def parse_shard(value: str | None) -> tuple[int, int] | None:
@@ -128,14 +135,14 @@ def parse_shard(value: str | None) -> tuple[int, int] | None:
     return int(index), int(count)
 
 
-def parse_workers(value: str, cpus: float, gpus: float) -> Workers:
+def parse_workers(value: str, cpus: float, gpus: float) -> WorkerPool:
     """`4` or `1-8` (as the cluster has room), with what each takes. DataError for anything else."""
-    from mowa.engines.settings import Workers
+    from mowa.engines.settings import WorkerPool
 
     least, dash, most = value.partition("-")
     if not (least.isdecimal() and (most.isdecimal() or not dash) and 1 <= int(least) <= int(most or least)):
         raise DataError(f"--workers {value}: say how many, such as 4, or at least and at most, such as 1-8.")
-    return Workers(int(least), int(most or least), cpus, gpus)
+    return WorkerPool(int(least), int(most or least), cpus, gpus)
 
 
 def parse_columns(values: Sequence[str]) -> dict[str, str]:

@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mowa.data.check import Findings, Report, Shared
+    from mowa.data.check import CorpusReport, Issues, SplitOverlap
 
-USUAL = ("train", "dev", "validation", "valid", "val", "test")  # where there are such splits, others overlap them
-NAMED = 5  # of what is wrong, so many are printed; --json has more
+STANDARD_SPLITS = (
+    "train",
+    "dev",
+    "validation",
+    "valid",
+    "val",
+    "test",
+)  # where there are such splits, others overlap them
+MAX_PRINTED = 5  # of what is wrong, so many are printed; --json has more
 
 
 @click.group(short_help="Check corpora; collect sentences and speak them.")
@@ -122,21 +129,21 @@ def check(names: tuple[str, ...], split: str, named: tuple[str, ...], against: t
 
     columns = parse_columns(named)
     looked, left = _splits(names, split)
-    reports: dict[str, Report] = {}
+    reports: dict[str, CorpusReport] = {}
     with show.audio_progress(None) as bar:
         for part in looked:
-            reports[part or ", ".join(names)] = room.check(
-                sources.entries(names, part, columns=columns), heard=bar.update
+            reports[part or ", ".join(names)] = room.check_corpus(
+                sources.list_examples(names, part, columns=columns), on_progress=bar.update
             )
         for other in against:
-            reports[other] = room.check(sources.entries(other, columns=columns), heard=bar.update)
+            reports[other] = room.check_corpus(sources.list_examples(other, columns=columns), on_progress=bar.update)
     leaks = {
-        (one, other): room.shared(reports[one], reports[other])
+        (one, other): room.compare_reports(reports[one], reports[other])
         for one, other in combinations(reports, 2)
         if not {one, other} <= set(against)
     }
     if as_json:
-        told = {name: _told(report) for name, report in reports.items()}
+        told = {name: _report_dict(report) for name, report in reports.items()}
         between = [{"between": pair, **asdict(found)} for pair, found in leaks.items()]
         click.echo(json.dumps({"splits": told, "shared": between}, ensure_ascii=False, indent=1))
     else:
@@ -151,14 +158,14 @@ def _splits(names: Sequence[str], split: str) -> tuple[list[str], list[str]]:
 
     if split or len(names) > 1:
         return [split], []
-    places = list(layouts.places(names[0]))
-    there = sources.splits(places[0]) if len(places) == 1 else []
-    usual = [name for name in USUAL if name in there]
+    places = list(layouts.expand_pattern(names[0]))
+    there = sources.list_splits(places[0]) if len(places) == 1 else []
+    usual = [name for name in STANDARD_SPLITS if name in there]
     looked = usual or there
     return looked or [""], [name for name in there if name not in looked]
 
 
-def _told(report: Report) -> dict[str, Any]:
+def _report_dict(report: CorpusReport) -> dict[str, Any]:
     """A report without what only comparisons need."""
     return {
         field.name: asdict(value) if hasattr(value := getattr(report, field.name), "named") else value
@@ -168,41 +175,41 @@ def _told(report: Report) -> dict[str, Any]:
 
 
 def _rendered(
-    reports: Mapping[str, Report], leaks: Mapping[tuple[str, str], Shared], left: Sequence[str]
+    reports: Mapping[str, CorpusReport], leaks: Mapping[tuple[str, str], SplitOverlap], left: Sequence[str]
 ) -> Iterator[str]:
     for name, report in reports.items():
         yield name
         yield from (f"  {line}" for line in _lines(report))
     for (one, other), found in leaks.items():
         yield f"{one} and {other}"
-        pairs = {"the same recording": found.sounds, "the same text": found.texts, "the same speaker": found.speakers}
+        pairs = {"the same recording": found.audio, "the same text": found.texts, "the same speaker": found.speakers}
         for what, findings in pairs.items():
             yield f"  {what}: {_listed(findings, ' = ')}"
     if left:
         yield f"not looked at: {', '.join(left)} (name one with --split)"
 
 
-def _lines(report: Report) -> Iterator[str]:
-    shortest, middle, longest = report.lengths_s
-    hours = report.seconds / 3600
+def _lines(report: CorpusReport) -> Iterator[str]:
+    shortest, middle, longest = report.min_median_max_s
+    hours = report.total_duration_s / 3600
     yield f"{report.recordings} recordings, {f'{hours:.2f} h' if hours >= 1 else f'{60 * hours:.1f} min'}"
     yield f"lengths: {shortest:.2f} to {longest:.2f} s, half of them under {middle:.2f} s"
-    yield f"  {_counted(report.histogram)}"
-    yield f"rates: {_counted({f'{rate} Hz': count for rate, count in report.rates_hz.items()})}"
+    yield f"  {_counted(report.duration_histogram)}"
+    yield f"rates: {_counted({f'{rate} Hz': count for rate, count in report.sample_rates_hz.items()})}"
     yield f"channels: {_counted(report.channels)}; formats: {_counted(report.formats)}"
     if report.languages:
         yield f"languages: {_counted(report.languages)}"
     if report.speakers:
         yield f"speakers: {len(report.speakers)}, the busiest {next(iter(report.speakers.values()))} recordings"
-    if report.letters:
-        yield f"letters: {len(report.letters)} kinds, {sum(report.letters.values())} in all: {''.join(report.letters)}"
-        rare = ", ".join(f"{letter} {report.letters[letter]}" for letter in report.rare)
+    if report.characters:
+        yield f"letters: {len(report.characters)} kinds, {sum(report.characters.values())} in all: {''.join(report.characters)}"
+        rare = ", ".join(f"{letter} {report.characters[letter]}" for letter in report.rare_characters)
         yield f"rare letters: {rare or 'none'}"
-        yield f"letters a second: {report.pace:.1f}; far from that: {_listed(report.odd, ', ')}"
+        yield f"letters a second: {report.median_chars_per_s:.1f}; far from that: {_listed(report.chars_per_s_outliers, ', ')}"
     wrong = {
-        "without a text": report.without_text,
-        "the same sound again": report.same_sound,
-        "the same text again": report.same_text,
+        "without a text": report.empty_text,
+        "the same sound again": report.duplicate_audio,
+        "the same text again": report.duplicate_text,
         "silent": report.silent,
         "clipped": report.clipped,
         "not to be read": report.unreadable,
@@ -215,8 +222,8 @@ def _counted(counts: Mapping[Any, int]) -> str:
     return ", ".join(f"{name}: {count}" for name, count in counts.items()) or "none"
 
 
-def _listed(findings: Findings, sign: str) -> str:
+def _listed(findings: Issues, sign: str) -> str:
     if not findings.count:
         return "none"
-    shown = "; ".join(sign.join(filter(None, pair)) for pair in findings.named[:NAMED])
-    return f"{findings.count} ({shown}{'; …' if findings.count > NAMED else ''})"
+    shown = "; ".join(sign.join(filter(None, pair)) for pair in findings.examples[:MAX_PRINTED])
+    return f"{findings.count} ({shown}{'; …' if findings.count > MAX_PRINTED else ''})"

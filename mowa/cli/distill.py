@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from mowa.cli import knobs
-from mowa.cli.train import run
+from mowa.cli.train import launch_training
 from mowa.train import schema
-from mowa.train.tuning import Tuning
+from mowa.train.tuning import CTCRecipe
 
-FIXED = ("task", "model", "train", "vocabulary", "distil.layers", "batch.layout")
+FIXED_KEYS = ("task", "model", "train", "vocabulary", "distil.layers", "batch.layout")
 
 
 @click.command(short_help="Make a smaller model of a larger one.")
@@ -33,15 +33,17 @@ def distill(
     from mowa.errors import RecipeError
     from mowa.train import tuning
 
-    settings = knobs.settings(context)
-    if missing := [knobs.SHORT[path] for path in ("data.train", "data.dev") if path not in settings]:
+    settings = knobs.collect_overrides(context)
+    if missing := [knobs.FLAG_BY_KEY[path] for path in ("data.train", "data.dev") if path not in settings]:
         raise RecipeError(f"give {' and '.join(missing)}: recordings to listen to, and some with texts to measure on")
-    plan = schema.turned({}, settings | {"model": teacher, "distil.layers": student_layers})
-    if run(tuning.checked(plan, "command line"), out, threads) and os.environ.get("RANK", "0") == "0":
+    plan = schema.apply_overrides({}, settings | {"model": teacher, "distil.layers": student_layers})
+    if launch_training(tuning.parse(plan, "command line"), out, threads) and os.environ.get("RANK", "0") == "0":
         click.echo(str(out))
 
 
-_TURNED = {leaf.dotted for leaf in schema.leaves(Tuning)} - set(FIXED)
+_OVERRIDABLE_KEYS = {leaf.dotted for leaf in schema.iter_options(CTCRecipe)} - set(FIXED_KEYS)
 distill.params.extend(
-    option for option in knobs.options() if isinstance(option, knobs.Knob) and option.leaf.dotted in _TURNED
+    option
+    for option in knobs.recipe_options()
+    if isinstance(option, knobs.RecipeOption) and option.leaf.dotted in _OVERRIDABLE_KEYS
 )

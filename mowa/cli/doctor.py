@@ -12,7 +12,7 @@ import click
 from mowa import machine
 from mowa.errors import MowaError
 
-ALIKE = 0.9  # the share of matching characters below which something is wrong with this machine
+MIN_SIMILARITY = 0.9  # the share of matching characters below which something is wrong with this machine
 SAMPLE = Path(__file__).parents[1] / "assets" / "sample.flac"
 
 
@@ -21,25 +21,28 @@ def doctor() -> int:
     """Say what this machine has, which optional parts are there, and transcribe the bundled sample."""
     import platform
 
-    from mowa.cli.show import size, table
+    from mowa.cli.show import format_size, print_table
 
-    table(
+    print_table(
         ["machine", ""],
         [
             ["  python", platform.python_version()],
             [
                 "  processor",
-                f"{machine.processor()}, {machine.cores()} cores ({' '.join(machine.cpu_features()) or 'plain'})",
+                f"{machine.cpu_name()}, {machine.cpu_count()} cores ({' '.join(machine.cpu_features()) or 'plain'})",
             ],
-            ["  memory", size(machine.memory_bytes())],
-            ["  gpu", machine.gpu() or "none"],
+            ["  memory", format_size(machine.total_memory_bytes())],
+            ["  gpu", machine.gpu_name() or "none"],
             ["  cache", str(machine.cache_folder())],
         ],
     )
     click.echo()
-    table(
+    print_table(
         ["part", "version", "for"],
-        [["  " + name, version or "missing", machine.PARTS[name]] for name, version in machine.parts().items()],
+        [
+            ["  " + name, version or "missing", machine.OPTIONAL_PACKAGES[name]]
+            for name, version in machine.optional_package_versions().items()
+        ],
     )
     click.echo("\nself-test")
     try:
@@ -52,12 +55,12 @@ def doctor() -> int:
 def _self_test() -> int:
     """Transcribe the sample in float32 and in what this machine is fastest in; both must come close to what is said."""
     import mowa
-    from mowa.data.text import plain
+    from mowa.data.text import normalize_text
 
-    said = plain(json.loads(SAMPLE.with_suffix(".json").read_text())["said"])
+    said = normalize_text(json.loads(SAMPLE.with_suffix(".json").read_text())["said"])
     worst = 1.0
     for device, dtype in (("cpu", "float32"), ("auto", "auto")):
-        engine = mowa.engine(mowa.load("pl-tiny"), device=device, dtype=dtype)
+        engine = mowa.open_engine(mowa.load("pl-tiny"), device=device, dtype=dtype)
         started = time.perf_counter()
         heard = mowa.transcribe(SAMPLE, engine)
         took_s = time.perf_counter() - started
@@ -65,5 +68,7 @@ def _self_test() -> int:
         worst = min(worst, alike)
         click.echo(f"  {engine.precision.dtype} on {engine.device}: {heard.text}")
         click.echo(f"    {heard.duration_s:.1f} s of audio in {took_s:.2f} s, {alike:.0%} as it was spoken")
-    click.echo("  well" if worst >= ALIKE else f"  NOT WELL: at least {ALIKE:.0%} was expected of: {said}")
-    return 0 if worst >= ALIKE else 2
+    click.echo(
+        "  well" if worst >= MIN_SIMILARITY else f"  NOT WELL: at least {MIN_SIMILARITY:.0%} was expected of: {said}"
+    )
+    return 0 if worst >= MIN_SIMILARITY else 2

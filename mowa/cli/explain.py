@@ -17,14 +17,14 @@ def explain(model: str, length: int, device: str, dtype: str, packed: bool, offl
 
     MODEL is a folder or a hub id; of a hub id only the small files are fetched.
     """
-    from mowa.cli.show import table
-    from mowa.families.explain import explain as explained
-    from mowa.families.explain import here
-    from mowa.files import described
-    from mowa.loading.checkpoint import config_of, family_of
+    from mowa.cli.show import print_table
+    from mowa.families.explain import default_device
+    from mowa.families.explain import explain_layers as explained
+    from mowa.files import fetch_config
+    from mowa.loading.checkpoint import load_config, read_family
 
-    folder = described(model, offline=offline)
-    family = family_of(folder)
-    config = config_of(folder, family)
-    rows = explained(config, length=length, device=device or here(), dtype=dtype, packed=packed)
-    table(["layers", "count", "computed by", "why"], [[str(cell) for cell in row] for row in rows])
+    folder = fetch_config(model, offline=offline)
+    family = read_family(folder)
+    config = load_config(folder, family)
+    rows = explained(config, length=length, device=device or default_device(), dtype=dtype, packed=packed)
+    print_table(["layers", "count", "computed by", "why"], [[str(cell) for cell in row] for row in rows])

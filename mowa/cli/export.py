@@ -9,9 +9,14 @@ import click
 
 from mowa.cli import show
 from mowa.errors import ModelError
-from mowa.shrink.schemes import HOW, SCHEMES
+from mowa.shrink.schemes import SCHEME_SYNTAX, SCHEMES
 
-ONLY = {"opset": "onnx", "no_mask": "onnx", "seconds": "coreml", "profile": "tensorrt"}  # options of one format
+FORMAT_OF_OPTION = {
+    "opset": "onnx",
+    "no_mask": "onnx",
+    "seconds": "coreml",
+    "profile": "tensorrt",
+}  # options of one format
 
 
 # fmt: off
@@ -19,7 +24,7 @@ ONLY = {"opset": "onnx", "no_mask": "onnx", "seconds": "coreml", "profile": "ten
 @click.argument("model")
 @click.option("--to", required=True, metavar="FORMAT", help="onnx, safetensors, coreml, tensorrt, ctranslate2.")
 @click.option("--scheme", default="float32", show_default=True, metavar="SCHEME",
-              help=f"{', '.join(SCHEMES)}. {HOW[0].upper()}{HOW[1:]}.")
+              help=f"{', '.join(SCHEMES)}. {SCHEME_SYNTAX[0].upper()}{SCHEME_SYNTAX[1:]}.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for it.")
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="An adapter, to be part of it.")
 @click.option("--data", default="", metavar="SOURCE", help="Recordings to calibrate on, where the scheme needs some.")
@@ -44,28 +49,28 @@ def export(
     from mowa.export import protocol
     from mowa.loading.speech import load
     from mowa.shrink import calibrate, schemes
-    from mowa.shrink import shrink as narrow
+    from mowa.shrink import quantize as narrow
 
-    chosen = schemes.named(scheme)
-    protocol.exporter(to).parts()
+    chosen = schemes.parse_scheme(scheme)
+    protocol.get_exporter(to).require_packages()
     options = _options(to, turned)
     loaded = load(model, revision=revision, offline=offline)
-    loaded = loaded if adapter is None else store.load(loaded, adapter)
-    sounds = calibrate.sounds(data, loaded, split=split) if data and schemes.calibrated(chosen) else None
-    with show.steps() as told:
-        shrunk = narrow(loaded, chosen, sounds, told=lambda share: told(f"{scheme}: shrinking", share))
+    loaded = loaded if adapter is None else store.load_adapter(loaded, adapter)
+    sounds = calibrate.load_clips(data, loaded, split=split) if data and schemes.calibration_reason(chosen) else None
+    with show.stage_progress() as told:
+        shrunk = narrow(loaded, chosen, sounds, on_progress=lambda share: told(f"{scheme}: shrinking", share))
         told(f"{scheme}: writing {to}", 1.0)
         artifact = protocol.export(shrunk, to, out, **options)
-    click.echo(f"{out}  {show.size(artifact.size)}, {to}, {schemes.label(artifact.scheme)}")
-    if artifact.unchecked:
-        click.echo(f"not checked here: {artifact.unchecked}")
+    click.echo(f"{out}  {show.format_size(artifact.size_bytes)}, {to}, {schemes.format_scheme(artifact.scheme)}")
+    if artifact.unverified_reason:
+        click.echo(f"not checked here: {artifact.unverified_reason}")
 
 
 def _options(to: str, turned: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in turned.items() if value}
     for name in given:
-        if ONLY[name] != to:
-            raise ModelError(f"--{name.replace('_', '-')} is for {ONLY[name]}, not for {to}")
+        if FORMAT_OF_OPTION[name] != to:
+            raise ModelError(f"--{name.replace('_', '-')} is for {FORMAT_OF_OPTION[name]}, not for {to}")
     if "no_mask" in given:
         given["masked"] = not given.pop("no_mask")
     if "seconds" in given:

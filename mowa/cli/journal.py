@@ -8,25 +8,25 @@ from typing import Any
 
 import click
 
-from mowa.decode.captions import FORMATS
+from mowa.decode.captions import FORMAT_SUFFIXES
 from mowa.errors import DataError
 
 
 @click.group(short_help="Look into, merge and export what a corpus run wrote.")
-def journal() -> None:
+def results() -> None:
     """Look into, merge and export the journals that `mowa transcribe --journal` writes."""
 
 
-@journal.command()
+@results.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def show(file: Path) -> None:
     """Say what is in a journal: how much was heard, by what, and what went wrong."""
-    from mowa.cli.show import table
+    from mowa.cli.show import print_table
     from mowa.engines import journal as room
 
     header = room.read_header(file)
     done, seconds, reasons = 0, 0.0, Counter[str]()
-    for row in room.rows(file):
+    for row in room.read_records(file):
         if "error" in row:
             reasons[_reason(row)] += 1
         else:
@@ -41,7 +41,7 @@ def show(file: Path) -> None:
         ["failed", f"{sum(reasons.values()):,}"],
         *(["", f"{count:,} × {reason}"] for reason, count in reasons.most_common(10)),
     ]
-    table(["journal", str(file)], rows)
+    print_table(["journal", str(file)], rows)
 
 
 def _reason(row: dict[str, Any]) -> str:
@@ -49,7 +49,7 @@ def _reason(row: dict[str, Any]) -> str:
     return str(row["error"]).removeprefix(f"{row['file']}: ")
 
 
-@journal.command()
+@results.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The journal to write.")
 def merge(files: tuple[Path, ...], out: Path) -> None:
@@ -58,16 +58,16 @@ def merge(files: tuple[Path, ...], out: Path) -> None:
 
     if out.exists():
         raise DataError(f"{out}: is there already. Choose another name, or delete it.")
-    header, rows = room.merged(files)
-    with room.replaced(out, header) as write:
+    header, rows = room.merge_results(files)
+    with room.rewrite_results(out, header) as write:
         for row in rows:
             write(row)
     click.echo(str(out))
 
 
-@journal.command()
+@results.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("-f", "--format", "form", type=click.Choice(list(FORMATS)), default="text", show_default=True)
+@click.option("-f", "--format", "form", type=click.Choice(list(FORMAT_SUFFIXES)), default="text", show_default=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path),
               help="Folder for one file per recording; else, text and json, standard output.")  # fmt: skip
 def export(file: Path, form: str, out: Path | None) -> None:
@@ -80,17 +80,17 @@ def export(file: Path, form: str, out: Path | None) -> None:
         raise DataError(f"{form} is a file for each recording: name a folder with --out")
     header = room.read_header(file)
     failed = 0
-    for row in room.rows(file):
+    for row in room.read_records(file):
         if "error" in row:
             failed += 1
             continue
-        text = captions.render(room.transcript(row, header), form)
+        text = captions.render(room.parse_transcript(row, header), form)
         if out is None:
             click.echo(f"{row['id']}\t{row['text']}\n" if form == "text" else text, nl=False)
             continue
         name = out / _inside(row["id"])
         name.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(name.with_name(name.name + FORMATS[form]), text)
+        atomic_write(name.with_name(name.name + FORMAT_SUFFIXES[form]), text)
     if failed:
         click.echo(f"{file}: {failed} recordings failed and are left out", err=True)
 

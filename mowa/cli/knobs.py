@@ -15,11 +15,11 @@ from typing import Any
 import click
 
 from mowa.train import schema
-from mowa.train.instruct import Instruction
-from mowa.train.schema import Leaf
-from mowa.train.tuning import Tuning
+from mowa.train.instruct import CausalRecipe
+from mowa.train.schema import OptionSpec
+from mowa.train.tuning import CTCRecipe
 
-EVERYDAY = {
+KEY_BY_FLAG = {
     "task": "task",
     "model": "model",
     "data": "data.train",
@@ -40,20 +40,20 @@ EVERYDAY = {
 """Flag → the knob it stands for. `--help` shows these; `mowa train --knobs` and docs/recipes.md show all."""
 
 
-def _all() -> tuple[Leaf, ...]:
+def _all() -> tuple[OptionSpec, ...]:
     """The knobs of every kind of tuning; one that several have, as recordings have it, with all the words it takes."""
-    found: dict[str, Leaf] = {}
-    for leaf in (leaf for kind in (Tuning, Instruction) for leaf in schema.leaves(kind)):
+    found: dict[str, OptionSpec] = {}
+    for leaf in (leaf for kind in (CTCRecipe, CausalRecipe) for leaf in schema.iter_options(kind)):
         known = found.setdefault(leaf.dotted, leaf)
         found[leaf.dotted] = dataclasses.replace(known, choices=tuple(dict.fromkeys(known.choices + leaf.choices)))
     return tuple(found.values())
 
 
 LEAVES = _all()
-SHORT = {dotted: f"--{name}" for name, dotted in EVERYDAY.items()}
+FLAG_BY_KEY = {dotted: f"--{name}" for name, dotted in KEY_BY_FLAG.items()}
 
 
-class Recordings(click.ParamType):
+class DataSourceParam(click.ParamType):
     """`path`, or `path@split`. Behind an @ that is the path's own stand a / or a dot; or else it ends in another @."""
 
     name = "path[@split]"
@@ -65,7 +65,7 @@ class Recordings(click.ParamType):
         return {"path": path, "split": split} if at and path and not set("/.") & set(split) else {"path": value}
 
 
-class Words(click.ParamType):
+class CommaSeparated(click.ParamType):
     """`a,b,c`; numbers are made of them where the schema wants numbers."""
 
     name = "a,b,…"
@@ -74,7 +74,7 @@ class Words(click.ParamType):
         return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
-class Pairs(click.ParamType):
+class KeyValuePairs(click.ParamType):
     r"""`from=to,from=to`; a backslash before a comma or an equals sign that is meant as itself."""
 
     name = "k=v,…"
@@ -96,63 +96,65 @@ def _bare(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
 
 
-class Knob(click.Option):
+class RecipeOption(click.Option):
     """A flag that turns one knob of the recipe, and does nothing unless it is given."""
 
-    def __init__(self, leaf: Leaf, flag: str, **settings: Any) -> None:
+    def __init__(self, leaf: OptionSpec, flag: str, **settings: Any) -> None:
         name = flag.lstrip("-").replace(".", "__").replace("-", "_") + "_knob"
         flags = f"{flag}/--no-{flag.lstrip('-')}" if leaf.hint is bool else flag
         super().__init__([name, flags], default=None, **_type(leaf), **settings)
         self.leaf = leaf
 
 
-def options() -> list[click.Parameter]:
+def recipe_options() -> list[click.Parameter]:
     """Every knob's flag for a command: `--group.knob`, hidden from its help, and the everyday ones, which are not."""
     leaf_of = {leaf.dotted: leaf for leaf in LEAVES}
     shown: list[click.Parameter] = []
-    for name, dotted in EVERYDAY.items():
+    for name, dotted in KEY_BY_FLAG.items():
         leaf = leaf_of[dotted]
         path = "" if dotted == name else dotted
-        default = "" if leaf.default in (dataclasses.MISSING, (), "") else f"default: {standing(leaf)}"
+        default = "" if leaf.default in (dataclasses.MISSING, (), "") else f"default: {format_default(leaf)}"
         notes = "; ".join(part for part in (path, default) if part)
         words = f"{leaf.help[0].upper()}{leaf.help[1:]}."
         words += " Say it again for more." if _type(leaf).get("multiple") else ""
-        shown.append(Knob(leaf, f"--{name}", help=f"{words}  [{notes}]" if notes else words))
-    rest = [leaf for leaf in LEAVES if flag(leaf) != SHORT.get(leaf.dotted)]
-    return [*shown, *(Knob(leaf, flag(leaf), hidden=True, help=leaf.help) for leaf in rest)]
+        shown.append(RecipeOption(leaf, f"--{name}", help=f"{words}  [{notes}]" if notes else words))
+    rest = [leaf for leaf in LEAVES if flag_name(leaf) != FLAG_BY_KEY.get(leaf.dotted)]
+    return [*shown, *(RecipeOption(leaf, flag_name(leaf), hidden=True, help=leaf.help) for leaf in rest)]
 
 
-def flag(leaf: Leaf) -> str:
+def flag_name(leaf: OptionSpec) -> str:
     """optimise.learning_rate → --optimise.learning-rate"""
     return "--" + leaf.dotted.replace("_", "-")
 
 
-def settings(context: click.Context) -> dict[str, Any]:
+def collect_overrides(context: click.Context) -> dict[str, Any]:
     """Dotted path → value, of the knobs that were turned on the command line and of no others."""
     found: dict[str, Any] = {}
     for option in context.command.params:
         given = context.get_parameter_source(option.name or "")
-        if not isinstance(option, Knob) or given is not click.core.ParameterSource.COMMANDLINE:
+        if not isinstance(option, RecipeOption) or given is not click.core.ParameterSource.COMMANDLINE:
             continue
         dotted, value = option.leaf.dotted, context.params[option.name or ""]
         if dotted in found:
-            raise click.UsageError(f"{SHORT[dotted]} and {flag(option.leaf)} are one knob: say one of them", context)
+            raise click.UsageError(
+                f"{FLAG_BY_KEY[dotted]} and {flag_name(option.leaf)} are one knob: say one of them", context
+            )
         found[dotted] = [part for part in value if part] if option.multiple else value
     return found
 
 
-def rows() -> Iterator[tuple[str, str, str, str]]:
+def option_rows() -> Iterator[tuple[str, str, str, str]]:
     """Every knob as `mowa train --knobs` shows it: path, everyday flag, default, help."""
     for leaf in LEAVES:
-        yield leaf.dotted, SHORT.get(leaf.dotted, ""), standing(leaf), _sentence(leaf)
+        yield leaf.dotted, FLAG_BY_KEY.get(leaf.dotted, ""), format_default(leaf), _sentence(leaf)
 
 
-def standing(leaf: Leaf) -> str:
+def format_default(leaf: OptionSpec) -> str:
     """Where the knob stands unless it is turned, as YAML writes it."""
     return "required" if leaf.default is dataclasses.MISSING else _yaml(leaf.default)
 
 
-def takes(leaf: Leaf) -> str:
+def describe_type(leaf: OptionSpec) -> str:
     """What the knob takes, in words."""
     origin, parts = typing.get_origin(leaf.hint), typing.get_args(leaf.hint)
     if leaf.choices:
@@ -172,14 +174,14 @@ def takes(leaf: Leaf) -> str:
 _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 
-def _range(leaf: Leaf) -> str:
-    least, most = (str(end).removesuffix(".0") for end in (leaf.least, leaf.most))
-    if leaf.least is None:
+def _range(leaf: OptionSpec) -> str:
+    least, most = (str(end).removesuffix(".0") for end in (leaf.minimum, leaf.maximum))
+    if leaf.minimum is None:
         return ""
-    return f", {least} or more" if leaf.most is None else f", {least} to {most}"
+    return f", {least} or more" if leaf.maximum is None else f", {least} to {most}"
 
 
-def _sentence(leaf: Leaf) -> str:
+def _sentence(leaf: OptionSpec) -> str:
     untold = any(word not in leaf.help for word in leaf.choices)
     return f"{leaf.help} ({', '.join(leaf.choices)})" if untold else leaf.help
 
@@ -192,19 +194,19 @@ def _yaml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if value == math.inf:
-        return schema.FULL
+        return schema.UNLIMITED
     return str(value) if value != "" else '""'
 
 
-def _type(leaf: Leaf) -> dict[str, Any]:
+def _type(leaf: OptionSpec) -> dict[str, Any]:
     """click's settings for what the knob takes."""
     origin, parts = typing.get_origin(leaf.hint), typing.get_args(leaf.hint)
     if origin is tuple and dataclasses.is_dataclass(parts[0]):
-        return {"type": Recordings(), "multiple": True}
+        return {"type": DataSourceParam(), "multiple": True}
     if origin is tuple:
-        return {"type": Words()}
+        return {"type": CommaSeparated()}
     if origin is dict:
-        return {"type": Pairs()}
+        return {"type": KeyValuePairs()}
     if leaf.choices:
         return {"type": click.Choice(list(leaf.choices))}
     return {"type": leaf.hint}

@@ -17,16 +17,16 @@ from typing import Any, Protocol
 import click
 
 from mowa import machine
-from mowa.cli.screen import Screen
+from mowa.cli.screen import LiveDisplay
 from mowa.data.decoders import RATE_RANGE_HZ
-from mowa.data.live import Block, Bounded, Source
-from mowa.data.piped import RAW_HZ
-from mowa.decode.stream import RULES, Stream
-from mowa.engines.settings import Wanted
+from mowa.data.live import AudioBlock, AudioSource, BufferedSource
+from mowa.data.piped import RAW_RATE_HZ
+from mowa.decode.stream import DEFAULT_ENDPOINTING, TranscriptionStream
+from mowa.engines.settings import EngineSpec
 from mowa.errors import AudioError, DataError
 from mowa.nouns import Segment, Word
 
-ASKED = Wanted("")
+DEFAULTS = EngineSpec("")
 
 
 # fmt: off
@@ -43,7 +43,7 @@ ASKED = Wanted("")
 @click.option("--input-device", metavar="NUMBER|NAME", help="Which microphone. [default: the system's]")
 @click.option("--list-devices", is_flag=True, help="List the microphones, and hear nothing.")
 @click.option("--rate", "raw_hz", type=click.IntRange(*RATE_RANGE_HZ), metavar="HZ",
-              help=f"Of raw samples from standard input: 16 bits, one channel. [default: {RAW_HZ}]")
+              help=f"Of raw samples from standard input: 16 bits, one channel. [default: {RAW_RATE_HZ}]")
 @click.option("--simulate", is_flag=True, help="Hear a file as fast as it was recorded, not as fast as can be.")
 @click.option("--speed", type=click.FloatRange(min=0, min_open=True), help="With --simulate: so many times as fast.")
 @click.option("--mode", type=click.Choice(["auto", "cached", "window"]),
@@ -55,16 +55,16 @@ ASKED = Wanted("")
               help="Seconds before them that are heard with them. [default: as the mode has it]")
 @click.option("--right-s", type=click.FloatRange(min=0),
               help="Seconds after them that are heard with them, and waited for. [default: as the mode has it]")
-@click.option("--pause-s", type=click.FloatRange(min=0), default=RULES.pause_s, show_default=True,
+@click.option("--pause-s", type=click.FloatRange(min=0), default=DEFAULT_ENDPOINTING.min_silence_s, show_default=True,
               help="Quiet that ends a segment.")
-@click.option("--longest-s", type=click.FloatRange(min=0), default=RULES.longest_s, show_default=True,
+@click.option("--longest-s", type=click.FloatRange(min=0), default=DEFAULT_ENDPOINTING.max_segment_s, show_default=True,
               help="A longer segment ends at its next word.")
 @click.option("--no-detect", is_flag=True, help="Hear all that comes, without looking for speech in it.")
-@click.option("--engine", "kind", type=click.Choice(["native", "onnx"]), default=ASKED.engine, show_default=True,
+@click.option("--engine", "kind", type=click.Choice(["native", "onnx"]), default=DEFAULTS.engine, show_default=True,
               help="What computes: PyTorch (native) or ONNX Runtime (onnx).")
-@click.option("--device", default=ASKED.device, show_default=True, help="cpu, cuda, cuda:1, …")
+@click.option("--device", default=DEFAULTS.device, show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
-    "--dtype", default=ASKED.dtype, show_default=True, help="float32, bfloat16, float16, int8, or what measures"
+    "--dtype", default=DEFAULTS.dtype, show_default=True, help="float32, bfloat16, float16, int8, or what measures"
     " fastest."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads. [default: the cores there are]")
@@ -86,57 +86,57 @@ def listen(
     """
     if list_devices:
         return _list_devices()
-    machine.huge_pages()
+    machine.enable_huge_pages()
     sound = _source(source, raw_hz, simulate, speed, input_device)
     from mowa.engines import live
-    from mowa.engines.transcription import base_of, opened
+    from mowa.engines.transcription import load_engine, resolve_base_model
 
-    wanted = Wanted(
-        model or base_of(adapter), adapter, revision, offline, engine=kind, device=device, dtype=dtype, threads=threads
+    wanted = EngineSpec(
+        model or resolve_base_model(adapter), adapter, revision, offline, engine=kind, device=device, dtype=dtype, threads=threads
     )
-    rules = replace(RULES, pause_s=pause_s, longest_s=longest_s, detect=not no_detect)
-    given = live.Live(**{name: value for name, value in how.items() if value is not None})
-    hearing = Hearing(live.stream(opened(wanted).engine, given, rules))
-    blocks = Bounded(sound, hearing.stream.listener.rate_hz)
-    with stoppable(blocks) as stopped, blocks:
+    rules = replace(DEFAULT_ENDPOINTING, min_silence_s=pause_s, max_segment_s=longest_s, vad=not no_detect)
+    given = live.StreamingConfig(**{name: value for name, value in how.items() if value is not None})
+    hearing = StreamSession(live.stream(load_engine(wanted).engine, given, rules))
+    blocks = BufferedSource(sound, hearing.stream.encoder.rate_hz)
+    with stop_on_signal(blocks) as stopped, blocks:
         output = _output(form)
         try:
             for events in hearing.events(blocks):
-                output.show(events, hearing)
+                output.write(events, hearing)
         finally:
-            output.end()
+            output.close()
             if hearing.lost_s:
                 click.echo(f"mowa: {_lost(hearing.lost_s, blocks.dropped_s)}", err=True)
-    return 130 if stopped and sound.ends else 0
+    return 130 if stopped and sound.finite else 0
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class TimedSegment:
     """A segment, with times of the source. `latency_s`: how long ago the end of its last word was recorded; None
     without words."""
 
     segment: Segment
-    heard_s: float
+    processed_s: float
     latency_s: float | None
 
 
-class Hearing:
+class StreamSession:
     """A stream that is fed with blocks. It knows when each was recorded, how long computing took, and what was lost.
 
     Where sound was lost the stream is flushed, and all that follows is later by what was lost.
     """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: TranscriptionStream) -> None:
         self.stream = stream
-        self.computed_s = self.lost_s = 0.0
+        self.compute_s = self.lost_s = 0.0
         self.latency_s: float | None = None  # of the last words
         self._moments: deque[tuple[float, float]] = deque(maxlen=8192)  # ends of blocks, and when they were recorded
 
     @property
-    def heard_s(self) -> float:
-        return self.stream.heard_s + self.lost_s
+    def processed_s(self) -> float:
+        return self.stream.received_s + self.lost_s
 
-    def events(self, blocks: Bounded) -> Iterator[list[Event]]:
+    def events(self, blocks: BufferedSource) -> Iterator[list[TimedSegment]]:
         """What every block brings, often nothing; at the end, and before an AudioError, what was still open."""
         failure = None
         try:
@@ -148,7 +148,7 @@ class Hearing:
         if failure is not None:
             raise failure
 
-    def _fed(self, block: Block) -> list[Event]:
+    def _fed(self, block: AudioBlock) -> list[TimedSegment]:
         before = []
         if block.lost_s:
             before = self._timed(time.monotonic(), self.stream.flush())
@@ -156,18 +156,18 @@ class Hearing:
         begun_s = time.monotonic()
         found = self.stream.feed(block.samples)
         if len(block.samples):
-            self._moments.append((self.heard_s, block.recorded_s))
+            self._moments.append((self.processed_s, block.captured_at_s))
         return before + self._timed(begun_s, found)
 
-    def _timed(self, begun_s: float, found: list[Segment]) -> list[Event]:
+    def _timed(self, begun_s: float, found: list[Segment]) -> list[TimedSegment]:
         now_s = time.monotonic()
-        self.computed_s += now_s - begun_s
+        self.compute_s += now_s - begun_s
         events = []
         for segment in found:
-            late = _later(segment, self.lost_s)
+            late = _shifted(segment, self.lost_s)
             latency_s = max(0.0, now_s - self._recorded_s(late.end_s)) if late.words else None
             self.latency_s = self.latency_s if latency_s is None else latency_s
-            events.append(Event(late, self.heard_s, latency_s))
+            events.append(TimedSegment(late, self.processed_s, latency_s))
         return events
 
     def _recorded_s(self, at_s: float) -> float:
@@ -181,60 +181,60 @@ class Hearing:
         return later_s
 
 
-class Output(Protocol):
-    def show(self, events: list[Event], hearing: Hearing) -> None: ...
+class EventWriter(Protocol):
+    def write(self, events: list[TimedSegment], hearing: StreamSession) -> None: ...
 
-    def end(self) -> None: ...
+    def close(self) -> None: ...
 
 
-class Json:
+class JsonWriter:
     """A line for each event, for programs."""
 
-    def show(self, events: list[Event], hearing: Hearing) -> None:
+    def write(self, events: list[TimedSegment], hearing: StreamSession) -> None:
         for event in events:
             click.echo(json.dumps(_row(event), ensure_ascii=False, allow_nan=False))
 
-    def end(self) -> None:
+    def close(self) -> None:
         pass
 
 
-class Lines:
+class LineWriter:
     """A line for each segment, when it has ended."""
 
     def __init__(self) -> None:
         self._words: list[str] = []
 
-    def show(self, events: list[Event], hearing: Hearing) -> None:
+    def write(self, events: list[TimedSegment], hearing: StreamSession) -> None:
         for event in events:
-            if event.segment.final:
+            if event.segment.is_final:
                 self._words += [word.text for word in event.segment.words]
-                if event.segment.ends:
-                    self.end()
+                if event.segment.is_endpoint:
+                    self.close()
 
-    def end(self) -> None:
+    def close(self) -> None:
         words, self._words = self._words, []
         if words:
             click.echo(" ".join(words))
 
 
-class Terminal:
+class TerminalWriter:
     """Words as they come, and below them how things stand."""
 
     def __init__(self) -> None:
-        self._screen = Screen("waiting for sound")
+        self._screen = LiveDisplay("waiting for sound")
 
-    def show(self, events: list[Event], hearing: Hearing) -> None:
-        self._screen.show([event.segment for event in events], status(hearing))
+    def write(self, events: list[TimedSegment], hearing: StreamSession) -> None:
+        self._screen.update([event.segment for event in events], format_status(hearing))
 
-    def end(self) -> None:
-        self._screen.end()
+    def close(self) -> None:
+        self._screen.close()
 
 
-def status(hearing: Hearing) -> str:
+def format_status(hearing: StreamSession) -> str:
     """How much was heard; computing time per time of sound; how late the last words came; what was lost."""
-    minutes, seconds = divmod(int(hearing.heard_s), 60)
+    minutes, seconds = divmod(int(hearing.processed_s), 60)
     clock = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-    parts = [f"{clock} heard", f"{hearing.computed_s / max(hearing.stream.heard_s, 1e-3):.2f}× real time"]
+    parts = [f"{clock} heard", f"{hearing.compute_s / max(hearing.stream.received_s, 1e-3):.2f}× real time"]
     if hearing.latency_s is not None:
         parts.append(f"{hearing.latency_s:.2f} s behind")
     if hearing.lost_s:
@@ -243,7 +243,7 @@ def status(hearing: Hearing) -> str:
 
 
 @contextmanager
-def stoppable(blocks: Bounded) -> Iterator[list[int]]:
+def stop_on_signal(blocks: BufferedSource) -> Iterator[list[int]]:
     """The first Ctrl-C, or SIGTERM, ends the source, and what came is still heard; the second ends all at once.
 
     Gives a list, empty until then.
@@ -254,7 +254,7 @@ def stoppable(blocks: Bounded) -> Iterator[list[int]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        blocks.finish()
+        blocks.stop()
 
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {one: signal.getsignal(one) for one in signals}
@@ -270,7 +270,7 @@ def stoppable(blocks: Bounded) -> Iterator[list[int]]:
 
 def _source(
     source: str | None, raw_hz: int | None, simulate: bool, speed: float | None, input_device: str | None
-) -> Source:
+) -> AudioSource:
     from mowa.data import live, microphones, piped
 
     file = source is not None and source != "-" and "://" not in source
@@ -283,35 +283,35 @@ def _source(
     if input_device is not None and source is not None:
         raise DataError(f"--input-device is a microphone, and {source} is another source: name one of both")
     if source is None:
-        return microphones.microphone(input_device)
+        return microphones.open_microphone(input_device)
     if source == "-":
-        return piped.standard_input(raw_hz)
+        return piped.open_stdin(raw_hz)
     if not file:
-        return live.address(source)
+        return live.open_url(source)
     if simulate:
-        return live.simulated(source) if speed is None else live.simulated(source, speed)
-    return live.recording(source)
+        return live.open_realtime_file(source) if speed is None else live.open_realtime_file(source, speed)
+    return live.open_file(source)
 
 
 def _list_devices() -> int:
     from mowa.cli import show
     from mowa.data import microphones
 
-    there = microphones.devices()
+    there = microphones.list_microphones()
     if not there:
         raise AudioError("there is no microphone here")
     rows = [
         (str(one.number), one.name, str(one.channels), f"{one.rate_hz} Hz", "default" if one.default else "")
         for one in there
     ]
-    show.table(("number", "name", "channels", "rate", ""), rows)
+    show.print_table(("number", "name", "channels", "rate", ""), rows)
     return 0
 
 
-def _output(form: str) -> Output:
+def _output(form: str) -> EventWriter:
     if form == "json":
-        return Json()
-    return Terminal() if sys.stdout.isatty() else Lines()
+        return JsonWriter()
+    return TerminalWriter() if sys.stdout.isatty() else LineWriter()
 
 
 def _lost(lost_s: float, dropped_s: float) -> str:
@@ -323,22 +323,22 @@ def _lost(lost_s: float, dropped_s: float) -> str:
     )
 
 
-def _later(segment: Segment, by_s: float) -> Segment:
+def _shifted(segment: Segment, by_s: float) -> Segment:
     if not by_s:
         return segment
     words = tuple(replace(word, start_s=word.start_s + by_s, end_s=word.end_s + by_s) for word in segment.words)
     return replace(segment, start_s=segment.start_s + by_s, end_s=segment.end_s + by_s, words=words)
 
 
-def _row(event: Event) -> dict[str, Any]:
+def _row(event: TimedSegment) -> dict[str, Any]:
     segment = event.segment
     return {
-        "type": "final" if segment.final else "partial",
+        "type": "final" if segment.is_final else "partial",
         **_timed_row(segment),
-        "ends": segment.ends,
+        "ends": segment.is_endpoint,
         "stability": round(segment.stability, 4),
         "words": [_timed_row(word) for word in segment.words],
-        "heard_s": round(event.heard_s, 3),
+        "heard_s": round(event.processed_s, 3),
         "latency_s": None if event.latency_s is None else round(event.latency_s, 3),
     }
 

@@ -12,7 +12,7 @@ from mowa import __version__
 from mowa.errors import MowaError
 
 # verb → (module:function, the line `mowa --help` shows)
-VERBS = {
+COMMANDS = {
     "transcribe": ("mowa.cli.transcribe:transcribe", "Write down what is said in recordings."),
     "listen": ("mowa.cli.listen:listen", "Write down what is said, as it is said."),
     "journal": ("mowa.cli.journal:journal", "Look into, merge and export what a corpus run wrote."),
@@ -28,29 +28,29 @@ VERBS = {
     "distill": ("mowa.cli.distill:distill", "Make a smaller model of a larger one."),
 }
 
-CHATTER = ("torchao", "torch.utils._pytree")  # where torchao is installed, importing transformers makes them warn
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # where torchao is installed, importing transformers makes them warn
 
 
-class Verbs(click.Group):
+class LazyGroup(click.Group):
     """A group whose commands live in modules that are imported only when used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in VERBS:
+        if name not in COMMANDS:
             return None
-        module, function = VERBS[name][0].split(":")
+        module, function = COMMANDS[name][0].split(":")
         command = getattr(import_module(module), function)
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
 
-@click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="mowa")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -60,7 +60,7 @@ def cli(debug: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run, and turn what can go wrong into one line and exit code 2 (130 after Ctrl-C)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for name in CHATTER:
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = cli.main(arguments, prog_name="mowa", standalone_mode=False)

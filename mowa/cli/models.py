@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-GOOD_FOR = {
+ALIAS_NOTES = {
     "pl-tiny": "drafts and trying things out, offline; Polish speech of people, 28 M parameters",
     "polish": "Polish speech of people, transcripts to keep; XLSR-53, 315 M parameters, 1.3 GB to fetch",
 }
 
-ANYWHERE = ("attention", "packing", "fused_head")
+GENERIC_ACCELERATIONS = ("attention", "packing", "fused_head")
 """What makes every family faster that does not say why not; `Family.swaps` is what only some have a place for."""
 
 
@@ -19,16 +19,16 @@ ANYWHERE = ("attention", "packing", "fused_head")
 @click.option("--families", "only_families", is_flag=True, help="Only the families, and what is known of each.")
 def models(only_families: bool) -> None:
     """List aliases, families and what is cached."""
-    from mowa.cli.show import size, table
-    from mowa.families import model_types
-    from mowa.files import ALIASES, cached
+    from mowa.cli.show import format_size, print_table
+    from mowa.families import list_model_types
+    from mowa.files import MODEL_ALIASES, list_cached_models
 
     if only_families:
         _families()
         return
-    rows = [[name, "bundled" if isinstance(to, Path) else to, GOOD_FOR[name]] for name, to in ALIASES.items()]
-    table(["alias", "stands for", "good for"], rows)
-    here = cached(model_types())
+    rows = [[name, "bundled" if isinstance(to, Path) else to, ALIAS_NOTES[name]] for name, to in MODEL_ALIASES.items()]
+    print_table(["alias", "stands for", "good for"], rows)
+    here = list_cached_models(list_model_types())
     click.echo()
     if here:
         rows = [
@@ -36,11 +36,11 @@ def models(only_families: bool) -> None:
                 one.name,
                 one.model_type,
                 "converted" if one.converted else (one.revision or "")[:12],
-                size(one.size_bytes),
+                format_size(one.size_bytes),
             ]
             for one in here
         ]
-        table(["cached", "family", "revision", "size"], rows)
+        print_table(["cached", "family", "revision", "size"], rows)
     else:
         click.echo("cached: nothing yet; a hub id (--model polish) is fetched once, when it is first used")
     click.echo()
@@ -51,31 +51,34 @@ def models(only_families: bool) -> None:
 
 def _families() -> None:
     """Every family, what makes it fast and where adapters may sit; then what does not apply to it, and why."""
-    from mowa.cli.show import table
-    from mowa.families import families
+    from mowa.cli.show import print_table
+    from mowa.families import list_families
 
     rows = [
         [
             family.name,
             ", ".join(family.model_types),
             family.task,
-            " ".join([*family.swaps, *(one for one in ANYWHERE if one not in family.limits)]) or "–",
+            " ".join([*family.fused_modules, *(one for one in GENERIC_ACCELERATIONS if one not in family.unsupported)])
+            or "–",
             "; ".join(f"{group}: {' '.join(linears)}" for group, linears in family.linears.items()),
         ]
-        for family in families()
+        for family in list_families()
     ]
-    table(["family", "model_type", "task", "acceleration", "linear layers"], rows)
+    print_table(["family", "model_type", "task", "acceleration", "linear layers"], rows)
     refused: dict[tuple[str, str], list[str]] = {}
-    for family in families():
-        for limit in family.limits.items():
+    for family in list_families():
+        for limit in family.unsupported.items():
             refused.setdefault(limit, []).append(family.name)
-    table(["without", "because", "families"], [[*limit, ", ".join(names)] for limit, names in sorted(refused.items())])
+    print_table(
+        ["without", "because", "families"], [[*limit, ", ".join(names)] for limit, names in sorted(refused.items())]
+    )
 
 
 def _by_task() -> dict[str, list[str]]:
-    from mowa.families import families
+    from mowa.families import list_families
 
     known: dict[str, list[str]] = {}
-    for family in families():
+    for family in list_families():
         known.setdefault(family.task, []).append(family.name)
     return known

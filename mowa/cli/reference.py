@@ -19,13 +19,13 @@ import click
 from mowa.cli import knobs
 from mowa.cli.main import cli
 from mowa.train import schema
-from mowa.train.instruct import Instruction
+from mowa.train.instruct import CausalRecipe
 from mowa.train.recipe import Recipe
-from mowa.train.tuning import Tuning
+from mowa.train.tuning import CTCRecipe
 
-SHIPPED = Path(__file__).parents[2] / "recipes"
+RECIPES_DIR = Path(__file__).parents[2] / "recipes"
 
-RECIPES = """\
+RECIPES_INTRO = """\
 # Recipes
 
 Written by `make docs` from the recipes' classes (`mowa/train/tuning.py`, `instruct.py`, `recipe.py`); `make check`
@@ -71,7 +71,7 @@ or `path@split`, once for each. Only their shares need YAML.
 |---|---|
 """
 
-OF_TEXTS = """\
+CAUSAL_INTRO = """\
 ## Texts
 
 With `task: causal` a language model learns from texts or conversations ([chat-data.md](chat-data.md)). Groups with the
@@ -88,7 +88,7 @@ no flags. `[]` stands for each member of a list.
 """
 
 
-def page() -> str:
+def render_cli_page() -> str:
     parts = [
         "# The command line\n\nWritten by `make docs` from the commands themselves; `make check` holds it to them.\n"
     ]
@@ -108,13 +108,13 @@ def _commands(context: click.Context) -> Iterator[tuple[str, str]]:
             yield from _commands(click.Context(child, parent=context, info_name=name))
 
 
-def recipes() -> str:
+def render_recipes_page() -> str:
     shipped = "\n".join(
-        f"| [{path.name}](../recipes/{path.name}) | {_for_whom(path)} |" for path in sorted(SHIPPED.glob("*.yaml"))
+        f"| [{path.name}](../recipes/{path.name}) | {_for_whom(path)} |" for path in sorted(RECIPES_DIR.glob("*.yaml"))
     )
-    tuning = f"## Recordings\n\n{_tables(Tuning)}\n"
-    texts = f"{OF_TEXTS}{_tables(Instruction)}\n"
-    return f"{RECIPES}{shipped}\n\n{tuning}{texts}{FROM_NOTHING}{_tables(Recipe)}"
+    tuning = f"## Recordings\n\n{_tables(CTCRecipe)}\n"
+    texts = f"{CAUSAL_INTRO}{_tables(CausalRecipe)}\n"
+    return f"{RECIPES_INTRO}{shipped}\n\n{tuning}{texts}{FROM_NOTHING}{_tables(Recipe)}"
 
 
 def _for_whom(path: Path) -> str:
@@ -146,7 +146,7 @@ def _groups(kind: Any, path: str = "", standing: Any = None) -> Iterator[tuple[s
         hint, under = hints[field.name], f"{path}.{field.name}" if path else field.name
         members = typing.get_args(hint)
         if dataclasses.is_dataclass(hint):
-            value = schema.stands(field)
+            value = schema.field_default(field)
             yield from _groups(hint, under, value if dataclasses.is_dataclass(value) else None)
         elif members and dataclasses.is_dataclass(members[0]):
             yield from _groups(members[0], f"{under}[]" if typing.get_origin(hint) is tuple else under)
@@ -157,18 +157,20 @@ def _prose(kind: type) -> str:
 
 
 def _table(kind: type, standing: Any) -> str:
-    leaves = [leaf for leaf in schema.leaves(kind, standing=standing) if len(leaf.path) == 1]
+    leaves = [leaf for leaf in schema.iter_options(kind, defaults=standing) if len(leaf.path) == 1]
     told = any(leaf.help for leaf in leaves)
     rows = [("key", "takes", "default", *(["what it is for"] if told else []))]
     rows.append(tuple("---" for _ in rows[0]))
     for leaf in leaves:
-        default = knobs.standing(leaf)
+        default = knobs.format_default(leaf)
         shown = default if default == "required" else f"`{default}`"
-        rows.append((f"`{leaf.dotted}`", knobs.takes(leaf), shown, *([leaf.help.replace("|", "\\|")] if told else [])))
+        rows.append(
+            (f"`{leaf.dotted}`", knobs.describe_type(leaf), shown, *([leaf.help.replace("|", "\\|")] if told else []))
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": page, "recipes.md": recipes}
+PAGES: dict[str, Callable[[], str]] = {"cli.md": render_cli_page, "recipes.md": render_recipes_page}
 
 
 def main(arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their widest cell; the last one is never padded."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:
@@ -19,7 +19,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
-def size(count: int) -> str:
+def format_size(count: int) -> str:
     """Bytes, as people say them."""
     number = float(count)
     for unit in ("B", "kB", "MB"):
@@ -29,7 +29,7 @@ def size(count: int) -> str:
     return f"{number:.2f} GB"
 
 
-def set_total(bar: tqdm, total_s: float) -> None:
+def set_progress_total(bar: tqdm, total_s: float) -> None:
     """How much there is in all is known now: the bar says how much is left."""
     bar.bar_format, bar.total = _BAR, round(total_s)
     bar.refresh()
@@ -47,7 +47,7 @@ def audio_progress(total_s: float | None) -> tqdm:
 
 
 @contextmanager
-def steps() -> Iterator[Callable[[str, float], None]]:
+def stage_progress() -> Iterator[Callable[[str, float], None]]:
     """A bar for work of several kinds, told by what is being done and the share of it that is. Silent elsewhere."""
     bar = tqdm(total=100, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}]", leave=False)
 

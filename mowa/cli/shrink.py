@@ -9,17 +9,27 @@ import click
 
 from mowa.cli import show
 from mowa.errors import DataError
-from mowa.shrink.schemes import HOW, SCHEMES
+from mowa.shrink.schemes import SCHEME_SYNTAX, SCHEMES
 
 if TYPE_CHECKING:
-    from mowa.evaluate.card import Card, Row
+    from mowa.evaluate.card import QuantReport, ReportRow
 
-ALL = ("fp16", "bf16", "int8-dynamic", "int8-static", "int8-weight", "int4-weight", "int4-weight+gptq", "nf4", "mixed")
-COLUMNS = ("scheme", "as", "MB", "of float32", "RAM MB", "× real time", "speed", "frames", "KL")
-WORDS = ("WER % (95 %)", "CER %", "words")
+ALL_SCHEMES = (
+    "fp16",
+    "bf16",
+    "int8-dynamic",
+    "int8-static",
+    "int8-weight",
+    "int4-weight",
+    "int4-weight+gptq",
+    "nf4",
+    "mixed",
+)
+BASE_COLUMNS = ("scheme", "as", "MB", "of float32", "RAM MB", "× real time", "speed", "frames", "KL")
+ERROR_RATE_COLUMNS = ("WER % (95 %)", "CER %", "words")
 
 
-def share(context: click.Context, parameter: click.Parameter, text: str) -> float:
+def parse_ratio(context: click.Context, parameter: click.Parameter, text: str) -> float:
     """2% or 0.02 → 0.02."""
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
@@ -31,7 +41,7 @@ def share(context: click.Context, parameter: click.Parameter, text: str) -> floa
 @click.command(short_help="Make a model smaller, and measure what it costs.")
 @click.argument("model")
 @click.option("--scheme", "named", multiple=True, required=True, metavar="SCHEME",
-              help=f"{', '.join(SCHEMES)}, or all; several may be named. {HOW[0].upper()}{HOW[1:]}.")
+              help=f"{', '.join(SCHEMES)}, or all; several may be named. {SCHEME_SYNTAX[0].upper()}{SCHEME_SYNTAX[1:]}.")
 @click.option("--to", "formats", multiple=True, default=("safetensors", "onnx"), show_default=True, metavar="FORMAT",
               help="What it is written as: safetensors (run by PyTorch), onnx, ctranslate2.")
 @click.option("--data", required=True, metavar="SOURCE",
@@ -40,7 +50,7 @@ def share(context: click.Context, parameter: click.Parameter, text: str) -> floa
 @click.option("--clips", type=click.IntRange(min=0), default=0, help="At most so many recordings; 0: all.")
 @click.option("--calibrate", "calibration", default="", metavar="SOURCE",
               help="Recordings to calibrate on. [default: a few of --data, which are not measured then]")
-@click.option("--max-wer-increase", "most", default="2%", show_default=True, callback=share, metavar="SHARE",
+@click.option("--max-wer-increase", "most", default="2%", show_default=True, callback=parse_ratio, metavar="SHARE",
               help="How many more words may be wrong, relative to float32.")
 @click.option("--against", default="", metavar="MODEL",
               help="Compare with the float32 of this model, which it was trained on from. [default: its own]")
@@ -51,7 +61,7 @@ def share(context: click.Context, parameter: click.Parameter, text: str) -> floa
 @click.option("--force", is_flag=True, help="Keep what the card refuses.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
-def shrink(
+def quantize(
     model: str, named: tuple[str, ...], formats: tuple[str, ...], data: str, split: str, clips: int, calibration: str,
     most: float, against: str, tag: str, speeds: bool, out: Path | None, force: bool, revision: str | None,
     offline: bool,
@@ -64,51 +74,51 @@ def shrink(
     increase by more and not by chance. The exit code is 2 where something was refused.
     """
     from mowa.evaluate import page, report
-    from mowa.evaluate.card import REFUSE
+    from mowa.evaluate.card import FAIL
     from mowa.loading.speech import load
     from mowa.shrink import schemes
 
-    chosen = tuple(schemes.named(one) for name in named for one in (ALL if name == "all" else (name,)))
-    wanted = report.Wanted(
+    chosen = tuple(schemes.parse_scheme(one) for name in named for one in (ALL_SCHEMES if name == "all" else (name,)))
+    wanted = report.ReportConfig(
         tuple(dict.fromkeys(chosen)), tuple(dict.fromkeys(formats)), data, split, clips, calibration, most, tag,
-        report.speeds() if speeds else (), force, against,
+        report.throughput_grid() if speeds else (), force, against,
     )  # fmt: skip
     if out is not None and out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file: name a folder with --out")
     loaded = load(model, revision=revision, offline=offline)
-    with show.steps() as told:
-        card = report.report(loaded, wanted, out, told=told)
+    with show.stage_progress() as told:
+        card = report.build_report(loaded, wanted, out, on_progress=told)
     _say(card)
     if out is not None:
-        page.write(card, out / "card.html")
+        page.write_html(card, out / "card.html")
         click.echo(f"\n{out / 'card.html'}")
-    return 2 if any(row.verdict == REFUSE for row in card.rows) else 0
+    return 2 if any(row.verdict == FAIL for row in card.rows) else 0
 
 
-def _say(card: Card) -> None:
-    click.echo(f"{card.model}, {card.recordings} recordings, {card.audio_s / 60:.1f} minutes; {card.machine}\n")
-    heard = any(row.rates for row in card.rows)
-    show.table([*COLUMNS, *(WORDS if heard else ()), "verdict"], [_cells(row, heard) for row in card.rows])
+def _say(card: QuantReport) -> None:
+    click.echo(f"{card.model}, {card.num_recordings} recordings, {card.audio_s / 60:.1f} minutes; {card.machine}\n")
+    heard = any(row.error_rates for row in card.rows)
+    show.print_table([*BASE_COLUMNS, *(ERROR_RATE_COLUMNS if heard else ()), "verdict"], [_cells(row, heard) for row in card.rows])
     for row in card.rows:
-        for value, (rates, more) in row.tagged.items():
+        for value, (rates, more) in row.by_group.items():
             low, high = more.wer_interval
             told = f"WER {rates.wer:.1%}, CER {rates.cer:.1%}, words {more.wer:+.1%} ({low:+.1%} to {high:+.1%})"
             click.echo(f"{row.scheme} as {row.format}, {value or 'untagged'}: {told}")
-        for speed in row.speeds:
+        for speed in row.throughput:
             threads = f"{speed.threads} thread{'s' * (speed.threads > 1)}"
-            click.echo(f"{row.scheme} as {row.format}, {threads}, batch {speed.batch}: {speed.rtf:.4f} s for a second")
+            click.echo(f"{row.scheme} as {row.format}, {threads}, batch {speed.batch_size}: {speed.rtf:.4f} s for a second")
 
 
-def _cells(row: Row, heard: bool) -> list[str]:
-    if row.drift is None:
-        return [row.scheme, row.format, *["–"] * (len(COLUMNS) - 2 + (len(WORDS) if heard else 0)), f"no: {row.reason}"]
-    drift, words = row.drift, []
+def _cells(row: ReportRow, heard: bool) -> list[str]:
+    if row.diff is None:
+        return [row.scheme, row.format, *["–"] * (len(BASE_COLUMNS) - 2 + (len(ERROR_RATE_COLUMNS) if heard else 0)), f"no: {row.reason}"]
+    drift, words = row.diff, []
     if heard:
         words = ["–"] * 3
-        if row.rates and row.apart:
-            low, high = row.rates.wer_interval
-            wer = f"{row.rates.wer * 100:.1f} ({low * 100:.1f}–{high * 100:.1f})"
-            words = [wer, f"{row.rates.cer * 100:.2f}", f"{row.apart.wer:+.1%}"]
-    numbers = [f"{row.size / 1e6:.1f}", f"{row.share:.1%}", f"{row.memory / 1e6:.0f}", f"{1 / row.rtf:.1f}"]
-    measured = [f"{row.speedup:.2f}", f"{drift.agreeing:.2%}", f"{drift.kl:.4f}"]
+        if row.error_rates and row.error_rate_change:
+            low, high = row.error_rates.wer_interval
+            wer = f"{row.error_rates.wer * 100:.1f} ({low * 100:.1f}–{high * 100:.1f})"
+            words = [wer, f"{row.error_rates.cer * 100:.2f}", f"{row.error_rate_change.wer:+.1%}"]
+    numbers = [f"{row.size_bytes / 1e6:.1f}", f"{row.size_ratio:.1%}", f"{row.peak_memory_bytes / 1e6:.0f}", f"{1 / row.rtf:.1f}"]
+    measured = [f"{row.speedup:.2f}", f"{drift.agreement:.2%}", f"{drift.kl:.4f}"]
     return [row.scheme, row.format, *numbers, *measured, *words, f"{row.verdict}: {row.reason}"]

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mowa import machine
-from mowa.decode.captions import FORMATS
-from mowa.engines.settings import ENGINES, Settings, Wanted
+from mowa.decode.captions import FORMAT_SUFFIXES
+from mowa.engines.settings import ENGINES, EngineSpec, TranscriptionSettings
 from mowa.errors import AudioError, DataError, MowaError
 
 if TYPE_CHECKING:
     from mowa.engines.transcription import Failure
 
-DEFAULTS = Settings()
+DEFAULTS = TranscriptionSettings()
 
 
 # fmt: off
@@ -29,7 +29,7 @@ DEFAULTS = Settings()
               help="An adapter of the model, as `mowa train` writes it.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
-@click.option("-f", "--format", "form", type=click.Choice(list(FORMATS)), default="text", show_default=True)
+@click.option("-f", "--format", "form", type=click.Choice(list(FORMAT_SUFFIXES)), default="text", show_default=True)
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder for one file per recording; else standard output."
 )
@@ -63,7 +63,7 @@ DEFAULTS = Settings()
               help="Longer recordings are cut at silences.")
 @click.option("--context-s", type=click.FloatRange(min=0), default=DEFAULTS.context_s, show_default=True,
               help="Sound around a window, on both sides.")
-@click.option("--speech", type=click.FloatRange(0, 1), default=DEFAULTS.speech, show_default=True,
+@click.option("--speech", type=click.FloatRange(0, 1), default=DEFAULTS.vad_threshold, show_default=True,
               help="Surety of speech that a window needs to be read; 0 reads all.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
@@ -85,14 +85,14 @@ def transcribe(
     or hub:owner/name, of any size. Bad recordings get a line on standard error, the others go on, and the exit code
     is 2.
     """
-    machine.huge_pages()
+    machine.enable_huge_pages()
     from mowa.cli import corpus, show
     from mowa.decode import captions
-    from mowa.engines.transcription import Failure, base_of, opened, transcripts
+    from mowa.engines.transcription import Failure, iter_transcripts, load_engine, resolve_base_model
 
     chosen["channels"] = corpus.parse_channels(chosen["channels"])
-    wanted = Wanted(
-        model or base_of(adapter), adapter, revision, offline, engine=kind, device=device, dtype=dtype, threads=threads
+    wanted = EngineSpec(
+        model or resolve_base_model(adapter), adapter, revision, offline, engine=kind, device=device, dtype=dtype, threads=threads
     )
     share, named = corpus.parse_shard(shard), corpus.parse_columns(columns)
     if journal is None and (retry_failed or share or split or named or decoders or remote or ray):
@@ -102,13 +102,13 @@ def transcribe(
     if journal is not None:
         if out is not None or form != "text" or characters:
             raise DataError("--journal writes a journal; `mowa journal export` makes other formats of it")
-        from mowa.engines.corpus import Source
+        from mowa.engines.corpus import CorpusSource
 
         cluster = (ray, corpus.parse_workers(workers, worker_cpus, worker_gpus)) if ray else None
-        return corpus.run(
-            Source(recordings, split, named, share),
+        return corpus.transcribe_batch(
+            CorpusSource(recordings, split, named, share),
             wanted,
-            Settings(**chosen),
+            TranscriptionSettings(**chosen),
             journal,
             retry_failed=retry_failed,
             decoders=decoders,
@@ -121,22 +121,22 @@ def transcribe(
     if out is not None:
         _writable(out)
     if files:
-        engine = opened(wanted).engine
-        settings = Settings(**chosen)
+        engine = load_engine(wanted).engine
+        settings = TranscriptionSettings(**chosen)
         names = _names(files, recordings) if out is not None else {}
         with show.audio_progress(_total_s(files)) as bar:
-            for outcome in transcripts(files, engine, settings, heard=bar.update):
+            for outcome in iter_transcripts(files, engine, settings, on_progress=bar.update):
                 if isinstance(outcome, Failure):
                     failures.append(outcome)
                     bar.clear()
                     _complain(outcome, debug)
                     continue
-                text = captions.render(outcome, form, characters=characters)
+                text = captions.render(outcome, form, char_times=characters)
                 if out is None:
                     bar.clear()
                     click.echo(_headed(text, outcome.file, form, len(files)), nl=False)
                 else:
-                    _write(out / names[outcome.file], text, FORMATS[form])
+                    _write(out / names[outcome.file], text, FORMAT_SUFFIXES[form])
     return 2 if failures else 0
 
 
@@ -148,7 +148,7 @@ def _files(recordings: tuple[str, ...], failures: list[Failure], debug: bool) ->
     seen: set[Path] = set()
     for name in recordings:
         try:
-            found = audio.find([name])
+            found = audio.find_audio_files([name])
         except AudioError as wrong:
             failures.append(Failure(name, wrong))
             _complain(failures[-1], debug)
@@ -166,7 +166,7 @@ def _total_s(files: list[Path]) -> float | None:
     total = 0.0
     for file in files:
         try:
-            length = audio.probe(file).duration_s
+            length = audio.probe_audio(file).duration_s
         except MowaError:
             continue
         if length is None:

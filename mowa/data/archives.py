@@ -16,24 +16,24 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from mowa.data.audio import AUDIO_SUFFIXES
-from mowa.data.rows import ROLES, Row, columns, decoded, table
+from mowa.data.rows import COLUMN_ALIASES, TableRow, decode_lines, guess_columns, parse_table
 from mowa.errors import DataError
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 _NO_SPLITS = {"clip_durations", "reported", "times", "unvalidated_sentences", "validated_sentences"}
 _WORDS = {".txt", ".text", ".lab", ".transcript"}  # what stands beside a recording and is its text
 _BROKEN = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError)
 _PIECE = 2**20  # bytes read at once: a damaged header may promise more than there is memory
 
-Choose = Callable[[Iterable[str]], str]
+SplitChooser = Callable[[Iterable[str]], str]
 
 
 def is_archive(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES)
+    return path.name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
-def rows(path: Path, split: str, choose: Choose, named: Mapping[str, str]) -> Iterator[Row]:
+def read_archive(path: Path, split: str, choose_split: SplitChooser, columns: Mapping[str, str]) -> Iterator[TableRow]:
     """Every recording of an archive, in the archive's order, its bytes under "audio".
 
     Where the archive has tables ({split}.tsv beside the recordings or beside `clips`, before or after them), those of
@@ -43,7 +43,7 @@ def rows(path: Path, split: str, choose: Choose, named: Mapping[str, str]) -> It
     named: role → column, where that is not to be guessed. DataError for an archive that is damaged or cut off (after
     everything before that was given), has no recordings, or no such split.
     """
-    found = _table(path, split, choose, named)
+    found = _table(path, split, choose_split, columns)
     if found is not None:
         yield from _listed(path, found)
         return
@@ -56,7 +56,7 @@ def rows(path: Path, split: str, choose: Choose, named: Mapping[str, str]) -> It
         raise DataError(f"{path}: holds no recording. They are told by their names: .wav, .flac, .mp3, .opus, ….")
 
 
-def splits(path: Path) -> list[str]:
+def list_splits(path: Path) -> list[str]:
     """The names of the tables of a corpus in an archive; none where it has none. DataError for a damaged one."""
     places, corpus = _places(path, "")
     return sorted(places) if corpus else []
@@ -170,7 +170,7 @@ class _Table:
         return dict(zip(self.shared, self.kinds[int(kind)], strict=True)) | dict(zip(self.own, own, strict=True))
 
 
-def _table(path: Path, split: str, choose: Choose, named: Mapping[str, str]) -> _Table | None:
+def _table(path: Path, split: str, choose: SplitChooser, named: Mapping[str, str]) -> _Table | None:
     """The table of the split; None where the archive is no corpus with tables."""
     places, corpus = _places(path, split or "train")
     if not corpus:
@@ -206,11 +206,11 @@ def _places(path: Path, wanted: str) -> tuple[dict[str, tuple[str, int, int]], b
 
 def _read(name: str, folder: str, lines: Iterator[bytes], named: Mapping[str, str]) -> _Table:
     read = _Table(name, folder)
-    known = {known for names in ROLES.values() for known in names}
+    known = {known for names in COLUMN_ALIASES.values() for known in names}
     index: dict[tuple[str, ...], int] = {}
-    for where, fields in table(decoded(lines, name), name, tabs=True):
+    for where, fields in parse_table(decode_lines(lines, name), name, tab_separated=True):
         if not read.lines:
-            roles = columns(tuple(fields)) | {role: column for role, column in named.items() if column in fields}
+            roles = guess_columns(tuple(fields)) | {role: column for role, column in named.items() if column in fields}
             if "audio" not in roles:
                 raise DataError(f"{where}: no column holds the recording. Say which: --column audio=NAME.")
             read.audio = roles["audio"]
@@ -229,7 +229,7 @@ def _read(name: str, folder: str, lines: Iterator[bytes], named: Mapping[str, st
     return read
 
 
-def _listed(path: Path, found: _Table) -> Iterator[Row]:
+def _listed(path: Path, found: _Table) -> Iterator[TableRow]:
     given = 0
     for archive, member in _walk(path):
         name = _name(member)
@@ -249,7 +249,7 @@ def _listed(path: Path, found: _Table) -> Iterator[Row]:
         yield _row(path, found, clip_name, missing)
 
 
-def _row(path: Path, found: _Table, clip: bytes, audio: Any) -> Row:
+def _row(path: Path, found: _Table, clip: bytes, audio: Any) -> TableRow:
     fields = found.fields(found.lines.pop(clip)) | {found.audio: audio}
     return f"{found.name}: {clip.decode()}", path.parent, fields
 
@@ -276,7 +276,7 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
             if ending in AUDIO_SUFFIXES:
                 sounds.append({"bytes": archive.read(member), "path": f"{path}/{name}"})
             elif ending in _WORDS:
-                beside["text"] = "".join(decoded([archive.read(member)], f"{path}/{name}")).strip()
+                beside["text"] = "".join(decode_lines([archive.read(member)], f"{path}/{name}")).strip()
             elif ending == ".json":
                 beside = _described(archive.read(member), f"{path}/{name}") | beside
     except DataError:
@@ -291,5 +291,5 @@ def _described(data: bytes, name: str) -> dict[str, Any]:
         fields = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as wrong:
         raise DataError(f"{name}: broken JSON ({wrong}). Write one whole object.") from None
-    aside = {*ROLES["audio"], *ROLES["id"], *ROLES["offset"]}
+    aside = {*COLUMN_ALIASES["audio"], *COLUMN_ALIASES["id"], *COLUMN_ALIASES["offset"]}
     return {key: value for key, value in fields.items() if key.lower() not in aside} if isinstance(fields, dict) else {}

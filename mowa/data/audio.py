@@ -21,9 +21,21 @@ import numpy as np
 import soxr
 
 from mowa.data import decoders
-from mowa.data.decoders import SLACK_S, Blob, DecodingError, Info, Pick, Recording, Samples, Source, cut_off, error, mix
+from mowa.data.decoders import (
+    DURATION_TOLERANCE_S,
+    AudioBytes,
+    AudioDecoder,
+    AudioInfo,
+    AudioInput,
+    ChannelMixer,
+    DecodingError,
+    Samples,
+    audio_error,
+    mix_to_mono,
+    truncated_error,
+)
 
-SAMPLE_MIN = 400  # the receptive field of wav2vec2: fewer samples than this give no frame
+MIN_SAMPLES = 400  # the receptive field of wav2vec2: fewer samples than this give no frame
 SILENCE_DBFS = -80.0
 AUDIO_SUFFIXES = frozenset(
     {".3gp", ".aac", ".aif", ".aifc", ".aiff", ".amr", ".au", ".flac", ".m4a", ".mka", ".mkv"}
@@ -31,18 +43,18 @@ AUDIO_SUFFIXES = frozenset(
 )
 
 # "fast" is LQ and not QQ: QQ only interpolates, so what lies above the new Nyquist folds back onto speech.
-QUALITY = {"best": "VHQ", "fast": "LQ"}
+RESAMPLE_QUALITY = {"best": "VHQ", "fast": "LQ"}
 
 
-def stream(
-    source: str | Path | Blob,
+def stream_audio(
+    source: str | Path | AudioBytes,
     rate_hz: int = 16_000,
     *,
     resample: Literal["best", "fast"] = "best",
     block_s: float = 10.0,
     channel: int | None = None,
-    begin_s: float = 0.0,
-    length_s: float | None = None,
+    offset_s: float = 0.0,
+    duration_s: float | None = None,
 ) -> Iterator[Samples]:
     """Yield a recording as 1-D float32 blocks at `rate_hz`, full scale ±1: its channels averaged, or one `channel`.
 
@@ -53,54 +65,54 @@ def stream(
     """
     source = _named(source)
     length = 0
-    with decoders.opened(source, begin_s) as recording:
+    with decoders.open_audio(source, offset_s) as recording:
         _refuse_channel(source, recording.info, channel)
-        mono = _checked(source, recording, mix if channel is None else lambda values: values[:, channel])
-        if begin_s or length_s is not None:
-            mono = _part(source, mono, recording, begin_s, length_s)
-        at_rate = _resampled(mono, recording.info.rate_hz, rate_hz, QUALITY[resample])
-        for block in _blocks(at_rate, max(SAMPLE_MIN, round(block_s * rate_hz))):
+        mono = _checked(source, recording, mix_to_mono if channel is None else lambda values: values[:, channel])
+        if offset_s or duration_s is not None:
+            mono = _part(source, mono, recording, offset_s, duration_s)
+        at_rate = _resampled(mono, recording.info.rate_hz, rate_hz, RESAMPLE_QUALITY[resample])
+        for block in _blocks(at_rate, max(MIN_SAMPLES, round(block_s * rate_hz))):
             length += len(block)
-            if length >= SAMPLE_MIN:
+            if length >= MIN_SAMPLES:
                 yield block
-    if length < SAMPLE_MIN:
-        raise error(
+    if length < MIN_SAMPLES:
+        raise audio_error(
             source,
-            f"is too short: {length} samples at {rate_hz} Hz, and {SAMPLE_MIN} are the least that can be heard. "
+            f"is too short: {length} samples at {rate_hz} Hz, and {MIN_SAMPLES} are the least that can be heard. "
             "Record longer, or leave it out.",
         )
 
 
-def load(
-    source: str | Path | Blob,
+def load_audio(
+    source: str | Path | AudioBytes,
     rate_hz: int = 16_000,
     *,
     resample: Literal["best", "fast"] = "best",
     channel: int | None = None,
-    begin_s: float = 0.0,
-    length_s: float | None = None,
+    offset_s: float = 0.0,
+    duration_s: float | None = None,
 ) -> Samples:
     """A whole recording as one float32 array [samples]. For short ones; see `stream` for the terms and the errors."""
-    how = {"channel": channel, "begin_s": begin_s, "length_s": length_s}
-    return np.concatenate(list(stream(source, rate_hz, resample=resample, **how)))  # type: ignore[arg-type]
+    how = {"channel": channel, "begin_s": offset_s, "length_s": duration_s}
+    return np.concatenate(list(stream_audio(source, rate_hz, resample=resample, **how)))  # type: ignore[arg-type]
 
 
-def probe(source: str | Path | Blob) -> Info:
+def probe_audio(source: str | Path | AudioBytes) -> AudioInfo:
     """The header of a recording, undecoded. `AudioError` where `stream` would raise before its first block."""
-    with decoders.opened(_named(source)) as recording:
+    with decoders.open_audio(_named(source)) as recording:
         return recording.info
 
 
-def distinct(source: str | Path | Blob, among: Sequence[int] | None = None) -> tuple[int, ...]:
+def find_distinct_channels(source: str | Path | AudioBytes, candidates: Sequence[int] | None = None) -> tuple[int, ...]:
     """Those of the channels (all, or `among`) that say something of their own: of twins, to the bit, only the first.
 
     A recording whose channels differ is read only up to where they do.
     """
     source = _named(source)
-    with decoders.opened(source) as recording:
-        for channel in among or ():
+    with decoders.open_audio(source) as recording:
+        for channel in candidates or ():
             _refuse_channel(source, recording.info, channel)
-        channels = sorted(set(range(recording.info.channels) if among is None else among))
+        channels = sorted(set(range(recording.info.channels) if candidates is None else candidates))
         twins = set(combinations(channels, 2))
         if twins:
             for piece in _checked(source, recording, lambda values: values):
@@ -110,11 +122,11 @@ def distinct(source: str | Path | Blob, among: Sequence[int] | None = None) -> t
     return tuple(sorted(set(channels) - {late for _, late in twins}))
 
 
-def _named(source: str | Path | Blob) -> Source:
-    return source if isinstance(source, Blob) else Path(source)
+def _named(source: str | Path | AudioBytes) -> AudioInput:
+    return source if isinstance(source, AudioBytes) else Path(source)
 
 
-def find(paths: Iterable[str | Path]) -> list[Path]:
+def find_audio_files(paths: Iterable[str | Path]) -> list[Path]:
     """Files as given, folders replaced by the audio files under them, sorted; each file once, hidden ones left out.
 
     `AudioError` for a path that does not exist and for a folder without a file in `AUDIO_SUFFIXES`.
@@ -122,7 +134,7 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise error(path, "does not exist. Check the spelling.")
+            raise audio_error(path, "does not exist. Check the spelling.")
         if not path.is_dir():
             found.append(path)
             continue
@@ -130,7 +142,9 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
             file for file in path.rglob("[!.]*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file()
         )
         if not inside:
-            raise error(path, "holds no audio file. Name a folder with " + ", ".join(sorted(AUDIO_SUFFIXES)) + ".")
+            raise audio_error(
+                path, "holds no audio file. Name a folder with " + ", ".join(sorted(AUDIO_SUFFIXES)) + "."
+            )
         found += inside
     return list(dict.fromkeys(found))
 
@@ -151,40 +165,40 @@ def is_silent(samples: Samples) -> bool:
 # --- the stations of the stream ---------------------------------------------------------------------------------------
 
 
-def _refuse_channel(source: Source, info: Info, channel: int | None) -> None:
+def _refuse_channel(source: AudioInput, info: AudioInfo, channel: int | None) -> None:
     if channel is not None and not 0 <= channel < info.channels:
         there = f"{info.channels} channels, 0 to {info.channels - 1}" if info.channels > 1 else "one channel, 0"
-        raise error(source, f"has no channel {channel}: it has {there}. Name one of those.")
+        raise audio_error(source, f"has no channel {channel}: it has {there}. Name one of those.")
 
 
-def _checked(source: Source, recording: Recording, pick: Pick) -> Iterator[Samples]:
+def _checked(source: AudioInput, recording: AudioDecoder, pick: ChannelMixer) -> Iterator[Samples]:
     """Pass the pieces on; refuse NaN and infinity where they stand, and at the end what is missing."""
     rate_hz, promised_s = recording.info.rate_hz, recording.info.duration_s
-    length, failure = recording.begins, ""
+    length, failure = recording.start_frame, ""
     try:
-        for piece in recording.pieces(pick):
+        for piece in recording.chunks(pick):
             if not np.isfinite(piece).all():
                 at_s = (length + int(np.argmin(np.isfinite(piece).reshape(len(piece), -1).all(1)))) / rate_hz
-                raise error(source, f"holds a sample that is not a number at {at_s:.2f} s. Export it again.")
+                raise audio_error(source, f"holds a sample that is not a number at {at_s:.2f} s. Export it again.")
             length += len(piece)
             yield piece
     except DecodingError as reason:
         failure = str(reason)
     have_s = length / rate_hz
-    if promised_s is not None and have_s < promised_s - SLACK_S:
-        raise cut_off(source, f"its header promises {promised_s:.1f} s", have_s)
+    if promised_s is not None and have_s < promised_s - DURATION_TOLERANCE_S:
+        raise truncated_error(source, f"its header promises {promised_s:.1f} s", have_s)
     if failure:
-        raise decoders.undecodable(source, failure, have_s)
+        raise decoders.decode_error(source, failure, have_s)
     if not length:
-        raise error(source, "holds no samples. Record it again, or leave it out.")
+        raise audio_error(source, "holds no samples. Record it again, or leave it out.")
 
 
 def _part(
-    source: Source, pieces: Iterator[Samples], recording: Recording, begin_s: float, length_s: float | None
+    source: AudioInput, pieces: Iterator[Samples], recording: AudioDecoder, begin_s: float, length_s: float | None
 ) -> Iterator[Samples]:
     """The samples from `begin_s` on, as many as `length_s` has; refused where the recording ends before them."""
     rate_hz = recording.info.rate_hz
-    skip = round(begin_s * rate_hz) - recording.begins
+    skip = round(begin_s * rate_hz) - recording.start_frame
     left = None if length_s is None else round(length_s * rate_hz)
     for piece in pieces:
         kept = piece[max(0, skip) : None if left is None else max(0, skip) + left]
@@ -195,9 +209,11 @@ def _part(
             yield kept
         if left == 0:
             return
-    if skip > 0 or (left or 0) > SLACK_S * rate_hz:
+    if skip > 0 or (left or 0) > DURATION_TOLERANCE_S * rate_hz:
         asked = f"{begin_s:.1f} s" + ("" if length_s is None else f" to {begin_s + length_s:.1f} s")
-        raise error(source, f"ends inside the part from {asked} that was asked for. Check where the part should be.")
+        raise audio_error(
+            source, f"ends inside the part from {asked} that was asked for. Check where the part should be."
+        )
 
 
 def _resampled(pieces: Iterator[Samples], from_hz: int, to_hz: int, quality: str) -> Iterator[Samples]:

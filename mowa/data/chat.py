@@ -16,52 +16,58 @@ from typing import Any
 
 import numpy as np
 
-from mowa.data.checks import Finding, findings
-from mowa.data.dialogues import Conversation, Dialogues, Passage, Unusable
-from mowa.data.turns import TEMPLATES as TEMPLATES
-from mowa.data.turns import Rendered, Template, render, template
+from mowa.data.checks import TokenizationIssue, check_samples
+from mowa.data.dialogues import ChatDataset, Conversation, Document, InvalidSample
+from mowa.data.turns import BUILTIN_TEMPLATES as BUILTIN_TEMPLATES
+from mowa.data.turns import ChatTemplate, RenderedConversation, render_conversation, resolve_chat_template
 from mowa.errors import DataError
 
-LEARN = ("auto", "responses", "last", "all")
-LONG = ("drop", "truncate", "split")
+TRAIN_ON = ("auto", "responses", "last", "all")
+ON_OVERFLOW = ("drop", "truncate", "split")
 _BATCH = 512
 _MANY = 5_000  # items that are worth a progress bar
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tokens:
+class TokenizedSample:
     """One example. ids int32 [n]; learnt bool [n]: whether the token is to be said after those before it."""
 
     id: str
-    ids: np.ndarray
-    learnt: np.ndarray
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.input_ids)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class TokenizationReport:
     """What became of a data set. `dropped` and `noted`: reason → (how many, the first one)."""
 
-    shape: str
-    rows: int
+    dataset_format: str
+    num_rows: int
     kept: int
     dropped: Mapping[str, tuple[int, str]]
-    noted: Mapping[str, tuple[int, str]]
+    warnings: Mapping[str, tuple[int, str]]
     tokens: int
-    learnt: int
-    lengths: tuple[int, int, int]  # half are this long at most, nine of ten, all
-    findings: tuple[Finding, ...] = ()
+    trained_tokens: int
+    length_percentiles: tuple[int, int, int]  # half are this long at most, nine of ten, all
+    findings: tuple[TokenizationIssue, ...] = ()
 
-    def text(self) -> str:
+    def summary(self) -> str:
         """A table for people: the shape, a line for each count, one for each finding."""
-        share = f"{self.learnt / self.tokens:.0%} of them" if self.tokens else "-"
-        rows = [("rows", self.rows, self.shape), ("examples", self.kept, "")]
+        share = f"{self.trained_tokens / self.tokens:.0%} of them" if self.tokens else "-"
+        rows = [("rows", self.num_rows, self.dataset_format), ("examples", self.kept, "")]
         rows += [(f"left out: {reason}", count, first) for reason, (count, first) in self.dropped.items()]
-        rows += [(f"noted: {reason}", count, f"first: {first}") for reason, (count, first) in self.noted.items()]
-        rows += [("tokens", self.tokens, ""), ("tokens learnt", self.learnt, share)]
-        rows += [("tokens an example", self.lengths[0], f"(p50), {self.lengths[1]} (p90), {self.lengths[2]} (longest)")]
+        rows += [(f"noted: {reason}", count, f"first: {first}") for reason, (count, first) in self.warnings.items()]
+        rows += [("tokens", self.tokens, ""), ("tokens learnt", self.trained_tokens, share)]
+        rows += [
+            (
+                "tokens an example",
+                self.length_percentiles[0],
+                f"(p50), {self.length_percentiles[1]} (p90), {self.length_percentiles[2]} (longest)",
+            )
+        ]
         wide, high = max(len(name) for name, *_ in rows), max(len(f"{count:,}") for _, count, _ in rows)
         lines = [f"{name:<{wide}}  {count:>{high},}  {note}".rstrip() for name, count, note in rows]
         return "\n".join([*lines, *map(str, self.findings)])
@@ -84,17 +90,17 @@ class _Tally:
         counts[reason] = (count + 1, first)
 
 
-def encode(
-    items: Dialogues | Iterable[Conversation | Passage],
+def tokenize_conversations(
+    samples: ChatDataset | Iterable[Conversation | Document],
     tokenizer: Any,
     *,
-    learn: str = "auto",
-    long: str = "drop",
-    length: int,
-    template: str | None = None,
-    eos_ids: Iterable[int] = (),
+    train_on: str = "auto",
+    on_overflow: str = "drop",
+    max_length: int,
+    chat_template: str | None = None,
+    eos_token_ids: Iterable[int] = (),
     vocab_size: int | None = None,
-) -> tuple[list[Tokens], Report]:
+) -> tuple[list[TokenizedSample], TokenizationReport]:
     """Tokenised examples of at most `length` tokens, and a report with what was found out.
 
     learn     responses (every turn of the assistant), last (its last one), all; auto: responses of conversations, all
@@ -109,52 +115,54 @@ def encode(
     template and there is none, where a text's responses are asked for, and for fatal findings: a token beyond the
     embeddings, BOS twice, nothing learnt in any example.
     """
-    for name, value, known in (("learn", learn, LEARN), ("long", long, LONG)):
+    for name, value, known in (("learn", train_on, TRAIN_ON), ("long", on_overflow, ON_OVERFLOW)):
         if value not in known:
             raise DataError(f"{name}: {value!r} is none of {', '.join(known)}")
-    everything = list(items)
+    everything = list(samples)
     tally, rows = _Tally(), []
-    if isinstance(items, Dialogues):
-        tally = _Tally(dict(items.dropped), dict(items.noted))
+    if isinstance(samples, ChatDataset):
+        tally = _Tally(dict(samples.dropped), dict(samples.warnings))
     cutter = _Cutter(tokenizer, tally)
-    for row in cutter.tokens(_bar(everything), learn, template):
-        rows += _fitted(row, length, long, row.id in cutter.passages, tally)
+    for row in cutter.tokens(_bar(everything), train_on, chat_template):
+        rows += _fitted(row, max_length, on_overflow, row.id in cutter.passages, tally)
     kept = []
     for row in rows:
-        if row.learnt[1:].any():
+        if row.loss_mask[1:].any():
             kept.append(row)
         else:
             tally.drop("no token is learnt", row.id)
-    found = findings(
+    found = check_samples(
         kept,
         tokenizer,
-        stops={*eos_ids, *_ids(tokenizer.eos_token_id)},
+        eos_token_ids={*eos_token_ids, *_ids(tokenizer.eos_token_id)},
         vocab_size=vocab_size,
-        passages=cutter.passages,
-        cut={row.id for row in kept if len(row) == length},
-        spelt=tally.noted.get("special tokens spelt in a text", (0, ""))[0],
-        unguarded=tally.noted.get("special tokens spelt in a conversation", (0, ""))[0],
-        empty=len(everything) if not kept else 0,
+        document_ids=cutter.passages,
+        truncated_ids={row.id for row in kept if len(row) == max_length},
+        documents_with_specials=tally.noted.get("special tokens spelt in a text", (0, ""))[0],
+        conversations_with_specials=tally.noted.get("special tokens spelt in a conversation", (0, ""))[0],
+        num_dropped=len(everything) if not kept else 0,
     )
-    report = _report(items, everything, kept, tally, found)
+    report = _report(samples, everything, kept, tally, found)
     if fatal := [one for one in found if one.fatal]:
         why = "" if kept else "".join(f"; {count} left out: {first}" for count, first in tally.dropped.values())
-        raise DataError("; ".join(f"{one.name}: {one.seen}. {one.advice}" for one in fatal) + why)
+        raise DataError("; ".join(f"{one.name}: {one.detail}. {one.advice}" for one in fatal) + why)
     return kept, report
 
 
-def _report(items: Any, everything: Sequence[Any], kept: Sequence[Tokens], tally: _Tally, found: Any) -> Report:
+def _report(
+    items: Any, everything: Sequence[Any], kept: Sequence[TokenizedSample], tally: _Tally, found: Any
+) -> TokenizationReport:
     lengths = sorted(map(len, kept)) or [0]
     places = (0.5, 0.9, 1.0)
-    return Report(
-        shape=str(items.shape) if isinstance(items, Dialogues) else "",
-        rows=items.rows if isinstance(items, Dialogues) else len(everything),
+    return TokenizationReport(
+        dataset_format=str(items.dataset_format) if isinstance(items, ChatDataset) else "",
+        num_rows=items.num_rows if isinstance(items, ChatDataset) else len(everything),
         kept=len(kept),
         dropped=tally.dropped,
-        noted=tally.noted,
+        warnings=tally.noted,
         tokens=sum(lengths),
-        learnt=sum(int(row.learnt[1:].sum()) for row in kept),
-        lengths=tuple(lengths[round(place * (len(lengths) - 1))] for place in places),  # type: ignore[arg-type]
+        trained_tokens=sum(int(row.loss_mask[1:].sum()) for row in kept),
+        length_percentiles=tuple(lengths[round(place * (len(lengths) - 1))] for place in places),  # type: ignore[arg-type]
         findings=tuple(found),
     )
 
@@ -181,17 +189,19 @@ class _Cutter:
         # SentencePiece's way: a space before every text, so that pieces of a text are not its tokens
         self.spaced = bool(first) and str(first[0]).startswith("▁")
 
-    def tokens(self, items: Iterable[Conversation | Passage], learn: str, given: str | None) -> Iterator[Tokens]:
-        how: Template | None = None
+    def tokens(
+        self, items: Iterable[Conversation | Document], learn: str, given: str | None
+    ) -> Iterator[TokenizedSample]:
+        how: ChatTemplate | None = None
         waiting = iter(items)
         while batch := list(islice(waiting, _BATCH)):
-            texts: list[Rendered] = []
-            documents: list[Passage] = []
+            texts: list[RenderedConversation] = []
+            documents: list[Document] = []
             for item in batch:
-                if isinstance(item, Passage):
+                if isinstance(item, Document):
                     documents.append(item)
                     continue
-                how = how or template(self.tokenizer, given)
+                how = how or resolve_chat_template(self.tokenizer, given)
                 texts += self._rendered(how, item, "responses" if learn == "auto" else learn)
             if documents and learn in ("responses", "last"):
                 raise DataError(f"learn: {learn}: a text has no responses; learn all of it, or give conversations")
@@ -199,17 +209,17 @@ class _Cutter:
             if how and texts:
                 yield from (self._spaced if self.spaced else self._pieces)(how, texts)
 
-    def _rendered(self, how: Template, item: Conversation, learn: str) -> list[Rendered]:
+    def _rendered(self, how: ChatTemplate, item: Conversation, learn: str) -> list[RenderedConversation]:
         try:
-            found = render(how, item, learn)
-        except Unusable as wrong:
+            found = render_conversation(how, item, learn)
+        except InvalidSample as wrong:
             self.tally.drop(wrong.reason, f"{item.id}: {wrong}")
             return []
         if not found:
             self.tally.drop("no answer can be told from the rest", item.id)
-        for note in {note for text in found for note in text.notes}:
+        for note in {note for text in found for note in text.warnings}:
             self.tally.note(note, item.id)
-        if any(text.guarded for text in found):
+        if any(text.escaped for text in found):
             self.tally.note(
                 "special tokens spelt in a conversation" if self.spaced else "special tokens spelt, read as words",
                 item.id,
@@ -220,47 +230,47 @@ class _Cutter:
         found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False, **how)["input_ids"]
         return found
 
-    def _pieces(self, how: Template, texts: Sequence[Rendered]) -> Iterator[Tokens]:
+    def _pieces(self, how: ChatTemplate, texts: Sequence[RenderedConversation]) -> Iterator[TokenizedSample]:
         """Each piece between two borders by itself."""
         cut = [list(_cut(text)) for text in texts]
-        parsed = [piece for text, pieces in zip(texts, cut, strict=True) if not text.guarded for piece, _ in pieces]
+        parsed = [piece for text, pieces in zip(texts, cut, strict=True) if not text.escaped for piece, _ in pieces]
         ids = iter(self._plain(parsed) if parsed else [])
         for text, pieces in zip(texts, cut, strict=True):
-            row = [self._guarded(how, piece) if text.guarded else next(ids) for piece, _ in pieces]
+            row = [self._guarded(how, piece) if text.escaped else next(ids) for piece, _ in pieces]
             learnt = [np.full(len(some), said) for some, (_, said) in zip(row, pieces, strict=True)]
-            yield Tokens(
+            yield TokenizedSample(
                 text.id, np.array([*chain.from_iterable(row)], np.int32), np.concatenate([np.zeros(0, bool), *learnt])
             )
 
-    def _guarded(self, how: Template, piece: str) -> list[int]:
+    def _guarded(self, how: ChatTemplate, piece: str) -> list[int]:
         """Only the template's own special tokens are such; those that a person spells are read as words."""
         found: list[int] = []
         place = 0
-        for special in [*how.special.finditer(piece), None]:
+        for special in [*how.special_pattern.finditer(piece), None]:
             between = piece[place : special.start() if special else len(piece)]
             if between:
-                found += self._plain([how.restored(between)], split_special_tokens=True)[0]
+                found += self._plain([how.unescape(between)], split_special_tokens=True)[0]
             if special:
                 found.append(self.tokenizer.convert_tokens_to_ids(special[0]))
                 place = special.end()
         self._plain(["x"], split_special_tokens=False)  # the setting stays in the tokenizer otherwise
         return found
 
-    def _spaced(self, how: Template, texts: Sequence[Rendered]) -> Iterator[Tokens]:
+    def _spaced(self, how: ChatTemplate, texts: Sequence[RenderedConversation]) -> Iterator[TokenizedSample]:
         """Whole texts; what is learnt by where tokens begin."""
         if not self.tokenizer.is_fast:
             raise DataError("this tokenizer does not say where its tokens lie; load the fast one (tokenizer.json)")
-        whole = [how.restored(text.text) for text in texts]
+        whole = [how.unescape(text.text) for text in texts]
         found = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
             begins = np.array(offsets, np.int64).reshape(-1, 2)[:, 0]
             learnt = np.zeros(len(ids), bool)
-            for span in text.spans:
-                first, last = (len(how.restored(text.text[:place])) for place in span)
+            for span in text.trained_spans:
+                first, last = (len(how.unescape(text.text[:place])) for place in span)
                 learnt |= (begins >= first) & (begins < last)
-            yield Tokens(text.id, np.array(ids, np.int32), learnt)
+            yield TokenizedSample(text.id, np.array(ids, np.int32), learnt)
 
-    def _documents(self, documents: Sequence[Passage]) -> Iterator[Tokens]:
+    def _documents(self, documents: Sequence[Document]) -> Iterator[TokenizedSample]:
         if not documents:
             return
         specials = set(map(str, self.tokenizer.all_special_tokens))
@@ -275,45 +285,47 @@ class _Cutter:
                 self.tally.note("a text that writes BOS itself; the tokenizer's is left out", one.id)
             if eos is not None and ids[-1:] != [eos]:
                 ids = [*ids, eos]
-            yield Tokens(one.id, np.array(ids, np.int32), np.ones(len(ids), bool))
+            yield TokenizedSample(one.id, np.array(ids, np.int32), np.ones(len(ids), bool))
 
 
-def _cut(text: Rendered) -> Iterator[tuple[str, bool]]:
+def _cut(text: RenderedConversation) -> Iterator[tuple[str, bool]]:
     """Pieces of a text and whether they are learnt."""
     place = 0
-    for begin, end in text.spans:
+    for begin, end in text.trained_spans:
         yield from ((text.text[place:begin], False), (text.text[begin:end], True))
         place = end
     if place < len(text.text):
         yield text.text[place:], False
 
 
-def _fitted(row: Tokens, length: int, long: str, passage: bool, tally: _Tally) -> list[Tokens]:
+def _fitted(row: TokenizedSample, length: int, long: str, passage: bool, tally: _Tally) -> list[TokenizedSample]:
     if len(row) <= length:
         return [row]
     if long == "truncate":
         tally.note(f"longer than {length} tokens, truncated", row.id)
-        return [Tokens(row.id, row.ids[:length], row.learnt[:length])]
+        return [TokenizedSample(row.id, row.input_ids[:length], row.loss_mask[:length])]
     if long == "split" and passage:
         tally.note(f"longer than {length} tokens, split", row.id)
         starts = [start for start in range(0, len(row), length) if len(row) - start > 1]
         return [
-            Tokens(f"{row.id}#{number}", row.ids[start : start + length], row.learnt[start : start + length])
+            TokenizedSample(
+                f"{row.id}#{number}", row.input_ids[start : start + length], row.loss_mask[start : start + length]
+            )
             for number, start in enumerate(starts, 1)
         ]
     tally.drop(f"longer than {length} tokens", row.id)
     return []
 
 
-def show(tokens: Tokens, tokenizer: Any, *, color: bool = False, most: int = 1_000) -> str:
+def format_sample(sample: TokenizedSample, tokenizer: Any, *, color: bool = False, max_tokens: int = 1_000) -> str:
     """One example as text, special tokens and all; what is learnt in green, or ⟦in brackets⟧. At most `most` tokens."""
     before, after = ("\x1b[32m", "\x1b[0m") if color else ("⟦", "⟧")
-    borders = [0, *(np.flatnonzero(np.diff(tokens.learnt[:most])) + 1).tolist(), min(most, len(tokens))]
-    parts = [f"── {tokens.id}: {len(tokens)} tokens, {int(tokens.learnt[1:].sum())} learnt\n"]
+    borders = [0, *(np.flatnonzero(np.diff(sample.loss_mask[:max_tokens])) + 1).tolist(), min(max_tokens, len(sample))]
+    parts = [f"── {sample.id}: {len(sample)} tokens, {int(sample.loss_mask[1:].sum())} learnt\n"]
     for begin, end in pairwise(borders):
-        text = tokenizer.decode(tokens.ids[begin:end].tolist(), skip_special_tokens=False)
+        text = tokenizer.decode(sample.input_ids[begin:end].tolist(), skip_special_tokens=False)
         text = "".join(letter if letter >= " " or letter in "\n\t" else "\ufffd" for letter in text)
-        parts.append(f"{before}{text}{after}" if end > begin and tokens.learnt[begin] else text)
-    if len(tokens) > most:
-        parts.append(f" … and {len(tokens) - most} more tokens")
+        parts.append(f"{before}{text}{after}" if end > begin and sample.loss_mask[begin] else text)
+    if len(sample) > max_tokens:
+        parts.append(f" … and {len(sample) - max_tokens} more tokens")
     return "".join(parts)

@@ -23,31 +23,31 @@ from statistics import median
 import numpy as np
 
 from mowa.data import audio
-from mowa.data.decoders import Blob, Info
+from mowa.data.decoders import AudioBytes, AudioInfo
 from mowa.errors import AudioError, MowaError
 from mowa.nouns import Example
 
-NAMED = 20  # of what is wrong, so many are named; all are counted
-FULL_SCALE = 0.999  # a sample so near the end of its range may be cut
-CLIPPED_RUN = 3  # so many of them in a row are
-CLIPPED_SHARE = 1e-4  # and so many samples in such runs make a clipped recording
-FAR = 5.0  # robust standard deviations of log(letters per second) from the median
-SPREAD_MIN = 0.1  # of that logarithm: less, where texts are read by a machine, would make outliers of nothing
-RARE = 1e-4  # letters that are fewer of all
+MAX_EXAMPLES = 20  # of what is wrong, so many are named; all are counted
+CLIPPING_LEVEL = 0.999  # a sample so near the end of its range may be cut
+MIN_CLIPPED_RUN = 3  # so many of them in a row are
+MAX_CLIPPED_RATIO = 1e-4  # and so many samples in such runs make a clipped recording
+OUTLIER_SIGMAS = 5.0  # robust standard deviations of log(letters per second) from the median
+MIN_LOG_SPREAD = 0.1  # of that logarithm: less, where texts are read by a machine, would make outliers of nothing
+RARE_CHAR_RATIO = 1e-4  # letters that are fewer of all
 
-LENGTHS_S = (1, 2, 5, 10, 15, 20, 30, 60, 600)
+DURATION_BINS_S = (1, 2, 5, 10, 15, 20, 30, 60, 600)
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class Issues:
     """How many recordings something is the matter with, and the first of them: (id, what)."""
 
     count: int = 0
-    named: tuple[tuple[str, str], ...] = ()
+    examples: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CorpusReport:
     """What one split holds. Lengths in seconds; Counters by name, the most frequent first.
 
     lengths_s: (shortest, median, longest). histogram: upper ends in words → recordings. letters: letter in small → how
@@ -56,65 +56,67 @@ class Report:
     """
 
     recordings: int
-    seconds: float
-    lengths_s: tuple[float, float, float]
-    histogram: Mapping[str, int]
-    rates_hz: Mapping[int, int]
+    total_duration_s: float
+    min_median_max_s: tuple[float, float, float]
+    duration_histogram: Mapping[str, int]
+    sample_rates_hz: Mapping[int, int]
     channels: Mapping[int, int]
     formats: Mapping[str, int]
     languages: Mapping[str, int]
     speakers: Mapping[str, int]
-    letters: Mapping[str, int]
-    rare: tuple[str, ...]
-    pace: float
-    unreadable: Findings
-    without_text: Findings
-    silent: Findings
-    clipped: Findings
-    same_sound: Findings
-    same_text: Findings
-    odd: Findings
-    sounds: Mapping[int, str] = field(repr=False, default_factory=dict)
-    texts: Mapping[int, str] = field(repr=False, default_factory=dict)
+    characters: Mapping[str, int]
+    rare_characters: tuple[str, ...]
+    median_chars_per_s: float
+    unreadable: Issues
+    empty_text: Issues
+    silent: Issues
+    clipped: Issues
+    duplicate_audio: Issues
+    duplicate_text: Issues
+    chars_per_s_outliers: Issues
+    audio_hashes: Mapping[int, str] = field(repr=False, default_factory=dict)
+    text_hashes: Mapping[int, str] = field(repr=False, default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class SplitOverlap:
     """What stands in two splits: recordings and texts (id in the one, id in the other), and speakers."""
 
-    sounds: Findings
-    texts: Findings
-    speakers: Findings
+    audio: Issues
+    texts: Issues
+    speakers: Issues
 
 
-def check(examples: Iterable[Example], *, heard: Callable[[float], object] = lambda seconds: None) -> Report:
+def check_corpus(
+    examples: Iterable[Example], *, on_progress: Callable[[float], object] = lambda seconds: None
+) -> CorpusReport:
     """Hear every recording once. `heard` is called with the seconds of each, for progress.
 
     Raises nothing: what cannot be read is `unreadable`, and so is, under the id "", a source that breaks off.
     """
     tally = _Tally()
     for example in tally.until_broken(examples):
-        tally.spoken(example)
+        tally.add_text(example)
         try:
             sound = _Sound.of(example)
         except MowaError as wrong:
-            tally.wrong["unreadable"].add(example.id, str(wrong))
+            tally.issues["unreadable"].add(example.id, str(wrong))
             continue
-        tally.heard(example, sound)
-        heard(sound.seconds)
+        tally.add_audio(example, sound)
+        on_progress(sound.seconds)
     return tally.report()
 
 
-def shared(one: Report, other: Report) -> Shared:
+def compare_reports(one: CorpusReport, other: CorpusReport) -> SplitOverlap:
     """Recordings, texts and speakers that are in both."""
-    return Shared(
-        _in_both(one.sounds, other.sounds),
-        _in_both(one.texts, other.texts),
+    return SplitOverlap(
+        _in_both(one.audio_hashes, other.audio_hashes),
+        _in_both(one.text_hashes, other.text_hashes),
         _in_both({name: str(count) for name, count in one.speakers.items()}, other.speakers, names=True),
     )
 
 
-def _in_both(one: Mapping, other: Mapping, *, names: bool = False) -> Findings:
+def _in_both(one: Mapping, other: Mapping, *, names: bool = False) -> Issues:
     found = _Pile()
     for key in one:
         if key in other:
@@ -129,7 +131,7 @@ def _in_both(one: Mapping, other: Mapping, *, names: bool = False) -> Findings:
 class _Sound:
     """What its samples say: length, hash, whether it is silent or clipped."""
 
-    info: Info
+    info: AudioInfo
     samples: int = 0
     total: float = 0.0
     squares: float = 0.0
@@ -138,13 +140,13 @@ class _Sound:
 
     @classmethod
     def of(cls, example: Example) -> _Sound:
-        if example.sound is None and "://" in example.audio:
+        if example.audio_bytes is None and "://" in example.audio:
             raise AudioError(f"{example.audio}: is an address, and none is opened here. Fetch it first.")
-        source = Path(example.audio) if example.sound is None else Blob(example.audio, example.sound)
-        sound = cls(audio.probe(source))
+        source = Path(example.audio) if example.audio_bytes is None else AudioBytes(example.audio, example.audio_bytes)
+        sound = cls(audio.probe_audio(source))
         digest = blake2b(str(sound.info.rate_hz).encode(), digest_size=8)
-        length_s = example.duration_s if example.part else None
-        for block in audio.stream(source, sound.info.rate_hz, begin_s=example.begin_s, length_s=length_s):
+        length_s = example.duration_s if example.is_excerpt else None
+        for block in audio.stream_audio(source, sound.info.rate_hz, offset_s=example.offset_s, duration_s=length_s):
             wide = block.astype(np.float64)
             sound.samples += len(block)
             sound.total += float(wide.sum())
@@ -166,9 +168,9 @@ class _Sound:
 
 def _cut_samples(block: audio.Samples) -> int:
     """How many samples are at full scale with neighbours that are."""
-    edges = np.flatnonzero(np.diff(np.r_[0, np.abs(block) >= FULL_SCALE, 0]))
+    edges = np.flatnonzero(np.diff(np.r_[0, np.abs(block) >= CLIPPING_LEVEL, 0]))
     runs = edges[1::2] - edges[::2]
-    return int(runs[runs >= CLIPPED_RUN].sum())
+    return int(runs[runs >= MIN_CLIPPED_RUN].sum())
 
 
 def _key(text: str) -> int:
@@ -191,11 +193,11 @@ class _Pile:
 
     def add(self, name: str, why: str) -> None:
         self.count += 1
-        if len(self.named) < NAMED:
+        if len(self.named) < MAX_EXAMPLES:
             self.named.append((name, why))
 
-    def findings(self) -> Findings:
-        return Findings(self.count, tuple(self.named))
+    def findings(self) -> Issues:
+        return Issues(self.count, tuple(self.named))
 
 
 class _Tally:
@@ -209,7 +211,7 @@ class _Tally:
         self.counts: dict[str, Counter] = {name: Counter() for name in ("rate", "channels", "format", "letters")}
         self.tags: dict[str, Counter[str]] = {"language": Counter(), "speaker": Counter()}
         kinds = ("unreadable", "without_text", "silent", "clipped", "same_sound", "same_text")
-        self.wrong = {kind: _Pile() for kind in kinds}
+        self.issues = {kind: _Pile() for kind in kinds}
         self.sounds: dict[int, str] = {}
         self.texts: dict[int, str] = {}
 
@@ -219,82 +221,82 @@ class _Tally:
                 self.recordings += 1
                 yield example
         except MowaError as wrong:
-            self.wrong["unreadable"].add("", str(wrong))
+            self.issues["unreadable"].add("", str(wrong))
 
-    def spoken(self, example: Example) -> None:
+    def add_text(self, example: Example) -> None:
         for tag, counter in self.tags.items():
             if value := example.tags.get(tag):
                 counter[value] += 1
         plain = _plain(example.text)
         if not plain:
-            self.wrong["without_text"].add(example.id, "")
+            self.issues["without_text"].add(example.id, "")
             return
         self.counts["letters"].update(letter for letter in plain if letter.isalpha())
         first = self.texts.setdefault(_key(plain), example.id)
         if first != example.id:
-            self.wrong["same_text"].add(example.id, first)
+            self.issues["same_text"].add(example.id, first)
 
-    def heard(self, example: Example, sound: _Sound) -> None:
+    def add_audio(self, example: Example, sound: _Sound) -> None:
         info = sound.info
         self.lengths.append(sound.seconds)
         self.counts["rate"][info.rate_hz] += 1
         self.counts["channels"][info.channels] += 1
         self.counts["format"][info.format] += 1
         if sound.silent:
-            self.wrong["silent"].add(example.id, "")
+            self.issues["silent"].add(example.id, "")
         else:
             first = self.sounds.setdefault(sound.key, example.id)
             if first != example.id:
-                self.wrong["same_sound"].add(example.id, first)
-        if sound.clipped > CLIPPED_SHARE * sound.samples:
-            self.wrong["clipped"].add(example.id, f"{sound.clipped / sound.samples:.2%} of its samples")
+                self.issues["same_sound"].add(example.id, first)
+        if sound.clipped > MAX_CLIPPED_RATIO * sound.samples:
+            self.issues["clipped"].add(example.id, f"{sound.clipped / sound.samples:.2%} of its samples")
         if letters := len(_plain(example.text).replace(" ", "")):
             pace = letters / sound.seconds
             self.paces.append(pace)
             for ends, value in ((self.slowest, -pace), (self.fastest, pace)):
                 heapq.heappush(ends, (value, example.id))
-                if len(ends) > NAMED:
+                if len(ends) > MAX_EXAMPLES:
                     heapq.heappop(ends)
 
-    def report(self) -> Report:
+    def report(self) -> CorpusReport:
         letters = self.counts["letters"]
-        few = RARE * letters.total()
+        few = RARE_CHAR_RATIO * letters.total()
         pace, odd = self._odd()
-        bounds = [f"up to {bound} s" for bound in LENGTHS_S] + [f"over {LENGTHS_S[-1]} s"]
-        histogram = Counter(np.searchsorted(LENGTHS_S, np.asarray(self.lengths)).tolist())
+        bounds = [f"up to {bound} s" for bound in DURATION_BINS_S] + [f"over {DURATION_BINS_S[-1]} s"]
+        histogram = Counter(np.searchsorted(DURATION_BINS_S, np.asarray(self.lengths)).tolist())
         lengths = self.lengths or array("f", [0.0])
         shortest, middle, longest = min(lengths), median(lengths), max(lengths)
-        return Report(
+        return CorpusReport(
             recordings=self.recordings,
-            seconds=round(math.fsum(self.lengths), 3),
-            lengths_s=(round(shortest, 3), round(middle, 3), round(longest, 3)),
-            histogram={bounds[place]: histogram[place] for place in sorted(histogram)},
-            rates_hz=dict(self.counts["rate"].most_common()),
+            total_duration_s=round(math.fsum(self.lengths), 3),
+            min_median_max_s=(round(shortest, 3), round(middle, 3), round(longest, 3)),
+            duration_histogram={bounds[place]: histogram[place] for place in sorted(histogram)},
+            sample_rates_hz=dict(self.counts["rate"].most_common()),
             channels=dict(self.counts["channels"].most_common()),
             formats=dict(self.counts["format"].most_common()),
             languages=dict(self.tags["language"].most_common()),
             speakers=dict(self.tags["speaker"].most_common()),
-            letters=dict(letters.most_common()),
-            rare=tuple(letter for letter, count in letters.most_common() if count == 1 or count < few),
-            pace=round(pace, 3),
-            odd=odd,
-            sounds=self.sounds,
-            texts=self.texts,
-            **{kind: pile.findings() for kind, pile in self.wrong.items()},
+            characters=dict(letters.most_common()),
+            rare_characters=tuple(letter for letter, count in letters.most_common() if count == 1 or count < few),
+            median_chars_per_s=round(pace, 3),
+            chars_per_s_outliers=odd,
+            audio_hashes=self.sounds,
+            text_hashes=self.texts,
+            **{kind: pile.findings() for kind, pile in self.issues.items()},
         )
 
-    def _odd(self) -> tuple[float, Findings]:
+    def _odd(self) -> tuple[float, Issues]:
         """The median of letters per second, and those too far from it: by the median of distances (MAD) of the
         logarithm, which a few wrong texts do not move."""
         if not self.paces:
-            return 0.0, Findings()
+            return 0.0, Issues()
         logs = np.log(np.asarray(self.paces))
         middle = float(np.median(logs))
-        spread = max(SPREAD_MIN, 1.4826 * float(np.median(np.abs(logs - middle))))
-        count = int((np.abs(logs - middle) > FAR * spread).sum())
+        spread = max(MIN_LOG_SPREAD, 1.4826 * float(np.median(np.abs(logs - middle))))
+        count = int((np.abs(logs - middle) > OUTLIER_SIGMAS * spread).sum())
         paces = sorted({(abs(value), name) for value, name in (*self.slowest, *self.fastest)})
-        far = [(pace, name) for pace, name in paces if abs(math.log(pace) - middle) > FAR * spread]
+        far = [(pace, name) for pace, name in paces if abs(math.log(pace) - middle) > OUTLIER_SIGMAS * spread]
         far.sort(key=lambda pair: -abs(math.log(pair[0]) - middle))
-        return math.exp(middle), Findings(
-            count, tuple((name, f"{pace:.1f} letters a second") for pace, name in far[:NAMED])
+        return math.exp(middle), Issues(
+            count, tuple((name, f"{pace:.1f} letters a second") for pace, name in far[:MAX_EXAMPLES])
         )

@@ -11,10 +11,21 @@ import struct
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-WAV_SLACK_BYTES = 64  # sloppy writers count the header as data
-WAV_STREAMED = (range(1), range(0x7FFF_F000, 0x8000_0001), range(0xFFFF_F000, 0x1_0000_0000))  # sizes written to pipes
-OGG_PAGE_MAX = 27 + 255 + 255 * 255
-STATED = ("aiff", "au", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "mp3", "ogg")  # FFmpeg estimates all other lengths
+WAV_TOLERANCE_BYTES = 64  # sloppy writers count the header as data
+WAV_STREAMING_SIZES = (
+    range(1),
+    range(0x7FFF_F000, 0x8000_0001),
+    range(0xFFFF_F000, 0x1_0000_0000),
+)  # sizes written to pipes
+OGG_MAX_PAGE_BYTES = 27 + 255 + 255 * 255
+FORMATS_WITH_DURATION = (
+    "aiff",
+    "au",
+    "matroska,webm",
+    "mov,mp4,m4a,3gp,3g2,mj2",
+    "mp3",
+    "ogg",
+)  # FFmpeg estimates all other lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +34,10 @@ class WavHeader:
 
     rate_hz: int
     channels: int
-    claim: float
+    size_ratio: float
 
 
-def wav_header(file: BinaryIO) -> WavHeader | None:
+def read_wav_header(file: BinaryIO) -> WavHeader | None:
     """Read RIFF or RF64 up to its data chunk; None where the file is no WAV or ends before it.
 
     https://www.mmsp.ece.mcgill.ca/Documents/AudioFormats/WAVE/WAVE.html; RF64: EBU Tech 3306.
@@ -40,10 +51,10 @@ def wav_header(file: BinaryIO) -> WavHeader | None:
     while len(header := file.read(8)) == 8:
         name, size = struct.unpack("<4sI", header)
         if name == b"data":
-            streamed = any(size in sizes for sizes in WAV_STREAMED)
+            streamed = any(size in sizes for sizes in WAV_STREAMING_SIZES)
             size = long_size or (0 if streamed else size)
             there = file_size - file.tell()
-            return WavHeader(rate_hz, channels, size / max(1, there) if size > there + WAV_SLACK_BYTES else 1.0)
+            return WavHeader(rate_hz, channels, size / max(1, there) if size > there + WAV_TOLERANCE_BYTES else 1.0)
         body = file.read(min(size, 24))
         if name == b"ds64" and len(body) == 24:
             long_size = int.from_bytes(body[8:16], "little")
@@ -53,12 +64,12 @@ def wav_header(file: BinaryIO) -> WavHeader | None:
     return None
 
 
-def ogg_is_open_ended(file: BinaryIO) -> bool:
+def is_ogg_truncated(file: BinaryIO) -> bool:
     """Whether this is Ogg whose last page is torn or lacks the end-of-stream flag. RFC 3533, section 6."""
     file.seek(0)
     if file.read(4) != b"OggS":
         return False
-    file.seek(max(0, file.seek(0, 2) - 2 * OGG_PAGE_MAX))
+    file.seek(max(0, file.seek(0, 2) - 2 * OGG_MAX_PAGE_BYTES))
     page = file.read()
     page = page[page.rfind(b"OggS") :]
     if len(page) < 27 or len(page) < 27 + page[26]:
@@ -67,7 +78,7 @@ def ogg_is_open_ended(file: BinaryIO) -> bool:
     return not ends or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
-def mp3_frames(file: BinaryIO) -> int | None:
+def read_mp3_frame_count(file: BinaryIO) -> int | None:
     """The frame count in the Xing or Info header of an MP3, if there is one: it follows the ID3v2 tag."""
     file.seek(0)
     head = file.read(10)
@@ -80,13 +91,13 @@ def mp3_frames(file: BinaryIO) -> int | None:
     return int.from_bytes(head[at + 8 : at + 12], "big") if counted else None
 
 
-def stated_s(container: Any, frames: int | None) -> float | None:
+def read_duration_s(container: Any, frames: int | None) -> float | None:
     """The seconds of sound an open PyAV container states, or None where FFmpeg only estimates them from the bit rate.
 
     `frames` is what `mp3_frames` found in the file.
     """
     track, name = container.streams.audio[0], container.format.name
-    if name not in STATED or (name == "mp3" and frames is None):
+    if name not in FORMATS_WITH_DURATION or (name == "mp3" and frames is None):
         return None
     start_s = float((track.start_time or 0) * track.time_base)
     if name == "matroska,webm":

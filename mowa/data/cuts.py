@@ -20,7 +20,7 @@ def is_cut(fields: Mapping[str, Any]) -> bool:
     return fields.get("type") in _TYPES or isinstance(fields.get("recording"), dict)
 
 
-def fields(where: str, cut: Mapping[str, Any]) -> dict[str, Any]:
+def parse_cut(where: str, cut: Mapping[str, Any]) -> dict[str, Any]:
     """id, audio, text, duration (seconds), and where said speaker, language, gender; offset where the cut is a part.
 
     DataError for what is no part of one recording in one file.

@@ -18,10 +18,10 @@ from typing import Any
 from mowa.data import texts
 from mowa.errors import DataError
 
-BAD = ("drop", "stop")
-MOST_BAD = 0.5  # a larger share of bad rows says that the data set is not what it was taken for
-IDS = ("id", "uid", "uuid", "conversation_id", "prompt_id", "key")
-ROLES = {
+ON_INVALID = ("drop", "stop")
+MAX_INVALID_RATIO = 0.5  # a larger share of bad rows says that the data set is not what it was taken for
+ID_COLUMNS = ("id", "uid", "uuid", "conversation_id", "prompt_id", "key")
+ROLE_ALIASES = {
     "system": "system",
     "developer": "developer",
     **dict.fromkeys(("user", "human", "prompter", "question"), "user"),
@@ -31,7 +31,7 @@ ROLES = {
 }
 _ANSWERS = ("output", "response", "completion", "answer", "answers", "target")
 # Shape → the columns that it needs, each under one of these names, then those it may have. The first that fits is it.
-SHAPES: dict[str, tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]] = {
+DATASET_FORMATS: dict[str, tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]] = {
     "messages": (
         {"turns": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")},
         {"tools": ("tools", "functions"), "system": ("system", "system_prompt")},
@@ -59,7 +59,7 @@ class Message:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     name: str = ""
     tool_call_id: str = ""
-    thinking: str = ""
+    reasoning_content: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class Document:
     """A document of plain text."""
 
     id: str
@@ -78,7 +78,7 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class DatasetFormat:
     """How a data set writes its texts: a key of SHAPES, or sharegpt; `columns`: part → the column that plays it."""
 
     name: str
@@ -90,23 +90,23 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Dialogues:
+class ChatDataset:
     """What was read. `dropped` and `noted`: reason → (how many rows, the first one in a line)."""
 
-    items: tuple[Conversation | Passage, ...]
-    shape: Shape
-    rows: int
+    samples: tuple[Conversation | Document, ...]
+    dataset_format: DatasetFormat
+    num_rows: int
     dropped: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    noted: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    warnings: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[Conversation | Passage]:
-        return iter(self.items)
+    def __iter__(self) -> Iterator[Conversation | Document]:
+        return iter(self.samples)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.samples)
 
 
-class Unusable(Exception):
+class InvalidSample(Exception):
     """Why a row is no conversation: a reason to count, and this row's own detail."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -114,18 +114,20 @@ class Unusable(Exception):
         self.reason = reason
 
 
-def read(path: str | Path, split: str = "", *, bad: str = "drop") -> Dialogues:
+def read_conversations(path: str | Path, split: str = "", *, on_invalid: str = "drop") -> ChatDataset:
     """The conversations or passages at `path`, in order; `texts.UNDERSTOOD` says what may be there.
 
     `bad` rows: drop (and count, by reason), or stop at the first. DataError for what cannot be read, for two shapes in
     one data set, for more than half of the rows bad, and where there is no row at all.
     """
-    return gather(((where, fields) for where, _, fields in texts.rows(path, split)), str(path), bad=bad)
+    return parse_rows(
+        ((where, fields) for where, _, fields in texts.read_rows(path, split)), str(path), on_invalid=on_invalid
+    )
 
 
-def detect(rows: Iterable[Mapping[str, Any]]) -> Shape:
+def detect_format(rows: Iterable[Mapping[str, Any]]) -> DatasetFormat:
     """The one shape that all rows have. DataError where there is none, or two."""
-    shape: Shape | None = None
+    shape: DatasetFormat | None = None
     for number, fields in enumerate(rows, 1):
         shape = _same(shape, "row 1", _shape(fields), f"row {number}", fields)
     if shape is None:
@@ -133,13 +135,13 @@ def detect(rows: Iterable[Mapping[str, Any]]) -> Shape:
     return shape
 
 
-def gather(rows: Iterable[tuple[str, Mapping[str, Any]]], source: str, *, bad: str = "drop") -> Dialogues:
+def parse_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], source: str, *, on_invalid: str = "drop") -> ChatDataset:
     """Rows, each with where it stands → conversations or passages. Rules and errors as in `read`."""
-    if bad not in BAD:
-        raise DataError(f"bad rows: {bad!r} is none of {', '.join(BAD)}")
-    shape: Shape | None = None
+    if on_invalid not in ON_INVALID:
+        raise DataError(f"bad rows: {on_invalid!r} is none of {', '.join(ON_INVALID)}")
+    shape: DatasetFormat | None = None
     first, number = "", 0
-    items: list[Conversation | Passage] = []
+    items: list[Conversation | Document] = []
     dropped: dict[str, tuple[int, str]] = {}
     noted: dict[str, tuple[int, str]] = {}
     taken: Counter[str] = Counter()
@@ -148,8 +150,8 @@ def gather(rows: Iterable[tuple[str, Mapping[str, Any]]], source: str, *, bad: s
         shape, first = _same(shape, first, found, where, fields), first or where
         try:
             item = _item(_name(fields, number, taken), found or shape, fields)
-        except Unusable as wrong:
-            if bad == "stop":
+        except InvalidSample as wrong:
+            if on_invalid == "stop":
                 raise DataError(f"{where}: {wrong}. Mend the row, or leave bad rows out (bad: drop).") from None
             _count(dropped, wrong.reason, f"{where}: {wrong}")
             continue
@@ -158,13 +160,13 @@ def gather(rows: Iterable[tuple[str, Mapping[str, Any]]], source: str, *, bad: s
             _count(noted, note, where)
     if shape is None:
         raise DataError(f"{source}: is empty, there is no row to read. Check that it was written to its end.")
-    if number - len(items) > MOST_BAD * number:
+    if number - len(items) > MAX_INVALID_RATIO * number:
         worst, (count, example) = max(dropped.items(), key=lambda entry: entry[1][0])
         raise DataError(
             f"{source}: {number - len(items)} of {number} rows cannot be used, read as {shape}; {count} because of: "
             f"{worst}, as {example}. Mend them, or name the columns otherwise."
         )
-    return Dialogues(tuple(items), shape, number, dropped, noted)
+    return ChatDataset(tuple(items), shape, number, dropped, noted)
 
 
 def _count(counts: dict[str, tuple[int, str]], reason: str, example: str) -> None:
@@ -173,7 +175,7 @@ def _count(counts: dict[str, tuple[int, str]], reason: str, example: str) -> Non
 
 
 def _name(fields: Mapping[str, Any], number: int, taken: Counter[str]) -> str:
-    name = next((str(fields[key]) for key in IDS if fields.get(key) not in (None, "")), str(number))
+    name = next((str(fields[key]) for key in ID_COLUMNS if fields.get(key) not in (None, "")), str(number))
     taken[name] += 1
     return name if taken[name] == 1 else f"{name}-{taken[name]}"
 
@@ -181,7 +183,7 @@ def _name(fields: Mapping[str, Any], number: int, taken: Counter[str]) -> str:
 # --- which shape ------------------------------------------------------------------------------------------------------
 
 
-def _shape(fields: Mapping[str, Any]) -> Shape | None:
+def _shape(fields: Mapping[str, Any]) -> DatasetFormat | None:
     """The shape that a row's filled columns have; else the one its columns would have; else None."""
     filled = tuple(name for name, value in fields.items() if value is not None and name is not None)
     shape = _of_columns(filled) or _of_columns(tuple(name for name in fields if name is not None))
@@ -193,26 +195,30 @@ def _shape(fields: Mapping[str, Any]) -> Shape | None:
 
 
 @lru_cache(maxsize=64)
-def _sharegpt_of(columns: tuple[tuple[str, str], ...]) -> Shape:
-    return Shape("sharegpt", dict(columns))
+def _sharegpt_of(columns: tuple[tuple[str, str], ...]) -> DatasetFormat:
+    return DatasetFormat("sharegpt", dict(columns))
 
 
-def _sharegpt(shape: Shape) -> Shape:
+def _sharegpt(shape: DatasetFormat) -> DatasetFormat:
     return _sharegpt_of(tuple(shape.columns.items()))
 
 
 @lru_cache(maxsize=256)
-def _of_columns(names: tuple[str, ...]) -> Shape | None:
+def _of_columns(names: tuple[str, ...]) -> DatasetFormat | None:
     there = {str(name).strip().lower(): name for name in reversed(names)}
-    for shape, (needed, welcome) in SHAPES.items():
+    for shape, (needed, welcome) in DATASET_FORMATS.items():
         found = {part: there[name] for part, known in needed.items() for name in reversed(known) if name in there}
         if len(found) == len(needed):
             more = {part: there[name] for part, known in welcome.items() for name in reversed(known) if name in there}
-            return Shape(shape, {**found, **{part: name for part, name in more.items() if name not in found.values()}})
+            return DatasetFormat(
+                shape, {**found, **{part: name for part, name in more.items() if name not in found.values()}}
+            )
     return None
 
 
-def _same(known: Shape | None, first: str, found: Shape | None, where: str, fields: Mapping[str, Any]) -> Shape:
+def _same(
+    known: DatasetFormat | None, first: str, found: DatasetFormat | None, where: str, fields: Mapping[str, Any]
+) -> DatasetFormat:
     """The data set's shape; that of the first row, which every other must have too."""
     if found is None and known is None:
         columns = ", ".join(repr(str(name)[:40]) for name in fields) or "none"
@@ -232,12 +238,12 @@ def _same(known: Shape | None, first: str, found: Shape | None, where: str, fiel
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def _item(name: str, shape: Shape | None, fields: Mapping[str, Any]) -> Conversation | Passage:
+def _item(name: str, shape: DatasetFormat | None, fields: Mapping[str, Any]) -> Conversation | Document:
     if shape is None or not set(shape.columns.values()) & set(fields):
-        raise Unusable("the columns are missing", ", ".join(map(str, fields)) or "none")
+        raise InvalidSample("the columns are missing", ", ".join(map(str, fields)) or "none")
     part = {role: fields.get(column) for role, column in shape.columns.items()}
     if shape.name == "text":
-        return Passage(name, _text(part["text"], "text"))
+        return Document(name, _text(part["text"], "text"))
     if shape.name in ("messages", "sharegpt"):
         turns = _turns(part["turns"])
     else:
@@ -245,29 +251,29 @@ def _item(name: str, shape: Shape | None, fields: Mapping[str, Any]) -> Conversa
     if part.get("system") and turns[0].role != "system":
         turns.insert(0, Message("system", _text(part["system"], "system")))
     if not any(turn.role == "assistant" for turn in turns):
-        raise Unusable("no turn of the assistant", f"roles: {', '.join(turn.role for turn in turns)}")
+        raise InvalidSample("no turn of the assistant", f"roles: {', '.join(turn.role for turn in turns)}")
     tools = _parsed(part.get("tools")) or []
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise Unusable("tools that are no list of objects")
+        raise InvalidSample("tools that are no list of objects")
     return Conversation(name, tuple(turns), tuple(tools))
 
 
 def _turns(value: Any) -> list[Message]:
     value = _parsed(value)
     if not isinstance(value, list | tuple):
-        raise Unusable("turns that are no list", type(value).__name__)
+        raise InvalidSample("turns that are no list", type(value).__name__)
     if not value:
-        raise Unusable("no turns")
+        raise InvalidSample("no turns")
     return [_turn(turn, number) for number, turn in enumerate(value, 1)]
 
 
 def _turn(turn: Any, number: int) -> Message:
     if not isinstance(turn, Mapping):
-        raise Unusable("a turn that is no object", f"turn {number} is {type(turn).__name__}")
+        raise InvalidSample("a turn that is no object", f"turn {number} is {type(turn).__name__}")
     said = turn.get("role", turn.get("from"))
-    role = ROLES.get(str(said).strip().lower())
+    role = ROLE_ALIASES.get(str(said).strip().lower())
     if role is None:
-        raise Unusable("unknown role", f"turn {number} is by {said!r}; known: {', '.join(ROLES)}")
+        raise InvalidSample("unknown role", f"turn {number} is by {said!r}; known: {', '.join(ROLE_ALIASES)}")
     content = turn.get("content", turn.get("value"))
     calls = _calls(content if role == "call" else turn.get("tool_calls"), number)
     thinking = turn.get("reasoning_content") or turn.get("thinking") or ""
@@ -279,7 +285,7 @@ def _turn(turn: Any, number: int) -> Message:
         tool_calls=calls,
         name=str(turn.get("name") or ""),
         tool_call_id=str(turn.get("tool_call_id") or ""),
-        thinking=_text(thinking, f"turn {number}", empty=True),
+        reasoning_content=_text(thinking, f"turn {number}", empty=True),
     )
 
 
@@ -290,11 +296,11 @@ def _text(value: Any, what: str, *, empty: bool = False) -> str:
     if value is None and empty:
         return ""
     if value is not None and not isinstance(value, str):
-        raise Unusable("content that is no text", f"{what} is {type(value).__name__} {str(value)[:40]!r}")
+        raise InvalidSample("content that is no text", f"{what} is {type(value).__name__} {str(value)[:40]!r}")
     if not empty and not (value and value.strip()):
-        raise Unusable("empty text" if what == "text" else "empty turn", what)
+        raise InvalidSample("empty text" if what == "text" else "empty turn", what)
     if not str(value).isascii() and any("\ud800" <= letter <= "\udfff" for letter in str(value)):
-        raise Unusable("broken Unicode", f"{what} has half of a surrogate pair")
+        raise InvalidSample("broken Unicode", f"{what} has half of a surrogate pair")
     return value or ""
 
 
@@ -305,7 +311,7 @@ def _calls(value: Any, number: int) -> tuple[Mapping[str, Any], ...]:
     for call in value if isinstance(value, list) else [value] if value else []:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise Unusable("a tool call without a function's name", f"turn {number}")
+            raise InvalidSample("a tool call without a function's name", f"turn {number}")
         arguments = _parsed(function.get("arguments", function.get("parameters", {})))
         extra = {"id": call["id"]} if call.get("id") else {}
         found.append({**extra, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
@@ -330,7 +336,7 @@ def _history(value: Any) -> list[Message]:
     """Alpaca's: pairs of what was said before by the user and by the assistant."""
     pairs = _parsed(value) or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise Unusable("a history that is no list of pairs")
+        raise InvalidSample("a history that is no list of pairs")
     return [
         Message(role, _text(said, "history"))
         for pair in pairs
@@ -348,9 +354,9 @@ def _parsed(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _notes(item: Conversation | Passage) -> Iterator[str]:
+def _notes(item: Conversation | Document) -> Iterator[str]:
     """What is allowed, and rarely meant."""
-    if isinstance(item, Passage):
+    if isinstance(item, Document):
         return
     roles = [turn.role for turn in item.messages]
     pairs = list(pairwise(roles))

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from mowa.data.neighbours import CZECH_LETTERS, czech, russian
 from mowa.data.synth import RATE_HZ, trim
-from mowa.data.text import plain
-from mowa.errors import DataError, MissingPart
+from mowa.data.text import normalize_text
+from mowa.errors import DataError, MissingDependency
 
 _VOICES = Path("/usr/share/festival/voices")
 _CHUNK = 50  # sentences that one festival process speaks: a crash loses no more
@@ -187,7 +187,7 @@ def _require(voices: Sequence[str]) -> None:
         packages = ["festival", *(VOICES[name].package for name in voices)]
     if packages:
         wanted = " ".join(dict.fromkeys(packages))
-        raise MissingPart(f"festival or a voice of it is not installed: `apt-get install {wanted}` brings it.")
+        raise MissingDependency(f"festival or a voice of it is not installed: `apt-get install {wanted}` brings it.")
 
 
 def plan(lines: Sequence[str], voice: str, *, count: int, seed: int) -> list[Utterance]:
@@ -222,7 +222,7 @@ def _row(utterance: Utterance, folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     row = asdict(utterance) | {"audio": str(_audio(utterance)), "duration_s": round(soundfile.info(path).duration, 3)}
-    return row | {"text": plain(utterance.text), "written": utterance.text}
+    return row | {"text": normalize_text(utterance.text), "written": utterance.text}
 
 
 def record(utterances: Sequence[Utterance], manifest: Path) -> float:

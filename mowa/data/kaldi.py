@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mowa.data.rows import Row, lines
+from mowa.data.rows import TableRow, read_lines
 from mowa.errors import DataError
 
 _INSIDE = re.compile(r".*\.ark:\d+(\[.*\])?")
 
 
-def rows(folder: Path) -> Iterator[Row]:
+def read_kaldi(folder: Path) -> Iterator[TableRow]:
     """The utterances of a directory, in the order of segments, or of wav.scp where there are none.
 
     Fields: id, audio, text, and where given speaker, duration, offset (seconds; the utterance is a part of the
@@ -85,7 +85,7 @@ def _paths(folder: Path) -> Iterator[tuple[str, str, str]]:
 def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
     """Where each line stands, its first word, and the rest of it; none where there is no such file."""
     if path.is_file():
-        for number, line in enumerate(lines(path), 1):
+        for number, line in enumerate(read_lines(path), 1):
             name, _, rest = line.strip().replace("\t", " ", 1).partition(" ")
             if name:
                 yield f"{path}:{number}", name, rest.strip()

@@ -15,17 +15,19 @@ from pathlib import Path
 
 from mowa.data import archives
 from mowa.data.audio import AUDIO_SUFFIXES
-from mowa.data.rows import READERS, Row, columns, suffix
+from mowa.data.rows import READERS, TableRow, full_suffix, guess_columns
 from mowa.errors import DataError
 
-UNDERSTOOD = (
+SUPPORTED_DATASETS = (
     "a .jsonl, .csv, .tsv (also as .gz), .parquet or .arrow file, lhotse cuts (.jsonl, .jsonl.gz), a .tar, .tar.gz or "
     ".tgz of recordings (Common Voice as Mozilla ships it, WebDataset shards, any other), a Common Voice folder, a "
     "Kaldi directory (wav.scp), an audiofolder (metadata.jsonl or .csv), a folder with transcripts.tsv, a folder of "
     "{split}.jsonl, .csv, .tsv, .parquet, .arrow or .tar files or of such folders, a folder that datasets saved, and "
     "hub:owner/name[@revision][:config]"
 )
-LISTED = f"a recording, a folder of them, a pattern in quotes, {UNDERSTOOD}"  # where no text is needed
+SUPPORTED_SOURCES = (
+    f"a recording, a folder of them, a pattern in quotes, {SUPPORTED_DATASETS}"  # where no text is needed
+)
 
 _DEV = {"dev", "validation", "valid", "val"}
 _SPLITS = {"train", "test", *_DEV}
@@ -40,7 +42,7 @@ _MAGIC = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SourceLayout:
     """How a path is read: its kind in words, and the files or folders of each split ("" where nothing has a name)."""
 
     kind: str
@@ -50,16 +52,16 @@ class Layout:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def places(name: str) -> Iterator[str]:
+def expand_pattern(source: str) -> Iterator[str]:
     """What a name stands for, sorted: itself, or what matches where it is a pattern (`*`, `?`, `[…]`, `**`, `{0..9}`,
     `{a,b}`): of recordings, archives, tables and folders only the first kind that there is.
 
     DataError where nothing matches.
     """
-    if name.startswith("hub:") or os.path.lexists(os.path.expanduser(name)):
-        yield name
+    if source.startswith("hub:") or os.path.lexists(os.path.expanduser(source)):
+        yield source
         return
-    for pattern in _expanded(name):
+    for pattern in _expanded(source):
         if not _MAGIC.search(pattern):
             yield pattern
             continue
@@ -76,7 +78,7 @@ def _kind(path: Path) -> int:
     """1 a recording, 2 an archive, 3 a table, 4 a folder, 0 nothing known."""
     if path.is_dir():
         return 4
-    ends = (is_recording(path), archives.is_archive(path), suffix(path) in READERS)
+    ends = (is_audio_file(path), archives.is_archive(path), full_suffix(path) in READERS)
     return next((rank for rank, known in enumerate(ends, 1) if known), 0)
 
 
@@ -96,11 +98,11 @@ def _expanded(pattern: str) -> Iterator[str]:
         yield from _expanded(pattern[: found.start()] + part + pattern[found.end() :])
 
 
-def is_recording(path: Path) -> bool:
+def is_audio_file(path: Path) -> bool:
     return path.suffix.lower() in AUDIO_SUFFIXES
 
 
-def walk(folder: Path) -> Iterator[Path]:
+def walk_audio_files(folder: Path) -> Iterator[Path]:
     """The recordings under a folder, by name, one directory at a time; hidden ones left out, loops not entered."""
     yield from _walk(str(folder), ())
 
@@ -112,7 +114,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
             children = sorted(
                 (child.name, child.is_dir())
                 for child in listed
-                if not child.name.startswith(".") and (is_recording(Path(child.name)) or child.is_dir())
+                if not child.name.startswith(".") and (is_audio_file(Path(child.name)) or child.is_dir())
             )
     except OSError as wrong:
         raise DataError(f"{folder}: cannot be listed ({wrong.strerror}). Check who may read it.") from None
@@ -129,58 +131,58 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 # --- which files, which split -----------------------------------------------------------------------------------------
 
 
-def layout(path: str | Path, *, recordings: bool = False) -> Layout:
+def detect_layout(path: str | Path, *, allow_audio: bool = False) -> SourceLayout:
     """Which of the understood shapes a path has: those of `UNDERSTOOD`, with `recordings` also bare recordings.
 
     DataError where it has none, or does not exist.
     """
     source, path = str(path), Path(path).expanduser()
     if source.startswith("hub:"):
-        return Layout("data set on the hub", {})
-    if recordings and not path.exists() and is_recording(path):
-        return Layout("recording", {"": (path,)})  # whoever opens it will say that it is not there
+        return SourceLayout("data set on the hub", {})
+    if allow_audio and not path.exists() and is_audio_file(path):
+        return SourceLayout("recording", {"": (path,)})  # whoever opens it will say that it is not there
     if not path.exists():
         hint = f", or say hub:{source} if it is there" if re.fullmatch(r"[\w-]+/[\w.-]+", source) else ""
         raise DataError(f"{source}: no such file or folder. Check the spelling{hint}.")
     found = _folder(path) if path.is_dir() else None
-    if path.is_dir() and found is None and recordings and next(walk(path), None):
-        found = Layout("folder of recordings", {"": (path,)})
+    if path.is_dir() and found is None and allow_audio and next(walk_audio_files(path), None):
+        found = SourceLayout("folder of recordings", {"": (path,)})
     if not path.is_dir():
-        if suffix(path) in READERS:
-            found = Layout(f"{suffix(path)} file", {"": (path,)})
+        if full_suffix(path) in READERS:
+            found = SourceLayout(f"{full_suffix(path)} file", {"": (path,)})
         elif archives.is_archive(path):
-            found = Layout("archive", {"": (path,)})
-        elif recordings:
-            found = Layout("recording", {"": (path,)})
+            found = SourceLayout("archive", {"": (path,)})
+        elif allow_audio:
+            found = SourceLayout("recording", {"": (path,)})
     if found is None:
         raise DataError(
-            f"{source}: is nothing that can be read here. Understood are {LISTED if recordings else UNDERSTOOD}."
+            f"{source}: is nothing that can be read here. Understood are {SUPPORTED_SOURCES if allow_audio else SUPPORTED_DATASETS}."
         )
     return found
 
 
-def _folder(path: Path, *, deeper: bool = True) -> Layout | None:
+def _folder(path: Path, *, deeper: bool = True) -> SourceLayout | None:
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return Layout("saved by datasets", {"": (path,)})
+        return SourceLayout("saved by datasets", {"": (path,)})
     if (path / "wav.scp").is_file():
-        return Layout("Kaldi directory", {"": (path,)})
+        return SourceLayout("Kaldi directory", {"": (path,)})
     for stem, kind in (("metadata", "audiofolder"), ("transcripts", "folder with transcripts")):
         for ending in _MANIFESTS:
             if (path / f"{stem}{ending}").is_file():
-                return Layout(kind, {"": (path / f"{stem}{ending}",)})
+                return SourceLayout(kind, {"": (path / f"{stem}{ending}",)})
     if shards := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
-        return Layout("parquet files", _shards(shards))
+        return SourceLayout("parquet files", _shards(shards))
     if shards := sorted(path.glob("*.arrow")):
-        return Layout("Arrow files", _shards(shards))
+        return SourceLayout("Arrow files", _shards(shards))
     if manifests := _manifests(path):
-        return Layout("Common Voice" if (path / "clips").is_dir() else "folder of manifests", manifests)
+        return SourceLayout("Common Voice" if (path / "clips").is_dir() else "folder of manifests", manifests)
     if tars := sorted(file for file in path.glob("*.t*") if archives.is_archive(file)):
-        return Layout("archives", _shards(tars, _NUMBERED))
+        return SourceLayout("archives", _shards(tars, _NUMBERED))
     if not deeper:
         return None
     inside = (child for child in sorted(path.glob("[!.]*")) if child.is_dir() and _folder(child, deeper=False))
     folders = {child.name: (child,) for child in inside}
-    return Layout("folder of splits", folders) if folders else None
+    return SourceLayout("folder of splits", folders) if folders else None
 
 
 def _manifests(path: Path) -> dict[str, tuple[Path, ...]]:
@@ -214,16 +216,16 @@ def _shards(files: list[Path], numbered: re.Pattern[str] | None = None) -> dict[
 
 
 def _split(file: Path, numbered: re.Pattern[str] | None) -> str:
-    stem = file.name.removesuffix(suffix(file)) if suffix(file) else file.stem
+    stem = file.name.removesuffix(full_suffix(file)) if full_suffix(file) else file.stem
     match = _SHARD.fullmatch(stem) or (numbered and numbered.fullmatch(stem))
     name = match["split"] if match else stem
     ending = name.rpartition("-")[2]
     return ending if file.suffix == ".arrow" and ending in _SPLITS else name
 
 
-def chosen(split: str, source: str, splits: Iterable[str]) -> str:
+def choose_split(split: str, source: str, available: Iterable[str]) -> str:
     """The one of `splits` that `split` means: "" is train, or the only one; dev and validation are the same."""
-    there = sorted(map(str, splits))
+    there = sorted(map(str, available))
     for name in (split or "train", *sorted(_same(split))):
         if name in there:
             return name
@@ -237,15 +239,17 @@ def _same(split: str) -> set[str]:
     return _DEV if split in _DEV else {split}
 
 
-def of_split(rows: Iterator[Row], split: str, source: str, named: str | None = None) -> Iterator[Row]:
+def filter_split(
+    rows: Iterator[TableRow], split: str, source: str, split_column: str | None = None
+) -> Iterator[TableRow]:
     """Those rows whose column `split` (or `named`) says so. DataError where there is none, or no row says so."""
     seen: set[str] = set()
     for where, folder, fields in rows:
-        column = named if named in fields else columns(tuple(fields)).get("split")
+        column = split_column if split_column in fields else guess_columns(tuple(fields)).get("split")
         if column is None:
             raise DataError(f"{where}: split {split} was asked for, and there is no column split. Leave the split out.")
         seen.add(str(fields[column]))
         if str(fields[column]) in _same(split):
             yield where, folder, fields
     if seen and not seen & _same(split):
-        chosen(split, source, seen)
+        choose_split(split, source, seen)

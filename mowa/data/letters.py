@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 
-STRANGE = ("map", "drop", "reject")
+OOV_POLICIES = ("map", "drop", "reject")
 
-NEAR: dict[str, tuple[str, ...]] = {
+SUBSTITUTES: dict[str, tuple[str, ...]] = {
     **{"ł": ("l",), "ø": ("ö", "o"), "đ": ("d",), "ð": ("d",), "þ": ("th",), "ħ": ("h",), "ŧ": ("t",), "ı": ("i",)},
     **{"ß": ("ss",), "æ": ("ä", "ae", "e"), "œ": ("ö", "oe"), "ŋ": ("ng", "n"), "ĸ": ("k",), "ə": ("e",)},
     **{"ɓ": ("b",), "ɗ": ("d",), "ƙ": ("k",), "ƴ": ("y",), "ɲ": ("ny", "n"), "ɔ": ("o",), "ʒ": ("z",), "ʃ": ("sh",)},
@@ -39,7 +39,7 @@ _LOOSE = re.compile(rf"(?<![^{_EDGE}])-|-(?![^{_EDGE}])|(?<![^{_EDGE}])'(?![^{_E
 _APOSTROPHES, _HYPHENS = 1 / 200, 1 / 100  # in so many words they stand, or are left out of a new vocabulary
 
 
-def alphabet(texts: Iterable[str], *, least: int = 1, letters: Mapping[str, str] | None = None) -> str:
+def build_alphabet(texts: Iterable[str], *, min_count: int = 1, char_map: Mapping[str, str] | None = None) -> str:
     """The letters of a new vocabulary: lower case, composed (NFC), by code point; each is there `least` times.
 
     `letters` are written otherwise first, as `sift.Rules` does it.
@@ -50,22 +50,22 @@ def alphabet(texts: Iterable[str], *, least: int = 1, letters: Mapping[str, str]
     apostrophe is a letter where it touches one and stands in one word of 200 (Hausa 'yan and sana'a, English), the
     hyphen where it stands between two in one word of 100 (Kabyle d-yusa): in Polish neither is heard, nor frequent.
     """
-    otherwise = replacing(letters or {})
+    otherwise = compile_char_map(char_map or {})
     seen: Counter[str] = Counter()
     words = 0
     for text in texts:
-        clean = tidy(otherwise(text))
+        clean = normalize_characters(otherwise(text))
         seen.update(clean)
         words += len(clean.split())
     counted: Counter[str] = Counter()
     for c, count in seen.items():
         counted[_lowered(c)] += count
     frequent = {"'": counted["'"] >= _APOSTROPHES * words, "-": counted["-"] >= _HYPHENS * words}
-    kept = (c for c in counted if (frequent[c] if c in frequent else is_letter(c) and not _is_number(c)))
-    return "".join(sorted(c for c in kept if counted[c] >= max(1, least)))
+    kept = (c for c in counted if (frequent[c] if c in frequent else is_word_char(c) and not _is_number(c)))
+    return "".join(sorted(c for c in kept if counted[c] >= max(1, min_count)))
 
 
-def tidy(text: str) -> str:
+def normalize_characters(text: str) -> str:
     """One way to write the same: composed, one apostrophe and hyphen, and these only where they touch a letter."""
     text = _STRESS.sub("", unicodedata.normalize("NFC", text.translate(_ONE)))
     text = unicodedata.normalize("NFC", text).translate(_ONE)  # what was taken out may have parted a letter and a mark
@@ -77,9 +77,9 @@ def _lowered(text: str) -> str:
     return text.lower().replace("i\u0307", "i")
 
 
-def replacing(letters: Mapping[str, str]) -> Callable[[str], str]:
+def compile_char_map(char_map: Mapping[str, str]) -> Callable[[str], str]:
     """What writes letters otherwise, in one pass, the longest first: {"ё": "е"} does Ё too. Texts become NFC."""
-    given = {unicodedata.normalize("NFC", key): value for key, value in letters.items() if key}
+    given = {unicodedata.normalize("NFC", key): value for key, value in char_map.items() if key}
     raised = {key.upper(): value.upper() for key, value in given.items() if len(key.upper()) == len(key)}
     known = raised | given
     if not known:
@@ -88,7 +88,7 @@ def replacing(letters: Mapping[str, str]) -> Callable[[str], str]:
     return lambda text: pattern.sub(lambda found: known[found[0]], unicodedata.normalize("NFC", text))
 
 
-def is_letter(c: str) -> bool:
+def is_word_char(c: str) -> bool:
     return unicodedata.category(c)[0] in "LMN"
 
 
@@ -96,22 +96,22 @@ def _is_number(c: str) -> bool:
     return unicodedata.category(c)[0] == "N"
 
 
-class Speller:
+class VocabularyMapper:
     """Texts in a vocabulary's letters. What becomes of a character is decided once, at its first sight.
 
     `strange` (of STRANGE) and `otherwise` are `strange` and `letters` of `sift.Rules`.
     """
 
-    def __init__(self, letters: frozenset[str], strange: str, otherwise: Mapping[str, str]) -> None:
-        self._letters, self._strange = letters, strange
+    def __init__(self, vocabulary: frozenset[str], oov: str, char_map: Mapping[str, str]) -> None:
+        self._vocabulary, self._oov = vocabulary, oov
         self._known: dict[str, tuple[str, str]] = {}
-        self._otherwise = replacing(otherwise)
-        variants = ((one, variant) for one, many in _VARIANTS.items() if one not in letters for variant in many)
-        self._signs = {ord(one): variant for one, variant in variants if variant in letters}
+        self._char_map = compile_char_map(char_map)
+        variants = ((one, variant) for one, many in _VARIANTS.items() if one not in vocabulary for variant in many)
+        self._signs = {ord(one): variant for one, variant in variants if variant in vocabulary}
 
-    def write(self, text: str) -> tuple[str, list[tuple[str, str, int]], frozenset[str]]:
+    def map_text(self, text: str) -> tuple[str, list[tuple[str, str, int]], frozenset[str]]:
         """→ the text, (letter, what was written, how often) of each one changed, and the letters to reject it for."""
-        text = tidy(self._otherwise(text))
+        text = normalize_characters(self._char_map(text))
         odd: dict[str, set[str]] = {"changed": set(), "outside": set()}
         written = []
         for c in text:
@@ -125,23 +125,23 @@ class Speller:
 
     def _decide(self, c: str) -> tuple[str, str]:
         """→ what to write for a character, and whether that is another letter ("changed") or none ("outside")."""
-        if c in self._letters or ord(c) in self._signs:
+        if c in self._vocabulary or ord(c) in self._signs:
             return c, ""
-        if not is_letter(c):
+        if not is_word_char(c):
             return ("" if c == "'" else " "), ""
         if (same := self._fit(c) or self._fit(unicodedata.normalize("NFD", c))) is not None:
             return same, ""
-        if self._strange == "map":
+        if self._oov == "map":
             for near in _near(c):
                 if (found := self._fit(near)) is not None:
                     return found, "changed"
-        if self._strange == "reject" or (self._strange == "map" and _is_number(c)):
+        if self._oov == "reject" or (self._oov == "map" and _is_number(c)):
             return "", "outside"
         return "", "changed"
 
     def _fit(self, text: str) -> str | None:
         """The text in the case that the vocabulary has, if it has all of it."""
-        return next((form for form in (text, _lowered(text), text.upper()) if self._letters.issuperset(form)), None)
+        return next((form for form in (text, _lowered(text), text.upper()) if self._vocabulary.issuperset(form)), None)
 
 
 @lru_cache(maxsize=4096)
@@ -149,4 +149,4 @@ def _near(c: str) -> tuple[str, ...]:
     """What may stand for a letter: the table's, its base letter, and the table's for that."""
     lower = c.lower()
     base = "".join(part for part in unicodedata.normalize("NFKD", lower) if not unicodedata.combining(part))
-    return (*NEAR.get(lower, ()), *((base, *NEAR.get(base, ())) if base and base != lower else ()))
+    return (*SUBSTITUTES.get(lower, ()), *((base, *SUBSTITUTES.get(base, ())) if base and base != lower else ()))

@@ -23,50 +23,50 @@ import numpy as np
 import soxr
 
 from mowa.data import audio
-from mowa.data.decoders import Samples, mix
+from mowa.data.decoders import Samples, mix_to_mono
 from mowa.errors import AudioError
 
 BLOCK_S = 0.032  # at most; what the speech detector judges at once
-AHEAD_S, BEHIND_S = 2.0, 60.0  # how much is held of a source that waits, and of one that does not
+FILE_BUFFER_S, LIVE_BUFFER_S = 2.0, 60.0  # how much is held of a source that waits, and of one that does not
 TIMEOUT_S = 10.0  # so long an address may give nothing
-QUALITY = "HQ"  # of soxr: what it makes of 48 kHz comes 37 ms late, VHQ's 77 ms
-SCHEMES = ("http", "https", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
-UNWAITING = frozenset({"rtp", "rtsp", "rtsps", "srt", "udp"})
+RESAMPLE_QUALITY = "HQ"  # of soxr: what it makes of 48 kHz comes 37 ms late, VHQ's 77 ms
+URL_SCHEMES = ("http", "https", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
+REALTIME_SCHEMES = frozenset({"rtp", "rtsp", "rtsps", "srt", "udp"})
 # A playlist, or the description of a session, may name other addresses, but no file of this machine.
-_PROTOCOLS = ",".join((*SCHEMES, "crypto", "data", "httpproxy", "srtp", "tls"))
+_PROTOCOLS = ",".join((*URL_SCHEMES, "crypto", "data", "httpproxy", "srtp", "tls"))
 _POLL_S = 0.1  # whoever waits looks up so often: `finish` wakes nobody
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class AudioBlock:
     """float32 [n] of full scale ±1. `recorded_s`: when the last sample was recorded, or came, by `time.monotonic`.
 
     `lost_s` is how much sound there was between the block before and this one, which nobody can hear any more.
     """
 
     samples: Samples
-    recorded_s: float
+    captured_at_s: float
     lost_s: float = 0.0
 
 
-class Piece(NamedTuple):
+class AudioChunk(NamedTuple):
     """As a `Block`, of any length and at a rate of its own."""
 
     samples: Samples
     rate_hz: int
-    recorded_s: float
+    captured_at_s: float
     lost_s: float = 0.0
 
     @property
-    def length_s(self) -> float:
+    def duration_s(self) -> float:
         return len(self.samples) / self.rate_hz
 
 
-Pieces = Generator[Piece, None, None]
+AudioChunks = Generator[AudioChunk, None, None]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class AudioSource:
     """`pieces(rate_hz)` opens it, and gives its sound, at that rate where it can. AudioError for what goes wrong.
 
     waits  it stands still while nobody takes its pieces
@@ -74,12 +74,12 @@ class Source:
     """
 
     name: str
-    pieces: Callable[[int], Pieces]
-    waits: bool = True
-    ends: bool = True
+    open_stream: Callable[[int], AudioChunks]
+    pausable: bool = True
+    finite: bool = True
 
 
-class Bounded:
+class BufferedSource:
     """A source that runs in a thread of its own from `with` on, of which at most `limit_s` are held.
 
     Iterating gives it as blocks of `rate_hz`, and at the end raises what the source raised. `finish` may be called from
@@ -87,45 +87,45 @@ class Bounded:
     came.
     """
 
-    def __init__(self, source: Source, rate_hz: int = 16_000, limit_s: float | None = None) -> None:
+    def __init__(self, source: AudioSource, rate_hz: int = 16_000, max_buffer_s: float | None = None) -> None:
         self.source, self.rate_hz = source, rate_hz
-        self.held_s = self.dropped_s = 0.0
-        self._limit_s = limit_s or (AHEAD_S if source.waits else BEHIND_S)
-        self._held: deque[Piece] = deque()
+        self.buffered_s = self.dropped_s = 0.0
+        self._limit_s = max_buffer_s or (FILE_BUFFER_S if source.pausable else LIVE_BUFFER_S)
+        self._held: deque[AudioChunk] = deque()
         self._gap_s = 0.0  # dropped before the first one that is held
         self._failure: BaseException | None = None
         self._over = self._finished = False
         self._change = Condition()
         self._thread = Thread(target=self._read, name=f"mowa {source.name}", daemon=True)
 
-    def finish(self) -> None:
+    def stop(self) -> None:
         self._finished = True
 
-    def __enter__(self) -> Bounded:
+    def __enter__(self) -> BufferedSource:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.finish()
+        self.stop()
         self._thread.join(1.0)  # one that waits for a pipe or a network may go on, and ends with the program
 
-    def __iter__(self) -> Iterator[Block]:
+    def __iter__(self) -> Iterator[AudioBlock]:
         return _blocks(self._pieces(), self.rate_hz)  # here and not in the thread, which may be left with what it holds
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[AudioChunk]:
         while (piece := self._take()) is not None:
             yield piece
         if self._failure is not None:
             raise self._failure
 
-    def _take(self) -> Piece | None:
+    def _take(self) -> AudioChunk | None:
         with self._change:
             while not self._held:
                 if self._over or self._finished:
                     return None
                 self._change.wait(_POLL_S)
             piece, gap_s = self._held.popleft(), self._gap_s
-            self.held_s = self.held_s - piece.length_s if self._held else 0.0
+            self.buffered_s = self.buffered_s - piece.duration_s if self._held else 0.0
             self._gap_s = 0.0
             self._change.notify_all()
         return piece._replace(lost_s=piece.lost_s + gap_s)
@@ -133,7 +133,7 @@ class Bounded:
     def _read(self) -> None:
         failure: BaseException | None = None
         try:
-            with closing(self.source.pieces(self.rate_hz)) as pieces:
+            with closing(self.source.open_stream(self.rate_hz)) as pieces:
                 for piece in pieces:
                     if not self._put(piece):
                         break
@@ -145,85 +145,85 @@ class Bounded:
             self._failure, self._over = None if self._finished else failure, True  # what is stopped may end badly
             self._change.notify_all()
 
-    def _put(self, piece: Piece) -> bool:
+    def _put(self, piece: AudioChunk) -> bool:
         """False: nobody wants any more."""
         with self._change:
-            while self._held and self.held_s + piece.length_s > self._limit_s and not self._finished:
-                if self.source.waits:
+            while self._held and self.buffered_s + piece.duration_s > self._limit_s and not self._finished:
+                if self.source.pausable:
                     self._change.wait(_POLL_S)
                 else:  # all at once, so that what follows is heard in one piece
-                    self.dropped_s += self.held_s
-                    self._gap_s += self.held_s + sum(one.lost_s for one in self._held)
+                    self.dropped_s += self.buffered_s
+                    self._gap_s += self.buffered_s + sum(one.lost_s for one in self._held)
                     self._held.clear()
-                    self.held_s = 0.0
+                    self.buffered_s = 0.0
             if self._finished:
                 return False
             self._held.append(piece)
-            self.held_s += piece.length_s
+            self.buffered_s += piece.duration_s
             self._change.notify_all()
         return True
 
 
-def recording(path: Path | str) -> Source:
+def open_file(path: Path | str) -> AudioSource:
     """A file, as fast as it is heard. AudioError at once where its header is wrong."""
-    audio.probe(path)
+    audio.probe_audio(path)
 
-    def pieces(rate_hz: int) -> Pieces:
-        for samples in audio.stream(path, rate_hz, block_s=BLOCK_S):
-            yield Piece(samples, rate_hz, time.monotonic())
+    def pieces(rate_hz: int) -> AudioChunks:
+        for samples in audio.stream_audio(path, rate_hz, block_s=BLOCK_S):
+            yield AudioChunk(samples, rate_hz, time.monotonic())
 
-    return Source(str(path), pieces)
+    return AudioSource(str(path), pieces)
 
 
-def simulated(path: Path | str, speed: float = 1.0) -> Source:
+def open_realtime_file(path: Path | str, speed: float = 1.0) -> AudioSource:
     """A file as if it were said now: a piece comes when its last sample would have been recorded.
 
     Moments are counted from the beginning, so that they do not drift. Who hears too slowly finds pieces waiting, with
     the moments when they should have come. `speed` 2 says it in half the time.
     """
-    audio.probe(path)
+    audio.probe_audio(path)
 
-    def pieces(rate_hz: int) -> Pieces:
+    def pieces(rate_hz: int) -> AudioChunks:
         begun_s, position = time.monotonic(), 0
-        for samples in audio.stream(path, rate_hz, block_s=BLOCK_S):
+        for samples in audio.stream_audio(path, rate_hz, block_s=BLOCK_S):
             position += len(samples)
             due_s = begun_s + position / (rate_hz * speed)
             if (early_s := due_s - time.monotonic()) > 0:
                 time.sleep(early_s)
-            yield Piece(samples, rate_hz, due_s)
+            yield AudioChunk(samples, rate_hz, due_s)
 
-    return Source(str(path), pieces)
+    return AudioSource(str(path), pieces)
 
 
-def address(url: str) -> Source:
+def open_url(url: str) -> AudioSource:
     """Sound from a network, by HTTP, RTP and what else FFmpeg knows. AudioError at once for another kind of address."""
     parts = urlsplit(url)
     scheme = parts.scheme.lower()
     name = f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without passwords and keys
-    if scheme not in SCHEMES:
-        raise AudioError(f"{name}: is no address that sound comes from. Those begin with {', '.join(SCHEMES)}.")
+    if scheme not in URL_SCHEMES:
+        raise AudioError(f"{name}: is no address that sound comes from. Those begin with {', '.join(URL_SCHEMES)}.")
 
-    def pieces(rate_hz: int) -> Pieces:
-        return decoded(url, name, options={"protocol_whitelist": _PROTOCOLS}, timeout=(TIMEOUT_S, TIMEOUT_S))
+    def pieces(rate_hz: int) -> AudioChunks:
+        return decode_stream(url, name, options={"protocol_whitelist": _PROTOCOLS}, timeout=(TIMEOUT_S, TIMEOUT_S))
 
-    return Source(name, pieces, waits=scheme not in UNWAITING, ends=False)
+    return AudioSource(name, pieces, pausable=scheme not in REALTIME_SCHEMES, finite=False)
 
 
 # --- the stations of a stream -----------------------------------------------------------------------------------------
 
 
-def decoded(what: Any, name: str, *, options: dict[str, str] | None = None, **how: Any) -> Pieces:
+def decode_stream(source: Any, name: str, *, options: dict[str, str] | None = None, **how: Any) -> AudioChunks:
     """What PyAV makes of an address, or of an object with `read`. Packets that cannot be decoded are lost."""
     import av
 
     have_s = 0.0
     options = {"analyzeduration": "100000"} | (options or {})  # µs of sound that are kept back; 5 s by default
     try:
-        with av.open(what, "r", metadata_errors="ignore", options=options, **how) as container:
+        with av.open(source, "r", metadata_errors="ignore", options=options, **how) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: has no sound in it ({container.format.long_name})")
             for piece in _frames(container):
-                have_s += piece.length_s
+                have_s += piece.duration_s
                 yield piece
     except av.ExitError:
         after = f", after {have_s:.1f} s of sound" if have_s else ". Is it sending?"
@@ -233,11 +233,11 @@ def decoded(what: Any, name: str, *, options: dict[str, str] | None = None, **ho
     except (av.FFmpegError, OSError, ValueError) as wrong:
         reason = getattr(wrong, "strerror", None) or " ".join(str(wrong).split())
         broken = f"broke off after {have_s:.1f} s of sound" if have_s else "gives no sound"
-        advice = ". Check the address." if isinstance(what, str) and not have_s else ""
+        advice = ". Check the address." if isinstance(source, str) and not have_s else ""
         raise AudioError(f"{name}: {broken} ({reason}){advice}") from None
 
 
-def _frames(container: Any) -> Iterator[Piece]:
+def _frames(container: Any) -> Iterator[AudioChunk]:
     import av
 
     lost_s = 0.0
@@ -254,24 +254,24 @@ def _frames(container: Any) -> Iterator[Piece]:
                 last, plain = kind, av.AudioResampler(format="flt")  # channels and rate stay
             for one in plain.resample(frame):
                 values = one.to_ndarray().reshape(-1, one.layout.nb_channels).astype(np.float64)
-                yield Piece(mix(values).astype(np.float32), one.sample_rate, time.monotonic(), lost_s)
+                yield AudioChunk(mix_to_mono(values).astype(np.float32), one.sample_rate, time.monotonic(), lost_s)
                 lost_s = 0.0
 
 
-def _blocks(pieces: Iterable[Piece], rate_hz: int) -> Iterator[Block]:
+def _blocks(pieces: Iterable[AudioChunk], rate_hz: int) -> Iterator[AudioBlock]:
     """Pieces as blocks of `BLOCK_S` at most, all at `rate_hz`."""
     size = round(BLOCK_S * rate_hz)
     lost_s = 0.0
     for piece in _at_rate(pieces, rate_hz):
         lost_s += piece.lost_s
         for start in range(0, len(piece.samples), size):
-            yield Block(piece.samples[start : start + size], piece.recorded_s, lost_s)
+            yield AudioBlock(piece.samples[start : start + size], piece.captured_at_s, lost_s)
             lost_s = 0.0
     if lost_s:
-        yield Block(np.zeros(0, np.float32), time.monotonic(), lost_s)
+        yield AudioBlock(np.zeros(0, np.float32), time.monotonic(), lost_s)
 
 
-def _at_rate(pieces: Iterable[Piece], rate_hz: int) -> Iterator[Piece]:
+def _at_rate(pieces: Iterable[AudioChunk], rate_hz: int) -> Iterator[AudioChunk]:
     """The same sound at one rate. That of the pieces may change, or they fail: what a resampler holds comes before."""
     resampler: soxr.ResampleStream | None = None
     from_hz, none, last_s = rate_hz, np.zeros(0, np.float32), time.monotonic()
@@ -280,17 +280,17 @@ def _at_rate(pieces: Iterable[Piece], rate_hz: int) -> Iterator[Piece]:
         for piece in pieces:
             if piece.rate_hz != from_hz:
                 if resampler is not None:
-                    yield Piece(resampler.resample_chunk(none, last=True), rate_hz, last_s)
+                    yield AudioChunk(resampler.resample_chunk(none, last=True), rate_hz, last_s)
                     resampler = None
                 from_hz = piece.rate_hz
                 if from_hz != rate_hz:
-                    resampler = soxr.ResampleStream(from_hz, rate_hz, 1, dtype="float32", quality=QUALITY)
-            last_s = piece.recorded_s
+                    resampler = soxr.ResampleStream(from_hz, rate_hz, 1, dtype="float32", quality=RESAMPLE_QUALITY)
+            last_s = piece.captured_at_s
             samples = piece.samples if resampler is None else resampler.resample_chunk(piece.samples)
-            yield Piece(samples, rate_hz, last_s, piece.lost_s)
+            yield AudioChunk(samples, rate_hz, last_s, piece.lost_s)
     except AudioError as wrong:
         failure = wrong
     if resampler is not None:
-        yield Piece(resampler.resample_chunk(none, last=True), rate_hz, last_s)
+        yield AudioChunk(resampler.resample_chunk(none, last=True), rate_hz, last_s)
     if failure is not None:
         raise failure

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from mowa.data.live import BLOCK_S, Piece, Pieces, Source
-from mowa.errors import AudioError, MissingPart
+from mowa.data.live import BLOCK_S, AudioChunk, AudioChunks, AudioSource
+from mowa.errors import AudioError, MissingDependency
 
-SILENT_S = 3.0  # a microphone that gives nothing for so long is gone
+TIMEOUT_S = 3.0  # a microphone that gives nothing for so long is gone
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class Microphone:
     """A microphone: its number and name, channels, the rate that it prefers, whether it is the one that is taken."""
 
     number: int
@@ -30,7 +30,7 @@ class Device:
     default: bool
 
 
-def devices() -> list[Device]:
+def list_microphones() -> list[Microphone]:
     """Every microphone here. MissingPart without sounddevice or PortAudio."""
     sounddevice = _sounddevice()
     try:
@@ -38,32 +38,32 @@ def devices() -> list[Device]:
     except sounddevice.PortAudioError as wrong:
         raise AudioError(f"PortAudio cannot list the microphones ({_reason(wrong)})") from None
     return [
-        Device(number, one["name"], one["max_input_channels"], round(one["default_samplerate"]), number == chosen)
+        Microphone(number, one["name"], one["max_input_channels"], round(one["default_samplerate"]), number == chosen)
         for number, one in enumerate(there)
         if one["max_input_channels"] > 0
     ]
 
 
-def microphone(device: str | None = None) -> Source:
+def open_microphone(device: str | None = None) -> AudioSource:
     """The microphone of this number or name (a part of it will do), or the default one. It never ends by itself.
 
     At once: MissingPart without sounddevice or PortAudio, AudioError where there is no such microphone. Later:
     AudioError where it is taken by another program, or unplugged.
     """
     sounddevice = _sounddevice()
-    there = devices()
+    there = list_microphones()
     if not there:
         raise AudioError("there is no microphone here. Plug one in, or pipe sound in: ffmpeg … | mowa listen -")
     found = _named(device, there) if device is not None else next((one for one in there if one.default), there[0])
-    return Source(
+    return AudioSource(
         f"microphone {found.name}",
         lambda rate_hz: _recorded(sounddevice, found, rate_hz),
-        waits=False,
-        ends=False,
+        pausable=False,
+        finite=False,
     )
 
 
-def _named(device: str, there: list[Device]) -> Device:
+def _named(device: str, there: list[Microphone]) -> Microphone:
     exact = [one for one in there if device in (str(one.number), one.name)]
     like = exact or [one for one in there if device.lower() in one.name.lower()]
     if len(like) == 1:
@@ -73,9 +73,9 @@ def _named(device: str, there: list[Device]) -> Device:
     raise AudioError(f"{what}: choose by number among {listed}")
 
 
-def _recorded(sounddevice: Any, device: Device, rate_hz: int) -> Pieces:
+def _recorded(sounddevice: Any, device: Microphone, rate_hz: int) -> AudioChunks:
     from_hz, channels = _accepted(sounddevice, device, rate_hz)
-    came: SimpleQueue[Piece | None] = SimpleQueue()  # never long: its reader waits for nobody
+    came: SimpleQueue[AudioChunk | None] = SimpleQueue()  # never long: its reader waits for nobody
     ended_s = 0.0  # when, by the clock of the device, what was handed over last ended
 
     def take(sound: np.ndarray, count: int, when: Any, status: Any) -> None:
@@ -83,7 +83,7 @@ def _recorded(sounddevice: Any, device: Device, rate_hz: int) -> Pieces:
         length_s = count / from_hz
         lost_s = max(length_s, when.inputBufferAdcTime - ended_s) if status.input_overflow and ended_s else 0.0
         ended_s = when.inputBufferAdcTime + length_s
-        came.put(Piece(sound.mean(axis=1), from_hz, time.monotonic(), lost_s))
+        came.put(AudioChunk(sound.mean(axis=1), from_hz, time.monotonic(), lost_s))
 
     heard_s = 0.0
     try:
@@ -96,7 +96,7 @@ def _recorded(sounddevice: Any, device: Device, rate_hz: int) -> Pieces:
             callback=take,
             finished_callback=lambda: came.put(None),
         ):
-            while (piece := came.get(timeout=SILENT_S)) is not None:
+            while (piece := came.get(timeout=TIMEOUT_S)) is not None:
                 heard_s += len(piece.samples) / from_hz
                 yield piece
     except Empty:
@@ -107,7 +107,7 @@ def _recorded(sounddevice: Any, device: Device, rate_hz: int) -> Pieces:
     raise AudioError(f"microphone {device.name}: gives no sound any more after {heard_s:.1f} s. Is it plugged in?")
 
 
-def _accepted(sounddevice: Any, device: Device, rate_hz: int) -> tuple[int, int]:
+def _accepted(sounddevice: Any, device: Microphone, rate_hz: int) -> tuple[int, int]:
     """A rate and a number of channels that the device takes, at best what is wanted."""
     reason = ""
     for channels in (1, min(2, device.channels)):
@@ -131,7 +131,7 @@ def _sounddevice() -> Any:
     try:
         import sounddevice
     except ImportError:
-        raise MissingPart("microphones need sounddevice: pip install 'mowa[live]'") from None
+        raise MissingDependency("microphones need sounddevice: pip install 'mowa[live]'") from None
     except OSError:  # its wheels hold PortAudio for macOS and Windows alone
-        raise MissingPart("microphones need the library PortAudio: apt-get install libportaudio2") from None
+        raise MissingDependency("microphones need the library PortAudio: apt-get install libportaudio2") from None
     return sounddevice

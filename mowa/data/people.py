@@ -242,7 +242,7 @@ def _row(clip: Clip, source: Source, manifest: Path) -> dict[str, Any] | str:
 def _decode(path: Path) -> Samples:
     """Any recording at 16 kHz; bare G.722, which has no header that `audio` could know it by, by its name."""
     if path.suffix != ".g722":
-        return audio.load(path, RATE_HZ)
+        return audio.load_audio(path, RATE_HZ)
     import av
 
     try:

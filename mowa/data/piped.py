@@ -16,12 +16,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from mowa.data import containers
-from mowa.data.decoders import RATE_RANGE_HZ, SLACK_S, mix
-from mowa.data.live import Piece, Pieces, Source, decoded
+from mowa.data.decoders import DURATION_TOLERANCE_S, RATE_RANGE_HZ, mix_to_mono
+from mowa.data.live import AudioChunk, AudioChunks, AudioSource, decode_stream
 from mowa.errors import AudioError
 
-RAW_HZ = 16_000
-NAME = "standard input"
+RAW_RATE_HZ = 16_000
+STDIN_NAME = "standard input"
 
 _PIECE = 4096  # bytes that are read at a time, at most
 _HEAD = 2048  # bytes that are looked at: two frames of any MP3, ten packets of MPEG-TS
@@ -34,39 +34,41 @@ _KBITS = {  # of MPEG audio, layer III, by its version as the header has it
 }
 
 
-def standard_input(raw_hz: int | None = None) -> Source:
+def open_stdin(raw_rate_hz: int | None = None) -> AudioSource:
     """What is piped in. Raw samples are 16 bits, little-endian, one channel, at `raw_hz` (None: `RAW_HZ`).
 
     AudioError at once where nothing is piped in; later where nothing comes, where a recording is not of `raw_hz`, and
     where it is damaged.
     """
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
-        raise AudioError(f"{NAME}: nothing is piped in. Try: ffmpeg -i … -ac 1 -ar {RAW_HZ} -f s16le - | mowa listen -")
+        raise AudioError(
+            f"{STDIN_NAME}: nothing is piped in. Try: ffmpeg -i … -ac 1 -ar {RAW_RATE_HZ} -f s16le - | mowa listen -"
+        )
     file = sys.stdin.fileno()
 
-    def pieces(rate_hz: int) -> Pieces:
-        pipe = Pipe(file)
-        head = pipe.look(_HEAD)
+    def pieces(rate_hz: int) -> AudioChunks:
+        pipe = PipeReader(file)
+        head = pipe.peek(_HEAD)
         if not head:
-            raise AudioError(f"{NAME}: ended before any sound came. Does what is before the pipe run?")
+            raise AudioError(f"{STDIN_NAME}: ended before any sound came. Does what is before the pipe run?")
         if not is_container(head):
-            return _raw(pipe, raw_hz or RAW_HZ, 1, None)
+            return _raw(pipe, raw_rate_hz or RAW_RATE_HZ, 1, None)
         if (plain := _plain_wav(head)) is None:
-            return _of_rate(decoded(pipe, NAME), raw_hz)
+            return _of_rate(decode_stream(pipe, STDIN_NAME), raw_rate_hz)
         begins, from_hz, channels, size = plain
         pipe.read(begins)
-        return _of_rate(_raw(pipe, from_hz, channels, size), raw_hz)
+        return _of_rate(_raw(pipe, from_hz, channels, size), raw_rate_hz)
 
-    return Source(NAME, pieces)
+    return AudioSource(STDIN_NAME, pieces)
 
 
-class Pipe:
+class PipeReader:
     """A file descriptor as PyAV reads files: `read` gives what there is, as soon as there is anything."""
 
-    def __init__(self, file: int) -> None:
-        self._file, self._seen = file, b""
+    def __init__(self, descriptor: int) -> None:
+        self._file, self._seen = descriptor, b""
 
-    def look(self, size: int) -> bytes:
+    def peek(self, size: int) -> bytes:
         """The first `size` bytes, which will be read again; fewer where it ends before."""
         while len(self._seen) < size and (data := os.read(self._file, size - len(self._seen))):
             self._seen += data
@@ -79,7 +81,7 @@ class Pipe:
         return os.read(self._file, size)
 
 
-def _raw(pipe: Pipe, from_hz: int, channels: int, size: int | None) -> Pieces:
+def _raw(pipe: PipeReader, from_hz: int, channels: int, size: int | None) -> AudioChunks:
     """16-bit samples; `size` bytes of them, None: all that come."""
     rest, come, width = b"", 0, 2 * channels
     while (size is None or come < size) and (data := pipe.read(min(_PIECE, (size or sys.maxsize) - come))):
@@ -88,18 +90,18 @@ def _raw(pipe: Pipe, from_hz: int, channels: int, size: int | None) -> Pieces:
         whole = len(data) - len(data) % width
         rest = data[whole:]
         values = np.frombuffer(data[:whole], "<i2").reshape(-1, channels).astype(np.float64)
-        yield Piece((mix(values) / 2**15).astype(np.float32), from_hz, time.monotonic())
-    if size is not None and size - come > SLACK_S * width * from_hz:
+        yield AudioChunk((mix_to_mono(values) / 2**15).astype(np.float32), from_hz, time.monotonic())
+    if size is not None and size - come > DURATION_TOLERANCE_S * width * from_hz:
         promised_s, have_s = (count / (width * from_hz) for count in (size, come))
-        raise AudioError(f"{NAME}: is cut off: its header promises {promised_s:.1f} s, {have_s:.1f} s came")
+        raise AudioError(f"{STDIN_NAME}: is cut off: its header promises {promised_s:.1f} s, {have_s:.1f} s came")
 
 
-def _of_rate(pieces: Iterable[Piece], wanted_hz: int | None) -> Pieces:
+def _of_rate(pieces: Iterable[AudioChunk], wanted_hz: int | None) -> AudioChunks:
     """What a container gives, refused where it is not of the rate that somebody said."""
     for piece in pieces:
         if wanted_hz not in (None, piece.rate_hz):
             raise AudioError(
-                f"{NAME}: is a recording of {piece.rate_hz} Hz, not {wanted_hz} Hz. Leave out --rate: it is for raw"
+                f"{STDIN_NAME}: is a recording of {piece.rate_hz} Hz, not {wanted_hz} Hz. Leave out --rate: it is for raw"
                 " samples, and recordings say their rate."
             )
         yield piece
@@ -147,7 +149,7 @@ def _plain_wav(head: bytes) -> tuple[int, int, int, int | None] | None:
     if not re.match(rb"RIFF....WAVEfmt ....\x01\x00.{12}\x10\x00", head, re.DOTALL):
         return None
     file = io.BytesIO(head)
-    header = containers.wav_header(file)
+    header = containers.read_wav_header(file)
     low, high = RATE_RANGE_HZ
     if header is None or not header.channels or not low <= header.rate_hz <= high:
         return None
@@ -157,5 +159,5 @@ def _plain_wav(head: bytes) -> tuple[int, int, int, int | None] | None:
         begins,
         header.rate_hz,
         header.channels,
-        None if any(size in all for all in containers.WAV_STREAMED) else size,
+        None if any(size in all for all in containers.WAV_STREAMING_SIZES) else size,
     )

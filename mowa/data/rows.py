@@ -20,10 +20,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mowa.errors import DataError, HubUnreachable, MissingPart
+from mowa.errors import DataError, HubUnreachable, MissingDependency
 
 # What a column may be called, the likelier name first; letter case does not matter.
-ROLES: dict[str, tuple[str, ...]] = {
+COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
     "audio": tuple("audio audio_filepath audio_path audio_file file_name filename file path wav flac mp3".split()),
     "text": tuple("text sentence transcription transcript normalized_text raw_transcription raw_text txt".split()),
     "id": ("id", "utt_id", "utterance_id", "uid", "key", "__key__"),
@@ -37,26 +37,26 @@ ROLES: dict[str, tuple[str, ...]] = {
     "voice": ("voice",),
     "language": ("language", "locale", "lang"),
 }
-HUB = re.compile(r"hub:(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<config>.+))?")
+HUB_PATTERN = re.compile(r"hub:(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<config>.+))?")
 
-Row = tuple[str, Path, Mapping[str, Any]]  # where it stands, the folder its paths start from, its columns
+TableRow = tuple[str, Path, Mapping[str, Any]]  # where it stands, the folder its paths start from, its columns
 
 
 @lru_cache(maxsize=256)
-def columns(names: tuple[str, ...]) -> dict[str, str]:
+def guess_columns(names: tuple[str, ...]) -> dict[str, str]:
     """Role → the column that plays it, of those with these names."""
     there = {str(name).strip().lower(): name for name in reversed(names)}
-    return {role: there[name] for role, known in ROLES.items() for name in reversed(known) if name in there}
+    return {role: there[name] for role, known in COLUMN_ALIASES.items() for name in reversed(known) if name in there}
 
 
 def _useful(names: list[str], sounding: list[str], also: Collection[str]) -> dict[str, str]:
     """Columns to read → what to call them: those with a role, sound under any name; all, where a role is missing.
     `also` are columns that were asked for by name."""
-    known = {name for names in ROLES.values() for name in names}
+    known = {name for names in COLUMN_ALIASES.values() for name in names}
     useful = {name: name for name in names if name.strip().lower() in known or name in also}
-    if "audio" not in columns(tuple(useful)) and sounding and sounding[0] not in also:
+    if "audio" not in guess_columns(tuple(useful)) and sounding and sounding[0] not in also:
         useful[sounding[0]] = "audio"
-    if {"audio", "text"} <= set(columns(tuple(useful.values()))):
+    if {"audio", "text"} <= set(guess_columns(tuple(useful.values()))):
         return useful
     return {name: useful.get(name, name) for name in names}  # so that an error can name them all
 
@@ -64,7 +64,7 @@ def _useful(names: list[str], sounding: list[str], also: Collection[str]) -> dic
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def decoded(lines: Iterable[bytes], name: object) -> Iterator[str]:
+def decode_lines(lines: Iterable[bytes], name: object) -> Iterator[str]:
     """Lines with their ends, a byte order mark left out; split at line feeds only, as U+2028 may stand in a text."""
     for number, line in enumerate(lines, 1):
         try:
@@ -76,19 +76,19 @@ def decoded(lines: Iterable[bytes], name: object) -> Iterator[str]:
             ) from None
 
 
-def lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[str]:
     """The lines of a text file as `decoded` gives them, unpacked where it is a .gz. DataError, as there."""
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            yield from decoded(file, path)
+            yield from decode_lines(file, path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as wrong:
         raise DataError(f"{path}: is damaged, or cut off ({_reason(wrong)}). Copy it again.") from None
     except OSError as wrong:
         raise DataError(f"{path}: cannot be read ({wrong.strerror}). Check who may read it.") from None
 
 
-def _objects(path: Path, also: Collection[str] = ()) -> Iterator[Row]:
-    for number, line in enumerate(lines(path), 1):
+def _objects(path: Path, also: Collection[str] = ()) -> Iterator[TableRow]:
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -102,19 +102,19 @@ def _objects(path: Path, also: Collection[str] = ()) -> Iterator[Row]:
         yield f"{path}:{number}", path.parent, fields
 
 
-def _table(path: Path, also: Collection[str] = ()) -> Iterator[Row]:
+def _table(path: Path, also: Collection[str] = ()) -> Iterator[TableRow]:
     """CSV with its usual quotes, its delimiter told by the header; TSV with none, as Common Voice's quotes are text."""
     lengths = _clip_lengths(path.parent)
-    for where, fields in table(lines(path), path, tabs=suffix(path).startswith(".tsv")):
+    for where, fields in parse_table(read_lines(path), path, tab_separated=full_suffix(path).startswith(".tsv")):
         if (length_s := lengths.get(fields.get("path", ""))) is not None:
             fields["duration_s"] = length_s
         yield where, path.parent, fields
 
 
-def table(lines: Iterator[str], name: object, *, tabs: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def parse_table(lines: Iterator[str], name: object, *, tab_separated: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a table with a header: where each stands, and its columns. `tabs`: as a TSV, quotes being text."""
     first = next(lines, "")
-    if tabs:
+    if tab_separated:
         reader = csv.reader(chain([first], lines), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(chain([first], lines), delimiter=max(",;\t|", key=first.count))
@@ -137,15 +137,15 @@ def _clip_lengths(folder: Path) -> dict[str, float]:
     listed = folder / "clip_durations.tsv"
     if not listed.is_file():
         return {}
-    rows = (line.rstrip("\r\n").split("\t") for line in lines(listed))
+    rows = (line.rstrip("\r\n").split("\t") for line in read_lines(listed))
     return {row[0]: float(row[1]) / 1000 for row in rows if len(row) == 2 and row[1].isdecimal()}
 
 
 # --- tables that hold bytes -------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path, also: Collection[str] = ()) -> Iterator[Row]:
-    pq, arrow = part("pyarrow.parquet"), part("pyarrow")
+def _parquet(path: Path, also: Collection[str] = ()) -> Iterator[TableRow]:
+    pq, arrow = import_optional("pyarrow.parquet"), import_optional("pyarrow")
     try:
         with pq.ParquetFile(path) as file:
             structs = [field for field in file.schema_arrow if arrow.types.is_struct(field.type)]
@@ -160,8 +160,8 @@ def _parquet(path: Path, also: Collection[str] = ()) -> Iterator[Row]:
         raise DataError(f"{path}: is no parquet file, or damaged ({_reason(wrong)}). Copy it again.") from wrong
 
 
-def _arrow(path: Path, also: Collection[str] = ()) -> Iterator[Row]:
-    datasets = part("datasets")
+def _arrow(path: Path, also: Collection[str] = ()) -> Iterator[TableRow]:
+    datasets = import_optional("datasets")
     try:
         yield from _mapped(datasets.Dataset.from_file(str(path)), path, path.parent, also)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as wrong:
@@ -170,7 +170,7 @@ def _arrow(path: Path, also: Collection[str] = ()) -> Iterator[Row]:
         ) from wrong
 
 
-READERS: dict[str, Callable[..., Iterator[Row]]] = {
+READERS: dict[str, Callable[..., Iterator[TableRow]]] = {
     ".jsonl": _objects,
     ".json": _objects,
     ".csv": _table,
@@ -184,24 +184,24 @@ READERS: dict[str, Callable[..., Iterator[Row]]] = {
 """By `suffix`: one file, and columns that are wanted whatever they are called → its rows."""
 
 
-def suffix(path: Path) -> str:
+def full_suffix(path: Path) -> str:
     """In small letters, with what a .gz holds: `.jsonl.gz`."""
     last = path.suffix.lower()
     return path.with_suffix("").suffix.lower() + last if last == ".gz" else last
 
 
-def saved(folder: Path, also: Collection[str] = ()) -> Iterator[Row]:
+def read_saved_dataset(folder: Path, extra_columns: Collection[str] = ()) -> Iterator[TableRow]:
     """The rows of a `Dataset` that `save_to_disk` wrote, straight from its mapped files."""
-    datasets = part("datasets")
+    datasets = import_optional("datasets")
     try:
-        yield from _mapped(datasets.load_from_disk(str(folder)), folder, folder, also)
+        yield from _mapped(datasets.load_from_disk(str(folder)), folder, folder, extra_columns)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as wrong:
         raise DataError(f"{folder}: is damaged ({_reason(wrong)}). Save it again with save_to_disk.") from wrong
 
 
-def _mapped(data: Any, name: Path, folder: Path, also: Collection[str]) -> Iterator[Row]:
+def _mapped(data: Any, name: Path, folder: Path, also: Collection[str]) -> Iterator[TableRow]:
     """The rows of a `Dataset`, its sound undecoded."""
-    datasets = part("datasets")
+    datasets = import_optional("datasets")
     data = data.with_format(None)  # a format is saved with it
     sounding = [name for name, feature in data.features.items() if isinstance(feature, datasets.Audio)]
     for column in sounding:
@@ -211,21 +211,23 @@ def _mapped(data: Any, name: Path, folder: Path, also: Collection[str]) -> Itera
         yield f"{name}: row {number}", folder, {useful[key]: value for key, value in fields.items()}
 
 
-def hub(source: str, choose: Callable[[Iterable[str]], str], also: Collection[str] = ()) -> Iterator[Row]:
+def stream_hub_dataset(
+    source: str, choose_split: Callable[[Iterable[str]], str], extra_columns: Collection[str] = ()
+) -> Iterator[TableRow]:
     """`hub:owner/name[@revision][:config]`, streamed; `choose` picks one of the splits. HubUnreachable, DataError."""
     with _reached(source) as (datasets, builder, splits):
-        data = splits[choose(splits)]
+        data = splits[choose_split(splits)]
         kinds = data.features or {}
         sounding = [name for name, feature in kinds.items() if isinstance(feature, datasets.Audio)]
         for name in sounding:
             data = data.cast_column(name, _undecoded(datasets, builder))
-        if useful := _useful(list(kinds), sounding, also):
+        if useful := _useful(list(kinds), sounding, extra_columns):
             data = data.select_columns(list(useful))
         for number, fields in enumerate(data, 1):
             yield f"{source}: row {number}", Path(), {useful.get(key, key): value for key, value in fields.items()}
 
 
-def hub_splits(source: str) -> list[str]:
+def list_hub_splits(source: str) -> list[str]:
     """The splits of a data set on the hub, sorted. Errors as `hub`."""
     with _reached(source) as (_, _, splits):
         return sorted(map(str, splits))
@@ -234,12 +236,12 @@ def hub_splits(source: str) -> list[str]:
 @contextmanager
 def _reached(source: str) -> Iterator[tuple[ModuleType, Any, Any]]:
     """datasets, the builder of a data set on the hub, and its streams by split."""
-    named = HUB.fullmatch(source)
+    named = HUB_PATTERN.fullmatch(source)
     if named is None:
         raise DataError(f"{source}: is no data set's name. Say hub:owner/name, or hub:owner/name:config.")
     if Path(named["repo"]).exists():  # datasets would read that instead, without a word
         raise DataError(f"{source}: a folder {named['repo']} stands here. For it, leave out hub:; else work elsewhere.")
-    datasets, errors = part("datasets"), part("huggingface_hub.errors")
+    datasets, errors = import_optional("datasets"), import_optional("huggingface_hub.errors")
     try:
         builder = datasets.load_dataset_builder(named["repo"], named["config"], revision=named["revision"])
         if hasattr(builder.config, "decode_num_threads"):
@@ -261,12 +263,12 @@ def _undecoded(datasets: ModuleType, builder: Any) -> Any:
     return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 
 
-def part(name: str) -> ModuleType:
+def import_optional(name: str) -> ModuleType:
     """A module of what `mowa[data]` brings. MissingPart where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise MissingPart(f"{name.partition('.')[0]} is needed to read this: pip install 'mowa[data]'") from None
+        raise MissingDependency(f"{name.partition('.')[0]} is needed to read this: pip install 'mowa[data]'") from None
 
 
 def _reason(wrong: Exception) -> str:

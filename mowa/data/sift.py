@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-from mowa.data.letters import STRANGE, Speller, is_letter
-from mowa.data.letters import alphabet as alphabet
-from mowa.data.text import plain
+from mowa.data.letters import OOV_POLICIES, VocabularyMapper, is_word_char
+from mowa.data.letters import build_alphabet as build_alphabet
+from mowa.data.text import normalize_text
 from mowa.errors import DataError
 from mowa.nouns import Example
 
-REASONS = (
+DROP_REASONS = (
     "audio missing",
     "too short",
     "too long",
@@ -32,7 +32,7 @@ REASONS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class FilterConfig:
     """What is left out, and what becomes of letters that the vocabulary lacks.
 
     `strange`: map (to a near letter, else drop; a recording whose text has digits the vocabulary lacks is left out,
@@ -40,18 +40,18 @@ class Rules:
     both cases where there are two: {"ё": "е"} does Ё too.
     """
 
-    shortest_s: float = 0.0
-    longest_s: float = float("inf")
-    strange: str = "map"
-    letters: Mapping[str, str] = field(default_factory=dict)
+    min_duration_s: float = 0.0
+    max_duration_s: float = float("inf")
+    oov: str = "map"
+    char_map: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.strange not in STRANGE:
-            raise DataError(f"strange letters: {self.strange!r} is none of {', '.join(STRANGE)}.")
+        if self.oov not in OOV_POLICIES:
+            raise DataError(f"strange letters: {self.oov!r} is none of {', '.join(OOV_POLICIES)}.")
 
 
 @dataclass(frozen=True, slots=True)
-class Sifted:
+class FilterResult:
     """What is learnt from, and what not.
 
     `left_out`: reason (of REASONS) → ids; `changed`: letter, lower-cased → how often it was mapped or dropped in the
@@ -60,25 +60,27 @@ class Sifted:
     """
 
     kept: tuple[Example, ...]
-    left_out: Mapping[str, tuple[str, ...]]
-    changed: Mapping[str, int]
-    became: Mapping[str, str]
-    outside: Mapping[str, int]
-    hours_read: float
-    hours_kept: float
+    dropped: Mapping[str, tuple[str, ...]]
+    mapped_counts: Mapping[str, int]
+    mapped_to: Mapping[str, str]
+    oov_counts: Mapping[str, int]
+    total_hours: float
+    kept_hours: float
 
-    def table(self) -> str:
+    def summary(self) -> str:
         """The report: a line for what was read and kept, one a reason with the first ids, one for the letters."""
-        read = len(self.kept) + sum(map(len, self.left_out.values()))
-        rows = [("read", read, f"{self.hours_read:.2f} h"), ("kept", len(self.kept), f"{self.hours_kept:.2f} h")]
-        rows += [(reason, len(ids), _few(ids)) for reason, ids in self.left_out.items()]
+        read = len(self.kept) + sum(map(len, self.dropped.values()))
+        rows = [("read", read, f"{self.total_hours:.2f} h"), ("kept", len(self.kept), f"{self.kept_hours:.2f} h")]
+        rows += [(reason, len(ids), _few(ids)) for reason, ids in self.dropped.items()]
         wide, high = max(len(name) for name, *_ in rows), max(len(str(count)) for _, count, _ in rows)
         lines = [f"{name:<{wide}}  {count:>{high}}  {note}" for name, count, note in rows]
-        if self.changed:
-            shown = [f"{letter} → {self.became[letter] or 'nothing'} {n}×" for letter, n in _often(self.changed)]
+        if self.mapped_counts:
+            shown = [
+                f"{letter} → {self.mapped_to[letter] or 'nothing'} {n}×" for letter, n in _often(self.mapped_counts)
+            ]
             lines.append(f"letters written otherwise: {_few(shown, 12)}")
-        if self.outside:
-            shown = [f"{letter} in {n}" for letter, n in _often(self.outside)]
+        if self.oov_counts:
+            shown = [f"{letter} in {n}" for letter, n in _often(self.oov_counts)]
             lines.append(f"letters outside the vocabulary: {_few(shown, 12)}")
         return "\n".join(lines)
 
@@ -91,7 +93,9 @@ def _often(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
-def sift(examples: Iterable[Example], rules: Rules, *, tokens: Sequence[str], frames: Callable[[float], int]) -> Sifted:
+def filter_examples(
+    examples: Iterable[Example], config: FilterConfig, *, characters: Sequence[str], num_frames: Callable[[float], int]
+) -> FilterResult:
     """Keep what CTC can learn, its texts in the letters of `tokens` and single spaces.
 
     `tokens` are the vocabulary's tokens of one character (a space or | among them is the delimiter's business, not a
@@ -100,17 +104,17 @@ def sift(examples: Iterable[Example], rules: Rules, *, tokens: Sequence[str], fr
     is one, too) and one more between two of the same (Graves et al. 2006, §3.1). Of several reasons to leave a
     recording out, the first of REASONS is given.
     """
-    speller = Speller(frozenset(tokens) - {" ", "|"}, rules.strange, rules.letters)
+    speller = VocabularyMapper(frozenset(characters) - {" ", "|"}, config.oov, config.char_map)
     kept: list[Example] = []
-    left_out: dict[str, list[str]] = {reason: [] for reason in REASONS}
+    left_out: dict[str, list[str]] = {reason: [] for reason in DROP_REASONS}
     changed: Counter[str] = Counter()
     became: dict[str, str] = {}
     outside: Counter[str] = Counter()
     read_s = 0.0
     for example in examples:
         read_s += max(0.0, example.duration_s)
-        text, mapped, strange = speller.write(example.text)
-        if reason := _reason(example, rules, text, strange, frames):
+        text, mapped, strange = speller.map_text(example.text)
+        if reason := _reason(example, config, text, strange, num_frames):
             left_out[reason].append(example.id)
             outside.update(strange if reason == "letters outside the vocabulary" else ())
             continue
@@ -118,29 +122,29 @@ def sift(examples: Iterable[Example], rules: Rules, *, tokens: Sequence[str], fr
             changed[letter] += count
             became[letter] = written
         kept.append(replace(example, text=text))
-    return Sifted(
+    return FilterResult(
         kept=tuple(kept),
-        left_out={reason: tuple(ids) for reason, ids in left_out.items() if ids},
-        changed=dict(changed),
-        became=became,
-        outside=dict(outside),
-        hours_read=read_s / 3600,
-        hours_kept=sum(example.duration_s for example in kept) / 3600,
+        dropped={reason: tuple(ids) for reason, ids in left_out.items() if ids},
+        mapped_counts=dict(changed),
+        mapped_to=became,
+        oov_counts=dict(outside),
+        total_hours=read_s / 3600,
+        kept_hours=sum(example.duration_s for example in kept) / 3600,
     )
 
 
 def _reason(
-    example: Example, rules: Rules, text: str, strange: frozenset[str], frames: Callable[[float], int]
+    example: Example, rules: FilterConfig, text: str, strange: frozenset[str], frames: Callable[[float], int]
 ) -> str | None:
     if not Path(example.audio).is_file():
         return "audio missing"
-    if not example.duration_s >= rules.shortest_s:  # nor is NaN
+    if not example.duration_s >= rules.min_duration_s:  # nor is NaN
         return "too short"
-    if example.duration_s > rules.longest_s:
+    if example.duration_s > rules.max_duration_s:
         return "too long"
     if strange:
         return "letters outside the vocabulary"
-    if not any(map(is_letter, text)):
+    if not any(map(is_word_char, text)):
         return "no letters left"
     needed = len(text) + sum(a == b for a, b in pairwise(text))
     return "more letters than frames" if frames(example.duration_s) < needed else None
@@ -150,7 +154,7 @@ def _reason(
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class OverlapCount:
     """How many recordings of the second list share something with the first, and the ids of the first few."""
 
     count: int
@@ -164,10 +168,10 @@ class Overlap:
     `recordings` by their path, `sentences` of three words or more, `speakers` by their tag.
     """
 
-    recordings: Shared
-    sentences: Shared
-    speakers: Shared
-    of: int
+    recordings: OverlapCount
+    sentences: OverlapCount
+    speakers: OverlapCount
+    total: int
 
     def __bool__(self) -> bool:
         return bool(self.recordings.count or self.sentences.count or self.speakers.count)
@@ -183,11 +187,11 @@ class Overlap:
         for shared, what in kinds:
             if shared.count:
                 ids = [*shared.ids, *(["…"] if shared.count > len(shared.ids) else [])]
-                said.append(f"{shared.count} of {self.of} {what} ({', '.join(ids)})")
-        return "; ".join(said) or f"none of {self.of} has anything in common with the other list"
+                said.append(f"{shared.count} of {self.total} {what} ({', '.join(ids)})")
+        return "; ".join(said) or f"none of {self.total} has anything in common with the other list"
 
 
-def overlap(train: Iterable[Example], dev: Iterable[Example], *, shown: int = 3) -> Overlap:
+def measure_overlap(train: Iterable[Example], dev: Iterable[Example], *, max_ids: int = 3) -> Overlap:
     """How many of `dev` are known from `train`. Sentences are compared in `plain` form, from three words on."""
     known: tuple[set[str], ...] = (set(), set(), set())
     for example in train:
@@ -199,7 +203,7 @@ def overlap(train: Iterable[Example], dev: Iterable[Example], *, shown: int = 3)
         for there, ids, value in zip(known, found, _marks(example), strict=True):
             if value and value in there:
                 ids.append(example.id)
-    recordings, sentences, speakers = (Shared(len(ids), tuple(ids[:shown])) for ids in found)
+    recordings, sentences, speakers = (OverlapCount(len(ids), tuple(ids[:max_ids])) for ids in found)
     return Overlap(recordings, sentences, speakers, len(heard))
 
 
@@ -210,14 +214,16 @@ def _marks(example: Example) -> tuple[str, str, str]:
 
 
 def _said(example: Example) -> str:
-    return plain(unicodedata.normalize("NFC", example.text))
+    return normalize_text(unicodedata.normalize("NFC", example.text))
 
 
 def _speaker(example: Example) -> str:
     return str(example.tags.get("speaker") or "")
 
 
-def hold_out(examples: Iterable[Example], share: float, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def split_held_out(
+    examples: Iterable[Example], ratio: float, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """(train, dev), each in the order given: at most `share` of the recordings go to dev, but a group at least.
 
     Where five speakers are tagged, a group is a speaker, and who is not tagged stays in train; else it is a sentence
@@ -225,9 +231,9 @@ def hold_out(examples: Iterable[Example], share: float, seed: int) -> tuple[tupl
     Raises DataError where there are not two groups, or `share` is not in [0, 1).
     """
     everything = tuple(examples)
-    if not 0 <= share < 1:
-        raise DataError(f"hold_out is {share}: it is a share of the recordings, from 0 to less than 1.")
-    if not share or not everything:
+    if not 0 <= ratio < 1:
+        raise DataError(f"hold_out is {ratio}: it is a share of the recordings, from 0 to less than 1.")
+    if not ratio or not everything:
         return everything, ()
     by_speaker = len({_speaker(example) for example in everything} - {""}) >= 5
     groups: dict[str, list[int]] = defaultdict(list)
@@ -238,7 +244,7 @@ def hold_out(examples: Iterable[Example], share: float, seed: int) -> tuple[tupl
     if len(groups) < 2:
         said = f"all {len(everything)} recordings say the same"
         raise DataError(f"nothing can be held out: {said}. Name a dev set.")
-    chosen = set(_some(groups, share * len(everything), seed))
+    chosen = set(_some(groups, ratio * len(everything), seed))
     return (
         tuple(example for index, example in enumerate(everything) if index not in chosen),
         tuple(example for index, example in enumerate(everything) if index in chosen),

@@ -20,14 +20,43 @@ from pathlib import Path
 from typing import Any
 
 from mowa.data import archives, audio, cuts, kaldi
-from mowa.data.layouts import LISTED, UNDERSTOOD, Layout, chosen, layout, of_split, places, walk
-from mowa.data.rows import READERS, ROLES, Row, columns, hub, hub_splits, part, saved, suffix
+from mowa.data.layouts import (
+    SUPPORTED_DATASETS,
+    SUPPORTED_SOURCES,
+    SourceLayout,
+    choose_split,
+    detect_layout,
+    expand_pattern,
+    filter_split,
+    walk_audio_files,
+)
+from mowa.data.rows import (
+    COLUMN_ALIASES,
+    READERS,
+    TableRow,
+    full_suffix,
+    guess_columns,
+    import_optional,
+    list_hub_splits,
+    read_saved_dataset,
+    stream_hub_dataset,
+)
 from mowa.errors import AudioError, DataError
 from mowa.files import atomic_write
 from mowa.machine import cache_folder
 from mowa.nouns import Example
 
-__all__ = ["LISTED", "UNDERSTOOD", "Layout", "chosen", "entries", "layout", "of_split", "read", "splits"]
+__all__ = [
+    "SUPPORTED_DATASETS",
+    "SUPPORTED_SOURCES",
+    "SourceLayout",
+    "choose_split",
+    "detect_layout",
+    "filter_split",
+    "list_examples",
+    "list_splits",
+    "read_examples",
+]
 
 _TAGS = ("speaker", "gender", "age", "accent", "voice", "language")
 _MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
@@ -35,12 +64,12 @@ _DOUBTFUL_S = 300.0  # longer than this, a duration is compared with the recordi
 _MUTE = 100  # so many rows without a text, and the column has none
 
 
-def entries(
-    names: str | Path | Sequence[str | Path],
+def list_examples(
+    sources: str | Path | Sequence[str | Path],
     split: str = "",
     *,
     columns: Mapping[str, str] | None = None,
-    texts: bool = False,
+    require_text: bool = False,
 ) -> Iterator[Example]:
     """What is at `names` (`LISTED` says what that may be), one after the other, listed and not opened.
 
@@ -59,16 +88,18 @@ def entries(
     file and line, for what cannot be listed, after all before it was given; MissingPart without `datasets`;
     HubUnreachable.
     """
-    listed = [names] if isinstance(names, str | Path) else list(names)
-    for found in _found(listed, split, columns or {}, texts=texts, recordings=True):
+    listed = [sources] if isinstance(sources, str | Path) else list(sources)
+    for found in _found(listed, split, columns or {}, texts=require_text, recordings=True):
         example = found.example
         if found.remote and "://" in example.audio:
             with suppress(Exception):  # every protocol has its own; whoever opens the address will meet them
-                example = replace(example, sound=_fetched(example.audio))
+                example = replace(example, audio_bytes=_fetched(example.audio))
         yield example
 
 
-def read(path: str | Path, split: str = "", *, cache: Path | None = None, texts: bool = True) -> Iterator[Example]:
+def read_examples(
+    path: str | Path, split: str = "", *, cache_dir: Path | None = None, require_text: bool = True
+) -> Iterator[Example]:
     """The recordings and texts at one place, in order, lazily, each recording a file that is there.
 
     As `entries`, and: durations are the row's, else the header's, and bytes become files under `cache` (default: mowa's
@@ -78,33 +109,33 @@ def read(path: str | Path, split: str = "", *, cache: Path | None = None, texts:
     no text in any row, broken JSON, not UTF-8, no rows, no such recording, a part of a recording (`offset`); AudioError
     for a recording whose length has to be read and cannot be; MissingPart without `datasets`; HubUnreachable.
     """
-    cache = cache or cache_folder() / "audio"
-    for found in _found([path], split, {}, texts=texts, recordings=not texts):
+    cache_dir = cache_dir or cache_folder() / "audio"
+    for found in _found([path], split, {}, texts=require_text, recordings=not require_text):
         example = found.example
-        if example.begin_s:
+        if example.offset_s:
             raise DataError(f"{found.where}: is a part of a recording (offset). Cut the recordings into files first.")
-        file = _file(found, cache)
+        file = _file(found, cache_dir)
         length_s = _duration(found.where, example.duration_s, file)
-        yield replace(example, audio=str(file), duration_s=length_s, part=False, sound=None)
+        yield replace(example, audio=str(file), duration_s=length_s, is_excerpt=False, audio_bytes=None)
 
 
-def splits(name: str | Path) -> list[str]:
+def list_splits(source: str | Path) -> list[str]:
     """The splits that `entries` can tell apart at a place, sorted; none where there is but one, or it has no name.
 
     Of a single table they are the values of its column `split`. Errors as `entries`.
     """
-    if str(name).startswith("hub:"):
-        return hub_splits(str(name))
-    here = layout(name, recordings=True)
+    if str(source).startswith("hub:"):
+        return list_hub_splits(str(source))
+    here = detect_layout(source, allow_audio=True)
     if set(here.splits) != {""}:
         return sorted(here.splits)
     (first, *others) = here.splits[""]
     if here.kind == "archive":
-        return archives.splits(first)
-    if others or suffix(first) not in READERS:
+        return archives.list_splits(first)
+    if others or full_suffix(first) not in READERS:
         return []
     found: set[str] = set()
-    for _, _, fields in READERS[suffix(first)](first):
+    for _, _, fields in READERS[full_suffix(first)](first):
         column = _guessed(fields, {}).get("split")
         if column is None:
             return []
@@ -129,15 +160,15 @@ class _Found:
 def _found(
     names: Sequence[str | Path], split: str, named: Mapping[str, str], *, texts: bool, recordings: bool
 ) -> Iterator[_Found]:
-    if unknown := next((role for role in named if role not in ROLES), None):
-        raise DataError(f"there is no role {unknown} for a column. Roles are {', '.join(ROLES)}.")
+    if unknown := next((role for role in named if role not in COLUMN_ALIASES), None):
+        raise DataError(f"there is no role {unknown} for a column. Roles are {', '.join(COLUMN_ALIASES)}.")
     taken: set[str] = set()
     again: Counter[str] = Counter()
-    for name in (place for listed in names for place in places(str(listed))):
+    for name in (place for listed in names for place in expand_pattern(str(listed))):
         remote, number, spoken, column = name.startswith("hub:"), 0, False, dict[str, str]()
         for number, (where, folder, fields) in enumerate(_rows(name, split, named, recordings), 1):
             if cuts.is_cut(fields):
-                fields = cuts.fields(where, fields)
+                fields = cuts.parse_cut(where, fields)
             column = _guessed(fields, named)
             for role, asked in named.items() if number == 1 else ():
                 if role not in column:
@@ -158,12 +189,12 @@ def _found(
             raise DataError(f"{name}: {told} is empty in all {number} rows read. Name a source with texts.")
 
 
-def _rows(name: str, split: str, named: Mapping[str, str], recordings: bool) -> Iterator[Row]:
-    choose = partial(chosen, split, name)
+def _rows(name: str, split: str, named: Mapping[str, str], recordings: bool) -> Iterator[TableRow]:
+    choose = partial(choose_split, split, name)
     if name.startswith("hub:"):
-        yield from hub(name, choose, named.values())
+        yield from stream_hub_dataset(name, choose, named.values())
         return
-    here = layout(name, recordings=recordings)
+    here = detect_layout(name, allow_audio=recordings)
     if set(here.splits) != {""}:
         for child in here.splits[choose(here.splits)]:
             yield from _rows(str(child), "", named, recordings)
@@ -174,29 +205,29 @@ def _rows(name: str, split: str, named: Mapping[str, str], recordings: bool) -> 
                 raise DataError(f"{name}: has no split {split}, but bare recordings. Leave the split out.")
             yield from _bare(name, file)
         elif archives.is_archive(file):
-            yield from archives.rows(file, split, choose, named)
+            yield from archives.read_archive(file, split, choose, named)
         else:
-            rows = READERS[suffix(file)](file, named.values()) if file.is_file() else _directory(here, file, named)
-            yield from of_split(rows, split, name, named.get("split")) if split else rows
+            rows = READERS[full_suffix(file)](file, named.values()) if file.is_file() else _directory(here, file, named)
+            yield from filter_split(rows, split, name, named.get("split")) if split else rows
 
 
-def _directory(here: Layout, folder: Path, named: Mapping[str, str]) -> Iterator[Row]:
-    return kaldi.rows(folder) if here.kind == "Kaldi directory" else saved(folder, named.values())
+def _directory(here: SourceLayout, folder: Path, named: Mapping[str, str]) -> Iterator[TableRow]:
+    return kaldi.read_kaldi(folder) if here.kind == "Kaldi directory" else read_saved_dataset(folder, named.values())
 
 
-def _bare(name: str, place: Path) -> Iterator[Row]:
+def _bare(name: str, place: Path) -> Iterator[TableRow]:
     """A recording, called as it was given, or those under a folder, called as they are below it."""
     if not place.is_dir():
         yield name, Path(), {"audio": str(place), "id": os.path.splitext(name)[0]}
         return
-    for file in walk(place):
+    for file in walk_audio_files(place):
         yield str(file), Path(), {"audio": str(file), "id": str(file.relative_to(place).with_suffix(""))}
 
 
 def _guessed(fields: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, str]:
     """Role → column, those that were named first; of the others, none that was named for another role."""
     there = {role: name for role, name in named.items() if name in fields}
-    guessed = {role: name for role, name in columns(tuple(fields)).items() if role not in named}
+    guessed = {role: name for role, name in guess_columns(tuple(fields)).items() if role not in named}
     return {role: name for role, name in guessed.items() if name not in there.values()} | there
 
 
@@ -220,9 +251,9 @@ def _example(
         text=text or "",
         duration_s=max(0.0, length_s),
         tags={tag: str(value) for tag in _TAGS if (value := fields.get(column.get(tag, ""))) not in (None, "")},
-        begin_s=begin_s,
-        part=offset not in (None, "") and length_s > 0,
-        sound=sound,
+        offset_s=begin_s,
+        is_excerpt=offset not in (None, "") and length_s > 0,
+        audio_bytes=sound,
     ), name
 
 
@@ -231,7 +262,9 @@ def _no_column(where: str, role: str, fields: Mapping[str, Any], asked: str | No
     if asked is not None:
         return DataError(f"{where}: there is no column {asked}, which is to be the {role}. Found: {found}.")
     what = {"audio": "recording", "text": "text"}[role]
-    return DataError(f"{where}: no column holds the {what}. Call one of them {', '.join(ROLES[role])}; found: {found}.")
+    return DataError(
+        f"{where}: no column holds the {what}. Call one of them {', '.join(COLUMN_ALIASES[role])}; found: {found}."
+    )
 
 
 def _number(value: Any) -> float:
@@ -272,8 +305,8 @@ def _recording(where: str, folder: Path, value: Any) -> tuple[str, str, bytes | 
 
 def _file(found: _Found, cache: Path) -> Path:
     example = found.example
-    if example.sound is not None:
-        return _kept(example.sound, found.name, cache)
+    if example.audio_bytes is not None:
+        return _kept(example.audio_bytes, found.name, cache)
     if "://" in example.audio:
         if not found.remote:
             told = f"{example.audio} is an address, and none is opened from a manifest. Download it first."
@@ -286,7 +319,7 @@ def _file(found: _Found, cache: Path) -> Path:
 
 
 def _fetched(address: str) -> bytes:
-    with part("fsspec").open(address, "rb") as file:
+    with import_optional("fsspec").open(address, "rb") as file:
         data: bytes = file.read()
     return data
 
@@ -310,9 +343,9 @@ def _duration(where: str, stated_s: float, file: Path) -> float:
     if 0 < stated_s <= _DOUBTFUL_S:
         return stated_s
     try:
-        length_s = audio.probe(file).duration_s
+        length_s = audio.probe_audio(file).duration_s
         if length_s is None:
-            length_s = sum(map(len, audio.stream(file, 16_000))) / 16_000
+            length_s = sum(map(len, audio.stream_audio(file, 16_000))) / 16_000
     except AudioError as wrong:
         raise AudioError(f"{where}: {wrong}") from None
     if stated_s > 20 * length_s:

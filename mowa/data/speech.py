@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mowa.data.audio import SAMPLE_MIN, Samples
-from mowa.errors import AudioError, MissingPart
+from mowa.data.audio import MIN_SAMPLES, Samples
+from mowa.errors import AudioError, MissingDependency
 
 RATE_HZ = 16_000
-BLOCK = 512  # samples per probability: 32 ms
-CONTEXT = 64  # samples of the block before that the network sees again
-QUIET = 0.35  # below this Silero's own segmenter lets a stretch of speech end
-TAIL_S = 1.0  # less than this after a cut is no window of its own
+FRAME_SAMPLES = 512  # samples per probability: 32 ms
+CONTEXT_SAMPLES = 64  # samples of the block before that the network sees again
+SILENCE_THRESHOLD = 0.35  # below this Silero's own segmenter lets a stretch of speech end
+MIN_TAIL_S = 1.0  # less than this after a cut is no window of its own
 
 Probabilities = npt.NDArray[np.float32]
 
@@ -42,11 +42,11 @@ class Window:
     start: int
     core_start: int
     core_end: int
-    last: bool
-    speech: float
+    is_last: bool
+    speech_prob: float
 
 
-class SpeechDetector:
+class SileroVAD:
     """Silero VAD over one 16 kHz stream. It keeps the network's state and the unfinished block between calls.
 
     `MissingPart` where silero-vad's model file is not installed.
@@ -59,36 +59,38 @@ class SpeechDetector:
         options.intra_op_num_threads = options.inter_op_num_threads = 1  # blocks are tiny: threads only cost
         self._net = onnxruntime.InferenceSession(_model_file(), options, providers=["CPUExecutionProvider"])
         self._state = [np.zeros((1, 1, 128), np.float32)] * 2
-        self._heard = np.zeros(CONTEXT, np.float32)  # context, then the samples that do not fill a block yet
+        self._buffer = np.zeros(CONTEXT_SAMPLES, np.float32)  # context, then the samples that do not fill a block yet
 
     @property
     def state(self) -> dict[str, npt.NDArray[np.float32]]:
         """All that it remembers, which another detector may be given."""
-        return {"h": self._state[0], "c": self._state[1], "heard": self._heard}
+        return {"h": self._state[0], "c": self._state[1], "heard": self._buffer}
 
     @state.setter
     def state(self, state: dict[str, npt.NDArray[np.float32]]) -> None:
-        self._state, self._heard = [state["h"], state["c"]], state["heard"]
+        self._state, self._buffer = [state["h"], state["c"]], state["heard"]
 
     def feed(self, samples: Samples) -> Probabilities:
         """The probability of speech in each block that these samples fill: float32 [blocks], in order, of 32 ms each.
 
         However a stream is split between calls, the same blocks get the same probabilities, up to rounding.
         """
-        heard = np.concatenate([self._heard, samples])
-        count = (len(heard) - CONTEXT) // BLOCK
+        heard = np.concatenate([self._buffer, samples])
+        count = (len(heard) - CONTEXT_SAMPLES) // FRAME_SAMPLES
         if not count:
-            self._heard = heard
+            self._buffer = heard
             return np.zeros(0, np.float32)
-        blocks = np.lib.stride_tricks.sliding_window_view(heard, CONTEXT + BLOCK)[::BLOCK][:count]
+        blocks = np.lib.stride_tricks.sliding_window_view(heard, CONTEXT_SAMPLES + FRAME_SAMPLES)[::FRAME_SAMPLES][
+            :count
+        ]
         inputs = {"input": np.ascontiguousarray(blocks), "h": self._state[0], "c": self._state[1]}
         speech, *self._state = self._net.run(None, inputs)
-        self._heard = heard[count * BLOCK :].copy()
+        self._buffer = heard[count * FRAME_SAMPLES :].copy()
         return np.asarray(speech, np.float32)
 
 
-def windows(
-    blocks: Iterable[Samples], rate_hz: int, *, longest_s: float = 20.0, context_s: float = 2.0, hop: int = 320
+def split_windows(
+    blocks: Iterable[Samples], rate_hz: int, *, max_window_s: float = 20.0, context_s: float = 2.0, hop: int = 320
 ) -> Iterator[Window]:
     """Tile a stream of 1-D float32 blocks with windows, in order; none for a stream without samples.
 
@@ -104,12 +106,12 @@ def windows(
         raise AudioError(
             f"speech is found at {RATE_HZ} Hz, and this stream is {rate_hz} Hz. Stream it at {RATE_HZ} Hz."
         )
-    if longest_s < 1:
-        raise ValueError(f"longest_s is {longest_s}: a window holds 1 s or more")
-    longest = round(longest_s * rate_hz) // hop * hop
-    context = max(round(context_s * rate_hz), hop + SAMPLE_MIN)
+    if max_window_s < 1:
+        raise ValueError(f"longest_s is {max_window_s}: a window holds 1 s or more")
+    longest = round(max_window_s * rate_hz) // hop * hop
+    context = max(round(context_s * rate_hz), hop + MIN_SAMPLES)
     context += -context % hop
-    tail = max(round(TAIL_S * rate_hz), hop + SAMPLE_MIN)
+    tail = max(round(MIN_TAIL_S * rate_hz), hop + MIN_SAMPLES)
 
     tape = _Tape()
     core = 0
@@ -148,7 +150,7 @@ class _Tape:
         self._pieces: list[Samples] = []
         self._speech = np.zeros(0, np.float32)
         self._first_block = 0
-        self._detector = SpeechDetector()
+        self._detector = SileroVAD()
 
     def add(self, piece: Samples) -> None:
         self._pieces.append(piece)
@@ -157,7 +159,7 @@ class _Tape:
 
     def finish(self) -> None:
         """Judge the last, unfinished block as if silence followed."""
-        silence = np.zeros(-self.end % BLOCK, np.float32)
+        silence = np.zeros(-self.end % FRAME_SAMPLES, np.float32)
         self._speech = np.concatenate([self._speech, self._detector.feed(silence)])
 
     def samples(self, start: int, end: int) -> Samples:
@@ -166,26 +168,26 @@ class _Tape:
 
     def speech(self, start: int, end: int) -> Probabilities:
         """Of every block that touches the samples from `start` to before `end`."""
-        return self._speech[start // BLOCK - self._first_block : -(-end // BLOCK) - self._first_block]
+        return self._speech[start // FRAME_SAMPLES - self._first_block : -(-end // FRAME_SAMPLES) - self._first_block]
 
     def forget(self, before: int) -> None:
         before = max(before, self.start)
         self._pieces = [self.samples(before, self.end)]
         self.start = before
-        self._speech = self._speech[before // BLOCK - self._first_block :]
-        self._first_block = before // BLOCK
+        self._speech = self._speech[before // FRAME_SAMPLES - self._first_block :]
+        self._first_block = before // FRAME_SAMPLES
 
 
 def _quietest(tape: _Tape, start: int, end: int, hop: int) -> int:
     """The multiple of `hop` in (start, end] in the middle of the longest quiet run, or of the quietest block."""
     speech = tape.speech(start, end)
-    quiet = speech < QUIET
+    quiet = speech < SILENCE_THRESHOLD
     if not quiet.any():
         quiet = speech == speech.min()
     edges = np.flatnonzero(np.diff(np.r_[0, quiet, 0]))
     runs, run_ends = edges[::2], edges[1::2]
     longest = int(np.argmax(run_ends - runs))
-    middle = start // BLOCK * BLOCK + int(runs[longest] + run_ends[longest]) * BLOCK // 2
+    middle = start // FRAME_SAMPLES * FRAME_SAMPLES + int(runs[longest] + run_ends[longest]) * FRAME_SAMPLES // 2
     return min(max(round(middle / hop) * hop, (start // hop + 1) * hop), end)
 
 
@@ -194,4 +196,4 @@ def _model_file() -> Path:
     for folder in (package.submodule_search_locations or ()) if package else ():
         if (file := Path(folder) / "data" / "silero_vad_16k_sequence.onnx").is_file():
             return file
-    raise MissingPart("Silero VAD's model file is not installed. Install it: pip install 'silero-vad>=6.2.3'")
+    raise MissingDependency("Silero VAD's model file is not installed. Install it: pip install 'silero-vad>=6.2.3'")

@@ -22,8 +22,8 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from mowa.data.text import plain, split
-from mowa.errors import DataError, MissingPart
+from mowa.data.text import normalize_text, split
+from mowa.errors import DataError, MissingDependency
 from mowa.nouns import Example
 
 RATE_HZ = 16_000
@@ -52,10 +52,10 @@ class Speaker:
         try:
             self._lib = ctypes.CDLL(name)
         except OSError:
-            raise MissingPart(_INSTALL) from None
+            raise MissingDependency(_INSTALL) from None
         self.rate_hz = self._lib.espeak_Initialize(_SYNCHRONOUS, 0, None, 0)
         if self.rate_hz <= 0:
-            raise MissingPart(_INSTALL)
+            raise MissingDependency(_INSTALL)
         self._blocks: list[np.ndarray] = []
         self._collect = _CALLBACK(self._on_samples)  # kept, or ctypes frees it
         self._lib.espeak_SetSynthCallback(self._collect)
@@ -111,7 +111,7 @@ def voices(language: str = "pl") -> tuple[str, ...]:
         *Path("/usr/share").glob("espeak-ng-data/voices/!v"),
     ]
     if not lib_data:
-        raise MissingPart(_INSTALL)
+        raise MissingDependency(_INSTALL)
     return tuple(sorted(f"{language}+{path.name}" for path in lib_data[0].iterdir() if path.is_file()))
 
 
@@ -162,7 +162,7 @@ def _record(job: tuple[Utterance, Path]) -> dict[str, Any] | None:
         soundfile.write(path.with_suffix(".part"), samples, RATE_HZ, subtype="PCM_16", format="WAV")
         path.with_suffix(".part").replace(path)
     row = asdict(utterance) | {"audio": str(audio), "duration_s": round(soundfile.info(path).duration, 3)}
-    return row | {"text": plain(utterance.text), "written": utterance.text}
+    return row | {"text": normalize_text(utterance.text), "written": utterance.text}
 
 
 def record(utterances: Sequence[Utterance], manifest: Path, *, processes: int = 2) -> float:

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from mowa.errors import DataError, MissingPart
+from mowa.errors import DataError, MissingDependency
 
 POLISH = "aąbcćdeęfghijklłmnńoóprsśtuwyzźżqvx"
 VOWELS = set("aąeęioóuy")
@@ -35,7 +35,7 @@ _ROFF = re.compile(r"\\f[A-Z]|\\f\([A-Z]{2}|\\[&%/^|]|\\s[+-]?\d")
 _TAG = re.compile(r"<[^>]+>")
 
 
-def plain(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Lower-cased, punctuation stripped, spaces single: the form that is learnt and scored."""
     kept = "".join(c if c.isalnum() or c.isspace() else " " for c in text.lower())
     return " ".join(kept.split())
@@ -68,7 +68,7 @@ def sentences(paragraphs: Iterable[str], alphabet: str = POLISH) -> Iterator[str
     seen: set[str] = set()
     for paragraph in paragraphs:
         for sentence in _SENTENCE.split(" ".join(paragraph.split())):
-            key = plain(sentence)
+            key = normalize_text(sentence)
             if key not in seen and speakable(sentence, alphabet):
                 seen.add(key)
                 yield sentence
@@ -80,14 +80,14 @@ def split(lines: Iterable[str], *, held_out: float = 0.02, ngram: int = 4) -> tu
     training: list[str] = []
     candidates: list[str] = []
     for line in lines:
-        share = int.from_bytes(hashlib.sha256(plain(line).encode()).digest()[:4], "big") / 2**32
+        share = int.from_bytes(hashlib.sha256(normalize_text(line).encode()).digest()[:4], "big") / 2**32
         (candidates if share < held_out else training).append(line)
     known = {gram for line in training for gram in _grams(line, ngram)}
     return training, [line for line in candidates if not known & _grams(line, ngram)]
 
 
 def _grams(line: str, n: int) -> set[tuple[str, ...]]:
-    words = plain(line).split()
+    words = normalize_text(line).split()
     n = min(n, len(words))
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
@@ -161,7 +161,7 @@ def _download(package: str, folder: Path) -> Path:
     if found:
         return found[-1]
     if shutil.which("apt-get") is None:
-        raise MissingPart(
+        raise MissingDependency(
             f"{package}: apt-get is needed to download Debian packages; put {package}_*.deb into {folder}."
         )
     done = subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, capture_output=True, text=True)

@@ -12,55 +12,55 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mowa.data.rows import READERS, Row, hub, part, saved
-from mowa.data.sources import chosen, of_split
+from mowa.data.rows import READERS, TableRow, import_optional, read_saved_dataset, stream_hub_dataset
+from mowa.data.sources import choose_split, filter_split
 from mowa.errors import DataError
 
-UNDERSTOOD = (
+SUPPORTED_FILES = (
     ".jsonl, .json, .csv, .tsv, .parquet, .txt and .md files, a folder of them (one split a file or folder), a folder "
     "that datasets saved, and hub:owner/name[@revision][:config]"
 )
-PLAIN = (".txt", ".md")
-TABLES = (".jsonl", ".json", ".parquet", ".tsv", ".csv")
-SHARD = re.compile(r"(?P<split>.+?)(-\d+-of-\d+(-\w+)?)?")
+TEXT_SUFFIXES = (".txt", ".md")
+TABLE_SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv", ".csv")
+SHARD_PATTERN = re.compile(r"(?P<split>.+?)(-\d+-of-\d+(-\w+)?)?")
 
 
-def rows(path: str | Path, split: str = "") -> Iterator[Row]:
+def read_rows(path: str | Path, split: str = "") -> Iterator[TableRow]:
     """(where it stands, its folder, its columns) for every row of what is at `path`; `UNDERSTOOD` lists what may be.
 
     `split` names one of several: a file or folder of that name, or rows by their column `split`; "" is train, or the
     only one there is. Raises DataError, with file and line, for what cannot be read; MissingPart; HubUnreachable.
     """
     if str(path).startswith("hub:"):
-        yield from hub(str(path), partial(chosen, split, str(path)))
+        yield from stream_hub_dataset(str(path), partial(choose_split, split, str(path)))
         return
     place = Path(path).expanduser()
     if not place.exists():
         hint = f", or say hub:{path} if it is there" if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) else ""
         raise DataError(f"{path}: no such file or folder. Check the spelling{hint}.")
     if place.is_file():
-        yield from of_split(_file(place), split, str(path)) if split else _file(place)
+        yield from filter_split(_file(place), split, str(path)) if split else _file(place)
     elif (place / "state.json").is_file() and (place / "dataset_info.json").is_file():
-        yield from of_split(saved(place), split, str(path)) if split else saved(place)
+        yield from filter_split(read_saved_dataset(place), split, str(path)) if split else read_saved_dataset(place)
     else:
         yield from _folder(place, split)
 
 
-def _folder(place: Path, split: str) -> Iterator[Row]:
+def _folder(place: Path, split: str) -> Iterator[TableRow]:
     splits: dict[str, list[Path]] = {}
     for child in sorted([*place.glob("[!.]*"), *place.glob("data/*.parquet")]):
-        if child.is_file() and child.suffix.lower() in TABLES and child.stem != "dataset_dict":
-            named = SHARD.fullmatch(child.stem)
+        if child.is_file() and child.suffix.lower() in TABLE_SUFFIXES and child.stem != "dataset_dict":
+            named = SHARD_PATTERN.fullmatch(child.stem)
             splits.setdefault(named["split"] if named else child.stem, []).append(child)
         elif child.is_dir() and ((child / "state.json").is_file() or _folder_of_texts(child)):
             splits.setdefault(child.name, []).append(child)
     if splits:
-        for child in splits[chosen(split, str(place), splits)]:
-            yield from _file(child) if child.is_file() else rows(child)
+        for child in splits[choose_split(split, str(place), splits)]:
+            yield from _file(child) if child.is_file() else read_rows(child)
         return
     plain = _folder_of_texts(place)
     if not plain:
-        raise DataError(f"{place}: holds nothing that can be read here. Understood are {UNDERSTOOD}.")
+        raise DataError(f"{place}: holds nothing that can be read here. Understood are {SUPPORTED_FILES}.")
     if split:
         raise DataError(f"{place}: split {split} was asked for, and there is no folder of that name. Leave it out.")
     for file in plain:
@@ -68,13 +68,13 @@ def _folder(place: Path, split: str) -> Iterator[Row]:
 
 
 def _folder_of_texts(place: Path) -> list[Path]:
-    found = (file for file in sorted(place.rglob("*")) if file.is_file() and file.suffix.lower() in PLAIN)
+    found = (file for file in sorted(place.rglob("*")) if file.is_file() and file.suffix.lower() in TEXT_SUFFIXES)
     return [file for file in found if file.stem.lower() not in ("readme", "license")]
 
 
-def _file(path: Path) -> Iterator[Row]:
+def _file(path: Path) -> Iterator[TableRow]:
     suffix = path.suffix.lower()
-    if suffix in PLAIN:
+    if suffix in TEXT_SUFFIXES:
         yield str(path), path.parent, {"id": path.stem, "text": _decoded(path)}
     elif suffix == ".json":
         yield from _json(path)
@@ -83,7 +83,7 @@ def _file(path: Path) -> Iterator[Row]:
     elif suffix in READERS:
         yield from READERS[suffix](path)
     else:
-        raise DataError(f"{path}: is nothing that can be read here. Understood are {UNDERSTOOD}.")
+        raise DataError(f"{path}: is nothing that can be read here. Understood are {SUPPORTED_FILES}.")
 
 
 def _decoded(path: Path) -> str:
@@ -95,7 +95,7 @@ def _decoded(path: Path) -> str:
         ) from None
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[TableRow]:
     """One list of objects, or an object that holds one under `data` or `train`; else lines of objects."""
     text = _decoded(path)
     try:
@@ -115,8 +115,8 @@ def _json(path: Path) -> Iterator[Row]:
         yield f"{path}: row {number}", path.parent, fields
 
 
-def _parquet(path: Path) -> Iterator[Row]:
-    pq, arrow = part("pyarrow.parquet"), part("pyarrow")
+def _parquet(path: Path) -> Iterator[TableRow]:
+    pq, arrow = import_optional("pyarrow.parquet"), import_optional("pyarrow")
     try:
         with pq.ParquetFile(path) as file:
             number = 0

@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mowa.data.dialogues import Conversation, Message, Unusable
+from mowa.data.dialogues import Conversation, InvalidSample, Message
 from mowa.errors import DataError
 
-TEMPLATES = {
+BUILTIN_TEMPLATES = {
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
         "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -40,18 +40,18 @@ _PROBE = "\ue010"
 
 
 @dataclass(frozen=True, slots=True)
-class Rendered:
+class RenderedConversation:
     """`text`, and the spans [begin, end) of its characters that are learnt. `guarded`: it holds stand-ins."""
 
     id: str
     text: str
-    spans: tuple[tuple[int, int], ...]
-    guarded: bool = False
-    notes: tuple[str, ...] = ()
+    trained_spans: tuple[tuple[int, int], ...]
+    escaped: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Template:
+class ChatTemplate:
     """A tokenizer's chat template, or one given, and what was found out about it.
 
     marker: what it writes after an answer, without the space after that; marks: it has {% generation %};
@@ -60,91 +60,103 @@ class Template:
 
     tokenizer: Any
     source: str | None
-    marks: bool
-    marker: str
-    specials: tuple[str, ...]
-    special: re.Pattern[str] = field(repr=False)
-    base: int = _PLANE
-    lists: bool = False
+    has_generation_blocks: bool
+    turn_end: str
+    special_tokens: tuple[str, ...]
+    special_pattern: re.Pattern[str] = field(repr=False)
+    placeholder_base: int = _PLANE
+    content_as_parts: bool = False
 
-    def write(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, prompt: bool = False) -> str:
+    def apply(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, add_generation_prompt: bool = False
+    ) -> str:
         """The text of these messages. Unusable where the template refuses them."""
         try:
             written: str = self.tokenizer.apply_chat_template(
-                self.pieces(messages),
+                self.format_messages(messages),
                 tools=list(tools) or None,
                 chat_template=self.source,
-                add_generation_prompt=prompt,
+                add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
         except Exception as wrong:  # whatever a template raises is of its own making
             line = next((line for line in str(wrong).splitlines() if line.strip()), type(wrong).__name__)
-            raise Unusable("the chat template refuses it", line[:120]) from None
+            raise InvalidSample("the chat template refuses it", line[:120]) from None
         return written
 
-    def pieces(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def format_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages with their contents as the template wants them."""
-        if not self.lists:
+        if not self.content_as_parts:
             return [dict(one) for one in messages]
         return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
 
-    def restored(self, text: str) -> str:
+    def unescape(self, text: str) -> str:
         """`text` with the words in it that spell special tokens."""
-        last = chr(self.base + len(self.specials) - 1)
-        return re.sub(f"[{chr(self.base)}-{last}]", lambda found: self.specials[ord(found[0]) - self.base], text)
+        last = chr(self.placeholder_base + len(self.special_tokens) - 1)
+        return re.sub(
+            f"[{chr(self.placeholder_base)}-{last}]",
+            lambda found: self.special_tokens[ord(found[0]) - self.placeholder_base],
+            text,
+        )
 
-    def guarded(self, value: Any) -> Any:
+    def escape(self, value: Any) -> Any:
         """`value`, a text or anything with texts in it, with a character for each special token that it spells."""
         if isinstance(value, str):
-            return self.special.sub(lambda found: chr(self.base + self.specials.index(found[0])), value)
+            return self.special_pattern.sub(
+                lambda found: chr(self.placeholder_base + self.special_tokens.index(found[0])), value
+            )
         if isinstance(value, Mapping):
-            return {key: self.guarded(inner) for key, inner in value.items()}
-        return [self.guarded(inner) for inner in value] if isinstance(value, list | tuple) else value
+            return {key: self.escape(inner) for key, inner in value.items()}
+        return [self.escape(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def template(tokenizer: Any, given: str | None = None) -> Template:
+def resolve_chat_template(tokenizer: Any, chat_template: str | None = None) -> ChatTemplate:
     """The template to use: `given` (Jinja text), else the tokenizer's. DataError where there is none."""
-    if not given and not tokenizer.chat_template:
+    if not chat_template and not tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template, so nothing says how a conversation is written: give data.template "
-            f"({', '.join(TEMPLATES)}, or a .jinja file), or take the instruction-tuned checkpoint's tokenizer"
+            f"({', '.join(BUILTIN_TEMPLATES)}, or a .jinja file), or take the instruction-tuned checkpoint's tokenizer"
         )
-    several = given is None and isinstance(tokenizer.chat_template, Mapping)
-    source = given or (None if several else tokenizer.chat_template)
+    several = chat_template is None and isinstance(tokenizer.chat_template, Mapping)
+    source = chat_template or (None if several else tokenizer.chat_template)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     words = {str(token) for token in added.values() if token.special}
     specials = tuple(sorted({*words, *map(str, tokenizer.all_special_tokens)}, key=len, reverse=True))
     pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-    found = Template(tokenizer, source, bool(source and _GENERATION.search(source)), "", specials, pattern)
+    found = ChatTemplate(tokenizer, source, bool(source and _GENERATION.search(source)), "", specials, pattern)
     try:
         asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        if _PROBE not in found.write(asked):
-            found = replace(found, lists=True)
-        written = found.write(asked)
-    except Unusable:
+        if _PROBE not in found.apply(asked):
+            found = replace(found, content_as_parts=True)
+        written = found.apply(asked)
+    except InvalidSample:
         return found
     if _PROBE not in written:
         raise DataError("the chat template leaves out what the assistant says: give another with data.template")
-    return replace(found, marker=written.rpartition(_PROBE)[2].rstrip())
+    return replace(found, turn_end=written.rpartition(_PROBE)[2].rstrip())
 
 
-def render(template: Template, conversation: Conversation, learn: str) -> list[Rendered]:
+def render_conversation(
+    template: ChatTemplate, conversation: Conversation, train_on: str
+) -> list[RenderedConversation]:
     """The text or texts to learn from. `learn`: responses, last, or all. Unusable where the template refuses."""
     messages = [_plain(message) for message in conversation.messages]
     tools: Sequence[Any] = conversation.tools
-    guarded = template.guarded([messages, list(tools)])
+    guarded = template.escape([messages, list(tools)])
     changed = guarded != [messages, list(tools)]
     if changed:
         messages, tools = guarded
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if learn == "last":
+    if train_on == "last":
         answers = answers[-1:]
-    if template.marks and learn != "all":
+    if template.has_generation_blocks and train_on != "all":
         text, marked = _marked(template, messages, tools)
-        return [Rendered(conversation.id, text, tuple(marked[-1:] if learn == "last" else marked), changed)]
-    whole = template.write(messages, tools)
-    if learn == "all":
-        return [Rendered(conversation.id, whole, ((0, len(whole)),), changed)]
+        return [
+            RenderedConversation(conversation.id, text, tuple(marked[-1:] if train_on == "last" else marked), changed)
+        ]
+    whole = template.apply(messages, tools)
+    if train_on == "all":
+        return [RenderedConversation(conversation.id, whole, ((0, len(whole)),), changed)]
     spans: list[tuple[int, int]] = []
     notes: list[str] = []
     for index in answers:
@@ -153,7 +165,7 @@ def render(template: Template, conversation: Conversation, learn: str) -> list[R
         if found is None:
             return _unrolled(template, conversation.id, messages, tools, answers, changed)
         spans.append(found)
-    return [Rendered(conversation.id, whole, tuple(spans), changed, tuple(notes))]
+    return [RenderedConversation(conversation.id, whole, tuple(spans), changed, tuple(notes))]
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -164,19 +176,19 @@ def _plain(message: Message) -> dict[str, Any]:
     for name in ("name", "tool_call_id"):
         if getattr(message, name):
             plain[name] = getattr(message, name)
-    if message.thinking:
-        plain |= {"reasoning_content": message.thinking, "thinking": message.thinking}
+    if message.reasoning_content:
+        plain |= {"reasoning_content": message.reasoning_content, "thinking": message.reasoning_content}
     return plain
 
 
-def _marked(template: Template, messages: Sequence[Any], tools: Sequence[Any]) -> tuple[str, list[tuple[int, int]]]:
+def _marked(template: ChatTemplate, messages: Sequence[Any], tools: Sequence[Any]) -> tuple[str, list[tuple[int, int]]]:
     """What {% generation %} marks, by transformers' own rendering."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokenizer = template.tokenizer
     try:
         rendered: Any = render_jinja_template(
-            conversations=[template.pieces(messages)],
+            conversations=[template.format_messages(messages)],
             tools=list(tools) or None,
             chat_template=template.source,
             return_assistant_tokens_mask=True,
@@ -184,15 +196,15 @@ def _marked(template: Template, messages: Sequence[Any], tools: Sequence[Any]) -
         )
         texts, marked = rendered
     except Exception as wrong:  # as in `write`
-        raise Unusable("the chat template refuses it", str(wrong)[:120]) from None
+        raise InvalidSample("the chat template refuses it", str(wrong)[:120]) from None
     return str(texts[0]), [(begin, end) for begin, end in marked[0]]
 
 
 def _span(
-    template: Template, messages: Sequence[Any], tools: Sequence[Any], index: int, whole: str
+    template: ChatTemplate, messages: Sequence[Any], tools: Sequence[Any], index: int, whole: str
 ) -> tuple[tuple[int, int] | None, str]:
     """Where answer `index` lies in the whole text, None where that is not how it would be asked for; and a note."""
-    through = whole if index == len(messages) - 1 else template.write(messages[: index + 1], tools)
+    through = whole if index == len(messages) - 1 else template.apply(messages[: index + 1], tools)
     begin, note = _begin(template, messages, tools, index, through)
     if not whole.startswith(begin):
         return None, note
@@ -206,56 +218,61 @@ def _span(
 
 
 def _begin(
-    template: Template, messages: Sequence[Any], tools: Sequence[Any], index: int, through: str
+    template: ChatTemplate, messages: Sequence[Any], tools: Sequence[Any], index: int, through: str
 ) -> tuple[str, str]:
     """What is written before answer `index`: the prompt for it; where the template writes no such, what stands before
     its content however that begins."""
     try:
-        prompt = template.write(messages[:index], tools, prompt=True) if index else ""
-    except Unusable:
+        prompt = template.apply(messages[:index], tools, add_generation_prompt=True) if index else ""
+    except InvalidSample:
         prompt = ""
     if prompt and through.startswith(prompt):
         return prompt, ""
     probes = (_PROBE, chr(ord(_PROBE) + 1))
-    turns = [template.write([*messages[:index], {**messages[index], "content": one}], tools) for one in probes]
+    turns = [template.apply([*messages[:index], {**messages[index], "content": one}], tools) for one in probes]
     same = next((place for place, (a, b) in enumerate(zip(turns[0], turns[1], strict=False)) if a != b), 0)
     return turns[0][:same], "the generation prompt is not how the answer begins"
 
 
-def _end(template: Template, through: str) -> int:
+def _end(template: ChatTemplate, through: str) -> int:
     """The length of a text that ends with an answer, without the space after the marker that ends it."""
     short = through.rstrip()
-    if template.marker and short.endswith(template.marker):
+    if template.turn_end and short.endswith(template.turn_end):
         return len(short)
-    if any(short.endswith(special) for special in template.specials):
+    if any(short.endswith(special) for special in template.special_tokens):
         return len(short)
     return len(through)
 
 
-def _agreed(template: Template, through: str, whole: str) -> int:
+def _agreed(template: ChatTemplate, through: str, whole: str) -> int:
     """As far as both texts are the same and what follows in the first is special tokens and space only, or 0."""
     same = next(
         (place for place, (a, b) in enumerate(zip(through, whole, strict=False)) if a != b),
         min(len(through), len(whole)),
     )
-    for found in template.special.finditer(through):
+    for found in template.special_pattern.finditer(through):
         if found.start() < same < found.end():
             same = found.start()
-    rest = template.special.sub("", through[same:])
+    rest = template.special_pattern.sub("", through[same:])
     return len(through[:same].rstrip()) if not rest.strip() else 0
 
 
 def _unrolled(
-    template: Template, name: str, messages: Sequence[Any], tools: Sequence[Any], answers: Sequence[int], changed: bool
-) -> list[Rendered]:
+    template: ChatTemplate,
+    name: str,
+    messages: Sequence[Any],
+    tools: Sequence[Any],
+    answers: Sequence[int],
+    changed: bool,
+) -> list[RenderedConversation]:
     """Each answer as the end of a text of its own."""
-    found: list[Rendered] = []
+    found: list[RenderedConversation] = []
     for index in answers:
-        text = template.write(messages[: index + 1], tools)
+        text = template.apply(messages[: index + 1], tools)
         begin, note = _begin(template, messages, tools, index, text)
         notes = ("the template rewrites earlier turns", *([note] if note else []))
         label = name if len(answers) == 1 else f"{name}#{len(found) + 1}"
         if text.startswith(begin):
             text = text[: _end(template, text)]
-            found.append(Rendered(label, text, ((len(begin), len(text)),), changed, notes))
+            found.append(RenderedConversation(label, text, ((len(begin), len(text)),), changed, notes))
     return found

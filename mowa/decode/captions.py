@@ -17,7 +17,7 @@ from typing import Any
 from mowa.errors import DataError
 from mowa.nouns import Character, Segment, Transcript, Word
 
-FORMATS: Mapping[str, str] = {
+FORMAT_SUFFIXES: Mapping[str, str] = {
     "text": ".txt",
     "json": ".json",
     "srt": ".srt",
@@ -28,7 +28,7 @@ FORMATS: Mapping[str, str] = {
 """Format → the suffix its files carry."""
 
 
-def render(transcript: Transcript, format: str, *, characters: bool = False) -> str:
+def render(transcript: Transcript, output_format: str, *, char_times: bool = False) -> str:
     """Write the transcript as the content of one file (UTF-8), ending in a newline unless it is empty.
 
         text       the text alone
@@ -41,25 +41,25 @@ def render(transcript: Transcript, format: str, *, characters: bool = False) -> 
     for them. Raises DataError for an unknown format. Sources: https://www.w3.org/TR/webvtt1/ and
     https://www.fon.hum.uva.nl/praat/manual/TextGrid_file_formats.html
     """
-    match format:
+    match output_format:
         case "text":
             return f"{transcript.text}\n" if transcript.text else ""
         case "json":
-            return _json(transcript, characters)
+            return _json(transcript, char_times)
         case "srt":
-            return _srt(cues(transcript))
+            return _srt(build_cues(transcript))
         case "vtt":
-            return _vtt(cues(transcript))
+            return _vtt(build_cues(transcript))
         case "tsv":
             return _tsv(transcript.words)
         case "textgrid":
-            return _textgrid(transcript, characters)
-    close = difflib.get_close_matches(format.lower(), FORMATS, n=1)
+            return _textgrid(transcript, char_times)
+    close = difflib.get_close_matches(output_format.lower(), FORMAT_SUFFIXES, n=1)
     meant = f" Did you mean {close[0]}?" if close else ""
-    raise DataError(f"unknown format {format!r}.{meant} Known: {', '.join(FORMATS)}.")
+    raise DataError(f"unknown format {output_format!r}.{meant} Known: {', '.join(FORMAT_SUFFIXES)}.")
 
 
-def parse(line: str) -> Transcript:
+def parse_json(line: str) -> Transcript:
     """Read back what `render(transcript, "json")` wrote: the same transcript, up to rounding and characters left out.
 
     Unknown keys are passed over. Raises DataError if the line is not JSON or not a transcript.
@@ -68,10 +68,10 @@ def parse(line: str) -> Transcript:
         found = json.loads(line)
     except ValueError as error:
         raise DataError(f"not a transcript: {error}.") from None
-    return parse_row(found)
+    return transcript_from_dict(found)
 
 
-def parse_row(row: Any) -> Transcript:
+def transcript_from_dict(row: Any) -> Transcript:
     """The transcript that `row` gave these keys and values for. DataError if they are none's."""
     try:
         if not isinstance(row, dict):
@@ -95,17 +95,22 @@ def parse_row(row: Any) -> Transcript:
 
 def _json(transcript: Transcript, characters: bool) -> str:
     # Settings may hold paths and the like: their text will do. NaN is no JSON, and would be a bug of ours.
-    return json.dumps(row(transcript, characters=characters), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    return (
+        json.dumps(
+            transcript_to_dict(transcript, char_times=characters), ensure_ascii=False, allow_nan=False, default=str
+        )
+        + "\n"
+    )
 
 
-def row(transcript: Transcript, *, characters: bool = False) -> dict[str, Any]:
+def transcript_to_dict(transcript: Transcript, *, char_times: bool = False) -> dict[str, Any]:
     """A transcript as keys and values that JSON knows, rounded."""
     return {
         "file": transcript.file,
         "text": transcript.text,
         "duration_s": round(transcript.duration_s, 3),
         "confidence": round(transcript.confidence, 4),
-        "segments": [_segment_row(segment, characters) for segment in transcript.segments],
+        "segments": [_segment_row(segment, char_times) for segment in transcript.segments],
         "model": transcript.model,
         "settings": dict(transcript.settings),
     }
@@ -113,7 +118,7 @@ def row(transcript: Transcript, *, characters: bool = False) -> dict[str, Any]:
 
 def _segment_row(segment: Segment, characters: bool) -> dict[str, Any]:
     row = _timed_row(segment)
-    if not segment.final:
+    if not segment.is_final:
         row["final"] = False
     if segment.channel is not None:
         row["channel"] = segment.channel
@@ -139,7 +144,7 @@ def _timed_row(item: Segment | Word | Character) -> dict[str, Any]:
 
 def _segment_from(row: Mapping[str, Any]) -> Segment:
     words = tuple(_word_from(word) for word in row["words"])
-    return Segment(**_timed_from(row), words=words, final=row.get("final", True), channel=row.get("channel"))
+    return Segment(**_timed_from(row), words=words, is_final=row.get("final", True), channel=row.get("channel"))
 
 
 def _word_from(row: Mapping[str, Any]) -> Word:
@@ -170,12 +175,12 @@ class Cue:
     channel: int | None = None
 
 
-def cues(
+def build_cues(
     transcript: Transcript,
-    longest_s: float = 7.0,
-    widest: int = 84,
-    gap_s: float = 0.8,
-    shortest_s: float = 1.0,
+    max_duration_s: float = 7.0,
+    max_chars: int = 84,
+    max_gap_s: float = 0.8,
+    min_duration_s: float = 1.0,
 ) -> tuple[Cue, ...]:
     """Group the words into subtitles of at most two lines of `widest` / 2 characters.
 
@@ -189,14 +194,16 @@ def cues(
     channels: list[int | None] = []
     for segment in transcript.segments:
         spoken = [word for word in segment.words if _label(word)]  # an empty line would end a cue early
-        groups += _groups(spoken, longest_s, widest // 2, gap_s)
+        groups += _groups(spoken, max_duration_s, max_chars // 2, max_gap_s)
         channels += [segment.channel] * (len(groups) - len(channels))
     # Strictly rising, even where two segments overlap.
     starts = list(accumulate((_ms(group[0].start_s) for group in groups), lambda before, at: max(at, before + 1)))
-    wanted = [max(_ms(group[-1].end_s), at + _ms(shortest_s), at + 1) for group, at in zip(groups, starts, strict=True)]
+    wanted = [
+        max(_ms(group[-1].end_s), at + _ms(min_duration_s), at + 1) for group, at in zip(groups, starts, strict=True)
+    ]
     ends = [*map(min, wanted, starts[1:]), *wanted[-1:]]
     return tuple(
-        Cue(start / 1000, end / 1000, _lines(group, widest // 2), channel)
+        Cue(start / 1000, end / 1000, _lines(group, max_chars // 2), channel)
         for start, end, group, channel in zip(starts, ends, groups, channels, strict=True)
     )
 
@@ -276,7 +283,7 @@ class Interval:
     label: str
 
 
-def tier(items: Sequence[Word | Character], duration_s: float) -> tuple[Interval, ...]:
+def build_tier(items: Sequence[Word | Character], duration_s: float) -> tuple[Interval, ...]:
     """Tile 0 … duration_s with one interval per item and empty ones between, each at least 1 ms long.
 
     Praat allows neither gaps, nor overlaps, nor intervals of no length: an item that starts before the one ahead of it
@@ -305,11 +312,11 @@ def _textgrid(transcript: Transcript, characters: bool) -> str:
         if characters:
             items[f"characters{of}"] = [character for word in words for character in word.characters]
     # All tiers end together: at the end of the recording, or of the tier that outlasts it.
-    end_ms = max(tier(each, transcript.duration_s)[-1].end_ms for each in items.values())
+    end_ms = max(build_tier(each, transcript.duration_s)[-1].end_ms for each in items.values())
     lines = ['File type = "ooTextFile"', 'Object class = "TextGrid"', ""]
     lines += ["xmin = 0", f"xmax = {end_ms / 1000:.3f}", "tiers? <exists>", f"size = {len(items)}", "item []:"]
     for number, (name, each) in enumerate(items.items(), start=1):
-        tiles = tier(each, end_ms / 1000)
+        tiles = build_tier(each, end_ms / 1000)
         lines += [f"    item [{number}]:", '        class = "IntervalTier"', f'        name = "{name}"']
         lines += ["        xmin = 0", f"        xmax = {end_ms / 1000:.3f}"]
         lines += [f"        intervals: size = {len(tiles)}"]

@@ -35,7 +35,7 @@ _SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Path:
+class TokenPath:
     """One token per frame: `ids` int32 [T] and `probabilities` float32 [T], how sure the head was of each."""
 
     ids: NDArray[np.int32]
@@ -45,7 +45,7 @@ class Path:
         return len(self.ids)
 
 
-def best_path(log_probs: NDArray[np.float32], vocabulary: Vocabulary) -> Path:
+def best_path(log_probs: NDArray[np.float32], vocabulary: Vocabulary) -> TokenPath:
     """Take the likeliest token of every frame, special tokens left out.
 
         ids[t] = argmax_v log_probs[t, v],  v not special;    probabilities[t] = exp log_probs[t, ids[t]]
@@ -63,19 +63,21 @@ def best_path(log_probs: NDArray[np.float32], vocabulary: Vocabulary) -> Path:
     ids = textual[log_probs[:, textual].argmax(axis=1)]
     chosen = np.take_along_axis(log_probs, ids[:, None], axis=1)[:, 0]
     # A half-precision softmax may round a log-probability to just above 0.
-    return Path(ids, np.exp(np.minimum(chosen, 0)).astype(np.float32))
+    return TokenPath(ids, np.exp(np.minimum(chosen, 0)).astype(np.float32))
 
 
-def join(paths: Iterable[Path]) -> Path:
+def concat_paths(paths: Iterable[TokenPath]) -> TokenPath:
     """Put the paths of windows that follow one another without gap or overlap end to end. No windows, no frames."""
     parts = tuple(paths)
-    return Path(
+    return TokenPath(
         np.concatenate([np.empty(0, np.int32), *(part.ids for part in parts)]),
         np.concatenate([np.empty(0, np.float32), *(part.probabilities for part in parts)]),
     )
 
 
-def read(path: Path, vocabulary: Vocabulary, *, frame_s: float = FRAME_S, end_s: float = math.inf) -> tuple[Word, ...]:
+def path_to_words(
+    path: TokenPath, vocabulary: Vocabulary, *, frame_s: float = FRAME_S, end_s: float = math.inf
+) -> tuple[Word, ...]:
     """Collapse repeats, drop blanks, and part what is left into words with their characters.
 
     `end_s` is the duration of the audio: no time exceeds it. The delimiter reads as a space, and spaces part words
@@ -97,17 +99,17 @@ def read(path: Path, vocabulary: Vocabulary, *, frame_s: float = FRAME_S, end_s:
     return tuple(words)
 
 
-def segments(words: Sequence[Word], cuts_s: Sequence[float] = ()) -> tuple[Segment, ...]:
+def group_segments(words: Sequence[Word], boundaries_s: Sequence[float] = ()) -> tuple[Segment, ...]:
     """Group words, given in order of time, by the interval between cuts in which each starts.
 
     A word that starts on a cut belongs to what follows it. Intervals without words give no segment; without cuts there
     is one interval. A segment lasts from its first word's start to its last word's end.
     """
-    cuts = sorted(cuts_s)
+    cuts = sorted(boundaries_s)
     groups = (tuple(group) for _, group in groupby(words, key=lambda word: bisect_right(cuts, word.start_s)))
     return tuple(
         Segment(
-            text=text(group),
+            text=join_words(group),
             start_s=group[0].start_s,
             end_s=group[-1].end_s,
             words=group,
@@ -117,12 +119,12 @@ def segments(words: Sequence[Word], cuts_s: Sequence[float] = ()) -> tuple[Segme
     )
 
 
-def text(words: Iterable[Word]) -> str:
+def join_words(words: Iterable[Word]) -> str:
     """The words, one space between them."""
     return " ".join(word.text for word in words)
 
 
-def _characters(path: Path, vocabulary: Vocabulary, frame_s: float, end_s: float) -> Iterator[Character]:
+def _characters(path: TokenPath, vocabulary: Vocabulary, frame_s: float, end_s: float) -> Iterator[Character]:
     """Each run of one id as a character, in order; runs of the blank and of special tokens are silent."""
     silent = vocabulary.specials | {vocabulary.blank}
     bounds = np.flatnonzero(np.diff(path.ids, prepend=-1, append=-1))

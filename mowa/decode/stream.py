@@ -30,14 +30,17 @@ from mowa.errors import AudioError, ModelError
 from mowa.nouns import Segment, Vocabulary, Word
 
 Samples = NDArray[np.float32]
-Scores = NDArray[np.float32]
+LogProbs = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
 
-STEP = 512  # samples taken at a time: 32 ms, what the detector judges at once
-SPEECH, QUIET = 0.5, 0.35  # an utterance begins at the one, and may end below the other, as in Silero's own segmenter
+STEP_SAMPLES = 512  # samples taken at a time: 32 ms, what the detector judges at once
+SPEECH_THRESHOLD, SILENCE_THRESHOLD = (
+    0.5,
+    0.35,
+)  # an utterance begins at the one, and may end below the other, as in Silero's own segmenter
 
 
-class Detector(Protocol):
+class VoiceActivityDetector(Protocol):
     """Says how likely each STEP of samples is speech. Its memory is `state`, which may be set."""
 
     state: Arrays
@@ -45,21 +48,21 @@ class Detector(Protocol):
     def feed(self, samples: Samples) -> NDArray[np.float32]: ...
 
 
-class Listener(Protocol):
+class StreamingEncoder(Protocol):
     """A net that hears one utterance after another. All it remembers is in arrays, which are handed back to it.
 
     `latency_s`: how much later than its sound a frame can be final at worst, computing left aside.
     """
 
     rate_hz: int
-    hop: int
+    hop_length: int
     vocabulary: Vocabulary
     latency_s: float
 
-    def begin(self, memory: Arrays | None) -> Arrays:
+    def start_utterance(self, state: Arrays | None) -> Arrays:
         """An utterance begins; `memory` is what was left after the last one, None at the beginning of a stream."""
 
-    def hear(self, memory: Arrays, samples: Samples, *, last: bool) -> tuple[Arrays, Scores, Scores]:
+    def step(self, state: Arrays, samples: Samples, *, is_last: bool) -> tuple[Arrays, LogProbs, LogProbs]:
         """→ memory, log-probabilities [T, V] of the next frames, and [U, V] of frames after them that may yet change.
 
         After `last` the utterance is over; all its frames have come then. `memory` itself is not changed.
@@ -67,39 +70,43 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class EndpointConfig:
     """Where utterances begin and end, in seconds. `pause_s` of quiet ends one, after `longest_s` a segment ends at
     the next word; `lead_s` before speech was noticed is heard too. Without `detect` all is one utterance."""
 
-    pause_s: float = 0.6
-    longest_s: float = 20.0
-    lead_s: float = 0.4
-    detect: bool = True
+    min_silence_s: float = 0.6
+    max_segment_s: float = 20.0
+    speech_pad_s: float = 0.4
+    vad: bool = True
 
 
-RULES = Rules()
+DEFAULT_ENDPOINTING = EndpointConfig()
 
 
 @dataclass(slots=True)
-class State:
+class StreamState:
     """A stream at a moment. Positions are samples from its beginning."""
 
-    taken: int = 0  # samples that were taken in steps
-    waiting: Samples = field(default_factory=lambda: np.zeros(0, np.float32))  # not a step yet
-    before: Samples = field(default_factory=lambda: np.zeros(0, np.float32))  # what led up to now, while nobody speaks
-    detector: Arrays = field(default_factory=dict)
-    memory: Arrays | None = None  # the listener's
-    begun: int = -1  # where the utterance began; -1: nobody speaks
-    quiet: int = -1  # since where it is quiet in the utterance; -1: it is not
-    read: int = 0  # frames of the utterance that are read for good
-    ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # and those after them, sure too
-    sureness: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
-    segment_s: float = -1.0  # where the first word of the segment began; -1: it has none
-    shown: str = ""  # the last partial text
+    num_samples: int = 0  # samples that were taken in steps
+    pending: Samples = field(default_factory=lambda: np.zeros(0, np.float32))  # not a step yet
+    pre_speech: Samples = field(
+        default_factory=lambda: np.zeros(0, np.float32)
+    )  # what led up to now, while nobody speaks
+    vad_state: Arrays = field(default_factory=dict)
+    encoder_state: Arrays | None = None  # the listener's
+    utterance_start: int = -1  # where the utterance began; -1: nobody speaks
+    silence_start: int = -1  # since where it is quiet in the utterance; -1: it is not
+    frames_decoded: int = 0  # frames of the utterance that are read for good
+    stable_ids: NDArray[np.int32] = field(
+        default_factory=lambda: np.zeros(0, np.int32)
+    )  # and those after them, sure too
+    stable_probs: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    segment_start_s: float = -1.0  # where the first word of the segment began; -1: it has none
+    last_partial: str = ""  # the last partial text
     closed: bool = False
 
 
-class Stream:
+class TranscriptionStream:
     """One live stream. May be fed from any thread, from one at a time; streams of one listener do not disturb each
     other.
 
@@ -109,14 +116,19 @@ class Stream:
     the share of its letters that stay.
     """
 
-    def __init__(self, listener: Listener, detector: Detector | None, rules: Rules = RULES) -> None:
-        self.listener, self.detector, self.rules = listener, detector, rules
-        self.state = State(detector=detector.state if detector is not None else {})
+    def __init__(
+        self,
+        model: StreamingEncoder,
+        vad: VoiceActivityDetector | None,
+        endpointing: EndpointConfig = DEFAULT_ENDPOINTING,
+    ) -> None:
+        self.encoder, self.vad, self.endpointing = model, vad, endpointing
+        self.state = StreamState(vad_state=vad.state if vad is not None else {})
         self._feeding = Lock()
 
     @property
-    def heard_s(self) -> float:
-        return (self.state.taken + len(self.state.waiting)) / self.listener.rate_hz
+    def received_s(self) -> float:
+        return (self.state.num_samples + len(self.state.pending)) / self.encoder.rate_hz
 
     def feed(self, samples: Any, rate_hz: int | None = None) -> list[Segment]:
         """Samples [n] as they come (float32 of full scale ±1, or int16), any n → what they brought.
@@ -126,19 +138,19 @@ class Stream:
         """
         if self.state.closed:
             raise AudioError("this stream is closed: begin another")
-        if rate_hz is not None and rate_hz != self.listener.rate_hz:
-            raise AudioError(f"this stream hears {self.listener.rate_hz} Hz, not {rate_hz} Hz: resample what is fed")
+        if rate_hz is not None and rate_hz != self.encoder.rate_hz:
+            raise AudioError(f"this stream hears {self.encoder.rate_hz} Hz, not {rate_hz} Hz: resample what is fed")
         sound = _sound(samples)
         if not self._feeding.acquire(blocking=False):
             raise AudioError("this stream is fed from another thread at this moment: give each thread its own")
         try:
             state = self.state
-            state.waiting = np.concatenate([state.waiting, sound])
+            state.pending = np.concatenate([state.pending, sound])
             found: list[Segment] = []
-            whole = len(state.waiting) // STEP * STEP
-            steps, state.waiting = state.waiting[:whole], state.waiting[whole:].copy()
-            for start in range(0, whole, STEP):
-                found += self._step(steps[start : start + STEP])
+            whole = len(state.pending) // STEP_SAMPLES * STEP_SAMPLES
+            steps, state.pending = state.pending[:whole], state.pending[whole:].copy()
+            for start in range(0, whole, STEP_SAMPLES):
+                found += self._step(steps[start : start + STEP_SAMPLES])
             return _last_partial(found)
         finally:
             self._feeding.release()
@@ -149,11 +161,11 @@ class Stream:
             raise AudioError("this stream is closed: begin another")
         with self._feeding:
             state = self.state
-            rest, state.waiting = state.waiting, np.zeros(0, np.float32)
-            state.taken += len(rest)
-            if state.begun < 0 and (self.rules.detect or not len(rest)):
+            rest, state.pending = state.pending, np.zeros(0, np.float32)
+            state.num_samples += len(rest)
+            if state.utterance_start < 0 and (self.endpointing.vad or not len(rest)):
                 return []
-            return _last_partial(self._hear(rest, last=True))
+            return _last_partial(self._decode(rest, last=True))
 
     def close(self) -> list[Segment]:
         """`flush`, and nothing can be fed any more. Closing twice is no mistake."""
@@ -171,79 +183,81 @@ class Stream:
     def restore(self, saved: bytes) -> None:
         """Go on from where the stream that was saved stood. ModelError where that heard with another kind of memory."""
         state = _unpacked(saved)
-        if state.memory is not None:
-            ours = self.listener.begin(None)
-            if ours.keys() != state.memory.keys():
+        if state.encoder_state is not None:
+            ours = self.encoder.start_utterance(None)
+            if ours.keys() != state.encoder_state.keys():
                 raise ModelError("this stream was saved with another model or mode: restore it with the same one")
         with self._feeding:
             self.state = state
 
     def _step(self, block: Samples) -> list[Segment]:
-        state, rules, rate_hz = self.state, self.rules, self.listener.rate_hz
+        state, rules, rate_hz = self.state, self.endpointing, self.encoder.rate_hz
         speech = 1.0
-        if rules.detect and self.detector is not None:
-            self.detector.state = state.detector
-            speech = float(self.detector.feed(block)[0])
-            state.detector = self.detector.state
-        state.taken += len(block)
-        if state.begun < 0 and speech < SPEECH:
-            lead = round(rules.lead_s * rate_hz)
-            state.before = np.concatenate([state.before, block])[-lead:] if lead else state.before
+        if rules.vad and self.vad is not None:
+            self.vad.state = state.vad_state
+            speech = float(self.vad.feed(block)[0])
+            state.vad_state = self.vad.state
+        state.num_samples += len(block)
+        if state.utterance_start < 0 and speech < SPEECH_THRESHOLD:
+            lead = round(rules.speech_pad_s * rate_hz)
+            state.pre_speech = np.concatenate([state.pre_speech, block])[-lead:] if lead else state.pre_speech
             return []
-        if speech >= SPEECH:
-            state.quiet = -1
-        elif speech < QUIET and state.quiet < 0:
-            state.quiet = state.taken - len(block)
-        paused = state.quiet >= 0 and state.taken - state.quiet >= rules.pause_s * rate_hz
-        return self._hear(block, last=paused)
+        if speech >= SPEECH_THRESHOLD:
+            state.silence_start = -1
+        elif speech < SILENCE_THRESHOLD and state.silence_start < 0:
+            state.silence_start = state.num_samples - len(block)
+        paused = state.silence_start >= 0 and state.num_samples - state.silence_start >= rules.min_silence_s * rate_hz
+        return self._decode(block, last=paused)
 
-    def _hear(self, sound: Samples, *, last: bool) -> list[Segment]:
-        state, listener = self.state, self.listener
-        if state.begun < 0:
-            sound, state.before = np.concatenate([state.before, sound]), np.zeros(0, np.float32)
-            state.begun = state.taken - len(sound)
-            state.memory = listener.begin(state.memory)
-        assert state.memory is not None
-        state.memory, sure, unsure = listener.hear(state.memory, sound, last=last)
+    def _decode(self, sound: Samples, *, last: bool) -> list[Segment]:
+        state, listener = self.state, self.encoder
+        if state.utterance_start < 0:
+            sound, state.pre_speech = np.concatenate([state.pre_speech, sound]), np.zeros(0, np.float32)
+            state.utterance_start = state.num_samples - len(sound)
+            state.encoder_state = listener.start_utterance(state.encoder_state)
+        assert state.encoder_state is not None
+        state.encoder_state, sure, unsure = listener.step(state.encoder_state, sound, is_last=last)
         if not (len(sure) or len(unsure) or last):
             return []
-        path = ctc.join([ctc.Path(state.ids, state.sureness), ctc.best_path(sure, listener.vocabulary)])
+        path = ctc.concat_paths(
+            [ctc.TokenPath(state.stable_ids, state.stable_probs), ctc.best_path(sure, listener.vocabulary)]
+        )
         end = len(path) if last else _after_last_space(path.ids, listener.vocabulary)
-        words = self._words(ctc.Path(path.ids[:end], path.probabilities[:end]))
-        state.read += end
-        state.ids, state.sureness = path.ids[end:], path.probabilities[end:]
+        words = self._words(ctc.TokenPath(path.ids[:end], path.probabilities[:end]))
+        state.frames_decoded += end
+        state.stable_ids, state.stable_probs = path.ids[end:], path.probabilities[end:]
         found = []
         if words or last:
             found.append(self._final(words, last))
-        rest = ctc.Path(state.ids, state.sureness)
-        open_words = () if last else self._words(ctc.join([rest, ctc.best_path(unsure, listener.vocabulary)]))
-        partial = ctc.text(open_words)
-        if (partial or not found) and (words or partial != state.shown):
-            staying = len(ctc.text(self._words(rest))) / len(partial) if partial else 1.0
+        rest = ctc.TokenPath(state.stable_ids, state.stable_probs)
+        open_words = () if last else self._words(ctc.concat_paths([rest, ctc.best_path(unsure, listener.vocabulary)]))
+        partial = ctc.join_words(open_words)
+        if (partial or not found) and (words or partial != state.last_partial):
+            staying = len(ctc.join_words(self._words(rest))) / len(partial) if partial else 1.0
             found.append(_segment(open_words, final=False, ends=False, stability=min(1.0, staying)))
-        state.shown = partial
+        state.last_partial = partial
         if last:
-            state.begun, state.quiet, state.read = -1, -1, 0
+            state.utterance_start, state.silence_start, state.frames_decoded = -1, -1, 0
         return found
 
-    def _words(self, path: ctc.Path) -> tuple[Word, ...]:
+    def _words(self, path: ctc.TokenPath) -> tuple[Word, ...]:
         """The words of frames that follow those that are read, with times of the stream."""
-        state, listener = self.state, self.listener
-        frame_s = listener.hop / listener.rate_hz
-        begun_s = state.begun / listener.rate_hz + state.read * frame_s
-        words = ctc.read(path, listener.vocabulary, frame_s=frame_s, end_s=self._now_s() - begun_s)
+        state, listener = self.state, self.encoder
+        frame_s = listener.hop_length / listener.rate_hz
+        begun_s = state.utterance_start / listener.rate_hz + state.frames_decoded * frame_s
+        words = ctc.path_to_words(path, listener.vocabulary, frame_s=frame_s, end_s=self._now_s() - begun_s)
         return tuple(_later(word, begun_s) for word in words)
 
     def _now_s(self) -> float:
-        return self.state.taken / self.listener.rate_hz
+        return self.state.num_samples / self.encoder.rate_hz
 
     def _final(self, words: tuple[Word, ...], last: bool) -> Segment:
         state = self.state
-        if words and state.segment_s < 0:
-            state.segment_s = words[0].start_s
-        long = state.segment_s >= 0 and self._now_s() - state.segment_s >= self.rules.longest_s
+        if words and state.segment_start_s < 0:
+            state.segment_start_s = words[0].start_s
+        long = state.segment_start_s >= 0 and self._now_s() - state.segment_start_s >= self.endpointing.max_segment_s
         if last or long:
-            state.segment_s = -1.0
+            state.segment_start_s = -1.0
         return _segment(words, final=True, ends=last or long, at_s=self._now_s())
 
 
@@ -279,28 +293,32 @@ def _later(word: Word, by_s: float) -> Word:
 
 def _segment(words: Sequence[Word], *, final: bool, ends: bool, stability: float = 1.0, at_s: float = 0.0) -> Segment:
     return Segment(
-        text=ctc.text(words),
+        text=ctc.join_words(words),
         start_s=words[0].start_s if words else at_s,
         end_s=words[-1].end_s if words else at_s,
         words=tuple(words),
         confidence=fmean(word.confidence for word in words) if words else 0.0,
-        final=final,
-        ends=ends,
+        is_final=final,
+        is_endpoint=ends,
         stability=stability,
     )
 
 
 def _last_partial(found: list[Segment]) -> list[Segment]:
     """Partials that something followed are past."""
-    return [one for at, one in enumerate(found) if one.final or at == len(found) - 1]
+    return [one for at, one in enumerate(found) if one.is_final or at == len(found) - 1]
 
 
-def _packed(state: State) -> bytes:
+def _packed(state: StreamState) -> bytes:
     """The arrays of a state and, as JSON, what else there is: a .npz without pickle."""
     plain = {
-        name: value for name in State.__slots__ if not isinstance(value := getattr(state, name), np.ndarray | dict)
+        name: value
+        for name in StreamState.__slots__
+        if not isinstance(value := getattr(state, name), np.ndarray | dict)
     }
-    arrays: Arrays = {name: value for name in State.__slots__ if isinstance(value := getattr(state, name), np.ndarray)}
+    arrays: Arrays = {
+        name: value for name in StreamState.__slots__ if isinstance(value := getattr(state, name), np.ndarray)
+    }
     for group in ("detector", "memory"):
         arrays |= {f"{group}.{name}": value for name, value in (getattr(state, group) or {}).items()}
     out = BytesIO()
@@ -308,7 +326,7 @@ def _packed(state: State) -> bytes:
     return out.getvalue()
 
 
-def _unpacked(saved: bytes) -> State:
+def _unpacked(saved: bytes) -> StreamState:
     try:
         with np.load(BytesIO(saved), allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
@@ -317,6 +335,6 @@ def _unpacked(saved: bytes) -> State:
         for name in [name for name in found if "." in name]:
             group, _, key = name.partition(".")
             groups[group][key] = found.pop(name)
-        return State(**plain | found | {"detector": groups["detector"], "memory": groups["memory"] or None})
+        return StreamState(**plain | found | {"detector": groups["detector"], "memory": groups["memory"] or None})
     except (ValueError, KeyError, TypeError, OSError, EOFError, BadZipFile) as wrong:
         raise ModelError(f"this is no saved stream, or a damaged one ({wrong})") from None

@@ -20,8 +20,8 @@ import numpy as np
 from mowa import machine
 from mowa.adapt import store
 from mowa.engines import native, onnx
-from mowa.engines.native import Native
-from mowa.engines.onnx import Onnx
+from mowa.engines.native import PyTorchEngine
+from mowa.engines.onnx import OnnxEngine
 from mowa.engines.protocol import Engine
 from mowa.errors import ModelError
 from mowa.export import manifest
@@ -29,25 +29,25 @@ from mowa.nouns import Model
 
 log = logging.getLogger("mowa")
 
-NAMES = ("auto", "native", "onnx")
-ELSEWHERE = {
+ENGINES = ("auto", "native", "onnx")
+EXTERNAL_FORMATS = {
     "coreml": "a Core ML package: Apple's devices run it, examples/run_coreml.py shows how",
     "tensorrt": "for a GPU with TensorRT: examples/run_tensorrt.py shows how to build and run it",
 }
-CLIPS_S = (2.0, 5.0)
+TIMED_CLIPS_S = (2.0, 5.0)
 ROUNDS = 3
-FILE = "engines.json"
+TIMINGS_FILE = "engines.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class EngineChoice:
     """An engine and why it is this one, in one line."""
 
     engine: Engine
     reason: str
 
 
-def engine(
+def select_engine(
     model: Model,
     *,
     name: str = "auto",
@@ -55,7 +55,7 @@ def engine(
     dtype: str = "auto",
     threads: int | None = None,
     adapter: str | Path | None = None,
-) -> Choice:
+) -> EngineChoice:
     """The engine called `name` over `model`, in `dtype` on `device`, with the adapter in a folder where one is named.
 
     auto: PyTorch, unless an ONNX export of this very model is in the cache (`--engine onnx` puts it there), may be
@@ -63,27 +63,29 @@ def engine(
 
     Raises ModelError: an unknown name; a device or dtype that the engine does not have. As the engines do.
     """
-    if name not in NAMES:
-        raise ModelError(f"engine {name!r} is not one of {', '.join(NAMES)}")
+    if name not in ENGINES:
+        raise ModelError(f"engine {name!r} is not one of {', '.join(ENGINES)}")
     if name == "onnx":
         _refuse_device(device)
-        whole = model if adapter is None else store.load(model, adapter)
-        return _said(Choice(onnx.engine(whole, dtype=dtype, threads=threads), "onnx: as it was named"))
+        whole = model if adapter is None else store.load_adapter(model, adapter)
+        return _said(EngineChoice(onnx.open_engine(whole, dtype=dtype, threads=threads), "onnx: as it was named"))
     beside = _exported(model, device, dtype, threads, adapter) if name == "auto" else None
-    ours = native.engine(model, device=device, dtype=dtype, threads=threads).choose(adapter)
+    ours = native.open_engine(model, device=device, dtype=dtype, threads=threads).with_adapter(adapter)
     if name == "native":
-        return _said(Choice(ours, f"native, {ours.dtype}: as it was named"))
+        return _said(EngineChoice(ours, f"native, {ours.dtype}: as it was named"))
     if beside is None:
         why = "a GPU" if ours.device != "cpu" else _why(ours, dtype)
-        return _said(Choice(ours, f"native, {ours.dtype} on {ours.device}: {why}"))
+        return _said(EngineChoice(ours, f"native, {ours.dtype} on {ours.device}: {why}"))
     seconds = _remembered([ours, beside])
-    fastest: Native | Onnx = beside if seconds[_label(beside)] < seconds[_label(ours)] else ours
+    fastest: PyTorchEngine | OnnxEngine = beside if seconds[_label(beside)] < seconds[_label(ours)] else ours
     shown = ", ".join(f"{label} {spent:.2f} s" for label, spent in seconds.items())
-    audio_s = sum(CLIPS_S)
-    return _said(Choice(fastest, f"{fastest.name}, {fastest.dtype}: measured on {audio_s:.0f} s of audio, {shown}"))
+    audio_s = sum(TIMED_CLIPS_S)
+    return _said(
+        EngineChoice(fastest, f"{fastest.name}, {fastest.dtype}: measured on {audio_s:.0f} s of audio, {shown}")
+    )
 
 
-def artifact(
+def open_artifact(
     folder: Path,
     *,
     name: str = "auto",
@@ -91,27 +93,29 @@ def artifact(
     dtype: str = "auto",
     threads: int | None = None,
     adapter: str | Path | None = None,
-) -> Choice:
+) -> EngineChoice:
     """The engine that runs what was exported to `folder` as something else than safetensors, which `engine` runs.
 
     Raises ModelError: a format that nothing here runs, or an engine, device or adapter that it cannot have.
     """
-    kind = manifest.read(folder).kind
-    if kind in ELSEWHERE:
-        raise ModelError(f"{folder} is {ELSEWHERE[kind]}")
+    kind = manifest.read_artifact(folder).format
+    if kind in EXTERNAL_FORMATS:
+        raise ModelError(f"{folder} is {EXTERNAL_FORMATS[kind]}")
     if name not in ("auto", kind):
         raise ModelError(f"{folder} was exported as {kind}: leave --engine out, or name the model it was made of")
     if adapter is not None:
         raise ModelError(f"{folder} was exported, and takes no adapter: export the model with the adapter in it")
     _refuse_device(device)
     if kind == "onnx":
-        return _said(Choice(onnx.engine(folder, dtype=dtype, threads=threads), "onnx: so it was exported"))
+        return _said(EngineChoice(onnx.open_engine(folder, dtype=dtype, threads=threads), "onnx: so it was exported"))
     from mowa.engines import ctranslate2
 
-    return _said(Choice(ctranslate2.engine(folder, dtype=dtype, threads=threads), f"{kind}: so it was exported"))
+    return _said(
+        EngineChoice(ctranslate2.open_engine(folder, dtype=dtype, threads=threads), f"{kind}: so it was exported")
+    )
 
 
-def _said(choice: Choice) -> Choice:
+def _said(choice: EngineChoice) -> EngineChoice:
     log.info("engine: %s", choice.reason)
     return choice
 
@@ -121,17 +125,19 @@ def _refuse_device(device: str) -> None:
         raise ModelError(f"the onnx engine runs on processors: leave --device out, or use --engine native on {device}")
 
 
-def _why(ours: Native, dtype: str) -> str:
+def _why(ours: PyTorchEngine, dtype: str) -> str:
     if ours.dtype == "int8" and dtype == "auto":
         return f"its scheme is {ours.model.scheme.name}"
     if dtype != "auto":
         return "the dtype was named, and there is no ONNX export of this model to compare with"
     if ours.dtype == "float32":
-        return f"half precision is not {machine.GAIN_WORTH_HAVING} times as fast on this processor"
-    return f"its products are more than {machine.GAIN_WORTH_HAVING} times as fast as float32 on this processor"
+        return f"half precision is not {machine.MIN_BFLOAT16_SPEEDUP} times as fast on this processor"
+    return f"its products are more than {machine.MIN_BFLOAT16_SPEEDUP} times as fast as float32 on this processor"
 
 
-def _exported(model: Model, device: str, dtype: str, threads: int | None, adapter: str | Path | None) -> Onnx | None:
+def _exported(
+    model: Model, device: str, dtype: str, threads: int | None, adapter: str | Path | None
+) -> OnnxEngine | None:
     """The cached export of `model`, where it could be picked. Asked before the net is converted to another dtype."""
     import torch
 
@@ -139,21 +145,21 @@ def _exported(model: Model, device: str, dtype: str, threads: int | None, adapte
         return None
     if not any((machine.cache_folder() / "onnx").glob("*")):
         return None  # nothing to look for, so no weights to read
-    whole = model if adapter is None else store.load(model, adapter)
-    folder = onnx.place(whole, dtype)
+    whole = model if adapter is None else store.load_adapter(model, adapter)
+    folder = onnx.cache_path(whole, dtype)
     if not folder.is_dir():
         return None
     try:
-        return onnx.engine(folder, threads=threads)
+        return onnx.open_engine(folder, threads=threads)
     except ModelError as damaged:
         log.warning("%s", damaged)
         return None
 
 
-def measure(engines: list[Any]) -> dict[str, float]:
+def time_engines(engines: list[Any]) -> dict[str, float]:
     """Seconds that each takes over the clips, the least of some rounds, in turn."""
     rng = np.random.default_rng(0)
-    clips = [rng.standard_normal(int(s * 16_000)).astype(np.float32) for s in CLIPS_S]
+    clips = [rng.standard_normal(int(s * 16_000)).astype(np.float32) for s in TIMED_CLIPS_S]
     spent: dict[str, list[float]] = {_label(one): [] for one in engines}
     for turn in range(ROUNDS + 1):
         for one in engines:
@@ -172,17 +178,17 @@ def _label(one: Engine) -> str:
 def _remembered(engines: list[Any]) -> dict[str, float]:
     config = engines[0].config
     shape = [config.model_type, config.hidden_size, config.intermediate_size, config.num_hidden_layers]
-    versions = [f"{package} {store.version_of(package)}" for package in ("mowa", "torch", "onnxruntime")]
+    versions = [f"{package} {store.installed_version(package)}" for package in ("mowa", "torch", "onnxruntime")]
     labels = [_label(one) for one in engines]
-    said = [machine.processor(), f"{machine.cores()} cores", *versions, *shape, list(config.conv_dim), *labels]
+    said = [machine.cpu_name(), f"{machine.cpu_count()} cores", *versions, *shape, list(config.conv_dim), *labels]
     key = " · ".join(map(str, said))
-    file = machine.cache_folder() / FILE
+    file = machine.cache_folder() / TIMINGS_FILE
     try:
         known: dict[str, dict[str, float]] = json.loads(file.read_text())
     except (OSError, ValueError):
         known = {}
     if key not in known:
-        known[key] = measure(engines)
+        known[key] = time_engines(engines)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             fresh = file.with_suffix(f".{os.getpid()}")

@@ -13,26 +13,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mowa.engines import corpus, pipeline
-from mowa.engines.corpus import Source
-from mowa.engines.journal import Journal, line
-from mowa.engines.settings import Settings, Wanted, Workers
-from mowa.errors import MissingPart, ModelError, MowaError
+from mowa.engines.corpus import CorpusSource
+from mowa.engines.journal import ResultsFile, to_record
+from mowa.engines.settings import EngineSpec, TranscriptionSettings, WorkerPool
+from mowa.errors import MissingDependency, ModelError, MowaError
 from mowa.nouns import Example
 
-TOGETHER = 16  # recordings that a worker is given at a time
+RECORDINGS_PER_BATCH = 16  # recordings that a worker is given at a time
 
 
-def transcribe(
-    source: Source,
-    wanted: Wanted,
-    settings: Settings,
-    journal: Journal,
+def transcribe_on_ray(
+    source: CorpusSource,
+    spec: EngineSpec,
+    settings: TranscriptionSettings,
+    results: ResultsFile,
     *,
     address: str = "auto",
-    workers: Workers | None = None,
-    heard: Callable[[float], object] = lambda seconds: None,
-    failed: Callable[[pipeline.Failure], object] = lambda failure: None,
-    remote: bool = False,
+    workers: WorkerPool | None = None,
+    on_progress: Callable[[float], object] = lambda seconds: None,
+    on_failure: Callable[[pipeline.Failure], object] = lambda failure: None,
+    allow_remote: bool = False,
 ) -> None:
     """Transcribe what is not in `journal` yet on the cluster at `address` (auto: the one that runs, else this machine).
 
@@ -40,18 +40,18 @@ def transcribe(
     model that is not there, a broken manifest) is raised here; all that was done until then is in the journal.
     """
     ray = _ray()
-    workers = workers or Workers()
+    workers = workers or WorkerPool()
     ours = _join(ray, address)
     try:
-        data = _planned(ray, source, wanted, settings, workers, ray.put(frozenset(journal.done)), remote)
+        data = _planned(ray, source, spec, settings, workers, ray.put(frozenset(results.done_ids)), allow_remote)
         for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in map(_row, table.column("line").to_pylist()):
-                if row["id"] in journal.done:
+                if row["id"] in results.done_ids:
                     continue
-                journal.add_row(row)
-                heard(row.get("duration_s", 0.0))
+                results.add_record(row)
+                on_progress(row.get("duration_s", 0.0))
                 if "error" in row:
-                    failed(pipeline.Failure(row["file"], MowaError(row["error"])))
+                    on_failure(pipeline.Failure(row["file"], MowaError(row["error"])))
     except ray.exceptions.RayError as wrong:
         raise _cause(wrong) from wrong
     finally:
@@ -66,7 +66,7 @@ def _ray() -> Any:
         import ray
         import ray.data
     except ImportError:
-        raise MissingPart("transcribing on a cluster needs Ray: pip install 'mowa[ray]'") from None
+        raise MissingDependency("transcribing on a cluster needs Ray: pip install 'mowa[ray]'") from None
     return ray
 
 
@@ -86,19 +86,25 @@ def _join(ray: Any, address: str) -> bool:
 
 
 def _planned(
-    ray: Any, source: Source, wanted: Wanted, settings: Settings, workers: Workers, done: Any, remote: bool
+    ray: Any,
+    source: CorpusSource,
+    wanted: EngineSpec,
+    settings: TranscriptionSettings,
+    workers: WorkerPool,
+    done: Any,
+    remote: bool,
 ) -> Any:
     """The job as a Ray data set of lines. Nothing runs yet."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     room = ray.cluster_resources()
-    most = min(workers.most or 10**6, _room(room, workers))
-    if workers.cpus > room.get("CPU", 0) or workers.gpus > room.get("GPU", 0):
+    most = min(workers.max_size or 10**6, _room(room, workers))
+    if workers.num_cpus > room.get("CPU", 0) or workers.num_gpus > room.get("GPU", 0):
         there = f"{room.get('CPU', 0):g} processors and {room.get('GPU', 0):g} GPUs"
         raise ModelError(
-            f"the cluster has {there}, and a worker wants {workers.cpus:g} and {workers.gpus:g}: ask for less"
+            f"the cluster has {there}, and a worker wants {workers.num_cpus:g} and {workers.num_gpus:g}: ask for less"
         )
-    least = min(workers.least, most)
+    least = min(workers.min_size, most)
     parts = max(2 * most, 2)
 
     def listed(numbers: Any) -> Iterator[Any]:
@@ -110,21 +116,21 @@ def _planned(
         ray.data.range(parts, override_num_blocks=parts)
         .map_batches(listed, batch_size=1, batch_format="pyarrow", num_cpus=0.1)
         .map_batches(
-            Hearer,
+            TranscriptionWorker,
             fn_constructor_kwargs={"wanted": wanted, "settings": settings, "remote": remote},
-            batch_size=TOGETHER,
+            batch_size=RECORDINGS_PER_BATCH,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
-            num_cpus=workers.cpus,
-            num_gpus=workers.gpus or None,
+            num_cpus=workers.num_cpus,
+            num_gpus=workers.num_gpus or None,
         )
     )
 
 
-def _room(room: Mapping[str, float], workers: Workers) -> int:
+def _room(room: Mapping[str, float], workers: WorkerPool) -> int:
     """How many workers fit, leaving a little of a processor to those that list."""
-    by_cpus = int((room.get("CPU", 0) - 0.1) // workers.cpus) if workers.cpus else 10**6
-    by_gpus = int(room.get("GPU", 0) // workers.gpus) if workers.gpus else 10**6
+    by_cpus = int((room.get("CPU", 0) - 0.1) // workers.num_cpus) if workers.num_cpus else 10**6
+    by_gpus = int(room.get("GPU", 0) // workers.num_gpus) if workers.num_gpus else 10**6
     return max(min(by_cpus, by_gpus), 1)
 
 
@@ -134,7 +140,7 @@ def _tables(examples: Iterator[Example], done: frozenset[str]) -> Iterator[Any]:
     for example in examples:
         if example.id not in done:
             held.append(example)
-        if len(held) == TOGETHER:
+        if len(held) == RECORDINGS_PER_BATCH:
             yield _table(held)
             held = []
     yield _table(held)
@@ -149,13 +155,13 @@ def _table(examples: Sequence[Example]) -> Any:
     return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(kinds.items()))
 
 
-class Hearer:
+class TranscriptionWorker:
     """A worker: the model, loaded once, and the pipeline over what it is given."""
 
-    def __init__(self, wanted: Wanted, settings: Settings, remote: bool) -> None:
-        from mowa.engines.transcription import opened
+    def __init__(self, spec: EngineSpec, settings: TranscriptionSettings, allow_remote: bool) -> None:
+        from mowa.engines.transcription import load_engine
 
-        self.engine, self.settings, self.remote = opened(wanted).engine, settings, remote
+        self.engine, self.settings, self.allow_remote = load_engine(spec).engine, settings, allow_remote
 
     def __call__(self, table: Any) -> Any:
         import json
@@ -163,8 +169,8 @@ class Hearer:
         import pyarrow
 
         examples = [Example(text="", **row) for row in table.to_pylist()]
-        found = pipeline.outcomes(examples, self.engine, self.settings, remote=self.remote)
-        lines = [json.dumps(line(example, outcome)) for example, outcome in found]
+        found = pipeline.transcribe_examples(examples, self.engine, self.settings, allow_remote=self.allow_remote)
+        lines = [json.dumps(to_record(example, outcome)) for example, outcome in found]
         return pyarrow.table({"line": pyarrow.array(lines, pyarrow.string())})
 
 

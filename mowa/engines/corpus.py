@@ -16,50 +16,52 @@ from mowa import machine
 from mowa.adapt import store
 from mowa.data import sources
 from mowa.engines import pipeline
-from mowa.engines.journal import Journal
+from mowa.engines.journal import ResultsFile
 from mowa.engines.pipeline import Failure
 from mowa.engines.protocol import Engine
-from mowa.engines.settings import Settings
+from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import AudioError
 from mowa.nouns import Example
 
-HANG_S = 600.0  # no recording takes that long to decode
-CHANGEABLE = {"batch_s"}  # settings that cost time or memory, and no letter
-VERSIONS = ("mowa", "torch", "transformers", "onnxruntime", "soundfile", "av", "soxr")
+DECODE_TIMEOUT_S = 600.0  # no recording takes that long to decode
+COST_ONLY_SETTINGS = {"batch_s"}  # settings that cost time or memory, and no letter
+VERSIONED_PACKAGES = ("mowa", "torch", "transformers", "onnxruntime", "soundfile", "av", "soxr")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CorpusSource:
     """What a run listens to: names as `sources.entries` takes them, or (`shard`, of `of`) a part of it."""
 
-    names: tuple[str, ...]
+    sources: tuple[str, ...]
     split: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     shard: tuple[int, int] | None = None
 
     def examples(self) -> Iterator[Example]:
-        found = sources.entries(self.names, self.split, columns=self.columns)
+        found = sources.list_examples(self.sources, self.split, columns=self.columns)
         return shard(found, *self.shard) if self.shard else found
 
 
-def header(engine: Engine, settings: Settings, *, adapter: Path | None = None, shard: str = "") -> dict[str, Any]:
+def build_header(
+    engine: Engine, settings: TranscriptionSettings, *, adapter: Path | None = None, shard: str = ""
+) -> dict[str, Any]:
     """What the first line of a journal says: which model and settings, and by which versions."""
     origin = engine.origin
     model: dict[str, Any] = {"name": origin.name, "source": origin.source, "revision": origin.revision}
     if origin.revision is None:
-        model["sha256"] = store.fingerprint(origin.folder)
+        model["sha256"] = store.hash_weights(origin.folder)
     if adapter is not None:
-        model["adapter"] = store.read(adapter).sha256
-    fixed = {key: value for key, value in asdict(settings).items() if key not in CHANGEABLE}
+        model["adapter"] = store.read_adapter(adapter).sha256
+    fixed = {key: value for key, value in asdict(settings).items() if key not in COST_ONLY_SETTINGS}
     return {
         "model": model,
         "settings": fixed | {"engine": engine.name, "dtype": engine.dtype},
-        "versions": {name: found for name in VERSIONS if (found := store.version_of(name))},
+        "versions": {name: found for name in VERSIONED_PACKAGES if (found := store.installed_version(name))},
         "shard": shard or None,
     }
 
 
-def crash(example: Example) -> AudioError | None:
+def try_decode_in_subprocess(example: Example) -> AudioError | None:
     """Decode a recording in a process of its own. → what to say where that dies or does not end; None otherwise.
 
     A decoder's fault ends its process, be it the one that transcribes: what a killed run had begun is tried like this.
@@ -69,9 +71,11 @@ def crash(example: Example) -> AudioError | None:
         "source = decoders.Blob('-', sys.stdin.buffer.read()) if sys.argv[1] == '-' else sys.argv[1]\n"
         "try: sum(map(len, audio.stream(source)))\nexcept MowaError: pass\n"
     )
-    command = [sys.executable, "-c", code, example.audio if example.sound is None else "-"]
+    command = [sys.executable, "-c", code, example.audio if example.audio_bytes is None else "-"]
     try:
-        done = subprocess.run(command, input=example.sound, capture_output=True, timeout=HANG_S, check=False)
+        done = subprocess.run(
+            command, input=example.audio_bytes, capture_output=True, timeout=DECODE_TIMEOUT_S, check=False
+        )
     except subprocess.TimeoutExpired:
         return AudioError(f"{example.audio}: its decoding does not end. Convert it with ffmpeg, or leave it out.")
     if done.returncode < 0:
@@ -85,16 +89,16 @@ def shard(examples: Iterable[Example], index: int, count: int) -> Iterator[Examp
     return (example for number, example in enumerate(examples) if number % count == index - 1)
 
 
-def transcribe(
+def transcribe_corpus(
     examples: Iterable[Example],
     engine: Engine,
-    settings: Settings,
-    journal: Journal,
+    settings: TranscriptionSettings,
+    results: ResultsFile,
     *,
-    decoders: int | None = None,
-    remote: bool = False,
-    heard: Callable[[float], object] = lambda seconds: None,
-    failed: Callable[[Failure], object] = lambda failure: None,
+    decode_threads: int | None = None,
+    allow_remote: bool = False,
+    on_progress: Callable[[float], object] = lambda seconds: None,
+    on_failure: Callable[[Failure], object] = lambda failure: None,
 ) -> Mapping[str, int]:
     """Transcribe what is not in `journal` yet, and write it there, one line each. → how many were done, and failed.
 
@@ -105,22 +109,22 @@ def transcribe(
 
     def new() -> Iterator[Example]:
         for example in examples:
-            if example.id not in journal.done and example.id not in asked:
+            if example.id not in results.done_ids and example.id not in asked:
                 asked.add(example.id)
                 yield example
 
     counts = {"done": 0, "failed": 0}
-    threads = decoders or max(1, machine.cores() // 2)
+    threads = decode_threads or max(1, machine.cpu_count() // 2)
 
     def begun(example: Example) -> AudioError | None:
-        journal.begin(example.id)
-        return crash(example) if example.id in journal.suspects else None
+        results.mark_started(example.id)
+        return try_decode_in_subprocess(example) if example.id in results.suspect_ids else None
 
-    how: Any = {"decoders": threads, "begun": begun, "ordered": False, "remote": remote, "heard": heard}
-    for example, outcome in pipeline.outcomes(new(), engine, settings, **how):
-        journal.add(example, outcome)
+    how: Any = {"decoders": threads, "begun": begun, "ordered": False, "remote": allow_remote, "heard": on_progress}
+    for example, outcome in pipeline.transcribe_examples(new(), engine, settings, **how):
+        results.add(example, outcome)
         asked.discard(example.id)
         counts["failed" if isinstance(outcome, Failure) else "done"] += 1
         if isinstance(outcome, Failure):
-            failed(outcome)
+            on_failure(outcome)
     return counts

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from mowa import machine
-from mowa.engines.exported import Exported, log_softmax
-from mowa.engines.protocol import Sharing, frames
+from mowa.engines.exported import ArtifactEngine, log_softmax
+from mowa.engines.protocol import BatchPolicy, num_frames
 from mowa.errors import ModelError
 from mowa.export import ctranslate2 as exporting
 from mowa.export import manifest
@@ -26,10 +26,10 @@ DTYPES = ("auto", "float32", "int8")
 
 
 @dataclass(frozen=True)
-class CTranslate2(Exported):
+class CTranslate2Engine(ArtifactEngine):
     """A loaded export. Make one with `engine`."""
 
-    loaded: Any  # a ctranslate2.models.Wav2Vec2
+    runtime_model: Any  # a ctranslate2.models.Wav2Vec2
 
     @property
     def name(self) -> str:
@@ -37,35 +37,35 @@ class CTranslate2(Exported):
 
     @property
     def dtype(self) -> str:
-        return _dtype(self.exported)
+        return _dtype(self.artifact)
 
     @property
-    def sharing(self) -> Sharing:
-        return Sharing.EQUAL if self.dtype == "float32" else Sharing.ALONE
+    def batch_policy(self) -> BatchPolicy:
+        return BatchPolicy.EQUAL_LENGTH if self.dtype == "float32" else BatchPolicy.SINGLE
 
     def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         """As `Engine.emissions`. ValueError for clips that may not share a batch."""
         lengths = [len(clip) for clip in clips]
         if min(lengths) != max(lengths):
             raise ValueError(f"clips of different lengths {lengths} may not share a batch of this net")
-        logits = log_softmax(exporting.run(self.loaded, clips))
-        return [row[: frames(self.config, lengths[0])] for row in logits]
+        logits = log_softmax(exporting.run(self.runtime_model, clips))
+        return [row[: num_frames(self.config, lengths[0])] for row in logits]
 
 
-def engine(folder: str | Path, dtype: str = "auto", threads: int | None = None) -> CTranslate2:
+def open_engine(folder: str | Path, dtype: str = "auto", threads: int | None = None) -> CTranslate2Engine:
     """The export in `folder`. "auto" is what it computes in, and nothing else can be had.
 
     Raises ModelError: an unknown dtype, or another than the folder's; no or a damaged export; MissingPart.
     """
-    exported = manifest.read(Path(folder), (KIND,))
+    exported = manifest.read_artifact(Path(folder), (KIND,))
     found = _dtype(exported)
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} with CTranslate2")
     if dtype not in ("auto", found):
         raise ModelError(f"{folder} computes in {found}: leave --dtype out, or export the model in {dtype}")
-    exporting.parts()
+    exporting.require_packages()
     where = exported.folder / exported.details["model"]
-    return CTranslate2(exported, exporting.opened(where, exported.scheme, threads or machine.cores()))
+    return CTranslate2Engine(exported, exporting.open_model(where, exported.scheme, threads or machine.cpu_count()))
 
 
 def _dtype(exported: Artifact) -> str:

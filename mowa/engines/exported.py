@@ -11,26 +11,26 @@ from mowa.nouns import Artifact, Origin, Preprocessing, Vocabulary
 
 
 @dataclass(frozen=True)
-class Exported:
+class ArtifactEngine:
     """The part of `protocol.Engine` that an artifact answers."""
 
-    exported: Artifact
+    artifact: Artifact
 
     @property
     def origin(self) -> Origin:
-        return self.exported.origin
+        return self.artifact.origin
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self.exported.vocabulary
+        return self.artifact.vocabulary
 
     @property
     def preprocessing(self) -> Preprocessing:
-        return self.exported.preprocessing
+        return self.artifact.preprocessing
 
     @property
     def config(self) -> Any:
-        return self.exported.config
+        return self.artifact.config
 
     @property
     def device(self) -> str:
@@ -38,7 +38,7 @@ class Exported:
 
     @property
     def scheme(self) -> str:
-        return self.exported.scheme.name
+        return self.artifact.scheme.name
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

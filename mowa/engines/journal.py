@@ -26,14 +26,14 @@ from mowa.engines.pipeline import Failure
 from mowa.errors import DataError
 from mowa.nouns import Example, Transcript
 
-FORMAT = 1
-SYNC_S = 2.0  # what a power cut may take
+FORMAT_VERSION = 1
+SYNC_INTERVAL_S = 2.0  # what a power cut may take
 _MARKS = 4096  # notes of what was begun, until those of what was finished since are dropped
 _BEGIN = b'{"journal": '
 _LINE = 2**20  # bytes read at a time, to find the last line's end
 
 
-class Journal:
+class ResultsFile:
     """A journal that is open for writing. Make one with `open`; close it, or use it in a `with`.
 
     done: ids that need not be transcribed again. `failed` of them are errors. suspects: ids that a run had begun when
@@ -42,15 +42,15 @@ class Journal:
 
     def __init__(self, file: Any, path: Path, header: Mapping[str, Any]) -> None:
         self._file, self.path, self.header = file, path, header
-        self.done: set[str] = set()
-        self.failed = 0
-        self.suspects: frozenset[str] = frozenset()
+        self.done_ids: set[str] = set()
+        self.num_failed = 0
+        self.suspect_ids: frozenset[str] = frozenset()
         self._open: set[str] = set()
         self._marked = 0
         self._synced = time.monotonic()
 
     @classmethod
-    def open(cls, path: Path, header: Mapping[str, Any], *, retry_failed: bool = False) -> Journal:
+    def open(cls, path: Path, header: Mapping[str, Any], *, retry_failed: bool = False) -> ResultsFile:
         """The journal at `path`, made where there is none, and mended where its last line is torn.
 
         header: what may not change within a journal, under "model", "settings" and "shard"; "versions" may. With
@@ -58,7 +58,7 @@ class Journal:
 
         DataError: another process has it, it is of another model, other settings or another shard, or no journal.
         """
-        header = {"journal": FORMAT, **json.loads(json.dumps(header, default=str))}
+        header = {"journal": FORMAT_VERSION, **json.loads(json.dumps(header, default=str))}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("ab+")
@@ -67,15 +67,15 @@ class Journal:
         try:
             _lock(file, path)
             journal = cls(file, path, header)
-            _refuse_foreign(file, path)
-            whole = _mend(file)
+            _validate_prefix(file, path)
+            whole = _truncate_torn_line(file)
             if not whole:
                 journal._write(header)
                 journal._sync()
                 return journal
-            refuse_another(read_header(path), header, path)
+            validate_same_run(read_header(path), header, path)
             journal._read(retry_failed)
-            journal.suspects = frozenset(journal._begun() - journal.done)
+            journal.suspect_ids = frozenset(journal._begun() - journal.done_ids)
         except BaseException:
             file.close()
             raise
@@ -83,13 +83,13 @@ class Journal:
 
     def _read(self, retry_failed: bool) -> None:
         errors = 0
-        for row in rows(self.path):
+        for row in read_records(self.path):
             if "error" in row:
                 errors += 1
                 if retry_failed:
                     continue
-            self.done.add(row["id"])
-        self.failed = 0 if retry_failed else errors
+            self.done_ids.add(row["id"])
+        self.num_failed = 0 if retry_failed else errors
         if errors and retry_failed:
             self._drop_errors()
 
@@ -122,29 +122,29 @@ class Journal:
             return set()
         return {str(json.loads(line)) for line in lines if line.endswith(b'"')}
 
-    def begin(self, name: str) -> None:
+    def mark_started(self, id_: str) -> None:
         """Note that an id is about to be decoded, in a file beside the journal that a run takes with it when it ends.
 
         Nothing waits for the disk: the note is there for a run that dies, not for a machine that does.
         """
-        self._open.add(name)
+        self._open.add(id_)
         anew = self._marked % _MARKS == 0
         with suppress(OSError), self._marks.open("w" if anew else "a", encoding="utf-8") as file:  # `add` will say so
-            names = self.suspects | self._open if anew else {name}
+            names = self.suspect_ids | self._open if anew else {id_}
             file.writelines(json.dumps(name) + "\n" for name in sorted(names))
         self._marked += 1
 
     def add(self, example: Example, outcome: Transcript | Failure) -> None:
         """Write down how it went. DataError where the disk is full: all lines before it are whole then."""
-        self.add_row(line(example, outcome))
+        self.add_record(to_record(example, outcome))
 
-    def add_row(self, row: Mapping[str, Any]) -> None:
+    def add_record(self, record: Mapping[str, Any]) -> None:
         """Write down a line as `line` gives it."""
-        self._write(row)
-        self._open.discard(row["id"])
-        self.done.add(row["id"])
-        self.failed += "error" in row
-        if time.monotonic() - self._synced > SYNC_S:
+        self._write(record)
+        self._open.discard(record["id"])
+        self.done_ids.add(record["id"])
+        self.num_failed += "error" in record
+        if time.monotonic() - self._synced > SYNC_INTERVAL_S:
             self._sync()
 
     def _write(self, row: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ class Journal:
 
     def _full(self, wrong: OSError) -> DataError:
         return DataError(
-            f"{self.path}: cannot be written to ({wrong.strerror}). {len(self.done)} are in it and stay there: make "
+            f"{self.path}: cannot be written to ({wrong.strerror}). {len(self.done_ids)} are in it and stay there: make "
             "room, and the same command goes on."
         )
 
@@ -178,21 +178,21 @@ class Journal:
                 self._marks.unlink(missing_ok=True)
                 self._file.close()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> ResultsFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, wrong: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
 
-def line(example: Example, outcome: Transcript | Failure) -> dict[str, Any]:
+def to_record(example: Example, outcome: Transcript | Failure) -> dict[str, Any]:
     """The line that says how a recording went."""
     row: dict[str, Any] = {"id": example.id, "file": example.audio}
-    if example.part:
-        row["begin_s"] = round(example.begin_s, 3)
+    if example.is_excerpt:
+        row["begin_s"] = round(example.offset_s, 3)
     if isinstance(outcome, Failure):
         return row | {"error": str(outcome.error)}
-    said = captions.row(outcome)
+    said = captions.transcript_to_dict(outcome)
     return row | {key: said[key] for key in ("text", "duration_s", "confidence", "segments")}
 
 
@@ -207,12 +207,14 @@ def read_header(path: Path) -> dict[str, Any]:
         first = None
     if not isinstance(first, dict) or "journal" not in first:
         raise DataError(f"{path}: is there already, and is no journal. Choose another name for the journal.")
-    if first["journal"] != FORMAT:
-        raise DataError(f"{path}: is a journal of format {first['journal']}, this mowa writes {FORMAT}. Update mowa.")
+    if first["journal"] != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: is a journal of format {first['journal']}, this mowa writes {FORMAT_VERSION}. Update mowa."
+        )
     return first
 
 
-def rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """Every line but the header, in order; a torn last one is left out. DataError where one in the midst is damaged."""
     read_header(path)
     with path.open("rb") as file:
@@ -228,12 +230,12 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def transcript(row: Mapping[str, Any], header: Mapping[str, Any]) -> Transcript:
+def parse_transcript(record: Mapping[str, Any], header: Mapping[str, Any]) -> Transcript:
     """The transcript that a line without an error holds."""
-    return captions.parse_row({**row, "model": header["model"]["name"], "settings": header["settings"]})
+    return captions.transcript_from_dict({**record, "model": header["model"]["name"], "settings": header["settings"]})
 
 
-def merged(paths: Iterable[Path]) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+def merge_results(paths: Iterable[Path]) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
     """Several journals of one job (shards, machines) as one: its header, and every id once, what succeeded first.
 
     An id that failed in one and not in another did not fail. DataError where they differ in model or settings.
@@ -241,13 +243,13 @@ def merged(paths: Iterable[Path]) -> tuple[dict[str, Any], Iterator[dict[str, An
     paths = list(paths)
     header = {key: value for key, value in read_header(paths[0]).items() if key != "shard"}
     for path in paths[1:]:
-        refuse_another(read_header(path) | {"shard": None}, header | {"shard": None}, path)
+        validate_same_run(read_header(path) | {"shard": None}, header | {"shard": None}, path)
 
     def every() -> Iterator[dict[str, Any]]:
         seen: set[str] = set()
         for errors in (False, True):
             for path in paths:
-                for row in rows(path):
+                for row in read_records(path):
                     if ("error" in row) == errors and row["id"] not in seen:
                         seen.add(row["id"])
                         yield row
@@ -255,14 +257,14 @@ def merged(paths: Iterable[Path]) -> tuple[dict[str, Any], Iterator[dict[str, An
     return header, every()
 
 
-def refuse_another(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+def validate_same_run(existing: Mapping[str, Any], header: Mapping[str, Any], path: Path) -> None:
     """DataError that says what of a journal's header is another's."""
     different = []
     for part in ("model", "settings"):
-        old, new = before.get(part) or {}, now.get(part) or {}
+        old, new = existing.get(part) or {}, header.get(part) or {}
         different += [f"{key}: {old.get(key)} → {new.get(key)}" for key in new if old.get(key) != new[key]]
-    if before.get("shard") != now.get("shard"):
-        different.append(f"shard: {before.get('shard') or 'none'} → {now.get('shard') or 'none'}")
+    if existing.get("shard") != header.get("shard"):
+        different.append(f"shard: {existing.get('shard') or 'none'} → {header.get('shard') or 'none'}")
     if different:
         raise DataError(
             f"{path}: was written with other settings ({', '.join(different)}). Take another journal, or the same "
@@ -284,7 +286,7 @@ def _encoded(row: Mapping[str, Any]) -> bytes:
         return (json.dumps(row, allow_nan=False) + "\n").encode()
 
 
-def _refuse_foreign(file: Any, path: Path) -> None:
+def _validate_prefix(file: Any, path: Path) -> None:
     """DataError where there is something that no journal begins with, be it torn."""
     file.seek(0)
     begin, ours = file.read(len(_BEGIN)), _BEGIN
@@ -292,7 +294,7 @@ def _refuse_foreign(file: Any, path: Path) -> None:
         raise DataError(f"{path}: is there already, and is no journal. Choose another name for the journal.")
 
 
-def _mend(file: Any) -> int:
+def _truncate_torn_line(file: Any) -> int:
     """Cut off what comes after the last line break. → bytes left."""
     end = file.seek(0, os.SEEK_END)
     at = end
@@ -310,7 +312,7 @@ def _mend(file: Any) -> int:
 
 
 @contextmanager
-def replaced(path: Path, header: Mapping[str, Any]) -> Iterator[Any]:
+def rewrite_results(path: Path, header: Mapping[str, Any]) -> Iterator[Any]:
     """A journal with `header` to be written anew: what yields takes lines; it is `path` when all went well."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:

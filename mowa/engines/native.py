@@ -19,17 +19,17 @@ import torch
 
 from mowa import machine
 from mowa.adapt import store
-from mowa.engines.protocol import Sharing, frames
+from mowa.engines.protocol import BatchPolicy, num_frames
 from mowa.errors import ModelError
 from mowa.families import inference
-from mowa.families.patch import positions_by_table
+from mowa.families.patch import precompute_absolute_positions
 from mowa.nouns import Model, Origin, Preprocessing, Vocabulary
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
-class Native:
+class PyTorchEngine:
     """A loaded model with the device and precision it runs in. Make one with `engine`.
 
     `plan` is how a processor computes the net; without one the net itself is called.
@@ -38,9 +38,9 @@ class Native:
     model: Model
     device: str
     precision: machine.Precision
-    sharing: Sharing
-    plan: inference.Plan | None = None
-    adapters: Mapping[str, Native] = field(default_factory=dict)
+    batch_policy: BatchPolicy
+    plan: inference.CpuPlan | None = None
+    adapters: Mapping[str, PyTorchEngine] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -71,7 +71,7 @@ class Native:
         """In what the weights are: float32, or what the model was shrunk to."""
         return self.model.scheme.name
 
-    def choose(self, adapter: str | Path | None) -> Native:
+    def with_adapter(self, adapter: str | Path | None) -> PyTorchEngine:
         """The engine that one of `adapters` is, by its name, or that an adapter's folder makes; itself for None.
 
         A name costs a look-up and may be asked from any thread; a folder is read anew each time. ModelError where it is
@@ -84,17 +84,17 @@ class Native:
         if isinstance(adapter, str) and not Path(adapter).is_dir():
             loaded = f"loaded are {', '.join(self.adapters)}" if self.adapters else "none were loaded"
             raise ModelError(f"no adapter is called {adapter!r}: {loaded}; name one of them, or an adapter's folder")
-        model = store.load(self.model, adapter)
+        model = store.load_adapter(self.model, adapter)
         plan = _plan(model, self.device, self.precision, like=self.plan)
         return replace(
-            self, model=model, plan=plan, sharing=_sharing(model, self.device, self.precision, plan), adapters={}
+            self, model=model, plan=plan, batch_policy=_sharing(model, self.device, self.precision, plan), adapters={}
         )
 
     def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         """As `Engine.emissions`. ValueError for clips that may not share a batch."""
         lengths = [len(clip) for clip in clips]
         if self.plan is not None:
-            if min(lengths) != max(lengths) and self.sharing is not Sharing.PADDED:
+            if min(lengths) != max(lengths) and self.batch_policy is not BatchPolicy.PADDED:
                 raise ValueError(f"clips of different lengths {lengths} may not share a batch of this net")
             with torch.inference_mode(), machine.matmul_precision(self.precision.matmul):
                 planned = self.plan([torch.from_numpy(clip) for clip in clips])
@@ -104,24 +104,24 @@ class Native:
             values[row, : len(clip)] = torch.from_numpy(clip)
         mask = None
         if min(lengths) != max(lengths):
-            if self.sharing is not Sharing.PADDED:
+            if self.batch_policy is not BatchPolicy.PADDED:
                 raise ValueError(f"clips of different lengths {lengths} may not share a batch of this net")
             mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(self.device)
         dtype = next(self.model.net.parameters()).dtype
         with torch.inference_mode(), machine.matmul_precision(self.precision.matmul), _arithmetic():
             logits = self.model.net(values.to(self.device, dtype), attention_mask=mask).logits
             scores = torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
-        return [row[: frames(self.model.net.config, n)] for row, n in zip(scores, lengths, strict=True)]
+        return [row[: num_frames(self.model.net.config, n)] for row, n in zip(scores, lengths, strict=True)]
 
 
-def engine(
+def open_engine(
     model: Model,
     *,
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
     adapters: Mapping[str, str | Path] | None = None,
-) -> Native:
+) -> PyTorchEngine:
     """Put the model on its device in its precision. "auto": a GPU if there is one; the dtype `machine` measured.
 
     A shrunk model whose scheme rounds inputs is multiplied in int8 by "auto", where a processor can; a dtype that is
@@ -138,16 +138,16 @@ def engine(
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device {device}: torch sees no CUDA device here; use --device cpu")
     if device == "cpu":
-        torch.set_num_threads(threads or machine.cores())
+        torch.set_num_threads(threads or machine.cpu_count())
     precision = _precision(model, device, dtype)
     try:
-        positions_by_table(model.net)
+        precompute_absolute_positions(model.net)
         model.net.to(device, torch.float32 if precision.dtype == "int8" else getattr(torch, precision.dtype))
     except (RuntimeError, AssertionError) as wrong:
         raise ModelError(f"device {device!r} cannot be used ({str(wrong).splitlines()[0]})") from None
     plan = _plan(model, device, precision)
-    base = Native(model, device, precision, _sharing(model, device, precision, plan), plan)
-    return replace(base, adapters={name: base.choose(Path(folder)) for name, folder in (adapters or {}).items()})
+    base = PyTorchEngine(model, device, precision, _sharing(model, device, precision, plan), plan)
+    return replace(base, adapters={name: base.with_adapter(Path(folder)) for name, folder in (adapters or {}).items()})
 
 
 def _precision(model: Model, device: str, dtype: str) -> machine.Precision:
@@ -157,8 +157,8 @@ def _precision(model: Model, device: str, dtype: str) -> machine.Precision:
             raise ModelError(f"int8 is for processors: leave --dtype out on {device}, or use --device cpu")
         return machine.Precision("float32" if dtype == "auto" else dtype)
     if dtype == "auto":
-        if model.scheme.activations == "wide" or inference.refused(model.net, "int8"):
-            return machine.precision(config.hidden_size, config.intermediate_size)
+        if model.scheme.activations == "wide" or inference.unsupported_reason(model.net, "int8"):
+            return machine.select_precision(config.hidden_size, config.intermediate_size)
         dtype = "int8"
     if dtype == "int8" and model.scheme.weights in ("int4", "nf4"):
         raise ModelError(
@@ -166,32 +166,32 @@ def _precision(model: Model, device: str, dtype: str) -> machine.Precision:
             " shrink it to int8-dynamic"
         )
     if dtype in ("float32", "int8"):
-        return replace(machine.exact_precision(config.hidden_size, config.intermediate_size), dtype=dtype)
+        return replace(machine.select_float32_precision(config.hidden_size, config.intermediate_size), dtype=dtype)
     return machine.Precision(dtype)
 
 
 def _plan(
-    model: Model, device: str, precision: machine.Precision, like: inference.Plan | None = None
-) -> inference.Plan | None:
+    model: Model, device: str, precision: machine.Precision, like: inference.CpuPlan | None = None
+) -> inference.CpuPlan | None:
     """How a processor is to compute the net; None where the net is to be called as it is. ModelError: int8 without."""
-    kind: inference.Kind
+    kind: inference.ComputeDtype
     if device != "cpu" or (kind := precision.dtype) not in ("float32", "bfloat16", "int8"):  # type: ignore[assignment]
         return None
-    if not (why := inference.refused(model.net, kind)):
+    if not (why := inference.unsupported_reason(model.net, kind)):
         with torch.inference_mode():
-            return inference.Plan(model.net, kind, like)
+            return inference.CpuPlan(model.net, kind, like)
     if kind == "int8":
         raise ModelError(f"{model.origin.name} cannot run in int8: {why}; use --dtype auto")
     return None
 
 
-def _sharing(model: Model, device: str, precision: machine.Precision, plan: inference.Plan | None) -> Sharing:
+def _sharing(model: Model, device: str, precision: machine.Precision, plan: inference.CpuPlan | None) -> BatchPolicy:
     if device == "cpu" and precision.dtype != "float32":
-        return Sharing.ALONE
+        return BatchPolicy.SINGLE
     if plan is None and model.scheme.activations != "wide":  # inputs are rounded by the range of the whole batch
-        return Sharing.ALONE
+        return BatchPolicy.SINGLE
     padded = plan is not None or model.net.config.feat_extract_norm != "group"  # a plan pads nothing
-    return Sharing.PADDED if padded else Sharing.EQUAL
+    return BatchPolicy.PADDED if padded else BatchPolicy.EQUAL_LENGTH
 
 
 @contextmanager

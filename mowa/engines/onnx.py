@@ -20,23 +20,23 @@ import numpy as np
 from mowa import export as exporting
 from mowa import machine
 from mowa.adapt import store
-from mowa.engines.exported import Exported, log_softmax
-from mowa.engines.protocol import Sharing, frames
-from mowa.errors import DataError, MissingPart, ModelError
+from mowa.engines.exported import ArtifactEngine, log_softmax
+from mowa.engines.protocol import BatchPolicy, num_frames
+from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.export import manifest
 from mowa.export.onnx import run
 from mowa.nouns import FLOAT32, Model
-from mowa.shrink import shrink
+from mowa.shrink import quantize
 
 log = logging.getLogger("mowa")
 
 DTYPES = ("auto", "float32", "int8")
 KIND = "onnx"
-EXACT = ("float32", "float16", "bfloat16", "int4", "nf4")  # weights that are multiplied in float32
+FLOAT_MATMUL_WEIGHTS = ("float32", "float16", "bfloat16", "int4", "nf4")  # weights that are multiplied in float32
 
 
 @dataclass(frozen=True)
-class Onnx(Exported):
+class OnnxEngine(ArtifactEngine):
     """A loaded export. Make one with `engine`."""
 
     session: Any  # an onnxruntime InferenceSession
@@ -44,10 +44,10 @@ class Onnx(Exported):
     threads: int | None = None
 
     @cached_property
-    def chunk(self) -> Any:
+    def streaming_session(self) -> Any:
         """The graph of one chunk (`export.chunks`), opened when it is first asked for; None where there is none."""
-        name = self.exported.details["chunk"]
-        return None if name is None else _session(self.exported.folder / name, self.threads)
+        name = self.artifact.details["chunk"]
+        return None if name is None else _session(self.artifact.folder / name, self.threads)
 
     @property
     def name(self) -> str:
@@ -55,28 +55,28 @@ class Onnx(Exported):
 
     @property
     def dtype(self) -> str:
-        scheme = self.exported.scheme
-        return "float32" if scheme.activations == "wide" and scheme.weights in EXACT else "int8"
+        scheme = self.artifact.scheme
+        return "float32" if scheme.activations == "wide" and scheme.weights in FLOAT_MATMUL_WEIGHTS else "int8"
 
     @property
-    def sharing(self) -> Sharing:
+    def batch_policy(self) -> BatchPolicy:
         if self.dtype != "float32":
-            return Sharing.ALONE
-        return Sharing.PADDED if self.exported.details["masked"] else Sharing.EQUAL
+            return BatchPolicy.SINGLE
+        return BatchPolicy.PADDED if self.artifact.details["masked"] else BatchPolicy.EQUAL_LENGTH
 
     def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         """As `Engine.emissions`. ValueError for clips that may not share a batch."""
         lengths = np.array([len(clip) for clip in clips])
         longest = int(lengths.max())
-        if lengths.min() != longest and self.sharing is not Sharing.PADDED:
+        if lengths.min() != longest and self.batch_policy is not BatchPolicy.PADDED:
             raise ValueError(f"clips of different lengths {lengths.tolist()} may not share a batch of this net")
         logits = log_softmax(
-            run(self.session, clips, self.exported.details["masked"], self.preprocessing.padding_value)
+            run(self.session, clips, self.artifact.details["masked"], self.preprocessing.padding_value)
         )
-        return [row[: frames(self.config, int(n))] for row, n in zip(logits, lengths, strict=True)]
+        return [row[: num_frames(self.config, int(n))] for row, n in zip(logits, lengths, strict=True)]
 
 
-def engine(source: Model | str | Path, *, dtype: str = "auto", threads: int | None = None) -> Onnx:
+def open_engine(source: Model | str | Path, *, dtype: str = "auto", threads: int | None = None) -> OnnxEngine:
     """A folder that was exported, or a model, whose export is made now or was before. "auto" is what the folder holds,
     or the model's own scheme.
 
@@ -85,43 +85,50 @@ def engine(source: Model | str | Path, *, dtype: str = "auto", threads: int | No
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} with ONNX Runtime; use --engine native")
     if isinstance(source, Model):
-        exported = manifest.read(cached(source, dtype), (KIND,))
+        exported = manifest.read_artifact(export_to_cache(source, dtype), (KIND,))
     else:
-        exported = manifest.read(Path(source), (KIND,))
+        exported = manifest.read_artifact(Path(source), (KIND,))
         if dtype not in ("auto", exported.scheme.weights):
             name = exported.scheme.name
             raise ModelError(f"{source} was exported in {name}: leave --dtype out, or export it in {dtype}")
     model = source if isinstance(source, Model) else None
-    return Onnx(exported, _session(exported.folder / exported.details["graph"], threads), model, threads)
+    return OnnxEngine(exported, _session(exported.folder / exported.details["graph"], threads), model, threads)
 
 
-def cached(model: Model, dtype: str = "auto") -> Path:
+def export_to_cache(model: Model, dtype: str = "auto") -> Path:
     """The export of `model` under the cache, made where it is not there or damaged; in int8-dynamic where `dtype` is
     int8 and the model is wide."""
-    folder = place(model, dtype)
+    folder = cache_path(model, dtype)
     try:
-        manifest.read(folder, (KIND,))
+        manifest.read_artifact(folder, (KIND,))
         return folder
     except ModelError:
         if folder.exists():
             _remove(folder)
-    narrow = shrink(model, "int8-dynamic") if _narrowed(model, dtype) else model
+    narrow = quantize(model, "int8-dynamic") if _needs_int8(model, dtype) else model
     log.info("writing %s as ONNX in %s, once", model.origin.name, narrow.scheme.name)
     with suppress(DataError):  # another process was faster
         exporting.export(narrow, KIND, folder)
     return folder
 
 
-def _narrowed(model: Model, dtype: str) -> bool:
+def _needs_int8(model: Model, dtype: str) -> bool:
     if dtype == "float32" and model.scheme != FLOAT32:
         raise ModelError(f"{model.origin.name} is in {model.scheme.name}: leave --dtype out")
     return dtype == "int8" and model.scheme == FLOAT32
 
 
-def place(model: Model, dtype: str = "auto") -> Path:
+def cache_path(model: Model, dtype: str = "auto") -> Path:
     """Where the export of `model` is kept; it need not be there."""
-    made_by = [f"{package} {store.version_of(package)}" for package in ("mowa", "torch", "transformers", "onnxruntime")]
-    said = [manifest.digest(model), "int8" if _narrowed(model, dtype) else "as it is", str(manifest.FORMAT), *made_by]
+    made_by = [
+        f"{package} {store.installed_version(package)}" for package in ("mowa", "torch", "transformers", "onnxruntime")
+    ]
+    said = [
+        manifest.model_sha256(model),
+        "int8" if _needs_int8(model, dtype) else "as it is",
+        str(manifest.FORMAT_VERSION),
+        *made_by,
+    ]
     said += [repr(model.vocabulary), repr(model.preprocessing)]
     return machine.cache_folder() / "onnx" / hashlib.sha256("\n".join(said).encode()).hexdigest()[:24]
 
@@ -136,8 +143,10 @@ def _session(graph: Path, threads: int | None) -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise MissingPart("this engine needs onnxruntime: pip install onnxruntime, or use --engine native") from None
+        raise MissingDependency(
+            "this engine needs onnxruntime: pip install onnxruntime, or use --engine native"
+        ) from None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or machine.cores()
+    options.intra_op_num_threads = threads or machine.cpu_count()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

@@ -24,17 +24,17 @@ from threading import Event
 import numpy as np
 
 from mowa.data import audio
-from mowa.data.decoders import Blob
-from mowa.data.speech import TAIL_S, Window, windows
+from mowa.data.decoders import AudioBytes
+from mowa.data.speech import MIN_TAIL_S, Window, split_windows
 from mowa.decode import ctc
-from mowa.engines.protocol import Engine, batches, frames, hop
-from mowa.engines.settings import Settings
+from mowa.engines.protocol import Engine, batch_by_length, hop_length, num_frames
+from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import AudioError, ModelError, MowaError
 from mowa.nouns import Example, Segment, Transcript
 
-LOOK_AHEAD = 8  # batches' worth of windows read before they are sorted by length
-TURN_S = 0.8  # who is silent so long on a channel of their own may have been answered on another
-HELD = 8  # windows of one recording that wait for their turn; its decoding waits for them
+PREFETCH_BATCHES = 8  # batches' worth of windows read before they are sorted by length
+MIN_TURN_GAP_S = 0.8  # who is silent so long on a channel of their own may have been answered on another
+MAX_QUEUED_WINDOWS = 8  # windows of one recording that wait for their turn; its decoding waits for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class _Voice:
     """One channel, or all as one, on its way: paths of its windows come in any order, and are read when all are in."""
 
     channel: int | None
-    paths: dict[int, ctc.Path] = field(default_factory=dict)
+    paths: dict[int, ctc.TokenPath] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)
     samples: int = 0
 
@@ -60,7 +60,7 @@ class _Job:
     """One recording on its way. `queue` brings (voice, window) from its thread, and at the end None or an error."""
 
     example: Example
-    queue: Queue[tuple[_Voice, Window] | Exception | None] = field(default_factory=lambda: Queue(HELD))
+    queue: Queue[tuple[_Voice, Window] | Exception | None] = field(default_factory=lambda: Queue(MAX_QUEUED_WINDOWS))
     voices: list[_Voice] = field(default_factory=list)
     waiting: int = 0
     failure: MowaError | None = None
@@ -71,16 +71,16 @@ class _Job:
         return self.ended and (self.failure is not None or not self.waiting)
 
 
-def outcomes(
+def transcribe_examples(
     examples: Iterable[Example],
     engine: Engine,
-    settings: Settings,
+    settings: TranscriptionSettings,
     *,
-    decoders: int = 1,
+    decode_threads: int = 1,
     ordered: bool = True,
-    remote: bool = False,
-    begun: Callable[[Example], MowaError | None] = lambda example: None,
-    heard: Callable[[float], object] = lambda seconds: None,
+    allow_remote: bool = False,
+    before_decode: Callable[[Example], MowaError | None] = lambda example: None,
+    on_progress: Callable[[float], object] = lambda seconds: None,
 ) -> Iterator[tuple[Example, Transcript | Failure]]:
     """One outcome a recording: in order, or (`ordered` False) as soon as it is there. A bad one is a Failure.
 
@@ -89,7 +89,7 @@ def outcomes(
     batch brought, for progress. Where `examples` itself raises, what it gave
     before is finished first.
     """
-    refuse_long_windows(engine, settings)
+    validate_window_length(engine, settings)
     budget = int(settings.batch_s * engine.preprocessing.rate_hz)
     queue: deque[_Job] = deque()
     pool: list[tuple[_Job, _Voice, Window]] = []
@@ -102,7 +102,7 @@ def outcomes(
             queue.remove(job)
             yield job.example, _outcome(job, engine, settings)
 
-    for job, item in _decoded(examples, engine, settings, decoders, remote, begun, broken):
+    for job, item in _decoded(examples, engine, settings, decode_threads, allow_remote, before_decode, broken):
         if not queue or queue[-1] is not job:
             queue.append(job)
         if isinstance(item, tuple):
@@ -112,8 +112,8 @@ def outcomes(
             voice.samples = window.core_end
             job.waiting += 1
             pooled += len(window.samples)
-            if pooled >= LOOK_AHEAD * budget:
-                _run(pool, engine, settings, budget, heard)
+            if pooled >= PREFETCH_BATCHES * budget:
+                _run(pool, engine, settings, budget, on_progress)
                 pool, pooled = [], 0
             continue
         job.ended, job.failure = True, item
@@ -121,17 +121,17 @@ def outcomes(
             pool = [entry for entry in pool if entry[0] is not job]
             pooled = sum(len(window.samples) for _, _, window in pool)
         yield from finished()
-    _run(pool, engine, settings, budget, heard)
+    _run(pool, engine, settings, budget, on_progress)
     yield from finished()
     if broken:
         raise broken[0]
 
 
-def refuse_long_windows(engine: Engine, settings: Settings) -> None:
+def validate_window_length(engine: Engine, settings: TranscriptionSettings) -> None:
     """ModelError where windows are longer than the positions of the net reach (config key `absolute_positions`)."""
     if (reach := getattr(engine.config, "absolute_positions", None)) is None:
         return
-    longest_s = reach * hop(engine.config) / engine.preprocessing.rate_hz - TAIL_S - 2 * settings.context_s
+    longest_s = reach * hop_length(engine.config) / engine.preprocessing.rate_hz - MIN_TAIL_S - 2 * settings.context_s
     if settings.window_s > longest_s:
         raise ModelError(
             f"{engine.origin.name} hears windows of {longest_s:g} s at most"
@@ -145,7 +145,7 @@ def refuse_long_windows(engine: Engine, settings: Settings) -> None:
 def _decoded(
     examples: Iterable[Example],
     engine: Engine,
-    settings: Settings,
+    settings: TranscriptionSettings,
     decoders: int,
     remote: bool,
     begun: Callable[[Example], MowaError | None],
@@ -189,7 +189,7 @@ def _decoded(
             stop.set()
 
 
-def _decode(job: _Job, engine: Engine, settings: Settings, remote: bool, stop: Event) -> None:
+def _decode(job: _Job, engine: Engine, settings: TranscriptionSettings, remote: bool, stop: Event) -> None:
     try:
         for item in _cut(job, engine, settings, remote):
             if not _put(job, item, stop):
@@ -209,29 +209,29 @@ def _put(job: _Job, item: tuple[_Voice, Window] | Exception | None, stop: Event)
     return False
 
 
-def _cut(job: _Job, engine: Engine, settings: Settings, remote: bool) -> Iterator[tuple[_Voice, Window]]:
+def _cut(job: _Job, engine: Engine, settings: TranscriptionSettings, remote: bool) -> Iterator[tuple[_Voice, Window]]:
     example, rate_hz = job.example, engine.preprocessing.rate_hz
     source = _source(example, remote)
     job.voices = [_Voice(channel) for channel in _channels(source, settings.channels)]
     for voice in job.voices:
-        blocks = audio.stream(
+        blocks = audio.stream_audio(
             source,
             rate_hz,
             resample=settings.resample,
             channel=voice.channel,
-            begin_s=example.begin_s,
-            length_s=example.duration_s if example.part else None,
+            offset_s=example.offset_s,
+            duration_s=example.duration_s if example.is_excerpt else None,
         )
-        pieces = windows(
-            blocks, rate_hz, longest_s=settings.window_s, context_s=settings.context_s, hop=hop(engine.config)
+        pieces = split_windows(
+            blocks, rate_hz, max_window_s=settings.window_s, context_s=settings.context_s, hop=hop_length(engine.config)
         )
         yield from ((voice, window) for window in pieces)
 
 
-def _source(example: Example, remote: bool) -> Path | Blob:
+def _source(example: Example, remote: bool) -> Path | AudioBytes:
     """Where its bytes are: in a file, with it, or at an address. AudioError where it may not, or cannot, be opened."""
-    if example.sound is not None:
-        return Blob(example.audio, example.sound)
+    if example.audio_bytes is not None:
+        return AudioBytes(example.audio, example.audio_bytes)
     if "://" not in example.audio:
         return Path(example.audio)
     if not remote:
@@ -240,20 +240,20 @@ def _source(example: Example, remote: bool) -> Path | Blob:
 
     try:
         with fsspec.open(example.audio, "rb") as file:
-            return Blob(example.audio, file.read())
+            return AudioBytes(example.audio, file.read())
     except Exception as wrong:  # every protocol has errors of its own
         reason = (str(wrong).splitlines() or [type(wrong).__name__])[0]
         raise AudioError(f"{example.audio}: cannot be fetched ({reason}).") from None
 
 
-def _channels(source: Path | Blob, wanted: str) -> Sequence[int | None]:
+def _channels(source: Path | AudioBytes, wanted: str) -> Sequence[int | None]:
     """Which channels are heard, each for itself; None: all as one, where they are mixed or say the same."""
     if wanted == "mix":
         return [None]
     among = None if wanted == "split" else [int(number) for number in wanted.split(",")]
-    if wanted == "split" and audio.probe(source).channels == 1:
+    if wanted == "split" and audio.probe_audio(source).channels == 1:
         return [None]
-    channels = audio.distinct(source, among)
+    channels = audio.find_distinct_channels(source, among)
     return [None] if wanted == "split" and len(channels) == 1 else channels
 
 
@@ -263,7 +263,7 @@ def _channels(source: Path | Blob, wanted: str) -> Sequence[int | None]:
 def _run(
     pool: Sequence[tuple[_Job, _Voice, Window]],
     engine: Engine,
-    settings: Settings,
+    settings: TranscriptionSettings,
     budget: int,
     heard: Callable[[float], object],
 ) -> None:
@@ -271,14 +271,16 @@ def _run(
     rate_hz = engine.preprocessing.rate_hz
     spoken = []
     for job, voice, window in pool:
-        short = not frames(engine.config, len(window.samples))  # for front ends that reach further than `SAMPLE_MIN`
-        if short or window.speech < settings.speech or audio.is_silent(window.samples):
+        short = not num_frames(
+            engine.config, len(window.samples)
+        )  # for front ends that reach further than `SAMPLE_MIN`
+        if short or window.speech_prob < settings.vad_threshold or audio.is_silent(window.samples):
             voice.paths[window.core_start] = _silence(window, engine)
             job.waiting -= 1
             heard((window.core_end - window.core_start) / rate_hz)
         else:
             spoken.append((job, voice, window))
-    for group in batches([len(window.samples) for _, _, window in spoken], budget, engine.sharing):
+    for group in batch_by_length([len(window.samples) for _, _, window in spoken], budget, engine.batch_policy):
         chosen = [spoken[index] for index in group]
         clips = [window.samples for _, _, window in chosen]
         if engine.preprocessing.normalize:
@@ -297,20 +299,20 @@ def _run(
 
 def _frames(window: Window, engine: Engine) -> tuple[int, int]:
     """Which frames of the window belong to its core. The last core keeps all that the end of the recording gives."""
-    step = hop(engine.config)
+    step = hop_length(engine.config)
     first = (window.core_start - window.start) // step
-    if window.last:
-        return first, frames(engine.config, len(window.samples))
+    if window.is_last:
+        return first, num_frames(engine.config, len(window.samples))
     return first, (window.core_end - window.start) // step
 
 
-def _silence(window: Window, engine: Engine) -> ctc.Path:
+def _silence(window: Window, engine: Engine) -> ctc.TokenPath:
     first, end = _frames(window, engine)
     count = max(0, end - first)
-    return ctc.Path(np.full(count, engine.vocabulary.blank, np.int32), np.ones(count, np.float32))
+    return ctc.TokenPath(np.full(count, engine.vocabulary.blank, np.int32), np.ones(count, np.float32))
 
 
-def _outcome(job: _Job, engine: Engine, settings: Settings) -> Transcript | Failure:
+def _outcome(job: _Job, engine: Engine, settings: TranscriptionSettings) -> Transcript | Failure:
     file = job.example.audio
     if job.failure is not None:
         return Failure(file, job.failure)
@@ -328,9 +330,11 @@ def _outcome(job: _Job, engine: Engine, settings: Settings) -> Transcript | Fail
 
 def _read(voice: _Voice, engine: Engine) -> list[Segment]:
     rate_hz = engine.preprocessing.rate_hz
-    path = ctc.join(voice.paths[start] for start in voice.cuts)
-    words = ctc.read(path, engine.vocabulary, frame_s=hop(engine.config) / rate_hz, end_s=voice.samples / rate_hz)
+    path = ctc.concat_paths(voice.paths[start] for start in voice.cuts)
+    words = ctc.path_to_words(
+        path, engine.vocabulary, frame_s=hop_length(engine.config) / rate_hz, end_s=voice.samples / rate_hz
+    )
     cuts = [start / rate_hz for start in voice.cuts[1:]]
     if voice.channel is not None:  # so that those who speak in turn are read in turn
-        cuts += [second.start_s for first, second in pairwise(words) if second.start_s - first.end_s >= TURN_S]
-    return [replace(segment, channel=voice.channel) for segment in ctc.segments(words, cuts)]
+        cuts += [second.start_s for first, second in pairwise(words) if second.start_s - first.end_s >= MIN_TURN_GAP_S]
+    return [replace(segment, channel=voice.channel) for segment in ctc.group_segments(words, cuts)]

@@ -21,10 +21,10 @@ import numpy as np
 from mowa.nouns import Origin, Preprocessing, Vocabulary
 
 
-class Sharing(Enum):
+class BatchPolicy(Enum):
     PADDED = "padded"
-    EQUAL = "equal"
-    ALONE = "alone"
+    EQUAL_LENGTH = "equal"
+    SINGLE = "alone"
 
 
 class Engine(Protocol):
@@ -47,7 +47,7 @@ class Engine(Protocol):
     def config(self) -> Any: ...
 
     @property
-    def sharing(self) -> Sharing: ...
+    def batch_policy(self) -> BatchPolicy: ...
 
     @property
     def device(self) -> str: ...
@@ -63,7 +63,7 @@ class Engine(Protocol):
         """
 
 
-def batches(lengths: Sequence[int], budget: int, sharing: Sharing) -> list[list[int]]:
+def batch_by_length(lengths: Sequence[int], max_padded_samples: int, policy: BatchPolicy) -> list[list[int]]:
     """Indices of clips that run together, shortest first; count × longest stays within `budget` samples.
 
     A clip longer than the budget runs alone.
@@ -71,16 +71,16 @@ def batches(lengths: Sequence[int], budget: int, sharing: Sharing) -> list[list[
     grouped: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         last = grouped[-1] if grouped else []
-        fits = bool(last) and lengths[index] * (len(last) + 1) <= budget
+        fits = bool(last) and lengths[index] * (len(last) + 1) <= max_padded_samples
         alike = bool(last) and lengths[index] == lengths[last[0]]
-        if fits and (sharing is Sharing.PADDED or (sharing is Sharing.EQUAL and alike)):
+        if fits and (policy is BatchPolicy.PADDED or (policy is BatchPolicy.EQUAL_LENGTH and alike)):
             last.append(index)
         else:
             grouped.append([index])
     return grouped
 
 
-def hop(config: Any) -> int:
+def hop_length(config: Any) -> int:
     """Samples from one frame to the next: 320 for every stock front-end."""
     step = int(np.prod(config.conv_stride))
     return (
@@ -90,9 +90,9 @@ def hop(config: Any) -> int:
     )
 
 
-def frames(config: Any, samples: int) -> int:
+def num_frames(config: Any, num_samples: int) -> int:
     """How many frames the net gives for so many samples (0 for fewer than its receptive field)."""
-    n = samples
+    n = num_samples
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         n = (n - kernel) // stride + 1 if n >= kernel else 0
     if getattr(config, "add_adapter", False):

@@ -10,7 +10,7 @@ ENGINES = ("native", "onnx", "auto")
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TranscriptionSettings:
     """Everything that may change a transcript or its cost, beside the model. Times in seconds.
 
     `speech` is how sure the speech detector must be, at its surest moment in a window, for the window to be read at
@@ -22,12 +22,12 @@ class Settings:
     window_s: float = 20.0
     context_s: float = 2.0
     batch_s: float = 32.0
-    speech: float = 0.1
+    vad_threshold: float = 0.1
     channels: str = "mix"
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class EngineSpec:
     """Which model is to hear, and on what: names only, so that it can be said to other processes and machines."""
 
     model: str
@@ -41,10 +41,10 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Workers:
+class WorkerPool:
     """Processes that hear: at least and at most so many, each with so many processors and GPUs (or parts of one)."""
 
-    least: int = 1
-    most: int = 0  # 0: as many as there is room for
-    cpus: float = 1.0
-    gpus: float = 0.0
+    min_size: int = 1
+    max_size: int = 0  # 0: as many as there is room for
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0

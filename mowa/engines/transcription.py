@@ -12,29 +12,29 @@ from typing import Any, overload
 from mowa.adapt import store
 from mowa.data import audio
 from mowa.engines import choose, native, pipeline
-from mowa.engines.choose import Choice
-from mowa.engines.native import Native
+from mowa.engines.choose import EngineChoice
+from mowa.engines.native import PyTorchEngine
 from mowa.engines.pipeline import Failure
 from mowa.engines.protocol import Engine
-from mowa.engines.settings import Settings, Wanted
+from mowa.engines.settings import EngineSpec, TranscriptionSettings
 from mowa.errors import AudioError
-from mowa.export import is_export, read
-from mowa.files import ALIASES
+from mowa.export import is_export, read_artifact
+from mowa.files import MODEL_ALIASES
 from mowa.loading.speech import load
 from mowa.nouns import Example, Model, Transcript
 
-DEFAULT = "pl-tiny"
+DEFAULT_MODEL = "pl-tiny"
 
 
 @overload
-def transcribe(files: str | Path, model: str | Model | Native | None = ..., **options: Any) -> Transcript: ...
+def transcribe(files: str | Path, model: str | Model | PyTorchEngine | None = ..., **options: Any) -> Transcript: ...
 @overload
 def transcribe(
-    files: Sequence[str | Path], model: str | Model | Native | None = ..., **options: Any
+    files: Sequence[str | Path], model: str | Model | PyTorchEngine | None = ..., **options: Any
 ) -> list[Transcript]: ...
 def transcribe(
     files: str | Path | Sequence[str | Path],
-    model: str | Model | Native | None = None,
+    model: str | Model | PyTorchEngine | None = None,
     *,
     adapter: str | Path | None = None,
     device: str = "auto",
@@ -48,58 +48,66 @@ def transcribe(
     `adapter` is an adapter's folder, or the name of one that `engine` was given. `settings` are the fields of
     `Settings`. The first bad recording raises its MowaError; `transcripts` goes on past it.
     """
-    chosen = Settings(**settings)
+    chosen = TranscriptionSettings(**settings)
     engine: Engine
     how: Any = {"device": device, "dtype": dtype, "threads": threads}
-    if isinstance(model, str) and (folder := exported(model)) is not None:
-        engine = choose.artifact(folder, adapter=adapter, **how).engine
+    if isinstance(model, str) and (folder := resolve_artifact(model)) is not None:
+        engine = choose.open_artifact(folder, adapter=adapter, **how).engine
     else:
-        if not isinstance(model, Native):
-            loaded = load(model or base_of(adapter)) if model is None or isinstance(model, str) else model
-            model = native.engine(loaded, **how)
-        engine = model.choose(adapter)
+        if not isinstance(model, PyTorchEngine):
+            loaded = load(model or resolve_base_model(adapter)) if model is None or isinstance(model, str) else model
+            model = native.open_engine(loaded, **how)
+        engine = model.with_adapter(adapter)
     alone = isinstance(files, str | Path)
     if alone and Path(str(files)).is_dir():
         raise AudioError(f"{files}: is a folder. Give it in a list, transcribe([folder]), for a list of transcripts.")
     done = []
-    for outcome in transcripts(audio.find([files] if isinstance(files, str | Path) else files), engine, chosen):
+    for outcome in iter_transcripts(
+        audio.find_audio_files([files] if isinstance(files, str | Path) else files), engine, chosen
+    ):
         if isinstance(outcome, Failure):
             raise outcome.error
         done.append(outcome)
     return done[0] if alone else done
 
 
-def opened(wanted: Wanted) -> Choice:
+def load_engine(spec: EngineSpec) -> EngineChoice:
     """The engine that was asked for, loaded, and why it is this one. Raises as `load` and `choose.engine` do."""
-    how: Any = {"device": wanted.device, "dtype": wanted.dtype, "threads": wanted.threads, "adapter": wanted.adapter}
-    if (folder := exported(wanted.model)) is not None:
-        return choose.artifact(folder, name=wanted.engine, **how)
-    model = load(wanted.model, revision=wanted.revision, offline=wanted.offline)
-    return choose.engine(model, name=wanted.engine, **how)
+    how: Any = {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads, "adapter": spec.adapter}
+    if (folder := resolve_artifact(spec.model)) is not None:
+        return choose.open_artifact(folder, name=spec.engine, **how)
+    model = load(spec.model, revision=spec.revision, offline=spec.offline)
+    return choose.select_engine(model, name=spec.engine, **how)
 
 
-def exported(name: str) -> Path | None:
+def resolve_artifact(name: str) -> Path | None:
     """The folder that `name` is, where it holds an export that another program than PyTorch runs."""
     folder = Path(name)
-    return folder if name not in ALIASES and is_export(folder) and read(folder).kind != "safetensors" else None
+    return (
+        folder
+        if name not in MODEL_ALIASES and is_export(folder) and read_artifact(folder).format != "safetensors"
+        else None
+    )
 
 
-def base_of(adapter: str | Path | None) -> str:
+def resolve_base_model(adapter: str | Path | None) -> str:
     """By which name the model loads that `adapter` (a folder) was made over; pl-tiny without one."""
-    return DEFAULT if adapter is None else store.read(adapter).base.where
+    return DEFAULT_MODEL if adapter is None else store.read_adapter(adapter).base.load_name
 
 
-def transcripts(
+def iter_transcripts(
     files: Iterable[str | Path],
     engine: Engine,
-    settings: Settings | None = None,
+    settings: TranscriptionSettings | None = None,
     *,
-    heard: Callable[[float], object] = lambda seconds: None,
+    on_progress: Callable[[float], object] = lambda seconds: None,
 ) -> Iterator[Transcript | Failure]:
     """One outcome a file, in the order given. A bad file is a Failure and the others go on.
 
     `heard` is called with the seconds of audio each batch brought, for progress. Cut-off recordings are refused whole.
     """
     examples = (Example(str(file), str(file), "", 0.0) for file in files)
-    for _, outcome in pipeline.outcomes(examples, engine, settings or Settings(), heard=heard):
+    for _, outcome in pipeline.transcribe_examples(
+        examples, engine, settings or TranscriptionSettings(), on_progress=on_progress
+    ):
         yield outcome

@@ -11,99 +11,105 @@ import numpy as np
 
 from mowa.data import sources
 from mowa.errors import DataError, ModelError
-from mowa.evaluate.drift import drift
-from mowa.evaluate.measure import Measured, Request, Speed, measure
-from mowa.evaluate.pairs import Rates, rates
-from mowa.export import is_export, read
-from mowa.files import resolve
+from mowa.evaluate.drift import compare_emissions
+from mowa.evaluate.measure import Measurement, MeasurementRequest, Throughput, measure
+from mowa.evaluate.pairs import ErrorRates, bootstrap_error_rates
+from mowa.export import is_export, read_artifact
+from mowa.files import resolve_model
 from mowa.nouns import Example
 
-SAMPLE = Path(__file__).parents[1] / "assets" / "sample.flac"
+SAMPLE_CLIP = Path(__file__).parents[1] / "assets" / "sample.flac"
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class BenchCase:
     model: str
     engine: str
     dtype: str
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BenchResult:
     """`agreeing`: the share of frames with the first row's likeliest output, where they have the same letters and
     frames, else 0. `wrong`: why there is nothing to say."""
 
     model: str
     engine: str
     dtype: str
-    size: int = 0
-    memory: int = 0
-    loading_s: float = 0.0
+    size_bytes: int = 0
+    peak_memory_bytes: int = 0
+    load_s: float = 0.0
     latency_s: float = 0.0
     rtf: float = 0.0
-    agreeing: float = 0.0
-    speeds: tuple[Speed, ...] = ()
-    rates: Rates | None = None
-    wrong: str = ""
+    agreement: float = 0.0
+    throughput: tuple[Throughput, ...] = ()
+    error_rates: ErrorRates | None = None
+    error: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.model}, {self.engine} {self.dtype}"
 
 
-def arms(models: Sequence[str], engines: Sequence[str], dtypes: Sequence[str]) -> list[Arm]:
+def expand_cases(models: Sequence[str], engines: Sequence[str], dtypes: Sequence[str]) -> list[BenchCase]:
     """Every model on every engine in every precision; an export has one of each."""
     found = []
     for model in models:
         if is_export(Path(model)):
-            found.append(Arm(model, "auto", "auto"))
+            found.append(BenchCase(model, "auto", "auto"))
         else:
-            found += [Arm(model, *one) for one in product(engines or ("native",), dtypes or ("auto",))]
+            found += [BenchCase(model, *one) for one in product(engines or ("native",), dtypes or ("auto",))]
     return found
 
 
-def measured(
-    arms: Sequence[Arm],
+def run_bench(
+    cases: Sequence[BenchCase],
     data: str | None,
     split: str,
-    clips: int,
-    speeds: tuple[tuple[int, int], ...],
-    told: Callable[[str, float], object],
-) -> list[Row]:
+    max_samples: int,
+    throughput: tuple[tuple[int, int], ...],
+    on_progress: Callable[[str, float], object],
+) -> list[BenchResult]:
     """A row an arm, in their order. DataError where there is nothing to hear."""
-    examples = list(sources.read(data, split, texts=False)) if data else [Example("sample", str(SAMPLE), "", 0.0)]
+    examples = (
+        list(sources.read_examples(data, split, require_text=False))
+        if data
+        else [Example("sample", str(SAMPLE_CLIP), "", 0.0)]
+    )
     if not examples:
         raise DataError(f"{data} has no recordings")
-    order = np.random.default_rng(1).permutation(len(examples))[:clips]
+    order = np.random.default_rng(1).permutation(len(examples))[:max_samples]
     chosen = [examples[index] for index in order]
     rows, first = [], None
-    for index, arm in enumerate(arms):
-        told(f"{arm.model}: hearing", index / len(arms))
+    for index, arm in enumerate(cases):
+        on_progress(f"{arm.model}: hearing", index / len(cases))
         try:
-            request = Request(arm.model, tuple(one.audio for one in chosen), arm.engine, arm.dtype, True, speeds)
+            request = MeasurementRequest(
+                arm.model, tuple(one.audio for one in chosen), arm.engine, arm.dtype, True, throughput
+            )
             found = measure(request)
         except ModelError as wrong:
-            rows.append(Row(arm.model, arm.engine, arm.dtype, wrong=str(wrong)))
+            rows.append(BenchResult(arm.model, arm.engine, arm.dtype, error=str(wrong)))
             continue
         first = first or found
         rows.append(_row(arm, found, first, chosen))
     return rows
 
 
-def _row(arm: Arm, found: Measured, first: Measured, examples: Sequence[Example]) -> Row:
+def _row(arm: BenchCase, found: Measurement, first: Measurement, examples: Sequence[Example]) -> BenchResult:
     texts = [one.text for one in examples]
     alike = all(a.shape == b.shape for a, b in zip(first.emissions, found.emissions, strict=True))
-    agreeing = drift(first.emissions, found.emissions, 0).agreeing if alike else 0.0
-    return Row(
-        arm.model, found.engine, found.dtype, _size(arm.model), found.memory, found.loading_s, found.latency_s,
-        found.hearing_s / found.audio_s, agreeing, found.speeds, rates(texts, found.texts) if all(texts) else None,
+    agreeing = compare_emissions(first.emissions, found.emissions, 0).agreement if alike else 0.0
+    return BenchResult(
+        arm.model, found.engine, found.dtype, _size(arm.model), found.peak_memory_bytes, found.load_s, found.latency_s,
+        found.inference_s / found.audio_s, agreeing, found.throughput, bootstrap_error_rates(texts, found.texts) if all(texts) else None,
     )  # fmt: skip
 
 
 def _size(model: str) -> int:
     """Bytes of its weights on disk."""
     if is_export(Path(model)):
-        return read(Path(model)).size
-    folder = resolve(model, offline=True).folder
+        return read_artifact(Path(model)).size_bytes
+    folder = resolve_model(model, offline=True).folder
     kept = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     return sum(file.stat().st_size for file in kept)

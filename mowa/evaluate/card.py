@@ -17,125 +17,128 @@ from pathlib import Path
 from typing import Any
 
 from mowa import machine
-from mowa.evaluate.drift import Drift, drift
-from mowa.evaluate.measure import Measured, Speed
-from mowa.evaluate.pairs import Apart, Rates, apart, rates
+from mowa.evaluate.drift import ModelDiff, compare_emissions
+from mowa.evaluate.measure import Measurement, Throughput
+from mowa.evaluate.pairs import ErrorRateChange, ErrorRates, bootstrap_error_rates, paired_bootstrap
 from mowa.files import atomic_write
 from mowa.nouns import Example
 
-SHIP, DOUBTFUL, REFUSE = "ship", "doubtful", "refuse"
-MOST = 0.02  # of word errors, relative
-AGREEING = 0.8
-WORDS = 200  # fewer say too little
+PASS, INCONCLUSIVE, FAIL = "ship", "doubtful", "refuse"
+MAX_WER_INCREASE = 0.02  # of word errors, relative
+MIN_AGREEMENT = 0.8
+MIN_WORDS = 200  # fewer say too little
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ReportRow:
     """A model in one scheme and format. `share` is its size by that of float32 in the same format, `speedup` how many
     times as fast as that it heard all recordings. `tagged`: the same of the recordings with each value of a tag."""
 
     scheme: str
     format: str
     folder: str
-    size: int
-    share: float
+    size_bytes: int
+    size_ratio: float
     engine: str = ""
     dtype: str = ""
-    memory: int = 0
+    peak_memory_bytes: int = 0
     rtf: float = 0.0
     speedup: float = 0.0
     latency_s: float = 0.0
-    loading_s: float = 0.0
-    speeds: tuple[Speed, ...] = ()
-    drift: Drift | None = None
-    rates: Rates | None = None
-    apart: Apart | None = None
-    tagged: Mapping[str, tuple[Rates, Apart]] = field(default_factory=dict)
-    verdict: str = SHIP
+    load_s: float = 0.0
+    throughput: tuple[Throughput, ...] = ()
+    diff: ModelDiff | None = None
+    error_rates: ErrorRates | None = None
+    error_rate_change: ErrorRateChange | None = None
+    by_group: Mapping[str, tuple[ErrorRates, ErrorRateChange]] = field(default_factory=dict)
+    verdict: str = PASS
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class QuantReport:
     """`rows` of `model` over `data`, so many recordings; float32 in the first format is what drift is measured from."""
 
     model: str
     data: str
-    recordings: int
+    num_recordings: int
     audio_s: float
-    most: float
+    max_wer_increase: float
     machine: str
     versions: Mapping[str, str | None]
-    rows: tuple[Row, ...]
+    rows: tuple[ReportRow, ...]
 
 
-def row(
+def build_row(
     scheme: str,
-    format: str,
+    export_format: str,
     folder: Path,
     size: int,
-    found: Measured,
-    reference: Measured,
-    baseline: tuple[int, Measured],
+    measurement: Measurement,
+    reference: Measurement,
+    baseline: tuple[int, Measurement],
     examples: Sequence[Example],
     *,
-    blank: int,
-    most: float = MOST,
-    tag: str = "",
-) -> Row:
+    blank_id: int,
+    max_wer_increase: float = MAX_WER_INCREASE,
+    group_by: str = "",
+) -> ReportRow:
     """What was `found`, beside the float32 `reference` of drift and texts and the `baseline` (size, measured) of size
     and speed."""
-    far = drift(reference.emissions, found.emissions, blank)
+    far = compare_emissions(reference.emissions, measurement.emissions, blank_id)
     texts = [example.text for example in examples]
     known = all(texts)
-    heard = rates(texts, found.texts) if known else None
-    pair = apart(texts, reference.texts, found.texts) if known else None
+    heard = bootstrap_error_rates(texts, measurement.texts) if known else None
+    pair = paired_bootstrap(texts, reference.texts, measurement.texts) if known else None
     tagged = {}
-    for value in sorted({str(example.tags.get(tag, "")) for example in examples} if known and tag else ()):
-        chosen = [index for index, one in enumerate(examples) if str(one.tags.get(tag, "")) == value]
-        said, first, heard_now = ([each[i] for i in chosen] for each in (texts, reference.texts, found.texts))
-        tagged[value] = rates(said, heard_now), apart(said, first, heard_now)
-    verdict, reason = judge(far, heard, pair, most, tagged)
-    return Row(
-        scheme, format, str(folder), size, size / baseline[0], found.engine, found.dtype, found.memory,
-        found.hearing_s / found.audio_s, baseline[1].hearing_s / found.hearing_s, found.latency_s, found.loading_s,
-        found.speeds, far, heard, pair, tagged, verdict, reason,
+    for value in sorted({str(example.tags.get(group_by, "")) for example in examples} if known and group_by else ()):
+        chosen = [index for index, one in enumerate(examples) if str(one.tags.get(group_by, "")) == value]
+        said, first, heard_now = ([each[i] for i in chosen] for each in (texts, reference.texts, measurement.texts))
+        tagged[value] = bootstrap_error_rates(said, heard_now), paired_bootstrap(said, first, heard_now)
+    verdict, reason = decide_verdict(far, heard, pair, max_wer_increase, tagged)
+    return ReportRow(
+        scheme, export_format, str(folder), size, size / baseline[0], measurement.engine, measurement.dtype, measurement.peak_memory_bytes,
+        measurement.inference_s / measurement.audio_s, baseline[1].inference_s / measurement.inference_s, measurement.latency_s, measurement.load_s,
+        measurement.throughput, far, heard, pair, tagged, verdict, reason,
     )  # fmt: skip
 
 
-def judge(
-    far: Drift,
-    heard: Rates | None,
-    pair: Apart | None,
-    most: float = MOST,
-    tagged: Mapping[str, tuple[Rates, Apart]] | None = None,
+def decide_verdict(
+    diff: ModelDiff,
+    error_rates: ErrorRates | None,
+    difference: ErrorRateChange | None,
+    max_wer_increase: float = MAX_WER_INCREASE,
+    by_group: Mapping[str, tuple[ErrorRates, ErrorRateChange]] | None = None,
 ) -> tuple[str, str]:
     """Verdict and why, in a line."""
-    if far.agreeing < AGREEING:
-        return REFUSE, f"only {far.agreeing:.0%} of frames say what float32 says"
-    if heard is None or pair is None:
-        return DOUBTFUL, f"without texts only drift is known: {far.agreeing:.1%} of frames agree"
-    change = f"word errors {pair.wer:+.1%}, {most:.1%} allowed"
-    if heard.words < WORDS:
-        return DOUBTFUL, f"{heard.words} words are too few to tell ({change})"
-    low, high = pair.wer_interval
-    if low > most:
-        return REFUSE, f"{change}, and not by chance ({low:+.1%} to {high:+.1%})"
-    for value, (those, more) in (tagged or {}).items():
-        if those.words >= WORDS and more.wer_interval[0] > most:
-            return REFUSE, f"word errors of {value or 'what has no tag'} {more.wer:+.1%}, {most:.1%} allowed ({change})"
-    if pair.wer <= most:
-        return SHIP, change
-    return DOUBTFUL, f"{change}, though {low:+.1%} to {high:+.1%} may be chance"
+    if diff.agreement < MIN_AGREEMENT:
+        return FAIL, f"only {diff.agreement:.0%} of frames say what float32 says"
+    if error_rates is None or difference is None:
+        return INCONCLUSIVE, f"without texts only drift is known: {diff.agreement:.1%} of frames agree"
+    change = f"word errors {difference.wer:+.1%}, {max_wer_increase:.1%} allowed"
+    if error_rates.num_words < MIN_WORDS:
+        return INCONCLUSIVE, f"{error_rates.num_words} words are too few to tell ({change})"
+    low, high = difference.wer_interval
+    if low > max_wer_increase:
+        return FAIL, f"{change}, and not by chance ({low:+.1%} to {high:+.1%})"
+    for value, (those, more) in (by_group or {}).items():
+        if those.num_words >= MIN_WORDS and more.wer_interval[0] > max_wer_increase:
+            return (
+                FAIL,
+                f"word errors of {value or 'what has no tag'} {more.wer:+.1%}, {max_wer_increase:.1%} allowed ({change})",
+            )
+    if difference.wer <= max_wer_increase:
+        return PASS, change
+    return INCONCLUSIVE, f"{change}, though {low:+.1%} to {high:+.1%} may be chance"
 
 
-def machine_line() -> str:
-    return f"{machine.processor()}, {machine.cores()} cores"
+def describe_machine() -> str:
+    return f"{machine.cpu_name()}, {machine.cpu_count()} cores"
 
 
-def write(card: Card, path: Path) -> None:
+def write_json(report: QuantReport, path: Path) -> None:
     """As JSON."""
-    atomic_write(path, json.dumps(_plain(asdict(card)), ensure_ascii=False, indent=1) + "\n")
+    atomic_write(path, json.dumps(_plain(asdict(report)), ensure_ascii=False, indent=1) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from mowa.evaluate.card import DOUBTFUL, REFUSE, SHIP, Card, Row
+from mowa.evaluate.card import FAIL, INCONCLUSIVE, PASS, QuantReport, ReportRow
 from mowa.files import atomic_write
 
-STYLE = """
+CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1400px; padding: 0 1rem; color: #1c1c1c }
 h1 { font-size: 1.5rem; margin-bottom: 0 } p.sub { color: #666; margin-top: .2rem }
 table { border-collapse: collapse; width: 100%; margin: 1.2rem 0; font-variant-numeric: tabular-nums }
@@ -21,7 +21,7 @@ td.n { text-align: right; white-space: nowrap } .bar { background: #dfe7f3; heig
 .refuse { background: #fbe0df; color: #9c1c16 } .why { color: #666; font-size: .85rem }
 td.n .why, td.verdict .why { display: block } td.verdict { min-width: 15rem }
 """
-HEAD = (
+COLUMNS = (
     "scheme",
     "as",
     "size",
@@ -36,53 +36,53 @@ HEAD = (
 )
 
 
-def write(card: Card, file: Path) -> None:
-    atomic_write(file, html(card))
+def write_html(report: QuantReport, path: Path) -> None:
+    atomic_write(path, render_html(report))
 
 
-def html(card: Card) -> str:
-    largest = max((row.size for row in card.rows), default=1) or 1
-    rows = "\n".join(_row(row, largest) for row in card.rows)
-    versions = ", ".join(f"{name} {version}" for name, version in card.versions.items() if version)
-    heads = "".join(f"<th>{escape(name)}</th>" for name in (*HEAD, "verdict"))
+def render_html(report: QuantReport) -> str:
+    largest = max((row.size_bytes for row in report.rows), default=1) or 1
+    rows = "\n".join(_row(row, largest) for row in report.rows)
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items() if version)
+    heads = "".join(f"<th>{escape(name)}</th>" for name in (*COLUMNS, "verdict"))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(card.model)}: report card</title><style>{STYLE}</style>
-<h1>{escape(card.model)} in fewer bits</h1>
-<p class="sub">{card.recordings} recordings of {escape(card.data)}, {card.audio_s / 60:.1f} minutes ·
-{escape(card.machine)} · {escape(versions)}</p>
+<title>{escape(report.model)}: report card</title><style>{CSS}</style>
+<h1>{escape(report.model)} in fewer bits</h1>
+<p class="sub">{report.num_recordings} recordings of {escape(report.data)}, {report.audio_s / 60:.1f} minutes ·
+{escape(report.machine)} · {escape(versions)}</p>
 <table><thead><tr>{heads}</tr></thead><tbody>
 {rows}
 </tbody></table>
-<p class="why">Speed, drift and words are compared with float32; word errors may increase by {card.most:.1%}. Intervals
+<p class="why">Speed, drift and words are compared with float32; word errors may increase by {report.max_wer_increase:.1%}. Intervals
 are of 95 %, by drawing recordings anew; those of differences draw the same for both. Memory is what the process had
 resident at the most. Timings are of one run, on a machine that may have had other work.</p>
-{_tagged(card)}{_speeds(card)}
+{_tagged(report)}{_speeds(report)}
 </html>
 """
 
 
-def _row(row: Row, largest: int) -> str:
-    kind = {SHIP: "ship", DOUBTFUL: "doubtful", REFUSE: "refuse"}[row.verdict]
+def _row(row: ReportRow, largest: int) -> str:
+    kind = {PASS: "ship", INCONCLUSIVE: "doubtful", FAIL: "refuse"}[row.verdict]
     verdict = f'<span class="v {kind}">{row.verdict}</span> <span class="why">{escape(row.reason)}</span>'
-    if row.drift is None:
-        empty = "<td class=n>–</td>" * (len(HEAD) - 2)
+    if row.diff is None:
+        empty = "<td class=n>–</td>" * (len(COLUMNS) - 2)
         return f"<tr><td>{escape(row.scheme)}</td><td>{row.format}</td>{empty}<td class=verdict>{verdict}</td></tr>"
-    bar = f'<div class="bar"><i style="width:{row.size / largest * 100:.1f}%"></i></div>'
+    bar = f'<div class="bar"><i style="width:{row.size_bytes / largest * 100:.1f}%"></i></div>'
     cells = [
-        f"{row.size / 1e6:.1f} MB, {row.share:.1%}{bar}",
-        f"{row.memory / 1e6:.0f} MB",
+        f"{row.size_bytes / 1e6:.1f} MB, {row.size_ratio:.1%}{bar}",
+        f"{row.peak_memory_bytes / 1e6:.0f} MB",
         f"{1 / row.rtf:.1f}",
         f"{row.speedup:.2f}",
-        f"{row.drift.agreeing:.2%}",
-        f"{row.drift.kl:.4f}",
+        f"{row.diff.agreement:.2%}",
+        f"{row.diff.kl:.4f}",
     ]
-    if row.rates and row.apart:
-        low, high = row.rates.wer_interval
+    if row.error_rates and row.error_rate_change:
+        low, high = row.error_rates.wer_interval
         cells += [
-            f'{row.rates.wer * 100:.1f} <span class="why">{low * 100:.1f}–{high * 100:.1f}</span>',
-            f"{row.rates.cer * 100:.2f}",
-            f'{row.apart.wer:+.1%} <span class="why">{_span(row.apart.wer_interval)}</span>',
+            f'{row.error_rates.wer * 100:.1f} <span class="why">{low * 100:.1f}–{high * 100:.1f}</span>',
+            f"{row.error_rates.cer * 100:.2f}",
+            f'{row.error_rate_change.wer:+.1%} <span class="why">{_span(row.error_rate_change.wer_interval)}</span>',
         ]
     else:
         cells += ["–"] * 3
@@ -94,25 +94,25 @@ def _span(interval: tuple[float, float]) -> str:
     return f"{interval[0]:+.1%} to {interval[1]:+.1%}"
 
 
-def _tagged(card: Card) -> str:
+def _tagged(card: QuantReport) -> str:
     rows = [
         f"<tr><td>{escape(row.scheme)}</td><td>{row.format}</td><td>{escape(value or '–')}</td>"
         f"<td class=n>{rates.wer * 100:.1f}</td><td class=n>{rates.cer * 100:.2f}</td>"
         f"<td class=n>{more.wer:+.1%} <span class=why>{_span(more.wer_interval)}</span></td>"
-        f"<td class=n>{rates.words}</td></tr>"
+        f"<td class=n>{rates.num_words}</td></tr>"
         for row in card.rows
-        for value, (rates, more) in row.tagged.items()
+        for value, (rates, more) in row.by_group.items()
     ]
     head = "<tr><th>scheme<th>as<th>of<th>WER %<th>CER %<th>words<th>of</tr>"
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
 
 
-def _speeds(card: Card) -> str:
+def _speeds(card: QuantReport) -> str:
     rows = [
         f"<tr><td>{escape(row.scheme)}</td><td>{row.format}</td><td class=n>{one.threads}</td>"
-        f"<td class=n>{one.batch}</td><td class=n>{one.rtf:.4f}</td></tr>"
+        f"<td class=n>{one.batch_size}</td><td class=n>{one.rtf:.4f}</td></tr>"
         for row in card.rows
-        for one in row.speeds
+        for one in row.throughput
     ]
     head = "<tr><th>scheme<th>as<th>threads<th>batch<th>seconds for a second of sound</tr>"
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""

@@ -11,25 +11,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mowa.data.text import plain
-from mowa.errors import MissingPart
+from mowa.data.text import normalize_text
+from mowa.errors import MissingDependency
 
-DRAWS, LEVEL = 2000, 0.95
+BOOTSTRAP_RESAMPLES, CONFIDENCE_LEVEL = 2000, 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class ErrorRates:
     """Error rates (1.0: all wrong) with their intervals; `words` there were to hear."""
 
     wer: float
     cer: float
     wer_interval: tuple[float, float]
     cer_interval: tuple[float, float]
-    words: int
+    num_words: int
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
+class ErrorRateChange:
     """How much higher the second's error rates are, relative to the first's (0.02: by two in a hundred)."""
 
     wer: float
@@ -38,36 +38,36 @@ class Apart:
     cer_interval: tuple[float, float]
 
 
-def rates(said: Sequence[str], heard: Sequence[str]) -> Rates:
+def bootstrap_error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRates:
     """Lower-cased, without punctuation. MissingPart without jiwer."""
-    words, letters = _counts(said, heard, words=True), _counts(said, heard, words=False)
-    drawn = _drawn(len(said))
+    words, letters = _counts(references, hypotheses, words=True), _counts(references, hypotheses, words=False)
+    drawn = _drawn(len(references))
     (wer, wer_interval), (cer, cer_interval) = (_rate(*one, drawn) for one in (words, letters))
-    return Rates(wer, cer, wer_interval, cer_interval, int(words[1].sum()))
+    return ErrorRates(wer, cer, wer_interval, cer_interval, int(words[1].sum()))
 
 
-def apart(said: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Apart:
-    drawn = _drawn(len(said))
+def paired_bootstrap(references: Sequence[str], baseline: Sequence[str], candidate: Sequence[str]) -> ErrorRateChange:
+    drawn = _drawn(len(references))
     found = []
     for words in (True, False):
-        (ours, _), (theirs, _) = (_counts(said, one, words=words) for one in (first, second))
+        (ours, _), (theirs, _) = (_counts(references, one, words=words) for one in (baseline, candidate))
         whole = max(1, int(ours.sum()))
         share = (theirs.sum() - ours.sum()) / whole
         again = (theirs[drawn].sum(1) - ours[drawn].sum(1)) / np.maximum(1, ours[drawn].sum(1))
-        low, high = np.quantile(again, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = np.quantile(again, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
         found.append((float(share), (float(low), float(high))))
     (wer, wer_interval), (cer, cer_interval) = found
-    return Apart(wer, cer, wer_interval, cer_interval)
+    return ErrorRateChange(wer, cer, wer_interval, cer_interval)
 
 
 def _rate(wrong: np.ndarray, total: np.ndarray, drawn: np.ndarray) -> tuple[float, tuple[float, float]]:
     again = wrong[drawn].sum(1) / np.maximum(1, total[drawn].sum(1))
-    low, high = np.quantile(again, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(again, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return float(wrong.sum() / max(1, total.sum())), (float(low), float(high))
 
 
 def _drawn(count: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, count, (DRAWS, count))
+    return np.random.default_rng(0).integers(0, count, (BOOTSTRAP_RESAMPLES, count))
 
 
 def _counts(said: Sequence[str], heard: Sequence[str], *, words: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -75,8 +75,8 @@ def _counts(said: Sequence[str], heard: Sequence[str], *, words: bool) -> tuple[
     try:
         import jiwer
     except ImportError:
-        raise MissingPart("jiwer is needed to measure error rates: pip install 'mowa[evaluate]'") from None
+        raise MissingDependency("jiwer is needed to measure error rates: pip install 'mowa[evaluate]'") from None
     process = jiwer.process_words if words else jiwer.process_characters
-    seen = [process(plain(a), plain(b)) for a, b in zip(said, heard, strict=True)]
+    seen = [process(normalize_text(a), normalize_text(b)) for a, b in zip(said, heard, strict=True)]
     wrong = [one.substitutions + one.deletions + one.insertions for one in seen]
     return np.array(wrong), np.array([one.substitutions + one.deletions + one.hits for one in seen])

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mowa.errors import MissingPart
-from mowa.evaluate.bench import Row
+from mowa.errors import MissingDependency
+from mowa.evaluate.bench import BenchResult
 from mowa.files import atomic_write
 
 
-def parts() -> None:
+def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise MissingPart("pictures need matplotlib: pip install matplotlib") from None
+        raise MissingDependency("pictures need matplotlib: pip install matplotlib") from None
 
 
-def front(points: Sequence[Sequence[float]]) -> list[int]:
+def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
     """Of points, those that none beats: is as good in all and better in one. Less is better, in each."""
     return [
         index
@@ -29,7 +29,7 @@ def front(points: Sequence[Sequence[float]]) -> list[int]:
     ]
 
 
-def draw(rows: Sequence[Row], file: Path) -> None:
+def plot_bench(results: Sequence[BenchResult], path: Path) -> None:
     """A PNG. Colour is the word error rate where it was measured, else the share of frames that agree."""
     import io
 
@@ -39,11 +39,11 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
-    shown = [row for row in rows if row.rtf]
-    sizes, speeds = [row.size / 1e6 for row in shown], [1 / row.rtf for row in shown]
-    known = all(row.rates for row in shown)
-    wrong = [row.rates.wer * 100 if known and row.rates else -row.agreeing * 100 for row in shown]
-    best = front([(size, -speed, much) for size, speed, much in zip(sizes, speeds, wrong, strict=True)])
+    shown = [row for row in results if row.rtf]
+    sizes, speeds = [row.size_bytes / 1e6 for row in shown], [1 / row.rtf for row in shown]
+    known = all(row.error_rates for row in shown)
+    wrong = [row.error_rates.wer * 100 if known and row.error_rates else -row.agreement * 100 for row in shown]
+    best = pareto_front([(size, -speed, much) for size, speed, much in zip(sizes, speeds, wrong, strict=True)])
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     dots = axis.scatter(
         sizes,
@@ -74,4 +74,4 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=110)
     pyplot.close(figure)
-    atomic_write(file, written.getvalue())
+    atomic_write(path, written.getvalue())

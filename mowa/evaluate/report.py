@@ -23,21 +23,21 @@ from mowa.adapt import store
 from mowa.data import sources
 from mowa.errors import DataError, ModelError
 from mowa.evaluate import card as cards
-from mowa.evaluate.card import REFUSE, SHIP, Card, Row
-from mowa.evaluate.measure import FACTS, Measured, Request, measure
+from mowa.evaluate.card import FAIL, PASS, QuantReport, ReportRow
+from mowa.evaluate.measure import MEASUREMENT_FILE, Measurement, MeasurementRequest, measure
 from mowa.export import export, manifest, protocol
 from mowa.nouns import FLOAT32, Artifact, Example, Model, Scheme
-from mowa.shrink import calibrate, schemes, shrink
+from mowa.shrink import calibrate, quantize, schemes
 
 log = logging.getLogger("mowa")
 
-RUN = ("safetensors", "onnx", "ctranslate2")  # formats that run here
-VERSIONS = ("mowa", "torch", "transformers", "onnxruntime", "ctranslate2")
-Told = Callable[[str, float], object]  # what is being done, and the share of it that is
+RUNNABLE_FORMATS = ("safetensors", "onnx", "ctranslate2")  # formats that run here
+VERSIONED_PACKAGES = ("mowa", "torch", "transformers", "onnxruntime", "ctranslate2")
+ProgressCallback = Callable[[str, float], object]  # what is being done, and the share of it that is
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ReportConfig:
     """What is to be reported. `clips` recordings of `data` at most are measured (0: all); with `tag`, error rates of
     each value of it too; `forced` keeps what is refused. Drift and words are compared with those of the model's own
     float32, or of the model called `against`. `calibration` is a source of its own; without, some of `data`
@@ -47,18 +47,18 @@ class Wanted:
     formats: tuple[str, ...] = ("safetensors", "onnx")
     data: str = ""
     split: str = ""
-    clips: int = 0
+    max_samples: int = 0
     calibration: str = ""
-    most: float = cards.MOST
-    tag: str = ""
-    speeds: tuple[tuple[int, int], ...] = ()
-    forced: bool = False
-    against: str = ""
+    max_wer_increase: float = cards.MAX_WER_INCREASE
+    group_by: str = ""
+    throughput: tuple[tuple[int, int], ...] = ()
+    keep_failed: bool = False
+    baseline: str = ""
 
 
-def speeds() -> tuple[tuple[int, int], ...]:
+def throughput_grid() -> tuple[tuple[int, int], ...]:
     """One thread and all of them, one recording and four."""
-    cores = machine.cores()
+    cores = machine.cpu_count()
     return tuple((threads, batch) for threads in sorted({1, cores}) for batch in (1, 4))
 
 
@@ -67,130 +67,136 @@ class _Work:
     """One report on its way."""
 
     model: Model
-    wanted: Wanted
+    config: ReportConfig
     out: Path
     examples: list[Example]
-    sounds: list[np.ndarray] | None
-    told: Told
+    calibration_clips: list[np.ndarray] | None
+    on_progress: ProgressCallback
     key: str = ""
-    shrunk: Model | None = None
-    reference: Measured | None = None
-    baselines: dict[str, tuple[int, Measured]] = field(default_factory=dict)
+    quantized: Model | None = None
+    reference: Measurement | None = None
+    baselines: dict[str, tuple[int, Measurement]] = field(default_factory=dict)
 
 
-def report(model: Model, wanted: Wanted, out: Path | None = None, *, told: Told = lambda what, share: None) -> Card:
+def build_report(
+    model: Model,
+    config: ReportConfig,
+    out: Path | None = None,
+    *,
+    on_progress: ProgressCallback = lambda what, share: None,
+) -> QuantReport:
     """The card of `model`. Under `out`, if it is named: a folder for each scheme and format, card.json among them.
 
     A scheme that a format or a tensor cannot hold is a row that says why. What is refused is deleted again, unless
     `forced`. Raises DataError: no recordings, or none left to measure; ModelError, MissingPart as `export` does.
     """
-    for to in wanted.formats:
-        if to in protocol.FORMATS and to not in RUN:
+    for to in config.formats:
+        if to in protocol.FORMATS and to not in RUNNABLE_FORMATS:
             raise ModelError(f"{to} does not run here, so there is nothing to measure: use `mowa export --to {to}`")
-        protocol.exporter(to).parts()
-    examples, sounds = _recordings(model, wanted)
+        protocol.get_exporter(to).require_packages()
+    examples, sounds = _recordings(model, config)
     with ExitStack() as open_:
         folder = Path(open_.enter_context(TemporaryDirectory())) if out is None else out
         folder.mkdir(parents=True, exist_ok=True)
-        work = _Work(model, wanted, folder, examples, sounds, told)
+        work = _Work(model, config, folder, examples, sounds, on_progress)
         work.key = hashlib.sha256(
-            "\n".join([manifest.digest(model), *(f"{one.id} {one.text}" for one in examples)]).encode()
+            "\n".join([manifest.model_sha256(model), *(f"{one.id} {one.text}" for one in examples)]).encode()
         ).hexdigest()
-        if wanted.against:
-            told(f"{wanted.against}: hearing", 1.0)
+        if config.baseline:
+            on_progress(f"{config.baseline}: hearing", 1.0)
             files = tuple(example.audio for example in examples)
-            work.reference = measure(Request(wanted.against, files, "native", "float32"))
+            work.reference = measure(MeasurementRequest(config.baseline, files, "native", "float32"))
         rows = list(_rows(work))
-    made = Card(
-        model.origin.name, wanted.data, len(examples), work.reference.audio_s if work.reference else 0.0, wanted.most,
-        cards.machine_line(), {name: store.version_of(name) for name in VERSIONS}, tuple(rows),
+    made = QuantReport(
+        model.origin.name, config.data, len(examples), work.reference.audio_s if work.reference else 0.0, config.max_wer_increase,
+        cards.describe_machine(), {name: store.installed_version(name) for name in VERSIONED_PACKAGES}, tuple(rows),
     )  # fmt: skip
     if out is not None:
-        cards.write(made, out / "card.json")
+        cards.write_json(made, out / "card.json")
     return made
 
 
-def _recordings(model: Model, wanted: Wanted) -> tuple[list[Example], list[np.ndarray] | None]:
+def _recordings(model: Model, wanted: ReportConfig) -> tuple[list[Example], list[np.ndarray] | None]:
     """What is measured on, and what is calibrated on, where a scheme needs it."""
-    examples = list(sources.read(wanted.data, wanted.split, texts=False))
-    needed = [scheme for scheme in wanted.schemes if schemes.calibrated(scheme)]
-    if wanted.clips:
+    examples = list(sources.read_examples(wanted.data, wanted.split, require_text=False))
+    needed = [scheme for scheme in wanted.schemes if schemes.calibration_reason(scheme)]
+    if wanted.max_samples:
         order = np.random.default_rng(1).permutation(len(examples))
         spare = len(examples) if needed and not wanted.calibration else 0
-        examples = [examples[i] for i in order[: wanted.clips + spare]]
+        examples = [examples[i] for i in order[: wanted.max_samples + spare]]
     sounds = None
     if needed and wanted.calibration:
-        sounds = calibrate.sounds(wanted.calibration, model)
+        sounds = calibrate.load_clips(wanted.calibration, model)
     elif needed and len(examples) == 1:
-        label = schemes.label(needed[0])
+        label = schemes.format_scheme(needed[0])
         raise DataError(f"{label} is calibrated on the one recording of {wanted.data}: name others with --calibrate")
     elif needed:
         few = examples[-max(1, min(20, len(examples) // 4)) :]
-        sounds, examples = calibrate.heard(few, model), examples[: -len(few)]
+        sounds, examples = calibrate.sample_clips(few, model), examples[: -len(few)]
         log.info("calibrated on %d of the recordings, which are not measured: --calibrate names others", len(few))
-    examples = examples[: wanted.clips or None]
+    examples = examples[: wanted.max_samples or None]
     if not examples:
         raise DataError(f"{wanted.data} has no recordings to measure on")
     return examples, sounds
 
 
-def _rows(work: _Work) -> list[Row]:
+def _rows(work: _Work) -> list[ReportRow]:
     """Made scheme by scheme, as some take long to make; told format by format."""
-    formats, rows = work.wanted.formats, {}
-    for scheme in dict.fromkeys((FLOAT32, *work.wanted.schemes)):
+    formats, rows = work.config.formats, {}
+    for scheme in dict.fromkeys((FLOAT32, *work.config.schemes)):
         for to in dict.fromkeys(("safetensors", *formats)) if scheme == FLOAT32 else formats:
             rows[to, scheme] = _row(work, scheme, to)
-        work.shrunk = None
+        work.quantized = None
     return [row for to in formats for (of, _), row in rows.items() if of == to]
 
 
-def _row(work: _Work, scheme: Scheme, to: str) -> Row:
-    label = schemes.label(scheme)
+def _row(work: _Work, scheme: Scheme, to: str) -> ReportRow:
+    label = schemes.format_scheme(scheme)
     folder = work.out / f"{to}-{label.replace('%', 'pc')}"
     try:
         artifact = _made(work, scheme, to, folder)
     except ModelError as refused:
         if scheme == FLOAT32:
             raise
-        return Row(label, to, "", 0, 0.0, verdict=REFUSE, reason=str(refused))
+        return ReportRow(label, to, "", 0, 0.0, verdict=FAIL, reason=str(refused))
     found = _measured(work, artifact, f"{label} as {to}")
     if work.reference is None:
         work.reference = found
     if scheme == FLOAT32:
-        work.baselines[to] = (artifact.size, found)
-    made = cards.row(
-        label, to, folder, artifact.size, found, work.reference, work.baselines[to], work.examples,
-        blank=work.model.vocabulary.blank, most=work.wanted.most, tag=work.wanted.tag,
+        work.baselines[to] = (artifact.size_bytes, found)
+    made = cards.build_row(
+        label, to, folder, artifact.size_bytes, found, work.reference, work.baselines[to], work.examples,
+        blank_id=work.model.vocabulary.blank, max_wer_increase=work.config.max_wer_increase, group_by=work.config.group_by,
     )  # fmt: skip
     if found is work.reference:
-        made = replace(made, verdict=SHIP, reason="what the others are compared with")
-    if made.verdict == REFUSE and not work.wanted.forced:
+        made = replace(made, verdict=PASS, reason="what the others are compared with")
+    if made.verdict == FAIL and not work.config.keep_failed:
         shutil.rmtree(folder)
     return made
 
 
 def _made(work: _Work, scheme: Scheme, to: str, folder: Path) -> Artifact:
-    label = schemes.label(scheme)
+    label = schemes.format_scheme(scheme)
     if (folder / "made_of").is_file() and (folder / "made_of").read_text() == work.key:
-        return manifest.read(folder)
+        return manifest.read_artifact(folder)
     if folder.exists():
         raise DataError(f"{folder} is of another model or report: choose another folder, or delete it")
-    if work.shrunk is None:
-        work.told(f"{label}: shrinking", 0.0)
-        told = partial(work.told, f"{label}: shrinking")
-        work.shrunk = shrink(work.model, scheme, work.sounds, told=told)
-    work.told(f"{label}: writing {to}", 1.0)
-    artifact = export(work.shrunk, to, folder)
+    if work.quantized is None:
+        work.on_progress(f"{label}: shrinking", 0.0)
+        told = partial(work.on_progress, f"{label}: shrinking")
+        work.quantized = quantize(work.model, scheme, work.calibration_clips, on_progress=told)
+    work.on_progress(f"{label}: writing {to}", 1.0)
+    artifact = export(work.quantized, to, folder)
     (folder / "made_of").write_text(work.key)
     return artifact
 
 
-def _measured(work: _Work, artifact: Artifact, what: str) -> Measured:
-    if (artifact.folder / FACTS).is_file():
-        return Measured.read(artifact.folder)
-    work.told(f"{what}: hearing", 1.0)
+def _measured(work: _Work, artifact: Artifact, what: str) -> Measurement:
+    if (artifact.folder / MEASUREMENT_FILE).is_file():
+        return Measurement.read(artifact.folder)
+    work.on_progress(f"{what}: hearing", 1.0)
     dtype = "float32" if artifact.scheme == FLOAT32 else "auto"
     files = tuple(example.audio for example in work.examples)
-    found = measure(Request(str(artifact.folder), files, dtype=dtype, speeds=work.wanted.speeds))
+    found = measure(MeasurementRequest(str(artifact.folder), files, dtype=dtype, throughput=work.config.throughput))
     found.write(artifact.folder)
     return found

@@ -23,46 +23,46 @@ from torch import Tensor, nn
 from mowa.data import level
 from mowa.export import compare
 from mowa.families import streaming
-from mowa.families.chunks import Chunks, chunked, reach
-from mowa.families.streaming import Shape, Stock
+from mowa.families.chunks import ChunkConfig, apply_chunk_mask, receptive_field
+from mowa.families.streaming import CacheShape, EagerPlan
 
-GRAPH = "chunk.onnx"
-REACH = 16_000  # samples that are long enough to trace a chunk of any net with
+CHUNK_GRAPH_FILE = "chunk.onnx"
+TRACE_SAMPLES = 16_000  # samples that are long enough to trace a chunk of any net with
 
 
-class Chunk(nn.Module):
+class ChunkNet(nn.Module):
     """A net, one chunk at a time, as a function of tensors alone."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
-        self._parts = (Stock(net),)  # in a tuple: not a part of this module twice
-        self.kept = streaming.shape(net)
+        self._parts = (EagerPlan(net),)  # in a tuple: not a part of this module twice
+        self.cache_shape = streaming.cache_shape(net)
 
     def forward(
-        self, input_values: Tensor, position: Tensor, cache: Tensor, low: Tensor | None = None
+        self, input_values: Tensor, position: Tensor, cache: Tensor, conv_cache: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         (parts,) = self._parts
-        before = cache.new_zeros(0, 0) if low is None else low
-        logits, made, below = streaming.hear(parts, input_values, position, cache, before)
-        return (logits, made) if low is None else (logits, made, below)
+        before = cache.new_zeros(0, 0) if conv_cache is None else conv_cache
+        logits, made, below = streaming.encode_chunk(parts, input_values, position, cache, before)
+        return (logits, made) if conv_cache is None else (logits, made, below)
 
 
-def inputs(kept: Shape, sound: Tensor, frames: int) -> tuple[Tensor, ...]:
+def make_chunk_inputs(cache_shape: CacheShape, samples: Tensor, cached_frames: int) -> tuple[Tensor, ...]:
     """What a graph is given at the beginning, or with a cache of `frames`."""
-    cache = torch.zeros(kept.layers, 2, frames, kept.heads, kept.width)
-    given = (sound, torch.tensor([frames]), cache)
-    return (*given, torch.zeros(kept.low, kept.wide)) if kept.low else given
+    cache = torch.zeros(cache_shape.num_layers, 2, cached_frames, cache_shape.num_heads, cache_shape.head_dim)
+    given = (samples, torch.tensor([cached_frames]), cache)
+    return (*given, torch.zeros(cache_shape.conv_frames, cache_shape.hidden_size)) if cache_shape.conv_frames else given
 
 
-def write(net: Any, file: Path, opset: int) -> None:
+def export_chunk_graph(net: Any, file: Path, opset: int) -> None:
     """Trace `net` (as `plain` gives it, narrow products in their place) into `file`."""
-    graph = Chunk(net).eval()
-    sound = torch.from_numpy(np.random.default_rng(0).standard_normal(REACH, np.float32))
-    given = inputs(graph.kept, sound, 5)
+    graph = ChunkNet(net).eval()
+    sound = torch.from_numpy(np.random.default_rng(0).standard_normal(TRACE_SAMPLES, np.float32))
+    given = make_chunk_inputs(graph.cache_shape, sound, 5)
     axes: list[Any] = [{0: "samples"}, None, {2: "seen"}]
     names, made = ["input_values", "position", "cache"], ["logits", "made"]
-    if graph.kept.low:
+    if graph.cache_shape.conv_frames:
         axes, names, made = [*axes, None], [*names, "low"], [*made, "below"]
     torch.onnx.export(
         graph,
@@ -78,20 +78,25 @@ def write(net: Any, file: Path, opset: int) -> None:
 
 
 @torch.inference_mode()
-def compared(net: Any, session: Any, speech: np.ndarray, how: Chunks) -> tuple[float, float]:
+def compare_chunked(net: Any, session: Any, speech: np.ndarray, chunks: ChunkConfig) -> tuple[float, float]:
     """`compare.apart` of what the graph says of `speech`, float32 [n], chunk by chunk, and the net under `chunked`."""
-    stride, far = math.prod(net.config.conv_stride), reach(net.config)
-    speech, _ = level.normalised(speech, level.Level.typical())
-    with chunked(net, how):
-        truth = compare.said(net, [speech])
-    _, _, cache, *low = (one.numpy() for one in inputs(streaming.shape(net), torch.zeros(0), 0))
+    stride, far = math.prod(net.config.conv_stride), receptive_field(net.config)
+    speech, _ = level.normalize_running(speech, level.RunningStats.prior())
+    with apply_chunk_mask(net, chunks):
+        truth = compare.compute_logits(net, [speech])
+    _, _, cache, *low = (one.numpy() for one in make_chunk_inputs(streaming.cache_shape(net), torch.zeros(0), 0))
     said = []
-    for first in range(0, len(speech) - far + 1, how.size * stride):
-        piece = speech[first : first + (how.size + how.ahead) * stride + far - stride]
-        given = [piece, np.array([first // stride]), cache[:, :, -how.left :] if how.left else cache, *low]
+    for first in range(0, len(speech) - far + 1, chunks.size * stride):
+        piece = speech[first : first + (chunks.size + chunks.lookahead) * stride + far - stride]
+        given = [
+            piece,
+            np.array([first // stride]),
+            cache[:, :, -chunks.left_context :] if chunks.left_context else cache,
+            *low,
+        ]
         feed = dict(zip((one.name for one in session.get_inputs()), given, strict=True))
         logits, made, *below = session.run(None, feed)
-        cache = np.concatenate([cache, made[:, :, : how.size]], 2)
-        low = [np.concatenate([a, b[: how.size]])[-len(a) :] for a, b in zip(low, below, strict=True)]
-        said.append(torch.from_numpy(logits[: how.size]))
-    return compare.apart([torch.cat(said)], truth)
+        cache = np.concatenate([cache, made[:, :, : chunks.size]], 2)
+        low = [np.concatenate([a, b[: chunks.size]])[-len(a) :] for a, b in zip(low, below, strict=True)]
+        said.append(torch.from_numpy(logits[: chunks.size]))
+    return compare.compare_logits([torch.cat(said)], truth)

@@ -35,71 +35,73 @@ import torch
 from torch import nn
 
 from mowa.data import audio
-from mowa.errors import MissingPart, ModelError
+from mowa.errors import MissingDependency, ModelError
 from mowa.export import compare
 from mowa.export import coreml_check as check
 from mowa.export import coreml_net as nets
-from mowa.export.manifest import Written
-from mowa.export.onnx import hushed, says
-from mowa.export.plain import plain
-from mowa.families.chunks import reach
+from mowa.export.manifest import ExportResult
+from mowa.export.onnx import collect_metadata, silence_exporter
+from mowa.export.plain import prepare_for_export
+from mowa.families.chunks import receptive_field
 from mowa.nouns import Model
 
 log = logging.getLogger("mowa")
 
 PACKAGE = "model.mlpackage"
-SECONDS = (5.0, 10.0, 20.0)
-NETS = ("Wav2Vec2ForCTC", "HubertForCTC", "WavLMForCTC")
-LOUD = 128.0  # what a norm may see in float16: its square is a quarter of where that ends
-LISTENED_S = 10
-SYSTEMS = {"iOS16": "iOS 16 or macOS 13", "iOS17": "iOS 17 or macOS 14", "iOS18": "iOS 18 or macOS 15"}
-REFUSED = {
+DEFAULT_SECONDS = (5.0, 10.0, 20.0)
+SUPPORTED_NETS = ("Wav2Vec2ForCTC", "HubertForCTC", "WavLMForCTC")
+MAX_FP16_NORM_INPUT = 128.0  # what a norm may see in float16: its square is a quarter of where that ends
+NORM_SAMPLE_S = 10
+MINIMUM_OS = {"iOS16": "iOS 16 or macOS 13", "iOS17": "iOS 17 or macOS 14", "iOS18": "iOS 18 or macOS 15"}
+UNSUPPORTED_SCHEMES = {
     "bfloat16": "Core ML has no bfloat16; use fp16",
     "nf4": "Core ML's tables of levels have no step for each block of a row; use int4-weight",
 }
-UNRUN = "Core ML itself was not run, as it needs macOS"
+NOT_RUN = "Core ML itself was not run, as it needs macOS"
 
 
-def can(model: Model) -> str:
+def unsupported_reason(model: Model) -> str:
     """As `Exporter.can`."""
     name = type(model.net).__name__
-    if name not in NETS:
-        return f"only {', '.join(NETS)} are written so, not {name}; use onnx"
+    if name not in SUPPORTED_NETS:
+        return f"only {', '.join(SUPPORTED_NETS)} are written so, not {name}; use onnx"
     if getattr(model.net.config, "add_adapter", False):
         return "its net has convolutions over its last frames; use onnx"
-    return REFUSED.get(model.scheme.weights, "")
+    return UNSUPPORTED_SCHEMES.get(model.scheme.weights, "")
 
 
-def parts() -> None:
+def require_packages() -> None:
     """MissingPart where what exporting needs is not installed."""
     with _hushed():
         try:
             import_module("coremltools")
         except ImportError:
-            raise MissingPart("Core ML needs coremltools: pip install 'mowa[coreml]'") from None
+            raise MissingDependency("Core ML needs coremltools: pip install 'mowa[coreml]'") from None
 
 
-def write(model: Model, folder: Path, *, seconds: Sequence[float] = SECONDS) -> tuple[Any, Written]:
+def write(model: Model, folder: Path, *, seconds: Sequence[float] = DEFAULT_SECONDS) -> tuple[Any, ExportResult]:
     """As `Exporter.write`. `seconds`: the lengths of recordings that the program takes.
 
     float32 must say what the net says, and anything narrower must find the same output likeliest in 80 % of frames. Of
     int8-dynamic and mixed, inputs stay wide: Core ML finds no ranges as it goes.
     """
-    wide, half = plain(model, widen=True), model.scheme.weights != "float32"
+    wide, half = prepare_for_export(model, dequantize=True), model.scheme.weights != "float32"
     lengths = _lengths(wide.config, model.preprocessing.rate_hz, seconds)
     masked, system = wide.config.feat_extract_norm == "layer", _system(model)
     loud = _loud(model, wide) if half else []
-    graph = nets.fitted(plain(model), lengths, grouped=system == "iOS18", loud=loud)
+    graph = nets.prepare_for_coreml(
+        prepare_for_export(model), lengths, per_group_scales=system == "iOS18", float32_norms=loud
+    )
     details = {
         "model": PACKAGE,
         "lengths": lengths,
         "masked": masked,
-        "reach": reach(wide.config),
+        "reach": receptive_field(wide.config),
         "hop": math.prod(wide.config.conv_stride),
         "computes": "float16" if half else "float32",
         "activations": "static" if model.scheme.activations == "static" else "wide",
         "in_float32": loud,
-        "needs": SYSTEMS[system],
+        "needs": MINIMUM_OS[system],
     }
     with _hushed():
         made = _converted(graph, model.origin.name, lengths, masked, system, half)
@@ -108,7 +110,7 @@ def write(model: Model, folder: Path, *, seconds: Sequence[float] = SECONDS) -> 
         del made, graph
         farthest, agreeing, unchecked = _compared(model, wide, folder / PACKAGE, lengths, masked)
     if farthest is not None and agreeing is not None:
-        compare.judge(model, "Core ML", farthest, agreeing)
+        compare.verify_tolerance(model, "Core ML", farthest, agreeing)
     if not masked:
         log.warning(
             "the front end of %s hears padding: recordings that are not of %s s may get other letters at their ends",
@@ -116,13 +118,13 @@ def write(model: Model, folder: Path, *, seconds: Sequence[float] = SECONDS) -> 
         )
     files = [file for file in sorted((folder / PACKAGE).rglob("*")) if file.is_file()]
     names = tuple(file.relative_to(folder).as_posix() for file in files)
-    return wide, Written(names, details, farthest, agreeing, unchecked, made_by=("coremltools",))
+    return wide, ExportResult(names, details, farthest, agreeing, unchecked, packages=("coremltools",))
 
 
 def _lengths(config: Any, rate_hz: int, seconds: Sequence[float]) -> list[int]:
     lengths = sorted({round(one * rate_hz) for one in seconds})
-    if not lengths or lengths[0] < reach(config):
-        least = reach(config) / rate_hz
+    if not lengths or lengths[0] < receptive_field(config):
+        least = receptive_field(config) / rate_hz
         raise ModelError(f"lengths of recordings are {least} s or more, such as 5, 10 and 20; not {list(seconds)}")
     return lengths
 
@@ -140,7 +142,7 @@ def _loud(model: Model, net: Any) -> list[str]:
     found: set[str] = set()
 
     def look(name: str, x: torch.Tensor) -> None:
-        if float(x.abs().max()) > LOUD:
+        if float(x.abs().max()) > MAX_FP16_NORM_INPUT:
             found.add(name)
 
     hooks = [
@@ -148,7 +150,7 @@ def _loud(model: Model, net: Any) -> list[str]:
         for name, module in net.named_modules()
         if isinstance(module, nn.LayerNorm)
     ]
-    net(torch.from_numpy(_speech(model, LISTENED_S * model.preprocessing.rate_hz))[None])
+    net(torch.from_numpy(_speech(model, NORM_SAMPLE_S * model.preprocessing.rate_hz))[None])
     for hook in hooks:
         hook.remove()
     return sorted(found)
@@ -156,8 +158,8 @@ def _loud(model: Model, net: Any) -> list[str]:
 
 def _speech(model: Model, length: int) -> np.ndarray:
     """The bundled sample, over and over, as the net hears it."""
-    whole = audio.load(compare.SAMPLE, model.preprocessing.rate_hz)
-    return compare.ready(model, np.resize(whole, length).astype(np.float32))
+    whole = audio.load_audio(compare.SAMPLE, model.preprocessing.rate_hz)
+    return compare.preprocess(model, np.resize(whole, length).astype(np.float32))
 
 
 def _converted(graph: nn.Module, name: str, lengths: Sequence[int], masked: bool, system: str, half: bool) -> Any:
@@ -170,7 +172,7 @@ def _converted(graph: nn.Module, name: str, lengths: Sequence[int], masked: bool
     if masked:
         inputs.append(ct.TensorType("samples", shape=(1,), dtype=np.int32))
         given.append(torch.tensor([lengths[0]], dtype=torch.int32))
-    halves = ct.transform.FP16ComputePrecision(lambda op: nets.Wide.__name__ not in op.scopes.get(types, ()))
+    halves = ct.transform.FP16ComputePrecision(lambda op: nets.Float32Module.__name__ not in op.scopes.get(types, ()))
     try:
         with torch.no_grad():
             traced = torch.jit.trace(graph, tuple(given), check_trace=False)
@@ -196,7 +198,7 @@ def _describe(made: Any, model: Model, details: dict[str, Any]) -> None:
     made.short_description = f"Letters of speech: {model.origin.name} ({model.family.name}, {model.scheme.name})"
     made.license = model.origin.license or ""
     numbers = {name: str(details[name]) for name in ("reach", "hop")}
-    made.user_defined_metadata.update(says(model, details["masked"]) | numbers)
+    made.user_defined_metadata.update(collect_metadata(model, details["masked"]) | numbers)
 
 
 @torch.inference_mode()
@@ -209,9 +211,9 @@ def _compared(
 
     float32 is compared with float64, as the roundings of both would be seen otherwise.
     """
-    program = check.opened(package)
+    program = check.open_program(package)
     exact = copy.deepcopy(net).double() if model.scheme.weights == "float32" else net
-    least = reach(net.config)
+    least = receptive_field(net.config)
     found: list[torch.Tensor] = []
     truth: list[torch.Tensor] = []
     for length in lengths:
@@ -220,10 +222,10 @@ def _compared(
             given = {"input_values": nn.functional.pad(clip, (0, length - heard)), "samples": torch.tensor([heard])}
             truth.append(exact(clip.to(exact.dtype)).logits[0])
             try:
-                found.append(check.run(program, given)["logits"][0, : len(truth[-1])])
-            except check.Unknown as operator:
-                return None, None, f"{UNRUN}, and nothing was compared: {operator} is not known here"
-    return *compare.apart(found, truth), f"{UNRUN}: what is compared are its operators, computed by torch"
+                found.append(check.run_program(program, given)["logits"][0, : len(truth[-1])])
+            except check.UnsupportedOperator as operator:
+                return None, None, f"{NOT_RUN}, and nothing was compared: {operator} is not known here"
+    return *compare.compare_logits(found, truth), f"{NOT_RUN}: what is compared are its operators, computed by torch"
 
 
 @contextmanager
@@ -234,7 +236,7 @@ def _hushed() -> Iterator[None]:
     for one in chatter:
         one.setLevel(logging.CRITICAL)  # what goes wrong is raised, too
     try:
-        with hushed(), redirect_stderr(io.StringIO()):
+        with silence_exporter(), redirect_stderr(io.StringIO()):
             yield
     finally:
         for one, level in zip(chatter, levels, strict=True):

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-KINDS = {
+DTYPES = {
     "fp16": torch.float16, "fp32": torch.float32, "bool": torch.bool, "int8": torch.int8, "uint8": torch.uint8,
     "int16": torch.int16, "uint16": torch.int32, "int32": torch.int32, "int64": torch.int64,
     "int4": torch.int8, "uint4": torch.uint8,
 }  # fmt: skip
 
 
-class Unknown(Exception):
+class UnsupportedOperator(Exception):
     """An operator, or a way to use it, that is not known here."""
 
 
-def opened(package: Path) -> Any:
+def open_program(package: Path) -> Any:
     """The main function of the mlprogram in `package`, weights included."""
     ct = import_module("coremltools")
     load = import_module("coremltools.converters.mil.frontend.milproto.load").load
@@ -38,24 +38,24 @@ def opened(package: Path) -> Any:
     return load(spec, spec.specificationVersion, str(weights)).functions["main"]
 
 
-def run(function: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def run_program(program: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Its outputs by name, of inputs of which some may be none of its own."""
-    if strange := sorted({op.op_type for op in function.operations} - {*OPERATORS, "const"}):
-        raise Unknown(", ".join(strange))
-    values: dict[Any, Tensor] = {var: inputs[name].to(KINDS[_kind(var)]) for name, var in function.inputs.items()}
-    waiting = Counter(var for op in function.operations for var in _givens(op))
-    waiting.update(function.outputs)
-    for op in function.operations:
+    if strange := sorted({op.op_type for op in program.operations} - {*OPERATORS, "const"}):
+        raise UnsupportedOperator(", ".join(strange))
+    values: dict[Any, Tensor] = {var: inputs[name].to(DTYPES[_kind(var)]) for name, var in program.inputs.items()}
+    waiting = Counter(var for op in program.operations for var in _givens(op))
+    waiting.update(program.outputs)
+    for op in program.operations:
         if op.op_type == "const":
             continue
         made = OPERATORS[op.op_type](_Given(op, values))
         for var, value in zip(op.outputs, made if isinstance(made, tuple | list) else (made,), strict=True):
-            values[var] = value.to(KINDS[_kind(var)])
+            values[var] = value.to(DTYPES[_kind(var)])
         for var in _givens(op):
             waiting[var] -= 1
             if not waiting[var]:
                 values.pop(var, None)  # 20 s of a large net in all its states would be gigabytes
-    return {var.name: values[var] for var in function.outputs}
+    return {var.name: values[var] for var in program.outputs}
 
 
 def _givens(op: Any) -> list[Any]:
@@ -105,7 +105,7 @@ def _conv(of: _Given) -> Tensor:
     sides, kind = x.ndim - 2, of.plain("pad_type", "valid")
     pad = of.plain("pad", [0] * 2 * sides) if kind == "custom" else [0] * 2 * sides
     if kind not in ("valid", "custom"):
-        raise Unknown(f"conv with pad_type {kind}")
+        raise UnsupportedOperator(f"conv with pad_type {kind}")
     turned = [side for axis in reversed(range(sides)) for side in pad[2 * axis : 2 * axis + 2]]
     how = (of.plain("strides", [1] * sides), 0, of.plain("dilations", [1] * sides), of.plain("groups", 1))
     function = functional.conv1d if sides == 1 else functional.conv2d
@@ -117,7 +117,7 @@ def _layer_norm(of: _Given) -> Tensor:
     x = of["x"]
     axes = [axis % x.ndim for axis in of.plain("axes", list(range(x.ndim)))]
     if axes != list(range(x.ndim - len(axes), x.ndim)):
-        raise Unknown(f"layer_norm over axes {axes}")
+        raise UnsupportedOperator(f"layer_norm over axes {axes}")
     shape, epsilon = x.shape[x.ndim - len(axes) :], of.plain("epsilon", 1e-5)
     return functional.layer_norm(x, shape, of.get("gamma"), of.get("beta"), epsilon)
 
@@ -130,7 +130,7 @@ def _batch_norm(of: _Given) -> Tensor:
 def _gelu(of: _Given) -> Tensor:
     mode = of.plain("mode", "EXACT")
     if mode not in ("EXACT", "TANH_APPROXIMATION"):
-        raise Unknown(f"gelu in mode {mode}")
+        raise UnsupportedOperator(f"gelu in mode {mode}")
     return functional.gelu(of["x"], approximate="none" if mode == "EXACT" else "tanh")
 
 
@@ -143,7 +143,7 @@ def _matmul(of: _Given) -> Tensor:
 def _gather(of: _Given) -> Tensor:
     x, rows, axis = of["x"], of["indices"].long(), of.plain("axis", 0)
     if of.plain("batch_dims", 0):
-        raise Unknown("gather with batch_dims")
+        raise UnsupportedOperator("gather with batch_dims")
     rows = torch.where(rows < 0, rows + x.shape[axis], rows)
     made = x.index_select(axis, rows.flatten())
     return made.reshape([*x.shape[:axis], *rows.shape, *x.shape[axis:][1:]])
@@ -158,7 +158,7 @@ def _slice(of: _Given) -> Tensor:
     cuts: list[Any] = []
     for begin, end, step, *(from_start, to_end, single) in zip(begins, ends, steps, *masks, strict=True):
         if step < 0:
-            raise Unknown("slice_by_index backwards")
+            raise UnsupportedOperator("slice_by_index backwards")
         whole = slice(None if from_start else begin, None if to_end else end, step)
         cuts.append(begin if single else whole)
     return x[tuple(cuts)]

@@ -15,47 +15,49 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mowa.export.plain import widened
-from mowa.families.chunks import reach
-from mowa.families.patch import table
-from mowa.kernels.narrow import NarrowLinear
+from mowa.export.plain import dequantize_linear
+from mowa.families.chunks import receptive_field
+from mowa.families.patch import absolute_position_table
+from mowa.kernels.narrow import QuantizedLinear
 
-FAR = -3e4  # added to the scores of what is not there; float16 ends at 65504
+MASK_VALUE = -3e4  # added to the scores of what is not there; float16 ends at 65504
 
 
-class Part(nn.Module):
+class LengthTable(nn.Module):
     """Of what is made for all frames of the longest recording, [T, ...], that for the frames of `states` [1, t, C].
 
     With a single length that is all of it; coremltools cannot cut at a number that it knows already.
     """
 
-    whole: Tensor
+    values: Tensor
 
-    def __init__(self, whole: Tensor, single: bool) -> None:
+    def __init__(self, values: Tensor, fixed_length: bool) -> None:
         super().__init__()
-        self.register_buffer("whole", whole)
-        self.single = single
+        self.register_buffer("whole", values)
+        self.fixed_length = fixed_length
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.whole if self.single else self.whole[: states.shape[1]]
+        return self.values if self.fixed_length else self.values[: states.shape[1]]
 
 
-class Graph(nn.Module):
+class CoreMLNet(nn.Module):
     """A fitted net as a function of tensors, its parts called one by one. Frame t is there where its samples are:
     t · hop + reach ≤ n."""
 
-    def __init__(self, net: Any, count: Tensor, single: bool) -> None:
+    def __init__(self, net: Any, count: Tensor, fixed_length: bool) -> None:
         super().__init__()
         self.net = net
-        self.ends = Part(count * math.prod(net.config.conv_stride) + reach(net.config), single)
+        self.frame_ends = LengthTable(
+            count * math.prod(net.config.conv_stride) + receptive_field(net.config), fixed_length
+        )
 
     def forward(self, input_values: Tensor, samples: Tensor | None = None) -> Tensor:
         base, stable, mask = self.net.base_model, self.net.config.do_stable_layer_norm, None
         states = _first(base.feature_projection(base.feature_extractor(input_values).transpose(1, 2)))
         if samples is not None:
-            there = (self.ends(states) <= samples).to(states.dtype)
+            there = (self.frame_ends(states) <= samples).to(states.dtype)
             states = states * there[None, :, None]
-            mask = (1 - there)[None, None, None] * FAR
+            mask = (1 - there)[None, None, None] * MASK_VALUE
         states = states + base.encoder.pos_conv_embed(states)
         states = states if stable else base.encoder.layer_norm(states)
         more: dict[str, Any] = {}
@@ -72,7 +74,7 @@ def _first(made: Any) -> Any:
     return made[0] if isinstance(made, tuple) else made
 
 
-class Wide(nn.Module):
+class Float32Module(nn.Module):
     """What is computed in float32, whatever the program is computed in: it is known by the name of this type."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -84,7 +86,7 @@ class Wide(nn.Module):
         return made
 
 
-class OverTime(nn.Module):
+class InstanceNormOverTime(nn.Module):
     """A norm of each channel over time, made of means: coremltools' norm of groups was another over [B, C, T]
     (github.com/apple/coremltools, issue 1607)."""
 
@@ -98,27 +100,27 @@ class OverTime(nn.Module):
         return scaled * self.weight[:, None] + self.bias[:, None]
 
 
-class Gated(nn.Module):
+class WavLMGatedAttention(nn.Module):
     """WavLM's attention: softmax(q kᵀ / √d + gate ⊙ bias + mask) v. Biases are looked up by the distance of frames, of
     which there are so many; stock ones are made of logarithms as it goes."""
 
-    biases: Tensor
+    position_bias_table: Tensor
 
-    def __init__(self, stock: Any, count: Tensor, single: bool) -> None:
+    def __init__(self, attention: Any, count: Tensor, fixed_length: bool) -> None:
         super().__init__()
-        self.stock, self.count, self.farthest = stock, Part(count, single), len(count) - 1
-        if hasattr(stock, "rel_attn_embed"):
-            buckets = stock._relative_positions_bucket(torch.arange(-self.farthest, self.farthest + 1))
-            self.register_buffer("biases", stock.rel_attn_embed(buckets).detach())
+        self.attention, self.count, self.max_distance = attention, LengthTable(count, fixed_length), len(count) - 1
+        if hasattr(attention, "rel_attn_embed"):
+            buckets = attention._relative_positions_bucket(torch.arange(-self.max_distance, self.max_distance + 1))
+            self.register_buffer("biases", attention.rel_attn_embed(buckets).detach())
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, None, Tensor]:
-        stock = self.stock
+        stock = self.attention
         if position_bias is None:
             count = self.count(hidden_states)
-            apart = count[None] - count[:, None] + self.farthest
-            position_bias = functional.embedding(apart, self.biases).permute(2, 0, 1)[None]
+            apart = count[None] - count[:, None] + self.max_distance
+            position_bias = functional.embedding(apart, self.position_bias_table).permute(2, 0, 1)[None]
         gates = stock.gru_rel_pos_linear(self._heads(hidden_states)).unflatten(3, (2, 4)).sum(-1).sigmoid()
         gate = gates[..., :1] * (gates[..., 1:] * stock.gru_rel_pos_const - 1) + 2
         q, k, v = (self._heads(project(hidden_states)) for project in (stock.q_proj, stock.k_proj, stock.v_proj))
@@ -128,49 +130,55 @@ class Gated(nn.Module):
         return stock.out_proj(made), None, position_bias
 
     def _heads(self, states: Tensor) -> Tensor:
-        return states.unflatten(2, (self.stock.num_heads, self.stock.head_dim)).transpose(1, 2)
+        return states.unflatten(2, (self.attention.num_heads, self.attention.head_dim)).transpose(1, 2)
 
 
-class Stepped(nn.Module):
+class StaticQuantLinear(nn.Module):
     """A linear and its inputs in eight bits, by a range that was seen before."""
 
-    def __init__(self, linear: nn.Linear, step: float, zero: int) -> None:
+    def __init__(self, linear: nn.Linear, input_scale: float, input_zero_point: int) -> None:
         super().__init__()
-        self.linear, self.step, self.zero = linear, step, zero
+        self.linear, self.input_scale, self.input_zero_point = linear, input_scale, input_zero_point
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.linear(torch.quantize_per_tensor(x, self.step, self.zero, torch.quint8).dequantize())
+        made: Tensor = self.linear(
+            torch.quantize_per_tensor(x, self.input_scale, self.input_zero_point, torch.quint8).dequantize()
+        )
         return made
 
 
-def fitted(net: Any, lengths: Sequence[int], *, grouped: bool, loud: Collection[str] = ()) -> Graph:
+def prepare_for_coreml(
+    net: Any, lengths: Sequence[int], *, per_group_scales: bool, float32_norms: Collection[str] = ()
+) -> CoreMLNet:
     """`net`, which is changed, for recordings of these lengths, in samples. `grouped`: whether groups of a row may have
     steps of their own; `loud`: the norms that are computed in float32."""
     single = len(lengths) == 1
-    count = torch.arange((lengths[-1] - reach(net.config)) // math.prod(net.config.conv_stride) + 1, dtype=torch.int32)
-    if (rows := table(net)) is not None:
-        net.base_model.encoder.pos_conv_embed = Part(rows[count.clamp(max=len(rows) - 1)], single)
+    count = torch.arange(
+        (lengths[-1] - receptive_field(net.config)) // math.prod(net.config.conv_stride) + 1, dtype=torch.int32
+    )
+    if (rows := absolute_position_table(net)) is not None:
+        net.base_model.encoder.pos_conv_embed = LengthTable(rows[count.clamp(max=len(rows) - 1)], single)
     for name, module in list(net.named_modules()):
-        if isinstance(module, NarrowLinear):
-            net.set_submodule(name, _kept(module, grouped))
+        if isinstance(module, QuantizedLinear):
+            net.set_submodule(name, _kept(module, per_group_scales))
         elif isinstance(module, nn.GroupNorm):
-            net.set_submodule(name, Wide(OverTime(module)))
-        elif name in loud:
-            net.set_submodule(name, Wide(module))
+            net.set_submodule(name, Float32Module(InstanceNormOverTime(module)))
+        elif name in float32_norms:
+            net.set_submodule(name, Float32Module(module))
         elif type(module).__name__ == "WavLMAttention":
-            net.set_submodule(name, Gated(module, count, single))
-    return Graph(net, count, single).eval()
+            net.set_submodule(name, WavLMGatedAttention(module, count, single))
+    return CoreMLNet(net, count, single).eval()
 
 
-def _kept(narrow: NarrowLinear, grouped: bool) -> nn.Module:
+def _kept(narrow: QuantizedLinear, grouped: bool) -> nn.Module:
     """A linear that says in which codes its weights are kept, in buffers that coremltools looks for; it says nothing
     where there may be no such groups, and weights are then kept in half precision."""
-    linear = widened(narrow)
-    if narrow.group >= narrow.in_features or (grouped and narrow.in_features % narrow.group == 0):
+    linear = dequantize_linear(narrow)
+    if narrow.group_size >= narrow.in_features or (grouped and narrow.in_features % narrow.group_size == 0):
         quantisation = 3  # in coremltools' own numbers
         linear.register_buffer("_COREML_/weight/compression_type", torch.tensor([quantisation]))
         linear.register_buffer("_COREML_/weight/quantization_n_bits", torch.tensor(narrow.bits))
-        linear.register_buffer("_COREML_/weight/quantization_scale", narrow.scales)
-        if narrow.zeros is not None:
-            linear.register_buffer("_COREML_/weight/zero_point", narrow.zeros)
-    return linear if narrow.range is None else Stepped(linear, *narrow.range)
+        linear.register_buffer("_COREML_/weight/quantization_scale", narrow.scale)
+        if narrow.zero_point is not None:
+            linear.register_buffer("_COREML_/weight/zero_point", narrow.zero_point)
+    return linear if narrow.input_qparams is None else StaticQuantLinear(linear, *narrow.input_qparams)

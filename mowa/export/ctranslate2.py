@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from mowa.errors import MissingPart, ModelError
+from mowa.errors import MissingDependency, ModelError
 from mowa.export import compare
-from mowa.export.manifest import Written
-from mowa.export.plain import plain
+from mowa.export.manifest import ExportResult
+from mowa.export.plain import prepare_for_export
 from mowa.nouns import Model, Scheme
 
 log = logging.getLogger("mowa")
 
-FOLDER = "ctranslate2"
-FAMILIES = ("wav2vec2", "hubert")
-STOCK: Mapping[str, Any] = {
+MODEL_FOLDER = "ctranslate2"
+SUPPORTED_MODEL_TYPES = ("wav2vec2", "hubert")
+REQUIRED_CONFIG: Mapping[str, Any] = {
     "feat_extract_norm": "layer",
     "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
     "conv_stride": [5, 2, 2, 2, 2, 2, 2],
@@ -47,13 +47,13 @@ STOCK: Mapping[str, Any] = {
     "adapter_attn_dim": None,
     "add_adapter": False,
 }
-KINDS = {
+QUANTIZATIONS = {
     ("float32", "wide"): "float32",
     ("float16", "wide"): "float16",
     ("bfloat16", "wide"): "bfloat16",
     ("int8", "dynamic"): "int8_float32",
 }
-REFUSED = {
+UNSUPPORTED_SCHEMES = {
     ("int8", "static"): "it finds the range of what meets int8 weights anew each time",
     ("int8", "wide"): "it multiplies int8 weights with int8 inputs alone",
     ("int4", "wide"): "it has no weights in four bits for these nets",
@@ -62,51 +62,55 @@ REFUSED = {
 }
 
 
-def can(model: Model) -> str:
+def unsupported_reason(model: Model) -> str:
     """As `Exporter.can`."""
     config = model.net.config
-    if config.model_type not in FAMILIES:
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
         return f"CTranslate2 has no net like {model.family.name}'s; use onnx"
-    for name, stock in STOCK.items():
+    for name, stock in REQUIRED_CONFIG.items():
         found = getattr(config, name, stock)
         found = list(found) if isinstance(found, tuple) else found
         if found != stock:
             return f"its net has {name} {found}, and CTranslate2 computes only {stock}; use onnx"
     kind = _kind(model.scheme)
-    return "" if kind in KINDS else f"{REFUSED.get(kind, 'it has no such weights')}; use int8-dynamic, or onnx"
+    return (
+        ""
+        if kind in QUANTIZATIONS
+        else f"{UNSUPPORTED_SCHEMES.get(kind, 'it has no such weights')}; use int8-dynamic, or onnx"
+    )
 
 
 def _kind(scheme: Scheme) -> tuple[str, str]:
     return scheme.weights, scheme.activations
 
 
-def parts() -> None:
+def require_packages() -> None:
     """MissingPart where what exporting needs is not installed."""
     try:
         import_module("ctranslate2")
     except ImportError:
-        raise MissingPart("CTranslate2 needs ctranslate2: pip install 'mowa[ctranslate2]'") from None
+        raise MissingDependency("CTranslate2 needs ctranslate2: pip install 'mowa[ctranslate2]'") from None
 
 
-def write(model: Model, folder: Path) -> tuple[Any, Written]:
+def write(model: Model, folder: Path) -> tuple[Any, ExportResult]:
     """As `Exporter.write`.
 
     Half precision is what is kept; a processor multiplies it in float32. In int8 are also the convolutions and the
     head, each row by a step of CTranslate2's own, so what the scheme keeps wider there is not. float32 must say what
     the net says, and anything narrower must find the same output likeliest in 80 % of frames.
     """
-    net = plain(model, widen=True, by_table=False)
-    kind, name = KINDS[_kind(model.scheme)], model.origin.name
+    net = prepare_for_export(model, dequantize=True, position_table=False)
+    kind, name = QUANTIZATIONS[_kind(model.scheme)], model.origin.name
     try:
-        _convert(net, model.vocabulary.tokens, folder / FOLDER, kind)
-        loaded = opened(folder / FOLDER, model.scheme)
+        _convert(net, model.vocabulary.tokens, folder / MODEL_FOLDER, kind)
+        loaded = open_model(folder / MODEL_FOLDER, model.scheme)
         farthest, agreeing = _compared(model, net, loaded)
     except (AttributeError, RuntimeError, ValueError) as error:
         raise ModelError(f"CTranslate2 cannot run {name}: {str(error).strip()}; export it as onnx") from error
-    compare.judge(model, f"CTranslate2's {kind}", farthest, agreeing, instead="onnx")
-    details = {"model": FOLDER, "quantization": kind, "computes": loaded.compute_type, "masked": False}
-    files = tuple(f"{FOLDER}/{file.name}" for file in sorted((folder / FOLDER).iterdir()))
-    return net, Written(files, details, farthest, agreeing, made_by=("ctranslate2",))
+    compare.verify_tolerance(model, f"CTranslate2's {kind}", farthest, agreeing, alternative="onnx")
+    details = {"model": MODEL_FOLDER, "quantization": kind, "computes": loaded.compute_type, "masked": False}
+    files = tuple(f"{MODEL_FOLDER}/{file.name}" for file in sorted((folder / MODEL_FOLDER).iterdir()))
+    return net, ExportResult(files, details, farthest, agreeing, packages=("ctranslate2",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,7 @@ def _convert(net: Any, tokens: Sequence[str], folder: Path, kind: str) -> None:
         spec.save(str(folder))
 
 
-def opened(folder: Path, scheme: Scheme, threads: int = 0) -> Any:
+def open_model(folder: Path, scheme: Scheme, threads: int = 0) -> Any:
     """The `ctranslate2.models.Wav2Vec2` in `folder`, on the processor; `threads` 0: as many as it takes to be right.
 
     What is in half precision is multiplied in float32: with the very same weights, and on every processor."""
@@ -141,24 +145,24 @@ def opened(folder: Path, scheme: Scheme, threads: int = 0) -> Any:
     return ctranslate2.models.Wav2Vec2(str(folder), "cpu", compute_type=computes, intra_threads=threads)
 
 
-def run(loaded: Any, clips: Sequence[np.ndarray]) -> np.ndarray:
+def run(model: Any, clips: Sequence[np.ndarray]) -> np.ndarray:
     """Normalised recordings of one length, float32 [n] each, as one batch → logits float32 [B, T, V]."""
     ctranslate2 = import_module("ctranslate2")
     batch = np.ascontiguousarray(np.stack(clips)[:, None], np.float32)
-    return np.array(loaded.encode(ctranslate2.StorageView.from_array(batch), to_cpu=True))
+    return np.array(model.encode(ctranslate2.StorageView.from_array(batch), to_cpu=True))
 
 
 def _compared(model: Model, net: Any, loaded: Any) -> tuple[float, float]:
     """`compare.apart` of what CTranslate2 and the net say, alone and by twos."""
-    speech, noise, least = compare.clips(model)
+    speech, noise, least = compare.load_clips(model)
     found: list[torch.Tensor] = []
     truth: list[torch.Tensor] = []
-    for clips in ([speech], [noise, compare.ready(model, speech[: len(noise)])], [least]):
+    for clips in ([speech], [noise, compare.preprocess(model, speech[: len(noise)])], [least]):
         found += list(torch.from_numpy(run(loaded, clips)))
-        truth += compare.said(net, clips)
+        truth += compare.compute_logits(net, clips)
         if len(found[-1]) != len(truth[-1]):
             raise ModelError(
                 f"CTranslate2 makes {len(found[-1])} frames of {model.origin.name} where the net makes"
                 f" {len(truth[-1])}: export it as onnx"
             )
-    return compare.apart(found, truth)
+    return compare.compare_logits(found, truth)

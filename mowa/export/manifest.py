@@ -20,38 +20,42 @@ from mowa.errors import ModelError
 from mowa.files import read_json
 from mowa.nouns import Artifact, Model, Origin, Preprocessing, Scheme, Vocabulary
 
-NOTE, FORMAT = "mowa.json", 2
+MANIFEST_FILE, FORMAT_VERSION = "mowa.json", 2
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class ExportResult:
     """What an exporter wrote: which files hold the model, what whoever runs it must know beside (`details`), and what
     came of comparing it with the net: `farthest` (nats, of any log-probability) and `agreeing` (the share of frames
     with the same likeliest output), or why they are not there (`unchecked`)."""
 
     files: tuple[str, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
-    farthest: float | None = None
-    agreeing: float | None = None
-    unchecked: str = ""
-    made_by: tuple[str, ...] = ()  # packages whose versions matter
+    max_abs_diff: float | None = None
+    agreement: float | None = None
+    unverified_reason: str = ""
+    packages: tuple[str, ...] = ()  # packages whose versions matter
 
 
-def write(model: Model, net: Any, kind: str, folder: Path, written: Written) -> None:
+def write_manifest(model: Model, net: Any, export_format: str, folder: Path, result: ExportResult) -> None:
     """The note in `folder` and, beside it, config, vocabulary and audio settings. `net` is what was written."""
     net.config.save_pretrained(folder)
-    processor.write(model.vocabulary, model.preprocessing, folder)
+    processor.write_processor(model.vocabulary, model.preprocessing, folder)
     words = model.vocabulary
     note = {
-        "format": FORMAT,
-        "kind": kind,
+        "format": FORMAT_VERSION,
+        "kind": export_format,
         "family": model.family.name,
         "scheme": asdict(model.scheme),
         "origin": {name: value for name, value in asdict(model.origin).items() if name != "folder"},
-        "weights_sha256": digest(model),
-        "files": {name: store.sha256_of(folder / name) for name in sorted(written.files)},
-        "details": dict(written.details),
-        "compared": {"farthest": written.farthest, "agreeing": written.agreeing, "unchecked": written.unchecked},
+        "weights_sha256": model_sha256(model),
+        "files": {name: store.sha256_file(folder / name) for name in sorted(result.files)},
+        "details": dict(result.details),
+        "compared": {
+            "farthest": result.max_abs_diff,
+            "agreeing": result.agreement,
+            "unchecked": result.unverified_reason,
+        },
         "vocabulary": {
             "tokens": words.tokens,
             "blank": words.blank,
@@ -59,31 +63,33 @@ def write(model: Model, net: Any, kind: str, folder: Path, written: Written) -> 
             "specials": sorted(words.specials),
         },
         "preprocessing": asdict(model.preprocessing),
-        "made_by": store.makers() | {name: store.version_of(name) for name in written.made_by},
+        "made_by": store.package_versions() | {name: store.installed_version(name) for name in result.packages},
     }
-    (folder / NOTE).write_text(json.dumps(note, ensure_ascii=False, indent=1), encoding="utf-8")
+    (folder / MANIFEST_FILE).write_text(json.dumps(note, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def read(folder: Path, kinds: Iterable[str] = ()) -> Artifact:
+def read_artifact(folder: Path, formats: Iterable[str] = ()) -> Artifact:
     """What the export in `folder` is. ModelError: none there, of none of `kinds`, a newer format's, files missing or
     changed."""
     from transformers import AutoConfig
 
-    if not (folder / NOTE).is_file():
-        raise ModelError(f"{folder} holds no export: name a folder that `mowa export` wrote, with a {NOTE}")
-    note = read_json(folder / NOTE)
-    kind, kinds = note.get("kind", "nothing"), tuple(kinds)
-    if note.get("format") != FORMAT or "files" not in note or (kinds and kind not in kinds):
-        wanted = " or ".join(kinds) or "an export"
-        raise ModelError(f"{folder}/{NOTE} is {kind} of format {note.get('format')}, not {wanted} of format {FORMAT}")
+    if not (folder / MANIFEST_FILE).is_file():
+        raise ModelError(f"{folder} holds no export: name a folder that `mowa export` wrote, with a {MANIFEST_FILE}")
+    note = read_json(folder / MANIFEST_FILE)
+    kind, formats = note.get("kind", "nothing"), tuple(formats)
+    if note.get("format") != FORMAT_VERSION or "files" not in note or (formats and kind not in formats):
+        wanted = " or ".join(formats) or "an export"
+        raise ModelError(
+            f"{folder}/{MANIFEST_FILE} is {kind} of format {note.get('format')}, not {wanted} of format {FORMAT_VERSION}"
+        )
     try:
         for name, known in note["files"].items():
-            if not (folder / name).is_file() or store.sha256_of(folder / name) != known:
+            if not (folder / name).is_file() or store.sha256_file(folder / name) != known:
                 raise ModelError(f"{folder}/{name} is missing or damaged: export the model again")
         words = note["vocabulary"]
         return Artifact(
             folder=folder,
-            kind=kind,
+            format=kind,
             family=note["family"],
             scheme=Scheme(**note["scheme"]),
             origin=Origin(**note["origin"] | {"folder": folder}),
@@ -94,23 +100,25 @@ def read(folder: Path, kinds: Iterable[str] = ()) -> Artifact:
             preprocessing=Preprocessing(**note["preprocessing"]),
             files=tuple(note["files"]),
             details=note["details"],
-            agreeing=note["compared"]["agreeing"],
-            unchecked=note["compared"]["unchecked"],
+            agreement=note["compared"]["agreeing"],
+            unverified_reason=note["compared"]["unchecked"],
         )
     except (KeyError, TypeError) as missing:
-        raise ModelError(f"{folder}/{NOTE} is damaged: it does not say {missing}; export the model again") from None
+        raise ModelError(
+            f"{folder}/{MANIFEST_FILE} is damaged: it does not say {missing}; export the model again"
+        ) from None
 
 
 def is_export(folder: Path) -> bool:
     """Whether `folder` says that it is an export, of whatever format."""
     try:
-        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        note = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(note, dict) and "files" in note and "kind" in note
 
 
-def digest(model: Model) -> str:
+def model_sha256(model: Model) -> str:
     """SHA-256 (hex) of all that makes the net's numbers: its weights, an adapter's among them, config and scheme."""
     found = hashlib.sha256(model.net.config.to_json_string().encode())
     found.update(repr(model.scheme).encode())

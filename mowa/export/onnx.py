@@ -26,38 +26,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mowa.errors import MissingPart, ModelError
+from mowa.errors import MissingDependency, ModelError
 from mowa.export import chunks as one_chunk
 from mowa.export import compare, products, tensors
-from mowa.export.manifest import Written
-from mowa.export.plain import plain
-from mowa.families.chunks import Chunks, trained_for
-from mowa.files import quiet
+from mowa.export.manifest import ExportResult
+from mowa.export.plain import prepare_for_export
+from mowa.families.chunks import ChunkConfig, get_trained_chunking
+from mowa.files import silence_transformers
 from mowa.nouns import Model
 
 log = logging.getLogger("mowa")
 
-GRAPH, TOKENS = "model.onnx", "tokens.txt"
+GRAPH_FILE, TOKENS_FILE = "model.onnx", "tokens.txt"
 OPSETS = range(18, 24)
-OPSET = 20  # GELU is an operator from there on
+DEFAULT_OPSET = 20  # GELU is an operator from there on
 
 
-def can(model: Model) -> str:
+def unsupported_reason(model: Model) -> str:
     """As `Exporter.can`: ONNX holds every scheme."""
     return ""
 
 
-def parts() -> None:
+def require_packages() -> None:
     """MissingPart where what exporting needs is not installed."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as missing:
-        raise MissingPart(f"ONNX needs {missing.name}: pip install 'mowa[onnx]'") from None
+        raise MissingDependency(f"ONNX needs {missing.name}: pip install 'mowa[onnx]'") from None
 
 
-def write(model: Model, folder: Path, *, opset: int = OPSET, masked: bool | None = None) -> tuple[Any, Written]:
+def write(
+    model: Model, folder: Path, *, opset: int = DEFAULT_OPSET, attention_mask: bool | None = None
+) -> tuple[Any, ExportResult]:
     """As `Exporter.write`. `masked` False: a graph of one input, without a mask, for recordings that share no batch.
 
     What the graph says of the bundled sample and of noise is compared with what the net says, its inputs wide: float32
@@ -66,29 +68,36 @@ def write(model: Model, folder: Path, *, opset: int = OPSET, masked: bool | None
     """
     if opset not in OPSETS:
         raise ModelError(f"opset {opset} is not among {OPSETS[0]} to {OPSETS[-1]}")
-    wide = plain(model, widen=True)
-    with_mask = wide.config.feat_extract_norm == "layer" and masked is not False
-    name, live = model.origin.name, trained_for(wide.config)
-    net = products.put(plain(model), floats=live is not None)
-    graphs = [GRAPH]
-    with tracing(name):
-        trace(_Graph(net), folder / GRAPH, with_mask, opset)
+    wide = prepare_for_export(model, dequantize=True)
+    with_mask = wide.config.feat_extract_norm == "layer" and attention_mask is not False
+    name, live = model.origin.name, get_trained_chunking(wide.config)
+    net = products.replace_linears(prepare_for_export(model), include_unquantized=live is not None)
+    graphs = [GRAPH_FILE]
+    with translate_export_errors(name):
+        export_graph(_Graph(net), folder / GRAPH_FILE, with_mask, opset)
         if live is not None:
-            one_chunk.write(net, folder / one_chunk.GRAPH, opset)
-            graphs.append(one_chunk.GRAPH)
-    files = tensors.keep(folder, graphs, model.scheme, says(model, with_mask))
-    (folder / TOKENS).write_text(tokens(model), encoding="utf-8")
-    farthest, agreeing = _compared(model, wide, folder / GRAPH, with_mask)
+            one_chunk.export_chunk_graph(net, folder / one_chunk.CHUNK_GRAPH_FILE, opset)
+            graphs.append(one_chunk.CHUNK_GRAPH_FILE)
+    files = tensors.rewrite_graphs(folder, graphs, model.scheme, collect_metadata(model, with_mask))
+    (folder / TOKENS_FILE).write_text(format_tokens(model), encoding="utf-8")
+    farthest, agreeing = _compared(model, wide, folder / GRAPH_FILE, with_mask)
     if live is not None:
-        how = Chunks(live.sizes[0], live.left, live.ahead[-1])
-        apart, alike = one_chunk.compared(wide, _opened(folder / one_chunk.GRAPH), compare.speech(model), how)
+        how = ChunkConfig(live.chunk_sizes[0], live.left_context, live.lookaheads[-1])
+        apart, alike = one_chunk.compare_chunked(
+            wide, _opened(folder / one_chunk.CHUNK_GRAPH_FILE), compare.load_sample(model), how
+        )
         farthest, agreeing = max(farthest, apart), min(agreeing, alike)
-    compare.judge(model, "ONNX", farthest, agreeing)
-    details = {"masked": with_mask, "opset": opset, "graph": GRAPH, "chunk": one_chunk.GRAPH if live else None}
-    return wide, Written(files, details, farthest, agreeing, made_by=("onnx", "onnxscript", "onnxruntime"))
+    compare.verify_tolerance(model, "ONNX", farthest, agreeing)
+    details = {
+        "masked": with_mask,
+        "opset": opset,
+        "graph": GRAPH_FILE,
+        "chunk": one_chunk.CHUNK_GRAPH_FILE if live else None,
+    }
+    return wide, ExportResult(files, details, farthest, agreeing, packages=("onnx", "onnxscript", "onnxruntime"))
 
 
-def says(model: Model, masked: bool) -> dict[str, str]:
+def collect_metadata(model: Model, takes_mask: bool) -> dict[str, str]:
     """The metadata of the graph: all that is needed to feed it and to read what it gives."""
     words, sound = model.vocabulary, model.preprocessing
     return {
@@ -98,7 +107,7 @@ def says(model: Model, masked: bool) -> dict[str, str]:
         "specials": json.dumps(sorted(words.specials)),
         "sample_rate": str(sound.rate_hz),
         "normalize": str(int(sound.normalize)),
-        "masked": str(int(masked)),
+        "masked": str(int(takes_mask)),
         "family": model.family.name,
         "scheme": model.scheme.name,
         "origin": model.origin.source,
@@ -106,7 +115,7 @@ def says(model: Model, masked: bool) -> dict[str, str]:
     }
 
 
-def tokens(model: Model) -> str:
+def format_tokens(model: Model) -> str:
     """The vocabulary as sherpa-onnx reads it: a symbol and its id in each line, `<blk>` the blank, `▁` a space."""
     words, lines = model.vocabulary, []
     for index, token in enumerate(words.tokens):
@@ -125,12 +134,12 @@ class _Graph(nn.Module):
         return logits
 
 
-def trace(net: nn.Module, file: Path, masked: bool, opset: int) -> None:
+def export_graph(net: nn.Module, file: Path, takes_mask: bool, opset: int) -> None:
     """Write `net`, a function of recordings (and a mask), as ONNX for any batch and length."""
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 16_000), np.float32))
     inputs: tuple[Tensor, ...] = (values,)
     names, axes = ["input_values"], [{0: "batch", 1: "time"}]
-    if masked:
+    if takes_mask:
         mask = torch.ones(values.shape, dtype=torch.int64)
         mask[1, 12_000:] = 0
         inputs, names, axes = (values, mask), [*names, "attention_mask"], axes * 2
@@ -148,9 +157,9 @@ def trace(net: nn.Module, file: Path, masked: bool, opset: int) -> None:
 
 
 @contextmanager
-def tracing(name: str) -> Iterator[None]:
+def translate_export_errors(name: str) -> Iterator[None]:
     """While the net called `name` is traced: no chatter, and ModelError where an operator has no equal."""
-    with hushed():
+    with silence_exporter():
         try:
             yield
         except torch.onnx.errors.OnnxExporterError as error:
@@ -166,21 +175,21 @@ def _reason(error: BaseException) -> str:
 
 def _compared(model: Model, net: Any, graph: Path, masked: bool) -> tuple[float, float]:
     """`compare.apart` of what the graph and the net say, padded where that is allowed."""
-    session, clips = _opened(graph), compare.clips(model)
-    truth, found = compare.said(net, clips), []
+    session, clips = _opened(graph), compare.load_clips(model)
+    truth, found = compare.compute_logits(net, clips), []
     for batch in (clips[:2], clips[2:]) if masked else ([clip] for clip in clips):
         found += list(torch.from_numpy(run(session, batch, masked)))
-    return compare.apart([row[: len(ours)] for row, ours in zip(found, truth, strict=True)], truth)
+    return compare.compare_logits([row[: len(ours)] for row, ours in zip(found, truth, strict=True)], truth)
 
 
-def run(session: Any, clips: Sequence[np.ndarray], masked: bool, padding: float = 0.0) -> np.ndarray:
+def run(session: Any, clips: Sequence[np.ndarray], takes_mask: bool, padding_value: float = 0.0) -> np.ndarray:
     """Normalised recordings, float32 [n_i], as one batch → logits float32 [B, T, V], with what padding gave."""
     longest = max(map(len, clips))
-    values = np.full((len(clips), longest), padding, np.float32)
+    values = np.full((len(clips), longest), padding_value, np.float32)
     for row, clip in zip(values, clips, strict=True):
         row[: len(clip)] = clip
     feed = {"input_values": values}
-    if masked:
+    if takes_mask:
         feed["attention_mask"] = (np.arange(longest) < np.array([len(c) for c in clips])[:, None]).astype(np.int64)
     logits: np.ndarray = session.run(["logits"], feed)[0]
     return logits
@@ -195,11 +204,11 @@ def _opened(graph: Path) -> Any:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def silence_exporter() -> Iterator[None]:
     """The exporter warns of what is not ours to mend, and logs every operator it lacks."""
     chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
     levels = [one.level for one in chatter]
-    with warnings.catch_warnings(), quiet():
+    with warnings.catch_warnings(), silence_transformers():
         warnings.simplefilter("ignore")
         for one in chatter:
             one.setLevel(logging.ERROR)

@@ -11,26 +11,26 @@ import torch
 from torch import nn
 
 from mowa.adapt import merge
-from mowa.families.patch import positions_by_table
-from mowa.kernels.narrow import NarrowLinear
+from mowa.families.patch import precompute_absolute_positions
+from mowa.kernels.narrow import QuantizedLinear
 from mowa.nouns import Model
 
 
-def plain(model: Model, *, widen: bool = False, by_table: bool = True) -> Any:
+def prepare_for_export(model: Model, *, dequantize: bool = False, position_table: bool = True) -> Any:
     """The net of `model` for inference, over the same tensors where it can be; `model` stays as it is.
 
     With `widen`, narrow linears are `nn.Linear`s of what they stand for. With `by_table`, absolute positions are looked
     up (`patch.positions_by_table`), else the convolution that gives them stays.
     """
-    net = merge.merge(model).net
+    net = merge.merge_adapter(model).net
     if {(p.dtype, p.device.type) for p in net.parameters()} != {(torch.float32, "cpu")}:
         net = net.to("cpu", torch.float32)
-    if widen:
+    if dequantize:
         for name, module in list(net.named_modules()):
-            if isinstance(module, NarrowLinear):
-                net.set_submodule(name, widened(module))
-    if by_table:
-        positions_by_table(net, training=True)
+            if isinstance(module, QuantizedLinear):
+                net.set_submodule(name, dequantize_linear(module))
+    if position_table:
+        precompute_absolute_positions(net, frozen=True)
     along = net.base_model.encoder.pos_conv_embed
     if hasattr(getattr(along, "conv", None), "parametrizations"):
         along.conv = _folded(along.conv)
@@ -39,7 +39,7 @@ def plain(model: Model, *, widen: bool = False, by_table: bool = True) -> Any:
     return net.eval().requires_grad_(False)
 
 
-def widened(linear: NarrowLinear) -> nn.Linear:
+def dequantize_linear(linear: QuantizedLinear) -> nn.Linear:
     """A linear over the numbers that the codes stand for."""
     made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
     made.weight = nn.Parameter(linear.weight, requires_grad=False)

@@ -20,33 +20,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mowa.kernels.narrow import NarrowLinear
-from mowa.kernels.packing import halves, pairs
+from mowa.kernels.narrow import QuantizedLinear
+from mowa.kernels.packing import pack_bnb_4bit, pack_nibbles
 
-MICROSOFT = "com.microsoft"
+MICROSOFT_DOMAIN = "com.microsoft"
 
 
-class Product(nn.Module):
+class QuantMatMul(nn.Module):
     """A `NarrowLinear` (or a linear) with its tensors laid out as the operators want them."""
 
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
     bias: Tensor | None
-    step: Tensor
-    zero: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
-        self.rows, self.columns = linear.out_features, linear.in_features
+        self.out_features, self.in_features = linear.out_features, linear.in_features
         if isinstance(linear, nn.Linear):
-            self.kind, self.group = "float", 0
+            self.op, self.group_size = "float", 0
             self.register_buffer("codes", linear.weight.detach().T.contiguous())
             self.register_buffer("bias", linear.bias)
             return
-        self.group = linear.group
-        self.kind = kind_of(linear)
-        codes, scales, zeros = _laid_out(linear, self.kind)
+        self.group_size = linear.group
+        self.op = select_op(linear)
+        codes, scales, zeros = _laid_out(linear, self.op)
         for name, value in (("codes", codes), ("scales", scales), ("zeros", zeros), ("bias", linear.bias)):
             self.register_buffer(name, value)
         self.register_buffer("step", linear.step)
@@ -57,29 +57,33 @@ class Product(nn.Module):
         return made if self.bias is None else made + self.bias
 
     def _product(self, x: Tensor) -> Tensor:
-        out = (*x.shape[:-1], self.rows)
-        sizes = {"K": self.columns, "N": self.rows, "block_size": self.group}
-        if self.kind == "float":
-            return x @ self.codes
-        if self.kind == "int4":
-            given = (x, self.codes, self.scales) if self.zeros is None else (x, self.codes, self.scales, self.zeros)
-            return _op(f"{MICROSOFT}::MatMulNBits", given, sizes | {"bits": 4}, x.dtype, out)
-        if self.kind == "nf4":
-            given = (x, self.codes, self.scales)
-            return _op(f"{MICROSOFT}::MatMulBnb4", given, sizes | {"quant_type": 1}, x.dtype, out)
-        if self.kind == "grouped":
-            return x @ (self.codes.to(x.dtype) * self.scales).flatten(1)[:, : self.columns].T
-        if self.kind == "dynamic":
+        out = (*x.shape[:-1], self.out_features)
+        sizes = {"K": self.in_features, "N": self.out_features, "block_size": self.group_size}
+        if self.op == "float":
+            return x @ self.qweight
+        if self.op == "int4":
+            given = (
+                (x, self.qweight, self.scale)
+                if self.zero_point is None
+                else (x, self.qweight, self.scale, self.zero_point)
+            )
+            return _op(f"{MICROSOFT_DOMAIN}::MatMulNBits", given, sizes | {"bits": 4}, x.dtype, out)
+        if self.op == "nf4":
+            given = (x, self.qweight, self.scale)
+            return _op(f"{MICROSOFT_DOMAIN}::MatMulBnb4", given, sizes | {"quant_type": 1}, x.dtype, out)
+        if self.op == "grouped":
+            return x @ (self.qweight.to(x.dtype) * self.scale).flatten(1)[:, : self.in_features].T
+        if self.op == "dynamic":
             kinds: Any = {
                 "dtypes": (torch.uint8, torch.float32, torch.uint8),
                 "shapes": (x.shape, (), ()),
                 "version": 1,
             }
             narrow, step, middle = torch.onnx.ops.symbolic_multi_out("DynamicQuantizeLinear", (x,), {}, **kinds)
-            sums = _op("MatMulInteger", (narrow, self.codes, middle), {}, torch.int32, out)
-            return sums.to(x.dtype) * (step * self.scales)
-        if self.kind == "static":
-            how = (self.step, self.zero)
+            sums = _op("MatMulInteger", (narrow, self.qweight, middle), {}, torch.int32, out)
+            return sums.to(x.dtype) * (step * self.scale)
+        if self.op == "static":
+            how = (self.input_scale, self.input_zero_point)
             x = _op(
                 "DequantizeLinear",
                 (_op("QuantizeLinear", (x, *how), {}, torch.uint8, x.shape), *how),
@@ -87,7 +91,7 @@ class Product(nn.Module):
                 x.dtype,
                 x.shape,
             )
-        wide = _op("DequantizeLinear", (self.codes, self.scales), {"axis": 1}, x.dtype, self.codes.shape)
+        wide = _op("DequantizeLinear", (self.qweight, self.scale), {"axis": 1}, x.dtype, self.qweight.shape)
         return x @ wide
 
 
@@ -97,38 +101,38 @@ def _op(name: str, given: Sequence[Tensor], attributes: dict[str, Any], dtype: t
     return made
 
 
-def kind_of(linear: NarrowLinear) -> str:
-    if linear.form == "nf4":
+def select_op(linear: QuantizedLinear) -> str:
+    if linear.quant_type == "nf4":
         return "nf4"
     if linear.bits == 4:
         return "int4"
-    return "grouped" if linear.group < linear.in_features else linear.activations
+    return "grouped" if linear.group_size < linear.in_features else linear.activations
 
 
-def _laid_out(linear: NarrowLinear, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    codes, scales, zeros = linear.codes, linear.scales, linear.zeros
+def _laid_out(linear: QuantizedLinear, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    codes, scales, zeros = linear.qweight, linear.scale, linear.zero_point
     if kind == "grouped":
-        spare = -codes.shape[1] % linear.group
-        return nn.functional.pad(codes, (0, spare)).unflatten(1, (-1, linear.group)), scales[..., None], None
+        spare = -codes.shape[1] % linear.group_size
+        return nn.functional.pad(codes, (0, spare)).unflatten(1, (-1, linear.group_size)), scales[..., None], None
     if kind == "nf4":
-        return pairs(codes)[:, 0], scales.flatten(), None
+        return pack_bnb_4bit(codes)[:, 0], scales.flatten(), None
     if kind == "int4":
-        spare = -codes.shape[1] % linear.group
+        spare = -codes.shape[1] % linear.group_size
         wide = nn.functional.pad(codes.to(torch.int16) + 8, (0, spare), value=8).to(torch.uint8)
-        blocks = halves(wide).unflatten(1, (-1, linear.group // 2))
+        blocks = pack_nibbles(wide).unflatten(1, (-1, linear.group_size // 2))
         shifted = None if zeros is None else (zeros.to(torch.int16) + 8).to(torch.uint8)
         if shifted is not None:
-            shifted = halves(nn.functional.pad(shifted, (0, shifted.shape[1] % 2), value=8)).flatten()
+            shifted = pack_nibbles(nn.functional.pad(shifted, (0, shifted.shape[1] % 2), value=8)).flatten()
         return blocks, scales.flatten(), shifted
     return codes.T.contiguous(), scales[:, 0].contiguous(), None
 
 
-def put(net: Any, *, floats: bool = False) -> Any:
+def replace_linears(net: Any, *, include_unquantized: bool = False) -> Any:
     """Products in the place of the narrow linears of `net`, which is changed.
 
     With `floats` in that of all linears, so that every graph of the net has its weights laid out alike.
     """
     for name, module in list(net.named_modules()):
-        if isinstance(module, NarrowLinear) or (floats and type(module) is nn.Linear):
-            net.set_submodule(name, Product(module))
+        if isinstance(module, QuantizedLinear) or (include_unquantized and type(module) is nn.Linear):
+            net.set_submodule(name, QuantMatMul(module))
     return net

@@ -14,8 +14,8 @@ from typing import Any, Protocol, cast
 
 from mowa.errors import DataError, ModelError
 from mowa.export import manifest
-from mowa.export.manifest import Written
-from mowa.files import becoming
+from mowa.export.manifest import ExportResult
+from mowa.files import atomic_folder
 from mowa.nouns import Artifact, Model
 
 FORMATS = {
@@ -27,19 +27,19 @@ FORMATS = {
 }
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Exporter(Protocol):
     """A module of this room, named as its format is."""
 
-    def can(self, model: Model) -> str:
+    def unsupported_reason(self, model: Model) -> str:
         """Why this model, as it is shrunk, cannot be written so, and what could instead; empty where it can."""
 
-    def parts(self) -> None:
+    def require_packages(self) -> None:
         """MissingPart, with what to install, where a package that writing needs is not there."""
 
-    def write(self, model: Model, folder: Path, **options: Any) -> tuple[Any, Written]:
+    def write(self, model: Model, folder: Path, **options: Any) -> tuple[Any, ExportResult]:
         """Write `model` into `folder`, which is there and empty, read it again and compare it with the net where that
         can be done here. → the net that was written (its config is what goes beside it), and what was written.
 
@@ -47,7 +47,7 @@ class Exporter(Protocol):
         """
 
 
-def exporter(to: str) -> Exporter:
+def get_exporter(to: str) -> Exporter:
     """The exporter called `to`. ModelError with the nearest name where there is none."""
     if to not in FORMATS:
         near = difflib.get_close_matches(to, FORMATS, 1)
@@ -62,16 +62,16 @@ def export(model: Model, to: str, out: str | Path, **options: Any) -> Artifact:
     Raises ModelError: an unknown format, a model or scheme that it cannot hold, a result that is not what the net says
     (nothing is left then); MissingPart; DataError where `out` is there, or the disk is full.
     """
-    chosen, out = exporter(to), Path(out)
-    if why := chosen.can(model):
+    chosen, out = get_exporter(to), Path(out)
+    if why := chosen.unsupported_reason(model):
         raise ModelError(f"{model.origin.name} in {model.scheme.name} cannot be written as {to}: {why}")
-    chosen.parts()
+    chosen.require_packages()
     try:
-        with becoming(out) as folder:
+        with atomic_folder(out) as folder:
             net, written = chosen.write(model, folder, **options)
-            manifest.write(model, net, to, folder, written)
+            manifest.write_manifest(model, net, to, folder, written)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
         free = shutil.disk_usage(out.parent).free
         need = 4 * sum(weight.numel() for weight in model.net.parameters())
@@ -79,4 +79,4 @@ def export(model: Model, to: str, out: str | Path, **options: Any) -> Artifact:
             f"the disk of {out} is full ({free / 1e6:.0f} MB are free, and writing takes up to {2 * need / 1e6:.0f}):"
             " nothing was left there; make room, or choose another folder"
         ) from None
-    return manifest.read(out)
+    return manifest.read_artifact(out)

@@ -35,26 +35,26 @@ from mowa.errors import ModelError
 from mowa.export import compare, products, tensors, typed
 from mowa.export import onnx as graphs
 from mowa.export import tensorrt_build as building
-from mowa.export.compare import AGREEING, FARTHEST
-from mowa.export.manifest import Written
-from mowa.export.onnx import GRAPH, OPSET
-from mowa.export.plain import plain, widened
-from mowa.families.chunks import reach
-from mowa.kernels.narrow import NarrowLinear
+from mowa.export.compare import MAX_ABS_DIFF, MIN_AGREEMENT
+from mowa.export.manifest import ExportResult
+from mowa.export.onnx import DEFAULT_OPSET, GRAPH_FILE
+from mowa.export.plain import dequantize_linear, prepare_for_export
+from mowa.families.chunks import receptive_field
+from mowa.kernels.narrow import QuantizedLinear
 from mowa.nouns import FLOAT32, Model
 
 log = logging.getLogger("mowa")
 
-ENGINE = "model.engine"
+ENGINE_FILE = "model.engine"
 Profile = Sequence[Sequence[int]]
-PROFILE: Profile = ((1, 16_000), (1, 160_000), (4, 480_000))
-HEARD_S = 5  # the longest that is compared but for the profile's own
-EARNED = 2.0  # times the error that such arithmetic was seen to make here
-MASKED = ("Wav2Vec2ForCTC", "HubertForCTC")
-HALVES = {"float16": "float16", "bfloat16": "bfloat16", "int8": "float16"}  # of what is not quantised
-FAR = -1e9  # added to the scores of what is not there
-TAKEN = (("float32", "wide"), ("float16", "wide"), ("bfloat16", "wide"), ("int8", "static"))
-REFUSED = {
+DEFAULT_PROFILE: Profile = ((1, 16_000), (1, 160_000), (4, 480_000))
+MAX_VERIFY_S = 5  # the longest that is compared but for the profile's own
+TOLERANCE_FACTOR = 2.0  # times the error that such arithmetic was seen to make here
+MASKABLE_NETS = ("Wav2Vec2ForCTC", "HubertForCTC")
+HALF_DTYPES = {"float16": "float16", "bfloat16": "bfloat16", "int8": "float16"}  # of what is not quantised
+MASK_VALUE = -1e9  # added to the scores of what is not there
+SUPPORTED_SCHEMES = (("float32", "wide"), ("float16", "wide"), ("bfloat16", "wide"), ("int8", "static"))
+UNSUPPORTED_SCHEMES = {
     ("int8", "dynamic"): "TensorRT's ONNX parser has no DynamicQuantizeLinear",
     ("int8", "wide"): "TensorRT multiplies int8 weights with int8 inputs alone",
     ("int4", "wide"): "its int4 is ONNX Runtime's MatMulNBits, which TensorRT has not",
@@ -62,7 +62,7 @@ REFUSED = {
     ("mixed", "dynamic"): "it has operators that TensorRT has not",
 }
 # Operators of nets like these that onnx-tensorrt reads in the types they come in (its docs/operators.md, 10.15).
-KNOWN = frozenset(
+SUPPORTED_OPS = frozenset(
     "Abs Add And Cast Clip Concat Constant ConstantOfShape Conv DequantizeLinear Div Equal Expand Floor Gather"
     " GatherND Gelu Gemm Greater GreaterOrEqual Identity InstanceNormalization LayerNormalization Less LessOrEqual Log"
     " MatMul Max Min Mul Neg Not Or Pad Pow QuantizeLinear Range Reciprocal ReduceMean ReduceSum Relu Reshape Shape"
@@ -70,41 +70,45 @@ KNOWN = frozenset(
 )
 
 
-def can(model: Model) -> str:
+def unsupported_reason(model: Model) -> str:
     """As `Exporter.can`."""
     kind = model.scheme.weights, model.scheme.activations
-    return "" if kind in TAKEN else f"{REFUSED.get(kind, 'TensorRT has no such products')}; use int8-static, or bf16"
+    return (
+        ""
+        if kind in SUPPORTED_SCHEMES
+        else f"{UNSUPPORTED_SCHEMES.get(kind, 'TensorRT has no such products')}; use int8-static, or bf16"
+    )
 
 
-def parts() -> None:
+def require_packages() -> None:
     """MissingPart where what exporting needs is not installed; TensorRT itself need not be."""
-    graphs.parts()
+    graphs.require_packages()
 
 
-def write(model: Model, folder: Path, *, profile: Profile = PROFILE) -> tuple[Any, Written]:
+def write(model: Model, folder: Path, *, profile: Profile = DEFAULT_PROFILE) -> tuple[Any, ExportResult]:
     """As `Exporter.write`. `profile`: batch and samples of the smallest, the usual and the largest input.
 
     What the graph says is compared in ONNX Runtime, in its own types, and what the engine says where there can be one.
     float32 must say what the net says in float64, to 1e-3 nats or twice what its own float32 is away; anything narrower
     must find the same output likeliest in 80 % of frames, and an engine may be twice as far from the net as the graph.
     """
-    wide = plain(model, widen=True)
-    _check(profile, reach(wide.config))
+    wide = prepare_for_export(model, dequantize=True)
+    _check(profile, receptive_field(wide.config))
     masked = _masked(wide)
     _trace(model, wide, folder, masked)
-    files = tensors.keep(folder, [GRAPH], FLOAT32, graphs.says(model, masked))
+    files = tensors.rewrite_graphs(folder, [GRAPH_FILE], FLOAT32, graphs.collect_metadata(model, masked))
     cases, own = _cases(model, wide, profile, masked, exact=model.scheme.weights == "float32")
-    found = building.apart(_said(folder / GRAPH, cases), cases)
+    found = building.compare_logits(_said(folder / GRAPH_FILE, cases), cases)
     if model.scheme.weights == "float32":
-        allowed = {"farthest": max(EARNED * own["farthest"], FARTHEST)}
+        allowed = {"farthest": max(TOLERANCE_FACTOR * own["farthest"], MAX_ABS_DIFF)}
     else:
-        allowed = {"rms": max(EARNED * found["rms"], FARTHEST), "agreeing": AGREEING}
+        allowed = {"rms": max(TOLERANCE_FACTOR * found["rms"], MAX_ABS_DIFF), "agreeing": MIN_AGREEMENT}
     _judge(model, found, allowed)
     names = ["input_values", *(["attention_mask"] if masked else [])]
     shapes = {name: [list(shape) for shape in profile] for name in names}
-    how = {"graph": GRAPH, "engine": ENGINE, "profile": shapes, "allowed": allowed}
+    how = {"graph": GRAPH_FILE, "engine": ENGINE_FILE, "profile": shapes, "allowed": allowed}
     _kit(folder, how, cases)
-    engine, unchecked = ENGINE if _here() else None, ""
+    engine, unchecked = ENGINE_FILE if _here() else None, ""
     if engine is not None:
         found = _built(model, folder, allowed, cases)
         files = (*files, engine)
@@ -113,9 +117,9 @@ def write(model: Model, folder: Path, *, profile: Profile = PROFILE) -> tuple[An
             "TensorRT itself was not run: compared is model.onnx in ONNX Runtime, its products rounded as its types"
             " say; build.py compares the engine where it is built"
         )
-    details = how | {"engine": engine, "masked": masked, "opset": OPSET}
+    details = how | {"engine": engine, "masked": masked, "opset": DEFAULT_OPSET}
     made_by = ("onnx", "onnxscript", "onnxruntime", *(["tensorrt"] if engine else []))
-    return wide, Written(files, details, found["farthest"], found["agreeing"], unchecked, made_by)
+    return wide, ExportResult(files, details, found["farthest"], found["agreeing"], unchecked, made_by)
 
 
 def _check(profile: Profile, least: int) -> None:
@@ -126,7 +130,7 @@ def _check(profile: Profile, least: int) -> None:
         fits = False
     if not fits:
         raise ModelError(
-            f"a profile is batch and samples of the smallest, the usual and the largest input, as {PROFILE};"
+            f"a profile is batch and samples of the smallest, the usual and the largest input, as {DEFAULT_PROFILE};"
             f" not {profile}"
         )
     if profile[0][1] < least:
@@ -136,7 +140,7 @@ def _check(profile: Profile, least: int) -> None:
 def _masked(net: Any) -> bool:
     """Whether padding can be kept out, by a net that is computed part by part."""
     config = net.config
-    stock = type(net).__name__ in MASKED and not getattr(config, "add_adapter", False)
+    stock = type(net).__name__ in MASKABLE_NETS and not getattr(config, "add_adapter", False)
     return stock and config.feat_extract_norm == "layer"
 
 
@@ -148,7 +152,7 @@ class _Net(nn.Module):
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
-        self.hop, self.reach = math.prod(net.config.conv_stride), reach(net.config)
+        self.hop, self.reach = math.prod(net.config.conv_stride), receptive_field(net.config)
 
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         if attention_mask is None:
@@ -163,7 +167,7 @@ class _Net(nn.Module):
         states = states + base.encoder.pos_conv_embed(states)
         states = states if stable else base.encoder.layer_norm(states)
         for layer in base.encoder.layers:
-            made = layer(states, attention_mask=(1 - there[:, None, None]) * FAR)
+            made = layer(states, attention_mask=(1 - there[:, None, None]) * MASK_VALUE)
             states = made[0] if isinstance(made, tuple) else made
         states = base.encoder.layer_norm(states) if stable else states
         out: Tensor = self.net.lm_head(states)
@@ -176,30 +180,32 @@ def _trace(model: Model, wide: Any, folder: Path, masked: bool) -> None:
 
     scheme = model.scheme.weights
     net = _quantised(model) if scheme == "int8" else wide
-    with graphs.tracing(model.origin.name), TemporaryDirectory(dir=folder.parent) as place:
-        graphs.trace(_Net(net), Path(place) / GRAPH, masked, OPSET)
-        made = onnx.load(f"{place}/{GRAPH}")
-    if unknown := sorted(typed.operators(made.graph) - KNOWN):
+    with graphs.translate_export_errors(model.origin.name), TemporaryDirectory(dir=folder.parent) as place:
+        graphs.export_graph(_Net(net), Path(place) / GRAPH_FILE, masked, DEFAULT_OPSET)
+        made = onnx.load(f"{place}/{GRAPH_FILE}")
+    if unknown := sorted(typed.list_operators(made.graph) - SUPPORTED_OPS):
         raise ModelError(f"TensorRT does not read {', '.join(unknown)}, which {model.origin.name} needs: use onnx")
-    typed.symmetric(made.graph)
-    if scheme in HALVES:
-        typed.in_halves(made.graph, HALVES[scheme])
+    typed.make_symmetric(made.graph)
+    if scheme in HALF_DTYPES:
+        typed.cast_to_half(made.graph, HALF_DTYPES[scheme])
     _save(made, folder)
 
 
 def _quantised(model: Model) -> Any:
     """The net with products of int8 where inputs have a range, and wide linears elsewhere."""
-    net = plain(model)
+    net = prepare_for_export(model)
     for name, module in list(net.named_modules()):
-        if isinstance(module, NarrowLinear) and module.activations != "static":
-            net.set_submodule(name, widened(module))
-    return products.put(net)
+        if isinstance(module, QuantizedLinear) and module.activations != "static":
+            net.set_submodule(name, dequantize_linear(module))
+    return products.replace_linears(net)
 
 
 def _save(model: Any, folder: Path) -> None:
     import onnx
 
-    onnx.save_model(model, folder / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data", size_threshold=1024)
+    onnx.save_model(
+        model, folder / GRAPH_FILE, save_as_external_data=True, location=f"{GRAPH_FILE}.data", size_threshold=1024
+    )
 
 
 def _cases(
@@ -209,8 +215,8 @@ def _cases(
     and how far from that it is in float32. Speech and noise by turns; where there is a mask, the rows of a batch are of
     many lengths. Engines were seen to be right in the usual shape alone (github.com/NVIDIA/TensorRT, issue 4450)."""
     (few, least), (usual, best), (many, most) = profile
-    speech, rng = audio.load(compare.SAMPLE), np.random.default_rng(1)
-    enough = max(least, HEARD_S * model.preprocessing.rate_hz)
+    speech, rng = audio.load_audio(compare.SAMPLE), np.random.default_rng(1)
+    enough = max(least, MAX_VERIFY_S * model.preprocessing.rate_hz)
     shapes = [(few, least), (usual, min(best, enough)), (many, min(most, enough)), (few, most)]
     cases, plainly, truth = [], [], copy.deepcopy(net).double() if exact else net
     for batch, longest in dict.fromkeys(shapes):
@@ -218,7 +224,7 @@ def _cases(
         values = np.full((batch, longest), model.preprocessing.padding_value, np.float32)
         for index, length in enumerate(lengths):
             row = rng.standard_normal(length, np.float32) if index % 2 else np.resize(speech, length)
-            values[index, :length] = compare.ready(model, row)
+            values[index, :length] = compare.preprocess(model, row)
         mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
         case = {"input_values": values} | ({"attention_mask": mask} if masked else {})
         given = {name: torch.from_numpy(value) for name, value in case.items()}
@@ -229,11 +235,11 @@ def _cases(
                 said = truth(**given | {"input_values": given["input_values"].double()}).logits.float().numpy()
         frames = [_frames(net.config, length) if masked else said.shape[1] for length in lengths]
         cases.append(case | {"logits": said, "frames": np.array(frames)})
-    return cases, building.apart(plainly, cases)
+    return cases, building.compare_logits(plainly, cases)
 
 
 def _frames(config: Any, samples: int) -> int:
-    return (int(samples) - reach(config)) // math.prod(config.conv_stride) + 1
+    return (int(samples) - receptive_field(config)) // math.prod(config.conv_stride) + 1
 
 
 def _said(graph: Path, cases: Sequence[building.Arrays]) -> list[np.ndarray]:
@@ -247,20 +253,20 @@ def _said(graph: Path, cases: Sequence[building.Arrays]) -> list[np.ndarray]:
     options.log_severity_level = 3
     with TemporaryDirectory() as place:
         made = onnx.load(graph)
-        typed.emulated(made.graph)
+        typed.emulate_half(made.graph)
         _save(made, Path(place))
-        session = onnxruntime.InferenceSession(f"{place}/{GRAPH}", options, providers=["CPUExecutionProvider"])
-        return [session.run(["logits"], building.inputs(case))[0] for case in cases]
+        session = onnxruntime.InferenceSession(f"{place}/{GRAPH_FILE}", options, providers=["CPUExecutionProvider"])
+        return [session.run(["logits"], building.select_inputs(case))[0] for case in cases]
 
 
 def _judge(model: Model, found: dict[str, float], allowed: dict[str, float]) -> None:
     name, scheme = model.origin.name, model.scheme
     if scheme.weights == "float32":
-        if why := building.verdict(found, allowed):
+        if why := building.check_tolerances(found, allowed):
             raise ModelError(f"the graph of {name} is not what the net is: {why}")
     else:
         instead = "bf16" if scheme.weights == "float16" else "float32"
-        compare.judge(model, "TensorRT", found["farthest"], found["agreeing"], instead=instead)
+        compare.verify_tolerance(model, "TensorRT", found["farthest"], found["agreeing"], alternative=instead)
 
 
 def _kit(folder: Path, how: dict[str, Any], cases: Sequence[building.Arrays]) -> None:
@@ -273,7 +279,13 @@ def _kit(folder: Path, how: dict[str, Any], cases: Sequence[building.Arrays]) ->
     for index, word in enumerate(("min", "opt", "max")):
         each = (f"{name}:{'x'.join(map(str, of[index]))}" for name, of in how["profile"].items())
         shapes.append(f"  --{word}Shapes={','.join(each)}")
-    line = ["trtexec", f"  --onnx={GRAPH}", "  --saveEngine=unchecked.engine", "  --stronglyTyped", "  --skipInference"]
+    line = [
+        "trtexec",
+        f"  --onnx={GRAPH_FILE}",
+        "  --saveEngine=unchecked.engine",
+        "  --stronglyTyped",
+        "  --skipInference",
+    ]
     line += ["  --noTF32", *shapes]
     script = folder / "build.sh"
     script.write_text(
@@ -295,11 +307,13 @@ def _here() -> bool:
 
 def _built(model: Model, folder: Path, allowed: dict[str, float], cases: Sequence[building.Arrays]) -> dict[str, float]:
     try:
-        engine = building.plan(folder)
-        found = building.apart(building.outputs(engine, [building.inputs(case) for case in cases]), cases)
+        engine = building.build_engine(folder)
+        found = building.compare_logits(
+            building.run_engine(engine, [building.select_inputs(case) for case in cases]), cases
+        )
     except RuntimeError as error:
         raise ModelError(f"{model.origin.name}: {error}") from error
-    if why := building.verdict(found, allowed):
+    if why := building.check_tolerances(found, allowed):
         raise ModelError(f"TensorRT's engine of {model.origin.name} does not say what the net says: {why}")
-    (folder / ENGINE).write_bytes(engine)
+    (folder / ENGINE_FILE).write_bytes(engine)
     return found

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-NEVER = -50.0  # nats: what is less likely than this is not compared
-UNLIKELY = -10.0  # nor by `rms`, where it would drown what is likely
+MIN_LOG_PROB = -50.0  # nats: what is less likely than this is not compared
+MIN_LOG_PROB_RMS = -10.0  # nor by `rms`, where it would drown what is likely
 
 
-def plan(folder: Path) -> bytes:
+def build_engine(folder: Path) -> bytes:
     """The engine of the graph in `folder`, serialised. RuntimeError, with TensorRT's own words, where there is none."""
     import tensorrt as trt  # type: ignore[import-not-found, unused-ignore]
 
@@ -48,7 +48,7 @@ def plan(folder: Path) -> bytes:
     return bytes(made)
 
 
-def outputs(engine: bytes, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
+def run_engine(engine: bytes, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
     """What an engine says: inputs by name → logits float32 [B, T, V], of each."""
     import tensorrt as trt  # type: ignore[import-not-found, unused-ignore]
     import torch
@@ -75,7 +75,7 @@ def outputs(engine: bytes, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[np
     return said
 
 
-def references(folder: Path) -> list[Arrays]:
+def read_references(folder: Path) -> list[Arrays]:
     """What was asked of the net and what it said: inputs by name, `logits` and `frames` (of each row), of each case."""
     cases: dict[str, Arrays] = {}
     with np.load(folder / "reference.npz") as kept:
@@ -85,22 +85,22 @@ def references(folder: Path) -> list[Arrays]:
     return [cases[number] for number in sorted(cases)]
 
 
-def inputs(case: Mapping[str, np.ndarray]) -> Arrays:
+def select_inputs(case: Mapping[str, np.ndarray]) -> Arrays:
     return {name: value for name, value in case.items() if name not in ("logits", "frames")}
 
 
-def apart(said: Sequence[np.ndarray], cases: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+def compare_logits(logits: Sequence[np.ndarray], cases: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
     """How far logits are from the net's, in log-probabilities of frames where there is sound: `farthest` and `rms`
     (nats), and `agreeing`, the share of frames with the same likeliest output. Infinitely far where one is not a
     number."""
     parts: list[tuple[np.ndarray, np.ndarray]] = []
-    for ours, case in zip(said, cases, strict=True):
+    for ours, case in zip(logits, cases, strict=True):
         for row, theirs, frames in zip(ours, case["logits"], case["frames"], strict=True):
             parts.append((row[:frames], theirs[:frames]))
     found, truth = (_log_probabilities(np.concatenate(side)) for side in zip(*parts, strict=True))
     if not np.isfinite(found).all():
         return {"farthest": np.inf, "rms": np.inf, "agreeing": 0.0}
-    likely = np.maximum(found, UNLIKELY) - np.maximum(truth, UNLIKELY)
+    likely = np.maximum(found, MIN_LOG_PROB_RMS) - np.maximum(truth, MIN_LOG_PROB_RMS)
     return {
         "farthest": float(np.abs(found - truth).max()),
         "rms": float(np.sqrt(np.square(likely).mean())),
@@ -112,33 +112,33 @@ def _log_probabilities(logits: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         logits = logits.astype(np.float64)
         logits = logits - logits.max(-1, keepdims=True)
-        made: np.ndarray = np.maximum(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), NEVER)
+        made: np.ndarray = np.maximum(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), MIN_LOG_PROB)
     return made
 
 
-def verdict(found: Mapping[str, float], allowed: Mapping[str, float]) -> str:
+def check_tolerances(measured: Mapping[str, float], tolerances: Mapping[str, float]) -> str:
     """Why an engine is not kept; empty where it is."""
-    for name, bound in allowed.items():
-        inside = found[name] >= bound if name == "agreeing" else found[name] <= bound
+    for name, bound in tolerances.items():
+        inside = measured[name] >= bound if name == "agreeing" else measured[name] <= bound
         if not inside:
-            return f"{name} is {found[name]:.3g}, and {bound:.3g} is allowed"
+            return f"{name} is {measured[name]:.3g}, and {bound:.3g} is allowed"
     return ""
 
 
-def main(folder: Path, made: str = "") -> int:
+def main(folder: Path, engine_file: str = "") -> int:
     how = json.loads((folder / "build.json").read_text())
-    cases = references(folder)
+    cases = read_references(folder)
     try:
-        engine = (folder / made).read_bytes() if made else plan(folder)
-        found = apart(outputs(engine, [inputs(case) for case in cases]), cases)
+        engine = (folder / engine_file).read_bytes() if engine_file else build_engine(folder)
+        found = compare_logits(run_engine(engine, [select_inputs(case) for case in cases]), cases)
     except (ImportError, OSError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
     finally:
-        if made:
-            (folder / made).unlink(missing_ok=True)
+        if engine_file:
+            (folder / engine_file).unlink(missing_ok=True)
     print(", ".join(f"{name} {value:.3g}" for name, value in found.items()))
-    if why := verdict(found, how["allowed"]):
+    if why := check_tolerances(found, how["allowed"]):
         print(f"the engine does not say what the net says: {why}; nothing is kept", file=sys.stderr)
         return 1
     unfinished = folder / f".{how['engine']}.{os.getpid()}"

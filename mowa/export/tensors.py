@@ -19,11 +19,11 @@ from torch.nn import functional
 from mowa.kernels import narrow
 from mowa.nouns import Scheme
 
-LEAST = 1024  # elements of what is worth a file of its own, and float16
-HALVES = {"float16": 10, "bfloat16": 16}  # TensorProto.DataType
+MIN_EXTERNAL_SIZE = 1024  # elements of what is worth a file of its own, and float16
+HALF_DATA_TYPES = {"float16": 10, "bfloat16": 16}  # TensorProto.DataType
 
 
-def keep(folder: Path, graphs: Sequence[str], scheme: Scheme, says: Mapping[str, str]) -> tuple[str, ...]:
+def rewrite_graphs(folder: Path, graphs: Sequence[str], scheme: Scheme, metadata: Mapping[str, str]) -> tuple[str, ...]:
     """Rewrite the `graphs` of `folder`: tensors as `scheme` has them, all in one file beside the first; what the
     exporter noted of its own work goes, and `says` is put in its place. → the files there are now."""
     import onnx
@@ -39,7 +39,7 @@ def keep(folder: Path, graphs: Sequence[str], scheme: Scheme, says: Mapping[str,
             _forget(model)
             for tensor in model.graph.initializer:
                 _put(tensor, data, file, places)
-            onnx.helper.set_model_props(model, dict(says))
+            onnx.helper.set_model_props(model, dict(metadata))
             model.producer_name = "mowa"
             (folder / graph).write_bytes(model.SerializeToString())
     if not places:
@@ -52,12 +52,12 @@ def _narrow(graph: Any, scheme: Scheme) -> None:
 
     integers = scheme.weights in ("int8", "int4", "nf4", "mixed")
     kind = "float16" if integers else scheme.weights
-    if kind not in HALVES:
+    if kind not in HALF_DATA_TYPES:
         return
     made, nodes = [], []
     for tensor in graph.initializer:
         matrix = len(tensor.dims) > 1 or "scales" in tensor.name or not integers
-        if tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) < LEAST or not matrix:
+        if tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) < MIN_EXTERNAL_SIZE or not matrix:
             made.append(tensor)
             continue
         convolution = "feature_extractor" in tensor.name and tensor.name.endswith("conv.weight")
@@ -77,7 +77,7 @@ def _half(tensor: Any, kind: str) -> tuple[list[Any], list[Any]]:
 
     name, wide = f"{tensor.name}.{kind}", _read(tensor)
     raw = torch.from_numpy(wide).to(getattr(torch, kind)).view(torch.int16).numpy().tobytes()
-    kept = TensorProto(name=name, data_type=HALVES[kind], dims=tensor.dims, raw_data=raw)
+    kept = TensorProto(name=name, data_type=HALF_DATA_TYPES[kind], dims=tensor.dims, raw_data=raw)
     return [kept], [helper.make_node("Cast", [name], [tensor.name], f"widen {tensor.name}", to=TensorProto.FLOAT)]
 
 
@@ -86,12 +86,12 @@ def _in_groups(tensor: Any) -> tuple[list[Any], list[Any]]:
     from onnx import TensorProto, helper, numpy_helper
 
     weight = torch.from_numpy(_read(tensor))
-    group = narrow.side_group(weight)
+    group = narrow.non_block_group_size(weight)
     if not group:
         return _half(tensor, "float16")
-    found, name = narrow.to_int(weight.flatten(1), 8, group), tensor.name
-    codes = functional.pad(found.codes, (0, -found.codes.shape[1] % group)).unflatten(1, (-1, group)).numpy()
-    scales, scaling = _half(numpy_helper.from_array(found.scales[..., None].numpy(), f"{name}.scales"), "float16")
+    found, name = narrow.quantize(weight.flatten(1), 8, group), tensor.name
+    codes = functional.pad(found.qweight, (0, -found.qweight.shape[1] % group)).unflatten(1, (-1, group)).numpy()
+    scales, scaling = _half(numpy_helper.from_array(found.scale[..., None].numpy(), f"{name}.scales"), "float16")
     kept = [
         numpy_helper.from_array(codes, f"{name}.codes"),
         *scales,
@@ -128,7 +128,7 @@ def _put(tensor: Any, data: str, file: Any, places: dict[str, tuple[int, int]]) 
     from onnx import external_data_helper, numpy_helper
 
     raw = tensor.raw_data if tensor.HasField("raw_data") else _read(tensor).tobytes()
-    if len(raw) < LEAST:
+    if len(raw) < MIN_EXTERNAL_SIZE:
         return
     if not tensor.HasField("raw_data"):
         tensor.CopyFrom(numpy_helper.from_array(_read(tensor), tensor.name))

@@ -13,34 +13,34 @@ from typing import Any
 import numpy as np
 import torch
 
-PRODUCTS = ("MatMul", "Gemm", "Conv")
+MATMUL_OPS = ("MatMul", "Gemm", "Conv")
 
 
-def in_halves(graph: Any, kind: str) -> None:
+def cast_to_half(graph: Any, dtype: str) -> None:
     """Make the products of a float32 `graph` in `kind`, float16 or bfloat16: constants are rounded, all else is cast.
     Quantised products stay as they are."""
     from onnx import TensorProto
 
-    half = TensorProto.DataType.Value(kind.upper())
+    half = TensorProto.DataType.Value(dtype.upper())
     constants = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
     quantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     narrowed: dict[str, str] = {}
     nodes: list[Any] = []
     for node in list(graph.node):
-        if node.op_type not in PRODUCTS or quantised & set(node.input):
+        if node.op_type not in MATMUL_OPS or quantised & set(node.input):
             nodes.append(node)
             continue
         for index, name in enumerate(node.input):
             if name and name not in narrowed:
-                narrowed[name] = f"{name}.{kind}"
+                narrowed[name] = f"{name}.{dtype}"
                 if name in constants:
-                    graph.initializer.append(_rounded(constants[name], narrowed[name], kind, half))
+                    graph.initializer.append(_rounded(constants[name], narrowed[name], dtype, half))
                 else:
                     nodes.append(_cast(name, narrowed[name], half))
             node.input[index] = narrowed[name] if name else ""
         out = node.output[0]
-        node.output[0] = f"{out}.{kind}"
-        nodes += [node, _cast(f"{out}.{kind}", out, TensorProto.FLOAT)]
+        node.output[0] = f"{out}.{dtype}"
+        nodes += [node, _cast(f"{out}.{dtype}", out, TensorProto.FLOAT)]
     _put(graph, nodes)
 
 
@@ -58,7 +58,7 @@ def _rounded(tensor: Any, name: str, kind: str, half: int) -> Any:
     return TensorProto(name=name, data_type=half, dims=tensor.dims, raw_data=raw)
 
 
-def symmetric(graph: Any) -> None:
+def make_symmetric(graph: Any) -> None:
     """Let every uint8 input of a product be int8 around 0, in steps that cover the same range: up to twice as wide."""
     from onnx import TensorProto, numpy_helper
 
@@ -81,7 +81,7 @@ def symmetric(graph: Any) -> None:
     _put(graph, list(graph.node))
 
 
-def emulated(graph: Any) -> None:
+def emulate_half(graph: Any) -> None:
     """The graph that `in_halves` made, for a runtime without such products: their inputs and outputs are rounded as
     they would be, and their sums are made in float32."""
     from onnx import TensorProto
@@ -96,7 +96,7 @@ def emulated(graph: Any) -> None:
     widened: dict[str, str] = {}
     nodes: list[Any] = []
     for node in list(graph.node):
-        half = found.get(node.input[0]) if node.op_type in PRODUCTS else None
+        half = found.get(node.input[0]) if node.op_type in MATMUL_OPS else None
         if half is None:
             nodes.append(node)
             continue
@@ -111,7 +111,7 @@ def emulated(graph: Any) -> None:
     _put(graph, nodes)
 
 
-def operators(graph: Any) -> set[str]:
+def list_operators(graph: Any) -> set[str]:
     return {f"{node.domain}::{node.op_type}".removeprefix("::") for node in graph.node}
 
 

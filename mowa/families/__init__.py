@@ -18,29 +18,36 @@ from mowa.families import (
     wav2vec2,
     wavlm,
 )
-from mowa.families.registry import families, find, model_types, names, register, resolve
+from mowa.families.registry import (
+    get_family,
+    list_families,
+    list_family_names,
+    list_model_types,
+    register,
+    resolve_family,
+)
 
 __all__ = [
     "bert",
     "deepseek",
-    "families",
-    "find",
     "gemma",
+    "get_family",
     "gpt_oss",
     "granite",
     "hubert",
+    "list_families",
+    "list_family_names",
+    "list_model_types",
     "llama",
     "mistral",
     "mixtral",
-    "model_types",
     "modernbert",
     "mpnet",
-    "names",
     "phi",
     "qwen",
     "qwen2_5_vl",
     "register",
-    "resolve",
+    "resolve_family",
     "wav2vec2",
     "wavlm",
 ]

@@ -13,11 +13,11 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from mowa.families import attention, find, fused_head, swaps
+from mowa.families import attention, fused_head, get_family, swaps
 
 _UNDO: WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = WeakKeyDictionary()
 
-SWAPPED = {
+DESCRIPTIONS = {
     "rms_norm": "in one operation, whose backward pass keeps its input alone",
     "rms_norm_plus_one": "in one operation, whose backward pass keeps its input alone",
     "swiglu": "in one operation, whose backward pass makes the gate again",
@@ -31,38 +31,38 @@ SWAPPED = {
 class Change:
     """What was done to how many modules of a net, or why it was not (`count` 0)."""
 
-    what: str
+    operation: str
     count: int
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.what:<14} {self.count or '–':>4}  {self.reason}"
+        return f"{self.operation:<14} {self.count or '–':>4}  {self.reason}"
 
 
-def accelerate(net: Any, *, tiles: int = 0) -> tuple[Change, ...]:
+def accelerate(net: Any, *, mlp_tiles: int = 0) -> tuple[Change, ...]:
     """Swap what can be swapped on `net`, a transformers net or a PeftModel around one. → what was, and what was not.
 
     tiles: MLPs go over the sequence in so many pieces. Call it after adapters are in; `restore` before they go.
     """
     stock = net.get_base_model() if hasattr(net, "get_base_model") else net
     restore(stock)
-    family = find(stock.config.model_type)
+    family = get_family(stock.config.model_type)
     undo: list[Callable[[], object]] = []
     _UNDO[stock] = undo
     changes = []
-    if why := attention.refused(stock):
+    if why := attention.unsupported_reason(stock):
         changes.append(Change("attention", 0, why))
     else:
-        undo.append(attention.use(stock))
+        undo.append(attention.install_attention(stock))
         changes.append(Change("attention", 1, "each document by itself, no mask of all against all"))
-    swapped = swaps.swap(stock, family, tiles=tiles)
-    undo.append(swapped.undo)
-    changes += [Change(_spoken(op), count, SWAPPED[op]) for op, count in swapped.counts.items()]
-    changes += [Change(_spoken(op), 0, f"{count} stay: {why}") for (op, why), count in swapped.refused.items()]
-    if why := family.limits.get("fused_head") or fused_head.refused(stock):
+    swapped = swaps.fuse_modules(stock, family, mlp_tiles=mlp_tiles)
+    undo.append(swapped.restore)
+    changes += [Change(_spoken(op), count, DESCRIPTIONS[op]) for op, count in swapped.counts.items()]
+    changes += [Change(_spoken(op), 0, f"{count} stay: {why}") for (op, why), count in swapped.skipped.items()]
+    if why := family.unsupported.get("fused_head") or fused_head.unsupported_reason(stock):
         changes.append(Change("loss", 0, why))
     else:
-        undo.append(fused_head.fuse(stock))
+        undo.append(fused_head.fuse_loss(stock))
         changes.append(Change("loss", 1, "of learnt tokens only, without logits of the rest"))
     return tuple(changes)
 

@@ -24,28 +24,28 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import masking_utils as theirs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mowa.kernels.attention import CAUSAL, FULL, Mask, attend, weigh, without_padding
-from mowa.kernels.segments import Segments
+from mowa.kernels.attention import CAUSAL, FULL, AttentionMask, attend, attention_weights, padding_to_documents
+from mowa.kernels.segments import PackedSequences
 
-NAME = "mowa"
+ATTN_IMPLEMENTATION = "mowa"
 _PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
 _POSITIONS: ContextVar[Tensor | None] = ContextVar("positions", default=None)
 
 
-def refused(net: nn.Module) -> str:
+def unsupported_reason(net: nn.Module) -> str:
     """Why the attention of `net` cannot be exchanged; empty where it can."""
     if getattr(net, "_supports_attention_backend", False):
         return ""
     return f"{type(net).__name__} attends in a way of its own, not by transformers' AttentionInterface"
 
 
-def use(net: Any) -> Callable[[], None]:
+def install_attention(net: Any) -> Callable[[], None]:
     """Let the attention of `net`, and of the nets in it, be ours. → what puts back what each had."""
     configs = _configs(net)
     before = [config._attn_implementation for config in configs]
     own = vars(net).get("create_masks_for_generate")
     for config in configs:
-        config._attn_implementation = NAME
+        config._attn_implementation = ATTN_IMPLEMENTATION
     stock = getattr(net, "create_masks_for_generate", theirs.create_masks_for_generate)
     net.create_masks_for_generate = partial(_for_generate, stock)
     called = (
@@ -103,7 +103,7 @@ def _collect(config: Any, found: dict[int, Any]) -> None:
                 _collect(part, found)
 
 
-def mask(
+def mowa_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -130,20 +130,20 @@ def mask(
             attention_mask=attention_mask,
             **asked,
         )
-        return dense if dense is None or plain else Mask(dense=dense)
-    found = replace(known, offset=int(q_offset) - kv_offset)
+        return dense if dense is None or plain else AttentionMask(dense_mask=dense)
+    found = replace(known, query_offset=int(q_offset) - kv_offset)
     if attention_mask is None:
-        positions = _POSITIONS.get() if found.after == 0 and found.documents is None else None
-        fits = positions is not None and found.offset == 0 and q_length == kv_length == positions.shape[1]
+        positions = _POSITIONS.get() if found.right_window == 0 and found.documents is None else None
+        fits = positions is not None and found.query_offset == 0 and q_length == kv_length == positions.shape[1]
         return _packed(found, positions.expand(batch_size, -1)) if fits and positions is not None else found
     padding = theirs.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     padding = padding[:, kv_offset : kv_offset + kv_length].bool()  # type: ignore[index]
-    if found.documents is None and found.offset == 0 and q_length == kv_length:
-        return without_padding(found, padding)
-    return found if bool(padding.all()) else replace(found, padding=padding)
+    if found.documents is None and found.query_offset == 0 and q_length == kv_length:
+        return padding_to_documents(found, padding)
+    return found if bool(padding.all()) else replace(found, padding_mask=padding)
 
 
-def _read(function: Callable[..., Any]) -> Mask | None:
+def _read(function: Callable[..., Any]) -> AttentionMask | None:
     """What a mask function of transformers says, or None for one that says something else."""
     if function is theirs.causal_mask_function:
         return CAUSAL
@@ -156,23 +156,23 @@ def _read(function: Callable[..., Any]) -> Mask | None:
     if maker == "and_masks":
         return _all(inside["mask_functions"])
     if maker == "sliding_window_overlay":
-        return Mask(before=inside["sliding_window"] - 1)
+        return AttentionMask(left_window=inside["sliding_window"] - 1)
     if maker == "sliding_window_bidirectional_overlay":
-        return Mask(before=inside["sliding_window"], after=inside["sliding_window"])
+        return AttentionMask(left_window=inside["sliding_window"], right_window=inside["sliding_window"])
     if maker == "packed_sequence_mask_function":
-        return Mask(documents=_documents(inside["packed_sequence_mask"]))
+        return AttentionMask(documents=_documents(inside["packed_sequence_mask"]))
     if maker == "remap_positions_for_packed_sequence":  # to positions that rise by one in each document: the same
         return _read(inside["mask_function"])
     return None
 
 
-def _all(functions: tuple[Callable[..., Any], ...]) -> Mask | None:
+def _all(functions: tuple[Callable[..., Any], ...]) -> AttentionMask | None:
     whole = FULL
     for function in functions:
         if (part := _read(function)) is None:
             return None
         before, after = (_less(getattr(whole, name), getattr(part, name)) for name in ("before", "after"))
-        whole = Mask(before, after, documents=part.documents or whole.documents)
+        whole = AttentionMask(before, after, documents=part.documents or whole.documents)
     return whole
 
 
@@ -180,17 +180,17 @@ def _less(a: int | None, b: int | None) -> int | None:
     return a if b is None else b if a is None else min(a, b)
 
 
-def _packed(found: Mask, positions: Tensor) -> Mask:
+def _packed(found: AttentionMask, positions: Tensor) -> AttentionMask:
     owner = theirs.find_packed_sequence_indices(positions)
     return found if owner is None else replace(found, documents=_documents(owner))
 
 
-def _documents(owner: Tensor) -> tuple[Segments, ...]:
+def _documents(owner: Tensor) -> tuple[PackedSequences, ...]:
     """owner int [B, T], rising: which document of its row a token is of."""
-    return tuple(Segments(tuple(row.unique_consecutive(return_counts=True)[1].tolist())) for row in owner)
+    return tuple(PackedSequences(tuple(row.unique_consecutive(return_counts=True)[1].tolist())) for row in owner)
 
 
-def attention(
+def mowa_attention_forward(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -212,7 +212,11 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries, keys = query.shape[2], key.shape[2]
     if position_bias is not None:
-        dense = attention_mask.seen(queries, keys, query.device) if isinstance(attention_mask, Mask) else attention_mask
+        dense = (
+            attention_mask.to_dense(queries, keys, query.device)
+            if isinstance(attention_mask, AttentionMask)
+            else attention_mask
+        )
         return sdpa_attention_forward(
             module,
             query,
@@ -224,16 +228,16 @@ def attention(
             is_causal=is_causal,
             position_bias=position_bias,
         )
-    if isinstance(attention_mask, Mask):
+    if isinstance(attention_mask, AttentionMask):
         wanted = attention_mask
     elif attention_mask is not None:
-        wanted = Mask(dense=attention_mask[..., :keys])
+        wanted = AttentionMask(dense_mask=attention_mask[..., :keys])
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         wanted = CAUSAL if causal and queries > 1 else FULL
     if asked.get("output_attentions"):
-        shown = wanted.seen(queries, keys, query.device)
-        weights = weigh(query, key, shown, scale=scale, softcap=softcap, sinks=s_aux)
+        shown = wanted.to_dense(queries, keys, query.device)
+        weights = attention_weights(query, key, shown, scale=scale, softcap=softcap, sinks=s_aux)
         dropped = nn.functional.dropout(weights, dropout)
         out = dropped @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         return out.transpose(1, 2).contiguous(), weights
@@ -241,5 +245,5 @@ def attention(
     return out.contiguous(), None
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, mask)
+AttentionInterface.register(ATTN_IMPLEMENTATION, mowa_attention_forward)
+AttentionMaskInterface.register(ATTN_IMPLEMENTATION, mowa_mask)

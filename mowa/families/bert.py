@@ -8,8 +8,8 @@ from __future__ import annotations
 from mowa.families.registry import register
 from mowa.nouns import Family
 
-NO_HEAD = "an embedding has no head over a vocabulary"
-PADDED = "its mask knows padding, and no bounds between documents"
+NO_LM_HEAD = "an embedding has no head over a vocabulary"
+PACKING_UNSUPPORTED = "its mask knows padding, and no bounds between documents"
 
 BERT = register(
     Family(
@@ -24,7 +24,7 @@ BERT = register(
         },
         head="",
         architectures=("BertModel", "BertForMaskedLM", "BertForPreTraining"),
-        aliases=(
+        name_patterns=(
             r"bert-(tiny|mini|small|medium|base|large)",
             r"(all|paraphrase|multi-qa|msmarco|paraphrase-multilingual)-minilm-l\d+",
             r"bge-(small|base|large)-(en|zh)",
@@ -33,7 +33,7 @@ BERT = register(
             r"gte-(small|base|large)(?!-(en|zh))",
             r"mxbai-embed-large",
         ),
-        tensors={"block": "encoder.layer.{i}.", "embeddings": "embeddings.word_embeddings.weight"},
-        limits={"packing": PADDED, "fused_head": NO_HEAD},
+        tensor_names={"block": "encoder.layer.{i}.", "embeddings": "embeddings.word_embeddings.weight"},
+        unsupported={"packing": PACKING_UNSUPPORTED, "fused_head": NO_LM_HEAD},
     )
 )

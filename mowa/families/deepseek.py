@@ -7,7 +7,7 @@ q_a_proj and q_b_proj. The first blocks have an MLP, the others experts, some of
 from __future__ import annotations
 
 from mowa.families.llama import LLAMA
-from mowa.families.mixtral import EXPERTS
+from mowa.families.mixtral import EXPERTS_UNSUPPORTED
 from mowa.families.registry import register
 from mowa.nouns import Family
 
@@ -15,7 +15,7 @@ _LINEARS = {
     "attention": ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
     "mlp": LLAMA.linears["mlp"],  # of the first blocks, and of shared experts
 }
-_LIMITS = {"experts": EXPERTS}
+_LIMITS = {"experts": EXPERTS_UNSUPPORTED}
 _END = "<｜end▁of▁sentence｜>"
 
 DEEPSEEK_V2 = register(
@@ -26,11 +26,11 @@ DEEPSEEK_V2 = register(
         blocks=("DeepseekV2DecoderLayer",),
         linears=_LINEARS,
         architectures=("DeepseekV2ForCausalLM",),
-        aliases=(r"deepseek-(coder-)?v2(\.5)?",),
-        swaps={"rms_norm": ("DeepseekV2RMSNorm",), "swiglu": ("DeepseekV2MLP",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"deepseek-(coder-)?v2(\.5)?",),
+        fused_modules={"rms_norm": ("DeepseekV2RMSNorm",), "swiglu": ("DeepseekV2MLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=("Assistant:", _END),
-        limits=_LIMITS,
+        unsupported=_LIMITS,
     )
 )
 
@@ -42,10 +42,10 @@ DEEPSEEK_V3 = register(
         blocks=("DeepseekV3DecoderLayer",),
         linears=_LINEARS,
         architectures=("DeepseekV3ForCausalLM",),
-        aliases=(r"deepseek-v3(\.1)?(?![.\d])", r"deepseek-r1(?!-distill)(?!.*qwen)"),
-        swaps={"rms_norm": ("DeepseekV3RMSNorm",), "swiglu": ("DeepseekV3MLP",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"deepseek-v3(\.1)?(?![.\d])", r"deepseek-r1(?!-distill)(?!.*qwen)"),
+        fused_modules={"rms_norm": ("DeepseekV3RMSNorm",), "swiglu": ("DeepseekV3MLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=("<｜Assistant｜>", _END),
-        limits=_LIMITS,
+        unsupported=_LIMITS,
     )
 )

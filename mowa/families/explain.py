@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from mowa.errors import ModelError
-from mowa.families.registry import find
-from mowa.kernels.attention_rules import Facts, choose, has
+from mowa.families.registry import get_family
+from mowa.kernels.attention_rules import AttentionSpec, available_packages, select_backend
 from mowa.nouns import Family
 
-TWIN = frozenset({"varlen", "varlen_window", "triton"})  # what torch for CUDA brings
-NAMES = {
+TORCH_CUDA_FEATURES = frozenset({"varlen", "varlen_window", "triton"})  # what torch for CUDA brings
+LAYER_TYPE_LABELS = {
     "full_attention": "full attention",
     "sliding_attention": "sliding window",
     "chunked_attention": "attention in chunks",
@@ -23,24 +23,26 @@ NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LayerExplanation:
     """One kind of layer, how many there are, what computes it, and why: the refusals of every better way among that."""
 
-    layers: str
+    layer_type: str
     count: int
-    choice: str
+    implementation: str
     reason: str
 
     def __iter__(self) -> Iterator[Any]:
         return iter(astuple(self))
 
 
-def here() -> str:
+def default_device() -> str:
     """The device that a model would be on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def explain(config: Any, *, length: int, device: str, dtype: str, packed: bool = False) -> list[Row]:
+def explain_layers(
+    config: Any, *, length: int, device: str, dtype: str, packed: bool = False
+) -> list[LayerExplanation]:
     """A row for every kind of attention in a net of that transformers config, in training with so many tokens in a row.
 
     device: cpu, cuda (this machine's; of another, by capability: cuda:9.0). dtype: of the activations, as torch has it.
@@ -49,21 +51,29 @@ def explain(config: Any, *, length: int, device: str, dtype: str, packed: bool =
     kind, capability = _device(device)
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ModelError(f"{dtype!r} is no dtype: bfloat16, float16 and float32 are")
-    family = find(config.model_type)
+    family = get_family(config.model_type)
     text = config.get_text_config()
-    if why := family.limits.get("attention"):
-        return [Row("attention", text.num_hidden_layers, "transformers", why)]
+    if why := family.unsupported.get("attention"):
+        return [LayerExplanation("attention", text.num_hidden_layers, "transformers", why)]
     rows = []
     for layer, count in _layers(text).items():
         facts = _facts(family, text, layer, length, kind, capability, dtype, packed)
         if layer == "chunked_attention":
-            rows.append(Row(NAMES[layer], count, "sdpa", "a mask of all tokens against all, made by transformers"))
+            rows.append(
+                LayerExplanation(
+                    LAYER_TYPE_LABELS[layer], count, "sdpa", "a mask of all tokens against all, made by transformers"
+                )
+            )
             continue
-        choice = choose(facts)
-        refusals = "; ".join(f"{name}: {why}" for name, why in choice.refused)
+        choice = select_backend(facts)
+        refusals = "; ".join(f"{name}: {why}" for name, why in choice.rejected)
         window = f" of {text.sliding_window}" if layer == "sliding_attention" else ""
         reason = choice.reason + (f" ({refusals})" if refusals else "")
-        rows.append(Row(NAMES.get(layer, layer) + window + _shape(facts), count, choice.name, reason))
+        rows.append(
+            LayerExplanation(
+                LAYER_TYPE_LABELS.get(layer, layer) + window + _shape(facts), count, choice.backend, reason
+            )
+        )
     return rows
 
 
@@ -100,36 +110,36 @@ def _facts(
     capability: tuple[int, int],
     dtype: str,
     packed: bool,
-) -> Facts:
+) -> AttentionSpec:
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     values = width
     if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None):
         width, values = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
     window = text.sliding_window if layer == "sliding_attention" else None
-    return Facts(
+    return AttentionSpec(
         device=device,
         dtype=dtype,
-        width=width,
-        value_width=values,
-        queries=length,
-        keys=length,
+        head_dim=width,
+        v_head_dim=values,
+        q_len=length,
+        kv_len=length,
         documents=packed,
         windowed=window is not None and window < length,
         causal=family.task not in ("ctc", "embedding"),
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         sinks=text.model_type == "gpt_oss",
         dropout=bool(getattr(text, "attention_dropout", 0.0)),
-        grad=True,
+        requires_grad=True,
         capability=capability,
-        packages=has() | TWIN if device == "cuda" else has(),
+        packages=available_packages() | TORCH_CUDA_FEATURES if device == "cuda" else available_packages(),
     )
 
 
-def _shape(facts: Facts) -> str:
+def _shape(facts: AttentionSpec) -> str:
     """What of a layer is out of the ordinary, in words."""
     words = [
-        f"heads of {facts.width}" + (f" and {facts.value_width}" if facts.width != facts.value_width else ""),
+        f"heads of {facts.head_dim}" + (f" and {facts.v_head_dim}" if facts.head_dim != facts.v_head_dim else ""),
         "soft-cap" if facts.softcap else "",
         "sinks" if facts.sinks else "",
     ]

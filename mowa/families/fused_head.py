@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from mowa.kernels.linear_cross_entropy import score
-from mowa.nouns import IGNORED
+from mowa.kernels.linear_cross_entropy import score_tokens
+from mowa.nouns import IGNORE_INDEX
 
 
 @dataclass
-class Scored(ModelOutput):
+class FusedLossOutput(ModelOutput):
     """What a net with a fused head says of labels. Per-token fields are [B, T-1], 0 where nothing is learnt.
 
     The names are those that TRL's trainers ask for (`trl.trainer.utils.FusedCausalLMOutput`).
@@ -35,7 +35,7 @@ class Scored(ModelOutput):
     logits: Tensor | None = None
 
 
-def refused(net: nn.Module) -> str:
+def unsupported_reason(net: nn.Module) -> str:
     """Why the head of `net` cannot be fused; empty where it can."""
     stock: Any = net
     head = stock.get_output_embeddings() if hasattr(net, "get_output_embeddings") else None
@@ -46,7 +46,7 @@ def refused(net: nn.Module) -> str:
     return ""
 
 
-def fuse(net: Any) -> Callable[[], None]:
+def fuse_loss(net: Any) -> Callable[[], None]:
     """Let `net` (a transformers causal net) score labels without logits, while it trains. → what undoes it.
 
     In training, or when asked by `fused_lm_head=True` as TRL's trainers do, a call with labels gives `Scored`.
@@ -72,8 +72,8 @@ def _scores(
     """The head's own forward, or with targets their scores: in the module's call, as ZeRO-3 has its weights then."""
     if targets is None:
         return stock(hidden)
-    found = score(hidden, head.weight, targets, bias=head.bias, **how)
-    return found.log_probs, found.entropy, found.right  # a tuple: DeepSpeed looks through what modules give
+    found = score_tokens(hidden, head.weight, targets, bias=head.bias, **how)
+    return found.log_probs, found.entropy, found.is_top1  # a tuple: DeepSpeed looks through what modules give
 
 
 def _forward(
@@ -100,14 +100,14 @@ def _forward(
     else:
         targets = shift_labels
     log_probs, entropy, right = net.get_output_embeddings()(hidden, targets=targets, **_shape(config))
-    learnt = targets != IGNORED
+    learnt = targets != IGNORE_INDEX
     count = learnt.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -log_probs.sum() / count
     balance = None
     if routed:
         balance = _balance(out.router_logits, config, inputs.get("attention_mask"))
         loss = loss + config.router_aux_loss_coef * balance
-    return Scored(loss, log_probs, entropy, right, learnt, balance)
+    return FusedLossOutput(loss, log_probs, entropy, right, learnt, balance)
 
 
 def _shape(config: Any) -> dict[str, Any]:

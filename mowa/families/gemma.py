@@ -21,9 +21,9 @@ GEMMA = register(
         blocks=("GemmaDecoderLayer",),
         linears=LLAMA.linears,
         architectures=("GemmaForCausalLM",),
-        aliases=(r"(code)?gemma-(1\.1-)?[27]b",),
-        swaps={"rms_norm_plus_one": ("GemmaRMSNorm",), "geglu": ("GemmaMLP",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"(code)?gemma-(1\.1-)?[27]b",),
+        fused_modules={"rms_norm_plus_one": ("GemmaRMSNorm",), "geglu": ("GemmaMLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=TURN,
     )
 )
@@ -36,9 +36,9 @@ GEMMA2 = register(
         blocks=("Gemma2DecoderLayer",),
         linears=LLAMA.linears,
         architectures=("Gemma2ForCausalLM",),
-        aliases=(r"gemma-2-\d+b",),
-        swaps={"rms_norm_plus_one": ("Gemma2RMSNorm",), "geglu": ("Gemma2MLP",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"gemma-2-\d+b",),
+        fused_modules={"rms_norm_plus_one": ("Gemma2RMSNorm",), "geglu": ("Gemma2MLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=TURN,
     )
 )
@@ -51,9 +51,9 @@ GEMMA3_TEXT = register(
         blocks=("Gemma3DecoderLayer",),
         linears=LLAMA.linears,
         architectures=("Gemma3ForCausalLM",),
-        aliases=(r"gemma-3-(270m|1b)",),
-        swaps=_GEMMA3_SWAPS,
-        tensors=LLAMA.tensors,
+        name_patterns=(r"gemma-3-(270m|1b)",),
+        fused_modules=_GEMMA3_SWAPS,
+        tensor_names=LLAMA.tensor_names,
         template=TURN,
     )
 )
@@ -67,15 +67,15 @@ GEMMA3 = register(
         linears=LLAMA.linears,
         frozen=("vision_tower",),
         architectures=("Gemma3ForConditionalGeneration",),
-        aliases=(r"gemma-3-(4|12|27)b",),
-        swaps=_GEMMA3_SWAPS,
-        tensors={
+        name_patterns=(r"gemma-3-(4|12|27)b",),
+        fused_modules=_GEMMA3_SWAPS,
+        tensor_names={
             "block": "language_model.model.layers.{i}.",
             "embeddings": "language_model.model.embed_tokens.weight",
             "norm": "language_model.model.norm.weight",
             "head": "language_model.lm_head.weight",
         },
         template=TURN,
-        limits={"packing": "the tokens of an image see each other both ways, which packed positions do not tell"},
+        unsupported={"packing": "the tokens of an image see each other both ways, which packed positions do not tell"},
     )
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mowa.families.llama import LLAMA
-from mowa.families.mixtral import EXPERTS
+from mowa.families.mixtral import EXPERTS_UNSUPPORTED
 from mowa.families.registry import register
 from mowa.nouns import Family
 
@@ -15,12 +15,12 @@ GPT_OSS = register(
         blocks=("GptOssDecoderLayer",),
         linears={"attention": LLAMA.linears["attention"]},
         architectures=("GptOssForCausalLM",),
-        aliases=(r"gpt-oss-(safeguard-)?\d+b",),
-        swaps={"rms_norm": ("GptOssRMSNorm",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"gpt-oss-(safeguard-)?\d+b",),
+        fused_modules={"rms_norm": ("GptOssRMSNorm",)},
+        tensor_names=LLAMA.tensor_names,
         template=("<|start|>assistant", "<|return|>"),
-        limits={
-            "experts": EXPERTS,
+        unsupported={
+            "experts": EXPERTS_UNSUPPORTED,
             "packing_unaccelerated": "transformers makes its mask without positions, so documents see each other",
         },
     )

@@ -6,7 +6,7 @@ Granite 4 mixes attention with state-space layers and is another net.
 from __future__ import annotations
 
 from mowa.families.llama import LLAMA
-from mowa.families.mixtral import EXPERTS
+from mowa.families.mixtral import EXPERTS_UNSUPPORTED
 from mowa.families.registry import register
 from mowa.nouns import Family
 
@@ -20,9 +20,9 @@ GRANITE = register(
         blocks=("GraniteDecoderLayer",),
         linears=LLAMA.linears,
         architectures=("GraniteForCausalLM",),
-        aliases=(r"granite-3\.\d-\d+b(?!-a\d)",),
-        swaps={"rms_norm": ("GraniteRMSNorm",), "swiglu": ("GraniteMLP",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"granite-3\.\d-\d+b(?!-a\d)",),
+        fused_modules={"rms_norm": ("GraniteRMSNorm",), "swiglu": ("GraniteMLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=TURN,
     )
 )
@@ -35,10 +35,10 @@ GRANITEMOE = register(
         blocks=("GraniteMoeDecoderLayer",),
         linears={"attention": LLAMA.linears["attention"]},
         architectures=("GraniteMoeForCausalLM",),
-        aliases=(r"granite-3\.\d-\d+b-a\d+m",),
-        swaps={"rms_norm": ("GraniteMoeRMSNorm",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"granite-3\.\d-\d+b-a\d+m",),
+        fused_modules={"rms_norm": ("GraniteMoeRMSNorm",)},
+        tensor_names=LLAMA.tensor_names,
         template=TURN,
-        limits={"experts": EXPERTS},
+        unsupported={"experts": EXPERTS_UNSUPPORTED},
     )
 )

@@ -17,14 +17,14 @@ HUBERT = register(
         },
         frozen=("feature_extractor",),
         architectures=("HubertForCTC",),
-        aliases=(r"(.*-)?hubert-(base|large|xlarge)",),
-        tensors={"block": "hubert.encoder.layers.{i}.", "head": "lm_head.weight"},
-        widths={
+        name_patterns=(r"(.*-)?hubert-(base|large|xlarge)",),
+        tensor_names={"block": "hubert.encoder.layers.{i}.", "head": "lm_head.weight"},
+        non_block_weights={
             "feature_extractor": "int8",
             "feature_projection": "int8",
             "encoder": "float16",
             "lm_head": "float16",
         },
-        limits={"fused_head": "letters are few, and their logits small"},
+        unsupported={"fused_head": "letters are few, and their logits small"},
     )
 )

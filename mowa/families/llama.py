@@ -20,7 +20,7 @@ LLAMA = register(
             "mlp": ("gate_proj", "up_proj", "down_proj"),
         },
         architectures=("LlamaForCausalLM",),
-        aliases=(
+        name_patterns=(
             r"(meta-)?llama-?2-\d+b",
             r"(meta-)?llama-3(\.[13])?-(8|70|405)b(?!.*(vision|llava))",
             r"llama-3\.2-[13]b",
@@ -32,8 +32,8 @@ LLAMA = register(
             r"yi-(1\.5-|coder-)?[\d.]+b",
             r"deepseek-(r1-distill-llama|llm|math|coder)-[\d.]+b",
         ),
-        swaps={"rms_norm": ("LlamaRMSNorm",), "swiglu": ("LlamaMLP",)},
-        tensors={
+        fused_modules={"rms_norm": ("LlamaRMSNorm",), "swiglu": ("LlamaMLP",)},
+        tensor_names={
             "block": "model.layers.{i}.",
             "embeddings": "model.embed_tokens.weight",
             "norm": "model.norm.weight",
@@ -50,9 +50,9 @@ SMOLLM3 = register(
         blocks=("SmolLM3DecoderLayer",),
         linears=LLAMA.linears,
         architectures=("SmolLM3ForCausalLM",),
-        aliases=(r"smollm3-\d+b",),
-        swaps={"rms_norm": ("SmolLM3RMSNorm",), "swiglu": ("SmolLM3MLP",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"smollm3-\d+b",),
+        fused_modules={"rms_norm": ("SmolLM3RMSNorm",), "swiglu": ("SmolLM3MLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=("<|im_start|>assistant\n", "<|im_end|>"),
     )
 )

@@ -18,7 +18,7 @@ MISTRAL = register(
         blocks=("MistralDecoderLayer",),
         linears=LLAMA.linears,
         architectures=("MistralForCausalLM",),
-        aliases=(
+        name_patterns=(
             r"mistral-\d+b",
             r"mistral-nemo-(base|instruct)-\d{4}",
             r"mistral-(small|large)-instruct-24\d\d",
@@ -27,8 +27,8 @@ MISTRAL = register(
             r"(devstral|magistral)-small-250[567]",
             r"zephyr-7b",
         ),
-        swaps={"rms_norm": ("MistralRMSNorm",), "swiglu": ("MistralMLP",)},
-        tensors=LLAMA.tensors,
+        fused_modules={"rms_norm": ("MistralRMSNorm",), "swiglu": ("MistralMLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=TURN,
     )
 )
@@ -41,9 +41,9 @@ MINISTRAL = register(
         blocks=("MinistralDecoderLayer",),
         linears=LLAMA.linears,
         architectures=("MinistralForCausalLM",),
-        aliases=(r"ministral-8b-instruct-2410",),
-        swaps={"rms_norm": ("MinistralRMSNorm",), "swiglu": ("MinistralMLP",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"ministral-8b-instruct-2410",),
+        fused_modules={"rms_norm": ("MinistralRMSNorm",), "swiglu": ("MinistralMLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=TURN,
     )
 )
@@ -57,8 +57,8 @@ MINISTRAL3 = register(
         linears=LLAMA.linears,
         architectures=("Ministral3ForCausalLM",),
         # No aliases: what is called Ministral-3 on the hub sees as well, and only its config tells the text net apart.
-        swaps={"rms_norm": ("Ministral3RMSNorm",), "swiglu": ("Ministral3MLP",)},
-        tensors=LLAMA.tensors,
+        fused_modules={"rms_norm": ("Ministral3RMSNorm",), "swiglu": ("Ministral3MLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=TURN,
     )
 )

@@ -7,7 +7,7 @@ from mowa.families.mistral import TURN
 from mowa.families.registry import register
 from mowa.nouns import Family
 
-EXPERTS = "they are one tensor a block, no linears: LoRA sits beside them, and they stay as they are"
+EXPERTS_UNSUPPORTED = "they are one tensor a block, no linears: LoRA sits beside them, and they stay as they are"
 
 MIXTRAL = register(
     Family(
@@ -17,10 +17,10 @@ MIXTRAL = register(
         blocks=("MixtralDecoderLayer",),
         linears={"attention": LLAMA.linears["attention"]},
         architectures=("MixtralForCausalLM",),
-        aliases=(r"(nous-hermes-2-)?mixtral-8x\d+b",),
-        swaps={"rms_norm": ("MixtralRMSNorm",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"(nous-hermes-2-)?mixtral-8x\d+b",),
+        fused_modules={"rms_norm": ("MixtralRMSNorm",)},
+        tensor_names=LLAMA.tensor_names,
         template=TURN,
-        limits={"experts": EXPERTS},
+        unsupported={"experts": EXPERTS_UNSUPPORTED},
     )
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mowa.families.bert import NO_HEAD, PADDED
+from mowa.families.bert import NO_LM_HEAD, PACKING_UNSUPPORTED
 from mowa.families.registry import register
 from mowa.nouns import Family
 
@@ -15,16 +15,16 @@ MODERNBERT = register(
         linears={"attention": ("attn.Wqkv", "attn.Wo"), "mlp": ("mlp.Wi", "mlp.Wo")},
         head="",
         architectures=("ModernBertModel", "ModernBertForMaskedLM"),
-        aliases=(r"(gte-)?modernbert-(base|large|embed-base|embed-large)",),
-        tensors={
+        name_patterns=(r"(gte-)?modernbert-(base|large|embed-base|embed-large)",),
+        tensor_names={
             "block": "layers.{i}.",
             "embeddings": "embeddings.tok_embeddings.weight",
             "norm": "final_norm.weight",
         },
-        limits={
+        unsupported={
             "geglu": "gate and up are one linear, and its gelu is exact",
-            "packing": PADDED,
-            "fused_head": NO_HEAD,
+            "packing": PACKING_UNSUPPORTED,
+            "fused_head": NO_LM_HEAD,
         },
     )
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mowa.families.bert import NO_HEAD, PADDED
+from mowa.families.bert import NO_LM_HEAD, PACKING_UNSUPPORTED
 from mowa.families.registry import register
 from mowa.nouns import Family
 
@@ -15,12 +15,12 @@ MPNET = register(
         linears={"attention": ("attn.q", "attn.k", "attn.v", "attn.o"), "mlp": ("intermediate.dense", "output.dense")},
         head="",
         architectures=("MPNetModel", "MPNetForMaskedLM"),
-        aliases=(r"((all|paraphrase|multi-qa|stsb|nli)-)?mpnet-base",),
-        tensors={"block": "encoder.layer.{i}.", "embeddings": "embeddings.word_embeddings.weight"},
-        limits={
+        name_patterns=(r"((all|paraphrase|multi-qa|stsb|nli)-)?mpnet-base",),
+        tensor_names={"block": "encoder.layer.{i}.", "embeddings": "embeddings.word_embeddings.weight"},
+        unsupported={
             "attention": "it adds its bias in a function of its own, and asks no attention interface",
-            "packing": PADDED,
-            "fused_head": NO_HEAD,
+            "packing": PACKING_UNSUPPORTED,
+            "fused_head": NO_LM_HEAD,
         },
     )
 )

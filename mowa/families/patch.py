@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mowa.kernels.dropout import drop
+from mowa.kernels.dropout import cpu_dropout
 
 
-class ChannelLastGelu(nn.Module):
+class ChannelsLastGELU(nn.Module):
     """GELU of a transposed view, computed in the layout memory has. Same values, same gradients.
 
     The layer-norm front-end of wav2vec2 normalises over channels, so its activation sees [B, C, T] as a view of
@@ -29,13 +29,13 @@ class ChannelLastGelu(nn.Module):
 
 
 @contextmanager
-def channel_last_front_end(net: nn.Module) -> Iterator[int]:
+def channels_last_front_end(net: nn.Module) -> Iterator[int]:
     """Swap the activation of every layer-norm convolution of `net`; gives how many were swapped."""
     swapped = []
     for layer in net.modules():
         if type(layer).__name__.endswith("LayerNormConvLayer") and type(layer.activation).__name__ == "GELUActivation":
             swapped.append((layer, layer.activation))
-            layer.activation = ChannelLastGelu()
+            layer.activation = ChannelsLastGELU()
     try:
         yield len(swapped)
     finally:
@@ -44,7 +44,7 @@ def channel_last_front_end(net: nn.Module) -> Iterator[int]:
 
 
 @contextmanager
-def quick_dropout(net: nn.Module) -> Iterator[None]:
+def fast_dropout(net: nn.Module) -> Iterator[None]:
     """Dropout by `kernels.dropout` in every `nn.Dropout` of a net on a processor: other masks, ten times as fast."""
     swapped = [layer for layer in net.modules() if isinstance(layer, nn.Dropout) and layer.p]
     if all(weight.device.type == "cpu" for weight in net.parameters()):
@@ -58,21 +58,21 @@ def quick_dropout(net: nn.Module) -> Iterator[None]:
 
 
 def _dropped(layer: nn.Dropout, hidden: torch.Tensor) -> torch.Tensor:
-    return drop(hidden, layer.p) if layer.training else hidden
+    return cpu_dropout(hidden, layer.p) if layer.training else hidden
 
 
-def checkpoint_blocks(net: Any, on: bool = True) -> None:
+def set_gradient_checkpointing(net: Any, enabled: bool = True) -> None:
     """Recompute the blocks of `net` in the backward pass, or no longer: less memory, more time."""
     renamed = hasattr(net, "activation_checkpointing_enable")  # since transformers 5.2x
     verb = "activation_checkpointing" if renamed else "gradient_checkpointing"
-    if on:
+    if enabled:
         getattr(net, f"{verb}_enable")({"use_reentrant": False})
     else:
         getattr(net, f"{verb}_disable")()
 
 
 @torch.no_grad()
-def positions_by_table(net: Any, *, training: bool = False) -> bool:
+def precompute_absolute_positions(net: Any, *, frozen: bool = False) -> bool:
     """Where the positional convolution of `net` (a Wav2Vec2ForCTC) gives absolute positions, look them up instead.
 
     Such a convolution (`mowa.train.positions` writes it; config key `absolute_positions`) sees only channels that are
@@ -99,11 +99,11 @@ def positions_by_table(net: Any, *, training: bool = False) -> bool:
             groups=width // per_group,
         )
     ).transpose(1, 2)[0, : kernel // 2 + 1]
-    module.forward = partial(_look_up, table, module, training)
+    module.forward = partial(_look_up, table, module, frozen)
     return True
 
 
-def table(net: Any) -> torch.Tensor | None:
+def absolute_position_table(net: Any) -> torch.Tensor | None:
     """Where `positions_by_table` looks up, [N, D], the last row for all frames from there on; None: nowhere."""
     forward = vars(net.base_model.encoder.pos_conv_embed).get("forward")
     return forward.args[0] if isinstance(forward, partial) and forward.func is _look_up else None

@@ -18,9 +18,9 @@ PHI = register(
         blocks=("PhiDecoderLayer",),
         linears={"attention": ("q_proj", "k_proj", "v_proj", "dense"), "mlp": ("fc1", "fc2")},
         architectures=("PhiForCausalLM",),
-        aliases=(r"phi-(1|1_5|2)(?![.\d])",),
-        tensors={**LLAMA.tensors, "norm": "model.final_layernorm.weight"},
-        limits={"swiglu": "its MLP has no gate"},
+        name_patterns=(r"phi-(1|1_5|2)(?![.\d])",),
+        tensor_names={**LLAMA.tensor_names, "norm": "model.final_layernorm.weight"},
+        unsupported={"swiglu": "its MLP has no gate"},
     )
 )
 
@@ -32,11 +32,11 @@ PHI3 = register(
         blocks=("Phi3DecoderLayer",),
         linears={"attention": ("qkv_proj", "o_proj"), "mlp": ("gate_up_proj", "down_proj")},
         architectures=("Phi3ForCausalLM",),
-        aliases=(
+        name_patterns=(
             r"phi-3(\.5)?-(mini|medium)(?!.*vision)",
             r"phi-4(?![.\d])(?!.*(multimodal|flash|vision))",
         ),
-        swaps={"rms_norm": ("Phi3RMSNorm",), "swiglu": ("Phi3MLP",)},
-        tensors=LLAMA.tensors,
+        fused_modules={"rms_norm": ("Phi3RMSNorm",), "swiglu": ("Phi3MLP",)},
+        tensor_names=LLAMA.tensor_names,
     )
 )

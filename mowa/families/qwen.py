@@ -6,7 +6,7 @@ Qwen3's embedding and reranking models (arXiv:2506.05176) are Qwen3's net: that 
 from __future__ import annotations
 
 from mowa.families.llama import LLAMA
-from mowa.families.mixtral import EXPERTS
+from mowa.families.mixtral import EXPERTS_UNSUPPORTED
 from mowa.families.registry import register
 from mowa.nouns import Family
 
@@ -20,13 +20,13 @@ QWEN2 = register(
         blocks=("Qwen2DecoderLayer",),
         linears=LLAMA.linears,
         architectures=("Qwen2ForCausalLM",),
-        aliases=(
+        name_patterns=(
             r"(code)?qwen(1\.5|2|2\.5)-(coder-|math-)?[\d.]+b(?!-a\d)",
             r"qwq-32b",
             r"deepseek-r1-distill-qwen-[\d.]+b",
         ),
-        swaps={"rms_norm": ("Qwen2RMSNorm",), "swiglu": ("Qwen2MLP",)},
-        tensors=LLAMA.tensors,
+        fused_modules={"rms_norm": ("Qwen2RMSNorm",), "swiglu": ("Qwen2MLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=CHATML,
     )
 )
@@ -39,11 +39,11 @@ QWEN2_MOE = register(
         blocks=("Qwen2MoeDecoderLayer",),
         linears=LLAMA.linears,  # the MLP's are those of the shared expert
         architectures=("Qwen2MoeForCausalLM",),
-        aliases=(r"qwen1\.5-moe-a[\d.]+b", r"qwen2-\d+b-a\d+b"),
-        swaps={"rms_norm": ("Qwen2MoeRMSNorm",), "swiglu": ("Qwen2MoeMLP",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"qwen1\.5-moe-a[\d.]+b", r"qwen2-\d+b-a\d+b"),
+        fused_modules={"rms_norm": ("Qwen2MoeRMSNorm",), "swiglu": ("Qwen2MoeMLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=CHATML,
-        limits={"experts": EXPERTS},
+        unsupported={"experts": EXPERTS_UNSUPPORTED},
     )
 )
 
@@ -55,9 +55,9 @@ QWEN3 = register(
         blocks=("Qwen3DecoderLayer",),
         linears=LLAMA.linears,
         architectures=("Qwen3ForCausalLM",),
-        aliases=(r"qwen3-(embedding-|reranker-)?[\d.]+b(?!-a\d)", r"deepseek-r1-0528-qwen3-\d+b"),
-        swaps={"rms_norm": ("Qwen3RMSNorm",), "swiglu": ("Qwen3MLP",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"qwen3-(embedding-|reranker-)?[\d.]+b(?!-a\d)", r"deepseek-r1-0528-qwen3-\d+b"),
+        fused_modules={"rms_norm": ("Qwen3RMSNorm",), "swiglu": ("Qwen3MLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=CHATML,
     )
 )
@@ -70,10 +70,10 @@ QWEN3_MOE = register(
         blocks=("Qwen3MoeDecoderLayer",),
         linears={"attention": LLAMA.linears["attention"]},
         architectures=("Qwen3MoeForCausalLM",),
-        aliases=(r"qwen3-(coder-)?\d+b-a\d+b",),
-        swaps={"rms_norm": ("Qwen3MoeRMSNorm",), "swiglu": ("Qwen3MoeMLP",)},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"qwen3-(coder-)?\d+b-a\d+b",),
+        fused_modules={"rms_norm": ("Qwen3MoeRMSNorm",), "swiglu": ("Qwen3MoeMLP",)},
+        tensor_names=LLAMA.tensor_names,
         template=CHATML,
-        limits={"experts": EXPERTS},
+        unsupported={"experts": EXPERTS_UNSUPPORTED},
     )
 )

@@ -19,10 +19,10 @@ QWEN2_5_VL = register(
         linears=LLAMA.linears,
         frozen=("visual",),
         architectures=("Qwen2_5_VLForConditionalGeneration",),
-        aliases=(r"qwen2\.5-vl-\d+b",),
-        swaps={"rms_norm": ("Qwen2_5_VLRMSNorm",), "swiglu": ("Qwen2MLP", "Qwen2_5_VLMLP")},
-        tensors=LLAMA.tensors,
+        name_patterns=(r"qwen2\.5-vl-\d+b",),
+        fused_modules={"rms_norm": ("Qwen2_5_VLRMSNorm",), "swiglu": ("Qwen2MLP", "Qwen2_5_VLMLP")},
+        tensor_names=LLAMA.tensor_names,
         template=CHATML,
-        limits={"packing": "it has three positions a token, and given one sees no bounds between documents"},
+        unsupported={"packing": "it has three positions a token, and given one sees no bounds between documents"},
     )
 )

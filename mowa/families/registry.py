@@ -18,7 +18,7 @@ from mowa.nouns import Family
 
 log = logging.getLogger("mowa")
 
-GROUP = "mowa.families"
+ENTRY_POINT_GROUP = "mowa.families"
 _BY_TYPE: dict[str, Family] = {}
 _joined = False  # whether other packages were asked
 
@@ -31,13 +31,13 @@ def register(family: Family) -> Family:
     for model_type in family.model_types:
         if model_type in _BY_TYPE:
             raise ValueError(f"{model_type!r} is already the family {_BY_TYPE[model_type].name!r}")
-    for alias in family.aliases:
+    for alias in family.name_patterns:
         re.compile(alias)
     _BY_TYPE.update(dict.fromkeys(family.model_types, family))
     return family
 
 
-def find(model_type: str) -> Family:
+def get_family(model_type: str) -> Family:
     """The family of a config's `model_type`; a ModelError that lists the known ones otherwise."""
     _join_others()
     try:
@@ -46,11 +46,11 @@ def find(model_type: str) -> Family:
         close = difflib.get_close_matches(model_type, _BY_TYPE, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ModelError(
-            f"mowa does not know the model type {model_type!r}: {hint}known are {', '.join(model_types())}"
+            f"mowa does not know the model type {model_type!r}: {hint}known are {', '.join(list_model_types())}"
         ) from None
 
 
-def resolve(name: str, config: Mapping[str, Any] | None = None) -> Family:
+def resolve_family(name: str, config: Mapping[str, Any] | None = None) -> Family:
     """The family of the model called `name` (hub id or folder), by its config (as config.json has it) if there is one.
 
     The config is believed: by its `model_type`, or where it has none, its `architectures`. A name that says otherwise
@@ -59,7 +59,7 @@ def resolve(name: str, config: Mapping[str, Any] | None = None) -> Family:
     Raises ModelError: an unknown model type; without a config, a name that no family's aliases match, or two's.
     """
     last = name.rstrip("/").rpartition("/")[2].partition("@")[0]
-    called = [family for family in families() if any(_matches(alias, last) for alias in family.aliases)]
+    called = [family for family in list_families() if any(_matches(alias, last) for alias in family.name_patterns)]
     if config is not None:
         family = _by_config(name, config)
         if called and family not in called:
@@ -75,20 +75,22 @@ def resolve(name: str, config: Mapping[str, Any] | None = None) -> Family:
             f"{name} is called like {' and '.join(one.name for one in called)}: only its config.json can tell which"
         )
     raise ModelError(
-        f"no family is called like {last!r} ({sum(len(one.aliases) for one in families())} patterns of "
-        f"{len(families())} families were tried{_near(last)}): its config.json is needed to tell"
+        f"no family is called like {last!r} ({sum(len(one.name_patterns) for one in list_families())} patterns of "
+        f"{len(list_families())} families were tried{_near(last)}): its config.json is needed to tell"
     )
 
 
 def _by_config(name: str, config: Mapping[str, Any]) -> Family:
     if model_type := config.get("model_type"):
-        return find(str(model_type))
+        return get_family(str(model_type))
     asked = tuple(config.get("architectures") or ())
-    for family in families():
+    for family in list_families():
         if set(asked) & set(family.architectures):
             return family
     named = f"the architectures {', '.join(asked)}, which mowa does not know" if asked else "no architectures either"
-    raise ModelError(f"the config of {name} names no model_type, and {named}: known are {', '.join(model_types())}")
+    raise ModelError(
+        f"the config of {name} names no model_type, and {named}: known are {', '.join(list_model_types())}"
+    )
 
 
 def _matches(alias: str, last: str) -> bool:
@@ -98,22 +100,24 @@ def _matches(alias: str, last: str) -> bool:
 
 def _near(last: str) -> str:
     spelled = last.lower().replace("-", "_").replace(".", "_")
-    close = [name for name in names() if difflib.SequenceMatcher(None, spelled[: len(name)], name).ratio() >= 0.7]
+    close = [
+        name for name in list_family_names() if difflib.SequenceMatcher(None, spelled[: len(name)], name).ratio() >= 0.7
+    ]
     return f"; nearest are {', '.join(close)}" if close else ""
 
 
-def families() -> tuple[Family, ...]:
+def list_families() -> tuple[Family, ...]:
     """Every family, by name."""
     _join_others()
     return tuple(sorted({family.name: family for family in _BY_TYPE.values()}.values(), key=lambda family: family.name))
 
 
-def names() -> tuple[str, ...]:
+def list_family_names() -> tuple[str, ...]:
     """The families, by name, in alphabetical order."""
-    return tuple(family.name for family in families())
+    return tuple(family.name for family in list_families())
 
 
-def model_types() -> tuple[str, ...]:
+def list_model_types() -> tuple[str, ...]:
     """Every `model_type` that `find` answers to, in alphabetical order."""
     _join_others()
     return tuple(sorted(_BY_TYPE))
@@ -125,7 +129,7 @@ def _join_others() -> None:
     if _joined:
         return
     _joined = True  # before the first is loaded: it may ask for a family of ours
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             _join(point.load())
         except Exception as error:  # anything may go wrong in code that is not ours

@@ -24,8 +24,8 @@ from mowa.errors import ModelError
 from mowa.kernels.gated import geglu, swiglu
 from mowa.kernels.lora_linear import lora_linear
 from mowa.kernels.norms import rms_norm
-from mowa.kernels.offload import Offload
-from mowa.kernels.tiled import tiled
+from mowa.kernels.offload import OffloadedCheckpoint
+from mowa.kernels.tiled import apply_tiled
 from mowa.nouns import Family
 
 OPS = ("rms_norm", "rms_norm_plus_one", "swiglu", "geglu", "lora_linear")
@@ -34,7 +34,7 @@ OPS = ("rms_norm", "rms_norm_plus_one", "swiglu", "geglu", "lora_linear")
 # tokens of SmolLM2-135M's widths, processor seconds of one thread, float32 and bf16: RMS norms 1.6 to 2.4 and 1.2 to
 # 1.6 times as fast, updated linears 1.04 to 1.09 and 1.02 to 1.06 (under autocast level, with less than half kept);
 # swiglu 1.02 and 0.80, geglu (two threads) 0.8 and 0.7: they keep a tensor fewer, but activate twice.
-WORTH: Mapping[str, frozenset[str]] = {"cpu": frozenset({"rms_norm", "rms_norm_plus_one", "lora_linear"})}
+FASTER_OPS: Mapping[str, frozenset[str]] = {"cpu": frozenset({"rms_norm", "rms_norm_plus_one", "lora_linear"})}
 
 _GATES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": swiglu,
@@ -50,30 +50,32 @@ _READINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 }
 
 
-class Forward:
+class FusedForward:
     """What stands in for a module's `forward`: body(module, *args, **kwargs, **settings); copied with the module."""
 
-    def __init__(self, module: nn.Module, body: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-        self.module, self.body, self.settings = module, body, dict(settings)
+    def __init__(self, module: nn.Module, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+        self.module, self.function, self.kwargs = module, function, dict(kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.body(self.module, *args, **kwargs, **self.settings)
+        return self.function(self.module, *args, **kwargs, **self.kwargs)
 
 
 @dataclass(frozen=True, slots=True)
-class Swapped:
+class FusedModules:
     """What `swap` did to `net`: modules by operation; and for what stayed, the reason and how many it holds for."""
 
     net: nn.Module
     counts: Mapping[str, int]
-    refused: Mapping[tuple[str, str], int]
+    skipped: Mapping[tuple[str, str], int]
 
-    def undo(self) -> int:
+    def restore(self) -> int:
         """Put everything back, as `undo(net)`."""
-        return undo(self.net)
+        return unfuse_modules(self.net)
 
 
-def swap(net: nn.Module, family: Family, *, ops: Collection[str] | None = None, tiles: int = 0) -> Swapped:
+def fuse_modules(
+    net: nn.Module, family: Family, *, ops: Collection[str] | None = None, mlp_tiles: int = 0
+) -> FusedModules:
     """Swap what is faster so. `ops` names operations (of OPS) to be swapped whatever was measured; none: by WORTH.
 
     tiles: the family's gated MLPs go over the sequence in so many pieces; all of it at once at 0.
@@ -84,52 +86,54 @@ def swap(net: nn.Module, family: Family, *, ops: Collection[str] | None = None, 
         raise ModelError(f"there is no operation {', '.join(unknown)} to swap: there are {', '.join(OPS)}")
     counts: Counter[str] = Counter()
     refused: Counter[tuple[str, str]] = Counter()
-    named = {name: op for op, names in family.swaps.items() if op in _READINGS for name in names}
+    named = {name: op for op, names in family.fused_modules.items() if op in _READINGS for name in names}
     for module in net.modules():
         op = "lora_linear" if _is_lora(module) else named.get(type(module).__name__)
         if op is None:
             continue
-        chosen, why = _choose(module, op, ops, tiles)
+        chosen, why = _choose(module, op, ops, mlp_tiles)
         if chosen is not None:
             module.forward = chosen
         if why:
             refused[op, why] += 1
         else:
             counts[op] += 1
-        if chosen is not None and chosen.settings.get("tiles"):
+        if chosen is not None and chosen.kwargs.get("tiles"):
             counts["tiled"] += 1
-    return Swapped(net, dict(counts), dict(refused))
+    return FusedModules(net, dict(counts), dict(refused))
 
 
-def undo(net: nn.Module) -> int:
+def unfuse_modules(net: nn.Module) -> int:
     """Take away every forward that `swap` set in `net`, whenever; how many there were."""
-    swapped = [module for module in net.modules() if isinstance(vars(module).get("forward"), Forward)]
+    swapped = [module for module in net.modules() if isinstance(vars(module).get("forward"), FusedForward)]
     for module in swapped:
         del module.forward
     return len(swapped)
 
 
-def offload_blocks(net: nn.Module, on: bool = True) -> int:
+def set_activation_offload(net: nn.Module, enabled: bool = True) -> int:
     """Keep the inputs of the blocks of `net` that are checkpointed in host memory, or no longer; how many blocks.
 
     For a net whose checkpointing is on (`patch.checkpoint_blocks`). Nothing but this net's own blocks is touched.
     """
     blocks = [module for module in net.modules() if "_gradient_checkpointing_func" in vars(module)]
-    shared: dict[int, Offload] = {}
+    shared: dict[int, OffloadedCheckpoint] = {}
     changed = 0
     for block in blocks:
         checkpointing: Any = block._gradient_checkpointing_func
-        if on and not isinstance(checkpointing, Offload):
-            block._gradient_checkpointing_func = shared.setdefault(id(checkpointing), Offload(checkpointing))  # type: ignore[assignment]
-        elif not on and isinstance(checkpointing, Offload):
-            block._gradient_checkpointing_func = checkpointing.inner  # type: ignore[assignment]
+        if enabled and not isinstance(checkpointing, OffloadedCheckpoint):
+            block._gradient_checkpointing_func = shared.setdefault(
+                id(checkpointing), OffloadedCheckpoint(checkpointing)
+            )  # type: ignore[assignment]
+        elif not enabled and isinstance(checkpointing, OffloadedCheckpoint):
+            block._gradient_checkpointing_func = checkpointing.checkpoint_fn  # type: ignore[assignment]
         else:
             continue
         changed += 1
     return changed
 
 
-def _choose(module: nn.Module, op: str, ops: Collection[str] | None, tiles: int) -> tuple[Forward | None, str]:
+def _choose(module: nn.Module, op: str, ops: Collection[str] | None, tiles: int) -> tuple[FusedForward | None, str]:
     """The forward to set on `module`, if any, and why `op` was refused, if it was."""
     if "forward" in vars(module):
         return None, "its forward was replaced already"
@@ -137,25 +141,25 @@ def _choose(module: nn.Module, op: str, ops: Collection[str] | None, tiles: int)
     if weight is None or weight.is_meta or not weight.numel():
         return None, "it has no weights in memory"
     gated = op in ("swiglu", "geglu")
-    plain = Forward(module, _tiled, {"tiles": tiles}) if gated and tiles else None
+    plain = FusedForward(module, _tiled, {"tiles": tiles}) if gated and tiles else None
     if ops is not None and op not in ops:
         return plain, "it was not asked for"
-    if ops is None and op not in WORTH.get(weight.device.type, ()):
-        known = weight.device.type in WORTH
+    if ops is None and op not in FASTER_OPS.get(weight.device.type, ()):
+        known = weight.device.type in FASTER_OPS
         return plain, f"{'no faster' if known else 'not measured to be faster'} on {weight.device.type}"
     if op == "lora_linear":
         why = _unfit(module)
-        return (None, why) if why else (Forward(module, _lora, {}), "")
+        return (None, why) if why else (FusedForward(module, _lora, {}), "")
     body = _gated if gated else _norm
     for reading in _READINGS[op]:
-        forward = Forward(module, body, reading)
+        forward = FusedForward(module, body, reading)
         if _agrees(module, forward):
-            return Forward(module, body, {**reading, "tiles": tiles}) if gated and tiles else forward, ""
+            return FusedForward(module, body, {**reading, "tiles": tiles}) if gated and tiles else forward, ""
     return plain, f"{type(module).__name__} does something else"
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, forward: Forward) -> bool:
+def _agrees(module: nn.Module, forward: FusedForward) -> bool:
     """Whether both give the same for three rows of numbers; without drawing any, or leaving a trace in `module`."""
     weight = next(module.parameters())
     inputs = vars(module)["_parameters"].get("weight")
@@ -190,7 +194,7 @@ def _norm(module: Any, x: Tensor, *, rounding: Any, plus_one: bool = False) -> T
 
 def _gated(module: Any, x: Tensor, *, gate: str, tiles: int = 0) -> Tensor:
     if tiles:
-        return tiled(partial(_gated, module, gate=gate), x, _length(x, tiles))
+        return apply_tiled(partial(_gated, module, gate=gate), x, _length(x, tiles))
     out: Tensor = module.down_proj(_inner(module, x, gate))
     return out
 
@@ -203,7 +207,7 @@ def _inner(module: Any, x: Tensor, gate: str) -> Tensor:
 
 
 def _tiled(module: Any, x: Tensor, *, tiles: int) -> Tensor:
-    return tiled(partial(type(module).forward, module), x, _length(x, tiles))
+    return apply_tiled(partial(type(module).forward, module), x, _length(x, tiles))
 
 
 def _length(x: Tensor, tiles: int) -> int:

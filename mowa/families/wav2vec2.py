@@ -20,14 +20,14 @@ WAV2VEC2 = register(
         },
         frozen=("feature_extractor",),
         architectures=("Wav2Vec2ForCTC",),
-        aliases=(r"(.*-)?wav2vec2-(base|large|xls-r|xlsr|lv-60)", r"mms-(300m|1b)"),
-        tensors={"block": "wav2vec2.encoder.layers.{i}.", "head": "lm_head.weight"},
-        widths={
+        name_patterns=(r"(.*-)?wav2vec2-(base|large|xls-r|xlsr|lv-60)", r"mms-(300m|1b)"),
+        tensor_names={"block": "wav2vec2.encoder.layers.{i}.", "head": "lm_head.weight"},
+        non_block_weights={
             "feature_extractor": "int8",
             "feature_projection": "int8",
             "encoder": "float16",
             "lm_head": "float16",
         },
-        limits={"fused_head": "letters are few, and their logits small"},
+        unsupported={"fused_head": "letters are few, and their logits small"},
     )
 )

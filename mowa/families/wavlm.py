@@ -18,15 +18,15 @@ WAVLM = register(
         linears={"mlp": ("intermediate_dense", "output_dense")},
         frozen=("feature_extractor",),
         architectures=("WavLMForCTC",),
-        aliases=(r"(.*-)?wavlm-(base|large)",),
-        tensors={"block": "wavlm.encoder.layers.{i}.", "head": "lm_head.weight"},
-        widths={
+        name_patterns=(r"(.*-)?wavlm-(base|large)",),
+        tensor_names={"block": "wavlm.encoder.layers.{i}.", "head": "lm_head.weight"},
+        non_block_weights={
             "feature_extractor": "int8",
             "feature_projection": "int8",
             "encoder": "float16",
             "lm_head": "float16",
         },
-        limits={
+        unsupported={
             "attention": "it hands bare weights to a function of torch",
             "packing": "it attends in a way of its own",
             "fused_head": "letters are few, and their logits small",

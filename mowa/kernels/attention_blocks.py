@@ -15,69 +15,83 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mowa.kernels.dropout import drop
+from mowa.kernels.dropout import cpu_dropout
 
-SCORES = 1 << 20  # how many are there at a time, in all heads
-NARROWEST = 16  # queries in a block, whatever that comes to
+MAX_SCORES = 1 << 20  # how many are there at a time, in all heads
+MIN_BLOCK_QUERIES = 16  # queries in a block, whatever that comes to
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ScoreParams:
     """How scores are made, and what a query sees of a slice: `before` keys back, `after` on (None: all)."""
 
     scale: float
     dropout: float = 0.0
     softcap: float | None = None
-    before: int | None = None
-    after: int | None = None
-    offset: int = 0
+    left_window: int | None = None
+    right_window: int | None = None
+    query_offset: int = 0
 
 
-def band(
-    queries: int, keys: int, before: int | None, after: int | None, offset: int, device: torch.device | str
+def band_mask(
+    queries: int,
+    keys: int,
+    left_window: int | None,
+    right_window: int | None,
+    query_offset: int,
+    device: torch.device | str,
 ) -> Tensor:
     """bool [queries, keys]: whether query i, which stands at key i + offset, sees a key."""
-    apart = torch.arange(keys, device=device) - torch.arange(offset, offset + queries, device=device)[:, None]
+    apart = (
+        torch.arange(keys, device=device) - torch.arange(query_offset, query_offset + queries, device=device)[:, None]
+    )
     seen = torch.ones_like(apart, dtype=torch.bool)
-    if before is not None:
-        seen &= apart >= -before
-    if after is not None:
-        seen &= apart <= after
+    if left_window is not None:
+        seen &= apart >= -left_window
+    if right_window is not None:
+        seen &= apart <= right_window
     return seen
 
 
-def each(
-    q: Tensor, k: Tensor, v: Tensor, rows: Sequence[Sequence[int]], settings: Settings, sinks: Tensor | None
+def attend_documents(
+    q: Tensor, k: Tensor, v: Tensor, lengths_by_row: Sequence[Sequence[int]], params: ScoreParams, sinks: Tensor | None
 ) -> Tensor:
     """Documents of so many tokens, end to end in every row, each by itself: q [B, H, T, D], … → [B, T, H, E]."""
     done = []
-    for row, lengths in enumerate(rows):
+    for row, lengths in enumerate(lengths_by_row):
         cut = [part[row : row + 1].split(list(lengths), dim=2) for part in (q, k, v)]
         of_row = zip(cut[0], cut[1], cut[2], strict=True)
-        done.append(torch.cat([one(a, b, c, settings, sinks) for a, b, c in of_row], dim=1))
+        done.append(torch.cat([attend_slice(a, b, c, params, sinks) for a, b, c in of_row], dim=1))
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
-def one(
-    q: Tensor, k: Tensor, v: Tensor, settings: Settings, sinks: Tensor | None, shown: Tensor | None = None
+def attend_slice(
+    q: Tensor, k: Tensor, v: Tensor, params: ScoreParams, sinks: Tensor | None, mask: Tensor | None = None
 ) -> Tensor:
     """One slice: q [B, H, Q, D], k [B, G, K, D], v [B, G, K, E] → [B, Q, H, E]. shown: a mask that says everything."""
-    if settings.dropout and (q.device.type == "cpu" or settings.softcap is not None or sinks is not None):
-        return _dropping(q, k, v, settings, sinks, shown)
+    if params.dropout and (q.device.type == "cpu" or params.softcap is not None or sinks is not None):
+        return _dropping(q, k, v, params, sinks, mask)
     queries, keys = q.shape[2], k.shape[2]
-    bare = settings.softcap is None and sinks is None and shown is None and queries == keys and not settings.offset
-    reaches_back = settings.before is None or settings.before >= keys - 1
-    reaches_on = settings.after is None or settings.after >= keys - 1
-    if bare and reaches_back and (reaches_on or settings.after == 0):
-        return sdpa(q, k, v, settings.scale, settings.dropout, causal=not reaches_on)
-    if settings.dropout:
-        return _dropping(q, k, v, settings, sinks, shown)
-    out: Tensor = _Blocks.apply(q, k, v, sinks, shown, settings)
+    bare = params.softcap is None and sinks is None and mask is None and queries == keys and not params.query_offset
+    reaches_back = params.left_window is None or params.left_window >= keys - 1
+    reaches_on = params.right_window is None or params.right_window >= keys - 1
+    if bare and reaches_back and (reaches_on or params.right_window == 0):
+        return sdpa(q, k, v, params.scale, params.dropout, is_causal=not reaches_on)
+    if params.dropout:
+        return _dropping(q, k, v, params, sinks, mask)
+    out: Tensor = _Blocks.apply(q, k, v, sinks, mask, params)
     return out.transpose(1, 2)
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, *, causal: bool = False, seen: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dropout: float,
+    *,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
 ) -> Tensor:
     """torch's own → [B, Q, H, E]. Where its kernels want keys as wide as values, the narrower get zeros."""
     heads, groups, width, values = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
@@ -87,43 +101,45 @@ def sdpa(
         else:
             q, k = F.pad(q, (0, values - width)), F.pad(k, (0, values - width))
     queries, grouped = q.shape[2], heads != groups
-    if grouped and queries == 1 and not causal and (seen is None or seen.shape[1] == 1):
+    if grouped and queries == 1 and not is_causal and (attn_mask is None or attn_mask.shape[1] == 1):
         q, grouped = q.reshape(len(q), groups, heads // groups, q.shape[-1]), False
-    elif grouped and q.device.type != "cpu" and (seen is not None or width != values or width > 256):
+    elif grouped and q.device.type != "cpu" and (attn_mask is not None or width != values or width > 256):
         k, v = (part.repeat_interleave(heads // groups, dim=1) for part in (k, v))
         grouped = False
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped
     )
     return out.reshape(len(out), heads, queries, -1).transpose(1, 2)[..., :values]
 
 
-def weigh(q: Tensor, k: Tensor, settings: Settings, sinks: Tensor | None, shown: Tensor | None) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, params: ScoreParams, sinks: Tensor | None, mask: Tensor | None) -> Tensor:
     """The softmax written out, [B, H, Q, K] in q's dtype; zeros for a query that a bool mask lets see nothing."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = q @ k.transpose(-2, -1) * settings.scale
+    scores = q @ k.transpose(-2, -1) * params.scale
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-    if settings.softcap is not None:
-        scores = settings.softcap * torch.tanh(scores / settings.softcap)
-    if shown is None and (settings.before is not None or settings.after is not None):
-        shown = band(q.shape[2], k.shape[2], settings.before, settings.after, settings.offset, q.device)[None, None]
-    hides = shown is not None and shown.dtype == torch.bool
-    if shown is not None:
+    if params.softcap is not None:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
+    if mask is None and (params.left_window is not None or params.right_window is not None):
+        mask = band_mask(
+            q.shape[2], k.shape[2], params.left_window, params.right_window, params.query_offset, q.device
+        )[None, None]
+    hides = mask is not None and mask.dtype == torch.bool
+    if mask is not None:
         least = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~shown, least) if hides else scores + shown
+        scores = scores.masked_fill(~mask, least) if hides else scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
-    if hides and shown is not None:
-        weights = weights * shown.any(-1, keepdim=True)
+    if hides and mask is not None:
+        weights = weights * mask.any(-1, keepdim=True)
     return weights.to(q.dtype)
 
 
 def _dropping(
-    q: Tensor, k: Tensor, v: Tensor, settings: Settings, sinks: Tensor | None, shown: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, settings: ScoreParams, sinks: Tensor | None, shown: Tensor | None
 ) -> Tensor:
-    weights = weigh(q, k, settings, sinks, shown)
-    dropped = drop(weights, settings.dropout) if q.device.type == "cpu" else F.dropout(weights, settings.dropout)
+    weights = attention_weights(q, k, settings, sinks, shown)
+    dropped = cpu_dropout(weights, settings.dropout) if q.device.type == "cpu" else F.dropout(weights, settings.dropout)
     return (dropped @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)).transpose(1, 2)
 
 
@@ -132,7 +148,7 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, shown: Tensor | None, settings: Settings
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, shown: Tensor | None, settings: ScoreParams
     ) -> Tensor:
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
         total = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -178,12 +194,12 @@ class _Blocks(torch.autograd.Function):
         return d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_sinks, None, None
 
 
-def _spans(q: Tensor, k: Tensor, settings: Settings) -> Iterator[tuple[slice, slice]]:
+def _spans(q: Tensor, k: Tensor, settings: ScoreParams) -> Iterator[tuple[slice, slice]]:
     """Blocks of queries, and the keys that somebody in each may see."""
     queries, keys, heads = q.shape[2], k.shape[2], q.shape[0] * q.shape[1]
-    back, on, offset = settings.before, settings.after, settings.offset
+    back, on, offset = settings.left_window, settings.right_window, settings.query_offset
     reach = keys if back is None or on is None else min(keys, 2 * (back + on + 1))
-    block = max(NARROWEST, min(queries, SCORES // (heads * reach)))
+    block = max(MIN_BLOCK_QUERIES, min(queries, MAX_SCORES // (heads * reach)))
     if back is not None and on is not None:  # a block as long as the window wastes half of its scores, no more
         block = min(block, max(64, back + on + 1))
     for first in range(0, queries, block):
@@ -194,7 +210,7 @@ def _spans(q: Tensor, k: Tensor, settings: Settings) -> Iterator[tuple[slice, sl
 
 
 def _scores(
-    q: Tensor, k: Tensor, shown: Tensor | None, settings: Settings, mine: slice, theirs: slice
+    q: Tensor, k: Tensor, shown: Tensor | None, settings: ScoreParams, mine: slice, theirs: slice
 ) -> tuple[Tensor, Tensor | None]:
     """[B, H, r, c] in float32 or wider, -inf where nothing is seen; and the soft-cap's slope there."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -207,9 +223,11 @@ def _scores(
     if shown is not None:
         part = shown[:, :, mine, theirs]
         return (scores.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else scores + part), slope
-    if settings.before is not None or settings.after is not None:
-        offset = mine.start + settings.offset - theirs.start
-        part = band(scores.shape[2], scores.shape[3], settings.before, settings.after, offset, q.device)
+    if settings.left_window is not None or settings.right_window is not None:
+        offset = mine.start + settings.query_offset - theirs.start
+        part = band_mask(
+            scores.shape[2], scores.shape[3], settings.left_window, settings.right_window, offset, q.device
+        )
         scores.masked_fill_(~part, -torch.inf)
     return scores, slope
 

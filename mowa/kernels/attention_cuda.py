@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 128  # FlexAttention's, of queries and of keys
+BLOCK_SIZE = 128  # FlexAttention's, of queries and of keys
 
 
 def flash(
-    way: str,
+    backend: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bounds: Tensor,
-    longest: int,
-    span: tuple[int, int],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window_size: tuple[int, int],
     scale: float,
     dropout: float,
     softcap: float | None,
@@ -34,14 +34,14 @@ def flash(
     """
     rows = q.shape[0]
     q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))
-    where = (bounds, bounds, longest, longest)
-    if way == "flash_varlen":
-        out = _torchs(q, k, v, where, span, scale)
+    where = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    if backend == "flash_varlen":
+        out = _torchs(q, k, v, where, window_size, scale)
     else:
-        how: dict[str, Any] = {"softmax_scale": scale, "causal": span[1] == 0, "window_size": span}
+        how: dict[str, Any] = {"softmax_scale": scale, "causal": window_size[1] == 0, "window_size": window_size}
         if softcap is not None:
             how["softcap"] = softcap
-        if way == "flash3":
+        if backend == "flash3":
             from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
         else:
             from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
@@ -78,7 +78,7 @@ def _takes() -> frozenset[str]:
 
 
 def flex(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Any, scale: float, softcap: float | None, sinks: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E], a `pattern` of 1 or B rows → [B, T, H, E].
 
@@ -88,7 +88,7 @@ def flex(
 
     capped = None if softcap is None else _cap(softcap)
     grouped = q.shape[1] != k.shape[1]
-    how: dict[str, Any] = {"score_mod": capped, "block_mask": pattern, "scale": scale, "enable_gqa": grouped}
+    how: dict[str, Any] = {"score_mod": capped, "block_mask": block_mask, "scale": scale, "enable_gqa": grouped}
     if sinks is None:
         return _compiled()(q, k, v, **how).transpose(1, 2)
     out, extra = _compiled()(q, k, v, **how, return_aux=AuxRequest(lse=True))
@@ -111,14 +111,16 @@ def _cap(softcap: float) -> Any:
     return capped
 
 
-def pattern(rows: Sequence[Sequence[int]], before: int | None, after: int | None, device: torch.device) -> Any:
+def build_block_mask(
+    lengths_by_row: Sequence[Sequence[int]], left_window: int | None, right_window: int | None, device: torch.device
+) -> Any:
     """FlexAttention's BlockMask over rows of documents of so many tokens: every query sees a stretch of keys.
 
     Blocks are told apart by where these stretches begin and end, so nothing of the size [T, T] is made.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    firsts, ends = stretches(rows, before, after)
+    firsts, ends = visible_key_ranges(lengths_by_row, left_window, right_window)
     some, some_count, whole, whole_count = (part.to(device) for part in _blocks(firsts, ends))
     firsts, ends = firsts.to(device), ends.to(device)
 
@@ -127,20 +129,22 @@ def pattern(rows: Sequence[Sequence[int]], before: int | None, after: int | None
 
     length = firsts.shape[1]
     return BlockMask.from_kv_blocks(
-        some_count, some, whole_count, whole, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(length, length)
+        some_count, some, whole_count, whole, BLOCK_SIZE=BLOCK_SIZE, mask_mod=seen, seq_lengths=(length, length)
     )
 
 
-def stretches(rows: Sequence[Sequence[int]], before: int | None, after: int | None) -> tuple[Tensor, Tensor]:
+def visible_key_ranges(
+    lengths_by_row: Sequence[Sequence[int]], left_window: int | None, right_window: int | None
+) -> tuple[Tensor, Tensor]:
     """The first key that each query sees and the one after the last: int32 [B, T] each."""
     firsts, ends = [], []
-    for lengths in rows:
+    for lengths in lengths_by_row:
         counts = torch.tensor(list(lengths))
         last = counts.cumsum(0).repeat_interleave(counts)
         first = last - counts.repeat_interleave(counts)
         at = torch.arange(len(last))
-        firsts.append(first if before is None else torch.maximum(first, at - before))
-        ends.append(last if after is None else torch.minimum(last, at + after + 1))
+        firsts.append(first if left_window is None else torch.maximum(first, at - left_window))
+        ends.append(last if right_window is None else torch.minimum(last, at + right_window + 1))
     return torch.stack(firsts).int(), torch.stack(ends).int()
 
 
@@ -150,15 +154,15 @@ def _blocks(firsts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     int32 [B, 1, N, N], [B, 1, N], [B, 1, N, N], [B, 1, N].
     """
     length = firsts.shape[1]
-    count = -(-length // BLOCK)
-    begins = torch.arange(count) * BLOCK
-    lasts = (begins + BLOCK).clamp(max=length) - 1
+    count = -(-length // BLOCK_SIZE)
+    begins = torch.arange(count) * BLOCK_SIZE
+    lasts = (begins + BLOCK_SIZE).clamp(max=length) - 1
     # both bounds rise along a row, so a block's are those of its first and last query
     low, high = firsts[:, begins, None], ends[:, lasts, None]
-    touched = (begins + BLOCK > low) & (begins < high)
-    whole = touched & (begins >= firsts[:, lasts, None]) & (begins + BLOCK <= ends[:, begins, None])
+    touched = (begins + BLOCK_SIZE > low) & (begins < high)
+    whole = touched & (begins >= firsts[:, lasts, None]) & (begins + BLOCK_SIZE <= ends[:, begins, None])
     # a ragged last block of queries is never whole: its missing queries see nothing
-    whole &= (lasts - begins == BLOCK - 1)[None, :, None]
+    whole &= (lasts - begins == BLOCK_SIZE - 1)[None, :, None]
     made = []
     for chosen in (touched & ~whole, whole):
         made += [

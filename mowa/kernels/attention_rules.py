@@ -11,95 +11,95 @@ from functools import cache, lru_cache
 from importlib.util import find_spec
 from inspect import signature
 
-HALVES = ("float16", "bfloat16")
-WIDEST = 256  # what FlashAttention takes for a head
+HALF_DTYPES = ("float16", "bfloat16")
+MAX_HEAD_DIM = 256  # what FlashAttention takes for a head
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class AttentionSpec:
     """What the rule looks at. width and value_width: of a head; packages: what of `has()` is there."""
 
     device: str
     dtype: str
-    width: int
-    value_width: int
-    queries: int
-    keys: int
+    head_dim: int
+    v_head_dim: int
+    q_len: int
+    kv_len: int
     documents: bool = False
     windowed: bool = False
     causal: bool = False
-    masked: bool = False
+    has_dense_mask: bool = False
     softcap: bool = False
     sinks: bool = False
     dropout: bool = False
-    grad: bool = False
+    requires_grad: bool = False
     capability: tuple[int, int] = (0, 0)
     packages: frozenset[str] = frozenset()
 
     @property
-    def plain(self) -> bool:
+    def full_or_causal(self) -> bool:
         """Whether every query of a row sees all of it, or all before it: what one call of torch's own can do."""
         return not (self.documents or self.windowed or self.softcap or self.sinks)
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class BackendChoice:
     """A way of computing attention, why, and why none of the better ones."""
 
-    name: str
+    backend: str
     reason: str
-    refused: tuple[tuple[str, str], ...]
+    rejected: tuple[tuple[str, str], ...]
 
 
-def _flash(facts: Facts) -> str:
+def _flash(facts: AttentionSpec) -> str:
     """What no FlashAttention does."""
     if facts.device != "cuda":
         return "for CUDA devices only"
-    if facts.dtype not in HALVES:
+    if facts.dtype not in HALF_DTYPES:
         return f"half precision only, not {facts.dtype}"
-    if max(facts.width, facts.value_width) > WIDEST:
-        return f"heads are wider than {WIDEST}"
-    if facts.width != facts.value_width:
+    if max(facts.head_dim, facts.v_head_dim) > MAX_HEAD_DIM:
+        return f"heads are wider than {MAX_HEAD_DIM}"
+    if facts.head_dim != facts.v_head_dim:
         return "values are not as wide as keys"
-    if facts.masked:
+    if facts.has_dense_mask:
         return "a mask of its own, or padding that a cache holds"
     if facts.sinks:
         return "attention sinks"
-    if facts.queries != facts.keys:
+    if facts.q_len != facts.kv_len:
         return "queries and keys differ in number"
     return ""
 
 
-def _flash3(facts: Facts) -> str:
+def _flash3(facts: AttentionSpec) -> str:
     if why := _flash(facts):
         return why
     if facts.capability[0] != 9:
         return "for capability 9 only"
     if facts.dropout:
         return "it has no dropout"
-    if facts.softcap and facts.grad:
+    if facts.softcap and facts.requires_grad:
         return "its soft-cap has no gradient"
     return "" if "flash_attn_interface" in facts.packages else "flash_attn_interface is not installed"
 
 
-def _flash2(facts: Facts) -> str:
+def _flash2(facts: AttentionSpec) -> str:
     if why := _flash(facts):
         return why
     if facts.capability < (8, 0):
         return "for capability 8 and later"
-    if facts.plain:
+    if facts.full_or_causal:
         return "torch has the same for whole rows"
     if facts.softcap and facts.dropout:
         return "no dropout beside a soft-cap"
     return "" if "flash_attn" in facts.packages else "flash_attn is not installed"
 
 
-def _varlen(facts: Facts) -> str:
+def _varlen(facts: AttentionSpec) -> str:
     if why := _flash(facts):
         return why
     if facts.capability < (8, 0):
         return "for capability 8 and later"
-    if facts.plain:
+    if facts.full_or_causal:
         return "torch has the same for whole rows"
     if facts.dropout:
         return "it has no dropout"
@@ -110,27 +110,27 @@ def _varlen(facts: Facts) -> str:
     return "this torch's knows no windows" if facts.windowed and "varlen_window" not in facts.packages else ""
 
 
-def _flex(facts: Facts) -> str:
+def _flex(facts: AttentionSpec) -> str:
     if facts.device != "cuda":
         return "for CUDA devices only"
-    if facts.plain:
+    if facts.full_or_causal:
         return "torch's own does whole rows faster"
-    if facts.masked:
+    if facts.has_dense_mask:
         return "a mask of its own, or padding that a cache holds"
-    if facts.queries != facts.keys:
+    if facts.q_len != facts.kv_len:
         return "queries and keys differ in number"
     if facts.dropout:
         return "it has no dropout"
     if facts.dtype == "float64":
         return "not in float64"
-    if min(facts.width, facts.value_width) < 16:
+    if min(facts.head_dim, facts.v_head_dim) < 16:
         return "heads are narrower than 16"
     if facts.capability < (8, 0):
         return "for capability 8 and later"
     return "" if "triton" in facts.packages else "Triton is not installed"
 
 
-def _sdpa(facts: Facts) -> str:
+def _sdpa(facts: AttentionSpec) -> str:
     if facts.softcap:
         return "it has no soft-cap"
     if facts.sinks:
@@ -139,12 +139,12 @@ def _sdpa(facts: Facts) -> str:
         return "it would need a mask of all tokens against all"
     if facts.dropout and facts.device == "cpu":
         return "its dropout is slow on a processor"
-    if facts.windowed and facts.queries > 1 and not facts.masked:
+    if facts.windowed and facts.q_len > 1 and not facts.has_dense_mask:
         return "it would need a mask of all tokens against all"
     return ""
 
 
-def _documents(facts: Facts) -> str:
+def _documents(facts: AttentionSpec) -> str:
     if not facts.documents:
         return "there are no documents to take one by one"
     if facts.dropout and facts.device == "cpu":
@@ -152,12 +152,12 @@ def _documents(facts: Facts) -> str:
     return "softcap or sinks, which torch's own has not" if facts.softcap or facts.sinks else ""
 
 
-def _blocks(facts: Facts) -> str:
+def _blocks(facts: AttentionSpec) -> str:
     return "weights are needed to drop some" if facts.dropout else ""
 
 
 # The rule: the first that refuses nothing. A Triton kernel of our own belongs before "flex".
-RULES: tuple[tuple[str, Callable[[Facts], str], str], ...] = (
+BACKENDS: tuple[tuple[str, Callable[[AttentionSpec], str], str], ...] = (
     ("flash3", _flash3, "FlashAttention 3 in one launch"),
     ("flash2", _flash2, "FlashAttention 2 in one launch"),
     ("flash_varlen", _varlen, "torch's FlashAttention over rows of any lengths, in one launch"),
@@ -170,18 +170,18 @@ RULES: tuple[tuple[str, Callable[[Facts], str], str], ...] = (
 
 
 @lru_cache(maxsize=4096)
-def choose(facts: Facts) -> Choice:
+def select_backend(spec: AttentionSpec) -> BackendChoice:
     """The way for these facts; total, and the same for the same facts."""
     refused: list[tuple[str, str]] = []
-    for name, refuses, reason in RULES:
-        if not (why := refuses(facts)):
-            return Choice(name, reason, tuple(refused))
+    for name, refuses, reason in BACKENDS:
+        if not (why := refuses(spec)):
+            return BackendChoice(name, reason, tuple(refused))
         refused.append((name, why))
     raise AssertionError("the last rule takes everything")
 
 
 @cache
-def has() -> frozenset[str]:
+def available_packages() -> frozenset[str]:
     """Which of the optional ways this Python brings: names as `Facts.packages` has them."""
     found = {name for name in ("flash_attn", "flash_attn_interface", "triton") if find_spec(name)}
     if find_spec("torch.nn.attention.varlen"):

@@ -14,22 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STEPS = 1 << 16
+LEVELS = 1 << 16
 
 
-def kept(shape: torch.Size, p: float) -> Tensor:
+def sample_keep_mask(shape: torch.Size, p: float) -> Tensor:
     """A mask bool [shape]: false with probability p."""
     seed = int(torch.randint(torch.iinfo(torch.int64).max, ()))
     count = shape.numel()
     bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16))
-    return (bits[:count] >= round(p * STEPS) - STEPS // 2).view(shape)
+    return (bits[:count] >= round(p * LEVELS) - LEVELS // 2).view(shape)
 
 
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         ctx.scale = 1 / (1 - p)
-        mask = kept(x.shape, p)
+        mask = sample_keep_mask(x.shape, p)
         ctx.save_for_backward(mask)
         return torch.where(mask, x * ctx.scale, 0)
 
@@ -39,7 +39,7 @@ class _Drop(torch.autograd.Function):
         return torch.where(mask, gradient * ctx.scale, 0), None
 
 
-def drop(x: Tensor, p: float) -> Tensor:
+def cpu_dropout(x: Tensor, p: float) -> Tensor:
     """x on a processor, of any float dtype and shape → the same with a share p of its elements zero; 0 ≤ p < 1."""
     out: Tensor = _Drop.apply(x, p) if p else x
     return out

@@ -23,13 +23,15 @@ from torch.autograd.function import once_differentiable
 from mowa.errors import DataError
 
 MIB = 2**20
-CHUNK = {"cpu": 128 * MIB, "cuda": 256 * MIB}  # logits at a time: some 100 rows fill two cores, some 300 an H100
-BLOCK = {"cpu": 4 * MIB, "cuda": 64 * MIB}  # of them the softmax works on so much: what a processor's cache holds
-LIFT = 1024.0  # unit gradients in float16 are kept so much larger, or the many below 3e-8 would be 0; |W| stays < 32
+CHUNK_BYTES = {"cpu": 128 * MIB, "cuda": 256 * MIB}  # logits at a time: some 100 rows fill two cores, some 300 an H100
+BLOCK_BYTES = {"cpu": 4 * MIB, "cuda": 64 * MIB}  # of them the softmax works on so much: what a processor's cache holds
+FP16_GRAD_SCALE = (
+    1024.0  # unit gradients in float16 are kept so much larger, or the many below 3e-8 would be 0; |W| stays < 32
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class TokenScores:
     """Of each token, in the shape of the targets; 0 (False) where the target is `ignore_index`.
 
     log_probs: float32 (float64 if hidden is), of the target; with smoothing, minus the smoothed loss. Differentiable
@@ -39,7 +41,7 @@ class Scores:
 
     log_probs: Tensor
     entropy: Tensor | None
-    right: Tensor
+    is_top1: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +63,16 @@ class _How:
 
     @property
     def lift(self) -> float:
-        return LIFT if self.compute == torch.float16 else 1.0
+        return FP16_GRAD_SCALE if self.compute == torch.float16 else 1.0
 
     def sizes(self, weight: Tensor) -> tuple[int, int]:
         """Tokens in a chunk, and in a block of it."""
-        kind = weight.device.type if weight.device.type in CHUNK else "cuda"
-        chunk, row = self.budget or CHUNK[kind], max(1, len(weight)) * self.wide.itemsize
-        return max(1, chunk // row), max(1, min(chunk, BLOCK[kind]) // row)
+        kind = weight.device.type if weight.device.type in CHUNK_BYTES else "cuda"
+        chunk, row = self.budget or CHUNK_BYTES[kind], max(1, len(weight)) * self.wide.itemsize
+        return max(1, chunk // row), max(1, min(chunk, BLOCK_BYTES[kind]) // row)
 
 
-def score(
+def score_tokens(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -79,10 +81,10 @@ def score(
     scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    smoothing: float = 0.0,
+    label_smoothing: float = 0.0,
     entropy: bool = True,
-    budget: int | None = None,
-) -> Scores:
+    chunk_bytes: int | None = None,
+) -> TokenScores:
     """What the model makes of each target: hidden [..., D], weight [V, D], bias [V], targets [...] int64 → `Scores`.
 
     hidden, weight and bias are of one float dtype, or torch.autocast is on and casts them as it would for a linear.
@@ -95,10 +97,10 @@ def score(
 
     Raises DataError for a target beyond the vocabulary, ValueError where shapes or dtypes do not fit.
     """
-    how = _How(scale, softcap, smoothing, budget, entropy, right=True)
+    how = _How(scale, softcap, label_smoothing, chunk_bytes, entropy, right=True)
     index, log_probs, extra, right = _learnt(hidden, weight, targets, bias, ignore_index, how)
     extra = None if extra is None else _spread(extra, index, targets)
-    return Scores(_spread(log_probs, index, targets), extra, _spread(right, index, targets))
+    return TokenScores(_spread(log_probs, index, targets), extra, _spread(right, index, targets))
 
 
 def linear_cross_entropy(
@@ -110,9 +112,9 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    smoothing: float = 0.0,
+    label_smoothing: float = 0.0,
     reduction: Literal["mean", "sum", "none"] = "mean",
-    budget: int | None = None,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """cross_entropy(softcap(scale · linear(hidden, weight, bias)), targets), as torch's functional ones define them.
 
@@ -122,7 +124,7 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is mean, sum or none, not {reduction}")
-    how = _How(scale, softcap, smoothing, budget)
+    how = _How(scale, softcap, label_smoothing, chunk_bytes)
     index, log_probs, _, _ = _learnt(hidden, weight, targets, bias, ignore_index, how)
     if reduction == "sum":
         return -log_probs.sum()

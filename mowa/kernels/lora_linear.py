@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """x [..., I], weight [O, I] (frozen), bias [O] or none, a [R, I], b [O, R] → [..., O] in the dtype of x Wᵀ.
 
     Under autocast everything is cast to its dtype, as autocast would. Outside it x and weight are of one dtype; a and b
@@ -32,7 +32,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     kind = x.device.type
     casting = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     compute = torch.get_autocast_dtype(kind) if casting else None
-    out: Tensor = _LoraLinear.apply(x, weight, bias, a, b, scale, compute)
+    out: Tensor = _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, compute)
     return out
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-PLAIN = partial(checkpoint, use_reentrant=False)
-SMALLEST_BYTES = 1 << 20  # below this a copy costs more than the memory is worth
+DEFAULT_CHECKPOINT = partial(checkpoint, use_reentrant=False)
+MIN_BYTES = 1 << 20  # below this a copy costs more than the memory is worth
 
 
 class _Parked:
@@ -32,7 +32,7 @@ class _Parked:
         self.here: Any = None
 
 
-class Offload:
+class OffloadedCheckpoint:
     """A function to give a net for `torch.utils.checkpoint.checkpoint`: offload(function, *args, **kwargs).
 
     `inner` checkpoints; by default torch's own, not reentrant, with random states kept. Only tensors among `args` move:
@@ -40,20 +40,20 @@ class Offload:
     which run one after another. A copy of it, or one read from a file, starts with nothing parked.
     """
 
-    def __init__(self, inner: Callable[..., Any] = PLAIN) -> None:
-        self.inner = inner
+    def __init__(self, checkpoint_fn: Callable[..., Any] = DEFAULT_CHECKPOINT) -> None:
+        self.checkpoint_fn = checkpoint_fn
         self._streams: dict[torch.device, Any] = {}
         self._last: weakref.ref[_Parked] | None = None
 
-    def __reduce__(self) -> tuple[type[Offload], tuple[Any, ...]]:
-        return Offload, (self.inner,)
+    def __reduce__(self) -> tuple[type[OffloadedCheckpoint], tuple[Any, ...]]:
+        return OffloadedCheckpoint, (self.checkpoint_fn,)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with saved_tensors_hooks(self._park, self._fetch):
-            return self.inner(function, *args, **kwargs)
+            return self.checkpoint_fn(function, *args, **kwargs)
 
     def _park(self, tensor: Tensor) -> Tensor | _Parked:
-        if not tensor.is_cuda or tensor.nbytes < SMALLEST_BYTES:
+        if not tensor.is_cuda or tensor.nbytes < MIN_BYTES:
             return tensor
         now, aside = torch.cuda.current_stream(tensor.device), self._aside(tensor.device)
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int = 1) -> tuple[Tensor, Tensor]:
+def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """q [B, H, T, D], k [B, G, T, D] turned by the angles of cos, sin [B, T, R] (R ≤ D even; no gradient is theirs).
 
     `heads` is the dimension in which q and k count heads: 1 as above, 2 for [B, T, H, D]. In the wider dtype of q and
     cos, as transformers' `apply_rotary_pos_emb` gives; rounded once, where that rounds three times.
     """
-    cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)
 
 

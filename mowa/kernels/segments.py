@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Segments:
+class PackedSequences:
     """Lengths, in frames, of sequences that lie end to end."""
 
     lengths: tuple[int, ...]
 
     @cached_property
-    def starts(self) -> tuple[int, ...]:
+    def offsets(self) -> tuple[int, ...]:
         """The frame at which each begins, and the one after the last."""
         starts = [0]
         for length in self.lengths:
@@ -27,8 +27,8 @@ class Segments:
     def _on_device(self) -> dict[torch.device, Tensor]:
         return {}
 
-    def bounds(self, device: torch.device) -> Tensor:
+    def cu_seqlens(self, device: torch.device) -> Tensor:
         """`starts` as int32 [count + 1], made once a device."""
         if device not in self._on_device:
-            self._on_device[device] = torch.tensor(self.starts, dtype=torch.int32, device=device)
+            self._on_device[device] = torch.tensor(self.offsets, dtype=torch.int32, device=device)
         return self._on_device[device]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, dim: int = -2) -> Tensor:
+def apply_tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile_size: int, dim: int = -2) -> Tensor:
     """function(x), `tile` positions of `dim` at a time. x [..., T, D] → what `function` gives, tiles put end to end.
 
     Exact for whatever treats positions alone: gradients reach x and all that `function` uses (weights, low-rank
@@ -23,9 +23,9 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, dim: int =
 
     Raises ValueError where tile < 1.
     """
-    if tile < 1:
-        raise ValueError(f"a tile has at least one position, not {tile}")
-    if x.shape[dim] <= tile:
+    if tile_size < 1:
+        raise ValueError(f"a tile has at least one position, not {tile_size}")
+    if x.shape[dim] <= tile_size:
         return function(x)
     one = partial(checkpoint, function, use_reentrant=False) if torch.is_grad_enabled() else function
-    return torch.cat([one(part) for part in x.split(tile, dim)], dim)
+    return torch.cat([one(part) for part in x.split(tile_size, dim)], dim)

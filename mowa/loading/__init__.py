@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mowa.files import resolve
+from mowa.files import resolve_model
 from mowa.loading import speech, text
-from mowa.loading.checkpoint import family_of
-from mowa.loading.speech import preprocessing, vocabulary
+from mowa.loading.checkpoint import read_family
+from mowa.loading.speech import read_preprocessing, read_vocabulary
 from mowa.nouns import Family
 
-__all__ = ["load", "preprocessing", "vocabulary"]
+__all__ = ["load", "read_preprocessing", "read_vocabulary"]
 
 
 def load(
@@ -21,7 +21,7 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
     offline: bool = False,
-    head: bool = True,
+    require_head: bool = True,
 ) -> Any:
     """Load a model by alias, folder or hub id, in eval mode, with no gradients, on `device` in `dtype`.
 
@@ -30,10 +30,12 @@ def load(
     """
 
     def vet(folder: Path) -> Family:
-        hears = family_of(folder).task == "ctc"
-        return speech.family_of(folder, head=head) if hears else text.family_of(folder)
+        hears = read_family(folder).task == "ctc"
+        return speech.read_ctc_family(folder, require_head=require_head) if hears else text.read_causal_family(folder)
 
-    origin = resolve(name, revision=revision, offline=offline, vet=vet)
+    origin = resolve_model(name, revision=revision, offline=offline, validate=vet)
     if vet(origin.folder).task == "ctc":
-        return speech.load(name, revision=revision, dtype=dtype, device=device, offline=offline, head=head)
+        return speech.load(
+            name, revision=revision, dtype=dtype, device=device, offline=offline, require_head=require_head
+        )
     return text.load(name, revision=revision, dtype=dtype, device=device, offline=offline)

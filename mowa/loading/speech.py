@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mowa.errors import ModelError
-from mowa.files import read_json, resolve
+from mowa.files import read_json, resolve_model
 from mowa.loading import checkpoint, narrowed
-from mowa.loading.checkpoint import check_device, check_dtype, refuse_misfits
+from mowa.loading.checkpoint import validate_device, validate_dtype, validate_loading_info
 from mowa.nouns import Family, Model, Preprocessing, Vocabulary
 
 log = logging.getLogger("mowa")
@@ -35,7 +35,7 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
     offline: bool = False,
-    head: bool = True,
+    require_head: bool = True,
 ) -> Model:
     """Load a CTC model by alias, folder or hub id, in eval mode, with no gradients, on `device` in `dtype`.
 
@@ -44,66 +44,66 @@ def load(
     Raises ModelError: an unknown name, family or dtype; no CTC head; config, vocabulary, audio settings or weights that
     are missing, damaged or do not fit each other; a device that is not there. HubUnreachable as `files.resolve` does.
     """
-    check_dtype(dtype)
-    check_device(device)
-    vet = partial(family_of, head=head)
-    origin = resolve(name, revision=revision, offline=offline, vet=vet)
+    validate_dtype(dtype)
+    validate_device(device)
+    vet = partial(read_ctc_family, require_head=require_head)
+    origin = resolve_model(name, revision=revision, offline=offline, validate=vet)
     family = vet(origin.folder)
-    said = narrowed.note(origin.folder)
-    net = _net(origin.folder, family, dtype, head=head)
+    said = narrowed.read_manifest(origin.folder)
+    net = _net(origin.folder, family, dtype, require_head=require_head)
     return Model(
         net=net.to(device),
         family=family,
         origin=origin,
-        vocabulary=_vocabulary(origin.folder, family, net, head),
-        preprocessing=preprocessing(origin.folder),
-        scheme=narrowed.scheme_of(said, net, family),
+        vocabulary=_vocabulary(origin.folder, family, net, require_head),
+        preprocessing=read_preprocessing(origin.folder),
+        scheme=narrowed.infer_scheme(said, net, family),
     )
 
 
-def _vocabulary(folder: Path, family: Family, net: Any, head: bool) -> Vocabulary:
-    if not head and not (folder / "vocab.json").is_file():
+def _vocabulary(folder: Path, family: Family, net: Any, require_head: bool) -> Vocabulary:
+    if not require_head and not (folder / "vocab.json").is_file():
         return Vocabulary((), blank=0, delimiter=None)
-    return vocabulary(folder, net.get_submodule(family.head).out_features)
+    return read_vocabulary(folder, net.get_submodule(family.head).out_features)
 
 
-def family_of(folder: Path, *, head: bool = True) -> Family:
+def read_ctc_family(folder: Path, *, require_head: bool = True) -> Family:
     """The family that `folder`'s config.json names; ModelError if mowa has none, or the config names no CTC model.
 
     `head` False: a model without a CTC head will do.
     """
-    family = checkpoint.family_of(folder)
+    family = checkpoint.read_family(folder)
     if family.task != "ctc":
         raise ModelError(f"{folder} is a {family.name} model, and reads text: name one that hears, such as pl-tiny")
     config = read_json(folder / "config.json")
     architectures = config.get("architectures") or []
-    if head and architectures and not any(name.endswith("ForCTC") for name in architectures):
+    if require_head and architectures and not any(name.endswith("ForCTC") for name in architectures):
         raise ModelError(f"{folder} is a {architectures[0]}, which has no CTC head: {_FINE_TUNE}")
     return family
 
 
-def _net(folder: Path, family: Family, dtype: str, *, head: bool) -> Any:
+def _net(folder: Path, family: Family, dtype: str, *, require_head: bool) -> Any:
     from transformers import AutoModelForCTC
 
-    if how := narrowed.settings(folder):
-        if not head:
+    if how := narrowed.read_quantization_config(folder):
+        if not require_head:
             raise ModelError(f"{folder} is in few bits, and those do not learn: name the model that it was made of")
-        return narrowed.net_of(AutoModelForCTC, folder, family, dtype, how)
-    net, report = checkpoint.net_of(AutoModelForCTC, folder, family, dtype)
-    _refuse_gaps(folder, family, net.base_model_prefix, report, head=head)
+        return narrowed.load_quantized_net(AutoModelForCTC, folder, family, dtype, how)
+    net, report = checkpoint.load_net(AutoModelForCTC, folder, family, dtype)
+    _refuse_gaps(folder, family, net.base_model_prefix, report, require_head=require_head)
     return net.eval().requires_grad_(False)
 
 
-def _refuse_gaps(folder: Path, family: Family, encoder: str, report: Mapping[str, Any], *, head: bool) -> None:
+def _refuse_gaps(folder: Path, family: Family, encoder: str, report: Mapping[str, Any], *, require_head: bool) -> None:
     """`refuse_misfits`; but a missing `masked_spec_embed` is SpecAugment's alone, and a head may be to replace."""
     of_head = (f"{family.head}.weight", f"{family.head}.bias")
-    if head and of_head[0] in report["missing_keys"]:
+    if require_head and of_head[0] in report["missing_keys"]:
         raise ModelError(f"the weights of {folder} hold no {family.head}, so it has no CTC head: {_FINE_TUNE}")
     masks = {key for key in report["missing_keys"] if key.endswith(".masked_spec_embed")}
-    refuse_misfits(folder, encoder, report, spared=masks if head else masks.union(of_head))
+    validate_loading_info(folder, encoder, report, ignored_missing=masks if require_head else masks.union(of_head))
 
 
-def preprocessing(folder: Path) -> Preprocessing:
+def read_preprocessing(folder: Path) -> Preprocessing:
     """Audio settings from preprocessor_config.json, or from processor_config.json as transformers 5 writes them.
 
     Rate and normalisation must be written down; `return_attention_mask` and `padding_value` default as they do in
@@ -126,7 +126,7 @@ def preprocessing(folder: Path) -> Preprocessing:
     )
 
 
-def vocabulary(folder: Path, head_size: int) -> Vocabulary:
+def read_vocabulary(folder: Path, head_size: int) -> Vocabulary:
     """What each of the head's `head_size` outputs means, from vocab.json and the tokenizer's files beside it.
 
     Blank is `pad_token_id` of config.json, which the CTC loss was trained with; where that is silent, the tokenizer's

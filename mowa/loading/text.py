@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mowa.errors import ModelError
-from mowa.families import resolve as resolve_family
-from mowa.files import quiet, read_json, resolve
+from mowa.families import resolve_family as resolve_family
+from mowa.files import read_json, resolve_model, silence_transformers
 from mowa.loading import checkpoint
-from mowa.loading.checkpoint import check_device, check_dtype
+from mowa.loading.checkpoint import validate_device, validate_dtype
 from mowa.nouns import Family, LanguageModel
 
 
@@ -29,33 +29,33 @@ def load(
     Raises ModelError: an unknown name, family or dtype; a model of another task; config, weights or tokenizer that are
     missing, damaged or do not fit each other; a device that is not there. HubUnreachable as `files.resolve` does.
     """
-    check_dtype(dtype)
-    check_device(device)
-    origin = resolve(name, revision=revision, offline=offline, vet=family_of)
-    family_of(origin.folder)  # a folder is not vetted by `resolve`
+    validate_dtype(dtype)
+    validate_device(device)
+    origin = resolve_model(name, revision=revision, offline=offline, validate=read_causal_family)
+    read_causal_family(origin.folder)  # a folder is not vetted by `resolve`
     family = resolve_family(origin.source, read_json(origin.folder / "config.json"))
-    tokenizer = tokenizer_of(origin.folder)
+    tokenizer = load_tokenizer(origin.folder)
     net = _net(origin.folder, family, dtype)
-    refuse_another_tokenizer(tokenizer, net, origin.name)
+    validate_tokenizer(tokenizer, net, origin.name)
     return LanguageModel(net=net.to(device), family=family, origin=origin, tokenizer=tokenizer)
 
 
-def family_of(folder: Path) -> Family:
+def read_causal_family(folder: Path) -> Family:
     """The family that `folder`'s config.json names; ModelError if mowa has none, or it is of another task."""
-    family = checkpoint.family_of(folder)
+    family = checkpoint.read_family(folder)
     if family.task != "causal":
         kind = "hears" if family.task == "ctc" else f"is for {family.task}"
         raise ModelError(f"{folder} is a {family.name} model, which {kind}: name a causal language model")
     return family
 
 
-def tokenizer_of(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`; ModelError where there is none, or it is damaged. No code of the folder's is run."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(f"{folder} has no tokenizer: tokenizer.json, or tokenizer.model, belongs beside the weights")
-    with quiet():
+    with silence_transformers():
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
@@ -63,7 +63,7 @@ def tokenizer_of(folder: Path) -> Any:
             raise ModelError(f"the tokenizer of {folder} cannot be read: {reason}") from error
 
 
-def refuse_another_tokenizer(tokenizer: Any, net: Any, name: str) -> None:
+def validate_tokenizer(tokenizer: Any, net: Any, name: str) -> None:
     """ModelError where the tokenizer has ids that the net has no embedding for: it is another model's."""
     rows, highest = net.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -76,8 +76,8 @@ def refuse_another_tokenizer(tokenizer: Any, net: Any, name: str) -> None:
 def _net(folder: Path, family: Family, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    net, report = checkpoint.net_of(AutoModelForCausalLM, folder, family, dtype)
-    checkpoint.refuse_misfits(folder, net.base_model_prefix, report)
+    net, report = checkpoint.load_net(AutoModelForCausalLM, folder, family, dtype)
+    checkpoint.validate_loading_info(folder, net.base_model_prefix, report)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 

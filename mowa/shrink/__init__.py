@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mowa.shrink.schemes import SCHEMES, label, named
+from mowa.shrink.schemes import SCHEMES, format_scheme, parse_scheme
 
 if TYPE_CHECKING:
-    from mowa.shrink.make import shrink
+    from mowa.shrink.make import quantize
 
-__all__ = ["SCHEMES", "label", "named", "shrink"]
+__all__ = ["SCHEMES", "format_scheme", "parse_scheme", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
     if name != "shrink":
         raise AttributeError(f"module 'mowa.shrink' has no attribute {name!r}")
-    from mowa.shrink.make import shrink
+    from mowa.shrink.make import quantize
 
-    return shrink
+    return quantize

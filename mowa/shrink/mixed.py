@@ -17,84 +17,88 @@ import numpy as np
 from mowa.errors import ModelError
 from mowa.nouns import Model, Scheme
 from mowa.shrink import calibrate, make
-from mowa.shrink.make import Unit
+from mowa.shrink.make import LinearGroup
 
 log = logging.getLogger("mowa")
 
-SECONDS = 12.0  # that units are ranked on: each of them has to be heard anew
-WIDER = {"int4": ("int8", 1 / 64), "int8": ("float16", 0.0)}  # and the share of the damage that is left
+RANKING_S = 12.0  # that units are ranked on: each of them has to be heard anew
+NEXT_PRECISION = {"int4": ("int8", 1 / 64), "int8": ("float16", 0.0)}  # and the share of the damage that is left
 
 
-def chosen(
-    model: Model, units: Sequence[Unit], sounds: Sequence[np.ndarray], told: Callable[[float], object]
-) -> dict[Unit, Scheme]:
+def assign_schemes(
+    model: Model, groups: Sequence[LinearGroup], clips: Sequence[np.ndarray], on_progress: Callable[[float], object]
+) -> dict[LinearGroup, Scheme]:
     """Unit → scheme, within `model.scheme.budget` of the size in float32. `model` is wide in its blocks yet.
 
     ModelError where int4 everywhere is larger than that.
     """
     scheme, whole = model.scheme, _whole(model)
-    damage = damages(model, units, sounds, told)
-    weights = {unit: sum(model.net.get_submodule(name).weight.numel() for name in unit.names) for unit in units}
-    bits = {"int4": 4 + (16 if scheme.symmetric else 20) / scheme.group, "int8": 8.0, "float16": 16.0}
-    others = make.size(model) - sum(2 * count for count in weights.values())
-    width = dict.fromkeys(units, "int4")
+    damage = measure_sensitivity(model, groups, clips, on_progress)
+    weights = {unit: sum(model.net.get_submodule(name).weight.numel() for name in unit.module_names) for unit in groups}
+    bits = {"int4": 4 + (16 if scheme.symmetric else 20) / scheme.group_size, "int8": 8.0, "float16": 16.0}
+    others = make.estimate_size_bytes(model) - sum(2 * count for count in weights.values())
+    width = dict.fromkeys(groups, "int4")
 
     def used() -> float:
-        return (others + sum(weights[unit] * bits[width[unit]] / 8 for unit in units)) / whole
+        return (others + sum(weights[unit] * bits[width[unit]] / 8 for unit in groups)) / whole
 
-    if used() > scheme.budget:
+    if used() > scheme.size_budget:
         raise ModelError(
             f"{model.origin.name} in int4 everywhere is {used():.1%} of its size in float32, and the budget is"
-            f" {scheme.budget:.1%}: allow at least as much"
+            f" {scheme.size_budget:.1%}: allow at least as much"
         )
-    while steps := [unit for unit in units if width[unit] in WIDER]:
+    while steps := [unit for unit in groups if width[unit] in NEXT_PRECISION]:
         gains = {}
         for unit in steps:
-            wider, left = WIDER[width[unit]]
+            wider, left = NEXT_PRECISION[width[unit]]
             now = damage[unit] * (1 if width[unit] == "int4" else 1 / 64)
             gains[unit] = (now - damage[unit] * left) / (weights[unit] * (bits[wider] - bits[width[unit]]))
         for unit in sorted(steps, key=gains.__getitem__, reverse=True):
-            before, width[unit] = width[unit], WIDER[width[unit]][0]
-            if used() <= scheme.budget:
+            before, width[unit] = width[unit], NEXT_PRECISION[width[unit]][0]
+            if used() <= scheme.size_budget:
                 break
             width[unit] = before
         else:
             break
     counted = {name: sum(one == name for one in width.values()) for name in bits}
     log.info("mixed: %s, %.1f %% of the size", ", ".join(f"{n} in {w}" for w, n in counted.items()), used() * 100)
-    return {unit: of(scheme, width[unit]) for unit in units}
+    return {unit: derive_scheme(scheme, width[unit]) for unit in groups}
 
 
-def of(scheme: Scheme, width: str) -> Scheme:
-    if width == "int4":
+def derive_scheme(scheme: Scheme, weights: str) -> Scheme:
+    if weights == "int4":
         return replace(scheme, weights="int4", activations="wide")
-    return replace(scheme, weights=width, group=0, symmetric=True, activations="dynamic" if width == "int8" else "wide")
+    return replace(
+        scheme, weights=weights, group_size=0, symmetric=True, activations="dynamic" if weights == "int8" else "wide"
+    )
 
 
-def damages(
-    model: Model, units: Sequence[Unit], sounds: Sequence[np.ndarray], told: Callable[[float], object]
-) -> dict[Unit, float]:
+def measure_sensitivity(
+    model: Model, groups: Sequence[LinearGroup], clips: Sequence[np.ndarray], on_progress: Callable[[float], object]
+) -> dict[LinearGroup, float]:
     """Unit → what int4 in it alone does, in nats a frame."""
-    net, few = model.net, _few(sounds, model.preprocessing.rate_hz)
-    truth = [calibrate.hear(net, sound) for sound in few]
+    net, few = model.net, _few(clips, model.preprocessing.rate_hz)
+    truth = [calibrate.compute_log_probs(net, sound) for sound in few]
     found = {}
-    for index, unit in enumerate(units):
-        wide = {name: net.get_submodule(name) for name in unit.names}
-        plain = replace(of(model.scheme, "int4"), compensated=False)
+    for index, unit in enumerate(groups):
+        wide = {name: net.get_submodule(name) for name in unit.module_names}
+        plain = replace(derive_scheme(model.scheme, "int4"), gptq=False)
         for name, linear in wide.items():
-            net.set_submodule(name, make.in_scheme(linear, plain))
-        apart = [(p.exp() * (p - calibrate.hear(net, one))).sum(-1) for p, one in zip(truth, few, strict=True)]
+            net.set_submodule(name, make.quantize_linear(linear, plain))
+        apart = [
+            (p.exp() * (p - calibrate.compute_log_probs(net, one))).sum(-1) for p, one in zip(truth, few, strict=True)
+        ]
         found[unit] = float(sum(one.sum() for one in apart) / sum(len(one) for one in apart))
         for name, linear in wide.items():
             net.set_submodule(name, linear)
-        told((index + 1) / len(units))
+        on_progress((index + 1) / len(groups))
     return found
 
 
 def _few(sounds: Sequence[np.ndarray], rate_hz: int) -> list[np.ndarray]:
     few: list[np.ndarray] = []
     for sound in sounds:
-        if sum(map(len, few)) >= SECONDS * rate_hz:
+        if sum(map(len, few)) >= RANKING_S * rate_hz:
             break
         few.append(sound)
     return few

@@ -17,50 +17,56 @@ SCHEMES = {
         Scheme("int8-dynamic", "int8", "dynamic"),
         Scheme("int8-static", "int8", "static"),
         Scheme("int8-weight", "int8"),
-        Scheme("int4-weight", "int4", group=32),
-        Scheme("nf4", "nf4", group=64),
-        Scheme("mixed", "mixed", "dynamic", group=32, compensated=True, budget=0.25),
+        Scheme("int4-weight", "int4", group_size=32),
+        Scheme("nf4", "nf4", group_size=64),
+        Scheme("mixed", "mixed", "dynamic", group_size=32, gptq=True, size_budget=0.25),
     )
 }
-ALIASES = {"int8": "int8-dynamic", "int4": "int4-weight", "float16": "fp16", "bfloat16": "bf16", "fp32": "float32"}
-GROUPS = (32, 64, 128)
+SCHEME_ALIASES = {
+    "int8": "int8-dynamic",
+    "int4": "int4-weight",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "fp32": "float32",
+}
+GROUP_SIZES = (32, 64, 128)
 GPTQ, ASYMMETRIC = "gptq", "asym"
-HOW = (
+SCHEME_SYNTAX = (
     f"a name, and what is turned behind it: +{GPTQ} (errors made good on recordings), +{ASYMMETRIC} (groups with zeros"
     " of their own), +32, +64, +128 (columns to a group), and of mixed +25% (of the size in float32)"
 )
 
 
-def named(text: str) -> Scheme:
+def parse_scheme(text: str) -> Scheme:
     """The scheme that `text` says, such as int8, int4-weight+gptq+64 or mixed+20% (`HOW`). ModelError where none is."""
     name, *turns = text.split("+")
-    name = ALIASES.get(name, name)
+    name = SCHEME_ALIASES.get(name, name)
     if name not in SCHEMES:
-        near = difflib.get_close_matches(name, [*SCHEMES, *ALIASES], 1)
+        near = difflib.get_close_matches(name, [*SCHEMES, *SCHEME_ALIASES], 1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SCHEMES)}"
         raise ModelError(f"no scheme is called {name!r}; {hint}")
     scheme = SCHEMES[name]
     for turn in turns:
-        scheme = _turned(scheme, turn)
+        scheme = _apply_modifier(scheme, turn)
     return scheme
 
 
-def label(scheme: Scheme) -> str:
+def format_scheme(scheme: Scheme) -> str:
     """What `named` gives it back from."""
     stock = SCHEMES[scheme.name]
-    turns = [GPTQ] if scheme.compensated and not stock.compensated else []
+    turns = [GPTQ] if scheme.gptq and not stock.gptq else []
     turns += [] if scheme.symmetric else [ASYMMETRIC]
-    turns += [str(scheme.group)] if scheme.group != stock.group else []
-    turns += [f"{scheme.budget * 100:g}%"] if scheme.budget != stock.budget else []
+    turns += [str(scheme.group_size)] if scheme.group_size != stock.group_size else []
+    turns += [f"{scheme.size_budget * 100:g}%"] if scheme.size_budget != stock.size_budget else []
     return "+".join([scheme.name, *turns])
 
 
-def _turned(scheme: Scheme, turn: str) -> Scheme:
+def _apply_modifier(scheme: Scheme, turn: str) -> Scheme:
     grouped = scheme.weights in ("int4", "mixed")
     if turn == GPTQ:
         if scheme.weights not in ("int4", "int8", "mixed"):
             raise ModelError(f"+{GPTQ} makes good the errors of integers: {scheme.name} has none")
-        return replace(scheme, compensated=True)
+        return replace(scheme, gptq=True)
     if turn == ASYMMETRIC:
         if not grouped:
             raise ModelError(f"+{ASYMMETRIC} is for int4-weight and mixed: {scheme.name} has no zeros of its own")
@@ -69,23 +75,23 @@ def _turned(scheme: Scheme, turn: str) -> Scheme:
         if not grouped:
             fixed = "blocks of 64" if scheme.weights == "nf4" else "one step for each row"
             raise ModelError(f"+{turn}: groups are for int4-weight and mixed; {scheme.name} has {fixed}")
-        if int(turn) not in GROUPS:
-            raise ModelError(f"+{turn}: groups are of {', '.join(map(str, GROUPS))} columns")
-        return replace(scheme, group=int(turn))
+        if int(turn) not in GROUP_SIZES:
+            raise ModelError(f"+{turn}: groups are of {', '.join(map(str, GROUP_SIZES))} columns")
+        return replace(scheme, group_size=int(turn))
     if turn.endswith("%") and scheme.weights == "mixed":
         try:
             budget = float(turn[:-1]) / 100
         except ValueError:
             budget = 0.0
         if 0 < budget <= 1:
-            return replace(scheme, budget=budget)
-    raise ModelError(f"+{turn} is nothing that {scheme.name} has; schemes are said as {HOW}")
+            return replace(scheme, size_budget=budget)
+    raise ModelError(f"+{turn} is nothing that {scheme.name} has; schemes are said as {SCHEME_SYNTAX}")
 
 
-def calibrated(scheme: Scheme) -> str:
+def calibration_reason(scheme: Scheme) -> str:
     """What recordings are needed for; empty where none are."""
     if scheme.weights == "mixed":
         return "to rank the layers by what narrow weights do to them"
     if scheme.activations == "static":
         return "to see the range of what meets the weights"
-    return "to make good the error of each column by the others" if scheme.compensated else ""
+    return "to make good the error of each column by the others" if scheme.gptq else ""

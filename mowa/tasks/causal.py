@@ -12,50 +12,52 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mowa.nouns import IGNORED
+from mowa.nouns import IGNORE_INDEX
 
-GRID = 64  # rows are padded to multiples of this, so that a processor meets few shapes
+PAD_MULTIPLE = 64  # rows are padded to multiples of this, so that a processor meets few shapes
 
 
-class Row(Protocol):
+class TokenizedExample(Protocol):
     """One example. ids int [n]; learnt bool [n]: whether the token is to be said after those before it."""
 
     @property
-    def ids(self) -> Any: ...
+    def input_ids(self) -> Any: ...
 
     @property
-    def learnt(self) -> Any: ...
+    def loss_mask(self) -> Any: ...
 
     def __len__(self) -> int: ...
 
 
-def pack(rows: Sequence[Row]) -> dict[str, Tensor]:
+def pack(examples: Sequence[TokenizedExample]) -> dict[str, Tensor]:
     """Rows end to end: input_ids, labels, position_ids, int64 [1, T], T the sum of their lengths.
 
     Positions begin anew with each row. The first token of a row is nobody's to say, so its label is IGNORED.
     """
-    ids = np.concatenate([row.ids for row in rows])
+    ids = np.concatenate([row.input_ids for row in examples])
     return {
         "input_ids": _whole(ids),
-        "labels": _whole(np.concatenate([_labels(row) for row in rows])),
-        "position_ids": _whole(np.concatenate([np.arange(len(row)) for row in rows])),
+        "labels": _whole(np.concatenate([_labels(row) for row in examples])),
+        "position_ids": _whole(np.concatenate([np.arange(len(row)) for row in examples])),
     }
 
 
-def pad(rows: Sequence[Row], filler: int, *, grid: int = GRID) -> dict[str, Tensor]:
+def pad(
+    examples: Sequence[TokenizedExample], pad_token_id: int, *, pad_to_multiple_of: int = PAD_MULTIPLE
+) -> dict[str, Tensor]:
     """Rows side by side: input_ids, labels, attention_mask, int64 [B, N], N the longest, in multiples of `grid`."""
-    longest = -(-max(map(len, rows)) // grid) * grid
-    shape = (len(rows), longest)
-    ids, labels, mask = np.full(shape, filler), np.full(shape, IGNORED), np.zeros(shape, np.int64)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)], labels[place, : len(row)], mask[place, : len(row)] = row.ids, _labels(row), 1
+    longest = -(-max(map(len, examples)) // pad_to_multiple_of) * pad_to_multiple_of
+    shape = (len(examples), longest)
+    ids, labels, mask = np.full(shape, pad_token_id), np.full(shape, IGNORE_INDEX), np.zeros(shape, np.int64)
+    for place, row in enumerate(examples):
+        ids[place, : len(row)], labels[place, : len(row)], mask[place, : len(row)] = row.input_ids, _labels(row), 1
     named = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     return {name: torch.from_numpy(values.astype(np.int64)) for name, values in named.items()}
 
 
-def _labels(row: Row) -> np.ndarray:
-    labels = np.where(row.learnt, row.ids, IGNORED)
-    labels[:1] = IGNORED
+def _labels(row: TokenizedExample) -> np.ndarray:
+    labels = np.where(row.loss_mask, row.input_ids, IGNORE_INDEX)
+    labels[:1] = IGNORE_INDEX
     return labels
 
 
@@ -63,13 +65,13 @@ def _whole(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))[None]
 
 
-def learnt(rows: Iterable[Row]) -> int:
+def count_trained_tokens(examples: Iterable[TokenizedExample]) -> int:
     """How many tokens are learnt: those with a label after the first of their row."""
-    return sum(int(np.asarray(row.learnt)[1:].sum()) for row in rows)
+    return sum(int(np.asarray(row.loss_mask)[1:].sum()) for row in examples)
 
 
 @torch.inference_mode()
-def measure(net: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+def evaluate(net: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
     """Over every learnt token of the batches: `loss` (mean −log p, nats), `accuracy` (it was the likeliest), `tokens`.
 
     The stock forward is asked for logits, so this says what anybody's inference would see.
@@ -79,7 +81,7 @@ def measure(net: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
     for batch in batches:
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         targets = batch["labels"][:, 1:].to(device)
-        known = targets != IGNORED
+        known = targets != IGNORE_INDEX
         logits = net(**inputs, use_cache=False).logits[:, :-1][known].float()
         lost += float(torch.nn.functional.cross_entropy(logits, targets[known], reduction="sum"))
         right += int((logits.argmax(-1) == targets[known]).sum())

@@ -13,21 +13,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mowa.data.text import plain
-from mowa.errors import DataError, MissingPart
-from mowa.nouns import IGNORED, Preprocessing, Vocabulary
+from mowa.data.text import normalize_text
+from mowa.errors import DataError, MissingDependency
+from mowa.nouns import IGNORE_INDEX, Preprocessing, Vocabulary
 
-SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
-DELIMITER = "|"
+SPECIAL_TOKENS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+WORD_DELIMITER = "|"
 
 
-def vocabulary(alphabet: str) -> Vocabulary:
+def build_vocabulary(alphabet: str) -> Vocabulary:
     """The vocabulary of a new head: special tokens, the delimiter, then the letters."""
-    tokens = (*SPECIALS.values(), DELIMITER, *alphabet)
-    return Vocabulary(tokens, blank=0, delimiter=tokens.index(DELIMITER), specials=frozenset({1, 2, 3}))
+    tokens = (*SPECIAL_TOKENS.values(), WORD_DELIMITER, *alphabet)
+    return Vocabulary(tokens, blank=0, delimiter=tokens.index(WORD_DELIMITER), specials=frozenset({1, 2, 3}))
 
 
-def labels(text: str, vocabulary: Vocabulary) -> list[int]:
+def encode_labels(text: str, vocabulary: Vocabulary) -> list[int]:
     """The ids of a transcript; spaces become the delimiter. A letter outside the vocabulary is a DataError."""
     delimiter = vocabulary.tokens[vocabulary.delimiter] if vocabulary.delimiter is not None else " "
     known = {token: index for index, token in enumerate(vocabulary.tokens)}
@@ -41,16 +41,20 @@ def labels(text: str, vocabulary: Vocabulary) -> list[int]:
 
 
 def collate(
-    clips: Sequence[np.ndarray], targets: Sequence[Sequence[int]], preprocessing: Preprocessing, *, grid: int = 1
+    clips: Sequence[np.ndarray],
+    targets: Sequence[Sequence[int]],
+    preprocessing: Preprocessing,
+    *,
+    pad_to_multiple_of: int = 1,
 ) -> dict[str, torch.Tensor]:
     """Normalised clips (float32 [n]) and label ids → input_values [B, N], attention_mask [B, N], labels [B, L].
 
     N is a multiple of `grid`.
     """
-    longest, widest = -(-max(map(len, clips)) // grid) * grid, max(1, *map(len, targets))
+    longest, widest = -(-max(map(len, clips)) // pad_to_multiple_of) * pad_to_multiple_of, max(1, *map(len, targets))
     values = np.full((len(clips), longest), preprocessing.padding_value, np.float32)
     mask = np.zeros((len(clips), longest), np.int64)
-    ids = np.full((len(clips), widest), IGNORED, np.int64)
+    ids = np.full((len(clips), widest), IGNORE_INDEX, np.int64)
     for row, (clip, target) in enumerate(zip(clips, targets, strict=True)):
         values[row, : len(clip)], mask[row, : len(clip)], ids[row, : len(target)] = clip, 1, target
     return {
@@ -60,33 +64,33 @@ def collate(
     }
 
 
-def loss(logits: torch.Tensor, frames: torch.Tensor, labels: torch.Tensor, blank: int) -> torch.Tensor:
+def mean_ctc_loss(logits: torch.Tensor, num_frames: torch.Tensor, labels: torch.Tensor, blank: int) -> torch.Tensor:
     """The mean CTC loss a letter, over the clips that have labels (Graves et al. 2006).
 
     logits [B, T, V], frames [B] true ones of each clip, labels [B, L] padded with IGNORED → float32 []. A clip with
     fewer frames than its letters need counts as zero.
     """
-    lengths = (labels != IGNORED).sum(1)
+    lengths = (labels != IGNORE_INDEX).sum(1)
     rows = lengths > 0
     if not rows.any():
         return logits.float().sum() * 0
     scores = logits[rows].float().log_softmax(-1).transpose(0, 1)
     targets = labels[rows].clamp(min=0)
-    return F.ctc_loss(scores, targets, frames[rows], lengths[rows], blank, reduction="mean", zero_infinity=True)
+    return F.ctc_loss(scores, targets, num_frames[rows], lengths[rows], blank, reduction="mean", zero_infinity=True)
 
 
-def losses(logits: torch.Tensor, frames: torch.Tensor, labels: torch.Tensor, blank: int) -> torch.Tensor:
+def ctc_losses(logits: torch.Tensor, num_frames: torch.Tensor, labels: torch.Tensor, blank: int) -> torch.Tensor:
     """−log p(labels) of each clip (Graves et al. 2006), in nats: float32 [B].
 
     logits [B, T, V], frames [B] true ones of each clip, labels [B, L] padded with IGNORED. Infinite where a clip has
     fewer frames than its letters need (`needed`).
     """
     scores = logits.float().log_softmax(-1).transpose(0, 1)
-    lengths = (labels != IGNORED).sum(1)
-    return F.ctc_loss(scores, labels.clamp(min=0), frames, lengths, blank, reduction="none")
+    lengths = (labels != IGNORE_INDEX).sum(1)
+    return F.ctc_loss(scores, labels.clamp(min=0), num_frames, lengths, blank, reduction="none")
 
 
-def needed(ids: Sequence[int]) -> int:
+def min_frames(ids: Sequence[int]) -> int:
     """The fewest frames that can say these labels: one each, and a blank between two of the same."""
     return len(ids) + sum(a == b for a, b in pairwise(ids))
 
@@ -96,26 +100,31 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
     try:
         import jiwer
     except ImportError:
-        raise MissingPart("jiwer is needed to measure error rates: pip install 'mowa[evaluate]'") from None
-    said, heard = [plain(text) for text in references], [plain(text) for text in hypotheses]
+        raise MissingDependency("jiwer is needed to measure error rates: pip install 'mowa[evaluate]'") from None
+    said, heard = [normalize_text(text) for text in references], [normalize_text(text) for text in hypotheses]
     return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)}
 
 
-def intervals(
-    references: Sequence[str], hypotheses: Sequence[str], *, draws: int = 1000, level: float = 0.95, seed: int = 0
+def bootstrap_intervals(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    *,
+    n_resamples: int = 1000,
+    confidence_level: float = 0.95,
+    seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """Of both error rates, where they lie in `level` of `draws` resamplings of the recordings (bootstrap)."""
     import jiwer
 
-    said, heard = [plain(text) for text in references], [plain(text) for text in hypotheses]
+    said, heard = [normalize_text(text) for text in references], [normalize_text(text) for text in hypotheses]
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(said), (draws, len(said)))
+    drawn = rng.integers(0, len(said), (n_resamples, len(said)))
     out = {}
     for name, measure in (("wer", jiwer.process_words), ("cer", jiwer.process_characters)):
         seen = [measure(a, b) for a, b in zip(said, heard, strict=True)]
         wrong = np.array([one.substitutions + one.deletions + one.insertions for one in seen])
         total = np.array([one.substitutions + one.deletions + one.hits for one in seen])
         rates = wrong[drawn].sum(1) / np.maximum(1, total[drawn].sum(1))
-        low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+        low, high = np.quantile(rates, [(1 - confidence_level) / 2, (1 + confidence_level) / 2])
         out[name] = (float(low), float(high))
     return out

@@ -23,38 +23,40 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from mowa.errors import ModelError
 from mowa.families import attention
-from mowa.kernels.attention import Mask
-from mowa.kernels.segments import Segments
+from mowa.kernels.attention import AttentionMask
+from mowa.kernels.segments import PackedSequences
 
-NAME = attention.NAME
-FAMILIES = ("wav2vec2", "hubert")
-GRID = 32  # frames in a row are a multiple of this: a processor prepares anew for every new shape
-PIECE = 256  # frames that a frozen front end makes at a time
-SPARED = 4  # a positional convolution with a kernel of so many times the recordings' length is run on each by itself
+ATTN_IMPLEMENTATION = attention.ATTN_IMPLEMENTATION
+SUPPORTED_FAMILIES = ("wav2vec2", "hubert")
+FRAME_MULTIPLE = 32  # frames in a row are a multiple of this: a processor prepares anew for every new shape
+FRONT_END_CHUNK_FRAMES = 256  # frames that a frozen front end makes at a time
+MAX_KERNEL_RATIO = (
+    4  # a positional convolution with a kernel of so many times the recordings' length is run on each by itself
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Frames:
+class FrameGeometry:
     """How a front end makes frames: one every `hop` samples, each from `reach` samples."""
 
     hop: int
-    reach: int
+    receptive_field: int
 
-    def count(self, samples: int) -> int:
-        return max(0, (samples - self.reach) // self.hop + 1)
+    def num_frames(self, samples: int) -> int:
+        return max(0, (samples - self.receptive_field) // self.hop + 1)
 
 
-def frames(config: Any) -> Frames:
+def frame_geometry(config: Any) -> FrameGeometry:
     """Of a wav2vec2-like config; nested roundings of its convolutions come to the same."""
     hop, reach = 1, 1
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         reach, hop = reach + (kernel - 1) * hop, hop * stride
-    return Frames(hop, reach)
+    return FrameGeometry(hop, reach)
 
 
-def refused(family: str, config: Any) -> str:
+def unsupported_reason(family: str, config: Any) -> str:
     """Why a net cannot be run over packed recordings; empty where it can."""
-    if family not in FAMILIES:
+    if family not in SUPPORTED_FAMILIES:
         return f"{family} attends in a way of its own"
     if getattr(config, "add_adapter", False):
         return "its convolutional adapter mixes neighbouring frames"
@@ -63,44 +65,49 @@ def refused(family: str, config: Any) -> str:
     return ""
 
 
-def starts(lengths: Sequence[int], how: Frames) -> list[int]:
+def frame_offsets(lengths: Sequence[int], geometry: FrameGeometry) -> list[int]:
     """The frame at which each recording of so many samples begins, in a row that `lay` makes; then the row's end."""
-    return [0, *accumulate(-(-length // how.hop) for length in lengths)]
+    return [0, *accumulate(-(-length // geometry.hop) for length in lengths)]
 
 
-def lay(sounds: Sequence[np.ndarray], how: Frames, *, grid: int = 1) -> np.ndarray:
+def pack_samples(clips: Sequence[np.ndarray], geometry: FrameGeometry, *, pad_to_multiple_of: int = 1) -> np.ndarray:
     """Recordings float32 [n] end to end → row [N], N a multiple of `grid`.
 
     A recording too short for a frame is a ModelError; leave such out before.
     """
-    lengths = [len(sound) for sound in sounds]
-    if not min(map(how.count, lengths), default=0):
-        raise ModelError(f"a recording is shorter than one frame of the net ({how.reach} samples); leave it out")
-    begins = starts(lengths, how)
-    row = np.zeros(-(-max(begins[-1] * how.hop, how.reach) // grid) * grid, np.float32)
-    for begin, sound in zip(begins, sounds, strict=False):
-        row[begin * how.hop : begin * how.hop + len(sound)] = sound
+    lengths = [len(sound) for sound in clips]
+    if not min(map(geometry.num_frames, lengths), default=0):
+        raise ModelError(
+            f"a recording is shorter than one frame of the net ({geometry.receptive_field} samples); leave it out"
+        )
+    begins = frame_offsets(lengths, geometry)
+    row = np.zeros(
+        -(-max(begins[-1] * geometry.hop, geometry.receptive_field) // pad_to_multiple_of) * pad_to_multiple_of,
+        np.float32,
+    )
+    for begin, sound in zip(begins, clips, strict=False):
+        row[begin * geometry.hop : begin * geometry.hop + len(sound)] = sound
     return row
 
 
 @contextmanager
-def packed(net: Any) -> Iterator[None]:
+def packed_attention(net: Any) -> Iterator[None]:
     """Let `net`'s attention know segments, as long as the context lasts; its ordinary forward stays as it was."""
-    restore = attention.use(net)
+    restore = attention.install_attention(net)
     try:
         yield
     finally:
         restore()
 
 
-def emit(
+def forward_packed(
     net: Any,
-    values: Tensor,
+    input_values: Tensor,
     lengths: Sequence[int],
     *,
-    hidden: Tensor | None = None,
-    silenced: Tensor | None = None,
-    after: Sequence[int] = (),
+    mask_time_indices: Tensor | None = None,
+    mask_feature_indices: Tensor | None = None,
+    hidden_layers: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """A row [1, N] of recordings of so many samples, laid by `lay` → logits [U, T, V], zero beyond each one's frames.
 
@@ -109,51 +116,51 @@ def emit(
     [U, width] are the channels set to zero, over the frames of all recordings in order.
     """
     core = net.base_model
-    counts = [frames(core.config).count(length) for length in lengths]
-    features = _features(core, values, lengths, counts)
-    spare = -features.shape[1] % GRID
+    counts = [frame_geometry(core.config).num_frames(length) for length in lengths]
+    features = _features(core, input_values, lengths, counts)
+    spare = -features.shape[1] % FRAME_MULTIPLE
     if spare:
         features = torch.nn.functional.pad(features, (0, 0, 0, spare))
-    segments = Segments((*counts, spare) if spare else tuple(counts))
+    segments = PackedSequences((*counts, spare) if spare else tuple(counts))
     states = core.feature_projection(features)
     states = states[0] if isinstance(states, tuple) else states
-    states = _masked(core, states, counts, hidden, silenced)
+    states = _masked(core, states, counts, mask_time_indices, mask_feature_indices)
     states = states + _positions(core.encoder.pos_conv_embed, states, segments, len(counts)).to(states)
-    states, kept = _blocks(core, states, segments, after)
+    states, kept = _blocks(core, states, segments, hidden_layers)
     logits = net.lm_head(net.dropout(states))[0]
-    parts = [logits[a : a + count] for a, count in zip(segments.starts, counts, strict=False)]
+    parts = [logits[a : a + count] for a, count in zip(segments.offsets, counts, strict=False)]
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), [part[0, : sum(counts)] for part in kept]
 
 
-def emit_padded(
+def forward_padded(
     net: Any,
-    values: Tensor,
+    input_values: Tensor,
     lengths: Sequence[int],
     *,
-    attend: bool,
-    hidden: Tensor | None = None,
-    silenced: Tensor | None = None,
+    use_attention_mask: bool,
+    mask_time_indices: Tensor | None = None,
+    mask_feature_indices: Tensor | None = None,
 ) -> Tensor:
     """Padded recordings [U, N] of so many samples → logits [U, T, V], by the stock net; masks as `emit` takes them.
 
     attend: tell the net where padding is, as its checkpoint asks for or not.
     """
     core = net.base_model
-    counts = [frames(core.config).count(length) for length in lengths]
-    states = core.feature_projection(core.feature_extractor(values).transpose(1, 2))
+    counts = [frame_geometry(core.config).num_frames(length) for length in lengths]
+    states = core.feature_projection(core.feature_extractor(input_values).transpose(1, 2))
     states = states[0] if isinstance(states, tuple) else states
     true = torch.arange(states.shape[1], device=states.device) < torch.tensor(counts, device=states.device)[:, None]
-    if hidden is not None or silenced is not None:
-        flat = _masked(core, states[true][None], counts, hidden, silenced)[0]
+    if mask_time_indices is not None or mask_feature_indices is not None:
+        flat = _masked(core, states[true][None], counts, mask_time_indices, mask_feature_indices)[0]
         states = states.masked_scatter(true[..., None], flat)
-    states = core.encoder(states, attention_mask=true if attend else None).last_hidden_state
+    states = core.encoder(states, attention_mask=true if use_attention_mask else None).last_hidden_state
     return net.lm_head(net.dropout(states))
 
 
 def _features(core: Any, values: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
     """Front-end frames [1, T, C] of all recordings, end to end."""
-    how = frames(core.config)
-    begins = starts(lengths, how)
+    how = frame_geometry(core.config)
+    begins = frame_offsets(lengths, how)
     if core.config.feat_extract_norm == "group":  # over time, so over all samples of a recording and no others
         alone = (values[:, a * how.hop : a * how.hop + n] for a, n in zip(begins, lengths, strict=False))
         return torch.cat([core.feature_extractor(part) for part in alone], dim=2).transpose(1, 2)
@@ -166,13 +173,13 @@ def _features(core: Any, values: Tensor, lengths: Sequence[int], counts: Sequenc
 
 
 @torch.no_grad()
-def _in_pieces(module: Any, values: Tensor, how: Frames) -> Tensor:
+def _in_pieces(module: Any, values: Tensor, how: FrameGeometry) -> Tensor:
     """The same frames [1, T, C], made a piece of the row at a time: what lies between two layers stays small."""
-    total = how.count(values.shape[1])
+    total = how.num_frames(values.shape[1])
     pieces = []
-    for first in range(0, total, PIECE):
-        count = min(PIECE, total - first)
-        heard = values[:, first * how.hop : (first + count - 1) * how.hop + how.reach]
+    for first in range(0, total, FRONT_END_CHUNK_FRAMES):
+        count = min(FRONT_END_CHUNK_FRAMES, total - first)
+        heard = values[:, first * how.hop : (first + count - 1) * how.hop + how.receptive_field]
         pieces.append(module(heard).transpose(1, 2))
     return torch.cat(pieces, dim=1)
 
@@ -193,13 +200,13 @@ def _masked(core: Any, states: Tensor, counts: Sequence[int], hidden: Tensor | N
     return states
 
 
-def _positions(module: Any, states: Tensor, segments: Segments, count: int) -> Tensor:
+def _positions(module: Any, states: Tensor, segments: PackedSequences, count: int) -> Tensor:
     """What the positional convolution gives each of the first `count` segments by itself; the rest gets zeros."""
     kernel = module.conv.kernel_size[0]
-    starts, lengths = segments.starts, segments.lengths[:count]
+    starts, lengths = segments.offsets, segments.lengths[:count]
     rest = states.shape[1] - starts[count]
     looked_up = "forward" in vars(module)  # in a table (`positions_by_table`)
-    if looked_up or (kernel > SPARED * max(lengths) and not is_deepspeed_zero3_enabled()):
+    if looked_up or (kernel > MAX_KERNEL_RATIO * max(lengths) and not is_deepspeed_zero3_enabled()):
         parts = [module(states[:, a : a + length]) for a, length in zip(starts, lengths, strict=False)]
     else:
         gap = states.new_zeros(1, kernel // 2, states.shape[-1])
@@ -210,11 +217,11 @@ def _positions(module: Any, states: Tensor, segments: Segments, count: int) -> T
     return torch.cat([*parts, states.new_zeros(1, rest, states.shape[-1]).to(parts[0])], dim=1)
 
 
-def _blocks(core: Any, states: Tensor, segments: Segments, after: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+def _blocks(core: Any, states: Tensor, segments: PackedSequences, after: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     encoder, config, kept = core.encoder, core.config, {}
     stable = config.do_stable_layer_norm
     states = encoder.dropout(states if stable else encoder.layer_norm(states))
-    mask = Mask(documents=(segments,))
+    mask = AttentionMask(documents=(segments,))
     in_step = is_deepspeed_zero3_enabled()  # then every process has to run every block
     for depth, layer in enumerate(encoder.layers):
         drop = core.training and config.layerdrop > 0 and bool(torch.rand([]) < config.layerdrop)

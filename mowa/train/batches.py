@@ -126,21 +126,23 @@ class Batches(Dataset[dict[str, Any]]):
         chunk = int(rng.choice(self.chunks)) if self.chunks else 0
         ahead = int(rng.choice(self.ahead))
         sounds = [self._sound(clip.example, index, place, live=chunk > 0) for place, clip in enumerate(group)]
-        targets = [ctc.labels(clip.example.text, self.vocabulary) if clip.letters else [] for clip in group]
-        batch = ctc.collate(sounds, targets, self.preprocessing, grid=int(GRID_S * self.preprocessing.rate_hz))
+        targets = [ctc.encode_labels(clip.example.text, self.vocabulary) if clip.letters else [] for clip in group]
+        batch = ctc.collate(
+            sounds, targets, self.preprocessing, pad_to_multiple_of=int(GRID_S * self.preprocessing.rate_hz)
+        )
         batch |= {"ear": torch.tensor([clip.ear for clip in group])}
         return batch | {"chunk": torch.tensor(chunk), "ahead": torch.tensor(ahead)} if self.chunks else batch
 
     def _sound(self, example: Example, index: int, place: int, *, live: bool) -> np.ndarray:
         rng, rate_hz = np.random.default_rng((self.seed, index, place)), self.preprocessing.rate_hz
-        samples = _roughened(audio.load(example.audio, rate_hz), self.rough, index, rng)
+        samples = _roughened(audio.load_audio(example.audio, rate_hz), self.rough, index, rng)
         if not self.preprocessing.normalize:
             return samples
         if not live:
             return audio.normalize(samples)
         wrong = 10 ** (rng.normal(0, WRONG_DB if self.rough else 0) / 10)
-        before = level.Level.typical(float(samples.var()) * wrong, rate_hz)
-        return level.normalised(samples, before, rate_hz)[0]
+        before = level.RunningStats.prior(float(samples.var()) * wrong, rate_hz)
+        return level.normalize_running(samples, before, rate_hz)[0]
 
 
 class Windows(Dataset[dict[str, Any]]):
@@ -177,7 +179,7 @@ class Windows(Dataset[dict[str, Any]]):
         clips, _ = self.sources[int(rng.choice(len(shares), p=shares / shares.sum()))]
         length, parts = int(self.window_s * self.preprocessing.rate_hz), [np.zeros(0, np.float32)]
         while sum(map(len, parts)) <= length:
-            samples = audio.load(clips[int(rng.integers(len(clips)))].example.audio, self.preprocessing.rate_hz)
+            samples = audio.load_audio(clips[int(rng.integers(len(clips)))].example.audio, self.preprocessing.rate_hz)
             parts.append(_roughened(samples, self.rough, index, rng))
         joined = np.concatenate(parts)
         start = int(rng.integers(len(joined) - length))
@@ -189,4 +191,4 @@ def _roughened(samples: np.ndarray, rough: Augment | None, step: int, rng: np.ra
     if rough is None:
         return samples
     amount = float(np.clip((step - rough.start) / max(1, rough.full - rough.start), 0, 1))
-    return augment.roughen(samples, rng, rough.how, amount)
+    return augment.augment_audio(samples, rng, rough.how, amount)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mowa.errors import RecipeError
-from mowa.families.chunks import Chunks, chunked, reach
+from mowa.families.chunks import ChunkConfig, apply_chunk_mask, receptive_field
 from mowa.tasks import ctc
 from mowa.train import positions
 from mowa.train.transplant import FRAME, LEVEL, LOUDEST, Ear
@@ -120,8 +120,8 @@ class Lesson(nn.Module):
             logits = states[0].new_zeros(len(states[0]), 1, 2)
         else:
             size = 0 if chunk is None else int(chunk)
-            how = Chunks(size, self.left, 0 if ahead is None else int(ahead)) if size else None
-            with chunked(net, how) as alone:
+            how = ChunkConfig(size, self.left, 0 if ahead is None else int(ahead)) if size else None
+            with apply_chunk_mask(net, how) as alone:
                 out = net.base_model(input_values, attention_mask=attention_mask, output_hidden_states=True)
                 inner = tuple(map(alone, out.hidden_states[1 : len(net.wav2vec2.encoder.layers)]))
             low = net.wav2vec2.feature_projection.projection(out.extract_features) if weigh.front else None
@@ -130,7 +130,7 @@ class Lesson(nn.Module):
         loss = logits.new_zeros((), dtype=torch.float32)
         if weigh.letters:
             frames = net._get_feat_extract_output_lengths(attention_mask.sum(-1))
-            loss = loss + weigh.letters * ctc.loss(logits, frames, labels, net.config.pad_token_id)
+            loss = loss + weigh.letters * ctc.mean_ctc_loss(logits, frames, labels, net.config.pad_token_id)
         if teacher is not None and ear.any() and (self.training or not weigh.letters):
             loss = loss + self._apart(teacher, states, input_values[ear], attention_mask[ear], ear)
         return {"loss": loss, "logits": logits}
@@ -160,4 +160,4 @@ def centre(config: Any) -> int:
     stride = math.prod(config.conv_stride)
     if stride != FRAME:
         raise RecipeError(f"net: conv_stride makes a frame of {stride} samples, the teacher's has {FRAME}")
-    return reach(config) // 2
+    return receptive_field(config) // 2

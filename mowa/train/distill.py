@@ -19,23 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mowa.errors import RecipeError
-from mowa.families.patch import positions_by_table
+from mowa.families.patch import precompute_absolute_positions
 from mowa.nouns import Model
 from mowa.tasks import packing
 
 
-def chosen(teacher: int, student: int) -> tuple[int, ...]:
+def select_layers(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
     """Which of the teacher's blocks the student's begin from: evenly, the first and the last among them."""
-    if not 1 <= student <= teacher:
-        raise RecipeError(f"distil: layers is {student}; the teacher has {teacher} blocks")
-    if student == 1:
-        return (teacher - 1,)
-    return tuple(round(index * (teacher - 1) / (student - 1)) for index in range(student))
+    if not 1 <= student_layers <= teacher_layers:
+        raise RecipeError(f"distil: layers is {student_layers}; the teacher has {teacher_layers} blocks")
+    if student_layers == 1:
+        return (teacher_layers - 1,)
+    return tuple(round(index * (teacher_layers - 1) / (student_layers - 1)) for index in range(student_layers))
 
 
-def student(teacher: Model, layers: int) -> Model:
+def init_student(teacher: Model, student_layers: int) -> Model:
     """A net of `layers` blocks that begins as those blocks of the teacher, with its front end and its head."""
-    kept = chosen(teacher.net.config.num_hidden_layers, layers)
+    kept = select_layers(teacher.net.config.num_hidden_layers, student_layers)
     blocks = teacher.net.base_model.encoder.layers
     spare, teacher.net.base_model.encoder.layers = blocks, nn.ModuleList()
     try:
@@ -44,42 +44,56 @@ def student(teacher: Model, layers: int) -> Model:
         teacher.net.base_model.encoder.layers = spare
     shared = {id(teacher.net.config): net.config}  # blocks look things up in it, and it is one for the whole net
     net.base_model.encoder.layers = nn.ModuleList(copy.deepcopy(blocks[index], shared) for index in kept)
-    net.config.num_hidden_layers = layers
+    net.config.num_hidden_layers = student_layers
     return replace(teacher, net=net)
 
 
-def apart(ours: Tensor, theirs: Tensor, counts: Sequence[int], temperature: float) -> Tensor:
+def kl_loss(student_logits: Tensor, teacher_logits: Tensor, num_frames: Sequence[int], temperature: float) -> Tensor:
     """τ² KL(teacher ‖ student) a frame, in nats: logits [U, T, V] of both, true frames of each recording → []."""
-    true = torch.arange(ours.shape[1], device=ours.device) < torch.tensor(counts, device=ours.device)[:, None]
-    said = (ours[true].float() / temperature).log_softmax(-1)
-    taught = (theirs[true].float() / temperature).log_softmax(-1)
+    true = (
+        torch.arange(student_logits.shape[1], device=student_logits.device)
+        < torch.tensor(num_frames, device=student_logits.device)[:, None]
+    )
+    said = (student_logits[true].float() / temperature).log_softmax(-1)
+    taught = (teacher_logits[true].float() / temperature).log_softmax(-1)
     return temperature**2 * F.kl_div(said, taught, log_target=True, reduction="batchmean")
 
 
-def unlike(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+def hidden_state_loss(student_states: Sequence[Tensor], teacher_states: Sequence[Tensor]) -> Tensor:
     """d of the loss: the mean over pairs of features [F, width] → []; 1 is as far as the teacher's frames differ."""
     distances = [
         (a.float() - b.float()).square().mean() / b.float().var(0, unbiased=False).mean().clamp(min=1e-8)
-        for a, b in zip(ours, theirs, strict=True)
+        for a, b in zip(student_states, teacher_states, strict=True)
     ]
     return torch.stack(distances).mean()
 
 
-class Lessons:
+class DistillationLoss:
     """A teacher that listens to the student's batches. It is given up to that, and no part of the checkpoints."""
 
-    def __init__(self, teacher: Any, layers: int, *, emissions: float, hidden: float, temperature: float) -> None:
-        self.net = teacher.eval().requires_grad_(False)
-        self.net.set_attn_implementation(packing.NAME)
-        positions_by_table(self.net, training=True)
-        self.after = chosen(teacher.config.num_hidden_layers, layers)
-        self.emissions, self.hidden, self.temperature = emissions, hidden, temperature
+    def __init__(
+        self, teacher: Any, student_layers: int, *, logit_weight: float, hidden_weight: float, temperature: float
+    ) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher.set_attn_implementation(packing.ATTN_IMPLEMENTATION)
+        precompute_absolute_positions(self.teacher, frozen=True)
+        self.teacher_layers = select_layers(teacher.config.num_hidden_layers, student_layers)
+        self.logit_weight, self.hidden_weight, self.temperature = logit_weight, hidden_weight, temperature
 
-    def loss(
-        self, values: Tensor, lengths: Sequence[int], logits: Tensor, features: Sequence[Tensor], counts: Sequence[int]
+    def compute(
+        self,
+        input_values: Tensor,
+        lengths: Sequence[int],
+        logits: Tensor,
+        hidden_states: Sequence[Tensor],
+        num_frames: Sequence[int],
     ) -> Tensor:
         """The last two terms, over one packed batch [1, N] that the student has heard (with its masks)."""
-        self.net.to(values.device)
+        self.teacher.to(input_values.device)
         with torch.no_grad():
-            theirs, taught = packing.emit(self.net, values, lengths, after=self.after)
-        return self.emissions * apart(logits, theirs, counts, self.temperature) + self.hidden * unlike(features, taught)
+            theirs, taught = packing.forward_packed(
+                self.teacher, input_values, lengths, hidden_layers=self.teacher_layers
+            )
+        return self.logit_weight * kl_loss(
+            logits, theirs, num_frames, self.temperature
+        ) + self.hidden_weight * hidden_state_loss(hidden_states, taught)

@@ -16,54 +16,54 @@ from torch import nn
 from transformers import Trainer
 
 from mowa.adapt import processor, store
-from mowa.files import atomic_write, let_read
+from mowa.files import atomic_write, fix_weight_permissions
 from mowa.tasks import ctc
 from mowa.train import parallel, qat, schema, view
-from mowa.train.pupil import spelt, texts
-from mowa.train.ready import Run, first, measured
+from mowa.train.pupil import decode_frames, decode_labels
+from mowa.train.ready import CTCRun, build_eval_dataset, is_main_process
 
-DONE = "done"
+DONE_MARKER = "done"
 
 
-def finish(run: Run, trainer: Trainer, out: Path, took_s: float) -> None:
+def save_run(run: CTCRun, trainer: Trainer, output_dir: Path, train_time_s: float) -> None:
     """Measure what came of it, and write it: weights, vocabulary, settings, report, curve."""
-    plan, model = run.plan, run.model
+    plan, model = run.recipe, run.model
     words = model.vocabulary
     if plan.qat != "none":
-        qat.settle(model.net)
+        qat.round_weights(model.net)
     results = {}
     for name, examples in (run.data.dev | run.data.test).items():
-        found: Any = trainer.predict(measured(run, examples), metric_key_prefix=name)
-        said, heard = spelt(found.label_ids, words), texts(found.predictions, words)
+        found: Any = trainer.predict(build_eval_dataset(run, examples), metric_key_prefix=name)
+        said, heard = decode_labels(found.label_ids, words), decode_frames(found.predictions, words)
         results[name] = ctc.error_rates(said, heard) | {
-            "interval": ctc.intervals(said, heard),
+            "interval": ctc.bootstrap_intervals(said, heard),
             "recordings": len(said),
             "hours": sum(example.duration_s for example in examples) / 3600,
         }
-    state = parallel.consolidated(trainer) if parallel.inside() else None
-    if not first():
+    state = parallel.gather_state_dict(trainer) if parallel.is_worker_process() else None
+    if not is_main_process():
         return
     net = model.net
     if state is not None:
-        put(net, {name.removeprefix("net."): value for name, value in state.items()})
+        replace_parameters(net, {name.removeprefix("net."): value for name, value in state.items()})
     if plan.qat != "none":
-        qat.plain(net)
-        setattr(net.config, qat.NOTE, qat.note(plan.qat, plan.qat_group))
+        qat.convert(net)
+        setattr(net.config, qat.CONFIG_KEY, qat.config_entry(plan.qat, plan.qat_group_size))
     report = {
         "model": plan.model,
-        "train": plan.train,
+        "train": plan.method,
         "steps": trainer.state.global_step,
-        "minutes": took_s / 60,
+        "minutes": train_time_s / 60,
         "parameters": sum(p.numel() for p in net.parameters()),
         "learning": sum(p.numel() for p in net.parameters() if p.requires_grad),
         "results": results,
         "versions": {name: version(name) for name in ("mowa", "torch", "transformers")},
     }
-    if plan.train in ("lora", "adapters"):
-        store.save(
+    if plan.method in ("lora", "adapters"):
+        store.save_adapter(
             net,
-            out,
-            kind=plan.train,
+            output_dir,
+            adapter_type=plan.method,
             base=model.origin,
             vocabulary=words,
             preprocessing=model.preprocessing,
@@ -71,38 +71,44 @@ def finish(run: Run, trainer: Trainer, out: Path, took_s: float) -> None:
             language=plan.language,
         )
     else:
-        with whole(out) as finished:
+        with atomic_output_dir(output_dir) as finished:
             net.save_pretrained(finished)
-            processor.write(words, model.preprocessing, finished)
-    conclude(plan, trainer, out, report, best=None if plan.optimise.ema else trainer.state.best_global_step)
-    print(_table(results), file=sys.stderr)
+            processor.write_processor(words, model.preprocessing, finished)
+    finalize_run(
+        plan,
+        trainer,
+        output_dir,
+        report,
+        best_step=None if plan.optimizer.ema_decay else trainer.state.best_global_step,
+    )
+    print(_format_table(results), file=sys.stderr)
 
 
 @contextmanager
-def whole(out: Path) -> Iterator[Path]:
+def atomic_output_dir(output_dir: Path) -> Iterator[Path]:
     """A folder to write a checkpoint into, whose files then take their places in `out`."""
-    finished = out / "run" / "finished"
+    finished = output_dir / "run" / "finished"
     finished.mkdir(parents=True, exist_ok=True)
     yield finished
-    let_read(finished)
+    fix_weight_permissions(finished)
     for file in sorted(finished.iterdir()):
-        file.replace(out / file.name)
+        file.replace(output_dir / file.name)
     finished.rmdir()
 
 
-def conclude(plan: Any, trainer: Any, out: Path, report: dict[str, Any], *, best: int | None) -> None:
+def finalize_run(recipe: Any, trainer: Any, output_dir: Path, report: dict[str, Any], *, best_step: int | None) -> None:
     """Report, recipe and curve (with the `best` step marked) into `out`; what only broken-off runs need goes."""
-    atomic_write(out / "report.json", json.dumps(report, ensure_ascii=False, indent=1))
-    schema.write(plan, out / "recipe.yaml")
-    view.history(trainer.state.log_history, out, best=best)
-    for folder in (out / "run").glob("checkpoint-*"):
+    atomic_write(output_dir / "report.json", json.dumps(report, ensure_ascii=False, indent=1))
+    schema.write_yaml(recipe, output_dir / "recipe.yaml")
+    view.write_history(trainer.state.log_history, output_dir, best_step=best_step)
+    for folder in (output_dir / "run").glob("checkpoint-*"):
         shutil.rmtree(folder)
-    (out / "run" / DONE).touch()
+    (output_dir / "run" / DONE_MARKER).touch()
 
 
-def put(net: nn.Module, state: dict[str, torch.Tensor]) -> None:
+def replace_parameters(net: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     """Whole weights in the place of the parts that a strategy left on this process."""
-    for name, value in state.items():
+    for name, value in state_dict.items():
         holder, _, leaf = name.rpartition(".")
         module = net.get_submodule(holder)
         if leaf in module._parameters:
@@ -110,7 +116,7 @@ def put(net: nn.Module, state: dict[str, torch.Tensor]) -> None:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=old is not None and old.requires_grad)
 
 
-def _table(results: dict[str, Any]) -> str:
+def _format_table(results: dict[str, Any]) -> str:
     rows = ["recordings     clips     h   WER % (95 %)          CER % (95 %)"]
     for name, row in results.items():
         spans = {key: "{:.1f}–{:.1f}".format(*(100 * edge for edge in row["interval"][key])) for key in ("wer", "cer")}

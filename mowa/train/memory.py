@@ -24,60 +24,67 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mowa.families import find
-from mowa.train.instruct import Instruction
+from mowa.families import get_family
+from mowa.train.instruct import CausalRecipe
 
-ROOM = 0.8  # of a device's memory: what a run may be expected to fill
-ORDER = ("ddp", "zero2", "zero3", "zero3-offload", "fsdp")
+USABLE_SHARE = 0.8  # of a device's memory: what a run may be expected to fill
+STRATEGIES = ("ddp", "zero2", "zero3", "zero3-offload", "fsdp")
 RATE_HZ = 16_000
-HALF = ("bf16", "fp16")
-LOGITS = 2 * 64 * 2**20  # bytes: what the fused head has of them at once
+HALF_PRECISION = ("bf16", "fp16")
+FUSED_LOGITS_BYTES = 2 * 64 * 2**20  # bytes: what the fused head has of them at once
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class MemoryBreakdown:
     """Bytes on one device, and on one machine's host."""
 
     weights: float
     gradients: float
-    moments: float
-    master: float
-    live: float
+    optimizer_states: float
+    master_weights: float
+    transient: float
     activations: float
     host: float
 
     @property
-    def device(self) -> float:
-        return self.weights + self.gradients + self.moments + self.master + self.live + self.activations
+    def device_total(self) -> float:
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer_states
+            + self.master_weights
+            + self.transient
+            + self.activations
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class MemoryEstimate:
     """What each strategy needs, beside what there is: bytes of one device, bytes of one machine, devices in all."""
 
-    needs: dict[str, Need]
+    breakdowns: dict[str, MemoryBreakdown]
     gpu_bytes: float
     host_bytes: float
-    devices: int
+    num_devices: int
     parameters: int
-    learning: int
+    trainable_parameters: int
 
     def fits(self, strategy: str) -> bool:
-        need = self.needs[strategy]
-        return need.device <= ROOM * self.gpu_bytes and need.host <= ROOM * self.host_bytes
+        need = self.breakdowns[strategy]
+        return need.device_total <= USABLE_SHARE * self.gpu_bytes and need.host <= USABLE_SHARE * self.host_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class StrategyChoice:
     """A strategy, and one line that says why."""
 
     strategy: str
     reason: str
 
 
-def estimate(
-    net: Any, plan: Any, *, gpu_bytes: float, host_bytes: float, devices: int, precision: str = "float32"
-) -> Estimate:
+def estimate_memory(
+    net: Any, recipe: Any, *, gpu_bytes: float, host_bytes: float, num_devices: int, precision: str = "float32"
+) -> MemoryEstimate:
     """What `net` (with its learning parameters marked; may lie on "meta") needs under `plan`, which is for its kind.
 
     gpu_bytes: memory of one device, host_bytes: of one machine; devices: over all machines; precision: float32, bf16 or
@@ -85,37 +92,41 @@ def estimate(
     """
     parameters = sum(parameter.numel() for parameter in net.parameters())
     learning = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
-    part, block = learning / devices, block_parameters(net)
-    how = {"precision": precision, "checkpointing": plan.optimise.checkpointing}
-    reads = isinstance(plan, Instruction)
-    held = of_text(net, plan.batch.tokens, **how) if reads else activations(net, plan.batch.seconds, **how)
-    cast = 2 * (block if plan.optimise.checkpointing else parameters) if precision in HALF else 0
+    part, block = learning / num_devices, max_block_parameters(net)
+    how = {"precision": precision, "checkpointing": recipe.optimise.checkpointing}
+    reads = isinstance(recipe, CausalRecipe)
+    held = (
+        causal_activation_bytes(net, recipe.batch.tokens, **how)
+        if reads
+        else ctc_activation_bytes(net, recipe.batch.seconds, **how)
+    )
+    cast = 2 * (block if recipe.optimise.checkpointing else parameters) if precision in HALF_PRECISION else 0
     own = precision == "fp16"  # DeepSpeed's: no autocast, so nothing is kept in half precision besides the weights
     wide, zero_cast, copy = (2, 0, 4 * part) if own else (4, cast, 0.0)
-    loaded = 4.0 * parameters * plan.parallel.devices  # each process reads the whole net before it is shared out
-    below = (4 * parameters + 16 * learning) / devices * plan.parallel.devices
+    loaded = 4.0 * parameters * recipe.parallel.devices  # each process reads the whole net before it is shared out
+    below = (4 * parameters + 16 * learning) / num_devices * recipe.parallel.devices
     shares = {
-        "ddp": (4 * parameters, (8 if devices > 1 else 4) * learning, 8 * learning, 0, cast),
+        "ddp": (4 * parameters, (8 if num_devices > 1 else 4) * learning, 8 * learning, 0, cast),
         "zero2": (wide * parameters, 4 * part, 8 * part, 4 * part, 8 * block + zero_cast),
-        "zero3": (wide * parameters / devices, 4 * part, 8 * part, copy, 20 * block + zero_cast),
+        "zero3": (wide * parameters / num_devices, 4 * part, 8 * part, copy, 20 * block + zero_cast),
         "zero3-offload": (0, 0, 0, 0, 20 * block + zero_cast),
-        "fsdp": (4 * parameters / devices, 4 * part, 8 * part, 0, 12 * block + (2 * block if cast else 0)),
+        "fsdp": (4 * parameters / num_devices, 4 * part, 8 * part, 0, 12 * block + (2 * block if cast else 0)),
     }
     needs = {
-        name: Need(*share, held, max(loaded, below) if name == "zero3-offload" else loaded)
+        name: MemoryBreakdown(*share, held, max(loaded, below) if name == "zero3-offload" else loaded)
         for name, share in shares.items()
     }
-    return Estimate(needs, gpu_bytes, host_bytes, devices, parameters, learning)
+    return MemoryEstimate(needs, gpu_bytes, host_bytes, num_devices, parameters, learning)
 
 
-def block_parameters(net: Any) -> int:
+def max_block_parameters(net: Any) -> int:
     """Parameters of the largest block: the size of buckets, and what is fetched ahead."""
-    kinds = find(net.config.model_type).blocks
+    kinds = get_family(net.config.model_type).blocks
     blocks = [module for module in net.modules() if type(module).__name__ in kinds]
     return max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
 
 
-def of_text(net: Any, tokens: float, *, precision: str, checkpointing: bool) -> float:
+def causal_activation_bytes(net: Any, tokens: float, *, precision: str, gradient_checkpointing: bool) -> float:
     """Bytes that a language model's pass over `tokens` keeps, with the fused head's passing logits.
 
     Of a token, with e bytes an element, width H, heads of Q and K elements in all, inner width F: a block keeps
@@ -130,20 +141,20 @@ def of_text(net: Any, tokens: float, *, precision: str, checkpointing: bool) -> 
     sent = getattr(config, "num_experts_per_tok", None) or 1
     inner = (getattr(config, "moe_intermediate_size", None) or config.intermediate_size) * sent
     block = element * (6 * width + 2 * queries + 2 * keys + 3 * inner)
-    each = depth * element * width + block if checkpointing else depth * block
-    return tokens * (each + element * width) + LOGITS
+    each = depth * element * width + block if gradient_checkpointing else depth * block
+    return tokens * (each + element * width) + FUSED_LOGITS_BYTES
 
 
-def activations(net: Any, seconds: float, *, precision: str, checkpointing: bool) -> float:
+def ctc_activation_bytes(net: Any, seconds: float, *, precision: str, gradient_checkpointing: bool) -> float:
     """Bytes of one batch of `seconds` of sound: what is `kept`, and what passes through the largest part of the net."""
     config, rates = net.config, _rates(net.config)
     front = max(seconds * rate * width * 12 for rate, width in zip(rates, config.conv_dim, strict=True))
-    return kept(net, seconds, precision=precision, checkpointing=checkpointing) + max(
-        front, seconds * _block(config, precision)
-    )
+    return saved_activation_bytes(
+        net, seconds, precision=precision, gradient_checkpointing=gradient_checkpointing
+    ) + max(front, seconds * _block(config, precision))
 
 
-def kept(net: Any, seconds: float, *, precision: str, checkpointing: bool) -> float:
+def saved_activation_bytes(net: Any, seconds: float, *, precision: str, gradient_checkpointing: bool) -> float:
     """Bytes that a forward pass over `seconds` of sound keeps for the backward pass.
 
     Over T frames, e bytes an element (2 under bf16 and fp16, else 4), width H, inner width F, M bytes of dropout masks,
@@ -161,8 +172,8 @@ def kept(net: Any, seconds: float, *, precision: str, checkpointing: bool) -> fl
     config, rates = net.config, _rates(net.config)
     element, width, frames = _element(precision), config.hidden_size, seconds * rates[-1]
     block = seconds * _block(config, precision)
-    depth, front, fed = _reached(net)
-    size = depth * frames * 4 * width + (block if depth else 0) if checkpointing else depth * block
+    depth, front, fed = _backward_extent(net)
+    size = depth * frames * 4 * width + (block if depth else 0) if gradient_checkpointing else depth * block
     size += frames * (element * width + 4 * config.vocab_size)
     if fed or (depth and getattr(config, "do_stable_layer_norm", False)):
         size += frames * 4 * width  # the encoder's own norm, before or after the blocks
@@ -184,7 +195,7 @@ def _block(config: Any, precision: str) -> float:
 
 
 def _element(precision: str) -> int:
-    return 2 if precision in HALF else 4
+    return 2 if precision in HALF_PRECISION else 4
 
 
 def _rates(config: Any) -> list[float]:
@@ -196,7 +207,7 @@ def _rates(config: Any) -> list[float]:
     return rates
 
 
-def _reached(net: Any) -> tuple[int, bool, bool]:
+def _backward_extent(net: Any) -> tuple[int, bool, bool]:
     """How many blocks gradients go through, and whether they reach the front end, and what lies between."""
     core = net.base_model
     front = _learns(core.feature_extractor.parameters())
@@ -216,37 +227,41 @@ def _learns(parameters: Iterable[Any]) -> bool:
     return any(parameter.requires_grad for parameter in parameters)
 
 
-def choose(estimate: Estimate, allowed: Iterable[str] = ("ddp", "zero2", "zero3", "zero3-offload")) -> Choice:
+def choose_strategy(
+    estimate: MemoryEstimate, strategies: Iterable[str] = ("ddp", "zero2", "zero3", "zero3-offload")
+) -> StrategyChoice:
     """The fastest strategy whose need fits in 80 % of a device and of its host; else the leanest. And why."""
-    among = [name for name in ORDER if name in set(allowed)]
-    room = f"of {_gb(ROOM * estimate.gpu_bytes)} (80 % of a device)"
+    among = [name for name in STRATEGIES if name in set(strategies)]
+    room = f"of {_gb(USABLE_SHARE * estimate.gpu_bytes)} (80 % of a device)"
     before: list[str] = []
     for name in among:
-        need = estimate.needs[name]
+        need = estimate.breakdowns[name]
         if estimate.fits(name):
             passed = f"; {', '.join(before)}" if before else ""
-            return Choice(name, f"{name} needs {_gb(need.device)} {room}{passed}")
-        if need.device > ROOM * estimate.gpu_bytes:
-            before.append(f"{name} would need {_gb(need.device)}")
+            return StrategyChoice(name, f"{name} needs {_gb(need.device_total)} {room}{passed}")
+        if need.device_total > USABLE_SHARE * estimate.gpu_bytes:
+            before.append(f"{name} would need {_gb(need.device_total)}")
         else:
-            before.append(f"{name} would need {_gb(need.host)} of {_gb(ROOM * estimate.host_bytes)} of the host")
-    least = min(among, key=lambda name: (estimate.needs[name].device, ORDER.index(name)))
-    return Choice(
+            before.append(
+                f"{name} would need {_gb(need.host)} of {_gb(USABLE_SHARE * estimate.host_bytes)} of the host"
+            )
+    least = min(among, key=lambda name: (estimate.breakdowns[name].device_total, STRATEGIES.index(name)))
+    return StrategyChoice(
         least,
-        f"nothing fits: {least} needs {_gb(estimate.needs[least].device)} {room} and "
-        f"{_gb(estimate.needs[least].host)} of the host; less batch: seconds, or optimise: checkpointing, would help",
+        f"nothing fits: {least} needs {_gb(estimate.breakdowns[least].device_total)} {room} and "
+        f"{_gb(estimate.breakdowns[least].host)} of the host; less batch: seconds, or optimise: checkpointing, would help",
     )
 
 
-def table(estimate: Estimate) -> str:
+def format_table(estimate: MemoryEstimate) -> str:
     """The estimate as lines of text, a strategy each, in GB (10⁹ bytes); a star where it fits."""
     columns = ("weights", "gradients", "moments", "master", "live", "activations", "device", "host")
     lines = [
-        f"{estimate.parameters / 1e6:.1f} M parameters, {estimate.learning / 1e6:.1f} M learn; {estimate.devices} × "
+        f"{estimate.parameters / 1e6:.1f} M parameters, {estimate.trainable_parameters / 1e6:.1f} M learn; {estimate.num_devices} × "
         f"{_gb(estimate.gpu_bytes)}, host {_gb(estimate.host_bytes)}",
         f"{'GB':<15}" + "".join(f"{column:>12}" for column in columns),
     ]
-    for name, need in estimate.needs.items():
+    for name, need in estimate.breakdowns.items():
         values = "".join(f"{getattr(need, column) / 1e9:>12.2f}" for column in columns)
         lines.append(f"{name + ('*' if estimate.fits(name) else ''):<15}{values}")
     return "\n".join(lines)

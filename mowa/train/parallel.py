@@ -19,51 +19,58 @@ from pathlib import Path
 from typing import Any
 
 from mowa import machine
-from mowa.errors import MissingPart, RecipeError, TrainingStopped
-from mowa.families import find
+from mowa.errors import MissingDependency, RecipeError, TrainingStopped
+from mowa.families import get_family
 from mowa.train import memory, schema, zero
-from mowa.train.instruct import Instruction
-from mowa.train.memory import Choice
-from mowa.train.tuning import Tuning
+from mowa.train.instruct import CausalRecipe
+from mowa.train.memory import StrategyChoice
+from mowa.train.tuning import CTCRecipe
 
-LAUNCHED = ("zero2", "zero3", "fsdp")  # need their processes even on one device
+NEEDS_LAUNCHER = ("zero2", "zero3", "fsdp")  # need their processes even on one device
 SHARDED = ("zero3", "zero3-offload", "fsdp")  # no process has all the weights
-PATIENCE_S = 10  # for a process that is asked to end
-_HUSHED = "ignore::FutureWarning:torch.distributed.c10d_logger"  # DeepSpeed's calls of what torch 2.13 has renamed
+SHUTDOWN_TIMEOUT_S = 10  # for a process that is asked to end
+_IGNORED_WARNINGS = (
+    "ignore::FutureWarning:torch.distributed.c10d_logger"  # DeepSpeed's calls of what torch 2.13 has renamed
+)
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
-def wanted(plan: Tuning | Instruction) -> bool:
+def needs_launcher(recipe: CTCRecipe | CausalRecipe) -> bool:
     """Whether the run needs processes of its own."""
-    how = plan.parallel
-    return how.devices * how.nodes > 1 or how.strategy in LAUNCHED
+    how = recipe.distributed
+    return how.devices * how.nodes > 1 or how.strategy in NEEDS_LAUNCHER
 
 
-def inside() -> bool:
+def is_worker_process() -> bool:
     """Whether this is one of a run's processes: torchrun (or srun, deepspeed, accelerate) said which."""
     return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
-def launch(plan: Tuning | Instruction, out: Path, *, threads: int | None = None) -> None:
+def launch_workers(recipe: CTCRecipe | CausalRecipe, output_dir: Path, *, threads: int | None = None) -> None:
     """Run `mowa train` as `plan` says on all devices of this machine, and return when every process has finished.
 
     The recipe is written to `out`/recipe.yaml. On several machines this is called once on each. RecipeError where the
     plan asks for what is not there; MissingPart without DeepSpeed; TrainingStopped when a process dies: the others are
     ended, and the same command goes on from the last checkpoint. KeyboardInterrupt after Ctrl-C, when all have ended.
     """
-    recipe = out / "recipe.yaml"
-    for note in (recipe, out / "run" / "recipe.yaml"):
-        if note.is_file() and schema.build(type(plan), schema.tree(note), str(note)) != plan:
+    file = output_dir / "recipe.yaml"
+    for note in (file, output_dir / "run" / "recipe.yaml"):
+        if note.is_file() and schema.from_dict(type(recipe), schema.read_yaml(note), str(note)) != recipe:
             raise RecipeError(f"{note.parent} holds a run by another recipe: choose another folder, or delete that one")
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"recipe.{os.uname().nodename}.partial"  # several machines may share the folder
-    schema.write(plan, partial)
-    partial.replace(recipe)
-    each = max(1, (threads or machine.cores()) // plan.parallel.devices)
-    oversee(["--module", "mowa", "train", str(recipe), "-o", str(out), "--threads", str(each)], plan, out, threads=each)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    partial = output_dir / f"recipe.{os.uname().nodename}.partial"  # several machines may share the folder
+    schema.write_yaml(recipe, partial)
+    partial.replace(file)
+    each = max(1, (threads or machine.cpu_count()) // recipe.distributed.devices)
+    run_torchrun(
+        ["--module", "mowa", "train", str(file), "-o", str(output_dir), "--threads", str(each)],
+        recipe,
+        output_dir,
+        threads=each,
+    )
 
 
-def oversee(command: Sequence[str], plan: Tuning | Instruction, out: Path, *, threads: int) -> None:
+def run_torchrun(command: Sequence[str], recipe: CTCRecipe | CausalRecipe, output_dir: Path, *, threads: int) -> None:
     """Start `command` (what torchrun takes after its options) once for each device, and see to its end.
 
     threads: of the processor, for each process. Raises as `launch` does.
@@ -74,38 +81,40 @@ def oversee(command: Sequence[str], plan: Tuning | Instruction, out: Path, *, th
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    how = plan.parallel
-    on_gpus = possible(plan)
-    own = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE_S)}
+    how = recipe.distributed
+    on_gpus = validate_hardware(recipe)
+    own = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S)}
     own |= {} if on_gpus else {"DS_ACCELERATOR": "cpu"}
-    own["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS", ""), _HUSHED]))
-    with _as_agent(own):
+    own["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS", ""), _IGNORED_WARNINGS]))
+    with _agent_environment(own):
         try:
-            run(parse_args(["--nproc-per-node", str(how.devices), *_meeting(how.nodes), *command]))
+            run(parse_args(["--nproc-per-node", str(how.devices), *_rendezvous_options(how.nodes), *command]))
         except ChildFailedError as failed:
-            _end(failed)
-            raise TrainingStopped(f"{_cause(failed, how.devices * how.nodes)}; {_resume(out)}") from None
+            _kill_process_groups(failed)
+            raise TrainingStopped(
+                f"{_describe_failure(failed, how.devices * how.nodes)}; {_resume(output_dir)}"
+            ) from None
         except SignalException as asked:
             if asked.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
-            raise TrainingStopped(f"stopped by {signal.Signals(asked.sigval).name}; {_resume(out)}") from None
+            raise TrainingStopped(f"stopped by {signal.Signals(asked.sigval).name}; {_resume(output_dir)}") from None
         except (RendezvousError, DistError) as apart:
             where = " ".join(str(apart).split())[:200]
             raise TrainingStopped(f"the processes on {how.nodes} machines did not find each other: {where}") from None
 
 
-def possible(plan: Tuning | Instruction) -> bool:
+def validate_hardware(recipe: CTCRecipe | CausalRecipe) -> bool:
     """Whether the processes will have GPUs; RecipeError or MissingPart where this machine cannot run the plan."""
     import torch
 
-    how, gpus = plan.parallel, torch.cuda.device_count()
+    how, gpus = recipe.distributed, torch.cuda.device_count()
     if gpus and how.devices > gpus:
         raise RecipeError(f"parallel: devices is {how.devices}, and this machine has {gpus} GPU{'s' * (gpus > 1)}")
     if how.strategy.startswith("zero") and not _deepspeed():
-        raise MissingPart(f"strategy {how.strategy} needs deepspeed: pip install deepspeed")
+        raise MissingDependency(f"strategy {how.strategy} needs deepspeed: pip install deepspeed")
     if how.strategy == "fsdp" and not gpus:
         raise RecipeError("parallel: strategy: fsdp needs GPUs; without one: ddp, zero2 or zero3")
-    if plan.optimise.precision == "fp16" and not gpus:
+    if recipe.optimizer.precision == "fp16" and not gpus:
         raise RecipeError("optimise: precision: fp16 needs a GPU; without one: float32 or bf16")
     return gpus > 0
 
@@ -114,7 +123,7 @@ def _deepspeed() -> bool:
     return importlib.util.find_spec("deepspeed") is not None
 
 
-def _meeting(nodes: int) -> list[str]:
+def _rendezvous_options(nodes: int) -> list[str]:
     """torchrun's options for where the processes find each other."""
     if nodes == 1:
         return ["--standalone", "--local-addr", "127.0.0.1"]
@@ -144,7 +153,7 @@ def _first_host(names: str) -> str:
 
 
 @contextmanager
-def _as_agent(own: dict[str, str]) -> Iterator[None]:
+def _agent_environment(own: dict[str, str]) -> Iterator[None]:
     """torchrun's agent sets variables, handles signals and logs at length; afterwards all is as it was."""
     import torch.distributed.elastic.multiprocessing  # noqa: F401  (its loggers, before they are silenced)
 
@@ -163,7 +172,7 @@ def _as_agent(own: dict[str, str]) -> Iterator[None]:
         os.environ.update(variables)
 
 
-def _end(failed: Any) -> None:
+def _kill_process_groups(failed: Any) -> None:
     """What a dead process had started (the readers of its batches) goes with it: each is the head of its own group."""
     for failure in failed.failures.values():
         try:
@@ -172,7 +181,7 @@ def _end(failed: Any) -> None:
             continue
 
 
-def _cause(failed: Any, count: int) -> str:
+def _describe_failure(failed: Any, count: int) -> str:
     """The failure that came first; in the same second, a kill before an exit, and what the agent itself ended last."""
     asked = -signal.SIGTERM
     rank, failure = min(
@@ -196,7 +205,9 @@ def _resume(out: Path) -> str:
 # --- inside each process: what the Trainer is told ----------------------------------------------------------------
 
 
-def arguments(plan: Tuning | Instruction, net: Any, devices: int, *, precision: str = "auto") -> dict[str, Any]:
+def distributed_arguments(
+    recipe: CTCRecipe | CausalRecipe, net: Any, num_devices: int, *, precision: str = "auto"
+) -> dict[str, Any]:
     """The TrainingArguments that depend on devices, strategy and precision; they replace whatever stands there.
 
     Call it after what learns in `net` was marked and before TrainingArguments are made. `devices`: on this machine;
@@ -206,65 +217,71 @@ def arguments(plan: Tuning | Instruction, net: Any, devices: int, *, precision: 
     import torch
 
     on_gpus = torch.cuda.is_available()
-    kind = precision_of(plan, net.config) if precision == "auto" else precision
+    kind = resolve_precision(recipe, net.config) if precision == "auto" else precision
     whole: dict[str, Any] = {"bf16": kind == "bf16", "fp16": kind == "fp16", "use_cpu": not on_gpus}
-    if not inside():
+    if not is_worker_process():
         return whole
-    end_with_launcher()
+    exit_with_parent()
     if hasattr(net.config, "layerdrop"):
         net.config.layerdrop = 0.0
-    choice = settle(plan, net, devices * plan.parallel.nodes, precision=kind)
+    choice = resolve_strategy(recipe, net, num_devices * recipe.distributed.nodes, precision=kind)
     if choice.strategy == "ddp":
         backend = "nccl" if on_gpus else "gloo"
-        return whole | {"ddp_backend": backend, "ddp_find_unused_parameters": _unused(plan, net)}
+        return whole | {"ddp_backend": backend, "ddp_find_unused_parameters": _has_unused_parameters(recipe, net)}
     if choice.strategy == "fsdp":
-        (block, *_) = [name for name in map(_class_name, net.modules()) if name in find(net.config.model_type).blocks]
+        (block, *_) = [
+            name for name in map(_class_name, net.modules()) if name in get_family(net.config.model_type).blocks
+        ]
         return whole | {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [block]}}
-    config = zero.deepspeed_config(choice.strategy, plan, block=memory.block_parameters(net), precision=kind)
+    config = zero.deepspeed_config(
+        choice.strategy, recipe, bucket_parameters=memory.max_block_parameters(net), precision=kind
+    )
     shared = {"deepspeed": config, "bf16": False, "fp16": kind == "fp16", "use_cpu": False}
     if on_gpus:
         return shared
-    zero.meet_on_processors()
+    zero.init_gloo()
     return shared | {"accelerator_config": {"use_configured_state": True}, "dataloader_pin_memory": False}
 
 
-def settle(plan: Tuning | Instruction, net: Any, devices: int, *, precision: str) -> Choice:
+def resolve_strategy(recipe: CTCRecipe | CausalRecipe, net: Any, num_devices: int, *, precision: str) -> StrategyChoice:
     """The strategy of a run on `devices` over all machines, and why; RecipeError where the one asked for cannot be.
 
     auto weighs by what `memory` estimates those that can run this plan; the first process prints the estimate.
     """
     import torch
 
-    how, on_gpus = plan.parallel, possible(plan)
+    how, on_gpus = recipe.distributed, validate_hardware(recipe)
     if how.strategy != "auto":
-        if why := refused(how.strategy, plan, net):
+        if why := unsupported_reason(how.strategy, recipe, net):
             raise RecipeError(f"parallel: strategy: {how.strategy}: {why}")
-        return Choice(how.strategy, f"{how.strategy}, as the recipe says")
-    host = machine.memory_bytes()
+        return StrategyChoice(how.strategy, f"{how.strategy}, as the recipe says")
+    host = machine.total_memory_bytes()
     device = torch.cuda.get_device_properties(0).total_memory if on_gpus else host / how.devices
-    known = memory.estimate(net, plan, gpu_bytes=device, host_bytes=host, devices=devices, precision=precision)
-    among = [name for name in _weighed(on_gpus) if not refused(name, plan, net)]
-    choice = memory.choose(known, among)
+    known = memory.estimate_memory(
+        net, recipe, gpu_bytes=device, host_bytes=host, num_devices=num_devices, precision=precision
+    )
+    among = [name for name in _candidates(on_gpus) if not unsupported_reason(name, recipe, net)]
+    choice = memory.choose_strategy(known, among)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{memory.table(known)}\nstrategy {choice.reason}", file=sys.stderr)
+        print(f"{memory.format_table(known)}\nstrategy {choice.reason}", file=sys.stderr)
     return choice
 
 
-def _weighed(on_gpus: bool) -> tuple[str, ...]:
+def _candidates(on_gpus: bool) -> tuple[str, ...]:
     if not _deepspeed():
         return ("ddp", "fsdp") if on_gpus else ("ddp",)
     return ("ddp", "zero2", "zero3", "zero3-offload") if on_gpus else ("ddp", "zero2", "zero3")
 
 
-def refused(strategy: str, plan: Tuning | Instruction, net: Any) -> str:
+def unsupported_reason(strategy: str, recipe: CTCRecipe | CausalRecipe, net: Any) -> str:
     """Why a strategy cannot run this plan; empty where it can."""
     if strategy not in SHARDED:
         return ""
-    if getattr(plan, "qat", "none") != "none":
+    if getattr(recipe, "qat", "none") != "none":
         return "whole weights are rounded (qat), and no process has them; use ddp or zero2"
-    if plan.optimise.ema:
+    if recipe.optimizer.ema_decay:
         return "no process has all the weights to average (optimise: ema); use ddp or zero2"
-    if plan.batch.layout == "packed" and getattr(net.config, "feat_extract_norm", "") == "group":
+    if recipe.batch.packing == "packed" and getattr(net.config, "feat_extract_norm", "") == "group":
         return (
             "this net's front end takes packed recordings one by one, and the processes would fall out of step; "
             "use batch: layout: padded, or ddp or zero2"
@@ -272,7 +289,7 @@ def refused(strategy: str, plan: Tuning | Instruction, net: Any) -> str:
     return ""
 
 
-def consolidated(trainer: Any) -> dict[str, Any] | None:
+def gather_state_dict(trainer: Any) -> dict[str, Any] | None:
     """After training: every weight of the module that was trained, whole, on the CPU of process 0; None on the others.
 
     Every process calls it. Frozen weights are there too, even where the module leaves them out of its checkpoints.
@@ -297,16 +314,16 @@ def consolidated(trainer: Any) -> dict[str, Any] | None:
     return whole
 
 
-def precision_of(plan: Tuning | Instruction, config: Any) -> str:
+def resolve_precision(recipe: CTCRecipe | CausalRecipe, config: Any) -> str:
     """What a net of this config computes in on this machine: float32, bf16 or fp16, as `plan` says or as is fastest."""
     import torch
 
-    if plan.optimise.precision != "auto":
-        return plan.optimise.precision
+    if recipe.optimizer.precision != "auto":
+        return recipe.optimizer.precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     text = config.get_text_config()
-    found = machine.precision(text.hidden_size, text.intermediate_size)
+    found = machine.select_precision(text.hidden_size, text.intermediate_size)
     return "bf16" if found.dtype == "bfloat16" else "float32"
 
 
@@ -314,13 +331,13 @@ def _class_name(module: Any) -> str:
     return type(module).__name__
 
 
-def _unused(plan: Tuning | Instruction, net: Any) -> bool:
+def _has_unused_parameters(plan: CTCRecipe | CausalRecipe, net: Any) -> bool:
     """Whether steps leave something that learns without a gradient, which DDP has to look for."""
     vector = getattr(net.base_model, "masked_spec_embed", None)  # which nothing that reads has
-    return vector is not None and vector.requires_grad and not plan.masks.time  # type: ignore[union-attr]
+    return vector is not None and vector.requires_grad and not plan.spec_augment.mask_time_prob  # type: ignore[union-attr]
 
 
-def end_with_launcher() -> None:
+def exit_with_parent() -> None:
     """Ask the kernel (Linux) to end this process when the one that started it is gone, even by kill -9."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)

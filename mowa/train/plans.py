@@ -9,52 +9,52 @@ from typing import Any
 from mowa.errors import RecipeError
 from mowa.nouns import LanguageModel, Model
 from mowa.train import instruct, recipe, schema, tuning
-from mowa.train.instruct import Instruction
+from mowa.train.instruct import CausalRecipe
 from mowa.train.recipe import Recipe
-from mowa.train.tuning import Tuning
+from mowa.train.tuning import CTCRecipe
 
-Plan = Recipe | Tuning | Instruction
-TASKS = {"ctc": tuning, "causal": instruct}
+Plan = Recipe | CTCRecipe | CausalRecipe
+CONFIG_MODULES = {"ctc": tuning, "causal": instruct}
 
 
-def of_nothing(tree: Any) -> bool:
+def is_staged_recipe(tree: Any) -> bool:
     """Recipes from nothing have stages, others a model; of one with neither, whose keys it has more of."""
     if not isinstance(tree, dict) or "model" in tree or "stages" in tree:
         return isinstance(tree, dict) and "stages" in tree
-    fresh, tuned = ({field.name for field in dataclasses.fields(kind)} & set(tree) for kind in (Recipe, Tuning))
+    fresh, tuned = ({field.name for field in dataclasses.fields(kind)} & set(tree) for kind in (Recipe, CTCRecipe))
     return len(fresh) > len(tuned)
 
 
-def checked(tree: Any, where: str) -> Tuning | Instruction:
+def parse(tree: Any, where: str) -> CTCRecipe | CausalRecipe:
     """A tree of plain values → the plan that its `task` is (ctc, which is the default, or causal)."""
     task = tree.get("task", "ctc") if isinstance(tree, dict) else "ctc"
-    if task not in TASKS:
-        raise RecipeError(f"{where}: task: {task!r} is none of {', '.join(TASKS)}")
-    plan: Tuning | Instruction = TASKS[task].checked(tree, where)
+    if task not in CONFIG_MODULES:
+        raise RecipeError(f"{where}: task: {task!r} is none of {', '.join(CONFIG_MODULES)}")
+    plan: CTCRecipe | CausalRecipe = CONFIG_MODULES[task].checked(tree, where)
     return plan
 
 
-def read(path: Path, settings: dict[str, Any] | None = None) -> Plan:
+def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Plan:
     """A recipe file → the plan it is, with `settings` (dotted paths) turned. RecipeError names the wrong key's path."""
-    found = schema.tree(path)
-    if of_nothing(found):
+    found = schema.read_yaml(path)
+    if is_staged_recipe(found):
         return recipe.read(path)
-    return checked(schema.turned(found, settings or {}) if isinstance(found, dict) else found, str(path))
+    return parse(schema.apply_overrides(found, overrides or {}) if isinstance(found, dict) else found, str(path))
 
 
-def tune(plan: Tuning | Instruction, model: Any, out: Path, *, threads: int | None = None) -> Path:
+def train(recipe: CTCRecipe | CausalRecipe, model: Any, output_dir: Path, *, threads: int | None = None) -> Path:
     """Tune `model`, a `Model` that hears or a `LanguageModel`, as `plan` says, into the folder `out`. → out.
 
     Raises as `tune.tune` and `sft.instruct` do; RecipeError where the plan is for another kind of model.
     """
-    if isinstance(plan, Instruction):
+    if isinstance(recipe, CausalRecipe):
         if not isinstance(model, LanguageModel):
-            raise RecipeError(f"task: causal: {plan.model} is no language model")
-        from mowa.train.sft import instruct as follow
+            raise RecipeError(f"task: causal: {recipe.model} is no language model")
+        from mowa.train.sft import train_causal as follow
 
-        return follow(plan, model, out, threads=threads)
+        return follow(recipe, model, output_dir, threads=threads)
     if not isinstance(model, Model):
-        raise RecipeError(f"task: ctc: {plan.model} is a language model; say task: causal")
-    from mowa.train.tune import tune as adapt
+        raise RecipeError(f"task: ctc: {recipe.model} is a language model; say task: causal")
+    from mowa.train.tune import train_ctc as adapt
 
-    return adapt(plan, model, out, threads=threads)
+    return adapt(recipe, model, output_dir, threads=threads)

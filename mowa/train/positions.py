@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mowa.errors import RecipeError
-from mowa.families.patch import positions_by_table
+from mowa.families.patch import precompute_absolute_positions
 from mowa.train.transplant import Arrays
 
 LOWERED, CONSTANT = 1.2, 2.0
@@ -83,7 +83,7 @@ def write(net: Any, positions: Tensor) -> None:
 
 
 @contextmanager
-def held(net: Any) -> Iterator[None]:
+def freeze_absolute_positions(net: Any) -> Iterator[None]:
     """Train a Wav2Vec2ForCTC that `write` gave positions to, and keep them, as long as the context lasts.
 
     The convolution gets no gradient and is looked up in a table, which is much faster; the projection's constant
@@ -93,7 +93,7 @@ def held(net: Any) -> Iterator[None]:
     width, per_group, _ = module.conv.weight.shape
     constant = torch.ones(width, device=projection.weight.device)
     constant[::per_group] = 0
-    if not positions_by_table(net, training=True):
+    if not precompute_absolute_positions(net, frozen=True):
         raise RecipeError("net: its positional convolution gives no absolute positions; they cannot be held")
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.requires_grad_(False)

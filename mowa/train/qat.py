@@ -18,23 +18,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from mowa.errors import MissingPart, RecipeError
+from mowa.errors import MissingDependency, RecipeError
 from mowa.kernels import narrow
 from mowa.nouns import Family
 
 SCHEMES = {"int8": "int8-dynamic", "int4": "int4-weight"}
 BITS = {"int8": 8, "int4": 4}
-NOTE = "qat"  # the key in config.json that says for which scheme a net was trained
+CONFIG_KEY = "qat"  # the key in config.json that says for which scheme a net was trained
 
-Grid = tuple[int, int]  # bits, and how many columns share a step; 0: the row
+QuantGrid = tuple[int, int]  # bits, and how many columns share a step; 0: the row
 
 
-def note(to: str, group: int) -> dict[str, Any]:
+def config_entry(qat: str, group_size: int) -> dict[str, Any]:
     """What config.json says of a net that was trained for `to`."""
-    return {"scheme": SCHEMES[to], "group": group if to == "int4" else 0}
+    return {"scheme": SCHEMES[qat], "group": group_size if qat == "int4" else 0}
 
 
-def prepare(net: Any, family: Family, to: str, group: int = 32) -> None:
+def prepare(net: Any, family: Family, qat: str, group_size: int = 32) -> None:
     """Let the linears of `net` (float32) that shrinking makes narrow compute with rounded weights, in place.
 
     to: int8 (a step a row, and inputs in eight bits, each frame by its own range) or int4 (a step for each `group`
@@ -47,40 +47,44 @@ def prepare(net: Any, family: Family, to: str, group: int = 32) -> None:
         from torchao.quantization import quantize_
         from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
     except ImportError:
-        raise MissingPart("training with rounded weights (qat) needs torchao: pip install 'mowa[qat]'") from None
-    blocks, beside = grids(net, family, to, group)
-    if why := _refused(net, blocks, to):
-        raise RecipeError(f"qat: {to}: {why}")
-    narrowed = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False) if to == "int8" else None
+        raise MissingDependency("training with rounded weights (qat) needs torchao: pip install 'mowa[qat]'") from None
+    blocks, beside = select_linears(net, family, qat, group_size)
+    if why := _unsupported_reason(net, blocks, qat):
+        raise RecipeError(f"qat: {qat}: {why}")
+    narrowed = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False) if qat == "int8" else None
     for linears, inputs in ((blocks, narrowed), (beside, None)):
         for name, (bits, columns) in linears.items():
-            _begin(net.get_submodule(name).weight, bits, columns)
+            _clip_outliers(net.get_submodule(name).weight, bits, columns)
             share: dict[str, Any] = {"group_size": columns} if columns else {"granularity": "per_channel"}
             weights = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), is_symmetric=True, **share)
             config = QATConfig(activation_config=inputs, weight_config=weights, step="prepare")
-            quantize_(net, config, filter_fn=partial(_is, name))
+            quantize_(net, config, filter_fn=partial(_is_module, name))
 
 
-def grids(net: Any, family: Family, to: str, group: int) -> tuple[dict[str, Grid], dict[str, Grid]]:
+def select_linears(
+    net: Any, family: Family, qat: str, group_size: int
+) -> tuple[dict[str, QuantGrid], dict[str, QuantGrid]]:
     """The linears in the blocks that are narrow in `to`, and those beside them, each with its grid."""
     names = {name for kind in family.linears.values() for name in kind}
-    within: dict[str, Grid] = {}
+    within: dict[str, QuantGrid] = {}
     for path, block in net.named_modules():
         if type(block).__name__ in family.blocks:
             for name, module in block.named_modules():
                 if name.rpartition(".")[2] in names and isinstance(module, nn.Linear):
-                    within[f"{path}.{name}"] = BITS[to], group if to == "int4" else 0
-    beside: dict[str, Grid] = {}
+                    within[f"{path}.{name}"] = BITS[qat], group_size if qat == "int4" else 0
+    beside: dict[str, QuantGrid] = {}
     for name, module in net.named_modules():
         where = name.removeprefix(f"{net.base_model_prefix}.")
-        width = next((kept for part, kept in family.widths.items() if where.startswith(f"{part}.")), "float32")
+        width = next(
+            (kept for part, kept in family.non_block_weights.items() if where.startswith(f"{part}.")), "float32"
+        )
         wide = width == "int8" and isinstance(module, nn.Linear) and name not in within
-        if wide and (columns := narrow.side_group(module.weight)):
+        if wide and (columns := narrow.non_block_group_size(module.weight)):
             beside[name] = 8, columns
     return within, beside
 
 
-def _refused(net: Any, blocks: dict[str, Grid], to: str) -> str:
+def _unsupported_reason(net: Any, blocks: dict[str, QuantGrid], to: str) -> str:
     """Why a net cannot learn with rounded weights; empty where it can."""
     if not blocks:
         return "none of this net's linears is wide: start from the checkpoint that it was shrunk from"
@@ -97,21 +101,21 @@ def _refused(net: Any, blocks: dict[str, Grid], to: str) -> str:
     return ""
 
 
-def _is(wanted: str, _: nn.Module, name: str) -> bool:
+def _is_module(wanted: str, _: nn.Module, name: str) -> bool:
     return name == wanted
 
 
 @torch.no_grad()
-def _begin(weight: nn.Parameter, bits: int, columns: int) -> None:
+def _clip_outliers(weight: nn.Parameter, bits: int, columns: int) -> None:
     """Bring outliers in, so far that the step that follows from the largest weight is the one rounding chooses."""
-    chosen = narrow.to_int(weight, bits, columns)
-    end = chosen.scales * (2**bits - 1) / 2
-    end = end.repeat_interleave(chosen.group, 1)[:, : weight.shape[1]]
+    chosen = narrow.quantize(weight, bits, columns)
+    end = chosen.scale * (2**bits - 1) / 2
+    end = end.repeat_interleave(chosen.group_size, 1)[:, : weight.shape[1]]
     weight.copy_(torch.minimum(torch.maximum(weight, -end), end))
 
 
 @torch.no_grad()
-def settle(net: Any) -> None:
+def round_weights(net: Any) -> None:
     """Round the weights of a prepared net for good, in place; inputs are still rounded, so it can be measured.
 
     The steps become numbers that float16 has, as files keep them; codes stay what they were in training. Only the very
@@ -123,12 +127,12 @@ def settle(net: Any) -> None:
         columns = getattr(fake.config.granularity, "group_size", 0)
         rounded, before = fake(module.weight), None
         while before is None or not torch.equal(rounded, before):
-            rounded, before = narrow.to_int(rounded, bits, columns).wide(), rounded
+            rounded, before = narrow.quantize(rounded, bits, columns).dequantize(), rounded
         module.weight.copy_(rounded)
         fake.enabled = False
 
 
-def plain(net: Any) -> None:
+def convert(net: Any) -> None:
     """The stock net again, in place: linears that compute with their weights as they are."""
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig

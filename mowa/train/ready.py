@@ -8,103 +8,115 @@ from pathlib import Path
 
 from mowa.adapt import bottleneck, freeze, head, lora
 from mowa.errors import RecipeError
-from mowa.families.patch import checkpoint_blocks
-from mowa.kernels.narrow import NarrowLinear
+from mowa.families.patch import set_gradient_checkpointing
+from mowa.kernels.narrow import QuantizedLinear
 from mowa.nouns import Example, Model
 from mowa.tasks import packing
 from mowa.train import distill, packs, qat
-from mowa.train.gather import Gathered, gather
-from mowa.train.packs import Batching, Packs
-from mowa.train.tuning import Tuning
+from mowa.train.gather import CTCSplits, load_splits
+from mowa.train.packs import BatchDataset, BatchOptions
+from mowa.train.tuning import CTCRecipe
 
-LEAST_APART = 20  # steps between two measurements, unless the recipe says otherwise
+MIN_EVAL_STEPS = 20  # steps between two measurements, unless the recipe says otherwise
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class CTCRun:
     """What `tune` made ready: everything the Trainer is given."""
 
-    plan: Tuning
+    recipe: CTCRecipe
     model: Model  # its net as it learns, its vocabulary as the head will say it
-    data: Gathered
-    steps: int
-    every: int
+    data: CTCSplits
+    max_steps: int
+    eval_steps: int
     batches: list[list[Example]]
     new_head: bool
-    lessons: distill.Lessons | None
+    distillation: distill.DistillationLoss | None
 
 
-def ready(plan: Tuning, model: Model, out: Path) -> Run:
+def prepare(recipe: CTCRecipe, model: Model, output_dir: Path) -> CTCRun:
     net, family = model.net, model.family
-    if any(isinstance(module, NarrowLinear) for module in net.modules()):
+    if any(isinstance(module, QuantizedLinear) for module in net.modules()):
         raise RecipeError(
             f"model: {model.origin.name} is in {model.scheme.name}, in which nothing is learnt: name the checkpoint"
             " that it was shrunk from, and shrink what comes of it"
         )
-    if plan.batch.layout == "packed" and (why := packing.refused(family.name, net.config)):
+    if recipe.batch.packing == "packed" and (why := packing.unsupported_reason(family.name, net.config)):
         raise RecipeError(f"batch: layout: packed: {why}; use padded")
-    frames = packing.frames(net.config)
+    frames = packing.frame_geometry(net.config)
     rate = model.preprocessing.rate_hz
     words = model.vocabulary if len(model.vocabulary) else None
-    data = gather(plan, words, lambda seconds: frames.count(int(seconds * rate)), out / "audio")
-    vars(net.config).pop(qat.NOTE, None)  # what learns is on no grid any more
-    model, lessons = _taught(plan, model)
+    data = load_splits(recipe, words, lambda seconds: frames.num_frames(int(seconds * rate)), output_dir / "audio")
+    vars(net.config).pop(qat.CONFIG_KEY, None)  # what learns is on no grid any more
+    model, lessons = _init_student(recipe, model)
     net = model.net
-    new_head = head.grow(net, family, words, data.words)
+    new_head = head.resize_head(net, family, words, data.vocabulary)
     net.config.ctc_zero_infinity, net.config.ctc_loss_reduction = True, "mean"
-    if plan.train == "lora":
-        low = plan.lora
-        lora.add(net, family, rank=low.rank, alpha=low.alpha, dropout=low.dropout, where=low.where, kind=low.kind)
-    elif plan.train == "adapters":
-        bottleneck.add(net, family, plan.adapters.width)
-    if plan.qat != "none":
-        qat.prepare(net, family, plan.qat, plan.qat_group)
-    freeze.learn(net, family, plan.train)
-    if plan.optimise.checkpointing:
-        checkpoint_blocks(net)
-    moving = plan.optimise
-    together = plan.batch.accumulate * plan.parallel.devices * plan.parallel.nodes
-    batches = packs.plan(
+    if recipe.method == "lora":
+        low = recipe.lora
+        lora.add(
+            net,
+            family,
+            rank=low.rank,
+            alpha=low.alpha,
+            dropout=low.dropout,
+            target_modules=low.target_modules,
+            variant=low.variant,
+        )
+    elif recipe.method == "adapters":
+        bottleneck.add(net, family, recipe.adapters.width)
+    if recipe.qat != "none":
+        qat.prepare(net, family, recipe.qat, recipe.qat_group_size)
+    freeze.set_trainable(net, family, recipe.method)
+    if recipe.optimizer.gradient_checkpointing:
+        set_gradient_checkpointing(net)
+    moving = recipe.optimizer
+    together = recipe.batch.gradient_accumulation_steps * recipe.distributed.devices * recipe.distributed.nodes
+    batches = packs.plan_batches(
         data.train,
-        seconds=plan.batch.seconds,
-        layout=plan.batch.layout,
+        max_seconds=recipe.batch.seconds,
+        packing=recipe.batch.packing,
         epochs=moving.epochs,
-        count=moving.steps * together,
-        multiple=together,
+        num_batches=moving.max_steps * together,
+        multiple_of=together,
         seed=moving.seed,
     )
     steps = len(batches) // together
-    every = plan.evaluate.every or max(LEAST_APART, -(-steps // 10))
-    tuned = Model(net, family, model.origin, data.words, model.preprocessing)
-    return Run(plan, tuned, data, steps, min(every, steps), batches, new_head, lessons)
+    every = recipe.evaluation.eval_steps or max(MIN_EVAL_STEPS, -(-steps // 10))
+    tuned = Model(net, family, model.origin, data.vocabulary, model.preprocessing)
+    return CTCRun(recipe, tuned, data, steps, min(every, steps), batches, new_head, lessons)
 
 
-def _taught(plan: Tuning, model: Model) -> tuple[Model, distill.Lessons | None]:
+def _init_student(plan: CTCRecipe, model: Model) -> tuple[Model, distill.DistillationLoss | None]:
     """What learns, and the checkpoint as it was to teach it, where the plan has a teacher."""
-    if not plan.taught:
+    if not plan.uses_teacher:
         return model, None
-    how = plan.distil
-    layers = how.layers or model.net.config.num_hidden_layers
-    student = distill.student(model, layers)
-    weights = {"emissions": how.emissions, "hidden": how.hidden, "temperature": how.temperature}
-    return student, distill.Lessons(model.net, layers, **weights)
+    how = plan.distillation
+    layers = how.student_layers or model.net.config.num_hidden_layers
+    student = distill.init_student(model, layers)
+    weights = {"emissions": how.logit_weight, "hidden": how.hidden_weight, "temperature": how.temperature}
+    return student, distill.DistillationLoss(model.net, layers, **weights)
 
 
-def batching(run: Run) -> Batching:
+def eval_batch_options(run: CTCRun) -> BatchOptions:
     """How recordings are put together where they are measured: as recorded, nothing hidden."""
     config = run.model.net.config
-    return Batching(
-        run.model.vocabulary, run.model.preprocessing, packing.frames(config), config.hidden_size, run.plan.batch.layout
+    return BatchOptions(
+        run.model.vocabulary,
+        run.model.preprocessing,
+        packing.frame_geometry(config),
+        config.hidden_size,
+        run.recipe.batch.packing,
     )
 
 
-def measured(run: Run, examples: list[Example]) -> Packs:
+def build_eval_dataset(run: CTCRun, examples: list[Example]) -> BatchDataset:
     """Every recording once, to be measured on. Of several processes each hears one at a time: they gather by rows."""
-    how = run.plan.parallel
+    how = run.recipe.distributed
     alone = how.devices * how.nodes > 1
-    seconds = 0.0 if alone else run.plan.batch.seconds
-    return Packs(packs.one_pass(examples, seconds, run.plan.batch.layout), batching(run))
+    seconds = 0.0 if alone else run.recipe.batch.seconds
+    return BatchDataset(packs.plan_eval_batches(examples, seconds, run.recipe.batch.packing), eval_batch_options(run))
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"

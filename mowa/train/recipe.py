@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mowa.data.augment import Roughness
+from mowa.data.augment import AugmentConfig
 from mowa.data.text import POLISH
 from mowa.train import schema
 
@@ -47,9 +47,9 @@ class Streaming:
     What is heard in chunks is normalised as a live stream is (`data.level`). `families.chunks` says what is seen.
     """
 
-    chunk_s: tuple[float, ...] = schema.knob((0.32, 0.64, 1.28, math.inf), "lengths of chunks", least=0.02)
-    left_s: float = schema.knob(math.inf, "what is seen before a chunk", least=0.0)
-    ahead_s: tuple[float, ...] = schema.knob((0.0,), "what is seen after it", least=0.0, most=2.0)
+    chunk_s: tuple[float, ...] = schema.option((0.32, 0.64, 1.28, math.inf), "lengths of chunks", minimum=0.02)
+    left_s: float = schema.option(math.inf, "what is seen before a chunk", minimum=0.0)
+    ahead_s: tuple[float, ...] = schema.option((0.0,), "what is seen after it", minimum=0.0, maximum=2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Augment:
 
     start: int = 300
     full: int = 2500
-    how: Roughness = field(default_factory=Roughness)
+    how: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +128,8 @@ class Recipe:
 
 def read(path: Path) -> Recipe:
     """A recipe file → Recipe. A wrong key or value is a RecipeError with its path and the nearest right key."""
-    return schema.build(Recipe, schema.tree(path), str(path))
+    return schema.from_dict(Recipe, schema.read_yaml(path), str(path))
 
 
 def write(recipe: Recipe, path: Path) -> None:
-    schema.write(recipe, path)
+    schema.write_yaml(recipe, path)

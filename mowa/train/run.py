@@ -32,14 +32,14 @@ from mowa import machine
 from mowa.adapt import processor
 from mowa.data import synth
 from mowa.decode import ctc as decoder
-from mowa.errors import DataError, MissingPart, RecipeError
+from mowa.errors import DataError, MissingDependency, RecipeError
 from mowa.families import chunks as hearing
-from mowa.families.chunks import TRAINED
-from mowa.families.patch import channel_last_front_end
+from mowa.families.chunks import STREAMING_CONFIG_KEY
+from mowa.families.patch import channels_last_front_end
 from mowa.files import atomic_write
 from mowa.nouns import Preprocessing, Vocabulary
 from mowa.tasks import ctc
-from mowa.tasks.ctc import DELIMITER, SPECIALS, vocabulary
+from mowa.tasks.ctc import SPECIAL_TOKENS, WORD_DELIMITER, build_vocabulary
 from mowa.train import distil, front, positions, teachers, transplant
 from mowa.train import recipe as recipes
 from mowa.train.batches import Batches, Clip, Windows, fill, plan
@@ -58,12 +58,12 @@ def train(recipe: Recipe, out: Path, *, threads: int | None = None, downloads: P
     the beginnings of a run by another recipe; MissingPart before the first step, not after the last, where a package
     that the run will need is not installed; DataError where the disk cannot hold the checkpoints.
     """
-    installed = machine.parts()
+    installed = machine.optional_package_versions()
     if missing := [name for name in NEEDED if installed[name] is None]:
-        raise MissingPart(f"training needs {', '.join(missing)}: pip install 'mowa[train]'")
-    torch.set_num_threads(threads or machine.cores())
+        raise MissingDependency(f"training needs {', '.join(missing)}: pip install 'mowa[train]'")
+    torch.set_num_threads(threads or machine.cpu_count())
     clips = [_clips(stage) for stage in recipe.stages]
-    words, sound = vocabulary(recipe.alphabet), Preprocessing()
+    words, sound = build_vocabulary(recipe.alphabet), Preprocessing()
     torch.manual_seed(recipe.stages[0].optimise.seed)
     net = AutoModelForCTC.from_config(_config(recipe, words))
     _room(net, recipe, out)
@@ -164,17 +164,20 @@ def _stage(
         return list(json.loads(log.read_text()))
     how = stage.optimise
     sources, dev = clips
-    words, sound = vocabulary(recipe.alphabet), Preprocessing()
+    words, sound = build_vocabulary(recipe.alphabet), Preprocessing()
     weights = Weights(stage.letters, stage.front, stage.ear)
     if (weights.front or weights.ear) and teacher is None:
         raise RecipeError(f"stage {stage.name}: front and ear need a teacher")
     if stage.streaming and not stage.letters:
         raise RecipeError(f"stage {stage.name}: streaming is learnt with letters; weigh them")
-    if stage.streaming and (why := hearing.refused(net)):
+    if stage.streaming and (why := hearing.unsupported_reason(net)):
         raise RecipeError(f"stage {stage.name}: this net cannot hear in chunks: {why}")
     before = {name: value.clone() for name, value in net.wav2vec2.state_dict().items()} if how.keep != 1 else {}
     print(f"stage {number}, {stage.name}: {how.steps} steps", file=sys.stderr)
-    with channel_last_front_end(net), positions.held(net) if teacher is not None else nullcontext():
+    with (
+        channels_last_front_end(net),
+        positions.freeze_absolute_positions(net) if teacher is not None else nullcontext(),
+    ):
         left = _frames(net, stage.streaming.left_s) if stage.streaming else 0
         lesson = Lesson(net, weights, teacher if weights.front or weights.ear else None, left or None)
         optimiser = _optimiser(lesson, how)
@@ -274,8 +277,8 @@ def _config(recipe: Recipe, words: Vocabulary) -> Any:
     fixed = {
         "vocab_size": len(words),
         "pad_token_id": words.blank,
-        "bos_token_id": words.tokens.index(SPECIALS["bos"]),
-        "eos_token_id": words.tokens.index(SPECIALS["eos"]),
+        "bos_token_id": words.tokens.index(SPECIAL_TOKENS["bos"]),
+        "eos_token_id": words.tokens.index(SPECIAL_TOKENS["eos"]),
         "ctc_loss_reduction": "mean",
         "ctc_zero_infinity": True,
     }
@@ -320,9 +323,9 @@ def _metrics(seen: Any, words: Vocabulary) -> dict[str, float]:
     for ids, target in zip(seen.predictions, seen.label_ids, strict=True):
         ids = np.where(ids < 0, words.blank, ids).astype(np.int32)
         blanks, frames = blanks + int((ids == words.blank).sum()), frames + len(ids)
-        path = decoder.Path(ids, np.ones(len(ids), np.float32))
-        heard.append(decoder.text(decoder.read(path, words)))
-        said.append("".join(words.tokens[i] for i in target if i >= 0).replace(DELIMITER, " "))
+        path = decoder.TokenPath(ids, np.ones(len(ids), np.float32))
+        heard.append(decoder.join_words(decoder.path_to_words(path, words)))
+        said.append("".join(words.tokens[i] for i in target if i >= 0).replace(WORD_DELIMITER, " "))
     return ctc.error_rates(said, heard) | {"blank": blanks / max(1, frames)}
 
 
@@ -334,9 +337,9 @@ def save(net: Any, recipe: Recipe, words: Vocabulary, sound: Preprocessing, out:
         if (live := stage.streaming) is not None:
             sizes, ahead = (sorted({_frames(net, one) for one in many}) for many in (live.chunk_s, live.ahead_s))
             said = {"chunk_frames": [one for one in sizes if one], "ahead_frames": ahead}
-            setattr(net.config, TRAINED, said | {"left_frames": _frames(net, live.left_s) or None})
+            setattr(net.config, STREAMING_CONFIG_KEY, said | {"left_frames": _frames(net, live.left_s) or None})
     net.half().save_pretrained(out)
-    processor.write(words, sound, out)
+    processor.write_processor(words, sound, out)
     recipes.write(recipe, out / "recipe.yaml")
 
 

@@ -17,31 +17,36 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
-from mowa.errors import MissingPart, RecipeError
+from mowa.errors import MissingDependency, RecipeError
 from mowa.files import atomic_write
 
 Kind = TypeVar("Kind")
-FULL = "full"  # how a number without an end is written
+UNLIMITED = "full"  # how a number without an end is written
 _NEEDED = "recipes need pyyaml: pip install 'mowa[train]'"
 
 
-def knob(
-    default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None, most: float | None = None
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
 ) -> Any:
     """A dataclass field with its default, one line of help, the words it takes if they are few, and its range.
 
     Of a list or pair, choices and range are those of each of its members.
     """
-    about = {"help": help, "choices": choices, "least": least, "most": most}
+    about = {"help": help, "choices": choices, "least": minimum, "most": maximum}
     return dataclasses.field(default=default, metadata=about)
 
 
-def tree(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
     """What a YAML file holds. RecipeError where it is none, or says a key twice; MissingPart without pyyaml."""
     try:
         import yaml
     except ImportError:
-        raise MissingPart(_NEEDED) from None
+        raise MissingDependency(_NEEDED) from None
 
     class Once(yaml.SafeLoader):  # the stock one takes the last of two equal keys and says nothing
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -61,12 +66,12 @@ def tree(path: Path) -> Any:
         raise RecipeError(f"{path}: not YAML ({' '.join(str(wrong).split())})") from None
 
 
-def text(value: Any) -> str:
+def to_yaml(value: Any) -> str:
     """A dataclass → YAML that `tree` and `build` give it back from, every knob spelt out."""
     try:
         import yaml
     except ImportError:
-        raise MissingPart(_NEEDED) from None
+        raise MissingDependency(_NEEDED) from None
 
     class Dumper(yaml.SafeDumper):
         pass
@@ -81,24 +86,24 @@ def text(value: Any) -> str:
     return written
 
 
-def write(value: Any, path: Path) -> None:
+def write_yaml(value: Any, path: Path) -> None:
     """`text` into a file, whole or not at all: several processes of a run may read it while it is written again."""
-    atomic_write(path, text(value))
+    atomic_write(path, to_yaml(value))
 
 
-def build(kind: type[Kind], tree: Any, where: str, *, standing: Any = None) -> Kind:
+def from_dict(cls: type[Kind], tree: Any, where: str, *, defaults: Any = None) -> Kind:
     """A tree of plain values → `kind`. A wrong key or value: RecipeError with its path and the nearest right key.
 
     What the tree leaves out stands as in `standing`, or else as the class says.
     """
     if not isinstance(tree, dict):
         raise RecipeError(f"{where}: expected keys and values, found {tree!r}")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
-            raise RecipeError(f"{where}: {key} is no key here; {_nearest(str(key), kind)}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values = {name: stands(field, standing) for name, field in fields.items()}
+            raise RecipeError(f"{where}: {key} is no key here; {_nearest(str(key), cls)}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {name: field_default(field, defaults) for name, field in fields.items()}
     missing = [name for name, value in values.items() if value is dataclasses.MISSING and name not in tree]
     if missing:
         raise RecipeError(f"{where}: {', '.join(missing)} is missing")
@@ -106,15 +111,15 @@ def build(kind: type[Kind], tree: Any, where: str, *, standing: Any = None) -> K
         value = _value(hints[key], found, f"{where}: {key}", values[key])
         if value == () and values[key] is dataclasses.MISSING:
             raise RecipeError(f"{where}: {key}: at least one is needed, found none")
-        _vet(fields[key], value, f"{where}: {key}")
+        _validate(fields[key], value, f"{where}: {key}")
         values[key] = value
-    return kind(**values)
+    return cls(**values)
 
 
-def stands(field: Any, within: Any = None) -> Any:
+def field_default(field: Any, defaults: Any = None) -> Any:
     """Where a dataclass's field stands unless it is turned: as in the value `within`, or else at its default."""
-    if within is not None:
-        return getattr(within, field.name)
+    if defaults is not None:
+        return getattr(defaults, field.name)
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
@@ -123,13 +128,13 @@ def _nearest(key: str, kind: Any) -> str:
     hints = typing.get_type_hints(kind)
     if near := difflib.get_close_matches(key, hints, 1):
         return f"did you mean {near[0]}?"
-    below = {leaf.path[-1]: ": ".join(leaf.path) for leaf in leaves(kind)}
+    below = {leaf.path[-1]: ": ".join(leaf.path) for leaf in iter_options(kind)}
     if near := difflib.get_close_matches(key, below, 1, 0.8):
         return f"did you mean {below[near[0]]}?"
     return f"known: {', '.join(hints)}"
 
 
-def _vet(field: Any, value: Any, where: str) -> None:
+def _validate(field: Any, value: Any, where: str) -> None:
     """Choices and range, of each member where there are several."""
     choices, least, most = (field.metadata.get(key) for key in ("choices", "least", "most"))
     for one in value if isinstance(value, tuple) else (value,):
@@ -155,7 +160,7 @@ def _value(hint: Any, value: Any, where: str, standing: Any = dataclasses.MISSIN
     if dataclasses.is_dataclass(hint):
         known = dataclasses.is_dataclass(standing)
         tree = {} if value is None and known else value  # a group whose keys are all commented out
-        return build(typing.cast(type, hint), tree, where, standing=standing if known else None)
+        return from_dict(typing.cast(type, hint), tree, where, defaults=standing if known else None)
     if origin is tuple and parts[-1] is Ellipsis and isinstance(value, list | tuple):
         return tuple(_value(parts[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(parts):
@@ -166,7 +171,7 @@ def _value(hint: Any, value: Any, where: str, standing: Any = dataclasses.MISSIN
     wanted = origin or hint
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
-            value = math.inf if value == FULL else float(value)  # YAML 1.1 reads 1e-4 as a word
+            value = math.inf if value == UNLIMITED else float(value)  # YAML 1.1 reads 1e-4 as a word
     right = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
     if right and origin is None and not (wanted is float and math.isnan(value)):
         return value
@@ -177,7 +182,7 @@ def _value(hint: Any, value: Any, where: str, standing: Any = dataclasses.MISSIN
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class OptionSpec:
     """One knob: its dotted path, what it takes, where it stands unless it is turned, and what it is for."""
 
     path: tuple[str, ...]
@@ -185,24 +190,24 @@ class Leaf:
     default: Any  # dataclasses.MISSING where it must be given
     help: str
     choices: tuple[str, ...] = ()
-    least: float | None = None
-    most: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
 
     @property
     def dotted(self) -> str:
         return ".".join(self.path)
 
 
-def leaves(kind: Any, *, under: tuple[str, ...] = (), standing: Any = None) -> Iterator[Leaf]:
+def iter_options(cls: Any, *, prefix: tuple[str, ...] = (), defaults: Any = None) -> Iterator[OptionSpec]:
     """Every knob of a dataclass and of the dataclasses in it, in order. Defaults are those of `standing`, if given."""
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        path, hint, default = (*under, field.name), hints[field.name], stands(field, standing)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        path, hint, default = (*prefix, field.name), hints[field.name], field_default(field, defaults)
         if dataclasses.is_dataclass(hint):
-            yield from leaves(hint, under=path, standing=default if dataclasses.is_dataclass(default) else None)
+            yield from iter_options(hint, prefix=path, defaults=default if dataclasses.is_dataclass(default) else None)
             continue
         about = field.metadata
-        yield Leaf(
+        yield OptionSpec(
             path,
             hint,
             default,
@@ -213,13 +218,13 @@ def leaves(kind: Any, *, under: tuple[str, ...] = (), standing: Any = None) -> I
         )
 
 
-def turned(tree: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """A copy of `tree` in which each dotted path of `settings` has its value. RecipeError where a group is none."""
     out = dict(tree)
-    for dotted, value in settings.items():
+    for dotted, value in overrides.items():
         first, _, rest = dotted.partition(".")
         below = out.get(first)
         if rest and not isinstance(below, dict | None):
             raise RecipeError(f"{first}: expected keys and values, found {below!r}")
-        out[first] = turned(below or {}, {rest: value}) if rest else value
+        out[first] = apply_overrides(below or {}, {rest: value}) if rest else value
     return out

@@ -16,15 +16,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-GUESSING = 1.5  # nats a letter: half of what guessing costs; above it a text can hardly be read
-FALLING = 0.995  # of the lowest loss so far: at or above it, the loss has not fallen
-LEAST_LOSS = 0.1  # nats a letter: divergence is measured from here where the loss is lower still
-FEW, FEW_SHARE = 3, 0.95  # constant output: so many tokens are this share of all that is heard
-SELDOM = 10  # batches between two looks at the tokens themselves
-DEAD = 10  # looks in a row. LoRA's A gets no gradient until its B has moved, and dropped layers get none now and then
-SKIPPED = 20  # steps in a row that fp16's loss scaling may skip while it looks for its scale
+UNTRAINED_LOSS = 1.5  # nats a letter: half of what guessing costs; above it a text can hardly be read
+IMPROVEMENT_RATIO = 0.995  # of the lowest loss so far: at or above it, the loss has not fallen
+MIN_LOSS = 0.1  # nats a letter: divergence is measured from here where the loss is lower still
+CONSTANT_TOKENS, CONSTANT_SHARE = 3, 0.95  # constant output: so many tokens are this share of all that is heard
+TOKEN_CHECK_INTERVAL = 10  # batches between two looks at the tokens themselves
+ZERO_GRAD_CHECKS = (
+    10  # looks in a row. LoRA's A gets no gradient until its B has moved, and dropped layers get none now and then
+)
+MAX_SKIPPED_STEPS = 20  # steps in a row that fp16's loss scaling may skip while it looks for its scale
 # Of these nothing is learnt by design: SpecAugment's filler where nothing is masked, biases that softmax cancels.
-WITHOUT_GRADIENT = ("masked_spec_embed", "k_proj.bias", "linear_k.bias", "key.bias")
+EXPECTED_ZERO_GRAD = ("masked_spec_embed", "k_proj.bias", "linear_k.bias", "key.bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,33 +35,33 @@ class Finding:
 
     name: str
     step: int
-    seen: str
+    message: str
     advice: str
     fatal: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} at step {self.step}: {self.seen}\n  {self.advice}"
+        return f"{self.name} at step {self.step}: {self.message}\n  {self.advice}"
 
 
-def some(names: Sequence[str], most: int = 4) -> str:
+def format_names(names: Sequence[str], most: int = 4) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-class Running:
+class RunningMean:
     """An exponential running mean over about `span` values, unbiased from the first one on."""
 
     def __init__(self, span: float) -> None:
-        self.keep, self.total, self.weight = 1 - 1 / span, 0.0, 0.0
+        self.decay, self.total, self.weight = 1 - 1 / span, 0.0, 0.0
 
-    def add(self, value: float) -> float:
-        self.total = self.keep * self.total + (1 - self.keep) * value
-        self.weight = self.keep * self.weight + (1 - self.keep)
+    def update(self, value: float) -> float:
+        self.total = self.decay * self.total + (1 - self.decay) * value
+        self.weight = self.decay * self.weight + (1 - self.decay)
         return self.total / self.weight
 
 
-class Stuck:
+class PlateauTracker:
     """For how many steps a bad state has lasted in which the loss did not fall by half a per cent.
 
     0 in the first `patience` steps, 0 while the learning rate still rises; counted anew whenever the state ends.
@@ -67,30 +69,36 @@ class Stuck:
 
     def __init__(self, patience: int) -> None:
         self.patience, self.first = patience, -1
-        self.best, self.since = math.inf, 0
+        self.best, self.last_improvement = math.inf, 0
 
-    def see(self, step: int, bad: bool, loss: float, warming: bool) -> int:
+    def update(self, step: int, bad: bool, loss: float, warming: bool) -> int:
         self.first = step if self.first < 0 else self.first
         if not bad or warming or step - self.first < self.patience:
             self.best = math.inf
             return 0
-        if loss < FALLING * self.best:
-            self.best, self.since = loss, step
-        return step - self.since
+        if loss < IMPROVEMENT_RATIO * self.best:
+            self.best, self.last_improvement = loss, step
+        return step - self.last_improvement
 
 
-class Collapse:
+class BlankCollapse:
     """Nothing but blanks, a share of at least `share` of the frames, for `patience` steps after the loss stopped."""
 
-    def __init__(self, share: float, patience: int) -> None:
-        self.share, self.patience, self.stuck = share, patience, Stuck(patience)
-        self.blanks, self.losses, self.warned = Running(max(5, patience / 4)), Running(max(5, patience / 2)), False
+    def __init__(self, blank_ratio: float, patience: int) -> None:
+        self.blank_ratio, self.patience, self.plateau = blank_ratio, patience, PlateauTracker(patience)
+        self.blanks, self.losses, self.warned = (
+            RunningMean(max(5, patience / 4)),
+            RunningMean(max(5, patience / 2)),
+            False,
+        )
 
-    def see(self, step: int, blank: float, loss: float, *, warming: bool = False) -> Finding | None:
+    def update(self, step: int, blank_ratio: float, loss: float, *, warming: bool = False) -> Finding | None:
         """`blank`: share of blank frames in a batch. A warning at half of the patience, the end at all of it."""
-        blank, loss = self.blanks.add(blank), self.losses.add(loss)
-        lasted = self.stuck.see(step, blank >= self.share, loss, warming)
-        seen = f"{blank:.1%} of the frames are blank, and in {lasted} steps the loss has not fallen below {loss:.3g}"
+        blank_ratio, loss = self.blanks.update(blank_ratio), self.losses.update(loss)
+        lasted = self.plateau.update(step, blank_ratio >= self.blank_ratio, loss, warming)
+        seen = (
+            f"{blank_ratio:.1%} of the frames are blank, and in {lasted} steps the loss has not fallen below {loss:.3g}"
+        )
         if lasted >= self.patience:
             return Finding(
                 "blank collapse",
@@ -108,22 +116,22 @@ class Collapse:
         return None
 
 
-class Constant:
+class ConstantOutput:
     """Whatever is said, the same few tokens are heard, for `patience` steps after the loss stopped falling."""
 
     def __init__(self, patience: int, tokens: Sequence[str] = ()) -> None:
-        self.patience, self.stuck, self.tokens = patience, Stuck(patience), tokens
-        self.losses = Running(max(3, patience / 4 / SELDOM))
+        self.patience, self.plateau, self.tokens = patience, PlateauTracker(patience), tokens
+        self.losses = RunningMean(max(3, patience / 4 / TOKEN_CHECK_INTERVAL))
 
-    def see(
+    def update(
         self, step: int, frames: Sequence[int], blank: int, loss: float, *, warming: bool = False
     ) -> Finding | None:
         """`frames`: the likeliest token of every frame of a batch of several utterances. For every SELDOMth batch."""
         heard = Counter(now for before, now in pairwise([blank, *frames]) if now not in (before, blank))
-        common = [token for token, _ in heard.most_common(FEW)]
-        few = bool(heard) and sum(heard[token] for token in common) >= FEW_SHARE * heard.total()
-        loss = self.losses.add(loss)
-        lasted = self.stuck.see(step, few and loss > GUESSING, loss, warming)
+        common = [token for token, _ in heard.most_common(CONSTANT_TOKENS)]
+        few = bool(heard) and sum(heard[token] for token in common) >= CONSTANT_SHARE * heard.total()
+        loss = self.losses.update(loss)
+        lasted = self.plateau.update(step, few and loss > UNTRAINED_LOSS, loss, warming)
         if lasted < self.patience:
             return None
         spelt = ", ".join(repr(self.tokens[token]) if self.tokens else str(token) for token in common)
@@ -140,19 +148,19 @@ class Constant:
 class Divergence:
     """The running loss stays above `times` its best for `lasting` steps. A few bad batches are no divergence."""
 
-    def __init__(self, times: float, lasting: int) -> None:
-        self.times, self.lasting, self.losses = times, lasting, Running(10)
+    def __init__(self, factor: float, patience: int) -> None:
+        self.factor, self.patience, self.losses = factor, patience, RunningMean(10)
         self.best = self.limit = math.inf
         self.count, self.since = 0, 0
 
-    def see(self, step: int, loss: float) -> Finding | None:
-        now, self.count = self.losses.add(loss), self.count + 1
+    def update(self, step: int, loss: float) -> Finding | None:
+        now, self.count = self.losses.update(loss), self.count + 1
         self.best = min(self.best, now)
-        mark = max(now, LEAST_LOSS) * (1 if self.count >= 5 else 2)  # the first batches may have been easy ones
-        self.limit = min(self.limit, self.times * mark)
+        mark = max(now, MIN_LOSS) * (1 if self.count >= 5 else 2)  # the first batches may have been easy ones
+        self.limit = min(self.limit, self.factor * mark)
         if now <= self.limit:
             self.since = step
-        if step - self.since < self.lasting:
+        if step - self.since < self.patience:
             return None
         return Finding(
             "divergence",
@@ -176,7 +184,7 @@ class NoLearning:
         self.late: deque[float] = deque(maxlen=self.window)
         self.since, self.done = 0, False
 
-    def see(self, step: int, loss: float, *, warming: bool = False) -> Finding | None:
+    def update(self, step: int, loss: float, *, warming: bool = False) -> Finding | None:
         if not self.early:
             self.done = step > 0  # a run that goes on has learnt before
         if self.done:
@@ -193,7 +201,7 @@ class NoLearning:
             self.done = last < 0.9 * first  # in between, it may be chance
             return None
         self.done = True
-        guessing = last > GUESSING
+        guessing = last > UNTRAINED_LOSS
         return Finding(
             "no learning",
             step,
@@ -207,35 +215,37 @@ class NoLearning:
         )
 
 
-class Gradients:
+class GradientMonitor:
     """Gradients that are no numbers, and parameters that should learn but get no gradient."""
 
     def __init__(self, *, scaled: bool = False) -> None:
-        self.allowed = SKIPPED if scaled else 0  # fp16 skips steps with infinite gradients while it finds its scale
-        self.broken, self.dead, self.warned = 0, Counter[str](), False
+        self.allowed = (
+            MAX_SKIPPED_STEPS if scaled else 0
+        )  # fp16 skips steps with infinite gradients while it finds its scale
+        self.non_finite_steps, self.zero_counts, self.warned = 0, Counter[str](), False
 
-    def total(self, step: int, norm: float) -> Finding | None:
+    def check_norm(self, step: int, norm: float) -> Finding | None:
         """`norm`: the length of the whole gradient, at every step."""
-        self.broken = 0 if math.isfinite(norm) else self.broken + 1
-        if self.broken <= self.allowed:
+        self.non_finite_steps = 0 if math.isfinite(norm) else self.non_finite_steps + 1
+        if self.non_finite_steps <= self.allowed:
             return None
         return Finding(
             "broken gradient",
             step,
             f"the loss is finite, but the gradient's length is {norm}"
-            + (f", {self.broken} steps in a row" if self.allowed else ""),
+            + (f", {self.non_finite_steps} steps in a row" if self.allowed else ""),
             "Try optimise.precision: bf16 or float32, a lower optimise.learning_rate, a longer optimise.warmup",
             fatal=True,
         )
 
-    def see(self, step: int, norms: Mapping[str, float]) -> Finding | None:
+    def check_parameters(self, step: int, norms: Mapping[str, float]) -> Finding | None:
         """`norms`: the length of the gradient of each parameter that should learn, 0 where there is none."""
         if not all(map(math.isfinite, norms.values())):
             return None
         for name, norm in norms.items():
-            self.dead[name] = self.dead[name] + 1 if norm == 0 else 0
-        watched = [name for name in norms if not name.endswith(WITHOUT_GRADIENT)]
-        dead = [name for name in watched if self.dead[name] >= DEAD]
+            self.zero_counts[name] = self.zero_counts[name] + 1 if norm == 0 else 0
+        watched = [name for name in norms if not name.endswith(EXPECTED_ZERO_GRAD)]
+        dead = [name for name in watched if self.zero_counts[name] >= ZERO_GRAD_CHECKS]
         if not dead or self.warned:
             return None
         self.warned = True
@@ -243,7 +253,7 @@ class Gradients:
         return Finding(
             "no gradient",
             step,
-            f"{len(dead)} of {len(norms)} parameters that should learn got no gradient {DEAD} times: {some(dead)}",
+            f"{len(dead)} of {len(norms)} parameters that should learn got no gradient {ZERO_GRAD_CHECKS} times: {format_names(dead)}",
             "The loss does not depend on what learns: look for a detach() or no_grad(), or train something else"
             if everything
             else "Freeze them if the net does not use them (train); else look for a detach() on their way to the loss",
@@ -254,16 +264,16 @@ class Gradients:
 class Forgetting:
     """A set that the checkpoint was good at: its error rate is `times` what it was when it was first measured."""
 
-    def __init__(self, times: float) -> None:
-        self.times = times
-        self.start: dict[str, float] = {}
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.baseline: dict[str, float] = {}
 
-    def see(self, step: int, name: str, metrics: Mapping[str, float]) -> Finding | None:
+    def update(self, step: int, name: str, metrics: Mapping[str, float]) -> Finding | None:
         kind = "cer" if "cer" in metrics else "wer"
         if kind not in metrics:
             return None
-        start, rate = self.start.setdefault(name, metrics[kind]), metrics[kind]
-        if rate <= max(self.times * start, start + 0.01):  # one letter more is a multiple of nearly none
+        start, rate = self.baseline.setdefault(name, metrics[kind]), metrics[kind]
+        if rate <= max(self.factor * start, start + 0.01):  # one letter more is a multiple of nearly none
             return None
         return Finding(
             f"forgetting {name}",
@@ -277,33 +287,33 @@ class Overfitting:
     """The dev loss rises, three times in a row, while the training loss falls and the error rate gets no better."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, list[tuple[float, float, float]]] = {}
+        self.history: dict[str, list[tuple[float, float, float]]] = {}
 
-    def see(self, step: int, name: str, metrics: Mapping[str, float], learnt: float) -> Finding | None:
+    def update(self, step: int, name: str, metrics: Mapping[str, float], train_loss: float) -> Finding | None:
         """`learnt`: the loss in training, about this step."""
         loss = metrics.get("loss", math.nan)
-        if not (math.isfinite(loss) and math.isfinite(learnt)):
+        if not (math.isfinite(loss) and math.isfinite(train_loss)):
             return None
-        rows = self.rows.setdefault(name, [])
-        rows.append((loss, metrics.get("wer", 1 - metrics.get("accuracy", -math.inf)), learnt))
+        rows = self.history.setdefault(name, [])
+        rows.append((loss, metrics.get("wer", 1 - metrics.get("accuracy", -math.inf)), train_loss))
         if len(rows) < 4:
             return None
         best = min(rows[:-3])  # the lowest dev loss before the last three
         rising = best[0] * 1.02 < rows[-3][0] < rows[-2][0] < rows[-1][0]
         better = rows[-1][1] < min(row[1] for row in rows[:-1])
-        if not rising or better or learnt >= best[2]:
+        if not rising or better or train_loss >= best[2]:
             return None
         return Finding(
             f"overfitting {name}",
             step,
             f"the loss on it rose from {best[0]:.3g} to {loss:.3g}, while in training it fell from {best[2]:.3g} to "
-            f"{learnt:.3g}",
+            f"{train_loss:.3g}",
             "The best checkpoint is kept. Next time try less that learns (train: lora), fewer epochs, with recordings "
             "more augment and masks, evaluate.patience: 3",
         )
 
 
-def broken(step: int, losses: Sequence[float], ids: Sequence[str]) -> Finding | None:
+def check_losses(step: int, losses: Sequence[float], ids: Sequence[str]) -> Finding | None:
     """Losses that are no numbers, before anything is learnt from them.
 
     A CTC loss is NaN where the net's output is, and infinite where an utterance has fewer frames than its text needs.
@@ -313,7 +323,7 @@ def broken(step: int, losses: Sequence[float], ids: Sequence[str]) -> Finding | 
         return Finding(
             "broken loss",
             step,
-            f"the loss of {len(wrong)} of {len(losses)} recordings in the batch is no number: {some(wrong)}",
+            f"the loss of {len(wrong)} of {len(losses)} recordings in the batch is no number: {format_names(wrong)}",
             "If it is always these, leave them out; else try a lower optimise.learning_rate, or optimise.precision: "
             "bf16 or float32",
             fatal=True,
@@ -325,20 +335,20 @@ def broken(step: int, losses: Sequence[float], ids: Sequence[str]) -> Finding | 
         "too few frames",
         step,
         f"the loss of {len(short)} of {len(losses)} recordings in the batch is infinite, as their sound has fewer "
-        f"frames than their text needs: {some(short)}",
+        f"frames than their text needs: {format_names(short)}",
         "Check that these texts belong to these recordings, and leave them out if not",
         fatal=True,
     )
 
 
-def broken_batch(step: int, loss: float, ids: Sequence[str]) -> Finding | None:
+def check_loss(step: int, loss: float, ids: Sequence[str]) -> Finding | None:
     """A loss over examples of text that is no number, before anything is learnt from it."""
     if math.isfinite(loss):
         return None
     return Finding(
         "broken loss",
         step,
-        f"the loss of a batch is {loss}: {some(ids)}",
+        f"the loss of a batch is {loss}: {format_names(ids)}",
         "If it is always these, leave them out; else try a lower optimise.learning_rate, or optimise.precision: "
         "bf16 or float32",
         fatal=True,

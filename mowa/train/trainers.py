@@ -10,69 +10,78 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mowa.errors import RecipeError
 from mowa.train import checkpoints, parallel, schema, view, watch
-from mowa.train.ready import first
+from mowa.train.ready import is_main_process
 
 
-def claim(plan: Any, note: Path) -> None:
+def lock_run_dir(recipe: Any, recipe_file: Path) -> None:
     """This folder is this recipe's (a Tuning, or an Instruction), or a RecipeError says what of it is another's."""
-    if note.is_file():
-        before, now = asdict(schema.build(type(plan), schema.tree(note), str(note))), asdict(plan)
+    if recipe_file.is_file():
+        before, now = (
+            asdict(schema.from_dict(type(recipe), schema.read_yaml(recipe_file), str(recipe_file))),
+            asdict(recipe),
+        )
         if before != now:
             different = ", ".join(key for key in now if now[key] != before[key])
             raise RecipeError(
-                f"{note.parent} holds a run by another recipe ({different}): choose another folder, or delete it"
+                f"{recipe_file.parent} holds a run by another recipe ({different}): choose another folder, or delete it"
             )
-    elif first():
-        note.parent.mkdir(parents=True, exist_ok=True)
-        schema.write(plan, note)
+    elif is_main_process():
+        recipe_file.parent.mkdir(parents=True, exist_ok=True)
+        schema.write_yaml(recipe, recipe_file)
 
 
-def arguments(plan: Any, out: Path, net: Any, *, steps: int, every: int) -> dict[str, Any]:
+def training_arguments(recipe: Any, output_dir: Path, net: Any, *, max_steps: int, eval_steps: int) -> dict[str, Any]:
     """TrainingArguments of a run whose batches are planned, one to a step and device, measured and kept `every` steps.
 
     Those of devices among them, as `parallel` has it. What a run picks its best checkpoint by is left to say.
     """
-    how = plan.optimise
+    how = recipe.optimise
     settings: dict[str, Any] = {
-        "output_dir": str(out / "run"),
-        "max_steps": steps,
+        "output_dir": str(output_dir / "run"),
+        "max_steps": max_steps,
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": plan.batch.accumulate,
+        "gradient_accumulation_steps": recipe.batch.accumulate,
         "train_sampling_strategy": "sequential",
         "max_grad_norm": how.clip,
         "seed": how.seed,
         "eval_strategy": "steps",
-        "eval_steps": every,
-        "save_steps": every,
+        "eval_steps": eval_steps,
+        "save_steps": eval_steps,
         "save_total_limit": 2,
         "greater_is_better": False,
-        "logging_steps": min(10, every),
+        "logging_steps": min(10, eval_steps),
         "dataloader_num_workers": 0,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,
-        "report_to": view.trackers(plan.evaluate.trackers) or "none",
+        "report_to": view.validate_report_to(recipe.evaluate.trackers) or "none",
     }
-    return settings | parallel.arguments(plan, net, plan.parallel.devices)
+    return settings | parallel.distributed_arguments(recipe, net, recipe.parallel.devices)
 
 
-def follow(trainer: Any, plan: Any, sentinels: watch.Sentinels, live: view.Live, *others: TrainerCallback) -> None:
+def attach_callbacks(
+    trainer: Any, recipe: Any, monitor: watch.Monitor, progress: view.ProgressReporter, *others: TrainerCallback
+) -> None:
     """Our callbacks in place of those that print: sentinels, progress, patience, `others`; whole checkpoints last."""
     for spoken in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(spoken)
-    patience = [Patience(trainer.args.metric_for_best_model, plan.evaluate.patience)] if plan.evaluate.patience else []
-    for callback in (sentinels.callback(), live, *patience, *others, checkpoints.Whole()):
+    patience = (
+        [EarlyStopping(trainer.args.metric_for_best_model, recipe.evaluate.patience)]
+        if recipe.evaluate.patience
+        else []
+    )
+    for callback in (monitor.callback(), progress, *patience, *others, checkpoints.MarkCompleteCallback()):
         trainer.add_callback(callback)
 
 
-class Patience(TrainerCallback):
+class EarlyStopping(TrainerCallback):
     """Ends a run whose measure was not the best one for so many measurements. It looks back, and remembers nothing."""
 
-    def __init__(self, measure: str, patience: int) -> None:
-        self.measure, self.patience = measure, patience
+    def __init__(self, metric: str, patience: int) -> None:
+        self.metric, self.patience = metric, patience
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        values = [row[self.measure] for row in state.log_history if self.measure in row]
+        values = [row[self.metric] for row in state.log_history if self.metric in row]
         if values and len(values) - 1 - values.index(min(values)) >= self.patience:
             control.should_training_stop = True

@@ -20,149 +20,161 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from mowa import machine
 from mowa.adapt import freeze
-from mowa.errors import MissingPart
-from mowa.families.patch import channel_last_front_end, quick_dropout
+from mowa.errors import MissingDependency
+from mowa.families.patch import channels_last_front_end, fast_dropout
 from mowa.nouns import Family, Model
 from mowa.tasks import packing
 from mowa.train import checkpoints, optimiser, positions, trainers, view, watch
-from mowa.train.finish import DONE, finish
-from mowa.train.optimiser import OwnOptimiser
-from mowa.train.packs import Packs
-from mowa.train.pupil import Pupil, best, loss_function, score, spelt, texts
-from mowa.train.ready import Run, batching, first, measured, ready
-from mowa.train.tuning import PLAIN, Tuning
+from mowa.train.finish import DONE_MARKER, save_run
+from mowa.train.optimiser import OptimizerMixin
+from mowa.train.packs import BatchDataset
+from mowa.train.pupil import CTCModule, argmax_frames, build_compute_loss, compute_metrics, decode_frames, decode_labels
+from mowa.train.ready import CTCRun, build_eval_dataset, eval_batch_options, is_main_process, prepare
+from mowa.train.tuning import NO_AUGMENT, CTCRecipe
 
-NEEDED = ("accelerate", "jiwer", "matplotlib")
+REQUIRED_PACKAGES = ("accelerate", "jiwer", "matplotlib")
 
 
-class Tuned(OwnOptimiser, Trainer):
+class CTCTrainer(OptimizerMixin, Trainer):
     """The stock Trainer with our optimiser."""
 
-    def __init__(self, *, tuning: Tuning, family: Family, new_head: bool, **settings: Any) -> None:
+    def __init__(self, *, recipe: CTCRecipe, family: Family, new_head: bool, **settings: Any) -> None:
         super().__init__(**settings)
-        self.tuning, self.family, self.new_head = tuning, family, new_head
+        self.recipe, self.family, self.new_head = recipe, family, new_head
 
-    def groups(self, net: nn.Module) -> list[dict[str, Any]]:
-        how, base = self.tuning.optimise, optimiser.rate(self.tuning)
-        return optimiser.groups(net, self.family, how, base, new_head=self.new_head)
+    def param_groups(self, net: nn.Module) -> list[dict[str, Any]]:
+        how, base = self.recipe.optimise, optimiser.resolve_learning_rate(self.recipe)
+        return optimiser.build_param_groups(net, self.family, how, base, new_head=self.new_head)
 
 
-def tune(plan: Tuning, model: Model, out: Path, *, threads: int | None = None) -> Path:
+def train_ctc(recipe: CTCRecipe, model: Model, output_dir: Path, *, threads: int | None = None) -> Path:
     """Fine-tune `model` as `plan` says; the finished checkpoint, or the adapter's folder, is `out`. → out.
 
     `model.net` is float32 and is changed in place. RecipeError where `out` holds a run by another recipe; DataError
     where nothing is left to learn from; TrainingStopped where a sentinel saw that nothing would come of it.
     """
-    installed = machine.parts()
-    if missing := [name for name in NEEDED if installed[name] is None]:
-        raise MissingPart(f"training needs {', '.join(missing)}: pip install 'mowa[train]'")
-    torch.set_num_threads(threads or machine.cores())
-    set_seed(plan.optimise.seed)
-    trainers.claim(plan, out / "run" / "recipe.yaml")
-    if (out / "run" / DONE).is_file():
-        print(f"{out}: finished before", file=sys.stderr)
-        return out
-    run = ready(plan, model, out)
-    resumed = checkpoints.last(out / "run")
+    installed = machine.optional_package_versions()
+    if missing := [name for name in REQUIRED_PACKAGES if installed[name] is None]:
+        raise MissingDependency(f"training needs {', '.join(missing)}: pip install 'mowa[train]'")
+    torch.set_num_threads(threads or machine.cpu_count())
+    set_seed(recipe.optimizer.seed)
+    trainers.lock_run_dir(recipe, output_dir / "run" / "recipe.yaml")
+    if (output_dir / "run" / DONE_MARKER).is_file():
+        print(f"{output_dir}: finished before", file=sys.stderr)
+        return output_dir
+    run = prepare(recipe, model, output_dir)
+    resumed = checkpoints.find_last_checkpoint(output_dir / "run")
     began = time.time()
-    with swapped(run.model.net, run):
-        _say(run, resumed)
-        trainer, live, average = trainer_of(run, out, resumed)
+    with training_patches(run.model.net, run):
+        _log_plan(run, resumed)
+        trainer, live, average = build_trainer(run, output_dir, resumed)
         try:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         finally:
             live.close()
         if average is not None:
-            average.take()
-        finish(run, trainer, out, time.time() - began)
-    return out
+            average.copy_to_model()
+        save_run(run, trainer, output_dir, time.time() - began)
+    return output_dir
 
 
-def _say(run: Run, resumed: Path | None) -> None:
+def _log_plan(run: CTCRun, resumed: Path | None) -> None:
     """What will happen, before it does: what was left out, what learns, for how long."""
-    if not first():
+    if not is_main_process():
         return
-    lines = [*run.data.notes, freeze.show(freeze.table(run.model.net, run.model.family))]
+    lines = [*run.data.notes, freeze.format_table(freeze.count_parameters(run.model.net, run.model.family))]
     hours = sum(example.duration_s for batch in run.batches for example in batch) / 3600
-    lines.append(f"{run.steps} steps over {hours:.1f} h of sound, measured every {run.every}")
+    lines.append(f"{run.max_steps} steps over {hours:.1f} h of sound, measured every {run.eval_steps}")
     if resumed:
         lines.append(f"going on from {resumed.name}")
     print("\n".join(lines), file=sys.stderr)
 
 
 @contextmanager
-def swapped(net: Any, run: Run) -> Iterator[None]:
+def training_patches(net: Any, run: CTCRun) -> Iterator[None]:
     """Swaps that hold while the net learns, all of which are undone: speed, packed attention, held positions."""
     with ExitStack() as stack:
-        stack.enter_context(channel_last_front_end(net))
-        stack.enter_context(quick_dropout(net))
-        if run.plan.batch.layout == "packed":
-            stack.enter_context(packing.packed(net))
+        stack.enter_context(channels_last_front_end(net))
+        stack.enter_context(fast_dropout(net))
+        if run.recipe.batch.packing == "packed":
+            stack.enter_context(packing.packed_attention(net))
         if getattr(net.config, "absolute_positions", None) is not None:
-            stack.enter_context(positions.held(net))
+            stack.enter_context(positions.freeze_absolute_positions(net))
         yield
 
 
-def trainer_of(run: Run, out: Path, resumed: Path | None) -> tuple[Trainer, view.Live, checkpoints.Average | None]:
-    plan, model = run.plan, run.model
+def build_trainer(
+    run: CTCRun, output_dir: Path, resume_from: Path | None
+) -> tuple[Trainer, view.ProgressReporter, checkpoints.EMACallback | None]:
+    plan, model = run.recipe, run.model
     words, net = model.vocabulary, model.net
     learning = replace(
-        batching(run),
-        rough=None if plan.augment == PLAIN else plan.augment,
-        masks=plan.masks,
-        seed=plan.optimise.seed,
+        eval_batch_options(run),
+        augment=None if plan.augment == NO_AUGMENT else plan.augment,
+        spec_augment=plan.spec_augment,
+        seed=plan.optimizer.seed,
     )
-    watched = {name: measured(run, part) for name, part in run.data.dev.items()}
-    pupil = Pupil(net, layout=plan.batch.layout, attend=model.preprocessing.attention_mask, lessons=run.lessons)
-    arguments = _arguments(run, out, resumed)
-    sentinels = watch.Sentinels(plan.watch, out, pupil, tokens=words.tokens)
-    live = view.Live(plan.evaluate.examples, [sum(e.duration_s for e in batch) for batch in run.batches])
+    watched = {name: build_eval_dataset(run, part) for name, part in run.data.dev.items()}
+    pupil = CTCModule(
+        net,
+        packing=plan.batch.packing,
+        use_attention_mask=model.preprocessing.attention_mask,
+        distillation=run.distillation,
+    )
+    arguments = _arguments(run, output_dir, resume_from)
+    sentinels = watch.Monitor(plan.monitors, output_dir, pupil, tokens=words.tokens)
+    live = view.ProgressReporter(
+        plan.evaluation.log_examples, [sum(e.duration_s for e in batch) for batch in run.batches]
+    )
 
     def seen(losses: torch.Tensor, ids: torch.Tensor, index: int) -> None:
         batch = run.batches[index]
         names, letters = [example.id for example in batch], sum(len(example.text) for example in batch)
-        sentinels.batch(trainer.state.global_step, losses, names, ids, words.blank, letters=letters)
+        sentinels.on_ctc_batch(trainer.state.global_step, losses, names, ids, words.blank, num_tokens=letters)
 
     def scored(prediction: Any) -> dict[str, float]:
-        said, heard = spelt(prediction.label_ids, words), texts(prediction.predictions, words)
-        live.heard(said, heard)
-        return score(said, heard, prediction.predictions, words.blank)
+        said, heard = decode_labels(prediction.label_ids, words), decode_frames(prediction.predictions, words)
+        live.set_texts(said, heard)
+        return compute_metrics(said, heard, prediction.predictions, words.blank)
 
-    parts = plan.batch.accumulate * plan.parallel.devices * plan.parallel.nodes
-    trainer = Tuned(
-        tuning=plan,
+    parts = plan.batch.gradient_accumulation_steps * plan.distributed.devices * plan.distributed.nodes
+    trainer = CTCTrainer(
+        recipe=plan,
         family=model.family,
         new_head=run.new_head,
         model=pupil,
         args=arguments,
-        data_collator=_only,
-        train_dataset=Packs(run.batches, learning),
+        data_collator=_single_item,
+        train_dataset=BatchDataset(run.batches, learning),
         eval_dataset=watched,
-        compute_loss_func=loss_function(
-            words.blank, seen, weight=plan.distil.letters if run.lessons else 1.0, parts=parts
+        compute_loss_func=build_compute_loss(
+            words.blank,
+            seen,
+            ctc_weight=plan.distillation.ctc_weight if run.distillation else 1.0,
+            batches_per_step=parts,
         ),
         compute_metrics=scored,
-        preprocess_logits_for_metrics=best,
+        preprocess_logits_for_metrics=argmax_frames,
     )
-    average = checkpoints.Average(net, plan.optimise.ema, resumed) if plan.optimise.ema else None
-    trainers.follow(trainer, plan, sentinels, live, *([average] if average else []))
-    if first():
-        sentinels.leak(run.data.leak)
+    average = checkpoints.EMACallback(net, plan.optimizer.ema_decay, resume_from) if plan.optimizer.ema_decay else None
+    trainers.attach_callbacks(trainer, plan, sentinels, live, *([average] if average else []))
+    if is_main_process():
+        sentinels.report_overlap(run.data.overlap)
     return trainer, live, average
 
 
-def _arguments(run: Run, out: Path, resumed: Path | None) -> TrainingArguments:
-    plan = run.plan
-    settings = trainers.arguments(plan, out, run.model.net, steps=run.steps, every=run.every)
+def _arguments(run: CTCRun, out: Path, resumed: Path | None) -> TrainingArguments:
+    plan = run.recipe
+    settings = trainers.training_arguments(plan, out, run.model.net, max_steps=run.max_steps, eval_steps=run.eval_steps)
     settings |= {
         "eval_on_start": resumed is None and not run.new_head,
-        "load_best_model_at_end": not plan.optimise.ema,
-        "metric_for_best_model": f"eval_{next(iter(run.data.dev))}_{plan.evaluate.best}",
-        "dataloader_num_workers": min(4, max(1, machine.cores() // 2)),
+        "load_best_model_at_end": not plan.optimizer.ema_decay,
+        "metric_for_best_model": f"eval_{next(iter(run.data.dev))}_{plan.evaluation.metric_for_best_model}",
+        "dataloader_num_workers": min(4, max(1, machine.cpu_count() // 2)),
     }
     return TrainingArguments(**settings)
 
 
-def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
+def _single_item(items: list[dict[str, Any]]) -> dict[str, Any]:
     (batch,) = items
     return batch

@@ -21,31 +21,31 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from mowa.errors import MissingPart, RecipeError
-from mowa.train.watch import measured
+from mowa.errors import MissingDependency, RecipeError
+from mowa.train.watch import parse_eval_metrics
 
 TRACKERS = ("tensorboard", "wandb")
-BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
+BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 GAP = "·"  # where one text has a letter and the other none
-RECENT = 50  # steps over which the speed is taken
+SPEED_WINDOW = 50  # steps over which the speed is taken
 
 
-class Live(TrainerCallback):
+class ProgressReporter(TrainerCallback):
     """Progress to standard error. `count` examples are shown at each measurement of a set; give their texts to `heard`.
 
     `sizes` of each batch of the run, in `unit`s and in the order in which they are learnt; without, no speed is shown.
     """
 
-    def __init__(self, count: int = 3, sizes: Sequence[float] = (), *, unit: str = "s of sound") -> None:
-        self.count, self.sizes, self.unit = count, sizes, unit
+    def __init__(self, log_examples: int = 3, sizes: Sequence[float] = (), *, unit: str = "s of sound") -> None:
+        self.log_examples, self.sizes, self.unit = log_examples, sizes, unit
         self.texts: tuple[Sequence[str], Sequence[str]] | None = None
         self.bar: Any = None
-        self.rates: dict[str, str] = {}
+        self.metric_texts: dict[str, str] = {}
         self.loss = ""
-        self.paces: deque[tuple[float, float]] = deque(maxlen=RECENT)  # size, seconds it took
+        self.step_times: deque[tuple[float, float]] = deque(maxlen=SPEED_WINDOW)  # size, seconds it took
         self.began_s, self.since_s, self.first, self.batch = 0.0, 0.0, 0, 0
 
-    def heard(self, references: Sequence[str], hypotheses: Sequence[str]) -> None:
+    def set_texts(self, references: Sequence[str], hypotheses: Sequence[str]) -> None:
         """The texts of the measurement that is about to be reported."""
         self.texts = (references, hypotheses)
 
@@ -63,7 +63,7 @@ class Live(TrainerCallback):
                 total=state.max_steps,
                 initial=state.global_step,
                 desc="learning",
-                bar_format=BAR,
+                bar_format=BAR_FORMAT,
                 dynamic_ncols=True,
                 file=sys.stderr,
             )
@@ -72,7 +72,7 @@ class Live(TrainerCallback):
         now = time.monotonic()
         together = args.gradient_accumulation_steps * args.world_size
         sound = self.sizes[(state.global_step - 1) * together : state.global_step * together]
-        self.paces.append((sum(sound), now - self.since_s))
+        self.step_times.append((sum(sound), now - self.since_s))
         self.since_s = now
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
@@ -82,7 +82,7 @@ class Live(TrainerCallback):
             return
         self.loss = f"loss {logs['loss']:.3g} · rate {logs['learning_rate']:.2g}{self._speed()}"
         if self.bar is not None:
-            self.bar.set_postfix_str(" · ".join([self.loss, *self.rates.values()]))
+            self.bar.set_postfix_str(" · ".join([self.loss, *self.metric_texts.values()]))
         else:
             self._say(f"step {state.global_step}/{state.max_steps} · {self.loss} · {self._left(state)} left")
 
@@ -94,20 +94,20 @@ class Live(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         self.since_s, self.batch = time.monotonic(), 0  # measuring is no learning
         texts, self.texts = self.texts, None
-        found = measured(metrics)
+        found = parse_eval_metrics(metrics)
         if found is None or not state.is_world_process_zero:
             return
         name, values = found
         if "wer" in values:
-            self.rates[name] = f"{name} WER {values['wer']:.1%}"
+            self.metric_texts[name] = f"{name} WER {values['wer']:.1%}"
         elif "accuracy" in values:
-            self.rates[name] = f"{name} loss {values['loss']:.3g}"
-        self._say(f"step {state.global_step}/{state.max_steps} · {name}: {_spoken(values)}")
-        if texts is not None and self.count:
-            self._say(examples(*texts, self.count))
+            self.metric_texts[name] = f"{name} loss {values['loss']:.3g}"
+        self._say(f"step {state.global_step}/{state.max_steps} · {name}: {_format_metrics(values)}")
+        if texts is not None and self.log_examples:
+            self._say(format_examples(*texts, self.log_examples))
         if self.bar is not None:
             self.bar.set_description_str("learning")
-            self.bar.set_postfix_str(" · ".join([*([self.loss] if self.loss else []), *self.rates.values()]))
+            self.bar.set_postfix_str(" · ".join([*([self.loss] if self.loss else []), *self.metric_texts.values()]))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.since_s = time.monotonic()
@@ -119,7 +119,7 @@ class Live(TrainerCallback):
         tqdm.write(text, file=sys.stderr)
 
     def _speed(self) -> str:
-        sound, took = (sum(part) for part in zip(*self.paces, strict=True)) if self.paces else (0.0, 0.0)
+        sound, took = (sum(part) for part in zip(*self.step_times, strict=True)) if self.step_times else (0.0, 0.0)
         return f" · {sound / took:.0f} {self.unit} a second" if sound and took else ""
 
     def _left(self, state: Any) -> str:
@@ -128,7 +128,7 @@ class Live(TrainerCallback):
         return str(tqdm.format_interval(left))
 
 
-def _spoken(values: Mapping[str, float]) -> str:
+def _format_metrics(values: Mapping[str, float]) -> str:
     """One measurement in words."""
     parts = [f"{kind.upper()} {values[kind]:.1%}" for kind in ("wer", "cer") if kind in values]
     parts += [f"loss {values['loss']:.3g}"] if "loss" in values else []
@@ -137,7 +137,7 @@ def _spoken(values: Mapping[str, float]) -> str:
     return " · ".join(parts)
 
 
-def examples(references: Sequence[str], hypotheses: Sequence[str], count: int, *, width: int = 100) -> str:
+def format_examples(references: Sequence[str], hypotheses: Sequence[str], count: int, *, width: int = 100) -> str:
     """`count` of the texts, spread evenly, letter under letter, with a mark under each difference (jiwer's alignment).
 
     The same ones every time, so that one sees them get better. Lines of at most `width` columns.
@@ -186,20 +186,20 @@ def _columns(letter: str) -> int:
     return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
-def history(rows: Sequence[Mapping[str, Any]], out: Path, *, best: int | None = None) -> None:
+def write_history(log_history: Sequence[Mapping[str, Any]], output_dir: Path, *, best_step: int | None = None) -> None:
     """The Trainer's log (`state.log_history`) as history.jsonl and curve.png; `best`: the step whose weights stay."""
-    plain = [{key: None if _odd(value) else value for key, value in row.items()} for row in rows]
-    (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
+    plain = [{key: None if _is_non_finite(value) else value for key, value in row.items()} for row in log_history]
+    (output_dir / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
     from matplotlib.figure import Figure
 
     sets: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if found := measured(row):
+    for row in log_history:
+        if found := parse_eval_metrics(row):
             sets.setdefault(found[0], []).append(found[1] | {"step": row["step"]})
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, height_ratios=[3, 1])
     (losses, errors), (rates, blanks) = axes
-    logged = [row for row in rows if "loss" in row]
+    logged = [row for row in log_history if "loss" in row]
     _draw(losses, logged, "loss", "-", label="train", color="grey")
     _draw(rates, logged, "learning_rate", "-", color="grey")
     for number, (name, points) in enumerate(sets.items()):
@@ -216,32 +216,32 @@ def history(rows: Sequence[Mapping[str, Any]], out: Path, *, best: int | None = 
     rates.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
     blanks.set(ylabel="blank frames, %", xlabel="step", ylim=(0, 100))
     blanks.set_visible(bool(blanks.lines))
-    for axis in axes.flat if best is not None else ():
-        axis.axvline(best, color="black", linewidth=0.8, linestyle=":", label="kept" if axis is errors else None)
+    for axis in axes.flat if best_step is not None else ():
+        axis.axvline(best_step, color="black", linewidth=0.8, linestyle=":", label="kept" if axis is errors else None)
     for axis in (losses, errors):
         if axis.lines:
             axis.legend(fontsize=8)
-    figure.savefig(out / "curve.png", dpi=110)
+    figure.savefig(output_dir / "curve.png", dpi=110)
 
 
 def _draw(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, style: str, *, times: float = 1, **how: Any) -> None:
-    points = [(row["step"], row[key] * times) for row in rows if key in row and not _odd(row[key])]
+    points = [(row["step"], row[key] * times) for row in rows if key in row and not _is_non_finite(row[key])]
     if points:
         axis.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1.2, **how)
 
 
-def _odd(value: Any) -> bool:
+def _is_non_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def trackers(names: Sequence[str]) -> list[str]:
+def validate_report_to(report_to: Sequence[str]) -> list[str]:
     """For TrainingArguments' `report_to`. RecipeError for an unknown name; MissingPart where it is not there."""
-    for name in names:
+    for name in report_to:
         if name not in TRACKERS:
             near = difflib.get_close_matches(name, TRACKERS, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(TRACKERS)}"
             raise RecipeError(f"evaluate: trackers: {name!r} is none of them; {hint}")
         there = (name, "tensorboardX") if name == "tensorboard" else (name,)  # transformers writes with either
         if not any(importlib.util.find_spec(package) for package in there):
-            raise MissingPart(f"evaluate: trackers: {name} is not installed: pip install {name}, or leave it out")
-    return list(names)
+            raise MissingDependency(f"evaluate: trackers: {name} is not installed: pip install {name}, or leave it out")
+    return list(report_to)

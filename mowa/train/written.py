@@ -12,70 +12,73 @@ import torch
 
 from mowa.adapt import language, lora
 from mowa.errors import TrainingStopped
-from mowa.files import quiet, weights
+from mowa.files import ensure_safetensors, silence_transformers
 from mowa.nouns import LanguageModel
 from mowa.train import parallel
-from mowa.train.finish import conclude, put, whole
-from mowa.train.instruct import Instruction
-from mowa.train.ready import first
-from mowa.train.texts import Texts, measure
+from mowa.train.finish import atomic_output_dir, finalize_run, replace_parameters
+from mowa.train.instruct import CausalRecipe
+from mowa.train.ready import is_main_process
+from mowa.train.texts import CausalSplits, evaluate
 
-ALIKE, ROUGHLY = 1e-3, 3e-2  # share by which what was written may lose more or less: in float32, and in half precision
+FLOAT32_TOLERANCE, HALF_TOLERANCE = (
+    1e-3,
+    3e-2,
+)  # share by which what was written may lose more or less: in float32, and in half precision
 
 
-def finish(
-    plan: Instruction,
+def save_run(
+    recipe: CausalRecipe,
     model: LanguageModel,
-    texts: Texts,
+    splits: CausalSplits,
     trainer: Any,
-    out: Path,
-    took_s: float,
-    before: Mapping[str, Mapping[str, float]],
-    lost: float,
+    output_dir: Path,
+    train_time_s: float,
+    baseline: Mapping[str, Mapping[str, float]],
+    eval_loss: float,
 ) -> None:
     """Write what came of `model`, read it again, and measure that: what is reported is what anybody will find.
 
     lost: nats a token on the first dev set, as it was trained; TrainingStopped where what was written loses otherwise.
     """
-    state = parallel.consolidated(trainer) if parallel.inside() else None
-    if not first():
+    state = parallel.gather_state_dict(trainer) if parallel.is_worker_process() else None
+    if not is_main_process():
         return
     net = model.net
     if state is not None:
-        put(net, state)
+        replace_parameters(net, state)
     counts = [sum(p.numel() for p in net.parameters() if every or p.requires_grad) for every in (True, False)]
     device, dtype = net.device, next((p.dtype for p in net.parameters() if not p.requires_grad), torch.float32)
     net.to("cpu")  # makes room for what is read again
-    if plan.train == "lora":
-        language.save(net, out, base=model.origin, tokenizer=model.tokenizer, metrics={})
-        again = lora.over(_stock(model.origin.folder, dtype), out)
+    if recipe.method == "lora":
+        language.save_adapter(net, output_dir, base=model.origin, tokenizer=model.tokenizer, metrics={})
+        again = lora.load_peft_model(_load_stock(model.origin.folder, dtype), output_dir)
     else:
         net.to(language.stored_dtype(model.origin.folder))
-        with whole(out) as finished:
-            language.put(model, finished)
-        again = _stock(out, dtype)
+        with atomic_output_dir(output_dir) as finished:
+            language.write_checkpoint(model, finished)
+        again = _load_stock(output_dir, dtype)
     again = again.to(device).eval()
-    after = {name: measure(again, rows) for name, rows in (texts.dev | texts.test).items()}
-    exact = plan.optimise.precision == "float32" and net.dtype == torch.float32
-    _compare(lost, after[next(iter(texts.dev))]["loss"], ALIKE if exact else ROUGHLY)
+    after = {name: evaluate(again, rows) for name, rows in (splits.dev | splits.test).items()}
+    exact = recipe.optimizer.precision == "float32" and net.dtype == torch.float32
+    _verify_loss(eval_loss, after[next(iter(splits.dev))]["loss"], FLOAT32_TOLERANCE if exact else HALF_TOLERANCE)
     report = {
-        "model": plan.model,
-        "train": plan.train,
+        "model": recipe.model,
+        "train": recipe.method,
         "steps": trainer.state.global_step,
-        "minutes": took_s / 60,
+        "minutes": train_time_s / 60,
         "parameters": counts[0],
         "learning": counts[1],
-        "before": before,
+        "before": baseline,
         "results": after,
         "versions": {name: version(name) for name in ("mowa", "torch", "transformers", "trl", "peft")},
     }
-    if plan.train == "lora":
-        language.note(out, metrics=after)
-    conclude(plan, trainer, out, report, best=trainer.state.best_global_step)
-    print(table(before, after), file=sys.stderr)
+    if recipe.method == "lora":
+        language.write_metrics(output_dir, metrics=after)
+    finalize_run(recipe, trainer, output_dir, report, best_step=trainer.state.best_global_step)
+    print(format_table(baseline, after), file=sys.stderr)
 
 
-def _compare(lost: float, found: float, room: float) -> None:
+def _verify_loss(lost: float, found: float, room: float) -> None:
     """What was written, read by transformers and PEFT, must lose what was lost before it was written."""
     if abs(found - lost) > room * max(1.0, lost):
         raise TrainingStopped(
@@ -84,18 +87,18 @@ def _compare(lost: float, found: float, room: float) -> None:
         )
 
 
-def _stock(folder: Path, dtype: torch.dtype) -> Any:
+def _load_stock(folder: Path, dtype: torch.dtype) -> Any:
     """The net in `folder` as transformers reads it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # under ZeRO-3 it would be shared out as it is read
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(weights(folder), config=config, dtype=dtype)
+    with silence_transformers():
+        return AutoModelForCausalLM.from_pretrained(ensure_safetensors(folder), config=config, dtype=dtype)
 
 
-def table(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> str:
+def format_table(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> str:
     rows = ["texts            tokens     loss before → after     likeliest token right"]
     for name, row in after.items():
         old = before.get(name)

@@ -9,13 +9,15 @@ import os
 import sys
 from typing import Any
 
-from mowa.train.instruct import Instruction
-from mowa.train.tuning import Tuning
+from mowa.train.instruct import CausalRecipe
+from mowa.train.tuning import CTCRecipe
 
-PERSISTENT = 10_000  # parameters: smaller ones (norms, biases) stay whole on every process under ZeRO-3
+PERSISTENCE_THRESHOLD = 10_000  # parameters: smaller ones (norms, biases) stay whole on every process under ZeRO-3
 
 
-def deepspeed_config(strategy: str, plan: Tuning | Instruction, *, block: int, precision: str) -> dict[str, Any]:
+def deepspeed_config(
+    strategy: str, recipe: CTCRecipe | CausalRecipe, *, bucket_parameters: int, precision: str
+) -> dict[str, Any]:
     """What DeepSpeed is told. `block`: parameters of one block, which every bucket holds.
 
     Only the sizes of batches are left to the Trainer ("auto"); what it would look up in the model's config it would not
@@ -29,16 +31,17 @@ def deepspeed_config(strategy: str, plan: Tuning | Instruction, *, block: int, p
         "stage": 2 if strategy == "zero2" else 3,
         "overlap_comm": on_gpus,
         "contiguous_gradients": True,
-        "reduce_bucket_size": block,
+        "reduce_bucket_size": bucket_parameters,
     }
     if strategy == "zero2":
-        zero["allgather_bucket_size"] = block
+        zero["allgather_bucket_size"] = bucket_parameters
     else:
         zero |= {
-            "stage3_prefetch_bucket_size": block,
-            "stage3_max_live_parameters": 3 * block,
-            "stage3_max_reuse_distance": 2 * block,  # DeepSpeed's own, 10⁹, would never let go of a net of this size
-            "stage3_param_persistence_threshold": PERSISTENT,
+            "stage3_prefetch_bucket_size": bucket_parameters,
+            "stage3_max_live_parameters": 3 * bucket_parameters,
+            "stage3_max_reuse_distance": 2
+            * bucket_parameters,  # DeepSpeed's own, 10⁹, would never let go of a net of this size
+            "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
     if strategy == "zero3-offload":
@@ -49,8 +52,8 @@ def deepspeed_config(strategy: str, plan: Tuning | Instruction, *, block: int, p
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would have to be compiled on the user's machine
         "train_micro_batch_size_per_gpu": "auto",
         "train_batch_size": "auto",
-        "gradient_accumulation_steps": plan.batch.accumulate,
-        "gradient_clipping": plan.optimise.clip,
+        "gradient_accumulation_steps": recipe.batch.gradient_accumulation_steps,
+        "gradient_clipping": recipe.optimizer.max_grad_norm,
         "steps_per_print": sys.maxsize,
     }
     if precision == "bf16":
@@ -60,7 +63,7 @@ def deepspeed_config(strategy: str, plan: Tuning | Instruction, *, block: int, p
     return config
 
 
-def meet_on_processors() -> None:
+def init_gloo() -> None:
     """Let DeepSpeed's processes find each other over gloo.
 
     Without a GPU accelerate looks for a backend only for use_cpu, which in turn leaves DeepSpeed out; told the backend,

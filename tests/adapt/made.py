@@ -19,9 +19,9 @@ def adapted(base: Path, kind: str, *, seed: int = 0, words: Vocabulary | None = 
     model = loading.load(str(base))
     net, words = model.net, words or model.vocabulary
     torch.manual_seed(seed)
-    head.grow(net, model.family, model.vocabulary, words)
+    head.resize_head(net, model.family, model.vocabulary, words)
     if kind == "lora":
-        lora.add(net, model.family, rank=3, alpha=6, where=tuple(model.family.linears))
+        lora.add(net, model.family, rank=3, alpha=6, target_modules=tuple(model.family.linears))
     else:
         bottleneck.add(net, model.family, 5)
     with torch.no_grad():
@@ -34,10 +34,10 @@ def adapted(base: Path, kind: str, *, seed: int = 0, words: Vocabulary | None = 
 def saved(base: Path, kind: str, folder: Path, *, seed: int = 0, words: Vocabulary | None = None, **more: str) -> Model:
     """`adapted`, written to `folder`; gives the model whose logits the folder must give."""
     model = adapted(base, kind, seed=seed, words=words)
-    store.save(
+    store.save_adapter(
         model.net,
         folder,
-        kind=kind,
+        adapter_type=kind,
         base=model.origin,
         vocabulary=model.vocabulary,
         preprocessing=model.preprocessing,

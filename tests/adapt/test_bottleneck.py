@@ -7,7 +7,7 @@ from transformers import AutoModelForCTC
 from mowa import loading
 from mowa.adapt import bottleneck
 from mowa.errors import RecipeError
-from mowa.families import find
+from mowa.families import get_family
 from tests.checkpoints import CLASSES, SMALLEST, clip, tiny
 
 STABLE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "vocab_size": 7}
@@ -47,18 +47,18 @@ def test_begins_as_the_base_and_reads_back_in_stock_transformers(family, tmp_pat
 def test_shapes_are_those_of_a_net_that_was_made_with_adapters():
     config, ctc = CLASSES["wav2vec2"]
     torch.manual_seed(0)
-    ours = bottleneck.add(ctc(config(**SMALLEST, **STABLE)), find("wav2vec2"), 6)
+    ours = bottleneck.add(ctc(config(**SMALLEST, **STABLE)), get_family("wav2vec2"), 6)
     theirs = ctc(config(**SMALLEST, **STABLE, adapter_attn_dim=6))
     assert {name: value.shape for name, value in ours.state_dict().items()} == {
         name: value.shape for name, value in theirs.state_dict().items()
     }
-    assert set(bottleneck.weights(ours, find("wav2vec2"))) == set(theirs._get_adapters())
+    assert set(bottleneck.adapter_state_dict(ours, get_family("wav2vec2"))) == set(theirs._get_adapters())
 
 
 def test_everything_but_the_zeros_is_fresh():
     config, ctc = CLASSES["wav2vec2"]
     net = ctc(config(**SMALLEST, **STABLE)).double()
-    bottleneck.add(net, find("wav2vec2"), 6)
+    bottleneck.add(net, get_family("wav2vec2"), 6)
     first, second = (layer.adapter_layer for layer in net.wav2vec2.encoder.layers)
     assert 0.01 < float(first.linear_1.weight.detach().std()) < 0.03
     assert not torch.equal(first.linear_1.weight, second.linear_1.weight)
@@ -71,10 +71,10 @@ def test_adapters_that_are_there_are_kept():
     config, ctc = CLASSES["wav2vec2"]
     net = ctc(config(**SMALLEST, **STABLE, adapter_attn_dim=6))
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    bottleneck.add(net, find("wav2vec2"), 6)
+    bottleneck.add(net, get_family("wav2vec2"), 6)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     with pytest.raises(RecipeError, match="width 6 already"):
-        bottleneck.add(net, find("wav2vec2"), 8)
+        bottleneck.add(net, get_family("wav2vec2"), 8)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,6 @@ def test_nets_without_a_place_are_refused_untouched(family, changes):
     net = ctc(config(**SMALLEST | STABLE | changes))
     names = set(net.state_dict())
     with pytest.raises(RecipeError, match="use train: lora"):
-        bottleneck.add(net, find(family), 6)
+        bottleneck.add(net, get_family(family), 6)
     assert set(net.state_dict()) == names
     assert not bottleneck.has(net)

@@ -9,7 +9,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 from mowa import loading
 from mowa.adapt import bottleneck, freeze, lora
 from mowa.errors import RecipeError
-from mowa.families import find
+from mowa.families import get_family
 from tests.checkpoints import CLASSES, KINDS, SMALLEST, tiny
 
 
@@ -42,9 +42,9 @@ POLICIES = {
 @pytest.mark.parametrize("what", POLICIES)
 def test_exactly_what_is_named_learns(what):
     ours = net()
-    freeze.learn(ours, find("wav2vec2"), what)
+    freeze.set_trainable(ours, get_family("wav2vec2"), what)
     assert learning(ours) == named(ours, *POLICIES[what])
-    freeze.learn(ours, find("wav2vec2"), "all")  # and it can be taken back
+    freeze.set_trainable(ours, get_family("wav2vec2"), "all")  # and it can be taken back
     assert learning(ours) == named(ours, "")
 
 
@@ -52,10 +52,10 @@ def test_exactly_what_is_named_learns(what):
 def test_encoder_is_what_transformers_leaves_when_it_freezes_the_front_end(family, norm):
     kind = {"feat_extract_norm": norm, "do_stable_layer_norm": norm == "layer"}
     ours, theirs = net(family, **kind), net(family, **kind)
-    freeze.learn(ours, find(family), "encoder")
+    freeze.set_trainable(ours, get_family(family), "encoder")
     theirs.freeze_feature_encoder()
     assert learning(ours) == learning(theirs)
-    freeze.learn(ours, find(family), "head")
+    freeze.set_trainable(ours, get_family(family), "head")
     theirs.freeze_base_model()
     assert learning(ours) == learning(theirs)
 
@@ -64,23 +64,23 @@ def test_a_frozen_front_end_asks_for_no_gradient():
     subject = net()
     samples = torch.randn(1, 4000)
     for what, asked in {"encoder": False, "all": True, "top-1": False}.items():
-        freeze.learn(subject, find("wav2vec2"), what)
+        freeze.set_trainable(subject, get_family("wav2vec2"), what)
         assert subject.train().wav2vec2.feature_extractor(samples.clone()).requires_grad == asked, what
 
 
 def test_a_norm_before_the_blocks_is_not_on_top():
     ours = net(feat_extract_norm="group", do_stable_layer_norm=False)
-    freeze.learn(ours, find("wav2vec2"), "top-1")
+    freeze.set_trainable(ours, get_family("wav2vec2"), "top-1")
     assert learning(ours) == named(ours, "lm_head.", f"{BLOCK}2.")
-    assert {row.part for row in freeze.table(ours, find("wav2vec2"))} >= {freeze.BEFORE}
+    assert {row.part for row in freeze.count_parameters(ours, get_family("wav2vec2"))} >= {freeze.NORM_BEFORE_BLOCKS}
 
 
 def test_additions_learn_with_the_head():
-    ours = bottleneck.add(net(), find("wav2vec2"), 4)
-    freeze.learn(ours, find("wav2vec2"), "adapters")
+    ours = bottleneck.add(net(), get_family("wav2vec2"), 4)
+    freeze.set_trainable(ours, get_family("wav2vec2"), "adapters")
     assert learning(ours) == {name for name in named(ours, "") if ".adapter_layer." in name} | named(ours, "lm_head.")
-    ours = lora.add(net(), find("wav2vec2"), rank=2, alpha=4, where=("attention",))
-    freeze.learn(ours, find("wav2vec2"), "lora")
+    ours = lora.add(net(), get_family("wav2vec2"), rank=2, alpha=4, target_modules=("attention",))
+    freeze.set_trainable(ours, get_family("wav2vec2"), "lora")
     assert learning(ours) == {name for name in named(ours, "") if ".lora_" in name} | named(ours, "lm_head.")
     assert len(learning(ours)) == 3 * 4 * 2 + 2
 
@@ -90,12 +90,12 @@ def test_what_cannot_learn_is_refused(what):
     ours = net()
     before = learning(ours)
     with pytest.raises(RecipeError, match=what):
-        freeze.learn(ours, find("wav2vec2"), what)
+        freeze.set_trainable(ours, get_family("wav2vec2"), what)
     assert learning(ours) == before
 
 
-def rows(table: Iterable[freeze.Row]) -> dict[str, tuple[int, int]]:
-    return {row.part: (row.parameters, row.learning) for row in table}
+def rows(table: Iterable[freeze.ParameterCount]) -> dict[str, tuple[int, int]]:
+    return {row.part: (row.parameters, row.trainable) for row in table}
 
 
 def test_the_table_is_exact():
@@ -104,7 +104,7 @@ def test_the_table_is_exact():
     The positional convolution is stored as a direction [32, 16, 16] and a size [1, 1, 16], beside its bias.
     """
     ours = net()
-    freeze.learn(ours, find("wav2vec2"), "top-2")
+    freeze.set_trainable(ours, get_family("wav2vec2"), "top-2")
     front = (10 * 16 + 2 * 16) + (3 * 16 * 16 + 2 * 16)
     block = 4 * (32 * 32 + 32) + 2 * 2 * 32 + (32 * 37 + 37) + (37 * 32 + 32)
     expected = {
@@ -118,28 +118,28 @@ def test_the_table_is_exact():
         "norm after the blocks": (64, 64),
         "head": (32 * 7 + 7, 32 * 7 + 7),
     }
-    table = freeze.table(ours, find("wav2vec2"))
+    table = freeze.count_parameters(ours, get_family("wav2vec2"))
     assert rows(table) == expected
     assert list(rows(table)) == list(expected)
     assert sum(row.parameters for row in table) == ours.num_parameters()
-    assert sum(row.learning for row in table) == ours.num_parameters(only_trainable=True)
+    assert sum(row.trainable for row in table) == ours.num_parameters(only_trainable=True)
 
 
 def test_additions_have_rows_of_their_own():
-    ours = bottleneck.add(net(), find("wav2vec2"), 4)
-    lora.add(ours, find("wav2vec2"), rank=2, alpha=2, where=("attention", "mlp"))
-    freeze.learn(ours, find("wav2vec2"), "lora")
-    found = rows(freeze.table(ours, find("wav2vec2")))
+    ours = bottleneck.add(net(), get_family("wav2vec2"), 4)
+    lora.add(ours, get_family("wav2vec2"), rank=2, alpha=2, target_modules=("attention", "mlp"))
+    freeze.set_trainable(ours, get_family("wav2vec2"), "lora")
+    found = rows(freeze.count_parameters(ours, get_family("wav2vec2")))
     updates = 3 * 2 * (4 * (32 + 32) + (32 + 37) + (37 + 32))
     assert found["lora"] == (updates, updates)
     assert found["adapters"] == (3 * (2 * 32 + (32 * 4 + 4) + (4 * 32 + 32)), 0)
-    assert found["block 0"] == (rows(freeze.table(net(), find("wav2vec2")))["block 0"][0], 0)
+    assert found["block 0"] == (rows(freeze.count_parameters(net(), get_family("wav2vec2")))["block 0"][0], 0)
 
 
 @pytest.mark.parametrize(("family", "norm"), KINDS)
 def test_every_parameter_of_every_family_has_a_part(family, norm, tmp_path):
     model = loading.load(str(tiny(tmp_path, family, norm)))
-    table = freeze.table(model.net, model.family)
+    table = freeze.count_parameters(model.net, model.family)
     assert sum(row.parameters for row in table) == model.net.num_parameters()
     blocks = [row.part for row in table if row.part.startswith("block ")]
     assert blocks == ["block 0", "block 1"]
@@ -148,15 +148,15 @@ def test_every_parameter_of_every_family_has_a_part(family, norm, tmp_path):
 
 def test_a_convolutional_adapter_belongs_to_the_top():
     ours = Wav2Vec2ForCTC(Wav2Vec2Config(**SMALLEST, vocab_size=7, add_adapter=True, num_adapter_layers=1))
-    freeze.learn(ours, find("wav2vec2"), "top-1")
+    freeze.set_trainable(ours, get_family("wav2vec2"), "top-1")
     assert learning(ours) == named(ours, "lm_head.", f"{BLOCK}1.", "wav2vec2.adapter.")
 
 
 def test_shown_it_adds_up_and_joins_like_blocks():
     ours = net()
-    freeze.learn(ours, find("wav2vec2"), "top-1")
-    table = freeze.table(ours, find("wav2vec2"))
-    lines = freeze.show(table).splitlines()
+    freeze.set_trainable(ours, get_family("wav2vec2"), "top-1")
+    table = freeze.count_parameters(ours, get_family("wav2vec2"))
+    lines = freeze.format_table(table).splitlines()
     assert lines[0].split() == ["part", "parameters", "learning"]
     joined = next(line for line in lines if line.startswith("blocks 0–1 "))
     assert joined.split()[-2:] == [f"{2 * rows(table)['block 0'][0]:,}", "0"]

@@ -25,7 +25,7 @@ def test_the_net_stays_itself_and_says_what_it_said(model):
     net, head = model.net, model.net.lm_head
     before = logits(net)
     kind = type(net)
-    assert lora.add(net, model.family, rank=4, alpha=8, where=("attention", "mlp")) is net
+    assert lora.add(net, model.family, rank=4, alpha=8, target_modules=("attention", "mlp")) is net
     assert type(net) is kind
     assert net.lm_head is head
     assert torch.equal(logits(net), before)
@@ -37,7 +37,7 @@ def test_the_net_stays_itself_and_says_what_it_said(model):
 
 def test_updates_are_those_of_the_paper(model):
     """y = W x + b + alpha / rank · B A x, written out with tensors."""
-    lora.add(model.net, model.family, rank=4, alpha=6, where=("attention",))
+    lora.add(model.net, model.family, rank=4, alpha=6, target_modules=("attention",))
     linear = model.net.wav2vec2.encoder.layers[0].attention.q_proj
     torch.nn.init.normal_(linear.lora_B["default"].weight)
     x = torch.randn(2, 5, 32)
@@ -48,18 +48,18 @@ def test_updates_are_those_of_the_paper(model):
 
 @pytest.mark.parametrize("where", [("attention",), ("mlp",), ("attention", "mlp")])
 def test_they_sit_where_they_are_asked(model, where):
-    lora.add(model.net, model.family, rank=2, alpha=2, where=where)
+    lora.add(model.net, model.family, rank=2, alpha=2, target_modules=where)
     found = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.net.named_parameters() if ".lora_" in name}
     assert found == {name for place in where for name in model.family.linears[place]}
 
 
 def test_packed_training_calls_them(model):
     """The packed forward goes round the net's own; every update must be in its gradient all the same."""
-    lora.add(model.net, model.family, rank=2, alpha=2, where=("attention", "mlp"))
-    how = packing.frames(model.net.config)
-    row = torch.from_numpy(packing.lay([clip(0, 6_000), clip(1, 7_000)], how))[None]
-    with packing.packed(model.net):
-        out, _ = packing.emit(model.net, row, [6_000, 7_000])
+    lora.add(model.net, model.family, rank=2, alpha=2, target_modules=("attention", "mlp"))
+    how = packing.frame_geometry(model.net.config)
+    row = torch.from_numpy(packing.pack_samples([clip(0, 6_000), clip(1, 7_000)], how))[None]
+    with packing.packed_attention(model.net):
+        out, _ = packing.forward_packed(model.net, row, [6_000, 7_000])
     out.square().sum().backward()
     last = [parameter for name, parameter in model.net.named_parameters() if ".lora_B" in name]
     assert len(last) == 2 * 6
@@ -69,9 +69,9 @@ def test_packed_training_calls_them(model):
 def test_wavlm_attention_is_refused_with_the_reason(tmp_path):
     model = loading.load(str(tiny(tmp_path / "wavlm", "wavlm")))
     with pytest.raises(RecipeError, match=r"bare weights.*where: \[mlp\]"):
-        lora.add(model.net, model.family, rank=2, alpha=2, where=("attention", "mlp"))
+        lora.add(model.net, model.family, rank=2, alpha=2, target_modules=("attention", "mlp"))
     assert not lora.has(model.net)
-    lora.add(model.net, model.family, rank=2, alpha=2, where=("mlp",))
+    lora.add(model.net, model.family, rank=2, alpha=2, target_modules=("mlp",))
     out = model.net(torch.from_numpy(clip(0, 8_000))[None]).logits
     out.square().sum().backward()
     assert all(p.grad.any() for name, p in model.net.named_parameters() if ".lora_B" in name)
@@ -79,9 +79,9 @@ def test_wavlm_attention_is_refused_with_the_reason(tmp_path):
 
 def test_twice_or_nowhere_is_refused(model):
     with pytest.raises(RecipeError, match="at least one"):
-        lora.add(model.net, model.family, rank=2, alpha=2, where=())
+        lora.add(model.net, model.family, rank=2, alpha=2, target_modules=())
     with pytest.raises(RecipeError, match="'heads'"):
-        lora.add(model.net, model.family, rank=2, alpha=2, where=("heads",))
-    lora.add(model.net, model.family, rank=2, alpha=2, where=("mlp",))
+        lora.add(model.net, model.family, rank=2, alpha=2, target_modules=("heads",))
+    lora.add(model.net, model.family, rank=2, alpha=2, target_modules=("mlp",))
     with pytest.raises(RecipeError, match="already"):
-        lora.add(model.net, model.family, rank=2, alpha=2, where=("mlp",))
+        lora.add(model.net, model.family, rank=2, alpha=2, target_modules=("mlp",))

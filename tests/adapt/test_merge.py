@@ -28,11 +28,11 @@ def emissions(net, seed=0):
 def test_merged_is_unmerged_and_stock_transformers_loads_it(base, tmp_path, kind, words):
     saved(base, kind, tmp_path / "medical", words=words)
     model = loading.load(str(base))
-    adapted = store.load(model, tmp_path / "medical")
+    adapted = store.load_adapter(model, tmp_path / "medical")
     before = [emissions(adapted.net, seed) for seed in range(3)]
     alone = emissions(model.net)
-    merged = merge.merge(adapted)
-    with merge.written(merged, tmp_path / "whole") as folder:
+    merged = merge.merge_adapter(adapted)
+    with merge.atomic_checkpoint(merged, tmp_path / "whole") as folder:
         assert not (tmp_path / "whole").exists()
         assert loading.load(str(folder)).vocabulary == adapted.vocabulary
     assert len({file.stat().st_mode for file in (tmp_path / "whole").iterdir()}) == 1
@@ -49,7 +49,7 @@ def test_merged_is_unmerged_and_stock_transformers_loads_it(base, tmp_path, kind
 def test_merged_lora_has_the_names_of_a_plain_net(base, tmp_path):
     saved(base, "lora", tmp_path / "medical")
     model = loading.load(str(base))
-    merged = merge.merge(store.load(model, tmp_path / "medical")).net
+    merged = merge.merge_adapter(store.load_adapter(model, tmp_path / "medical")).net
     plain = loading.load(str(base)).net
     assert {name: value.shape for name, value in merged.state_dict().items()} == {
         name: value.shape for name, value in plain.state_dict().items()
@@ -68,50 +68,50 @@ def test_merged_lora_has_the_names_of_a_plain_net(base, tmp_path):
 def test_a_merged_model_takes_an_adapter_no_more_than_it_should(base, tmp_path):
     """Merged in memory it still names its base's files; another adapter over it would be one over the wrong weights."""
     saved(base, "lora", tmp_path / "medical")
-    merged = merge.merge(store.load(loading.load(str(base)), tmp_path / "medical"))
-    with merge.written(merged, tmp_path / "whole"):
+    merged = merge.merge_adapter(store.load_adapter(loading.load(str(base)), tmp_path / "medical"))
+    with merge.atomic_checkpoint(merged, tmp_path / "whole"):
         pass
     with pytest.raises(ModelError, match="is another"):
-        store.load(loading.load(str(tmp_path / "whole")), tmp_path / "medical")
+        store.load_adapter(loading.load(str(tmp_path / "whole")), tmp_path / "medical")
     with pytest.raises(ModelError, match="merged"):
-        store.load(merged, tmp_path / "medical")
+        store.load_adapter(merged, tmp_path / "medical")
 
 
 def test_the_difference_is_what_it_says(base):
     before, after = loading.load(str(base)), loading.load(str(base))
     sounds = [clip(0, 8_000), clip(1, 8_000)]
-    same = merge.compare(before, after, sounds)
-    assert (same.largest, same.agreeing) == (0.0, 1.0)
+    same = merge.compare_emissions(before, after, sounds)
+    assert (same.max_abs_diff, same.agreement) == (0.0, 1.0)
     with torch.no_grad():
         after.net.lm_head.bias[3] += 8.0
-    found = merge.compare(before, after, sounds)
+    found = merge.compare_emissions(before, after, sounds)
     normal = [torch.from_numpy(audio.normalize(sound)) for sound in sounds]
     ours, theirs = (model.net(torch.stack(normal)).logits.detach().log_softmax(-1) for model in (before, after))
     assert found.frames == same.frames == ours.shape[0] * ours.shape[1]
-    assert found.largest == pytest.approx(float((ours - theirs).abs().max()), abs=1e-5)
-    assert found.agreeing == pytest.approx(float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()))
-    assert found.agreeing < 1.0
+    assert found.max_abs_diff == pytest.approx(float((ours - theirs).abs().max()), abs=1e-5)
+    assert found.agreement == pytest.approx(float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()))
+    assert found.agreement < 1.0
 
 
 def test_what_does_not_compare_is_refused(base, tmp_path):
     model = loading.load(str(base))
     with pytest.raises(ModelError, match="no sound"):
-        merge.compare(model, model, [])
+        merge.compare_emissions(model, model, [])
     saved(base, "lora", tmp_path / "medical", words=OTHER)
     with pytest.raises(ModelError, match="other letters"):
-        merge.compare(model, store.load(model, tmp_path / "medical"), [clip(0, 8_000)])
+        merge.compare_emissions(model, store.load_adapter(model, tmp_path / "medical"), [clip(0, 8_000)])
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(base, tmp_path):
     model = loading.load(str(base))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
-    with pytest.raises(DataError, match="is there already"), merge.written(model, tmp_path / "full"):
+    with pytest.raises(DataError, match="is there already"), merge.atomic_checkpoint(model, tmp_path / "full"):
         pass
-    with pytest.raises(RuntimeError, match="no"), merge.written(model, tmp_path / "new"):
+    with pytest.raises(RuntimeError, match="no"), merge.atomic_checkpoint(model, tmp_path / "new"):
         raise RuntimeError("no")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     (tmp_path / "empty").mkdir()
-    with merge.written(model, tmp_path / "empty"):
+    with merge.atomic_checkpoint(model, tmp_path / "empty"):
         pass
     assert (tmp_path / "empty" / "model.safetensors").is_file()

@@ -33,7 +33,7 @@ def test_what_was_saved_is_what_is_loaded(base, tmp_path, kind, words):
     ours = saved(base, kind, tmp_path / "medical", words=words, language="pl")
     model = loading.load(str(base))
     alone = logits(model.net)
-    theirs = store.load(model, tmp_path / "medical")
+    theirs = store.load_adapter(model, tmp_path / "medical")
     assert torch.equal(logits(theirs.net), logits(ours.net))
     assert theirs.vocabulary == ours.vocabulary
     assert theirs.preprocessing == ours.preprocessing
@@ -67,7 +67,7 @@ def test_we_read_what_peft_saved(base, tmp_path):
     assert a.keys() == b.keys()
     assert all(torch.equal(value, b[name]) for name, value in a.items())
     shutil.copy(tmp_path / "theirs" / "adapter_config.json", tmp_path / "ours" / "adapter_config.json")
-    assert torch.equal(logits(store.load(loading.load(str(base)), tmp_path / "ours").net), logits(ours.net))
+    assert torch.equal(logits(store.load_adapter(loading.load(str(base)), tmp_path / "ours").net), logits(ours.net))
 
 
 @pytest.mark.parametrize("words", [None, OTHER], ids=["same letters", "other letters"])
@@ -96,14 +96,14 @@ def test_transformers_reads_the_files_beside(base, tmp_path, kind):
 
 def test_it_is_small_and_says_what_it_is(base, tmp_path):
     ours = saved(base, "lora", tmp_path / "medical", language="pl")
-    found = store.read(tmp_path / "medical")
-    assert (found.kind, found.language, found.base.where) == ("lora", "pl", str(base))
+    found = store.read_adapter(tmp_path / "medical")
+    assert (found.adapter_type, found.language, found.base.load_name) == ("lora", "pl", str(base))
     assert found.metrics["dev"]["wer"] == 0.25
-    assert {"torch", "peft"} <= found.made_by.keys()
+    assert {"torch", "peft"} <= found.package_versions.keys()
     weights = load_file(tmp_path / "medical" / "adapter_model.safetensors")
     assert found.parameters == sum(value.numel() for value in weights.values())
     frozen = {name for name, _ in loading.load(str(base)).net.named_parameters() if "lm_head" not in name}
-    assert not {name.removeprefix(store.PREFIX) for name in weights} & frozen
+    assert not {name.removeprefix(store.PEFT_PREFIX) for name in weights} & frozen
     assert sum(p.numel() for name, p in ours.net.named_parameters() if ".lora_" in name) < found.parameters
     assert not list((tmp_path / "medical").glob(".*"))
     assert len({file.stat().st_mode for file in (tmp_path / "medical").iterdir()}) == 1  # whoever reads one reads all
@@ -112,9 +112,9 @@ def test_it_is_small_and_says_what_it_is(base, tmp_path):
 def test_a_bundled_base_is_known_by_its_name(tmp_path):
     model = adapted("pl-tiny", "lora")
     settings = {"vocabulary": model.vocabulary, "preprocessing": model.preprocessing, "metrics": {}}
-    store.save(model.net, tmp_path / "court", kind="lora", base=model.origin, **settings)
-    assert store.read(tmp_path / "court").base.where == "pl-tiny"
-    theirs = store.load(loading.load("pl-tiny"), tmp_path / "court")
+    store.save_adapter(model.net, tmp_path / "court", adapter_type="lora", base=model.origin, **settings)
+    assert store.read_adapter(tmp_path / "court").base.load_name == "pl-tiny"
+    theirs = store.load_adapter(loading.load("pl-tiny"), tmp_path / "court")
     assert torch.equal(logits(theirs.net, samples=16_000), logits(model.net, samples=16_000))
     assert (tmp_path / "court" / "adapter_model.safetensors").stat().st_size < 2_000_000
 
@@ -123,29 +123,29 @@ def test_a_bundled_base_is_known_by_its_name(tmp_path):
 def test_another_base_is_refused_in_one_line(base, tmp_path, kind):
     saved(base, kind, tmp_path / "medical")
     same = shutil.copytree(base, tmp_path / "elsewhere")  # the same weights in another place are the same base
-    assert store.load(loading.load(str(same)), tmp_path / "medical")
+    assert store.load_adapter(loading.load(str(same)), tmp_path / "medical")
     for name, changes in {
         "narrow": {"hidden_size": 16, "num_attention_heads": 1},
         "deep": {"num_hidden_layers": 3},
     }.items():
         other = tiny(tmp_path / name, **changes)
         with pytest.raises(ModelError, match=f"wants {base}.*as its base") as refused:
-            store.load(loading.load(str(other)), tmp_path / "medical")
+            store.load_adapter(loading.load(str(other)), tmp_path / "medical")
         assert "\n" not in str(refused.value)
     weights = load_file(same / "model.safetensors")
     weights["wav2vec2.encoder.layer_norm.bias"][0] += 1e-3  # further trained: same shapes, other numbers
     save_file(weights, same / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="is another"):
-        store.load(loading.load(str(same)), tmp_path / "medical")
+        store.load_adapter(loading.load(str(same)), tmp_path / "medical")
 
 
 def test_shards_have_a_fingerprint(base, tmp_path):
     model = loading.load(str(base))
     model.net.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
-    assert store.fingerprint(tmp_path / "sharded") != store.fingerprint(base)
+    assert store.hash_weights(tmp_path / "sharded") != store.hash_weights(base)
     with pytest.raises(ModelError, match="has no weights"):
-        store.fingerprint(tmp_path)
+        store.hash_weights(tmp_path)
 
 
 @pytest.mark.parametrize("below", KINDS)
@@ -153,49 +153,49 @@ def test_shards_have_a_fingerprint(base, tmp_path):
 def test_an_adapter_cannot_stand_on_another(base, tmp_path, below, above):
     saved(base, below, tmp_path / "below")
     saved(base, above, tmp_path / "above")
-    model = store.load(loading.load(str(base)), tmp_path / "below")
+    model = store.load_adapter(loading.load(str(base)), tmp_path / "below")
     with pytest.raises(ModelError, match="cannot stand on the adapter"):
-        store.load(model, tmp_path / "above")
+        store.load_adapter(model, tmp_path / "above")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_noticed(base, tmp_path, kind):
     saved(base, kind, tmp_path / "medical")
     model = loading.load(str(base))
-    file = tmp_path / "medical" / store.read(tmp_path / "medical").weights
+    file = tmp_path / "medical" / store.read_adapter(tmp_path / "medical").weights_file
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ModelError, match="checksum"):
-        store.load(model, tmp_path / "medical")
+        store.load_adapter(model, tmp_path / "medical")
     file.unlink()
     with pytest.raises(ModelError, match="lacks its weights"):
-        store.load(model, tmp_path / "medical")
+        store.load_adapter(model, tmp_path / "medical")
     with pytest.raises(ModelError, match="holds no adapter"):
-        store.load(model, base)
+        store.load_adapter(model, base)
     with pytest.raises(ModelError, match="is no folder"):
-        store.load(model, tmp_path / "lost")
+        store.load_adapter(model, tmp_path / "lost")
     note = json.loads((tmp_path / "medical" / "mowa.json").read_text())
     (tmp_path / "medical" / "mowa.json").write_text(json.dumps(note | {"format": 99}))
     with pytest.raises(ModelError, match="update mowa"):
-        store.read(tmp_path / "medical")
+        store.read_adapter(tmp_path / "medical")
     (tmp_path / "medical" / "mowa.json").write_text(json.dumps({k: v for k, v in note.items() if k != "vocabulary"}))
     with pytest.raises(ModelError, match="do not say 'vocabulary'"):
-        store.read(tmp_path / "medical")
+        store.read_adapter(tmp_path / "medical")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_lack_a_part_are_refused(base, tmp_path, kind):
     saved(base, kind, tmp_path / "medical")
-    found = store.read(tmp_path / "medical")
-    file, note = tmp_path / "medical" / found.weights, tmp_path / "medical" / "mowa.json"
+    found = store.read_adapter(tmp_path / "medical")
+    file, note = tmp_path / "medical" / found.weights_file, tmp_path / "medical" / "mowa.json"
     weights = load_file(file)
     del weights[next(name for name in weights if "lora_B" in name or "linear_2" in name)]
     save_file(weights, file)
     known = json.loads(note.read_text())
-    known["weights"]["sha256"] = store.sha256_of(file)
+    known["weights"]["sha256"] = store.sha256_file(file)
     note.write_text(json.dumps(known))
     with pytest.raises(ModelError, match="does not fit"):
-        store.load(loading.load(str(base)), tmp_path / "medical")
+        store.load_adapter(loading.load(str(base)), tmp_path / "medical")
 
 
 def test_a_broken_off_writing_leaves_no_adapter_and_a_whole_one_replaces_it(base, tmp_path, monkeypatch):
@@ -214,9 +214,9 @@ def test_a_broken_off_writing_leaves_no_adapter_and_a_whole_one_replaces_it(base
         saved(base, "lora", tmp_path / "medical", seed=2)
     monkeypatch.undo()
     with pytest.raises(ModelError, match="holds no adapter"):
-        store.read(tmp_path / "medical")
+        store.read_adapter(tmp_path / "medical")
     ours = saved(base, "lora", tmp_path / "medical", seed=2)
-    theirs = store.load(loading.load(str(base)), tmp_path / "medical")
+    theirs = store.load_adapter(loading.load(str(base)), tmp_path / "medical")
     assert torch.equal(logits(theirs.net), logits(ours.net))
     assert (tmp_path / "medical" / "report.json").exists()
 
@@ -230,7 +230,7 @@ def test_several_share_the_weights_of_one_base(base, tmp_path):
     model = loading.load(str(base))
     model.net.lm_head.weight.requires_grad_(True)  # somebody's affair, not the adapters'
     alone = logits(model.net)
-    theirs = {name: store.load(model, tmp_path / name) for name in kinds}
+    theirs = {name: store.load_adapter(model, tmp_path / name) for name in kinds}
     assert [name for name, p in model.net.named_parameters() if p.requires_grad] == ["lm_head.weight"]
     own = {id(parameter): name for name, parameter in model.net.named_parameters()}
     for name, one in theirs.items():
@@ -246,7 +246,7 @@ def test_several_threads_may_ask_at_once(base, tmp_path):
     for index, kind in enumerate(KINDS * 2):
         saved(base, kind, tmp_path / str(index), seed=index)
     model = loading.load(str(base))
-    models = [store.load(model, tmp_path / str(index)) for index in range(4)] + [model]
+    models = [store.load_adapter(model, tmp_path / str(index)) for index in range(4)] + [model]
     expected = [[logits(one.net, seed) for seed in range(3)] for one in models]
     wrong = []
 
@@ -269,7 +269,7 @@ def test_the_adapter_takes_the_base_s_precision(base, tmp_path):
     saved(base, "adapters", tmp_path / "b")
     model = loading.load(str(base), dtype="bfloat16")
     for name in "ab":
-        net = store.load(model, tmp_path / name).net
+        net = store.load_adapter(model, tmp_path / name).net
         assert {parameter.dtype for parameter in net.parameters()} == {torch.bfloat16}
         values = torch.zeros(1, 4_000, dtype=torch.bfloat16)
         with torch.no_grad():
@@ -282,14 +282,14 @@ def test_odd_vocabularies_come_back_whole(base, tmp_path):
     words = Vocabulary(tokens, blank=2, delimiter=None, specials=frozenset({0, 4, 5}))
     sound = Preprocessing(rate_hz=8_000, normalize=False, attention_mask=False, padding_value=0.5)
     settings = {"vocabulary": words, "preprocessing": sound, "metrics": {}}
-    store.save(model.net, tmp_path / "odd", kind="lora", base=model.origin, **settings)
-    found = store.read(tmp_path / "odd")
+    store.save_adapter(model.net, tmp_path / "odd", adapter_type="lora", base=model.origin, **settings)
+    found = store.read_adapter(tmp_path / "odd")
     assert (found.vocabulary, found.preprocessing) == (words, sound)
     shutil.copy(base / "config.json", tmp_path / "odd")
     config = json.loads((base / "config.json").read_text())
     (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"pad_token_id": 2}))
-    assert loading.vocabulary(tmp_path / "odd", len(words)) == words  # what a merged checkpoint would say
-    assert loading.preprocessing(tmp_path / "odd") == sound
+    assert loading.read_vocabulary(tmp_path / "odd", len(words)) == words  # what a merged checkpoint would say
+    assert loading.read_preprocessing(tmp_path / "odd") == sound
 
 
 def test_only_what_the_net_has_is_saved(base, tmp_path):
@@ -297,7 +297,7 @@ def test_only_what_the_net_has_is_saved(base, tmp_path):
     settings = {"vocabulary": model.vocabulary, "preprocessing": model.preprocessing, "metrics": {}}
     for kind in KINDS:
         with pytest.raises(ModelError, match="to save"):
-            store.save(model.net, tmp_path / kind, kind=kind, base=model.origin, **settings)
+            store.save_adapter(model.net, tmp_path / kind, adapter_type=kind, base=model.origin, **settings)
         assert not list((tmp_path / kind).iterdir())
 
 
@@ -307,7 +307,7 @@ def test_only_what_the_net_has_is_saved(base, tmp_path):
 def test_every_family_keeps_its_updates(family, norm, tmp_path):
     base = tiny(tmp_path / "base", family, norm)
     ours = saved(base, "lora", tmp_path / "medical")
-    theirs = store.load(loading.load(str(base)), tmp_path / "medical")
+    theirs = store.load_adapter(loading.load(str(base)), tmp_path / "medical")
     assert torch.equal(logits(theirs.net), logits(ours.net))
     assert not torch.allclose(logits(theirs.net), logits(loading.load(str(base)).net), atol=1e-2)
 
@@ -318,7 +318,7 @@ def test_a_base_with_adapters_of_its_own_keeps_them(tmp_path, kind):
     ours = saved(base, kind, tmp_path / "medical")
     model = loading.load(str(base))
     alone = logits(model.net)
-    theirs = store.load(model, tmp_path / "medical")
+    theirs = store.load_adapter(model, tmp_path / "medical")
     assert torch.equal(logits(theirs.net), logits(ours.net))
     assert torch.equal(logits(model.net), alone)
 
@@ -328,15 +328,17 @@ def test_a_hub_base_is_known_by_its_commit(base, tmp_path):
     hub = {"name": "polish", "source": "owner/polish", "revision": "a" * 40}
     model = adapted(base, "lora")
     settings = {"vocabulary": model.vocabulary, "preprocessing": model.preprocessing, "metrics": {}}
-    store.save(model.net, tmp_path / "court", kind="lora", base=replace(model.origin, **hub), **settings)
-    assert store.read(tmp_path / "court").base.where == f"owner/polish@{'a' * 40}"
+    store.save_adapter(
+        model.net, tmp_path / "court", adapter_type="lora", base=replace(model.origin, **hub), **settings
+    )
+    assert store.read_adapter(tmp_path / "court").base.load_name == f"owner/polish@{'a' * 40}"
     config = json.loads((tmp_path / "court" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/polish", "a" * 40)
     plain = loading.load(str(base))
     elsewhere = replace(plain, origin=replace(plain.origin, **hub, folder=tmp_path / "other-format"))
-    assert torch.equal(logits(store.load(elsewhere, tmp_path / "court").net), logits(model.net))
+    assert torch.equal(logits(store.load_adapter(elsewhere, tmp_path / "court").net), logits(model.net))
     (tmp_path / "newer").mkdir()
     shutil.copy(tiny(tmp_path / "other", num_hidden_layers=1) / "model.safetensors", tmp_path / "newer")
     newer = replace(plain, origin=replace(plain.origin, **hub | {"revision": "b" * 40}, folder=tmp_path / "newer"))
     with pytest.raises(ModelError, match="wants owner/polish@aaaa"):
-        store.load(newer, tmp_path / "court")
+        store.load_adapter(newer, tmp_path / "court")

@@ -61,9 +61,9 @@ def court(tmp_path_factory):
     """An adapter of the bundled model that has learnt nothing yet."""
     folder = tmp_path_factory.mktemp("adapters") / "court"
     model = mowa.load("pl-tiny")
-    lora.add(model.net, model.family, rank=4, alpha=8, where=("attention", "mlp"))
+    lora.add(model.net, model.family, rank=4, alpha=8, target_modules=("attention", "mlp"))
     settings = {"vocabulary": model.vocabulary, "preprocessing": model.preprocessing, "metrics": {}}
-    return store.save(model.net, folder, kind="lora", base=model.origin, **settings)
+    return store.save_adapter(model.net, folder, adapter_type="lora", base=model.origin, **settings)
 
 
 def test_the_bundled_base_is_found_by_name_and_understands_its_sample(run, court):
@@ -88,8 +88,8 @@ def test_merge_refuses_what_is_not_the_same(run, base, tmp_path, monkeypatch):
         merged.net.lm_head.bias = torch.nn.Parameter(merged.net.lm_head.bias.flip(0))
         return merged
 
-    real = merge.merge
-    monkeypatch.setattr(merge, "merge", wrong)
+    real = merge.merge_adapter
+    monkeypatch.setattr(merge, "merge_adapter", wrong)
     saved(base, "lora", tmp_path / "medical")
     code, out, err = run("adapt", "merge", tmp_path / "medical", "-o", tmp_path / "whole")
     assert code == 2

@@ -38,7 +38,7 @@ def texts(journal):
 def clips(tmp_path_factory):
     """Pieces of the sample, of 1 to 3 s, in two formats, and one that is none."""
     folder = tmp_path_factory.mktemp("clips")
-    sample, rng = audio.load(SAMPLE), random.Random(0)
+    sample, rng = audio.load_audio(SAMPLE), random.Random(0)
     for number in range(24):
         start, length = rng.randrange(len(sample) - 48_000), rng.randrange(16_000, 48_000)
         suffix = ".flac" if number % 2 else ".wav"
@@ -117,7 +117,7 @@ def test_journals_are_shown_and_exported(clips, unbroken, tmp_path, capsys):
 
 
 def test_channels_are_heard_each_for_itself(tmp_path, capsys):
-    sample = audio.load(SAMPLE)
+    sample = audio.load_audio(SAMPLE)
     half = len(sample) // 2
     silence = np.zeros(half, np.float32)
     soundfile.write(

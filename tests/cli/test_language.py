@@ -17,8 +17,8 @@ from tests.train import chats
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
-    plan = plans.checked(chats.recipe(folder, optimise__steps=10, evaluate__every=5), "test")
-    plans.tune(plan, loading.load(plan.model), folder / "adapter", threads=1)
+    plan = plans.parse(chats.recipe(folder, optimise__steps=10, evaluate__every=5), "test")
+    plans.train(plan, loading.load(plan.model), folder / "adapter", threads=1)
     return folder / "adapter"
 
 
@@ -59,7 +59,7 @@ def test_merge_compares_over_data_that_is_named_or_questions(capsys, adapter, tm
 
 
 def test_a_merge_that_is_something_else_is_not_written(capsys, adapter, tmp_path, monkeypatch):
-    merge = language.merge
+    merge = language.merge_adapter
 
     def spoilt(model, dtype):
         merged = merge(model, dtype)
@@ -67,7 +67,7 @@ def test_a_merge_that_is_something_else_is_not_written(capsys, adapter, tmp_path
             merged.net.lm_head.weight.copy_(merged.net.lm_head.weight.flip(0))
         return merged
 
-    monkeypatch.setattr(language, "merge", spoilt)
+    monkeypatch.setattr(language, "merge_adapter", spoilt)
     code, _, err = run(capsys, "adapt", "merge", adapter, "-o", tmp_path / "whole", "--dtype", "bfloat16")
     assert (code, "the merged model is not what was trained" in err) == (2, True)
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mowa.cli import listen, screen
 from mowa.cli.main import main
 from mowa.data import audio
-from mowa.data.live import Block, Piece, Source
+from mowa.data.live import AudioBlock, AudioChunk, AudioSource
 from mowa.errors import AudioError
 from mowa.nouns import Segment, Word
 
@@ -34,7 +34,7 @@ KEYS = [
 @pytest.fixture(scope="module")
 def sound():
     """Eight seconds of speech."""
-    return audio.load(ROOT / "examples" / "dzien-dobry.flac")[: 8 * RATE_HZ]
+    return audio.load_audio(ROOT / "examples" / "dzien-dobry.flac")[: 8 * RATE_HZ]
 
 
 @pytest.fixture
@@ -117,23 +117,23 @@ def plays(monkeypatch, pieces, *, after=None, ends=False, lost_s=0.0):
         for number, piece in enumerate(pieces):
             for at in range(0, len(piece), 512):
                 lost = lost_s if number and not at else 0.0
-                yield Piece(piece[at : at + 512], RATE_HZ, time.monotonic(), lost)
+                yield AudioChunk(piece[at : at + 512], RATE_HZ, time.monotonic(), lost)
         if after is not None:
             yield from after()
 
-    monkeypatch.setattr(listen, "_source", lambda *_: Source("microphone", sounds, waits=True, ends=ends))
+    monkeypatch.setattr(listen, "_source", lambda *_: AudioSource("microphone", sounds, pausable=True, finite=ends))
 
 
 @pytest.fixture(scope="module")
 def heard(sound):
     """The words of the first five seconds, as a stream says them."""
     from mowa.engines import live
-    from mowa.engines.settings import Wanted
-    from mowa.engines.transcription import opened
+    from mowa.engines.settings import EngineSpec
+    from mowa.engines.transcription import load_engine
 
-    stream = live.stream(opened(Wanted(MODEL[1], dtype="float32", threads=1)).engine)
+    stream = live.stream(load_engine(EngineSpec(MODEL[1], dtype="float32", threads=1)).engine)
     segments = [*stream.feed(sound[: 5 * RATE_HZ]), *stream.close()]
-    return " ".join(segment.text for segment in segments if segment.final and segment.text)
+    return " ".join(segment.text for segment in segments if segment.is_final and segment.text)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_ctrl_c_writes_what_was_heard(run, sound, monkeypatch, heard, ends, sign
         os.kill(os.getpid(), signalled)
         while True:
             time.sleep(0.01)
-            yield Piece(np.zeros(0, np.float32), RATE_HZ, time.monotonic())
+            yield AudioChunk(np.zeros(0, np.float32), RATE_HZ, time.monotonic())
 
     plays(monkeypatch, [sound[: 5 * RATE_HZ]], after=after, ends=ends)
     assert (code, heard, "") == (lambda code, out, err: (code, finals(out), err))(*run("--format", "json"))
@@ -163,7 +163,7 @@ def test_ctrl_c_writes_what_was_heard(run, sound, monkeypatch, heard, ends, sign
 @pytest.mark.usefixtures("listened_to")
 def test_ctrl_c_twice_stops_at_once():
     finished = []
-    with listen.stoppable(types.SimpleNamespace(finish=lambda: finished.append(True))) as stopped:
+    with listen.stop_on_signal(types.SimpleNamespace(finish=lambda: finished.append(True))) as stopped:
         signal.raise_signal(signal.SIGINT)
         assert (stopped, finished) == ([signal.SIGINT], [True])
         with pytest.raises(KeyboardInterrupt):
@@ -265,14 +265,14 @@ def test_microphones_are_listed(run, monkeypatch, capsys):
 
 def said(text, *, end_s=1.0, final=True, ends=False):
     words = tuple(Word(word, 0.0, end_s, 1.0) for word in text.split())
-    return Segment(text, 0.0, end_s, words, final=final, ends=ends)
+    return Segment(text, 0.0, end_s, words, is_final=final, is_endpoint=ends)
 
 
 def test_latency_is_from_when_the_sound_was_recorded(monkeypatch):
     now = types.SimpleNamespace(monotonic=lambda: 50.0)
     monkeypatch.setattr(listen, "time", now)
     stream = types.SimpleNamespace(heard_s=0.0, feed=None, flush=lambda: [], close=lambda: [said("end", end_s=2.5)])
-    hearing = listen.Hearing(stream)
+    hearing = listen.StreamSession(stream)
 
     def feed(samples):
         stream.heard_s += len(samples) / RATE_HZ
@@ -280,22 +280,22 @@ def test_latency_is_from_when_the_sound_was_recorded(monkeypatch):
 
     stream.feed = feed
     one_second = np.zeros(RATE_HZ, np.float32)
-    blocks = [Block(one_second, recorded_s) for recorded_s in (40.0, 41.0, 47.0)]
+    blocks = [AudioBlock(one_second, recorded_s) for recorded_s in (40.0, 41.0, 47.0)]
     *found, last = hearing.events(blocks)
     assert [[event.latency_s for event in events] for events in found] == [[10.0, None], [10.0, None], [10.0, None]]
     assert [event.latency_s for event in last] == [6.0]  # 2.5 s of it were recorded between 41 and 47
-    assert [event.heard_s for event in last] == [3.0]
+    assert [event.processed_s for event in last] == [3.0]
 
 
 def test_status():
     stream = types.SimpleNamespace(heard_s=42.4)
-    hearing = listen.Hearing(stream)
-    hearing.computed_s = 4.664
-    assert listen.status(hearing) == "0:42 heard · 0.11× real time"
+    hearing = listen.StreamSession(stream)
+    hearing.compute_s = 4.664
+    assert listen.format_status(hearing) == "0:42 heard · 0.11× real time"
     hearing.latency_s, stream.heard_s = 0.338, 3700.0
-    assert listen.status(hearing) == "1:01:40 heard · 0.00× real time · 0.34 s behind"
+    assert listen.format_status(hearing) == "1:01:40 heard · 0.00× real time · 0.34 s behind"
     hearing.lost_s = 20.0
-    assert listen.status(hearing).endswith("1:02:00 heard · 0.00× real time · 0.34 s behind · 20.0 s lost")
+    assert listen.format_status(hearing).endswith("1:02:00 heard · 0.00× real time · 0.34 s behind · 20.0 s lost")
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ class Emulator:
             elif code != "\r":
                 self.rows[self.at] += code
                 self.dimmed += code if self.dim else ""
-                assert screen.columns(self.rows[self.at]) < self.width
+                assert screen.display_width(self.rows[self.at]) < self.width
 
 
 words = st.lists(st.text(alphabet="aąż字e\u0301", min_size=1, max_size=14), max_size=4).map(" ".join)
@@ -337,17 +337,17 @@ def test_what_is_final_stays_on_the_terminal(fed, width):
         emulator = Emulator(width)
         patch.setattr(screen.click, "echo", lambda text, nl: emulator.write(text))
         patch.setattr(screen.shutil, "get_terminal_size", lambda: os.terminal_size((width, 24)))
-        shown, final = screen.Screen("waiting"), []
+        shown, final = screen.LiveDisplay("waiting"), []
         for feed in fed:
             segments = [said(text, final=kind != "partial", ends=kind == "ends") for text, kind in feed]
-            shown.show(segments, "0:42 heard")
-            final += [segment.text for segment in segments if segment.final]
-            open_ = segments[-1].text if segments and not segments[-1].final else ""
+            shown.update(segments, "0:42 heard")
+            final += [segment.text for segment in segments if segment.is_final]
+            open_ = segments[-1].text if segments and not segments[-1].is_final else ""
             everything = "".join(emulator.rows).replace(" ", "")
-            if screen.columns(open_) < width - 1:
+            if screen.display_width(open_) < width - 1:
                 assert open_.replace(" ", "") in everything
             assert everything.startswith("".join(final).replace(" ", ""))
-        shown.end()
+        shown.close()
     assert "".join(emulator.rows).replace(" ", "") == "".join(final).replace(" ", "")
 
 
@@ -355,12 +355,12 @@ def test_partial_words_are_dim_and_final_ones_are_not(monkeypatch):
     emulator = Emulator(40)
     monkeypatch.setattr(screen.click, "echo", lambda text, nl: emulator.write(text))
     monkeypatch.setattr(screen.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
-    shown = screen.Screen("waiting")
+    shown = screen.LiveDisplay("waiting")
     emulator.dimmed = ""
-    shown.show([said("ala ma"), said("kota i psa", final=False)], "status")
+    shown.update([said("ala ma"), said("kota i psa", final=False)], "status")
     assert emulator.rows == ["ala ma kota i psa", "status"]
     assert emulator.dimmed == "kota i psastatus"
-    shown.show([said("kota", ends=True), said("", final=False)], "later")
+    shown.update([said("kota", ends=True), said("", final=False)], "later")
     assert emulator.rows == ["ala ma kota", "", "later"]
-    shown.end()
+    shown.close()
     assert emulator.rows == ["ala ma kota", "", ""]

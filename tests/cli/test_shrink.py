@@ -30,7 +30,7 @@ def run(capsys):
 def data(tmp_path_factory):
     """Two recordings with texts."""
     folder = tmp_path_factory.mktemp("data")
-    sound = audio.load(ROOT / "examples" / "dzien-dobry.flac")
+    sound = audio.load_audio(ROOT / "examples" / "dzien-dobry.flac")
     rows = []
     for index in range(2):
         soundfile.write(folder / f"{index}.wav", sound[index * 32_000 : index * 32_000 + 48_000], 16_000)

@@ -17,7 +17,7 @@ from mowa.cli.main import main
 from mowa.cli.train import train
 from mowa.nouns import Model
 from mowa.train import parallel, schema, tuning
-from mowa.train.instruct import Instruction
+from mowa.train.instruct import CausalRecipe
 from tests.checkpoints import corpus, tiny
 from tests.turns import LEAVES, OWN, TEXT, another, trees
 
@@ -34,13 +34,13 @@ def run(capsys, *arguments):
 
 def flags(leaf, value):
     """A knob as one would write it on the command line."""
-    flag = knobs.flag(leaf)
+    flag = knobs.flag_name(leaf)
     if leaf.hint is bool:
         return [flag if value else f"--no-{flag[2:]}"]
     if isinstance(value, dict):
         pairs = (f"{escaped(key, ',= ')}={escaped(item, ',')}" for key, item in value.items())
         return [f"{flag}={','.join(pairs)}"]
-    if leaf.hint == tuple[tuning.Part, ...]:
+    if leaf.hint == tuple[tuning.DataSource, ...]:
         written = (
             part["path"] + ("@" + part["split"] if part["split"] or "@" in part["path"] else "") for part in value
         )
@@ -55,7 +55,7 @@ def escaped(text, signs):
 
 
 def turned(arguments):
-    return knobs.settings(train.make_context("train", list(arguments)))  # click empties the list
+    return knobs.collect_overrides(train.make_context("train", list(arguments)))  # click empties the list
 
 
 # --- flags ⇄ YAML -----------------------------------------------------------------------------------------------------
@@ -63,9 +63,9 @@ def turned(arguments):
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.dotted != "task"], ids=lambda leaf: leaf.dotted)
 def test_a_flag_turns_the_knob_that_yaml_turns_and_no_other(leaf):
-    by_yaml = tuning.checked(schema.turned(LEAST, {leaf.dotted: another(leaf)}), "yaml")
-    by_flag = tuning.checked(schema.turned(LEAST, turned(flags(leaf, another(leaf)))), "flags")
-    assert by_flag == by_yaml != tuning.checked(LEAST, "neither")
+    by_yaml = tuning.parse(schema.apply_overrides(LEAST, {leaf.dotted: another(leaf)}), "yaml")
+    by_flag = tuning.parse(schema.apply_overrides(LEAST, turned(flags(leaf, another(leaf)))), "flags")
+    assert by_flag == by_yaml != tuning.parse(LEAST, "neither")
 
 
 @settings(max_examples=20, deadline=None)
@@ -75,8 +75,8 @@ def test_a_whole_recipe_in_flags(turns):
         for part in turns[f"data.{name}"]:
             part |= {"share": 0.0, "split": part["split"].translate(dict.fromkeys(map(ord, "/.@")))}
     arguments = [flag for leaf in LEAVES for flag in flags(leaf, turns[leaf.dotted])]
-    by_flags = tuning.checked(schema.turned({}, turned(arguments)), "flags")
-    assert by_flags == tuning.checked(schema.turned({}, turns), "yaml")
+    by_flags = tuning.parse(schema.apply_overrides({}, turned(arguments)), "flags")
+    assert by_flags == tuning.parse(schema.apply_overrides({}, turns), "yaml")
 
 
 @settings(max_examples=50, deadline=None)
@@ -119,11 +119,11 @@ def test_recordings_as_people_write_them(given, part):
 
 def test_everyday_flags_stand_for_their_knobs():
     leaf_of = {leaf.dotted: leaf for leaf in LEAVES}
-    for name, dotted in knobs.EVERYDAY.items():
+    for name, dotted in knobs.KEY_BY_FLAG.items():
         if dotted == "task":  # which has one word here, and another for texts
             continue
         said = flags(leaf_of[dotted], another(leaf_of[dotted]))
-        short = [flag.replace(knobs.flag(leaf_of[dotted]), f"--{name}", 1) for flag in said]
+        short = [flag.replace(knobs.flag_name(leaf_of[dotted]), f"--{name}", 1) for flag in said]
         assert turned(short) == turned(said)
         assert set(turned(said)) == {dotted}
 
@@ -168,14 +168,14 @@ def test_dry_run_prints_the_recipe_that_the_flags_made(capsys, recipe):
     code, out, err = run(capsys, recipe, "--dry-run", "--steps", 9, "--train", "top-2", "--no-watch.frozen")
     assert (code, err) == (0, "")
     expected = {"optimise.steps": 9, "train": "top-2", "watch.frozen": False}
-    assert tuning.checked(yaml.safe_load(out), "printed") == tuning.read(recipe, expected)
-    assert tuning.read(recipe, expected).optimise.clip == 2.0
+    assert tuning.parse(yaml.safe_load(out), "printed") == tuning.read_recipe(recipe, expected)
+    assert tuning.read_recipe(recipe, expected).optimizer.max_grad_norm == 2.0
 
 
 def test_dry_run_without_a_recipe_and_of_one_from_nothing(capsys):
     code, out, _ = run(capsys, "--dry-run", "--model", "m", "--data", "a.jsonl")
     assert code == 0
-    assert tuning.checked(yaml.safe_load(out), "printed") == tuning.checked(LEAST, "least")
+    assert tuning.parse(yaml.safe_load(out), "printed") == tuning.parse(LEAST, "least")
     code, out, _ = run(capsys, FRESH, "--dry-run")
     assert code == 0
     assert yaml.safe_load(out)["stages"][0]["name"] == "letters"
@@ -186,14 +186,14 @@ def test_knobs_lists_them_all(capsys):
     assert code == 0
     listed = [line.split()[0] for line in out.splitlines()[1:]]
     assert listed[: len(LEAVES)] == [leaf.dotted for leaf in LEAVES]
-    of_texts = {leaf.dotted for leaf in schema.leaves(Instruction)}
+    of_texts = {leaf.dotted for leaf in schema.iter_options(CausalRecipe)}
     assert set(listed) == {leaf.dotted for leaf in LEAVES} | of_texts
     assert "  --learning-rate  0.0 " in next(line for line in out.splitlines() if "optimise.learning_rate" in line)
 
 
 def test_help_shows_the_everyday_ones_alone():
     text = CliRunner().invoke(train, ["--help"]).output
-    assert all(f"--{name} " in text for name in knobs.EVERYDAY)
+    assert all(f"--{name} " in text for name in knobs.KEY_BY_FLAG)
     assert "--optimise." not in text.split("Options:")[1]
     assert "[optimise.seed; default: 0]" in " ".join(text.split())
 
@@ -255,7 +255,7 @@ def calls(monkeypatch):
     monkeypatch.setattr("mowa.train.tune", tune, raising=False)
     monkeypatch.setattr("mowa.loading.speech.load", lambda name, **how: Model(name, None, None, None, how))
     launch = lambda plan, out, *, threads: seen.append(("launch", plan, out, threads))  # noqa: E731
-    monkeypatch.setattr(parallel, "launch", launch)
+    monkeypatch.setattr(parallel, "launch_workers", launch)
     return seen
 
 
@@ -263,14 +263,14 @@ def calls(monkeypatch):
 def test_one_process_loads_and_tunes(capsys, recipe, calls, tmp_path, vocabulary, head):
     out = tmp_path / "out"
     code, said, _ = run(capsys, recipe, "-o", out, "--vocabulary", vocabulary, "--threads", 3)
-    plan = tuning.read(recipe, {"vocabulary": vocabulary})
+    plan = tuning.read_recipe(recipe, {"vocabulary": vocabulary})
     assert calls == [("tune", plan, Model("m", None, None, None, {"head": head}), out, 3)]
     assert (code, said) == (0, f"{out}\n")
 
 
 def test_several_are_launched_and_the_first_of_them_says_where(capsys, monkeypatch, recipe, calls, tmp_path):
     out = tmp_path / "out"
-    plan = tuning.read(recipe, {"parallel.devices": 2})
+    plan = tuning.read_recipe(recipe, {"parallel.devices": 2})
     assert run(capsys, recipe, "-o", out, "--devices", 2)[:2] == (0, "")
     assert calls == [("launch", plan, out, None)]
     calls.clear()
@@ -292,7 +292,7 @@ def test_from_flags_to_a_checkpoint(capsys, tmp_path):
     )
     assert code == 0, err
     assert out.splitlines()[-1] == str(tmp_path / "out")  # behind what deepspeed says, where it is installed
-    assert tuning.read(tmp_path / "out" / "recipe.yaml").optimise.steps == 2
+    assert tuning.read_recipe(tmp_path / "out" / "recipe.yaml").optimizer.max_steps == 2
     assert len(loading.load(str(tmp_path / "out")).vocabulary) > 0
 
 
@@ -300,13 +300,13 @@ def test_from_flags_to_a_checkpoint(capsys, tmp_path):
 
 
 def test_docs_are_what_the_classes_say():
-    assert (ROOT / "docs" / "recipes.md").read_text() == reference.recipes(), "run `make docs`"
+    assert (ROOT / "docs" / "recipes.md").read_text() == reference.render_recipes_page(), "run `make docs`"
 
 
 def test_docs_show_every_knob_with_its_default():
-    rows = [line.split(" | ") for line in reference.recipes().splitlines() if line.startswith("| `")]
+    rows = [line.split(" | ") for line in reference.render_recipes_page().splitlines() if line.startswith("| `")]
     found = {(row[0][3:-1], row[2].strip("`| ")) for row in rows}
-    assert {(leaf.path[-1], knobs.standing(leaf)) for leaf in LEAVES} <= found
+    assert {(leaf.path[-1], knobs.format_default(leaf)) for leaf in LEAVES} <= found
 
 
 def test_the_page_that_is_out_of_date_is_named(tmp_path):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import Wav2Vec2FeatureExtractor
 
 from mowa.data import decoders
-from mowa.data.audio import SAMPLE_MIN, find, is_silent, load, normalize, probe, stream
+from mowa.data.audio import MIN_SAMPLES, find_audio_files, is_silent, load_audio, normalize, probe_audio, stream_audio
 from mowa.errors import AudioError
 
 PCM_ERROR = {
@@ -75,7 +75,7 @@ def cut(path: Path, share: float = 0.6) -> Path:
 def refusal(path: Path, rate_hz: int = 16_000) -> str:
     """What the error says; that it is one line and starts with the path is checked here for all of them."""
     with pytest.raises(AudioError) as caught:
-        list(stream(path, rate_hz))
+        list(stream_audio(path, rate_hz))
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
@@ -92,7 +92,7 @@ def test_wav_of_any_depth_and_channel_count_is_the_mean_of_its_channels(tmp_path
     samples = tone(0.3, channels=channels)
     soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype)
     expected = samples.reshape(len(samples), -1).mean(axis=1)
-    got = load(tmp_path / "a.wav")
+    got = load_audio(tmp_path / "a.wav")
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, rtol=0, atol=PCM_ERROR[subtype] + 1e-7)
 
@@ -101,15 +101,17 @@ def test_wav_of_any_depth_and_channel_count_is_the_mean_of_its_channels(tmp_path
 def test_flac(tmp_path, subtype):
     samples = tone(0.3, channels=2)
     soundfile.write(tmp_path / "a.flac", samples, 16_000, subtype)
-    np.testing.assert_allclose(load(tmp_path / "a.flac"), samples.mean(axis=1), rtol=0, atol=PCM_ERROR[subtype] + 1e-7)
+    np.testing.assert_allclose(
+        load_audio(tmp_path / "a.flac"), samples.mean(axis=1), rtol=0, atol=PCM_ERROR[subtype] + 1e-7
+    )
 
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
 def test_ffmpeg_scales_every_depth_as_libsndfile_does(tmp_path, monkeypatch, subtype):
     soundfile.write(tmp_path / "a.wav", tone(0.3, channels=2), 16_000, subtype)
-    by_libsndfile = load(tmp_path / "a.wav")
+    by_libsndfile = load_audio(tmp_path / "a.wav")
     monkeypatch.setattr(decoders, "_sndfile", lambda *_: None)
-    np.testing.assert_allclose(load(tmp_path / "a.wav"), by_libsndfile, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(load_audio(tmp_path / "a.wav"), by_libsndfile, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", [*ENCODERS, "a.ogg"])
@@ -119,7 +121,7 @@ def test_lossy_and_boxed_formats_keep_length_and_sound(tmp_path, name):
         soundfile.write(tmp_path / name, samples, 48_000)
     else:
         encode(tmp_path / name, samples, 48_000, ENCODERS[name])
-    got = load(tmp_path / name, 48_000)
+    got = load_audio(tmp_path / name, 48_000)
     assert abs(len(got) - len(samples)) < 0.05 * 48_000
     spectrum = np.abs(np.fft.rfft(got[24_000:48_000]))
     assert np.argmax(spectrum) == 220  # 440 Hz in half a second
@@ -131,7 +133,7 @@ def test_lossy_and_boxed_formats_keep_length_and_sound(tmp_path, name):
 def test_resampling_in_pieces_is_resampling_at_once(tmp_path, rate_hz, resample, quality):
     samples = tone(2.0, rate_hz)
     soundfile.write(tmp_path / "a.wav", samples, rate_hz, "FLOAT")
-    got = load(tmp_path / "a.wav", resample=resample)
+    got = load_audio(tmp_path / "a.wav", resample=resample)
     expected = soxr.resample(samples, rate_hz, 16_000, quality=quality)
     assert len(got) == len(expected)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
@@ -140,11 +142,11 @@ def test_resampling_in_pieces_is_resampling_at_once(tmp_path, rate_hz, resample,
 @pytest.mark.parametrize("block_s", [0.001, 0.1, 0.77, 3.0, 10.0])
 def test_streamed_is_loaded_in_blocks_of_the_length_asked_for(tmp_path, block_s):
     soundfile.write(tmp_path / "a.wav", tone(3.0, 44_100, 2), 44_100)
-    blocks = list(stream(tmp_path / "a.wav", block_s=block_s))
-    size = max(SAMPLE_MIN, round(block_s * 16_000))
+    blocks = list(stream_audio(tmp_path / "a.wav", block_s=block_s))
+    size = max(MIN_SAMPLES, round(block_s * 16_000))
     assert {len(block) for block in blocks[:-1]} <= {size}
     assert 0 < len(blocks[-1]) <= size
-    np.testing.assert_array_equal(np.concatenate(blocks), load(tmp_path / "a.wav"))
+    np.testing.assert_array_equal(np.concatenate(blocks), load_audio(tmp_path / "a.wav"))
 
 
 def test_ten_minutes_stream_in_little_memory(tmp_path):
@@ -154,7 +156,7 @@ def test_ten_minutes_stream_in_little_memory(tmp_path):
     length = 0
     tracemalloc.start()
     try:
-        for block in stream(tmp_path / "long.wav", resample="fast"):
+        for block in stream_audio(tmp_path / "long.wav", resample="fast"):
             length += len(block)
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -167,7 +169,7 @@ def test_chained_ogg_streams_are_read_to_the_end(tmp_path):
     # libsndfile stops after the first stream.
     soundfile.write(tmp_path / "one.ogg", tone(1.0), 16_000)
     (tmp_path / "two.ogg").write_bytes((tmp_path / "one.ogg").read_bytes() * 2)
-    assert len(load(tmp_path / "two.ogg")) == pytest.approx(32_000, abs=800)
+    assert len(load_audio(tmp_path / "two.ogg")) == pytest.approx(32_000, abs=800)
 
 
 def test_mp3_without_a_length_header_is_read_to_the_end(tmp_path):
@@ -176,14 +178,14 @@ def test_mp3_without_a_length_header_is_read_to_the_end(tmp_path):
         [tone(1.0) * 1e-3, 0.3 * np.random.default_rng(0).standard_normal(64_000).astype(np.float32)]
     )
     encode(tmp_path / "a.mp3", samples, 16_000, "libmp3lame", write_xing="0")
-    assert probe(tmp_path / "a.mp3").duration_s is None
-    assert len(load(tmp_path / "a.mp3")) == pytest.approx(len(samples), abs=3_000)
+    assert probe_audio(tmp_path / "a.mp3").duration_s is None
+    assert len(load_audio(tmp_path / "a.mp3")) == pytest.approx(len(samples), abs=3_000)
 
 
 def test_joined_mp3s_are_read_to_the_end(tmp_path):
     encode(tmp_path / "a.mp3", tone(2.0), 16_000, "libmp3lame")
     (tmp_path / "b.mp3").write_bytes((tmp_path / "a.mp3").read_bytes() * 2)
-    assert len(load(tmp_path / "b.mp3")) == pytest.approx(64_000, abs=3_000)
+    assert len(load_audio(tmp_path / "b.mp3")) == pytest.approx(64_000, abs=3_000)
 
 
 @pytest.mark.parametrize("claimed", [0, 0x7FFF_F000, 0x8000_0000, 0xFFFF_FFFF])
@@ -193,19 +195,19 @@ def test_wav_from_a_pipe_promises_nothing(tmp_path, claimed):
     at = data.index(b"data") + 4
     data[4:8] = data[at : at + 4] = claimed.to_bytes(4, "little")
     (tmp_path / "a.wav").write_bytes(data)
-    assert len(load(tmp_path / "a.wav")) == 16_000
+    assert len(load_audio(tmp_path / "a.wav")) == 16_000
 
 
 def test_a_name_ffmpeg_would_take_for_an_address_is_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encode(tmp_path / "plain.m4a", tone(1.0), 16_000, "aac").rename(tmp_path / "http:a?b=%20 ż.m4a")
-    assert len(load("http:a?b=%20 ż.m4a")) == pytest.approx(16_000, abs=2_048)
+    assert len(load_audio("http:a?b=%20 ż.m4a")) == pytest.approx(16_000, abs=2_048)
 
 
 def test_the_name_does_not_decide_the_format(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(1.0), 16_000)
     (tmp_path / "a.mp3").write_bytes((tmp_path / "a.wav").read_bytes())
-    assert len(load(tmp_path / "a.mp3")) == 16_000
+    assert len(load_audio(tmp_path / "a.mp3")) == 16_000
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_the_name_does_not_decide_the_format(tmp_path):
 )
 def test_odd_but_whole_recordings_are_read(tmp_path, samples):
     soundfile.write(tmp_path / "a.wav", samples, 16_000, "FLOAT")
-    assert len(load(tmp_path / "a.wav")) == 16_000
+    assert len(load_audio(tmp_path / "a.wav")) == 16_000
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def test_damaged_bytes_are_read_or_refused(tmp_path, name):
         data[at] = draw.integers(0, 256, 4)
         path.write_bytes(data.tobytes())
         with contextlib.suppress(AudioError):
-            assert np.isfinite(load(path)).all()
+            assert np.isfinite(load_audio(path)).all()
 
 
 def test_a_playlist_opens_nothing(tmp_path):
@@ -303,15 +305,15 @@ def test_recording_without_samples_is_refused(tmp_path, name):
     assert refusal(tmp_path / name)
 
 
-@pytest.mark.parametrize(("count", "rate_hz"), [(1, 16_000), (SAMPLE_MIN - 1, 16_000), (1100, 44_100), (1, 96_000)])
+@pytest.mark.parametrize(("count", "rate_hz"), [(1, 16_000), (MIN_SAMPLES - 1, 16_000), (1100, 44_100), (1, 96_000)])
 def test_recording_under_the_receptive_field_is_refused(tmp_path, count, rate_hz):
     soundfile.write(tmp_path / "a.wav", np.ones(count) / 2, rate_hz)
     assert refusal(tmp_path / "a.wav").startswith("is too short: ")
 
 
 def test_the_shortest_recording_is_read(tmp_path):
-    soundfile.write(tmp_path / "a.wav", np.zeros(SAMPLE_MIN), 16_000)
-    assert len(load(tmp_path / "a.wav")) == SAMPLE_MIN
+    soundfile.write(tmp_path / "a.wav", np.zeros(MIN_SAMPLES), 16_000)
+    assert len(load_audio(tmp_path / "a.wav")) == MIN_SAMPLES
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.rf64", "a.flac", "a.aiff", "a.au", "a.mp3", "a.m4a", "a.mkv", "a.webm"])
@@ -322,7 +324,7 @@ def test_a_promise_not_kept_is_refused_with_both_lengths(tmp_path, name):
     else:
         index_first = {"movflags": "faststart"} if name == "a.m4a" else {}
         encode(path, tone(5.0, 48_000), 48_000, ENCODERS[name], **index_first)
-    whole = probe(path).duration_s
+    whole = probe_audio(path).duration_s
     assert whole == pytest.approx(5.0, abs=0.1)
     message = refusal(cut(path))
     promised, decoded = (float(part.split()[-1]) for part in message.split(" s")[:2])
@@ -339,7 +341,7 @@ def test_ogg_without_its_last_page_is_refused_at_once(tmp_path, name, share):
     else:
         encode(tmp_path / name, tone(5.0, 48_000), 48_000, "libopus")
     with pytest.raises(AudioError, match="is cut off: its last page does not end the stream"):
-        next(stream(cut(tmp_path / name, share)))
+        next(stream_audio(cut(tmp_path / name, share)))
 
 
 def test_ogg_that_lost_a_page_in_the_middle_is_refused(tmp_path):
@@ -390,7 +392,7 @@ def test_a_sample_that_is_not_a_number_is_refused_where_it_stands(tmp_path, valu
 
 def test_a_name_with_a_line_break_keeps_the_error_on_one_line(tmp_path):
     with pytest.raises(AudioError) as caught:
-        load(tmp_path / "two\nlines.wav")
+        load_audio(tmp_path / "two\nlines.wav")
     assert "\n" not in str(caught.value)
 
 
@@ -399,11 +401,11 @@ def test_a_name_with_a_line_break_keeps_the_error_on_one_line(tmp_path):
 
 def test_probe_reads_the_header(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(1.5, 44_100, 2), 44_100)
-    assert probe(tmp_path / "a.wav") == decoders.Info(1.5, 44_100, 2, "wav")
+    assert probe_audio(tmp_path / "a.wav") == decoders.AudioInfo(1.5, 44_100, 2, "wav")
     soundfile.write(tmp_path / "a.ogg", tone(1.5), 16_000)
-    assert probe(tmp_path / "a.ogg") == decoders.Info(1.5, 16_000, 1, "ogg")
+    assert probe_audio(tmp_path / "a.ogg") == decoders.AudioInfo(1.5, 16_000, 1, "ogg")
     encode(tmp_path / "b.aac", tone(1.5), 16_000, "aac")
-    assert probe(tmp_path / "b.aac") == decoders.Info(None, 16_000, 1, "aac")
+    assert probe_audio(tmp_path / "b.aac") == decoders.AudioInfo(None, 16_000, 1, "aac")
 
 
 def test_find_walks_folders_sorted_and_keeps_files_as_given(tmp_path):
@@ -412,15 +414,15 @@ def test_find_walks_folders_sorted_and_keeps_files_as_given(tmp_path):
         (tmp_path / name).touch()
     notes = tmp_path / "in/notes.txt"
     expected = [notes, tmp_path / "a.MP3", tmp_path / "b.wav", tmp_path / "in/c.flac"]
-    assert find([notes, tmp_path, str(tmp_path / "b.wav")]) == expected
-    assert find([]) == []
+    assert find_audio_files([notes, tmp_path, str(tmp_path / "b.wav")]) == expected
+    assert find_audio_files([]) == []
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: None], ids=["empty folder", "missing"])
 def test_find_refuses_what_holds_no_audio(tmp_path, make: Callable[[Path], None]):
     make(tmp_path / "x")
     with pytest.raises(AudioError, match=r"^.*/x: (holds no audio file|does not exist)\. "):
-        find([tmp_path / "x"])
+        find_audio_files([tmp_path / "x"])
 
 
 @pytest.mark.parametrize("count", [1, 63, 4097, 160_001])

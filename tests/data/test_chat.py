@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mowa.data import chat, turns
-from mowa.data.dialogues import Conversation, Message, Passage
+from mowa.data.dialogues import Conversation, Document, Message
 from mowa.errors import DataError
 from tests.data.tokenizers import CHATML, FAMILIES, MARKED, tokenizer, turn_end
 
@@ -28,7 +28,7 @@ def plain(conversation):
 def encode(items, family, **how):
     there = tokenizer(family)
     ends = there.convert_tokens_to_ids([turn_end(family)]) if turn_end(family) else []
-    return chat.encode(items, there, **{"length": 100_000, "eos_ids": ends} | how)
+    return chat.tokenize_conversations(items, there, **{"length": 100_000, "eos_ids": ends} | how)
 
 
 def learnt(row, family):
@@ -46,7 +46,7 @@ def test_answers_and_what_ends_them_are_learnt(family):
     before = " " if family == "mistral" else ""
     end = turn_end(family)
     assert learnt(rows[0], family) == [f"{before}Warsaw.{end}", f"{before}Of course{end}"]
-    assert report.learnt == rows[0].learnt.sum()
+    assert report.trained_tokens == rows[0].loss_mask.sum()
     assert not [one for one in report.findings if one.name == "EOS is not learnt"]
 
 
@@ -55,7 +55,7 @@ def test_tokens_are_those_of_transformers(family):
     conversation = talk("What is x?", "Warsaw, of course.", "Zażółć", "gęślą 😀")
     rows, _ = encode([conversation], family)
     stock = tokenizer(family).apply_chat_template(plain(conversation), tokenize=True, return_dict=True)
-    assert rows[0].ids.tolist() == stock["input_ids"]
+    assert rows[0].input_ids.tolist() == stock["input_ids"]
 
 
 def test_the_mask_is_that_of_transformers_and_trl():
@@ -65,11 +65,11 @@ def test_the_mask_is_that_of_transformers_and_trl():
     stock = there.apply_chat_template(
         plain(conversation), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=MARKED
     )
-    marked, _ = chat.encode([conversation], there, length=1000)
-    found, _ = chat.encode([conversation], there, length=1000, template=CHATML)
+    marked, _ = chat.tokenize_conversations([conversation], there, max_length=1000)
+    found, _ = chat.tokenize_conversations([conversation], there, max_length=1000, chat_template=CHATML)
     for rows in (marked, found):
-        assert rows[0].ids.tolist() == stock["input_ids"]
-        assert rows[0].learnt.astype(int).tolist() == stock["assistant_masks"]
+        assert rows[0].input_ids.tolist() == stock["input_ids"]
+        assert rows[0].loss_mask.astype(int).tolist() == stock["assistant_masks"]
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's and torch's own
@@ -90,9 +90,9 @@ def test_trl_learns_the_same_tokens(tmp_path):
     data = datasets.Dataset.from_list([{"messages": plain(conversation)}])
     trainer = trl.SFTTrainer(net, args, train_dataset=data, processing_class=there)
     row = trainer.train_dataset[0]
-    ours, _ = chat.encode([conversation], there, length=1000, template=CHATML)
-    assert ours[0].ids.tolist() == row["input_ids"]
-    assert np.where(ours[0].learnt, ours[0].ids, -100).tolist() == row["labels"]
+    ours, _ = chat.tokenize_conversations([conversation], there, max_length=1000, chat_template=CHATML)
+    assert ours[0].input_ids.tolist() == row["input_ids"]
+    assert np.where(ours[0].loss_mask, ours[0].input_ids, -100).tolist() == row["labels"]
 
 
 MARKERS = [word for _, specials, *_ in FAMILIES.values() for word in specials]
@@ -122,7 +122,7 @@ def test_what_is_learnt_is_what_the_assistant_said(family, contents):
 @given(asked=SAID, said=SAID)
 def test_nobody_can_write_a_special_token(family, asked, said):
     there = tokenizer(family)
-    ids = [row.ids for row in encode([talk(asked, said), talk("x", "x", name="b")], family)[0]]
+    ids = [row.input_ids for row in encode([talk(asked, said), talk("x", "x", name="b")], family)[0]]
     special = list(there.all_special_ids)
     assert np.isin(ids[0], special).sum() == np.isin(ids[1], special).sum()
 
@@ -138,7 +138,7 @@ def test_the_tokenizer_is_left_as_it_was():
 def test_a_turn_that_ends_otherwise_in_the_middle():
     rows, report = encode([talk("a", "Warsaw.", "b", "Of course")], "phi")
     assert learnt(rows[0], "phi") == ["Warsaw.<|end|>", "Of course<|end|>\n<|endoftext|>"]
-    assert not report.noted
+    assert not report.warnings
 
 
 def test_where_history_is_rewritten_each_answer_is_a_text_of_its_own():
@@ -148,17 +148,17 @@ def test_where_history_is_rewritten_each_answer_is_a_text_of_its_own():
         [f"{thoughts}Warsaw.<|im_end|>"],
         [f"{thoughts}Of course<|im_end|>"],
     ]
-    assert report.noted == {"the template rewrites earlier turns": (1, "a")}
+    assert report.warnings == {"the template rewrites earlier turns": (1, "a")}
     (last,), _ = encode([talk("a", "Warsaw.", "b", "Of course")], "thinking", learn="last")
-    assert last.ids[: len(rows[1])].tolist() == rows[1].ids.tolist()
-    assert last.learnt.sum() == rows[1].learnt.sum()
+    assert last.input_ids[: len(rows[1])].tolist() == rows[1].input_ids.tolist()
+    assert last.loss_mask.sum() == rows[1].loss_mask.sum()
 
 
 def test_a_conversation_that_the_assistant_begins():
     conversation = Conversation("a", (Message("assistant", "Warsaw"), Message("user", "x")))
     rows, report = encode([conversation], "chatml")
     assert learnt(rows[0], "chatml") == ["Warsaw<|im_end|>"]
-    assert "the generation prompt is not how the answer begins" in report.noted
+    assert "the generation prompt is not how the answer begins" in report.warnings
 
 
 def test_a_template_that_wants_lists_gets_them():
@@ -174,32 +174,32 @@ def test_only_the_last_answer_or_everything():
     rows, _ = encode([conversation], "marked", learn="last")
     assert learnt(rows[0], "marked") == ["Of course<|im_end|>"]
     rows, _ = encode([conversation], "chatml", learn="all")
-    assert rows[0].learnt.all()
+    assert rows[0].loss_mask.all()
 
 
 def test_a_passage_begins_with_bos_and_ends_with_eos():
     there = tokenizer("llama")
-    rows, _ = encode([Passage("a", "Warsaw"), Passage("b", "<|begin_of_text|>Warsaw")], "llama")
-    assert rows[0].ids.tolist() == rows[1].ids.tolist()
-    assert there.decode(rows[0].ids.tolist()) == "<|begin_of_text|>Warsaw<|eot_id|>"
-    assert rows[0].learnt.all()
+    rows, _ = encode([Document("a", "Warsaw"), Document("b", "<|begin_of_text|>Warsaw")], "llama")
+    assert rows[0].input_ids.tolist() == rows[1].input_ids.tolist()
+    assert there.decode(rows[0].input_ids.tolist()) == "<|begin_of_text|>Warsaw<|eot_id|>"
+    assert rows[0].loss_mask.all()
     with pytest.raises(DataError, match="has no responses"):
-        encode([Passage("a", "Warsaw")], "llama", learn="responses")
+        encode([Document("a", "Warsaw")], "llama", learn="responses")
 
 
 @pytest.mark.parametrize("length", [1, 2, 63])
 def test_long_passages_are_split_and_nothing_is_lost(length):
     text = "Warsaw, of course. " * 20
-    (whole,), _ = encode([Passage("a", text)], "bare")
+    (whole,), _ = encode([Document("a", text)], "bare")
     if length == 1:
         with pytest.raises(DataError, match="all labels masked"):
-            encode([Passage("a", text)], "bare", long="split", length=length)
+            encode([Document("a", text)], "bare", long="split", length=length)
         return
-    rows, report = encode([Passage("a", text)], "bare", long="split", length=length)
-    joined = np.concatenate([row.ids for row in rows])
-    assert np.array_equal(joined, whole.ids[: len(joined)])
+    rows, report = encode([Document("a", text)], "bare", long="split", length=length)
+    joined = np.concatenate([row.input_ids for row in rows])
+    assert np.array_equal(joined, whole.input_ids[: len(joined)])
     assert len(whole) - len(joined) <= 1
-    assert report.lengths[2] <= length
+    assert report.length_percentiles[2] <= length
 
 
 def test_long_conversations_are_dropped_or_truncated():
@@ -222,9 +222,9 @@ def test_without_a_template_it_says_what_to_give():
         encode([talk("a", "b")], "bare")
 
 
-@pytest.mark.parametrize("name", sorted(chat.TEMPLATES))
+@pytest.mark.parametrize("name", sorted(chat.BUILTIN_TEMPLATES))
 def test_our_own_templates(name):
-    rows, report = encode([talk("What?", "Warsaw.", "And?", "x")], "bare", template=chat.TEMPLATES[name])
+    rows, report = encode([talk("What?", "Warsaw.", "And?", "x")], "bare", template=chat.BUILTIN_TEMPLATES[name])
     end = {"chatml": "<|im_end|>", "plain": "<|endoftext|>"}[name]
     assert learnt(rows[0], "bare") == [f"Warsaw.{end}", f"x{end}"]
     missing = [one.advice for one in report.findings if one.name == "EOS is not learnt"]
@@ -263,15 +263,15 @@ def test_this_tokenizer_cannot_be_guarded_and_says_so():
 
 def test_learnt_words_are_shown():
     rows, report = encode([talk("What?", "Warsaw.\x1b[2J")], "chatml")
-    shown = chat.show(rows[0], tokenizer("chatml"))
+    shown = chat.format_sample(rows[0], tokenizer("chatml"))
     assert "⟦Warsaw.\ufffd[2J<|im_end|>⟧" in shown
     assert "<|im_start|>user\nWhat?" in shown
-    assert "\x1b[32mWarsaw" in chat.show(rows[0], tokenizer("chatml"), color=True)
-    assert "tokens learnt" in report.text()
+    assert "\x1b[32mWarsaw" in chat.format_sample(rows[0], tokenizer("chatml"), color=True)
+    assert "tokens learnt" in report.summary()
 
 
 def test_turns_without_stand_ins_are_not_touched():
-    how = turns.template(tokenizer("chatml"))
+    how = turns.resolve_chat_template(tokenizer("chatml"))
     text = "a <|im_end|> <|endoftext|><|im_start|>"
-    assert how.restored(how.guarded(text)) == text
-    assert how.guarded({"a": ["x", 1, None]}) == {"a": ["x", 1, None]}
+    assert how.unescape(how.escape(text)) == text
+    assert how.escape({"a": ["x", 1, None]}) == {"a": ["x", 1, None]}

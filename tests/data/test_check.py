@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import mowa
 from mowa.cli import main
 from mowa.data import check, sources
-from mowa.data.check import Findings
+from mowa.data.check import Issues
 from mowa.nouns import Example
 
 RATE_HZ = 16_000
@@ -75,34 +75,36 @@ def corpus(tmp_path):
 
 def test_everything_that_can_be_wrong(corpus):
     seconds = []
-    report = check.check(sources.entries(corpus), heard=seconds.append)
+    report = check.check_corpus(sources.list_examples(corpus), on_progress=seconds.append)
     assert report.recordings == 38
-    assert report.seconds == pytest.approx(sum(seconds)) == pytest.approx(30 * 2 + 2 + 2 + 4 + 1 + 2 + 2, abs=0.1)
-    assert report.lengths_s == pytest.approx((1, 2, 4), abs=0.1)
-    assert report.histogram == {"up to 1 s": 1, "up to 2 s": 34, "up to 5 s": 1}
-    assert (report.rates_hz, report.channels) == ({16_000: 35, 8_000: 1}, {1: 35, 2: 1})
+    assert (
+        report.total_duration_s == pytest.approx(sum(seconds)) == pytest.approx(30 * 2 + 2 + 2 + 4 + 1 + 2 + 2, abs=0.1)
+    )
+    assert report.min_median_max_s == pytest.approx((1, 2, 4), abs=0.1)
+    assert report.duration_histogram == {"up to 1 s": 1, "up to 2 s": 34, "up to 5 s": 1}
+    assert (report.sample_rates_hz, report.channels) == ({16_000: 35, 8_000: 1}, {1: 35, 2: 1})
     assert report.formats == {"wav": 34, "flac": 1, "ogg": 1}
     assert report.languages == {"pl": 1}
     assert report.speakers == {"s0": 10, "s1": 10, "s2": 10}
-    assert report.same_sound == Findings(2, (("again", "3"), ("again24", "4")))
-    assert report.same_text == Findings(1, (("again", "0"),))
-    assert names(report.without_text) == names(report.silent) == ["silent"]
+    assert report.duplicate_audio == Issues(2, (("again", "3"), ("again24", "4")))
+    assert report.duplicate_text == Issues(1, (("again", "0"),))
+    assert names(report.empty_text) == names(report.silent) == ["silent"]
     assert names(report.clipped) == ["clipped"]
-    assert names(report.odd) == ["fast"]
+    assert names(report.chars_per_s_outliers) == ["fast"]
     assert report.unreadable.count == 2
-    assert [why.partition(": ")[2].partition(".")[0] for _, why in report.unreadable.named] == [
+    assert [why.partition(": ")[2].partition(".")[0] for _, why in report.unreadable.examples] == [
         "is not audio, or its index is cut off (Invalid data found when processing input)",
         "does not exist",
     ]
-    assert (report.letters["ą"], report.letters["ę"], report.letters["ó"]) == (5 * 10, 1, 1)
+    assert (report.characters["ą"], report.characters["ę"], report.characters["ó"]) == (5 * 10, 1, 1)
 
 
 def test_letters_are_counted(tmp_path):
     saved(tmp_path / "a.wav", noise())
     texts = ["Żółw, żółw!", "zo\u0301lw 7", "Łódź"]
-    report = check.check([Example(str(at), str(tmp_path / "a.wav"), text, 0) for at, text in enumerate(texts)])
-    assert report.letters == {"ó": 4, "ł": 3, "w": 3, "ż": 2, "l": 1, "z": 1, "d": 1, "ź": 1}
-    assert report.rare == ("z", "l", "d", "ź")
+    report = check.check_corpus([Example(str(at), str(tmp_path / "a.wav"), text, 0) for at, text in enumerate(texts)])
+    assert report.characters == {"ó": 4, "ł": 3, "w": 3, "ż": 2, "l": 1, "z": 1, "d": 1, "ź": 1}
+    assert report.rare_characters == ("z", "l", "d", "ź")
 
 
 @settings(deadline=None, max_examples=25)
@@ -121,28 +123,28 @@ def test_what_the_same_sound_is(tmp_path_factory, channels, seed):
     changed = samples.copy()
     changed[7] += 2**-15
     saved(folder / "g.wav", changed)
-    report = check.check(sources.entries(folder))
-    assert report.same_sound == Findings(3, (("b", "a"), ("c", "a"), ("d", "a")))
+    report = check.check_corpus(sources.list_examples(folder))
+    assert report.duplicate_audio == Issues(3, (("b", "a"), ("c", "a"), ("d", "a")))
 
 
 def test_parts_are_heard_as_parts(tmp_path):
     saved(tmp_path / "a.wav", np.r_[noise(1, 1), noise(1, 2)])
     saved(tmp_path / "b.wav", noise(1, 2))
     rows = [{"audio": "a.wav", "offset": 0, "duration": 1}, {"audio": "a.wav", "offset": 1, "duration": 1}]
-    report = check.check(sources.entries(table(tmp_path / "m.jsonl", *rows, {"audio": "b.wav"})))
-    assert report.seconds == 3
-    assert report.same_sound == Findings(1, (("b", "a-2"),))
+    report = check.check_corpus(sources.list_examples(table(tmp_path / "m.jsonl", *rows, {"audio": "b.wav"})))
+    assert report.total_duration_s == 3
+    assert report.duplicate_audio == Issues(1, (("b", "a-2"),))
 
 
 def test_outliers_do_not_hide_one_another(tmp_path):
     """A third of wrong texts would move a mean and a deviation so that none stands out."""
     saved(tmp_path / "a.wav", noise(10, 1))
     texts = ["a" * 100] * 20 + ["b" * 120] * 20 + ["c" * 900] * 15 + ["d"] * 5
-    report = check.check([Example(str(at), str(tmp_path / "a.wav"), text, 0) for at, text in enumerate(texts)])
-    assert report.pace == pytest.approx(12)
-    assert report.odd.count == 20
-    assert set(names(report.odd)) == {str(at) for at in range(40, 60)}
-    assert report.odd.named[0][1] == "0.1 letters a second"
+    report = check.check_corpus([Example(str(at), str(tmp_path / "a.wav"), text, 0) for at, text in enumerate(texts)])
+    assert report.median_chars_per_s == pytest.approx(12)
+    assert report.chars_per_s_outliers.count == 20
+    assert set(names(report.chars_per_s_outliers)) == {str(at) for at in range(40, 60)}
+    assert report.chars_per_s_outliers.examples[0][1] == "0.1 letters a second"
 
 
 def test_the_embedded_sample_is_in_order(capsys):

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mowa.data import dialogues, texts
-from mowa.data.dialogues import Conversation, Message, Passage
+from mowa.data.dialogues import Conversation, Document, Message
 from mowa.errors import DataError
 
 WHAT, WARSAW = Message("user", "What?"), Message("assistant", "Warsaw")
@@ -23,7 +23,7 @@ SHAPES = {
 
 
 def gather(*rows, **how):
-    return dialogues.gather(((f"row {number}", row) for number, row in enumerate(rows, 1)), "data", **how)
+    return dialogues.parse_rows(((f"row {number}", row) for number, row in enumerate(rows, 1)), "data", **how)
 
 
 def messages(*turns):
@@ -36,9 +36,9 @@ GOOD = messages(("user", "What?"), ("assistant", "Warsaw"))
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_says_the_same(name):
     found = gather(SHAPES[name])
-    assert found.items == (Conversation("1", (WHAT, WARSAW)),)
-    assert found.shape.name == dialogues.detect([SHAPES[name]]).name == name
-    assert str(found.shape).startswith(f"{name} (")
+    assert found.samples == (Conversation("1", (WHAT, WARSAW)),)
+    assert found.dataset_format.name == dialogues.detect_format([SHAPES[name]]).name == name
+    assert str(found.dataset_format).startswith(f"{name} (")
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -56,27 +56,27 @@ def test_every_container(tmp_path, name, suffix):
     else:
         file.write_text(json.dumps([row], indent=1) if suffix == ".json" else json.dumps(row) + "\n")
     for path in (file, tmp_path):
-        assert dialogues.read(path).items == (Conversation("1", (WHAT, WARSAW)),)
+        assert dialogues.read_conversations(path).samples == (Conversation("1", (WHAT, WARSAW)),)
 
 
 def test_splits_of_a_folder(tmp_path):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"id": split, **GOOD}))
-    assert dialogues.read(tmp_path).items[0].id == "train"
-    assert dialogues.read(tmp_path, "dev").items[0].id == "validation"
+    assert dialogues.read_conversations(tmp_path).samples[0].id == "train"
+    assert dialogues.read_conversations(tmp_path, "dev").samples[0].id == "validation"
     with pytest.raises(DataError, match="no split test"):
-        dialogues.read(tmp_path, "test")
+        dialogues.read_conversations(tmp_path, "test")
 
 
 def test_text_files_are_passages(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b.md").write_text("# Zażółć\n")
     (tmp_path / "a.txt").write_bytes("\ufeffgęślą\r\njaźń".encode())
-    assert set(dialogues.read(tmp_path / "a.txt")) == {Passage("a", "gęślą\njaźń")}
-    assert dialogues.read(tmp_path / "deep").items == (Passage("b", "# Zażółć\n"),)
+    assert set(dialogues.read_conversations(tmp_path / "a.txt")) == {Document("a", "gęślą\njaźń")}
+    assert dialogues.read_conversations(tmp_path / "deep").samples == (Document("b", "# Zażółć\n"),)
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match="not UTF-8"):
-        dialogues.read(tmp_path / "a.txt")
+        dialogues.read_conversations(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_files_that_cannot_be_read(tmp_path, name, content, said):
     pytest.importorskip("pyarrow")
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=said):
-        dialogues.read(tmp_path / name)
+        dialogues.read_conversations(tmp_path / name)
 
 
 def test_no_such_file():
     with pytest.raises(DataError, match="say hub:owner/name"):
-        next(texts.rows("owner/name"))
+        next(texts.read_rows("owner/name"))
 
 
 def test_everything_a_row_may_hold():
@@ -120,7 +120,7 @@ def test_everything_a_row_may_hold():
         WHAT,
         Message("assistant", "", ({**call, "function": {"name": "f", "arguments": {"x": 1}}},)),
         Message("tool", "", name="f", tool_call_id="c1"),
-        Message("assistant", "Warsaw", thinking="hm"),
+        Message("assistant", "Warsaw", reasoning_content="hm"),
     )
 
 
@@ -138,7 +138,7 @@ def test_alpaca_with_everything():
 
 def test_prompt_and_completion_as_messages():
     turns = GOOD["messages"]
-    assert gather({"prompt": turns[:1], "completion": turns[1:]}).items[0].messages == (WHAT, WARSAW)
+    assert gather({"prompt": turns[:1], "completion": turns[1:]}).samples[0].messages == (WHAT, WARSAW)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_prompt_and_completion_as_messages():
 def test_bad_rows_are_counted_or_stop(row, reason):
     found = gather(GOOD, GOOD, row)
     assert len(found) == 2
-    assert found.rows == 3
+    assert found.num_rows == 3
     (told, (count, first)), *more = found.dropped.items()
     assert (told, count, more) == (reason, 1, [])
     assert first.startswith("row 3: ")
@@ -176,7 +176,7 @@ def test_two_shapes_are_named_with_a_row_of_each(other):
         gather(GOOD, GOOD, SHAPES[other])
     merged = {key: None for row in (GOOD, SHAPES[other]) for key in row}
     with pytest.raises(DataError, match="two shapes"):
-        dialogues.detect([merged | GOOD, merged | SHAPES[other]])
+        dialogues.detect_format([merged | GOOD, merged | SHAPES[other]])
 
 
 def test_unknown_columns_are_listed():
@@ -186,7 +186,7 @@ def test_unknown_columns_are_listed():
 
 def test_what_is_allowed_is_noted():
     twice = messages(("user", "x"), ("assistant", "y"), ("assistant", "z"), ("user", "bye"))
-    assert set(gather(twice).noted) == {"two turns of the assistant in a row", "ends without an answer"}
+    assert set(gather(twice).warnings) == {"two turns of the assistant in a row", "ends without an answer"}
 
 
 def test_ids_are_told_apart():

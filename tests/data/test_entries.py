@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import mowa
 from mowa.data import audio, kaldi, layouts, sources
-from mowa.data.decoders import Blob
+from mowa.data.decoders import AudioBytes
 from mowa.errors import DataError
 from mowa.nouns import Example
 
@@ -262,12 +262,12 @@ FORMATS = [value for name, value in list(globals().items()) if name.startswith("
 
 
 def entries(names, split="", **how):
-    return list(sources.entries(names, split, **how))
+    return list(sources.list_examples(names, split, **how))
 
 
 def heard(example):
-    source = example.audio if example.sound is None else Blob(example.audio, example.sound)
-    return audio.load(source, begin_s=example.begin_s, length_s=example.duration_s if example.part else None)
+    source = example.audio if example.sound is None else AudioBytes(example.audio, example.sound)
+    return audio.load_audio(source, offset_s=example.begin_s, duration_s=example.duration_s if example.part else None)
 
 
 def refusal(names, split="", **how):
@@ -289,14 +289,14 @@ def test_every_shape_gives_the_same(tmp_path, clips, spoken, shape):
         assert np.corrcoef(got[:length], samples[:length])[0, 1] > (0.999 if "b." not in example.audio else 0.9)
     if speakers := [example.tags["speaker"] for example in found if "speaker" in example.tags]:
         assert speakers == list(SPEAKERS)
-    learnt = list(sources.read(name, cache=tmp_path / "cache"))  # the same code, for training
+    learnt = list(sources.read_examples(name, cache_dir=tmp_path / "cache"))  # the same code, for training
     assert [(example.id, example.text) for example in learnt] == list(zip(IDS, TEXTS, strict=True))
-    assert all(Path(example.audio).is_file() and example.sound is None for example in learnt)
+    assert all(Path(example.audio).is_file() and example.audio_bytes is None for example in learnt)
     assert [example.duration_s for example in learnt] == pytest.approx([len(s) / spoken[1] for s in spoken[0]], abs=0.1)
 
 
 def test_the_shapes_have_names(tmp_path, clips):
-    kinds = {shape.__name__[3:]: sources.layout(shape(tmp_path / shape.__name__, clips)).kind for shape in KINDS}
+    kinds = {shape.__name__[3:]: sources.detect_layout(shape(tmp_path / shape.__name__, clips)).kind for shape in KINDS}
     assert kinds == {
         "common_voice": "Common Voice",
         "kaldi": "Kaldi directory",
@@ -314,7 +314,7 @@ def test_a_split_is_named(tmp_path, clips, shape):
     name = shape(tmp_path, clips)
     other = "test" if shape is by_folder_of_shards else "dev"
     assert [example.text for example in entries(name, other)] == [TEXTS[0]]
-    assert sources.splits(name) == sorted(["train", other])
+    assert sources.list_splits(name) == sorted(["train", other])
     assert f"there is no split odd. Name one of those there are: {', '.join(sorted(['train', other]))}" in refusal(
         name, "odd"
     )
@@ -339,12 +339,12 @@ def test_folders_of_recordings(tree):
     assert [example.audio for example in found] == [
         str(tree / name) for name in ("a.FLAC", "b/10.wav", "b/2.wav", "b/a/x.wav")
     ]
-    assert all((example.text, example.duration_s, example.sound) == ("", 0, None) for example in found)
+    assert all((example.text, example.duration_s, example.audio_bytes) == ("", 0, None) for example in found)
     assert entries(tree) == found
     assert "in: has no split test, but bare recordings" in refusal("in", "test")
-    assert [example.id for example in sources.read("in", texts=False)] == ["a", "b/10", "b/2", "b/a/x"]
+    assert [example.id for example in sources.read_examples("in", require_text=False)] == ["a", "b/10", "b/2", "b/a/x"]
     with pytest.raises(DataError, match="in: is nothing that can be read here"):
-        next(sources.read("in"))
+        next(sources.read_examples("in"))
 
 
 def test_files_and_patterns(tree):
@@ -378,7 +378,7 @@ def test_nothing_is_opened(tree):
 def test_several_sources_in_a_row(tmp_path, clips):
     names = [by_common_voice(tmp_path / "1", clips), by_shard(tmp_path / "2", clips), str(clips / "a.flac")]
     assert [example.id for example in entries(names)] == [*IDS, "a-2", "b-2", "c-2", str(clips / "a")]
-    broken = iter(sources.entries([names[0], tmp_path / "gone.jsonl"]))
+    broken = iter(sources.list_examples([names[0], tmp_path / "gone.jsonl"]))
     assert [example.id for example in islice(broken, 3)] == list(IDS)
     with pytest.raises(DataError, match=r"gone\.jsonl: no such file"):
         next(broken)
@@ -422,7 +422,7 @@ def test_a_sounding_column_is_named(tmp_path, clips):
     data = data_set(clips).rename_column("audio", "nagranie").add_column("path", ["x"] * 3)
     data.to_parquet(tmp_path / "m.parquet")
     found = entries(tmp_path / "m.parquet", columns={"audio": "nagranie"})
-    assert [example.sound for example in found] == sounds(clips)
+    assert [example.audio_bytes for example in found] == sounds(clips)
 
 
 def test_texts_may_be_needed(tmp_path, clips):
@@ -438,7 +438,7 @@ def test_parts_of_recordings(tmp_path, clips, spoken):
     given = [{"offset": 0, "duration": 1.5}, {"offset": "1.5", "duration": 0.5}, {"offset": None}, {"duration": 4.1}]
     name = write(clips / "parts.jsonl", jsonl({"audio_filepath": "a.flac"} | row for row in given))
     found = entries(name)
-    assert [(example.begin_s, example.duration_s, example.part) for example in found] == [
+    assert [(example.offset_s, example.duration_s, example.is_excerpt) for example in found] == [
         (0, 1.5, True),
         (1.5, 0.5, True),
         (0, 0, False),
@@ -461,7 +461,9 @@ def test_kaldi_segments(tmp_path, clips):
     write(folder / "reco2dur", "r1 4.118\nr2 4.118\n")
     write(folder / "text", "u1 tak nie\nu3\nu4 może\nu9 nikt\n")
     found = entries(folder)
-    assert [(example.id, example.text, example.begin_s, example.duration_s, example.part) for example in found] == [
+    assert [
+        (example.id, example.text, example.offset_s, example.duration_s, example.is_excerpt) for example in found
+    ] == [
         ("u1", "tak nie", 0.5, 0.75, True),
         ("u2", "", 0, 4.118, False),
         ("u3", "", 2, 2.118, True),
@@ -499,7 +501,7 @@ def test_kaldi_files_are_not_held(tmp_path):
     count = 5_000
     write(tmp_path / "wav.scp", "".join(f"u{at:06} {at}.wav\n" for at in range(count)))
     write(tmp_path / "text", "".join(f"u{at:06} tekst {at}\n" for at in range(count)))
-    found = kaldi.rows(tmp_path)
+    found = kaldi.read_kaldi(tmp_path)
     assert [fields["text"] for _, _, fields in islice(found, 3)] == ["tekst 0", "tekst 1", "tekst 2"]
     look_up = kaldi._beside(tmp_path / "text")
     held = look_up.__closure__
@@ -526,11 +528,11 @@ def test_cuts_that_only_lhotse_can_make(tmp_path, number, told):
 
 def test_cuts_of_other_kinds(tmp_path, clips):
     part, channels, resampled = entries(write(clips / "m.jsonl", jsonl([CUTS[3], CUTS[4], CUTS[9]])))
-    assert (part.id, part.begin_s, part.duration_s, part.part) == ("a-1", 0.25, 0.5, True)
+    assert (part.id, part.offset_s, part.duration_s, part.is_excerpt) == ("a-1", 0.25, 0.5, True)
     assert part.tags == {"speaker": "s1", "language": "pl", "gender": "f"}
     assert len(heard(part)) == 8_000
-    assert (channels.id, channels.part, Path(channels.audio).name) == ("st", False, "stereo.wav")
-    assert (resampled.part, Path(resampled.audio).name) == (False, "a.flac")
+    assert (channels.id, channels.is_excerpt, Path(channels.audio).name) == ("st", False, "stereo.wav")
+    assert (resampled.is_excerpt, Path(resampled.audio).name) == (False, "a.flac")
 
 
 @pytest.mark.parametrize(
@@ -570,7 +572,7 @@ def test_archives_that_are_cut_off(tmp_path, clips, shape, share):
     path = shape(tmp_path, clips)
     whole = entries(path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    found, listed = [], sources.entries(path)
+    found, listed = [], sources.list_examples(path)
     with pytest.raises(DataError, match=r"is no tar archive, damaged or cut off \(.+\)\. Copy or download it again"):
         gather(listed, found)
     assert found == whole[: len(found)]
@@ -594,7 +596,7 @@ def test_a_damaged_header(tmp_path, clips):
     with tarfile.open(path) as tar:
         data[tar.getmembers()[2].offset + 150] ^= 0xFF  # its checksum
     path.write_bytes(data)
-    found = iter(sources.entries(path))
+    found = iter(sources.list_examples(path))
     assert next(found).text == TEXTS[0]
     with pytest.raises(DataError, match="damaged or cut off"):
         next(found)
@@ -632,7 +634,7 @@ def test_what_a_table_lists_and_the_archive_has_not(tmp_path, clips):
     members = [member for member in mozilla(clips, tables_first=True) if not member[0].endswith("b.mp3")]
     found = entries(packed(tmp_path / "cv.tar", members))
     assert [example.id for example in found] == ["a", "c", "b"]
-    assert found[2].sound is None
+    assert found[2].audio_bytes is None
     assert found[2].audio.endswith("cv.tar/cv-corpus-21.0-2025-03-14/pl/clips/b.mp3")
 
 
@@ -644,7 +646,7 @@ def test_names_in_archives(tmp_path, clips):
     assert [(example.id, example.audio) for example in found] == [
         (f"mowa/{id}", f"{path}/mowa/{file}") for id, file in zip(IDS, FILES, strict=True)
     ]
-    assert [example.sound for example in found] == sounds(clips)
+    assert [example.audio_bytes for example in found] == sounds(clips)
 
 
 WORDS = st.sampled_from(
@@ -733,5 +735,5 @@ LIGHT = {"cv.tar.gz": {"compresslevel": 1}}
 
 
 def test_the_folder_of_a_pattern_is_not_entered_twice(tree):
-    found = [place for place in layouts.places("in/**/*") if "loop" not in place]
+    found = [place for place in layouts.expand_pattern("in/**/*") if "loop" not in place]
     assert found == ["in/a.FLAC", "in/b/10.wav", "in/b/2.wav", "in/b/a/x.wav"]

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mowa.data import festival, neighbours, synth
-from mowa.data.text import POLISH, plain
-from mowa.errors import DataError, MissingPart
+from mowa.data.text import POLISH, normalize_text
+from mowa.errors import DataError, MissingDependency
 
 LINES = ["Źdźbło trawy rośnie.", "Chrząszcz brzmi w trzcinie, a ja słucham.", "Gdzie jest mój żółty kot?"]
 CZECH = {
@@ -118,7 +118,7 @@ def test_no_lines_and_unknown_voices_are_refused(tmp_path):
 
 def test_missing_festival_names_the_packages(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MissingPart, match="apt-get install festival festvox-czech-ph"):
+    with pytest.raises(MissingDependency, match="apt-get install festival festvox-czech-ph"):
         festival.corpus(LINES, tmp_path / "out", clips={"czech_ph": 1})
     assert not (tmp_path / "out").exists()
 
@@ -126,7 +126,7 @@ def test_missing_festival_names_the_packages(tmp_path, monkeypatch):
 def test_missing_voice_names_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr(festival, "_VOICES", tmp_path)
     monkeypatch.setattr(festival.shutil, "which", lambda _: "/usr/bin/festival")
-    with pytest.raises(MissingPart, match="apt-get install festvox-ru`"):
+    with pytest.raises(MissingDependency, match="apt-get install festvox-ru`"):
         festival.corpus(LINES, tmp_path / "out", clips={"msu_ru_nsh_clunits": 1})
 
 
@@ -139,7 +139,7 @@ def test_speaks_reads_back_and_goes_on(tmp_path, voice):
     hours = festival.corpus(LINES, tmp_path, clips={voice: 3}, seed=1)
     manifest = tmp_path / f"{voice}.jsonl"
     examples = list(synth.read_manifest(manifest))
-    assert sorted(e.text for e in examples) == sorted(plain(line) for line in LINES)
+    assert sorted(e.text for e in examples) == sorted(normalize_text(line) for line in LINES)
     assert sum(e.duration_s for e in examples) / 3600 == pytest.approx(hours[voice])
     for example in examples:
         samples, rate_hz = soundfile.read(example.audio)

@@ -5,18 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mowa.data.level import BLOCK, Level, normalised
+from mowa.data.level import BLOCK_SAMPLES, RunningStats, normalize_running
 from tests.checkpoints import clip
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(0, BLOCK - 1))
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(0, BLOCK_SAMPLES - 1))
 def test_cut_between_blocks_it_gives_the_same(blocks, rest):
-    sound = clip(0, sum(blocks) * BLOCK + rest)
-    whole, after = normalised(sound, Level.typical())
-    level, parts, start = Level.typical(), [], 0
-    for end in (*np.cumsum(blocks) * BLOCK, len(sound)):
-        part, level = normalised(sound[start:end], level)
+    sound = clip(0, sum(blocks) * BLOCK_SAMPLES + rest)
+    whole, after = normalize_running(sound, RunningStats.prior())
+    level, parts, start = RunningStats.prior(), [], 0
+    for end in (*np.cumsum(blocks) * BLOCK_SAMPLES, len(sound)):
+        part, level = normalize_running(sound[start:end], level)
         parts.append(part)
         start = end
     assert np.array_equal(np.concatenate(parts), whole)
@@ -25,7 +25,7 @@ def test_cut_between_blocks_it_gives_the_same(blocks, rest):
 
 def test_of_steady_sound_it_becomes_what_the_whole_gives():
     sound = (np.random.default_rng(0).standard_normal(320_000) * 0.01 + 0.005).astype(np.float32)
-    out, _ = normalised(sound, Level.typical(0.0001))
+    out, _ = normalize_running(sound, RunningStats.prior(0.0001))
     assert out.dtype == np.float32
     assert out.shape == sound.shape
     late = out[240_000:]
@@ -34,15 +34,15 @@ def test_of_steady_sound_it_becomes_what_the_whole_gives():
 
 
 def test_nothing_later_changes_it():
-    sound = clip(1, 10 * BLOCK)
-    early, _ = normalised(sound[: 4 * BLOCK], Level.typical())
-    assert np.array_equal(normalised(sound, Level.typical())[0][: 4 * BLOCK], early)
+    sound = clip(1, 10 * BLOCK_SAMPLES)
+    early, _ = normalize_running(sound[: 4 * BLOCK_SAMPLES], RunningStats.prior())
+    assert np.array_equal(normalize_running(sound, RunningStats.prior())[0][: 4 * BLOCK_SAMPLES], early)
 
 
-@pytest.mark.parametrize("samples", [0, 1, BLOCK - 1, BLOCK + 1])
+@pytest.mark.parametrize("samples", [0, 1, BLOCK_SAMPLES - 1, BLOCK_SAMPLES + 1])
 def test_odd_lengths_and_silence(samples):
-    out, level = normalised(np.zeros(samples, np.float32), Level.typical())
+    out, level = normalize_running(np.zeros(samples, np.float32), RunningStats.prior())
     assert np.array_equal(out, np.zeros(samples))
     for _ in range(3000):
-        _, level = normalised(np.zeros(BLOCK, np.float32), level)
-    assert np.isfinite(normalised(clip(2, BLOCK), level)[0]).all()
+        _, level = normalize_running(np.zeros(BLOCK_SAMPLES, np.float32), level)
+    assert np.isfinite(normalize_running(clip(2, BLOCK_SAMPLES), level)[0]).all()

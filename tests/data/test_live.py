@@ -18,9 +18,9 @@ import pytest
 import soundfile
 
 from mowa.data import audio, live, microphones, piped
-from mowa.data.decoders import Blob
-from mowa.data.live import Bounded, Piece, Source
-from mowa.errors import AudioError, MissingPart
+from mowa.data.decoders import AudioBytes
+from mowa.data.live import AudioChunk, AudioSource, BufferedSource
+from mowa.errors import AudioError, MissingDependency
 
 RATE_HZ = 16_000
 
@@ -30,7 +30,7 @@ def clip(seed, samples):
 
 
 def heard(source, **how):
-    with Bounded(source, **how) as blocks:
+    with BufferedSource(source, **how) as blocks:
         found = list(blocks)
     return np.concatenate([block.samples for block in found])
 
@@ -38,7 +38,7 @@ def heard(source, **how):
 def failing(source):
     """What came before the failure, and its line."""
     found = []
-    with Bounded(source) as blocks, pytest.raises(AudioError) as wrong:
+    with BufferedSource(source) as blocks, pytest.raises(AudioError) as wrong:
         found.extend(block.samples for block in blocks)
     assert "\n" not in str(wrong.value)
     return np.concatenate([np.zeros(0, np.float32), *found]), str(wrong.value)
@@ -49,10 +49,10 @@ def counting(count, *, waits, after=lambda given: None):
 
     def pieces(rate_hz):
         for number in range(count):
-            yield Piece(np.full(25, number, np.float32), rate_hz, time.monotonic())
+            yield AudioChunk(np.full(25, number, np.float32), rate_hz, time.monotonic())
             after(number + 1)
 
-    return Source("counting", pieces, waits=waits)
+    return AudioSource("counting", pieces, pausable=waits)
 
 
 # --- the bound --------------------------------------------------------------------------------------------------------
@@ -62,12 +62,12 @@ def test_a_source_that_waits_is_never_more_than_the_bound_ahead():
     given = [0]
     source = counting(60, waits=True, after=lambda number: given.__setitem__(0, number))
     taken, most = 0, 0
-    with Bounded(source, 1000, limit_s=0.25) as blocks:
+    with BufferedSource(source, 1000, max_buffer_s=0.25) as blocks:
         for block in blocks:
             assert block.samples[0] == taken
             assert not block.lost_s
             taken += 1
-            most = max(most, blocks.held_s)
+            most = max(most, blocks.buffered_s)
             time.sleep(0.002)
             assert given[0] <= taken + 10
     assert taken == 60
@@ -78,9 +78,9 @@ def test_a_source_that_waits_is_never_more_than_the_bound_ahead():
 def test_a_source_that_cannot_wait_drops_the_oldest_and_counts_it():
     full = threading.Event()
     source = counting(95, waits=False, after=lambda number: number == 95 and full.set())
-    with Bounded(source, 1000, limit_s=0.25) as blocks:
+    with BufferedSource(source, 1000, max_buffer_s=0.25) as blocks:
         assert full.wait(10)
-        assert blocks.held_s <= 0.25
+        assert blocks.buffered_s <= 0.25
         found = list(blocks)
     assert [block.samples[0] for block in found] == [90, 91, 92, 93, 94]
     assert [block.lost_s for block in found] == pytest.approx([2.25, 0, 0, 0, 0])
@@ -90,11 +90,11 @@ def test_a_source_that_cannot_wait_drops_the_oldest_and_counts_it():
 def test_what_is_held_still_comes_after_finish():
     full = threading.Event()
     source = counting(60, waits=True, after=lambda number: number == 10 and full.set())
-    with Bounded(source, 1000, limit_s=0.25) as blocks:
+    with BufferedSource(source, 1000, max_buffer_s=0.25) as blocks:
         iterator = iter(blocks)
         first = next(iterator)
         assert full.wait(10)
-        blocks.finish()
+        blocks.stop()
         rest = list(iterator)
     assert 9 <= len([first, *rest]) <= 12
 
@@ -117,7 +117,7 @@ def test_a_bug_is_no_audio_error():
     def fail(number):
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), Bounded(counting(2, waits=True, after=fail)) as blocks:
+    with pytest.raises(ZeroDivisionError), BufferedSource(counting(2, waits=True, after=fail)) as blocks:
         list(blocks)
 
 
@@ -149,25 +149,25 @@ def test_simulated_pieces_come_when_they_would_have_been_recorded(file, monkeypa
     clock = Clock()
     monkeypatch.setattr(live, "time", clock)
     position = 0
-    for piece in live.simulated(file, speed).pieces(RATE_HZ):
+    for piece in live.open_realtime_file(file, speed).open_stream(RATE_HZ):
         position += len(piece.samples)
-        assert piece.recorded_s == pytest.approx(100 + position / RATE_HZ / speed)
-        assert 0 <= clock.now_s - piece.recorded_s < 0.0011  # late once, and never more
+        assert piece.captured_at_s == pytest.approx(100 + position / RATE_HZ / speed)
+        assert 0 <= clock.now_s - piece.captured_at_s < 0.0011  # late once, and never more
     assert position == 20_000
     assert clock.slept >= 20_000 // 512
 
 
 def test_simulated_is_never_early(file):
     begun_s = time.monotonic()
-    assert np.array_equal(heard(live.simulated(file, speed=20)), audio.load(file))
+    assert np.array_equal(heard(live.open_realtime_file(file, speed=20)), audio.load_audio(file))
     assert time.monotonic() - begun_s >= 1.25 / 20
 
 
 def test_a_file_is_what_audio_reads(file):
-    assert np.array_equal(heard(live.recording(file)), audio.load(file))
+    assert np.array_equal(heard(live.open_file(file)), audio.load_audio(file))
 
 
-@pytest.mark.parametrize("source", [live.recording, live.simulated])
+@pytest.mark.parametrize("source", [live.open_file, live.open_realtime_file])
 def test_files_that_are_none(tmp_path, source):
     for name, word in (("lost.wav", "does not exist"), ("", "is a folder")):
         with pytest.raises(AudioError, match=word):
@@ -245,7 +245,7 @@ RECORDINGS = {
 
 def same_as(samples, recording, more=0):
     """Bit for bit what `audio` reads; `more` samples of padding may follow, where a pipe cannot say."""
-    wanted = audio.load(recording)
+    wanted = audio.load_audio(recording)
     assert len(wanted) <= len(samples) <= len(wanted) + more
     assert bool((samples[: len(wanted)] == wanted).all())
 
@@ -255,33 +255,33 @@ def test_recordings_come_through_a_pipe_as_from_a_file(pipe, name):
     data = RECORDINGS[name]()
     assert piped.is_container(data[:2048])
     pipe(data)
-    same_as(heard(piped.standard_input()), Blob(name, data), more=512 if name == "mp3" else 0)
+    same_as(heard(piped.open_stdin()), AudioBytes(name, data), more=512 if name == "mp3" else 0)
 
 
 @pytest.mark.parametrize("piece", [1, 4097, 10**6])
 def test_raw_samples_come_through_a_pipe(pipe, piece):
     data = raw(SOUND[:3001]) + b"\x01"  # half a sample is none
     pipe(data, piece)
-    assert np.array_equal(heard(piped.standard_input()), np.frombuffer(data[:-1], "<i2") / np.float32(32768))
+    assert np.array_equal(heard(piped.open_stdin()), np.frombuffer(data[:-1], "<i2") / np.float32(32768))
 
 
 @pytest.mark.parametrize(("rate_hz", "channels"), [(8_000, 1), (44_100, 2), (48_000, 1)])
 def test_other_rates_are_resampled(pipe, rate_hz, channels):
     tone = np.sin(np.arange(rate_hz) * 2 * np.pi * 440 / rate_hz).astype(np.float32) * 0.5
     pipe(written(np.stack([tone] * channels, 1), rate_hz, format="WAV"))
-    samples = heard(piped.standard_input())
+    samples = heard(piped.open_stdin())
     assert abs(len(samples) - RATE_HZ) <= 1
     wanted = np.sin(np.arange(RATE_HZ) * 2 * np.pi * 440 / RATE_HZ) * 0.5
     assert np.abs(samples[800:15_000] - wanted[800:15_000]).max() < 1e-3
     if channels == 1:
         pipe(raw(tone))
-        assert np.abs(heard(piped.standard_input(rate_hz)) - samples).max() < 1e-4
+        assert np.abs(heard(piped.open_stdin(rate_hz)) - samples).max() < 1e-4
 
 
 def test_the_rate_may_change_on_the_way():
     tone = [np.sin(np.arange(rate) * 0.5).astype(np.float32) for rate in (8000, 16_000, 48_000)]
-    pieces = [Piece(one, len(one), 0.0, 0.5 * at) for at, one in enumerate(tone)]
-    with Bounded(Source("changing", lambda rate_hz: (piece for piece in pieces)), RATE_HZ) as bounded:
+    pieces = [AudioChunk(one, len(one), 0.0, 0.5 * at) for at, one in enumerate(tone)]
+    with BufferedSource(AudioSource("changing", lambda rate_hz: (piece for piece in pieces)), RATE_HZ) as bounded:
         blocks = list(bounded)
     assert abs(sum(len(block.samples) for block in blocks) - 3 * RATE_HZ) <= 2
     assert sum(block.lost_s for block in blocks) == 1.5
@@ -297,7 +297,7 @@ def test_wrong_standard_input(pipe, monkeypatch):
         (whole[: len(whole) // 2], None, "is cut off: its header promises 1.5 s, 0.7 s came"),
     ):
         pipe(data)
-        samples, line = failing(piped.standard_input(rate_hz))
+        samples, line = failing(piped.open_stdin(rate_hz))
         assert line.startswith("standard input: ")
         assert word in line
         assert bool(len(samples)) == ("cut off" in word)
@@ -305,7 +305,7 @@ def test_wrong_standard_input(pipe, monkeypatch):
     with open(leader, "rb", buffering=0), open(follower, "rb", buffering=0) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
         with pytest.raises(AudioError, match="nothing is piped in"):
-            piped.standard_input()
+            piped.open_stdin()
 
 
 def test_samples_are_not_taken_for_recordings():
@@ -350,25 +350,25 @@ def server(answers):
 def test_sound_over_http():
     data = written(np.stack([SOUND, SOUND], 1), format="OGG")
     with server({"/a.ogg": data}) as url:
-        source = live.address(f"{url}/a.ogg?key=1")
-        assert source.waits
-        same_as(heard(source), Blob("a.ogg", data))
+        source = live.open_url(f"{url}/a.ogg?key=1")
+        assert source.pausable
+        same_as(heard(source), AudioBytes("a.ogg", data))
 
 
 def test_addresses_that_give_nothing(monkeypatch):
     monkeypatch.setattr(live, "TIMEOUT_S", 0.3)
     with server({"/silent": None, "/text": b"no sound " * 999}) as url:
         for path, word in (("/silent", "nothing came for 0.3 s"), ("/lost", "404"), ("/text", "gives no sound")):
-            samples, line = failing(live.address(f"{url}{path}?key=1"))
+            samples, line = failing(live.open_url(f"{url}{path}?key=1"))
             assert not len(samples)
             assert word in line
             assert "secret" not in line
             assert "key" not in line
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        assert "Connection refused" in failing(live.address(f"http://127.0.0.1:{closed.getsockname()[1]}/"))[1]
+        assert "Connection refused" in failing(live.open_url(f"http://127.0.0.1:{closed.getsockname()[1]}/"))[1]
     with pytest.raises(AudioError, match="is no address that sound comes from"):
-        live.address("file:///etc/passwd")
+        live.open_url("file:///etc/passwd")
 
 
 def test_a_playlist_opens_no_file(tmp_path):
@@ -377,8 +377,8 @@ def test_a_playlist_opens_no_file(tmp_path):
     listed = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{}\n#EXT-X-ENDLIST\n".format
     there, here = listed("part.ts").encode(), listed((tmp_path / "part.ts").as_uri()).encode()
     with server({"/there.m3u8": there, "/part.ts": part, "/here.m3u8": here}) as url:
-        assert len(heard(live.address(f"{url}/there.m3u8"))) > 20_000
-        assert not len(failing(live.address(f"{url}/here.m3u8"))[0])
+        assert len(heard(live.open_url(f"{url}/there.m3u8"))) > 20_000
+        assert not len(failing(live.open_url(f"{url}/here.m3u8"))[0])
 
 
 def test_sound_over_rtp():
@@ -398,9 +398,9 @@ def test_sound_over_rtp():
 
         thread = threading.Thread(target=send)
         thread.start()
-        source, count, loudest = live.address(f"rtp://127.0.0.1:{port}"), 0, 0.0
+        source, count, loudest = live.open_url(f"rtp://127.0.0.1:{port}"), 0, 0.0
         try:
-            with Bounded(source) as blocks:
+            with BufferedSource(source) as blocks:
                 for block in blocks:
                     count += len(block.samples)
                     loudest = max(loudest, np.abs(block.samples).max())
@@ -409,7 +409,7 @@ def test_sound_over_rtp():
         finally:
             done.set()
             thread.join()
-    assert not source.waits
+    assert not source.pausable
     assert loudest > 0.9
 
 
@@ -478,8 +478,8 @@ def with_fake(monkeypatch):
 
 def test_a_microphone_is_heard_until_it_is_unplugged(with_fake):
     module = with_fake(plays=[(SOUND[start : start + 512, None], 0.0) for start in range(0, 8192, 512)])
-    source = microphones.microphone()
-    assert (source.waits, source.ends) == (False, False)
+    source = microphones.open_microphone()
+    assert (source.pausable, source.finite) == (False, False)
     samples, line = failing(source)
     assert np.array_equal(samples, SOUND[:8192])
     assert line == "microphone USB one: gives no sound any more after 0.5 s. Is it plugged in?"
@@ -487,9 +487,9 @@ def test_a_microphone_is_heard_until_it_is_unplugged(with_fake):
 
 
 def test_a_microphone_that_falls_silent_is_unplugged(with_fake, monkeypatch):
-    monkeypatch.setattr(microphones, "SILENT_S", 0.05)
+    monkeypatch.setattr(microphones, "TIMEOUT_S", 0.05)
     with_fake(plays=[(SOUND[:512, None], 0.0)], ends="silent")
-    samples, line = failing(microphones.microphone())
+    samples, line = failing(microphones.open_microphone())
     assert len(samples) == 512
     assert "gives no sound any more" in line
 
@@ -498,7 +498,7 @@ def test_a_microphone_with_its_own_rate_and_channels(with_fake):
     tone = np.sin(np.arange(48_000) * 2 * np.pi * 440 / 48_000).astype(np.float32)
     both = np.stack([tone, np.zeros_like(tone)], 1)
     module = with_fake(rates=(48_000,), least=2, plays=[(both[at : at + 1536], 0.0) for at in range(0, 48_000, 1536)])
-    samples, _ = failing(microphones.microphone("usb TWO"))
+    samples, _ = failing(microphones.open_microphone("usb TWO"))
     assert (module.opened[0]["samplerate"], module.opened[0]["channels"], module.opened[0]["device"]) == (48_000, 2, 3)
     assert abs(len(samples) - RATE_HZ) <= 1
     assert np.abs(samples).max() == pytest.approx(0.5, abs=0.05)
@@ -507,7 +507,7 @@ def test_a_microphone_with_its_own_rate_and_channels(with_fake):
 def test_an_overflow_is_counted(with_fake):
     with_fake(plays=[(SOUND[:512, None], 0.0), (SOUND[:512, None], 0.25), (SOUND[:512, None], 0.0)])
     lost = []
-    with Bounded(microphones.microphone()) as blocks, pytest.raises(AudioError):
+    with BufferedSource(microphones.open_microphone()) as blocks, pytest.raises(AudioError):
         lost.extend(block.lost_s for block in blocks)
     assert lost == pytest.approx([0.0, 0.25, 0.0])
 
@@ -515,7 +515,7 @@ def test_an_overflow_is_counted(with_fake):
 def test_microphones_that_are_not_there(with_fake):
     with_fake(names=())
     with pytest.raises(AudioError, match=r"^there is no microphone here\. Plug one in, or pipe sound in"):
-        microphones.microphone()
+        microphones.open_microphone()
     with_fake()
     for name, line in (
         ("radio", "there is no microphone 'radio': choose by number among 1 Built-in; 2 USB one; 3 USB two"),
@@ -523,26 +523,29 @@ def test_microphones_that_are_not_there(with_fake):
         ("usb", "2 microphones are called 'usb': choose by number among 2 USB one; 3 USB two"),
     ):
         with pytest.raises(AudioError) as wrong:
-            microphones.microphone(name)
+            microphones.open_microphone(name)
         assert str(wrong.value).startswith(line)
     with_fake(rates=())
-    assert "cannot be opened; is another program using it? (Invalid sample rate" in failing(microphones.microphone())[1]
+    assert (
+        "cannot be opened; is another program using it? (Invalid sample rate"
+        in failing(microphones.open_microphone())[1]
+    )
     with_fake(ends="taken")
-    assert "is another program using it? (Device unavailable" in failing(microphones.microphone())[1]
+    assert "is another program using it? (Device unavailable" in failing(microphones.open_microphone())[1]
 
 
 def test_the_only_microphone_is_the_default_one(with_fake):
     with_fake(names=("Built-in",))
-    assert microphones.microphone().name == "microphone Built-in"
-    assert [one.default for one in microphones.devices()] == [False]
+    assert microphones.open_microphone().name == "microphone Built-in"
+    assert [one.default for one in microphones.list_microphones()] == [False]
 
 
 def test_without_sounddevice_or_portaudio(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sounddevice", None)
-    with pytest.raises(MissingPart, match=r"pip install 'mowa\[live\]'"):
-        microphones.microphone()
+    with pytest.raises(MissingDependency, match=r"pip install 'mowa\[live\]'"):
+        microphones.open_microphone()
     (tmp_path / "sounddevice.py").write_text("raise OSError('PortAudio library not found')")
     monkeypatch.delitem(sys.modules, "sounddevice")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MissingPart, match="apt-get install libportaudio2"):
-        microphones.devices()
+    with pytest.raises(MissingDependency, match="apt-get install libportaudio2"):
+        microphones.list_microphones()

@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mowa.data import sift
-from mowa.data.letters import NEAR
-from mowa.data.text import plain
+from mowa.data.letters import SUBSTITUTES
+from mowa.data.text import normalize_text
 from mowa.errors import DataError
 from mowa.nouns import Example
 
@@ -24,7 +24,7 @@ def example(text, duration_s=5.0, id="a", audio=THERE, **tags):
 
 def sifted(*texts, tokens=POLISH, frames=lambda s: 1000, **rules):
     examples = [example(text, id=str(at)) for at, text in enumerate(texts)]
-    return sift.sift(examples, sift.Rules(**rules), tokens=tokens, frames=frames)
+    return sift.filter_examples(examples, sift.FilterConfig(**rules), characters=tokens, num_frames=frames)
 
 
 def spelt(text, tokens=POLISH, **rules):
@@ -49,29 +49,29 @@ def spelt(text, tokens=POLISH, **rules):
     ],
 )
 def test_letters_of_a_new_vocabulary(texts, letters):
-    assert sift.alphabet(texts) == letters
+    assert sift.build_alphabet(texts) == letters
     decomposed = [unicodedata.normalize("NFD", text) for text in texts]
-    assert sift.alphabet(decomposed) == letters
+    assert sift.build_alphabet(decomposed) == letters
 
 
 def test_rare_signs_and_letters_are_left_out():
     words = ["słowo"] * 198 + ["Kennedy'ego", "polsko-niemiecki"]
-    assert "-" not in sift.alphabet(words)
-    assert "'" in sift.alphabet(words)
-    assert "'" not in sift.alphabet([*words, "słowo"])
-    assert "-" in sift.alphabet([*words, "biało-czerwony", "czarno-biały"])
-    assert sift.alphabet(["aaa bb x"], least=2) == "ab"
-    assert sift.alphabet(["Ёж съел 3"], letters={"ё": "е", "3": " три"}) == "ежилрстъ"
+    assert "-" not in sift.build_alphabet(words)
+    assert "'" in sift.build_alphabet(words)
+    assert "'" not in sift.build_alphabet([*words, "słowo"])
+    assert "-" in sift.build_alphabet([*words, "biało-czerwony", "czarno-biały"])
+    assert sift.build_alphabet(["aaa bb x"], min_count=2) == "ab"
+    assert sift.build_alphabet(["Ёж съел 3"], char_map={"ё": "е", "3": " три"}) == "ежилрстъ"
 
 
 @LAW
 @given(st.lists(MIXED, max_size=5))
 def test_an_alphabet_writes_its_own_texts(texts):
     """Of what it was made from, a vocabulary lacks digits alone."""
-    letters = sift.alphabet(texts)
+    letters = sift.build_alphabet(texts)
     assert not any(c.isspace() or unicodedata.category(c)[0] == "N" for c in letters)
     assert list(letters) == sorted(set(letters))
-    lacking = sifted(*texts, tokens=tuple(letters), strange="reject").outside
+    lacking = sifted(*texts, tokens=tuple(letters), strange="reject").oov_counts
     assert all(unicodedata.category(c)[0] == "N" for c in lacking)
 
 
@@ -108,7 +108,7 @@ def test_case_follows_the_vocabulary():
     upper = tuple(c.upper() for c in POLISH)
     assert spelt("Łódź, Straße", upper) == ["ŁÓDŹ STRASSE"]
     assert spelt("Łódź Q", (*POLISH, *upper)) == ["Łódź"]
-    assert not sifted("Łódź", tokens=upper).changed
+    assert not sifted("Łódź", tokens=upper).mapped_counts
     for turkish in ("İyi ISI", unicodedata.normalize("NFD", "İyi ISI")):
         assert spelt(turkish, tuple("iys"), strange="reject") == ["iyi isi"]
     assert spelt("i\u0307yi", tuple("iy"), strange="reject") == ["iyi"]
@@ -118,7 +118,7 @@ def test_marks_of_their_own():
     """A vocabulary of decomposed letters loses nothing, and nothing counts as changed."""
     result = sifted("Zażółć ẹ̀", tokens=tuple("zaolcełe\u0300\u0301\u0307\u0323"))
     assert unicodedata.normalize("NFC", result.kept[0].text) == unicodedata.normalize("NFC", "zażółć ẹ̀")
-    assert not result.changed
+    assert not result.mapped_counts
 
 
 def test_punctuation_that_the_vocabulary_has():
@@ -132,18 +132,18 @@ def test_what_becomes_of_strange_letters():
     texts = ("Ørsted", "mam 3 koty", "漢", "tak")
     mapped = sifted(*texts)
     assert [kept.text for kept in mapped.kept] == ["orsted", "tak"]
-    assert mapped.left_out == {"letters outside the vocabulary": ("1",), "no letters left": ("2",)}
-    assert (mapped.changed, mapped.became, mapped.outside) == ({"ø": 1}, {"ø": "o"}, {"3": 1})
+    assert mapped.dropped == {"letters outside the vocabulary": ("1",), "no letters left": ("2",)}
+    assert (mapped.mapped_counts, mapped.mapped_to, mapped.oov_counts) == ({"ø": 1}, {"ø": "o"}, {"3": 1})
     dropped = sifted(*texts, strange="drop")
     assert [kept.text for kept in dropped.kept] == ["rsted", "mam koty", "tak"]
-    assert (dropped.changed, dropped.became) == ({"ø": 1, "3": 1}, {"ø": "", "3": ""})
+    assert (dropped.mapped_counts, dropped.mapped_to) == ({"ø": 1, "3": 1}, {"ø": "", "3": ""})
     rejected = sifted(*texts, strange="reject")
     assert [kept.text for kept in rejected.kept] == ["tak"]
-    assert rejected.left_out == {"letters outside the vocabulary": ("0", "1", "2")}
-    assert rejected.outside == {"ø": 1, "3": 1, "漢": 1}
+    assert rejected.dropped == {"letters outside the vocabulary": ("0", "1", "2")}
+    assert rejected.oov_counts == {"ø": 1, "3": 1, "漢": 1}
     assert spelt("mam 3 koty²", (*POLISH, "3", "2")) == ["mam 3 koty2"]
     with pytest.raises(DataError, match="'guess' is none of map, drop, reject"):
-        sift.Rules(strange="guess")
+        sift.FilterConfig(oov="guess")
 
 
 def test_letters_written_otherwise_come_first():
@@ -153,7 +153,7 @@ def test_letters_written_otherwise_come_first():
     assert spelt("Szas SZ", tuple("šaz"), letters={"sz": "š", "s": "z"}) == ["zzaz š"]  # Sz is neither sz nor SZ
     assert spelt("Issız", tuple("ısız"), letters={"I": "ı"}) == ["ıssız"]
     assert spelt("SS", tuple("s"), letters={"ß": "s"}) == ["ss"]
-    assert not sifted("ёж", tokens=tuple("еж"), letters={"ё": "е"}).changed
+    assert not sifted("ёж", tokens=tuple("еж"), letters={"ё": "е"}).mapped_counts
 
 
 @LAW
@@ -165,15 +165,15 @@ def test_only_tokens_and_single_spaces_are_left(text, strange, tokens):
         assert kept.text == " ".join(kept.text.split())
         again = sifted(kept.text, tokens=tuple(tokens), strange="reject")
         assert [other.text for other in again.kept] == [kept.text]
-        assert not again.changed
-    assert len(result.kept) + sum(map(len, result.left_out.values())) == 1
+        assert not again.mapped_counts
+    assert len(result.kept) + sum(map(len, result.dropped.values())) == 1
     if strange == "reject":
-        assert not result.changed
+        assert not result.mapped_counts
 
 
 def test_the_table_of_near_letters_is_needed():
     """Each of its letters is lower case, composed, and one that NFKD does not lead to its substitutes from."""
-    for letter, near in NEAR.items():
+    for letter, near in SUBSTITUTES.items():
         assert letter == letter.lower() == unicodedata.normalize("NFKD", letter)
         assert near
         assert letter not in near
@@ -191,11 +191,11 @@ def test_lengths_and_files(tmp_path):
         example("tak", float("nan"), "nan"),
         example("tak", 1.0, "gone", audio=str(tmp_path / "gone.wav")),
     ]
-    result = sift.sift(examples, sift.Rules(0.2, 20.0), tokens=POLISH, frames=lambda s: 50)
+    result = sift.filter_examples(examples, sift.FilterConfig(0.2, 20.0), characters=POLISH, num_frames=lambda s: 50)
     assert [kept.id for kept in result.kept] == ["just", "still"]
-    assert result.left_out == {"audio missing": ("gone",), "too short": ("short", "nan"), "too long": ("long",)}
-    assert result.hours_kept == pytest.approx(20.2 / 3600)
-    assert result.hours_read == pytest.approx(41.4 / 3600)
+    assert result.dropped == {"audio missing": ("gone",), "too short": ("short", "nan"), "too long": ("long",)}
+    assert result.kept_hours == pytest.approx(20.2 / 3600)
+    assert result.total_hours == pytest.approx(41.4 / 3600)
 
 
 @LAW
@@ -215,7 +215,7 @@ def test_frames_are_those_that_ctc_needs(text):
 
 def test_the_report():
     result = sifted("Ørsted ø", "3", "...", "漢", "?", "!", "sss", frames=lambda s: 5)
-    assert result.table().splitlines() == [
+    assert result.summary().splitlines() == [
         "read                            7  0.01 h",
         "kept                            1  0.00 h",
         "letters outside the vocabulary  1  1",
@@ -223,7 +223,7 @@ def test_the_report():
         "more letters than frames        1  0",
         "letters outside the vocabulary: 3 in 1",
     ]
-    told = sifted("Ørsted øø 漢", "tak").table().splitlines()
+    told = sifted("Ørsted øø 漢", "tak").summary().splitlines()
     assert told == ["read  2  0.00 h", "kept  2  0.00 h", "letters written otherwise: ø → o 3×, 漢 → nothing 1×"]
 
 
@@ -242,17 +242,17 @@ def test_what_two_lists_share():
         example("", id="z", audio="/a/3.wav", speaker=""),
         *(example("inne zdanie tutaj", id=f"s{at}", audio=f"/c/{at}", speaker="s1") for at in range(5)),
     ]
-    found = sift.overlap(train, dev)
-    assert found.recordings == sift.Shared(1, ("z",))
-    assert found.sentences == sift.Shared(1, ("x",))
-    assert found.speakers == sift.Shared(5, ("s0", "s1", "s2"))
+    found = sift.measure_overlap(train, dev)
+    assert found.recordings == sift.OverlapCount(1, ("z",))
+    assert found.sentences == sift.OverlapCount(1, ("x",))
+    assert found.speakers == sift.OverlapCount(5, ("s0", "s1", "s2"))
     assert found
     assert str(found) == (
         "1 of 8 are recordings of the other list (z); 1 of 8 say a sentence of it (x); "
         "5 of 8 have a speaker of it (s0, s1, s2, …)"
     )
-    assert not sift.overlap(train, dev[1:2])
-    assert str(sift.overlap(train, dev[1:2])) == "none of 1 has anything in common with the other list"
+    assert not sift.measure_overlap(train, dev[1:2])
+    assert str(sift.measure_overlap(train, dev[1:2])) == "none of 1 has anything in common with the other list"
 
 
 SPOKEN = st.builds(
@@ -269,35 +269,35 @@ def test_held_out_is_unheard(spoken, share, seed):
         example(text, id=str(at), audio=f"/{at}.wav", speaker=speaker) for at, (text, speaker) in enumerate(spoken)
     ]
     speakers = {speaker for _, speaker in spoken if speaker}
-    sentences = {plain(text) for text, _ in spoken}
+    sentences = {normalize_text(text) for text, _ in spoken}
     groups = speakers if len(speakers) >= 5 else sentences
     if share and everything and len(groups) < 2:
         with pytest.raises(DataError, match="say the same"):
-            sift.hold_out(everything, share, seed)
+            sift.split_held_out(everything, share, seed)
         return
-    train, dev = sift.hold_out(everything, share, seed)
+    train, dev = sift.split_held_out(everything, share, seed)
     assert sorted([*train, *dev], key=lambda e: int(e.id)) == everything
     assert [*train] == sorted(train, key=lambda e: int(e.id))
     assert bool(dev) == bool(share and everything)
     assert bool(train) == bool(everything)
-    common = sift.overlap(train, dev)
+    common = sift.measure_overlap(train, dev)
     assert not common.recordings.count
     if len(speakers) >= 5:
         assert not common.speakers.count
         assert all(e.tags["speaker"] for e in dev)
     else:
-        assert not {plain(e.text) for e in train} & {plain(e.text) for e in dev}
+        assert not {normalize_text(e.text) for e in train} & {normalize_text(e.text) for e in dev}
         assert not common.sentences.count
-    assert sift.hold_out(everything, share, seed) == (train, dev)
-    turned = sift.hold_out(everything[::-1], share, seed)
+    assert sift.split_held_out(everything, share, seed) == (train, dev)
+    turned = sift.split_held_out(everything[::-1], share, seed)
     assert {e.id for e in turned[1]} == {e.id for e in dev}
 
 
 def test_as_much_is_held_out_as_was_asked():
     everything = [example(f"zdanie numer {at}", id=str(at), speaker=f"s{at % 50}") for at in range(1000)]
     for examples in (everything, [replace(e, tags={}) for e in everything]):
-        train, dev = sift.hold_out(examples, 0.1, 0)
+        train, dev = sift.split_held_out(examples, 0.1, 0)
         assert (len(train), len(dev)) == (900, 100)
-        assert {e.id for e in sift.hold_out(examples, 0.1, 1)[1]} != {e.id for e in dev}
+        assert {e.id for e in sift.split_held_out(examples, 0.1, 1)[1]} != {e.id for e in dev}
     with pytest.raises(DataError, match=r"hold_out is 1\.5"):
-        sift.hold_out(everything, 1.5, 0)
+        sift.split_held_out(everything, 1.5, 0)

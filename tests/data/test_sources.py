@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mowa.data import rows, sources, synth
-from mowa.errors import AudioError, DataError, HubUnreachable, MissingPart
+from mowa.errors import AudioError, DataError, HubUnreachable, MissingDependency
 from mowa.nouns import Example
 
 LAW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
@@ -50,7 +50,7 @@ def text(path, content, encoding="utf-8"):
 
 
 def read(path, split="", **settings):
-    return list(sources.read(path, split, **settings))
+    return list(sources.read_examples(path, split, **settings))
 
 
 def refusal(path, split="", **settings):
@@ -140,17 +140,17 @@ def test_texts_stay_as_they_are(tmp_path, texts):
 def test_splits_are_listed(tmp_path):
     recording(tmp_path / "a.wav")
     manifest = text(tmp_path / "m.csv", "path,text,split\na.wav,tak,train\na.wav,nie,validation\n")
-    assert sources.splits(manifest) == ["train", "validation"]
-    assert sources.splits(text(tmp_path / "n.csv", "path,text\na.wav,tak\n")) == []
-    assert sources.splits(tmp_path) == ["m", "n"]
-    assert sources.splits(tmp_path / "a.wav") == []
+    assert sources.list_splits(manifest) == ["train", "validation"]
+    assert sources.list_splits(text(tmp_path / "n.csv", "path,text\na.wav,tak\n")) == []
+    assert sources.list_splits(tmp_path) == ["m", "n"]
+    assert sources.list_splits(tmp_path / "a.wav") == []
 
 
 def test_rows_are_read_one_by_one(tmp_path):
     recording(tmp_path / "a.wav")
     manifest = lines(tmp_path / "m.jsonl", *[{"audio": "a.wav", "text": "tak"}] * 3)
     manifest.write_text(manifest.read_text() + "{broken\n")
-    examples = sources.read(manifest)
+    examples = sources.read_examples(manifest)
     assert [example.id for example in islice(examples, 3)] == ["a", "a-2", "a-3"]
     with pytest.raises(DataError, match=r"m\.jsonl:4: broken JSON \(.*, column 2\)"):
         next(examples)
@@ -214,7 +214,7 @@ def test_common_voice(common_voice):
     assert read(common_voice)[0].duration_s == 4.321
     told = refusal(common_voice, "test")
     assert told == f"{common_voice}: there is no split test. Name one of those there are: dev, train, validated."
-    assert sources.layout(common_voice).kind == "Common Voice"
+    assert sources.detect_layout(common_voice).kind == "Common Voice"
     assert read(common_voice.parent) == read(common_voice)
 
 
@@ -227,7 +227,7 @@ def test_a_folder_with_transcripts(tmp_path):
     text(tmp_path / "transcripts.tsv", content)
     expected = Example("EB0_1", str(file), "tak tak", 0.5, {"speaker": "EB0", "gender": "female", "age": "27"})
     assert read(tmp_path) == [expected]
-    assert sources.layout(tmp_path).kind == "folder with transcripts"
+    assert sources.detect_layout(tmp_path).kind == "folder with transcripts"
     assert "transcripts.tsv:2: split test was asked for, and there is no column split" in refusal(tmp_path, "test")
 
 
@@ -238,7 +238,7 @@ def test_an_audiofolder(tmp_path):
     assert [example.text for example in read(tmp_path)] == ["train"]
     assert [example.text for example in read(tmp_path, "test")] == ["test"]
     assert [example.text for example in read(tmp_path / "test")] == ["test"]
-    assert sources.layout(tmp_path / "test").kind == "audiofolder"
+    assert sources.detect_layout(tmp_path / "test").kind == "audiofolder"
     assert "no split dev. Name one of those there are: test, train" in refusal(tmp_path, "dev")
 
 
@@ -426,8 +426,8 @@ def test_entries_of_the_hub(hub, tmp_path):
     repo, _ = hub
     sounds, data = table()
     data.to_parquet(repo / "data/train-00000-of-00001.parquet")
-    found = list(sources.entries("hub:owner/name"))
-    assert [(example.id, example.text, example.sound) for example in found] == list(
+    found = list(sources.list_examples("hub:owner/name"))
+    assert [(example.id, example.text, example.audio_bytes) for example in found] == list(
         zip(("one", "two", "3"), TEXTS, sounds, strict=True)
     )
     assert [example.audio for example in found] == ["x/one.wav", "two.wav", "hub:owner/name: row 3"]
@@ -435,11 +435,14 @@ def test_entries_of_the_hub(hub, tmp_path):
     addresses = ["memory://mowa-test/a.wav", "memory://mowa-test/gone.wav"]
     far = datasets.Dataset.from_dict({"audio": addresses, "sentence": ["tak", "nie"]})
     far.to_parquet(repo / "data/test-00000-of-00001.parquet")
-    assert sources.splits("hub:owner/name") == ["test", "train"]
-    found = list(sources.entries("hub:owner/name", "test"))
-    assert [(example.audio, example.sound) for example in found] == [(addresses[0], encoded()), (addresses[1], None)]
-    local = list(sources.entries(repo / "data/test-00000-of-00001.parquet"))
-    assert [(example.audio, example.sound) for example in local] == [(address, None) for address in addresses]
+    assert sources.list_splits("hub:owner/name") == ["test", "train"]
+    found = list(sources.list_examples("hub:owner/name", "test"))
+    assert [(example.audio, example.audio_bytes) for example in found] == [
+        (addresses[0], encoded()),
+        (addresses[1], None),
+    ]
+    local = list(sources.list_examples(repo / "data/test-00000-of-00001.parquet"))
+    assert [(example.audio, example.audio_bytes) for example in local] == [(address, None) for address in addresses]
     fsspec.filesystem("memory").rm("/mowa-test", recursive=True)
 
 
@@ -460,7 +463,7 @@ def test_the_library_is_optional(tmp_path, monkeypatch, missing, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.parquet").touch()
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(MissingPart, match=r"pip install 'mowa\[data\]'"):
+    with pytest.raises(MissingDependency, match=r"pip install 'mowa\[data\]'"):
         read(name)
 
 
@@ -564,7 +567,9 @@ def test_places_that_are_nothing(tmp_path, monkeypatch):
     assert "or say hub:owner/name if it is there" in refusal("owner/name")
     recording(tmp_path / "sounds/a.wav")
     for place in ("sounds", "sounds/a.wav", "."):
-        assert f"{place}: is nothing that can be read here. Understood are {sources.UNDERSTOOD}" in refusal(place)
+        assert f"{place}: is nothing that can be read here. Understood are {sources.SUPPORTED_DATASETS}" in refusal(
+            place
+        )
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
     assert "x.parquet: is no parquet file, or damaged" in refusal("x.parquet")
 
@@ -577,6 +582,6 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 
 def test_every_role_has_names_of_its_own():
-    names = [name for known in rows.ROLES.values() for name in known]
+    names = [name for known in rows.COLUMN_ALIASES.values() for name in known]
     assert len(names) == len(set(names))
     assert all(name == name.strip().lower() for name in names)

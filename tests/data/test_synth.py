@@ -5,7 +5,7 @@ import pytest
 import soundfile
 
 from mowa.data import synth
-from mowa.data.text import plain
+from mowa.data.text import normalize_text
 from mowa.errors import DataError
 
 LINES = [f"Zdanie {word} jest już gotowe." for word in ("pierwsze", "drugie", "trzecie", "czwarte", "piąte")]
@@ -22,7 +22,7 @@ def test_record_and_read_back(tmp_path):
     chosen = synth.plan(LINES, synth.voices()[:3], count=6, seed=0, prefix="clip")
     hours = synth.record(chosen, tmp_path / "train.jsonl", processes=1)
     examples = list(synth.read_manifest(tmp_path / "train.jsonl"))
-    assert [e.text for e in examples] == [plain(u.text) for u in chosen]
+    assert [e.text for e in examples] == [normalize_text(u.text) for u in chosen]
     assert sum(e.duration_s for e in examples) / 3600 == pytest.approx(hours)
     for example in examples:
         samples, rate_hz = soundfile.read(example.audio)
@@ -51,7 +51,7 @@ def test_corpus_follows_its_sentences(tmp_path):
     for animal in ("Źrebię", "Jagnię"):  # asked again with other sentences, it does not keep the old manifests
         lines = [f"{animal} {a} {b} {c}." for a in numerals for b in numerals for c in numerals]
         synth.corpus(lines, tmp_path, clips=3, processes=1)
-        training = {plain(line) for line in (tmp_path / "sentences.txt").read_text().splitlines()}
+        training = {normalize_text(line) for line in (tmp_path / "sentences.txt").read_text().splitlines()}
         spoken = [example.text for example in synth.read_manifest(tmp_path / "train.jsonl")]
         assert len(spoken) == 3
         assert set(spoken) <= training

@@ -47,7 +47,7 @@ def test_sentences_come_once():
 
 
 def test_plain():
-    assert text.plain("  Cóż, to – „Statek”? ") == "cóż to statek"
+    assert text.normalize_text("  Cóż, to – „Statek”? ") == "cóż to statek"
 
 
 def test_split_shares_no_four_words():

@@ -63,7 +63,7 @@ def test_pysubs2_reads_every_word_in_order_and_no_cue_overlaps(spoken):
 @given(spoken=transcripts())
 def test_webvtt_reads_the_same_cues(spoken):
     read = webvtt.from_buffer(io.BytesIO(captions.render(spoken, "vtt").encode()), strict=True)
-    shown = captions.cues(spoken)
+    shown = captions.build_cues(spoken)
     read_ms = [(cue.start_time.in_milliseconds(), cue.end_time.in_milliseconds()) for cue in read]
     assert read_ms == [(round(cue.start_s * 1000), round(cue.end_s * 1000)) for cue in shown]
     assert [tuple(html.unescape(line) for line in cue.lines) for cue in read] == [cue.lines for cue in shown]
@@ -73,7 +73,7 @@ def test_webvtt_reads_the_same_cues(spoken):
 @given(spoken=transcripts())
 def test_praatio_reads_tiers_that_tile_the_recording(tmp_path, spoken):
     file = tmp_path / "a.TextGrid"
-    file.write_text(captions.render(spoken, "textgrid", characters=True), encoding="utf-8")
+    file.write_text(captions.render(spoken, "textgrid", char_times=True), encoding="utf-8")
     read = praatio.textgrid.openTextgrid(str(file), includeEmptyIntervals=True, reportingMode="error")
     letters = [letter for word in spoken.words for letter in word.characters]
     assert read.tierNames == ("words", "characters")
@@ -104,17 +104,17 @@ def test_csv_reads_one_word_a_row(spoken):
 
 @given(spoken=transcripts())
 def test_json_reads_back_as_what_was_written(spoken):
-    line = captions.render(spoken, "json", characters=True)
+    line = captions.render(spoken, "json", char_times=True)
     assert line.count("\n") == 1
-    assert captions.parse(line) == spoken
-    assert captions.render(captions.parse(line), "json", characters=True) == line
+    assert captions.parse_json(line) == spoken
+    assert captions.render(captions.parse_json(line), "json", char_times=True) == line
 
 
 @given(
     spoken=transcripts(in_order=False), longest_s=st.floats(0, 20), widest=st.integers(2, 100), gap_s=st.floats(0, 2)
 )
 def test_cues_keep_their_limits_unless_one_word_breaks_them(spoken, longest_s, widest, gap_s):
-    shown = captions.cues(spoken, longest_s, widest, gap_s)
+    shown = captions.build_cues(spoken, longest_s, widest, gap_s)
     assert [label for cue in shown for line in cue.lines for label in line.split()] == [
         word.text for word in spoken.words
     ]
@@ -129,7 +129,7 @@ def test_cues_keep_their_limits_unless_one_word_breaks_them(spoken, longest_s, w
 
 @given(spoken=transcripts(in_order=False))
 def test_textgrid_tiers_tile_even_where_words_overlap(spoken):
-    tiles = captions.tier(spoken.words, spoken.duration_s)
+    tiles = captions.build_tier(spoken.words, spoken.duration_s)
     assert tiles[0].start_ms == 0
     assert all(tile.start_ms < tile.end_ms for tile in tiles)
     assert all(before.end_ms == after.start_ms for before, after in pairwise(tiles))
@@ -141,7 +141,7 @@ def test_textgrid_tiers_tile_even_where_words_overlap(spoken):
 
 
 def test_the_empty_transcript_in_every_format():
-    assert {format: captions.render(EMPTY, format) for format in captions.FORMATS} == {
+    assert {format: captions.render(EMPTY, format) for format in captions.FORMAT_SUFFIXES} == {
         "text": "",
         "json": '{"file": "silence.wav", "text": "", "duration_s": 1.5, "confidence": 0.0, "segments": [], '
         '"model": "", "settings": {}}\n',
@@ -167,26 +167,26 @@ def test_subtitles_by_hand():
 
 
 def test_two_lines_are_as_even_as_can_be():
-    (cue,) = captions.cues(transcript(*(Word("słowo", at / 10, at / 10 + 0.1, 1) for at in range(8))))
+    (cue,) = captions.build_cues(transcript(*(Word("słowo", at / 10, at / 10 + 0.1, 1) for at in range(8))))
     assert cue.lines == ("słowo słowo słowo słowo", "słowo słowo słowo słowo")
 
 
 def test_a_cue_may_last_seven_seconds_and_pause_eight_tenths_but_no_more():
-    shown = captions.cues(transcript(*(Word("a", second, second + 1, 1) for second in range(8))))
+    shown = captions.build_cues(transcript(*(Word("a", second, second + 1, 1) for second in range(8))))
     assert [(cue.start_s, cue.end_s) for cue in shown] == [(0, 7), (7, 8)]
-    shown = captions.cues(transcript(Word("a", 0, 0.2, 1), Word("b", 1.0, 1.2, 1), Word("c", 2.001, 2.2, 1)))
+    shown = captions.build_cues(transcript(Word("a", 0, 0.2, 1), Word("b", 1.0, 1.2, 1), Word("c", 2.001, 2.2, 1)))
     assert [cue.lines for cue in shown] == [("a b",), ("c",)]
 
 
 def test_a_word_wider_than_a_line_stands_alone_and_whole():
     long = "x" * 63
-    shown = captions.cues(transcript(Word("a", 0, 1, 1), Word(long, 1, 2, 1), Word("b", 2, 3, 1)))
+    shown = captions.build_cues(transcript(Word("a", 0, 1, 1), Word(long, 1, 2, 1), Word("b", 2, 3, 1)))
     assert [cue.lines for cue in shown] == [("a",), (long,), ("b",)]
 
 
 def test_a_short_cue_stays_on_only_while_there_is_room():
     words = (Word("raz", 0, 0.1, 1), Word("dwa", 0.95, 1.0, 1), Word("trzy", 5.0, 5.1, 1))
-    shown = captions.cues(transcript(*words))
+    shown = captions.build_cues(transcript(*words))
     assert [(cue.start_s, cue.end_s) for cue in shown] == [(0, 0.95), (0.95, 1.95), (5.0, 6.0)]
 
 
@@ -211,15 +211,15 @@ def test_json_rounds_and_leaves_characters_out_unless_asked():
     assert written == {"text": "ła", "start_s": 0.123, "end_s": 0.679, "confidence": 0.1235}
     assert row["confidence"] == 0.1235
     assert "ła" in captions.render(transcript(word), "json")
-    asked = json.loads(captions.render(transcript(word), "json", characters=True))
+    asked = json.loads(captions.render(transcript(word), "json", char_times=True))
     assert asked["segments"][0]["words"][0]["characters"][0] == {
         "text": "ł", "start_s": 0.123, "end_s": 0.2, "confidence": 1
     }  # fmt: skip
 
 
 def test_a_live_segment_stays_live():
-    live = Transcript("mic", "a", 1.0, (Segment("a", 0, 1, final=False),))
-    assert captions.parse(captions.render(live, "json")) == live
+    live = Transcript("mic", "a", 1.0, (Segment("a", 0, 1, is_final=False),))
+    assert captions.parse_json(captions.render(live, "json")) == live
 
 
 def test_an_unknown_format_is_refused_with_the_nearest():
@@ -241,4 +241,4 @@ def test_an_unknown_format_is_refused_with_the_nearest():
 )
 def test_what_is_no_transcript_is_refused(line, reason):
     with pytest.raises(DataError, match=f"^not a transcript: .*{reason}"):
-        captions.parse(line)
+        captions.parse_json(line)

@@ -28,7 +28,7 @@ def ids_of(runs):
 
 def path_of(ids, probabilities=None):
     probabilities = np.ones(len(ids)) if probabilities is None else probabilities
-    return ctc.Path(np.array(ids, np.int32), np.array(probabilities, np.float32))
+    return ctc.TokenPath(np.array(ids, np.int32), np.array(probabilities, np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def test_words_characters_and_times_are_those_of_the_transformers_tokenizer(toke
     theirs = tokenizer.decode(
         ids_of(runs), output_word_offsets=True, output_char_offsets=True, clean_up_tokenization_spaces=False
     )
-    words = ctc.read(path_of(ids_of(runs)), POLISH)
+    words = ctc.path_to_words(path_of(ids_of(runs)), POLISH)
 
     def seconds(offsets, key):
         return [(at[key], at["start_offset"] * 0.02, at["end_offset"] * 0.02) for at in offsets if at[key] != " "]
 
-    assert ctc.text(words) == " ".join(theirs.text.split())
+    assert ctc.join_words(words) == " ".join(theirs.text.split())
     assert [(word.text, word.start_s, word.end_s) for word in words] == seconds(theirs.word_offsets, "word")
     letters = [letter for word in words for letter in word.characters]
     assert [(letter.text, letter.start_s, letter.end_s) for letter in letters] == seconds(theirs.char_offsets, "char")
@@ -67,7 +67,7 @@ def test_words_characters_and_times_are_those_of_the_transformers_tokenizer(toke
 def test_times_rise_within_the_recording_and_confidences_are_probabilities(runs, end_s, data):
     ids = ids_of(runs)
     probabilities = data.draw(arrays(np.float32, len(ids), elements=st.floats(0, 1, width=32)))
-    words = ctc.read(path_of(ids, probabilities), POLISH, end_s=end_s)
+    words = ctc.path_to_words(path_of(ids, probabilities), POLISH, end_s=end_s)
     for items in (words, [letter for word in words for letter in word.characters]):
         bounds = [bound for item in items for bound in (item.start_s, item.end_s)]
         assert bounds == sorted(bounds)
@@ -81,8 +81,8 @@ def test_times_rise_within_the_recording_and_confidences_are_probabilities(runs,
 
 @given(ids=st.lists(st.integers(0, len(SPACED) - 1)), vocabulary=st.sampled_from([POLISH, SPACED]))
 def test_there_are_as_many_words_as_the_text_has(ids, vocabulary):
-    words = ctc.read(path_of(ids), vocabulary)
-    assert [word.text for word in words] == ctc.text(words).split()
+    words = ctc.path_to_words(path_of(ids), vocabulary)
+    assert [word.text for word in words] == ctc.join_words(words).split()
 
 
 @given(runs=RUNS, cuts=st.lists(st.integers(0, 150)))
@@ -91,19 +91,19 @@ def test_windows_joined_read_as_the_whole(runs, cuts):
     probabilities = np.linspace(0.1, 1, len(ids))
     bounds = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
     windows = [path_of(ids[a:b], probabilities[a:b]) for a, b in pairwise(bounds)]
-    joined = ctc.join(windows)
+    joined = ctc.concat_paths(windows)
     assert (joined.ids.dtype, joined.probabilities.dtype) == (np.int32, np.float32)
-    assert ctc.read(joined, POLISH) == ctc.read(path_of(ids, probabilities), POLISH)
+    assert ctc.path_to_words(joined, POLISH) == ctc.path_to_words(path_of(ids, probabilities), POLISH)
 
 
 @given(runs=RUNS, cuts_s=st.lists(st.floats(0, 3)))
 def test_segments_hold_every_word_once_and_no_segment_crosses_a_cut(runs, cuts_s):
-    words = ctc.read(path_of(ids_of(runs)), POLISH)
-    segments = ctc.segments(words, cuts_s)
+    words = ctc.path_to_words(path_of(ids_of(runs)), POLISH)
+    segments = ctc.group_segments(words, cuts_s)
     assert tuple(word for segment in segments for word in segment.words) == words
     for segment in segments:
         assert segment.words
-        assert segment.text == ctc.text(segment.words)
+        assert segment.text == ctc.join_words(segment.words)
         assert not any(segment.words[0].start_s < cut <= segment.words[-1].start_s for cut in cuts_s)
     for before, after in pairwise(segments):
         assert any(before.words[-1].start_s < cut <= after.start_s for cut in cuts_s)
@@ -146,7 +146,7 @@ def test_a_head_of_another_width_than_the_vocabulary_is_refused():
 def test_a_word_by_hand():
     # a a _ a | | b: the blank parts two a's; the mean over two frames and the geometric mean over two letters.
     path = path_of([5, 5, 0, 5, 4, 4, 6], [0.2, 0.6, 0.9, 0.9, 1, 1, 0.5])
-    first, second = ctc.read(path, POLISH, end_s=0.13)
+    first, second = ctc.path_to_words(path, POLISH, end_s=0.13)
     assert (first.text, first.start_s, first.end_s) == ("aa", 0, 4 * 0.02)
     assert first.confidence == pytest.approx(math.sqrt(0.4 * 0.9))
     assert first.characters[0] == Character("a", 0, 2 * 0.02, pytest.approx(0.4))
@@ -155,13 +155,13 @@ def test_a_word_by_hand():
 
 def test_a_long_word_of_doubtful_letters_keeps_a_confidence():
     # 4097 letters at 0.1: their product would be 0 in float64.
-    (word,) = ctc.read(path_of([1, 2] * 2048 + [1], [0.1] * 4097), CHINESE)
+    (word,) = ctc.path_to_words(path_of([1, 2] * 2048 + [1], [0.1] * 4097), CHINESE)
     assert word.confidence == pytest.approx(0.1)
     assert len(word.characters) == 4097
 
 
 def test_specials_in_a_path_made_elsewhere_are_silent():
-    assert ctc.text(ctc.read(path_of([1, 5, 3, 6, 2]), POLISH)) == "ab"
+    assert ctc.join_words(ctc.path_to_words(path_of([1, 5, 3, 6, 2]), POLISH)) == "ab"
 
 
 @pytest.mark.parametrize(
@@ -169,21 +169,21 @@ def test_specials_in_a_path_made_elsewhere_are_silent():
     [([1, 2], "a b"), ([3, 1], "c a"), ([1, 4, 1], "ad ea"), ([5, 1, 5, 5, 1], "a a"), ([0, 5, 0], "")],
 )
 def test_without_a_delimiter_spaces_in_tokens_part_words(ids, expected):
-    assert ctc.text(ctc.read(path_of(ids), SPACED)) == expected
+    assert ctc.join_words(ctc.path_to_words(path_of(ids), SPACED)) == expected
 
 
 def test_without_delimiter_and_spaces_all_is_one_word():
-    assert [word.text for word in ctc.read(path_of([1, 0, 2]), CHINESE)] == ["你好"]
+    assert [word.text for word in ctc.path_to_words(path_of([1, 0, 2]), CHINESE)] == ["你好"]
 
 
 def test_silence_and_nothing_give_no_words():
-    assert ctc.read(path_of([0, 0, 4, 0]), POLISH) == ()
-    assert ctc.read(ctc.join([]), POLISH) == ()
-    assert ctc.segments(()) == ()
+    assert ctc.path_to_words(path_of([0, 0, 4, 0]), POLISH) == ()
+    assert ctc.path_to_words(ctc.concat_paths([]), POLISH) == ()
+    assert ctc.group_segments(()) == ()
 
 
 def test_a_word_on_a_cut_belongs_to_what_follows():
     words = [Word("a", 0, 1, 0.5), Word("b", 1, 2, 1.0), Word("c", 2, 3, 0.5)]
-    first, second = ctc.segments(words, (5, 1))
+    first, second = ctc.group_segments(words, (5, 1))
     assert (first.text, first.start_s, first.end_s, first.confidence) == ("a", 0, 1, 0.5)
     assert (second.text, second.start_s, second.end_s, second.confidence) == ("b c", 1, 3, 0.75)

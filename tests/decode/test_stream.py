@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mowa.decode.stream import STEP, Rules, Stream
+from mowa.decode.stream import STEP_SAMPLES, EndpointConfig, TranscriptionStream
 from mowa.errors import AudioError, ModelError
 from mowa.nouns import Vocabulary
 
@@ -80,8 +80,8 @@ def test_however_it_is_cut_the_same_words_become_final_in_the_same_order(data):
     sound = np.concatenate([QUIET, said("ab cab a bc"), QUIET, said("cc ab"), QUIET[:700], said("b"), QUIET])
     cuts = sorted(data.draw(st.lists(st.integers(0, len(sound)), max_size=30)))
     unsure = data.draw(st.integers(0, 20))
-    whole = heard(Stream(Spelled(unsure), Loud()), sound, [])
-    events = heard(Stream(Spelled(unsure), Loud()), sound, cuts)
+    whole = heard(TranscriptionStream(Spelled(unsure), Loud()), sound, [])
+    events = heard(TranscriptionStream(Spelled(unsure), Loud()), sound, cuts)
     final = [event for event in events if event.final]
     assert finals(events) == finals(whole) == "ab cab a bc cc abb"
     words = [word for event in final for word in event.words]
@@ -93,23 +93,23 @@ def test_however_it_is_cut_the_same_words_become_final_in_the_same_order(data):
 @given(st.integers(0, 30))
 @settings(max_examples=15, deadline=None)
 def test_partials_come_last_and_say_what_stays(unsure):
-    stream, sound = Stream(Spelled(unsure), Loud()), said("abc ab cab abcab")
-    for start in range(0, len(sound), STEP):
-        events = stream.feed(sound[start : start + STEP])
-        assert all(event.final for event in events[:-1])
+    stream, sound = TranscriptionStream(Spelled(unsure), Loud()), said("abc ab cab abcab")
+    for start in range(0, len(sound), STEP_SAMPLES):
+        events = stream.feed(sound[start : start + STEP_SAMPLES])
+        assert all(event.is_final for event in events[:-1])
         for event in events:
             assert 0 <= event.stability <= 1
-            assert event.final or not event.ends
-        if events and not events[-1].final and not unsure:
+            assert event.is_final or not event.is_endpoint
+        if events and not events[-1].is_final and not unsure:
             assert events[-1].stability == 1
 
 
 def test_words_have_the_times_of_the_stream():
     sound = np.concatenate([QUIET, said("ab c"), QUIET])
-    events = heard(Stream(Spelled(), Loud(), Rules(lead_s=0.1)), sound, [])
+    events = heard(TranscriptionStream(Spelled(), Loud(), EndpointConfig(speech_pad_s=0.1)), sound, [])
     one, two = (word for event in events if event.final for word in event.words)
     lasts = 8 * HOP / 16_000
-    assert one.start_s == pytest.approx(1, abs=STEP / 16_000)
+    assert one.start_s == pytest.approx(1, abs=STEP_SAMPLES / 16_000)
     assert one.end_s - one.start_s == pytest.approx(2 * lasts)
     assert two.start_s - one.start_s == pytest.approx(3 * lasts)
     assert one.characters[1].start_s == pytest.approx(one.start_s + lasts)
@@ -117,18 +117,18 @@ def test_words_have_the_times_of_the_stream():
 
 def test_nothing_is_heard_while_nobody_speaks():
     listener = Spelled()
-    stream = Stream(listener, Loud(), Rules(lead_s=0.2))
+    stream = TranscriptionStream(listener, Loud(), EndpointConfig(speech_pad_s=0.2))
     for _ in range(60):
         assert stream.feed(QUIET) == []
     assert listener.begun == listener.heard == 0
-    assert len(stream.state.before) <= 0.2 * 16_000
+    assert len(stream.state.pre_speech) <= 0.2 * 16_000
     stream.feed(said("ab"))
     assert listener.begun == 1
 
 
 def test_a_long_segment_ends_at_a_word_and_the_next_begins():
-    rules = Rules(longest_s=1.0)
-    events = heard(Stream(Spelled(), Loud(), rules), said("ab cab " * 30), [])
+    rules = EndpointConfig(max_segment_s=1.0)
+    events = heard(TranscriptionStream(Spelled(), Loud(), rules), said("ab cab " * 30), [])
     ended = [event for event in events if event.ends]
     assert len(ended) >= 5
     assert finals(events) == ("ab cab " * 30).strip()
@@ -136,16 +136,16 @@ def test_a_long_segment_ends_at_a_word_and_the_next_begins():
 
 def test_without_detection_all_is_one_utterance():
     listener = Spelled()
-    stream = Stream(listener, None, Rules(detect=False))
+    stream = TranscriptionStream(listener, None, EndpointConfig(vad=False))
     events = heard(stream, np.concatenate([QUIET, said("ab"), QUIET, said("c")]), [])
     assert (finals(events), listener.begun) == ("abc", 1)
 
 
 def test_flush_reads_what_was_heard_and_goes_on():
-    stream = Stream(Spelled(5), Loud())
+    stream = TranscriptionStream(Spelled(5), Loud())
     first = [*stream.feed(said("ab c")), *stream.flush()]
     assert finals(first) == "ab c"
-    assert first[-1].ends
+    assert first[-1].is_endpoint
     assert stream.flush() == []
     assert finals([*stream.feed(said("b")), *stream.close()]) == "b"
     assert stream.close() == []
@@ -153,9 +153,9 @@ def test_flush_reads_what_was_heard_and_goes_on():
 
 def test_saved_and_restored_elsewhere_it_goes_on():
     sound = np.concatenate([QUIET[:3000], said("ab cab a bc"), QUIET, said("cc ab")])
-    whole = finals(heard(Stream(Spelled(4), Loud()), sound, []))
+    whole = finals(heard(TranscriptionStream(Spelled(4), Loud()), sound, []))
     for at in (0, 1, 2999, 5000, 9000, 20_000, len(sound)):
-        one, other = Stream(Spelled(4), Loud()), Stream(Spelled(4), Loud())
+        one, other = TranscriptionStream(Spelled(4), Loud()), TranscriptionStream(Spelled(4), Loud())
         before = one.feed(sound[:at])
         other.restore(one.save())
         assert finals([*before, *heard(other, sound[at:], [])]) == whole
@@ -163,7 +163,7 @@ def test_saved_and_restored_elsewhere_it_goes_on():
 
 @pytest.mark.parametrize("damage", [b"", b"no stream", "cut"])
 def test_what_is_no_saved_stream_is_refused(damage):
-    stream = Stream(Spelled(), Loud())
+    stream = TranscriptionStream(Spelled(), Loud())
     stream.feed(said("ab"))
     saved = stream.save()
     with pytest.raises(ModelError, match="no saved stream"):
@@ -183,21 +183,23 @@ def test_what_is_no_saved_stream_is_refused(damage):
     ],
 )
 def test_bad_samples_are_refused_and_nothing_is_taken(samples, rate_hz, said):
-    stream = Stream(Spelled(), Loud())
+    stream = TranscriptionStream(Spelled(), Loud())
     with pytest.raises(AudioError, match=said):
         stream.feed(samples, rate_hz)
-    assert stream.heard_s == 0
+    assert stream.received_s == 0
     assert stream.feed(QUIET[:100], 16_000) == []
 
 
 def test_int16_and_float64_are_full_scale():
-    events = heard(Stream(Spelled(), Loud()), (said("ab c").astype(np.float64) * 32768).astype(np.int16), [])
+    events = heard(
+        TranscriptionStream(Spelled(), Loud()), (said("ab c").astype(np.float64) * 32768).astype(np.int16), []
+    )
     assert finals(events) == "ab c"
-    assert finals(heard(Stream(Spelled(), Loud()), said("ab c").astype(np.float64), [])) == "ab c"
+    assert finals(heard(TranscriptionStream(Spelled(), Loud()), said("ab c").astype(np.float64), [])) == "ab c"
 
 
 def test_closed_is_closed():
-    stream = Stream(Spelled(), Loud())
+    stream = TranscriptionStream(Spelled(), Loud())
     stream.close()
     for verb in (lambda: stream.feed(QUIET), stream.flush):
         with pytest.raises(AudioError, match="closed"):
@@ -213,7 +215,7 @@ def test_two_threads_may_not_feed_at_once():
             go.wait(10)
             return super().hear(memory, samples, last=last)
 
-    stream = Stream(Slow(), Loud())
+    stream = TranscriptionStream(Slow(), Loud())
     thread = threading.Thread(target=stream.feed, args=(said("ab"),))
     thread.start()
     assert inside.wait(10)

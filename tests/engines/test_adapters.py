@@ -28,7 +28,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(folders):
     adapters = {name: folders / name for name in KINDS}
-    return mowa.engine(mowa.load(str(folders / "base")), device="cpu", dtype="float32", adapters=adapters)
+    return mowa.open_engine(mowa.load(str(folders / "base")), device="cpu", dtype="float32", adapters=adapters)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def recording(tmp_path_factory):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_name_reads_as_the_merged_checkpoint_does(engine, folders, recording, tmp_path, name):
-    adapted = store.load(mowa.load(str(folders / "base")), folders / name)
-    with merge.written(merge.merge(adapted), tmp_path / "whole"):
+    adapted = store.load_adapter(mowa.load(str(folders / "base")), folders / name)
+    with merge.atomic_checkpoint(merge.merge_adapter(adapted), tmp_path / "whole"):
         pass
     whole = mowa.transcribe(recording, str(tmp_path / "whole"), device="cpu", dtype="float32", **ALL)
     by_name = mowa.transcribe(recording, engine, adapter=name, **ALL)
@@ -66,12 +66,12 @@ def test_choosing_costs_a_look_up_and_shares_the_weights(engine):
 
 
 def test_a_converted_base_has_converted_adapters(folders):
-    half = mowa.engine(
+    half = mowa.open_engine(
         mowa.load(str(folders / "base")), device="cpu", dtype="bfloat16", adapters={"court": folders / "court"}
     )
-    net = half.choose("court").model.net
+    net = half.with_adapter("court").model.net
     assert {weight.dtype for weight in net.parameters()} == {torch.bfloat16}
-    (scores,) = half.choose("court").emissions([clip(0, 8_000)])
+    (scores,) = half.with_adapter("court").emissions([clip(0, 8_000)])
     assert np.isfinite(scores).all()
 
 
@@ -87,14 +87,14 @@ def test_unknown_names_and_foreign_folders_are_refused(engine, folders, recordin
 
 def test_the_bundled_model_looks_its_positions_up_under_an_adapter_too(tmp_path):
     ours = saved("pl-tiny", "lora", tmp_path / "medical")
-    chosen = mowa.engine(mowa.load("pl-tiny"), device="cpu", dtype="float32", adapters={"m": tmp_path / "medical"})
-    net = chosen.choose("m").model.net
+    chosen = mowa.open_engine(mowa.load("pl-tiny"), device="cpu", dtype="float32", adapters={"m": tmp_path / "medical"})
+    net = chosen.with_adapter("m").model.net
     assert "forward" in vars(net.wav2vec2.encoder.pos_conv_embed)
     base = chosen.model.net.wav2vec2.encoder.pos_conv_embed
     assert net.wav2vec2.encoder.pos_conv_embed.forward.args[1] is net.wav2vec2.encoder.pos_conv_embed
     assert base.forward.args[1] is base
     sound = clip(0, 16_000)
-    (scores,) = chosen.choose("m").emissions([sound])
+    (scores,) = chosen.with_adapter("m").emissions([sound])
     expected = logits(ours.net, samples=16_000)[0].log_softmax(-1).numpy()
     np.testing.assert_allclose(scores, expected, atol=2e-4)
-    assert protocol.frames(net.config, 16_000) == len(expected)
+    assert protocol.num_frames(net.config, 16_000) == len(expected)

@@ -37,8 +37,8 @@ def base(tmp_path):
 
 
 def test_the_named_engine_is_the_engine(base):
-    native = choose.engine(mowa.load(base), name="native", device="cpu", dtype="float32")
-    exported = choose.engine(mowa.load(base), name="onnx")
+    native = choose.select_engine(mowa.load(base), name="native", device="cpu", dtype="float32")
+    exported = choose.select_engine(mowa.load(base), name="onnx")
     assert (native.engine.name, exported.engine.name) == ("native", "onnx")
     assert "as it was named" in native.reason
     (ours,), (theirs,) = (one.engine.emissions([SOUND]) for one in (native, exported))
@@ -47,7 +47,7 @@ def test_the_named_engine_is_the_engine(base):
 
 def test_auto_is_native_where_nothing_was_exported(base, cache, caplog):
     with caplog.at_level("INFO", "mowa"):
-        choice = choose.engine(mowa.load(base), device="cpu")
+        choice = choose.select_engine(mowa.load(base), device="cpu")
     assert choice.engine.name == "native"
     assert choice.reason.startswith(f"native, {choice.engine.dtype} on cpu: ")
     assert choice.reason in caplog.text
@@ -56,65 +56,68 @@ def test_auto_is_native_where_nothing_was_exported(base, cache, caplog):
 
 @pytest.mark.parametrize("faster", ["native", "onnx"])
 def test_auto_takes_what_measured_fastest_and_remembers(base, cache, monkeypatch, faster):
-    onnx.engine(mowa.load(base))
+    onnx.open_engine(mowa.load(base))
     asked = []
 
     def measured(engines):
         asked.append([choose._label(one) for one in engines])
         return {choose._label(one): 1.0 if one.name == faster else 2.0 for one in engines}
 
-    monkeypatch.setattr(choose, "measure", measured)
+    monkeypatch.setattr(choose, "time_engines", measured)
     for _ in range(2):
-        choice = choose.engine(mowa.load(base), device="cpu", dtype="float32")
+        choice = choose.select_engine(mowa.load(base), device="cpu", dtype="float32")
         assert choice.engine.name == faster
         assert "native float32" in choice.reason
         assert "onnx float32" in choice.reason
     assert asked == [["native float32", "onnx float32"]]
-    (key,) = json.loads((cache / choose.FILE).read_text())
-    assert machine.processor() in key
+    (key,) = json.loads((cache / choose.TIMINGS_FILE).read_text())
+    assert machine.cpu_name() in key
 
 
 def test_what_is_measured_is_the_engines(base):
     engines = [
-        choose.engine(mowa.load(base), name=name, device="cpu", dtype="float32").engine for name in ("native", "onnx")
+        choose.select_engine(mowa.load(base), name=name, device="cpu", dtype="float32").engine
+        for name in ("native", "onnx")
     ]
-    seconds = choose.measure(engines)
+    seconds = choose.time_engines(engines)
     assert list(seconds) == ["native float32", "onnx float32"]
     assert all(spent > 0 for spent in seconds.values())
 
 
 def test_another_models_export_is_not_taken(base, tmp_path, monkeypatch):
-    onnx.engine(mowa.load(str(tiny(tmp_path / "other", hidden_size=48))))
-    monkeypatch.setattr(choose, "measure", lambda engines: pytest.fail("there is nothing to compare"))
-    assert choose.engine(mowa.load(base), device="cpu").engine.name == "native"
+    onnx.open_engine(mowa.load(str(tiny(tmp_path / "other", hidden_size=48))))
+    monkeypatch.setattr(choose, "time_engines", lambda engines: pytest.fail("there is nothing to compare"))
+    assert choose.select_engine(mowa.load(base), device="cpu").engine.name == "native"
 
 
 def test_a_damaged_export_is_said_and_not_taken(base, cache, caplog):
-    onnx.engine(mowa.load(base))
+    onnx.open_engine(mowa.load(base))
     next(cache.glob("onnx/*/model.onnx")).write_bytes(b"nothing")
-    assert choose.engine(mowa.load(base), device="cpu", dtype="float32").engine.name == "native"
+    assert choose.select_engine(mowa.load(base), device="cpu", dtype="float32").engine.name == "native"
     assert "is missing or damaged" in caplog.text
 
 
 def test_narrow_arithmetic_is_only_named(base, monkeypatch):
-    onnx.engine(mowa.load(base), dtype="int8")
-    assert choose.engine(mowa.load(base), device="cpu").engine.dtype in ("float32", "bfloat16")
-    assert choose.engine(mowa.load(base), name="native", device="cpu", dtype="int8").engine.dtype == "int8"
-    assert choose.engine(mowa.load(base), name="onnx", dtype="int8").engine.dtype == "int8"
+    onnx.open_engine(mowa.load(base), dtype="int8")
+    assert choose.select_engine(mowa.load(base), device="cpu").engine.dtype in ("float32", "bfloat16")
+    assert choose.select_engine(mowa.load(base), name="native", device="cpu", dtype="int8").engine.dtype == "int8"
+    assert choose.select_engine(mowa.load(base), name="onnx", dtype="int8").engine.dtype == "int8"
 
 
 @pytest.mark.parametrize("name", ["native", "onnx"])
 def test_an_adapter_is_heard(base, tmp_path, name):
     saved(tmp_path / "base", "lora", tmp_path / "adapter", words=OTHER)
-    choice = choose.engine(mowa.load(base), name=name, device="cpu", dtype="float32", adapter=tmp_path / "adapter")
+    choice = choose.select_engine(
+        mowa.load(base), name=name, device="cpu", dtype="float32", adapter=tmp_path / "adapter"
+    )
     assert choice.engine.vocabulary == OTHER
-    native = mowa.engine(mowa.load(base), device="cpu", dtype="float32").choose(tmp_path / "adapter")
+    native = mowa.open_engine(mowa.load(base), device="cpu", dtype="float32").with_adapter(tmp_path / "adapter")
     np.testing.assert_allclose(choice.engine.emissions([SOUND])[0], native.emissions([SOUND])[0], atol=1e-4)
 
 
 def test_what_cannot_be_is_refused(base):
     model = mowa.load(base)
     with pytest.raises(ModelError, match="engine 'tensorrt' is not one of auto, native, onnx"):
-        choose.engine(model, name="tensorrt")
+        choose.select_engine(model, name="tensorrt")
     with pytest.raises(ModelError, match="the onnx engine runs on processors"):
-        choose.engine(model, name="onnx", device="cuda")
+        choose.select_engine(model, name="onnx", device="cuda")

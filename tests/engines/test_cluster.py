@@ -15,15 +15,15 @@ import soundfile
 import mowa
 from mowa.data import audio
 from mowa.engines import cluster, corpus
-from mowa.engines.corpus import Source
-from mowa.engines.journal import Journal
-from mowa.engines.settings import Settings, Wanted, Workers
-from mowa.engines.transcription import opened
+from mowa.engines.corpus import CorpusSource
+from mowa.engines.journal import ResultsFile
+from mowa.engines.settings import EngineSpec, TranscriptionSettings, WorkerPool
+from mowa.engines.transcription import load_engine
 from mowa.errors import DataError, ModelError
 
 SAMPLE = Path(mowa.__file__).parent / "assets" / "sample.flac"
-WANTED = Wanted("pl-tiny", dtype="float32", device="cpu", threads=1)
-SETTINGS = Settings(batch_s=4.0)
+WANTED = EngineSpec("pl-tiny", dtype="float32", device="cpu", threads=1)
+SETTINGS = TranscriptionSettings(batch_s=4.0)
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +34,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
-    sample, rng = audio.load(SAMPLE), random.Random(0)
+    sample, rng = audio.load_audio(SAMPLE), random.Random(0)
     for number in range(120):
         start, length = rng.randrange(len(sample) - 48_000), rng.randrange(16_000, 48_000)
         soundfile.write(folder / f"clip-{number:03}.wav", sample[start : start + length], 16_000)
@@ -45,9 +45,9 @@ def clips(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(clips, tmp_path_factory):
     journal = tmp_path_factory.mktemp("alone") / "j.jsonl"
-    engine = opened(WANTED).engine
-    with Journal.open(journal, corpus.header(engine, SETTINGS)) as book:
-        corpus.transcribe(Source((str(clips),)).examples(), engine, SETTINGS, book)
+    engine = load_engine(WANTED).engine
+    with ResultsFile.open(journal, corpus.build_header(engine, SETTINGS)) as book:
+        corpus.transcribe_corpus(CorpusSource((str(clips),)).examples(), engine, SETTINGS, book)
     return texts(journal)
 
 
@@ -68,8 +68,8 @@ def texts(journal):
 
 
 def spread(clips, path, **how):
-    with Journal.open(path, corpus.header(opened(WANTED).engine, SETTINGS)) as book:
-        cluster.transcribe(Source((str(clips),)), WANTED, SETTINGS, book, workers=Workers(2, 2), **how)
+    with ResultsFile.open(path, corpus.build_header(load_engine(WANTED).engine, SETTINGS)) as book:
+        cluster.transcribe_on_ray(CorpusSource((str(clips),)), WANTED, SETTINGS, book, workers=WorkerPool(2, 2), **how)
 
 
 def test_two_workers_say_what_one_process_says(ray, clips, alone, tmp_path):
@@ -108,6 +108,8 @@ def test_what_is_wrong_there_is_said_here(ray, clips, tmp_path):
         spread(tmp_path / "broken.jsonl", tmp_path / "j.jsonl")
     with (
         pytest.raises(ModelError, match="a worker wants 64"),
-        Journal.open(tmp_path / "k.jsonl", corpus.header(opened(WANTED).engine, SETTINGS)) as book,
+        ResultsFile.open(tmp_path / "k.jsonl", corpus.build_header(load_engine(WANTED).engine, SETTINGS)) as book,
     ):
-        cluster.transcribe(Source((str(clips),)), WANTED, SETTINGS, book, workers=Workers(1, 1, cpus=64))
+        cluster.transcribe_on_ray(
+            CorpusSource((str(clips),)), WANTED, SETTINGS, book, workers=WorkerPool(1, 1, num_cpus=64)
+        )

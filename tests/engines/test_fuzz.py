@@ -10,8 +10,8 @@ import soundfile
 
 import mowa
 from mowa.engines import corpus
-from mowa.engines.journal import Journal
-from mowa.engines.settings import Settings
+from mowa.engines.journal import ResultsFile
+from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import DataError
 from mowa.nouns import Example
 from tests.checkpoints import tiny
@@ -53,7 +53,7 @@ def broken(data, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_two_hundred_broken_files_of_a_container(tmp_path, name):
-    engine = mowa.engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
+    engine = mowa.open_engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
     rng, original = random.Random(name), whole(tmp_path, name)
     folder = tmp_path / "broken"
     folder.mkdir()
@@ -62,9 +62,9 @@ def test_two_hundred_broken_files_of_a_container(tmp_path, name):
         file = folder / f"{number}-{name}"
         file.write_bytes(broken(original, rng))
         examples.append(Example(str(number), str(file), "", 0.0))
-    settings = Settings(speech=0.0)
-    with Journal.open(tmp_path / "j.jsonl", corpus.header(engine, settings)) as journal:
-        counts = corpus.transcribe(examples, engine, settings, journal, decoders=2)
+    settings = TranscriptionSettings(vad_threshold=0.0)
+    with ResultsFile.open(tmp_path / "j.jsonl", corpus.build_header(engine, settings)) as journal:
+        counts = corpus.transcribe_corpus(examples, engine, settings, journal, decode_threads=2)
     rows = [json.loads(line) for line in (tmp_path / "j.jsonl").read_text().splitlines()][1:]
     assert sorted(int(row["id"]) for row in rows) == list(range(200))
     assert counts["done"] + counts["failed"] == 200
@@ -77,12 +77,12 @@ def test_what_crashes_its_decoder_is_a_line_when_the_run_goes_on(tmp_path, monke
     """A run that died is suspected of its recordings; the child that decodes them dies in its place."""
     soundfile.write(tmp_path / "good.wav", tone(0.5), 16_000)
     soundfile.write(tmp_path / "evil.wav", tone(0.5), 16_000)
-    engine = mowa.engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
-    settings, path = Settings(speech=0.0), tmp_path / "j.jsonl"
-    header = corpus.header(engine, settings)
-    book = Journal.open(path, header)
+    engine = mowa.open_engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
+    settings, path = TranscriptionSettings(vad_threshold=0.0), tmp_path / "j.jsonl"
+    header = corpus.build_header(engine, settings)
+    book = ResultsFile.open(path, header)
     for name in ("good", "evil"):
-        book.begin(name)
+        book.mark_started(name)
     book._file.close()  # killed: no mark was taken back
     real = corpus.subprocess.run
 
@@ -93,9 +93,9 @@ def test_what_crashes_its_decoder_is_a_line_when_the_run_goes_on(tmp_path, monke
 
     monkeypatch.setattr(corpus.subprocess, "run", run)
     examples = [Example(name, str(tmp_path / f"{name}.wav"), "", 0.0) for name in ("good", "evil", "new")]
-    with Journal.open(path, header) as book:
-        assert book.suspects == {"good", "evil"}
-        corpus.transcribe(examples, engine, settings, book)
+    with ResultsFile.open(path, header) as book:
+        assert book.suspect_ids == {"good", "evil"}
+        corpus.transcribe_corpus(examples, engine, settings, book)
     rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines()[1:])}
     assert "crashes its decoder (signal 11)" in rows["evil"]["error"]
     assert "text" in rows["good"]
@@ -104,7 +104,7 @@ def test_what_crashes_its_decoder_is_a_line_when_the_run_goes_on(tmp_path, monke
 
 
 def test_decoding_ahead_in_many_threads_changes_no_batch(tmp_path):
-    engine = mowa.engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
+    engine = mowa.open_engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
     rng = np.random.default_rng(0)
     examples = []
     for number in range(30):
@@ -113,9 +113,9 @@ def test_decoding_ahead_in_many_threads_changes_no_batch(tmp_path):
     found = []
     for decoders in (1, 4):
         path = tmp_path / f"{decoders}.jsonl"
-        settings = Settings(speech=0.0, batch_s=4)
-        with Journal.open(path, corpus.header(engine, settings)) as journal:
-            corpus.transcribe(examples, engine, settings, journal, decoders=decoders)
+        settings = TranscriptionSettings(vad_threshold=0.0, batch_s=4)
+        with ResultsFile.open(path, corpus.build_header(engine, settings)) as journal:
+            corpus.transcribe_corpus(examples, engine, settings, journal, decode_threads=decoders)
         found.append(sorted(path.read_text().splitlines()))
     assert found[0] == found[1]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("mowa-decode")]
@@ -127,14 +127,14 @@ def test_addresses_are_opened_only_when_asked(tmp_path):
     soundfile.write(tmp_path / "a.flac", tone(0.5), 16_000)
     with fsspec.open("memory://corpus/a.flac", "wb") as file:
         file.write((tmp_path / "a.flac").read_bytes())
-    engine = mowa.engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
+    engine = mowa.open_engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
     examples = [Example(name, f"memory://corpus/{name}.flac", "", 0.0) for name in ("a", "gone")]
-    settings = Settings(speech=0.0)
+    settings = TranscriptionSettings(vad_threshold=0.0)
     here = Example("here", str(tmp_path / "a.flac"), "", 0.0)
     for remote in (False, True):
         path = tmp_path / f"{remote}.jsonl"
-        with Journal.open(path, corpus.header(engine, settings)) as journal:
-            corpus.transcribe([*examples, here], engine, settings, journal, remote=remote)
+        with ResultsFile.open(path, corpus.build_header(engine, settings)) as journal:
+            corpus.transcribe_corpus([*examples, here], engine, settings, journal, allow_remote=remote)
         rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines()[1:])}
         if not remote:
             assert "Say --remote" in rows["a"]["error"]
@@ -146,15 +146,15 @@ def test_addresses_are_opened_only_when_asked(tmp_path):
 @pytest.mark.parametrize("size", [1, 5])
 def test_what_a_manifest_gives_before_it_breaks_is_done(tmp_path, size):
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16_000)
-    engine = mowa.engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
+    engine = mowa.open_engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
 
     def listed():
         for number in range(size):
             yield Example(str(number), str(tmp_path / "a.wav"), "", 0.0)
         raise DataError("line 9: broken JSON")
 
-    settings = Settings(speech=0.0)
-    with Journal.open(tmp_path / "j.jsonl", corpus.header(engine, settings)) as journal:
+    settings = TranscriptionSettings(vad_threshold=0.0)
+    with ResultsFile.open(tmp_path / "j.jsonl", corpus.build_header(engine, settings)) as journal:
         with pytest.raises(DataError, match="line 9"):
-            corpus.transcribe(listed(), engine, settings, journal)
-        assert journal.done == set(map(str, range(size)))
+            corpus.transcribe_corpus(listed(), engine, settings, journal)
+        assert journal.done_ids == set(map(str, range(size)))

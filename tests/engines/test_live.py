@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 import mowa
 from mowa.data import audio, level
 from mowa.decode import ctc
-from mowa.decode.stream import Rules
+from mowa.decode.stream import EndpointConfig
 from mowa.engines import live, onnx
-from mowa.engines.live import Live
+from mowa.engines.live import StreamingConfig
 from mowa.errors import ModelError
-from mowa.families.chunks import Chunks, chunked
+from mowa.families.chunks import ChunkConfig, apply_chunk_mask
 from tests.checkpoints import clip
 from tests.checkpoints import tiny as whole_tiny
 
@@ -25,7 +25,7 @@ QUICK = {"conv_dim": (16,) * 3, "conv_kernel": (10, 8, 8), "conv_stride": (5, 8,
 TRAINED = {"chunk_frames": [8, 16], "left_frames": None, "ahead_frames": [0, 4]}
 SOUND = clip(5, 50_123)
 SAMPLE = Path(mowa.__file__).parent / "assets" / "sample.flac"
-ALL = Rules(detect=False)
+ALL = EndpointConfig(vad=False)
 
 
 def tiny(folder, **changes):
@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(model):
-    return mowa.engine(model, device="cpu", dtype="float32")
+    return mowa.open_engine(model, device="cpu", dtype="float32")
 
 
 def through(listener, sound, cuts):
@@ -71,12 +71,12 @@ def cutting():
 @settings(max_examples=15, deadline=None)
 @given(cuts=cutting(), size=st.integers(1, 30), ahead=st.integers(0, 9))
 def test_cached_it_says_what_the_net_says_of_the_whole_under_its_mask(engine, left, cuts, size, ahead):
-    heard, _ = level.normalised(SOUND, level.Level.typical())
+    heard, _ = level.normalize_running(SOUND, level.RunningStats.prior())
     net = engine.model.net
-    with torch.inference_mode(), chunked(net, Chunks(size, left, ahead)):
+    with torch.inference_mode(), apply_chunk_mask(net, ChunkConfig(size, left, ahead)):
         expected = net(torch.from_numpy(heard)[None]).logits[0].log_softmax(-1).numpy()
-    how = Live("cached", size * 0.02, None if left is None else left * 0.02, ahead * 0.02)
-    said = through(live.listener(engine, how), SOUND, cuts)
+    how = StreamingConfig("cached", size * 0.02, None if left is None else left * 0.02, ahead * 0.02)
+    said = through(live.create_streaming_encoder(engine, how), SOUND, cuts)
     np.testing.assert_allclose(said, expected, atol=1e-4)
 
 
@@ -84,7 +84,7 @@ def test_cached_it_says_what_the_net_says_of_the_whole_under_its_mask(engine, le
 @settings(max_examples=10, deadline=None)
 @given(cuts=cutting())
 def test_however_it_is_cut_the_words_are_the_same(engine, mode, cuts):
-    how = Live(mode, 0.2, right_s=0.1)
+    how = StreamingConfig(mode, 0.2, lookahead_s=0.1)
     whole = words(live.stream(engine, how, ALL), SOUND)
     assert words(live.stream(engine, how, ALL), SOUND, cuts) == whole
     assert len(whole) > 5
@@ -92,7 +92,7 @@ def test_however_it_is_cut_the_words_are_the_same(engine, mode, cuts):
 
 @pytest.mark.parametrize("mode", ["cached", "window"])
 def test_odd_pieces(engine, mode):
-    how, sound = Live(mode, 0.1), SOUND[:20_000]
+    how, sound = StreamingConfig(mode, 0.1), SOUND[:20_000]
     whole = words(live.stream(engine, how, ALL), sound)
     for piece in (1, 7, 160, 100_000):
         cuts = range(piece, len(sound), piece)
@@ -101,18 +101,18 @@ def test_odd_pieces(engine, mode):
 
 def test_a_window_as_long_as_the_recording_says_what_the_net_says(engine):
     """With everything to the left and right in it, a window is the whole recording."""
-    heard, _ = level.normalised(SOUND, level.Level.typical())
+    heard, _ = level.normalize_running(SOUND, level.RunningStats.prior())
     (expected,) = engine.emissions([heard])
-    said = through(live.listener(engine, Live("window", 0.5, 20.0, 20.0)), SOUND, [20_000])
+    said = through(live.create_streaming_encoder(engine, StreamingConfig("window", 0.5, 20.0, 20.0)), SOUND, [20_000])
     np.testing.assert_allclose(said, expected, atol=1e-4)
 
 
 def test_tentative_frames_follow_the_final_ones(engine):
-    for how in (Live("cached", 0.2, right_s=0.1), Live("window", 0.2, 1.0, 0.2)):
-        listener = live.listener(engine, how)
-        memory, done = listener.begin(None), 0
+    for how in (StreamingConfig("cached", 0.2, lookahead_s=0.1), StreamingConfig("window", 0.2, 1.0, 0.2)):
+        listener = live.create_streaming_encoder(engine, how)
+        memory, done = listener.start_utterance(None), 0
         for start in range(0, 40_000, 3200):
-            memory, sure, unsure = listener.hear(memory, SOUND[start : start + 3200], last=False)
+            memory, sure, unsure = listener.step(memory, SOUND[start : start + 3200], last=False)
             done += len(sure)
             assert done * 320 + listener.latency_s * 16_000 <= start + 3200 + 320 * 10 + 400
             if len(sure):
@@ -121,78 +121,84 @@ def test_tentative_frames_follow_the_final_ones(engine):
 
 def test_latency_is_said(engine):
     reach_s = 5 / 16_000  # the front end's field of 325 samples, less a hop
-    cached, window = Live("cached", 0.32, right_s=0.16), Live("window", 0.64, right_s=1.28)
-    assert live.listener(engine, cached).latency_s == pytest.approx(0.32 + 0.16 + reach_s)
-    assert live.listener(engine, window).latency_s == pytest.approx(1.92 + reach_s)
+    cached, window = (
+        StreamingConfig("cached", 0.32, lookahead_s=0.16),
+        StreamingConfig("window", 0.64, lookahead_s=1.28),
+    )
+    assert live.create_streaming_encoder(engine, cached).latency_s == pytest.approx(0.32 + 0.16 + reach_s)
+    assert live.create_streaming_encoder(engine, window).latency_s == pytest.approx(1.92 + reach_s)
 
 
 def test_auto_is_what_the_model_was_trained_for(engine, tmp_path):
-    cached = live.listener(engine)
-    assert isinstance(cached, live.Cached)
-    assert (cached.size, cached.ahead, cached.left) == (16, 4, None)
-    plain = mowa.engine(tiny(tmp_path / "plain", streaming=None), device="cpu")
-    assert isinstance(live.listener(plain), live.Window)
+    cached = live.create_streaming_encoder(engine)
+    assert isinstance(cached, live.CachedEncoder)
+    assert (cached.chunk_frames, cached.lookahead_frames, cached.left_frames) == (16, 4, None)
+    plain = mowa.open_engine(tiny(tmp_path / "plain", streaming=None), device="cpu")
+    assert isinstance(live.create_streaming_encoder(plain), live.FeatureWindowEncoder)
     with pytest.raises(ModelError, match="was not trained to hear in chunks"):
-        live.listener(plain, Live("cached"))
+        live.create_streaming_encoder(plain, StreamingConfig("cached"))
 
 
-@pytest.mark.parametrize("how", [Live(chunk_s=0.001), Live(left_s=-1.0), Live("window", right_s=-0.1)])
+@pytest.mark.parametrize(
+    "how",
+    [StreamingConfig(chunk_s=0.001), StreamingConfig(left_context_s=-1.0), StreamingConfig("window", lookahead_s=-0.1)],
+)
 def test_times_that_are_none_are_refused(engine, how):
     with pytest.raises(ModelError, match="no time is below 0"):
-        live.listener(engine, how)
+        live.create_streaming_encoder(engine, how)
 
 
 @pytest.mark.parametrize("kind", ["group", "wavlm"])
 def test_what_has_no_memory_is_heard_in_windows(tmp_path, kind):
     changes = {"norm": "group"} if kind == "group" else {"family": "wavlm"}
-    one = mowa.engine(tiny(tmp_path / kind, **changes), device="cpu", dtype="float32")
-    listener = live.listener(one)
-    assert type(listener) is (live.Rewound if kind == "group" else live.Window)
-    how = Live("window", 0.2, 0.4, 0.2)
+    one = mowa.open_engine(tiny(tmp_path / kind, **changes), device="cpu", dtype="float32")
+    listener = live.create_streaming_encoder(one)
+    assert type(listener) is (live.WaveformWindowEncoder if kind == "group" else live.FeatureWindowEncoder)
+    how = StreamingConfig("window", 0.2, 0.4, 0.2)
     whole = words(live.stream(one, how, ALL), SOUND)
     assert len(whole) > 5
     assert words(live.stream(one, how, ALL), SOUND, [1, 9_000, 9_001]) == whole
     with pytest.raises(ModelError, match="has no memory"):
-        live.listener(one, Live("cached"))
+        live.create_streaming_encoder(one, StreamingConfig("cached"))
 
 
 def test_a_long_utterance_is_gone_on_with_anew(engine, monkeypatch):
     """After each `RENEW_S` what is kept is thrown away but for `OVERLAP_S`, and frames follow on without a gap."""
-    monkeypatch.setattr(live, "RENEW_S", 1.0)
-    monkeypatch.setattr(live, "OVERLAP_S", 0.3)
-    listener = live.listener(engine, Live("cached", 0.1, right_s=0.04))
-    memory, said, largest = listener.begin(None), [], 0
+    monkeypatch.setattr(live, "CACHE_RESET_S", 1.0)
+    monkeypatch.setattr(live, "CACHE_OVERLAP_S", 0.3)
+    listener = live.create_streaming_encoder(engine, StreamingConfig("cached", 0.1, lookahead_s=0.04))
+    memory, said, largest = listener.start_utterance(None), [], 0
     for start in range(0, len(SOUND), 777):
-        memory, sure, _ = listener.hear(memory, SOUND[start : start + 777], last=start + 777 >= len(SOUND))
+        memory, sure, _ = listener.step(memory, SOUND[start : start + 777], last=start + 777 >= len(SOUND))
         said.append(sure)
         largest = max(largest, int(memory["counts"][1]))
     assert len(np.concatenate(said)) == (len(SOUND) - 400) // 320 + 1
     assert largest <= 50 + 5
     np.testing.assert_array_equal(np.concatenate(said), through(listener, SOUND, [3_000, 44_444]))
-    fresh = live.Cached(engine, listener._step, 5, None, 2)
+    fresh = live.CachedEncoder(engine, listener._step, 5, None, 2)
     fresh._renew = None
     whole = through(fresh, SOUND, [])
     np.testing.assert_allclose(np.concatenate(said)[:50], whole[:50], atol=1e-5)
 
 
 def test_saved_and_restored_elsewhere_it_goes_on(engine):
-    for how in (Live("cached", 0.2), Live("window", 0.2, 1.0, 0.2)):
+    for how in (StreamingConfig("cached", 0.2), StreamingConfig("window", 0.2, 1.0, 0.2)):
         whole = words(live.stream(engine, how, ALL), SOUND)
         one, other = live.stream(engine, how, ALL), live.stream(engine, how, ALL)
-        before = [word for event in one.feed(SOUND[:30_001]) if event.final for word in event.words]
+        before = [word for event in one.feed(SOUND[:30_001]) if event.is_final for word in event.words]
         other.restore(one.save())
         assert [*before, *words(other, SOUND[30_001:])] == whole
     with pytest.raises(ModelError, match="another model or mode"):
-        live.stream(engine, Live("cached", 0.2), ALL).restore(one.save())
+        live.stream(engine, StreamingConfig("cached", 0.2), ALL).restore(one.save())
 
 
 def test_two_streams_in_two_threads_do_not_disturb_each_other(engine):
     sounds = [SOUND, clip(6, 50_000)]
-    expected = [words(live.stream(engine, Live("cached", 0.1), ALL), sound) for sound in sounds]
-    listener_of, found = live.listener(engine, Live("cached", 0.1)), {}
+    expected = [words(live.stream(engine, StreamingConfig("cached", 0.1), ALL), sound) for sound in sounds]
+    listener_of, found = live.create_streaming_encoder(engine, StreamingConfig("cached", 0.1)), {}
 
     def run(index):
-        stream = live.Stream(listener_of, None, ALL)
+        stream = live.TranscriptionStream(listener_of, None, ALL)
         found[index] = words(stream, sounds[index], range(1000, 50_000, 1000))
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
@@ -210,28 +216,28 @@ def test_two_streams_in_two_threads_do_not_disturb_each_other(engine):
 def test_the_onnx_engine_remembers_too(model, engine, dtype, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.setenv("MOWA_CACHE", str(tmp_path))
-    other = onnx.engine(model, dtype=dtype)
-    for how in (Live(), Live("cached", 0.14, 0.5, 0.1)):
-        ours, theirs = (through(live.listener(one, how), SOUND, [777]) for one in (engine, other))
+    other = onnx.open_engine(model, dtype=dtype)
+    for how in (StreamingConfig(), StreamingConfig("cached", 0.14, 0.5, 0.1)):
+        ours, theirs = (through(live.create_streaming_encoder(one, how), SOUND, [777]) for one in (engine, other))
         assert ours.shape == theirs.shape
         if dtype == "float32":
             np.testing.assert_allclose(theirs, ours, atol=1e-4)
         else:
             assert (ours.argmax(-1) == theirs.argmax(-1)).mean() > 0.8
-    assert isinstance(live.listener(other, Live("window")), live.Rewound)
+    assert isinstance(live.create_streaming_encoder(other, StreamingConfig("window")), live.WaveformWindowEncoder)
 
 
 def test_pl_tiny_understands_the_sample_live():
     said = "dzień dobry to jest mowa program który słucha i zapisuje każde słowo"
-    engine = mowa.engine(mowa.load("pl-tiny"), device="cpu", dtype="float32")
-    stream, sound, events = live.stream(engine), audio.load(SAMPLE), []
+    engine = mowa.open_engine(mowa.load("pl-tiny"), device="cpu", dtype="float32")
+    stream, sound, events = live.stream(engine), audio.load_audio(SAMPLE), []
     for start in range(0, len(sound), 1600):
         events += stream.feed(sound[start : start + 1600])
     events += stream.close()
     found = [word for event in events if event.final for word in event.words]
     from mowa.tasks.ctc import error_rates
 
-    assert error_rates([said], [ctc.text(found[: len(said.split())])])["cer"] < 0.35
+    assert error_rates([said], [ctc.join_words(found[: len(said.split())])])["cer"] < 0.35
     assert all(a.start_s <= b.start_s for a, b in pairwise(found))
     assert found[-1].end_s <= len(sound) / 16_000
     assert any(not event.final for event in events)

@@ -10,10 +10,10 @@ import mowa
 from mowa.adapt import store
 from mowa.data import audio
 from mowa.engines import onnx, protocol
-from mowa.engines.protocol import Sharing
-from mowa.errors import MissingPart, ModelError
+from mowa.engines.protocol import BatchPolicy
+from mowa.errors import MissingDependency, ModelError
 from mowa.export import export
-from mowa.shrink import shrink
+from mowa.shrink import quantize
 from tests.adapt.made import OTHER, saved
 from tests.checkpoints import clip
 from tests.checkpoints import tiny as whole_tiny
@@ -43,12 +43,12 @@ def base(request, tmp_path_factory):
 
 
 def test_it_says_what_the_native_engine_says(base):
-    engine = onnx.engine(mowa.load(str(base)))
-    native = mowa.engine(mowa.load(str(base)), device="cpu", dtype="float32")
+    engine = onnx.open_engine(mowa.load(str(base)))
+    native = mowa.open_engine(mowa.load(str(base)), device="cpu", dtype="float32")
     assert (engine.name, engine.device, engine.dtype) == ("onnx", "cpu", "float32")
     assert (engine.vocabulary, engine.preprocessing) == (native.vocabulary, native.preprocessing)
     assert engine.origin.source == native.origin.source
-    for group in protocol.batches([len(one) for one in CLIPS], 60_000, engine.sharing):
+    for group in protocol.batch_by_length([len(one) for one in CLIPS], 60_000, engine.batch_policy):
         for index, scores in zip(group, engine.emissions([CLIPS[i] for i in group]), strict=True):
             (expected,) = native.emissions([CLIPS[index]])
             assert scores.shape == expected.shape
@@ -56,14 +56,14 @@ def test_it_says_what_the_native_engine_says(base):
 
 
 def test_clips_that_may_not_share_are_refused(base):
-    engine = onnx.engine(mowa.load(str(base)))
+    engine = onnx.open_engine(mowa.load(str(base)))
     group = engine.config.feat_extract_norm == "group"
-    assert engine.sharing is (Sharing.EQUAL if group else Sharing.PADDED)
+    assert engine.batch_policy is (BatchPolicy.EQUAL_LENGTH if group else BatchPolicy.PADDED)
     if group:
         with pytest.raises(ValueError, match="may not share"):
             engine.emissions(CLIPS)
-    narrow = onnx.engine(mowa.load(str(base)), dtype="int8")
-    assert (narrow.sharing, narrow.dtype) == (Sharing.ALONE, "int8")
+    narrow = onnx.open_engine(mowa.load(str(base)), dtype="int8")
+    assert (narrow.batch_policy, narrow.dtype) == (BatchPolicy.SINGLE, "int8")
     with pytest.raises(ValueError, match="may not share"):
         narrow.emissions(CLIPS)
 
@@ -73,7 +73,9 @@ def test_recordings_go_through_it(tmp_path):
     soundfile.write(file, clip(3, 20_000), 16_000)
     folder = str(tiny(tmp_path / "base"))
     ours = next(
-        iter(mowa.transcripts([file], onnx.engine(mowa.load(folder)), mowa.engines.settings.Settings(speech=0)))
+        iter(
+            mowa.iter_transcripts([file], onnx.open_engine(mowa.load(folder)), mowa.engines.settings.Settings(speech=0))
+        )
     )
     theirs = mowa.transcribe(file, folder, device="cpu", dtype="float32", speech=0.0)
     assert ours.text == theirs.text
@@ -82,19 +84,19 @@ def test_recordings_go_through_it(tmp_path):
 
 def test_it_is_exported_once(tmp_path, cache, monkeypatch):
     folder = str(tiny(tmp_path / "base"))
-    onnx.engine(mowa.load(folder))
+    onnx.open_engine(mowa.load(folder))
     (made,) = cache.iterdir()
     monkeypatch.setattr(onnx.exporting, "export", lambda *_, **__: pytest.fail("it was exported again"))
-    onnx.engine(mowa.load(folder))
+    onnx.open_engine(mowa.load(folder))
     assert list(cache.iterdir()) == [made]
 
 
 def test_a_damaged_one_is_made_anew(tmp_path, cache):
     folder = str(tiny(tmp_path / "base"))
-    (expected,) = onnx.engine(mowa.load(folder)).emissions(CLIPS[-1:])
+    (expected,) = onnx.open_engine(mowa.load(folder)).emissions(CLIPS[-1:])
     (made,) = cache.iterdir()
     (made / "model.onnx.data").write_bytes(b"\0" * 1_000)
-    (scores,) = onnx.engine(mowa.load(folder)).emissions(CLIPS[-1:])
+    (scores,) = onnx.open_engine(mowa.load(folder)).emissions(CLIPS[-1:])
     np.testing.assert_array_equal(scores, expected)
 
 
@@ -102,23 +104,23 @@ def test_another_models_weights_and_every_adapter_are_exports_of_their_own(tmp_p
     base = tiny(tmp_path / "base")
     saved(base, "lora", tmp_path / "adapter", words=OTHER)
     model = mowa.load(str(base))
-    plain, adapted = onnx.engine(model), onnx.engine(store.load(model, tmp_path / "adapter"))
+    plain, adapted = onnx.open_engine(model), onnx.open_engine(store.load_adapter(model, tmp_path / "adapter"))
     assert len(list(cache.iterdir())) == 2
     assert adapted.vocabulary == OTHER
-    native = mowa.engine(mowa.load(str(base)), device="cpu", dtype="float32")
-    for ours, theirs in ((plain, native), (adapted, native.choose(tmp_path / "adapter"))):
+    native = mowa.open_engine(mowa.load(str(base)), device="cpu", dtype="float32")
+    for ours, theirs in ((plain, native), (adapted, native.with_adapter(tmp_path / "adapter"))):
         np.testing.assert_allclose(ours.emissions(CLIPS[-1:])[0], theirs.emissions(CLIPS[-1:])[0], atol=1e-4)
 
 
 def test_a_folder_is_run_as_it_is(tmp_path):
-    out = export(shrink(mowa.load(str(tiny(tmp_path / "base"))), "int8-dynamic"), "onnx", tmp_path / "out").folder
-    assert onnx.engine(out).dtype == "int8"
+    out = export(quantize(mowa.load(str(tiny(tmp_path / "base"))), "int8-dynamic"), "onnx", tmp_path / "out").folder
+    assert onnx.open_engine(out).dtype == "int8"
     with pytest.raises(ModelError, match="was exported in int8-dynamic"):
-        onnx.engine(out, dtype="float32")
+        onnx.open_engine(out, dtype="float32")
     with pytest.raises(ModelError, match="holds no export"):
-        onnx.engine(tmp_path / "base")
+        onnx.open_engine(tmp_path / "base")
     with pytest.raises(ModelError, match="dtype 'bfloat16' is not one of"):
-        onnx.engine(out, dtype="bfloat16")
+        onnx.open_engine(out, dtype="bfloat16")
 
 
 def test_without_onnxruntime_it_says_what_to_do(tmp_path, monkeypatch):
@@ -131,5 +133,5 @@ def test_without_onnxruntime_it_says_what_to_do(tmp_path, monkeypatch):
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingPart, match="needs onnxruntime"):
-        onnx.engine(out)
+    with pytest.raises(MissingDependency, match="needs onnxruntime"):
+        onnx.open_engine(out)

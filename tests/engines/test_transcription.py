@@ -11,7 +11,7 @@ import soxr
 import mowa
 from mowa.data import audio
 from mowa.engines import protocol
-from mowa.engines.transcription import Failure, Settings
+from mowa.engines.transcription import Failure, TranscriptionSettings
 from mowa.errors import AudioError, ModelError
 from mowa.tasks.ctc import error_rates
 
@@ -21,7 +21,7 @@ SAID = json.loads(SAMPLE.with_suffix(".json").read_text())
 
 @pytest.fixture(scope="module")
 def engine():
-    return mowa.engine(mowa.load("pl-tiny"), device="cpu", dtype="float32")
+    return mowa.open_engine(mowa.load("pl-tiny"), device="cpu", dtype="float32")
 
 
 def test_sample_is_understood(engine):
@@ -33,7 +33,7 @@ def test_sample_is_understood(engine):
 
 def test_long_recordings_say_what_their_parts_say(engine, tmp_path):
     """Five times the sample with pauses, cut into windows: every part reads as the sample alone does."""
-    sample = audio.load(SAMPLE)
+    sample = audio.load_audio(SAMPLE)
     pause = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) * 1e-4
     long = np.concatenate([np.concatenate([sample, pause])] * 5)
     soundfile.write(tmp_path / "long.wav", long, 16_000, subtype="FLOAT")
@@ -51,7 +51,7 @@ def test_long_recordings_say_what_their_parts_say(engine, tmp_path):
 
 
 def test_container_and_rate_hardly_matter(engine, tmp_path):
-    sample = audio.load(SAMPLE)
+    sample = audio.load_audio(SAMPLE)
     for rate_hz, name in ((44_100, "a.ogg"), (48_000, "a.mp3"), (22_050, "a.flac"), (8_000, "a.wav")):
         soundfile.write(tmp_path / name, soxr.resample(sample, 16_000, rate_hz), rate_hz)
         heard = mowa.transcribe(tmp_path / name, engine)
@@ -60,7 +60,7 @@ def test_container_and_rate_hardly_matter(engine, tmp_path):
 
 def test_outcomes_keep_order_around_failures(engine, tmp_path):
     (tmp_path / "bad.wav").write_bytes(b"")
-    outcomes = list(mowa.transcripts([SAMPLE, tmp_path / "bad.wav", SAMPLE], engine))
+    outcomes = list(mowa.iter_transcripts([SAMPLE, tmp_path / "bad.wav", SAMPLE], engine))
     assert [type(outcome) for outcome in outcomes][1] is Failure
     assert outcomes[0].text == outcomes[2].text
     with pytest.raises(AudioError, match=r"bad\.wav"):
@@ -69,7 +69,9 @@ def test_outcomes_keep_order_around_failures(engine, tmp_path):
 
 def test_progress_counts_every_second(engine):
     seconds = []
-    outcomes = list(mowa.transcripts([SAMPLE, SAMPLE], engine, Settings(batch_s=5.0), heard=seconds.append))
+    outcomes = list(
+        mowa.iter_transcripts([SAMPLE, SAMPLE], engine, TranscriptionSettings(batch_s=5.0), on_progress=seconds.append)
+    )
     assert sum(seconds) == pytest.approx(sum(outcome.duration_s for outcome in outcomes))
 
 
@@ -79,8 +81,8 @@ def test_folder_needs_a_list(engine, tmp_path):
 
 
 def test_bfloat16_hears_nearly_the_same():
-    half = mowa.engine(mowa.load("pl-tiny"), device="cpu", dtype="bfloat16")
-    assert half.sharing is protocol.Sharing.ALONE
+    half = mowa.open_engine(mowa.load("pl-tiny"), device="cpu", dtype="bfloat16")
+    assert half.batch_policy is protocol.BatchPolicy.SINGLE
     heard = mowa.transcribe(SAMPLE, half)
     assert error_rates([SAID["said"]], [heard.text])["cer"] < 0.2
 
@@ -88,20 +90,20 @@ def test_bfloat16_hears_nearly_the_same():
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "int3"), ("cuda:7", "auto"), ("toaster", "auto")])
 def test_wrong_places_are_named(device, dtype):
     with pytest.raises(ModelError, match=dtype if dtype != "auto" else device):
-        mowa.engine(mowa.load("pl-tiny"), device=device, dtype=dtype)
+        mowa.open_engine(mowa.load("pl-tiny"), device=device, dtype=dtype)
 
 
-@pytest.mark.parametrize("sharing", list(protocol.Sharing))
+@pytest.mark.parametrize("sharing", list(protocol.BatchPolicy))
 def test_batches_hold_every_clip_once(sharing):
     lengths = [400, 800, 400, 1600, 1600, 100_000, 1600]
-    groups = protocol.batches(lengths, 4000, sharing)
+    groups = protocol.batch_by_length(lengths, 4000, sharing)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:
         longest = max(lengths[index] for index in group)
         assert len(group) == 1 or longest * len(group) <= 4000
-        if sharing is protocol.Sharing.EQUAL:
+        if sharing is protocol.BatchPolicy.EQUAL_LENGTH:
             assert len({lengths[index] for index in group}) == 1
-        if sharing is protocol.Sharing.ALONE:
+        if sharing is protocol.BatchPolicy.SINGLE:
             assert len(group) == 1
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mowa.errors import ModelError
 from mowa.evaluate import card, page, pairs, pareto
-from mowa.evaluate.drift import Drift, drift
-from mowa.evaluate.measure import Measured, Speed
+from mowa.evaluate.drift import ModelDiff, compare_emissions
+from mowa.evaluate.measure import Measurement, Throughput
 from mowa.nouns import Example
 
 RNG = np.random.default_rng(0)
@@ -34,26 +34,26 @@ def worse(said, share):
 
 def test_drift_is_what_its_formula_says():
     ours, theirs = [scores(), scores(7)], [scores(), scores(7)]
-    found = drift(ours, theirs, blank=0)
+    found = compare_emissions(ours, theirs, blank_id=0)
     p, q = (np.concatenate(one) for one in (ours, theirs))
-    assert found.frames == 27
+    assert found.num_frames == 27
     assert found.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
-    assert found.agreeing == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
-    assert found.blank == pytest.approx(((q.argmax(-1) == 0).sum() - (p.argmax(-1) == 0).sum()) / 27)
-    same = drift(ours, ours, blank=0)
-    assert (same.largest, same.kl, same.agreeing) == (0.0, 0.0, 1.0)
+    assert found.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+    assert found.blank_ratio_change == pytest.approx(((q.argmax(-1) == 0).sum() - (p.argmax(-1) == 0).sum()) / 27)
+    same = compare_emissions(ours, ours, blank_id=0)
+    assert (same.max_abs_diff, same.kl, same.agreement) == (0.0, 0.0, 1.0)
     with pytest.raises(ModelError, match="not of the same model"):
-        drift(ours, [scores(), scores(8)], blank=0)
+        compare_emissions(ours, [scores(), scores(8)], blank_id=0)
 
 
 def test_numbers_that_are_none_drift_far():
     broken = scores()
     broken[3] = np.nan
-    found = drift([scores()], [broken], blank=0)
+    found = compare_emissions([scores()], [broken], blank_id=0)
     assert np.isfinite(found.kl)
-    assert found.largest > 5
+    assert found.max_abs_diff > 5
     blank = np.log(np.eye(4, dtype=np.float32)[np.zeros(9, int)] + 1e-6)  # numpy finds the first of no numbers largest
-    assert drift([blank], [np.full_like(blank, np.nan)], blank=0).agreeing == 0
+    assert compare_emissions([blank], [np.full_like(blank, np.nan)], blank_id=0).agreement == 0
 
 
 def test_error_rates_are_jiwers():
@@ -61,11 +61,11 @@ def test_error_rates_are_jiwers():
 
     said = texts()
     heard = worse(said, 0.2)
-    found = pairs.rates(said, heard)
+    found = pairs.bootstrap_error_rates(said, heard)
     assert found.wer == pytest.approx(jiwer.wer(said, heard))
     assert found.cer == pytest.approx(jiwer.cer(said, heard))
     assert found.wer_interval[0] < found.wer < found.wer_interval[1]
-    assert found.words == 360
+    assert found.num_words == 360
 
 
 @settings(max_examples=20, deadline=None)
@@ -74,48 +74,58 @@ def test_the_paired_difference_is_that_of_the_rates(first, more):
     said = texts(30)
     ours = worse(said, first)
     theirs = worse(ours, more)
-    found, a, b = pairs.apart(said, ours, theirs), pairs.rates(said, ours), pairs.rates(said, theirs)
+    found, a, b = (
+        pairs.paired_bootstrap(said, ours, theirs),
+        pairs.bootstrap_error_rates(said, ours),
+        pairs.bootstrap_error_rates(said, theirs),
+    )
     if a.wer:
         assert found.wer == pytest.approx(b.wer / a.wer - 1)
         assert found.wer_interval[0] <= found.wer + 1e-9
-    assert pairs.apart(said, ours, ours).wer_interval == (0.0, 0.0)
+    assert pairs.paired_bootstrap(said, ours, ours).wer_interval == (0.0, 0.0)
 
 
-FINE = Drift(1.0, 0.1, 0.01, 0.99, 0.0, 1000)
+FINE = ModelDiff(1.0, 0.1, 0.01, 0.99, 0.0, 1000)
 
 
 @pytest.mark.parametrize(
     ("agreeing", "wer", "interval", "words", "verdict"),
     [
-        (0.99, 0.01, (-0.02, 0.04), 1000, card.SHIP),
-        (0.99, 0.05, (0.03, 0.07), 1000, card.REFUSE),
-        (0.99, 0.05, (-0.01, 0.11), 1000, card.DOUBTFUL),
-        (0.99, 0.0, (0.0, 0.0), 50, card.DOUBTFUL),
-        (0.5, 0.0, (0.0, 0.0), 1000, card.REFUSE),
+        (0.99, 0.01, (-0.02, 0.04), 1000, card.PASS),
+        (0.99, 0.05, (0.03, 0.07), 1000, card.FAIL),
+        (0.99, 0.05, (-0.01, 0.11), 1000, card.INCONCLUSIVE),
+        (0.99, 0.0, (0.0, 0.0), 50, card.INCONCLUSIVE),
+        (0.5, 0.0, (0.0, 0.0), 1000, card.FAIL),
     ],
 )
 def test_verdicts(agreeing, wer, interval, words, verdict):
-    far = Drift(1.0, 0.1, 0.01, agreeing, 0.0, 1000)
-    heard = pairs.Rates(0.1, 0.05, (0.08, 0.12), (0.04, 0.06), words)
-    assert card.judge(far, heard, pairs.Apart(wer, wer, interval, interval))[0] == verdict
+    far = ModelDiff(1.0, 0.1, 0.01, agreeing, 0.0, 1000)
+    heard = pairs.ErrorRates(0.1, 0.05, (0.08, 0.12), (0.04, 0.06), words)
+    assert card.decide_verdict(far, heard, pairs.ErrorRateChange(wer, wer, interval, interval))[0] == verdict
 
 
 def test_what_breaks_one_language_is_refused():
-    heard, small = (pairs.Rates(0.2, 0.1, (0.18, 0.22), (0.09, 0.11), words) for words in (5000, 150))
-    little, much = pairs.Apart(0.01, 0.0, (0.0, 0.019), (0, 0)), pairs.Apart(0.12, 0.0, (0.07, 0.18), (0, 0))
-    verdict, why = card.judge(FINE, heard, little, 0.02, {"cs": (heard, little), "pl": (heard, much)})
-    assert verdict == card.REFUSE
+    heard, small = (pairs.ErrorRates(0.2, 0.1, (0.18, 0.22), (0.09, 0.11), words) for words in (5000, 150))
+    little, much = (
+        pairs.ErrorRateChange(0.01, 0.0, (0.0, 0.019), (0, 0)),
+        pairs.ErrorRateChange(0.12, 0.0, (0.07, 0.18), (0, 0)),
+    )
+    verdict, why = card.decide_verdict(FINE, heard, little, 0.02, {"cs": (heard, little), "pl": (heard, much)})
+    assert verdict == card.FAIL
     assert "word errors of pl +12.0%" in why
-    assert card.judge(FINE, heard, little, 0.02, {"cs": (heard, little), "pl": (small, much)})[0] == card.SHIP
+    assert card.decide_verdict(FINE, heard, little, 0.02, {"cs": (heard, little), "pl": (small, much)})[0] == card.PASS
 
 
 def test_without_texts_it_stays_doubtful():
-    assert card.judge(FINE, None, None) == (card.DOUBTFUL, "without texts only drift is known: 99.0% of frames agree")
+    assert card.decide_verdict(FINE, None, None) == (
+        card.INCONCLUSIVE,
+        "without texts only drift is known: 99.0% of frames agree",
+    )
 
 
 def made(said, heard, emissions):
     numbers = {"audio_s": 100.0, "hearing_s": 2.0, "latency_s": 0.1, "loading_s": 1.0, "memory": 10**9}
-    return Measured("onnx", "int8", tuple(heard), tuple(emissions), **numbers, speeds=(Speed(2, 1, 0.02),))
+    return Measurement("onnx", "int8", tuple(heard), tuple(emissions), **numbers, throughput=(Throughput(2, 1, 0.02),))
 
 
 @pytest.fixture
@@ -125,22 +135,24 @@ def whole(tmp_path):
     emissions = [scores() for _ in said]
     first, second = made(said, worse(said, 0.1), emissions), made(said, worse(said, 0.4), emissions)
     rows = [
-        card.row(name, "onnx", tmp_path, size, found, first, (1000, first), examples, blank=0, tag="language")
+        card.build_row(
+            name, "onnx", tmp_path, size, found, first, (1000, first), examples, blank_id=0, group_by="language"
+        )
         for name, size, found in (("float32", 1000, first), ("int8 <&>", 250, second))
     ]
-    rows.append(card.Row("nf4", "onnx", "", 0, 0.0, verdict=card.REFUSE, reason="no such thing"))
-    return card.Card("a net", "dev", len(said), 100.0, 0.02, "a machine", {"torch": "2"}, tuple(rows))
+    rows.append(card.ReportRow("nf4", "onnx", "", 0, 0.0, verdict=card.FAIL, reason="no such thing"))
+    return card.QuantReport("a net", "dev", len(said), 100.0, 0.02, "a machine", {"torch": "2"}, tuple(rows))
 
 
 def test_a_row_says_it_all_and_a_page_shows_it(whole, tmp_path):
     first, second, _ = whole.rows
-    assert (first.verdict, second.verdict) == (card.SHIP, card.REFUSE)
+    assert (first.verdict, second.verdict) == (card.PASS, card.FAIL)
     assert (second.share, second.speedup, first.speeds[0].rtf) == (0.25, 1.0, 0.02)
     assert set(second.tagged) == {"pl", "cs"}
-    card.write(whole, tmp_path / "card.json")
+    card.write_json(whole, tmp_path / "card.json")
     kept = json.loads((tmp_path / "card.json").read_text())
     assert kept["rows"][1]["drift"]["agreeing"] == 1.0
-    page.write(whole, tmp_path / "card.html")
+    page.write_html(whole, tmp_path / "card.html")
     shown = (tmp_path / "card.html").read_text()
     assert "int8 &lt;&amp;&gt;" in shown
     assert 'class="v refuse">refuse' in shown
@@ -151,7 +163,7 @@ def test_a_row_says_it_all_and_a_page_shows_it(whole, tmp_path):
 def test_what_was_measured_is_read_back(tmp_path):
     before = made(["a", "b"], ["a", "c"], [scores(), scores(3)])
     before.write(tmp_path)
-    after = Measured.read(tmp_path)
+    after = Measurement.read(tmp_path)
     assert asdict(after) | {"emissions": 0} == asdict(before) | {"emissions": 0}
     for a, b in zip(before.emissions, after.emissions, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -159,5 +171,5 @@ def test_what_was_measured_is_read_back(tmp_path):
 
 def test_what_another_beats_is_not_in_front():
     points = [(100, -10), (50, -10), (25, -8), (30, -5), (200, -20), (25, -8)]
-    assert pareto.front(points) == [1, 2, 4, 5]
-    assert pareto.front([(50, -10, 30.0), (100, -10, 29.0), (100, -9, 30.0)]) == [0, 1]
+    assert pareto.pareto_front(points) == [1, 2, 4, 5]
+    assert pareto.pareto_front([(50, -10, 30.0), (100, -10, 29.0), (100, -9, 30.0)]) == [0, 1]

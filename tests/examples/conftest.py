@@ -9,7 +9,7 @@ import pytest
 
 import mowa
 from mowa.export import export
-from mowa.shrink import shrink
+from mowa.shrink import quantize
 from tests.checkpoints import tiny
 from tests.shrunk import QUICK
 
@@ -38,7 +38,7 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of pl-tiny, in int8."""
     return export(
-        shrink(mowa.load("pl-tiny"), "int8-dynamic"), "onnx", tmp_path_factory.mktemp("small") / "onnx"
+        quantize(mowa.load("pl-tiny"), "int8-dynamic"), "onnx", tmp_path_factory.mktemp("small") / "onnx"
     ).folder
 
 

@@ -7,8 +7,8 @@ import pytest
 import mowa
 from mowa.errors import ModelError
 from mowa.export import chunks, export, manifest, onnx
-from mowa.export.plain import plain
-from mowa.families.chunks import Chunks
+from mowa.export.plain import prepare_for_export
+from mowa.families.chunks import ChunkConfig
 from tests.checkpoints import clip
 from tests.checkpoints import tiny as whole_tiny
 
@@ -24,28 +24,28 @@ def exported(tmp_path_factory):
     return model, export(model, "onnx", folder / "onnx").folder
 
 
-@pytest.mark.parametrize("how", [Chunks(16, None, 8), Chunks(1, 3), Chunks(7, 20, 3), Chunks(200)])
+@pytest.mark.parametrize("how", [ChunkConfig(16, None, 8), ChunkConfig(1, 3), ChunkConfig(7, 20, 3), ChunkConfig(200)])
 def test_it_says_what_the_net_says(exported, how):
     model, folder = exported
-    session = onnxruntime.InferenceSession(str(folder / chunks.GRAPH), providers=["CPUExecutionProvider"])
-    apart, agreeing = chunks.compared(plain(model), session, clip(1, 30_001), how)
+    session = onnxruntime.InferenceSession(str(folder / chunks.CHUNK_GRAPH_FILE), providers=["CPUExecutionProvider"])
+    apart, agreeing = chunks.compare_chunked(prepare_for_export(model), session, clip(1, 30_001), how)
     assert apart <= 1e-4
     assert agreeing == 1
 
 
 def test_the_folder_names_and_guards_it(exported):
     _, folder = exported
-    assert manifest.read(folder).details["chunk"] == chunks.GRAPH
-    (folder / chunks.GRAPH).write_bytes(b"damaged")
+    assert manifest.read_artifact(folder).details["chunk"] == chunks.CHUNK_GRAPH_FILE
+    (folder / chunks.CHUNK_GRAPH_FILE).write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"chunk\.onnx is missing or damaged"):
-        manifest.read(folder)
+        manifest.read_artifact(folder)
 
 
 def test_a_net_that_was_not_trained_for_it_has_none(tmp_path):
     model = mowa.load(str(whole_tiny(tmp_path / "a", **QUICK)))
     folder = export(model, "onnx", tmp_path / "onnx").folder
-    assert manifest.read(folder).details["chunk"] is None
-    assert not (folder / chunks.GRAPH).exists()
+    assert manifest.read_artifact(folder).details["chunk"] is None
+    assert not (folder / chunks.CHUNK_GRAPH_FILE).exists()
 
 
 def test_front_ends_that_reach_far_are_exported(tmp_path):
@@ -53,7 +53,7 @@ def test_front_ends_that_reach_far_are_exported(tmp_path):
     far = {"conv_dim": (16,) * 4, "conv_kernel": (400, 1, 3, 3), "conv_stride": (160, 1, 1, 2), "num_hidden_layers": 1}
     model = mowa.load(str(whole_tiny(tmp_path / "a", **far)))
     folder = export(model, "onnx", tmp_path / "onnx").folder
-    session = onnxruntime.InferenceSession(str(folder / onnx.GRAPH), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / onnx.GRAPH_FILE), providers=["CPUExecutionProvider"])
     values = np.zeros((1, 1040), np.float32)
     (logits,) = session.run(None, {"input_values": values, "attention_mask": np.ones((1, 1040), np.int64)})
     assert logits.shape[1] == 1

@@ -14,10 +14,10 @@ from torch import nn
 
 import mowa
 from mowa.data import audio
-from mowa.errors import MissingPart, ModelError
+from mowa.errors import MissingDependency, ModelError
 from mowa.export import compare, coreml, coreml_check, coreml_net, manifest
 from mowa.export.protocol import export
-from mowa.families.patch import table
+from mowa.families.patch import absolute_position_table
 from mowa.nouns import Scheme
 from tests.checkpoints import KINDS, clip, tiny
 from tests.shrunk import narrows, shrunk
@@ -33,7 +33,7 @@ FAMILIES = ("wav2vec2", "hubert", "wavlm")
 
 def opened(folder):
     with coreml._hushed():
-        return coreml_check.opened(folder / "model.mlpackage")
+        return coreml_check.open_program(folder / "model.mlpackage")
 
 
 def run(folder, program, sound, length):
@@ -42,7 +42,7 @@ def run(folder, program, sound, length):
     given = {"input_values": torch.from_numpy(np.pad(sound, (0, length - len(sound))))[None]}
     if how["masked"]:
         given["samples"] = torch.tensor([len(sound)])
-    logits = coreml_check.run(program, given)["logits"][0]
+    logits = coreml_check.run_program(program, given)["logits"][0]
     assert logits.dtype == torch.float32
     return logits[: (len(sound) - how["reach"]) // how["hop"] + 1].numpy()
 
@@ -79,7 +79,7 @@ def test_the_folder_says_what_it_is(made):
     assert set(note["files"]) == files
     assert note["compared"]["farthest"] < 1e-4
     assert note["compared"]["agreeing"] == 1
-    assert "Core ML itself was not run" in manifest.read(out.folder).unchecked
+    assert "Core ML itself was not run" in manifest.read_artifact(out.folder).unverified_reason
     assert (out.details["computes"], out.details["needs"]) == ("float32", "iOS 16 or macOS 13")
     spec = ct.utils.load_spec(str(out.folder / "model.mlpackage"))
     sound, *samples = spec.description.input
@@ -115,7 +115,7 @@ def test_loud_norms_are_wide(tmp_path, caplog):
     program = opened(out.folder)
     found = [coreml_check._kind(op.outputs[0]) for op in program.operations if op.op_type == "layer_norm"]
     assert found.count("fp32") == 1
-    assert f"{out.agreeing * 100:.1f} % of frames" in caplog.text
+    assert f"{out.agreement * 100:.1f} % of frames" in caplog.text
     sound = audio.normalize(clip(0, 9_000))
     np.testing.assert_allclose(run(out.folder, program, sound, 16_000), said(model.net, sound), atol=0.1)
 
@@ -147,12 +147,12 @@ def test_weights_are_kept_in_their_own_codes(tmp_path, scheme):
     for name, linear in expected.items():
         op = next(op for at, op in found.items() if at.startswith(name))
         codes = op.inputs["data" if system == "iOS 18" else "quantized_data"].val
-        assert np.array_equal(codes.astype(np.int8), linear.codes.numpy())
-        assert np.array_equal(op.inputs["scale"].val.reshape(linear.scales.shape).astype(np.float32), linear.scales)
+        assert np.array_equal(codes.astype(np.int8), linear.qweight.numpy())
+        assert np.array_equal(op.inputs["scale"].val.reshape(linear.scale.shape).astype(np.float32), linear.scale)
         assert coreml_check._kind(op.outputs[0]) == "fp16"
         assert [user.op_type for user in op.outputs[0].child_ops] == ["linear"]
-        if linear.zeros is not None:
-            assert np.array_equal(op.inputs["offset"].val.astype(np.int8), linear.zeros.numpy())
+        if linear.zero_point is not None:
+            assert np.array_equal(op.inputs["offset"].val.astype(np.int8), linear.zero_point.numpy())
     assert kinds(program, "quantize") == ({"uint8"} if scheme == "int8-static" else set())
     net, sound = model.net, audio.normalize(clip(0, 10_000))
     logits = run(out.folder, program, sound, 16_000)
@@ -166,7 +166,7 @@ def test_narrow_programs_are_smaller(tmp_path):
     whole = export(mowa.load(str(tiny(tmp_path / "net", **QUICK | big))), "coreml", tmp_path / "out", seconds=(0.4,))
     for scheme, share in (("int8-weight", 0.32), ("int4-weight", 0.22)):
         small = export(shrunk(tmp_path / scheme, scheme, **QUICK | big), "coreml", tmp_path / f"{scheme}.out")
-        assert small.size < share * whole.size
+        assert small.size_bytes < share * whole.size_bytes
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_narrow_programs_are_smaller(tmp_path):
 )
 def test_other_parts_are_computed_too(tmp_path, changes):
     model = mowa.load(str(tiny(tmp_path / "base", **QUICK | changes)))
-    assert export(model, "coreml", tmp_path / "out", seconds=SECONDS).agreeing == 1
+    assert export(model, "coreml", tmp_path / "out", seconds=SECONDS).agreement == 1
 
 
 @pytest.mark.slow
@@ -184,7 +184,9 @@ def test_positions_of_the_bundled_net_are_looked_up(tmp_path):
     """The tables are as long as the longest recording: here longer than the net's own, whose last row then stays."""
     model = mowa.load("pl-tiny")
     out = export(model, "coreml", tmp_path / "out", seconds=(1.0, 30.0))
-    assert out.details["lengths"][-1] // out.details["hop"] > len(table(coreml.plain(model)))
+    assert out.details["lengths"][-1] // out.details["hop"] > len(
+        absolute_position_table(coreml.prepare_for_export(model))
+    )
     assert json.loads((out.folder / "mowa.json").read_text())["compared"]["farthest"] < 2e-4
 
 
@@ -194,7 +196,7 @@ def test_the_example_reads_what_mowa_reads(tmp_path, monkeypatch, capsys, norm):
     ct = pytest.importorskip("coremltools")
     model = mowa.load(str(tiny(tmp_path / "base", norm=norm, **QUICK)))
     file = EXAMPLES / "dzien-dobry.flac"
-    length = len(audio.load(file)) / 16_000
+    length = len(audio.load_audio(file)) / 16_000
     out = export(model, "coreml", tmp_path / "out", seconds=(1.0, length if norm == "group" else length + 1)).folder
 
     class Predicting:
@@ -206,7 +208,7 @@ def test_the_example_reads_what_mowa_reads(tmp_path, monkeypatch, capsys, norm):
                 "input_values": "float32", "samples": "int32",
             }.items()  # fmt: skip
             tensors = {name: torch.from_numpy(value) for name, value in given.items()}
-            return {name: value.numpy() for name, value in coreml_check.run(self.program, tensors).items()}
+            return {name: value.numpy() for name, value in coreml_check.run_program(self.program, tensors).items()}
 
     monkeypatch.setattr(ct.models, "MLModel", Predicting)
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -243,24 +245,24 @@ def test_the_model_is_left_as_it_was(tmp_path):
     ("scheme", "why"),
     [
         (Scheme("bf16", "bfloat16"), "Core ML has no bfloat16; use fp16"),
-        (Scheme("nf4", "nf4", group=64), "no step for each block of a row; use int4-weight"),
+        (Scheme("nf4", "nf4", group_size=64), "no step for each block of a row; use int4-weight"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_other_schemes_are_refused(tmp_path, scheme, why):
     model = mowa.load(str(tiny(tmp_path / "base", **QUICK)))
-    assert not coreml.can(model)
+    assert not coreml.unsupported_reason(model)
     with pytest.raises(ModelError, match=f"in {scheme.name} cannot be written as coreml: .*{why}"):
         export(replace(model, scheme=scheme), "coreml", tmp_path / "out")
 
 
 def test_other_nets_are_refused(tmp_path):
     model = mowa.load(str(tiny(tmp_path / "base", **QUICK)))
-    assert "only Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC are written so, not Linear" in coreml.can(
+    assert "only Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC are written so, not Linear" in coreml.unsupported_reason(
         replace(model, net=nn.Linear(1, 1))
     )
     model.net.config.add_adapter = True
-    assert coreml.can(model) == "its net has convolutions over its last frames; use onnx"
+    assert coreml.unsupported_reason(model) == "its net has convolutions over its last frames; use onnx"
 
 
 @pytest.mark.parametrize("seconds", [(), (0.01, 5), (-1,)])
@@ -288,22 +290,22 @@ def test_an_operator_that_is_not_known_here_is_named(tmp_path, monkeypatch):
     monkeypatch.delitem(coreml_check.OPERATORS, "gelu")
     model = mowa.load(str(tiny(tmp_path / "base", **QUICK)))
     out = export(model, "coreml", tmp_path / "out", seconds=(0.4,))
-    assert out.agreeing is None
-    assert out.unchecked.endswith("nothing was compared: gelu is not known here")
+    assert out.agreement is None
+    assert out.unverified_reason.endswith("nothing was compared: gelu is not known here")
 
 
 def test_what_is_not_the_net_leaves_nothing(tmp_path, monkeypatch):
-    model, fitted = mowa.load(str(tiny(tmp_path / "base", **QUICK))), coreml_net.fitted
+    model, fitted = mowa.load(str(tiny(tmp_path / "base", **QUICK))), coreml_net.prepare_for_coreml
 
     def broken(net, *rest, **how):
         made = fitted(net, *rest, **how)
         made.net.lm_head.weight = nn.Parameter(made.net.lm_head.weight * 1.01, requires_grad=False)
         return made
 
-    monkeypatch.setattr(coreml_net, "fitted", broken)
+    monkeypatch.setattr(coreml_net, "prepare_for_coreml", broken)
     with pytest.raises(ModelError, match=r"the Core ML of .*base is not what the net is"):
         export(model, "coreml", tmp_path / "out", seconds=SECONDS)
-    monkeypatch.setattr(compare, "AGREEING", 1.1)
+    monkeypatch.setattr(compare, "MIN_AGREEMENT", 1.1)
     with pytest.raises(ModelError, match="does not bear fp16 as Core ML: "):
         export(replace(model, scheme=HALF), "coreml", tmp_path / "out", seconds=SECONDS)
     assert not (tmp_path / "out").exists()
@@ -312,5 +314,5 @@ def test_what_is_not_the_net_leaves_nothing(tmp_path, monkeypatch):
 def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
     model = mowa.load(str(tiny(tmp_path / "base", **QUICK)))
     monkeypatch.setitem(sys.modules, "coremltools", None)
-    with pytest.raises(MissingPart, match=r"needs coremltools: pip install 'mowa\[coreml\]'"):
+    with pytest.raises(MissingDependency, match=r"needs coremltools: pip install 'mowa\[coreml\]'"):
         export(model, "coreml", tmp_path / "out")

@@ -13,10 +13,10 @@ import torch
 import mowa
 from mowa.data import audio
 from mowa.engines import protocol
-from mowa.engines.protocol import Sharing
-from mowa.errors import MissingPart, ModelError
+from mowa.engines.protocol import BatchPolicy
+from mowa.errors import MissingDependency, ModelError
 from mowa.export.protocol import export
-from mowa.kernels.narrow import NarrowLinear, to_int
+from mowa.kernels.narrow import QuantizedLinear, quantize
 from mowa.nouns import Scheme
 from tests.checkpoints import clip, tiny
 
@@ -44,7 +44,7 @@ def narrowed(model):
     net = model.net
     for name, module in list(net.named_modules()):
         if ".layers." in name and isinstance(module, torch.nn.Linear):
-            net.set_submodule(name, NarrowLinear(to_int(module.weight.detach(), 8), module.bias, "dynamic"))
+            net.set_submodule(name, QuantizedLinear(quantize(module.weight.detach(), 8), module.bias, "dynamic"))
     return replace(model, scheme=INT8)
 
 
@@ -64,7 +64,7 @@ def made(request, tmp_path_factory):
 
 def test_any_length_gives_what_transformers_gives(made):
     base, out = made
-    net, engine = mowa.load(str(base)).net.double().eval(), engines.engine(out)
+    net, engine = mowa.load(str(base)).net.double().eval(), engines.open_engine(out)
     assert (engine.name, engine.device, engine.dtype, engine.scheme) == ("ctranslate2", "cpu", "float32", "float32")
     for index, length in enumerate(LENGTHS):
         clips = [audio.normalize(clip(index + row, length)) for row in range(2)]
@@ -75,7 +75,7 @@ def test_any_length_gives_what_transformers_gives(made):
 
 def test_the_folder_says_what_it_is(made):
     base, out = made
-    loaded, engine = mowa.load(str(base)), engines.engine(out)
+    loaded, engine = mowa.load(str(base)), engines.open_engine(out)
     assert (engine.vocabulary, engine.preprocessing) == (loaded.vocabulary, loaded.preprocessing)
     assert engine.config.conv_stride == loaded.net.config.conv_stride
     note = json.loads((out / "mowa.json").read_text())
@@ -92,7 +92,7 @@ def test_it_transcribes_what_the_native_engine_does(made):
     file = EXAMPLES / "dzien-dobry.flac"
     theirs = mowa.transcribe(file, str(base), device="cpu", dtype="float32").text
     settings = mowa.engines.settings.Settings()
-    ours = next(iter(mowa.transcripts([file], engines.engine(out), settings))).text
+    ours = next(iter(mowa.iter_transcripts([file], engines.open_engine(out), settings))).text
     assert ours == theirs
     assert len(theirs) > 20
     run = [sys.executable, str(EXAMPLES / "run_ctranslate2.py"), str(out), str(file)]
@@ -100,12 +100,12 @@ def test_it_transcribes_what_the_native_engine_does(made):
 
 
 def test_clips_that_may_not_share_are_refused(made):
-    engine = engines.engine(made[1])
-    assert engine.sharing is Sharing.EQUAL
+    engine = engines.open_engine(made[1])
+    assert engine.batch_policy is BatchPolicy.EQUAL_LENGTH
     clips = [clip(0, 4_000), clip(1, 4_001), clip(2, 4_000)]
     with pytest.raises(ValueError, match="may not share"):
         engine.emissions(clips)
-    for group in protocol.batches([len(one) for one in clips], 60_000, engine.sharing):
+    for group in protocol.batch_by_length([len(one) for one in clips], 60_000, engine.batch_policy):
         for index, scores in zip(group, engine.emissions([clips[i] for i in group]), strict=True):
             np.testing.assert_allclose(scores, engine.emissions([clips[index]])[0], atol=1e-4)
 
@@ -115,16 +115,16 @@ def test_int8_is_smaller_and_says_how_often_it_agrees(tmp_path, caplog):
     with caplog.at_level("INFO", "mowa"):
         narrow = export(narrowed(mowa.load(str(base))), "ctranslate2", tmp_path / "int8")
     whole = export(mowa.load(str(base)), "ctranslate2", tmp_path / "float32")
-    assert compare.AGREEING <= narrow.agreeing < 1
-    assert f"{narrow.agreeing * 100:.1f} % of frames" in caplog.text
+    assert compare.MIN_AGREEMENT <= narrow.agreement < 1
+    assert f"{narrow.agreement * 100:.1f} % of frames" in caplog.text
     assert narrow.details["computes"] == "int8_float32"
-    assert narrow.size < 0.4 * whole.size
-    engine = engines.engine(narrow.folder)
-    assert (engine.dtype, engine.scheme, engine.sharing) == ("int8", "int8-dynamic", Sharing.ALONE)
+    assert narrow.size_bytes < 0.4 * whole.size_bytes
+    engine = engines.open_engine(narrow.folder)
+    assert (engine.dtype, engine.scheme, engine.batch_policy) == ("int8", "int8-dynamic", BatchPolicy.SINGLE)
     with pytest.raises(ModelError, match="computes in int8"):
-        engines.engine(narrow.folder, dtype="float32")
+        engines.open_engine(narrow.folder, dtype="float32")
     with pytest.raises(ModelError, match="dtype 'bfloat16' is not one of"):
-        engines.engine(narrow.folder, dtype="bfloat16")
+        engines.open_engine(narrow.folder, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("scheme", HALVES, ids=lambda scheme: scheme.name)
@@ -132,9 +132,9 @@ def test_halves_are_kept_and_multiplied_wide(tmp_path, scheme):
     model = halved(mowa.load(str(stock(tmp_path / "base"))), scheme)
     made = export(model, "ctranslate2", tmp_path / "out")
     assert made.details["quantization"] == scheme.weights
-    assert made.size < 0.55 * 4 * sum(weight.numel() for weight in model.net.parameters())
-    engine = engines.engine(made.folder)
-    assert (engine.dtype, engine.sharing) == ("float32", Sharing.EQUAL)
+    assert made.size_bytes < 0.55 * 4 * sum(weight.numel() for weight in model.net.parameters())
+    engine = engines.open_engine(made.folder)
+    assert (engine.dtype, engine.batch_policy) == ("float32", BatchPolicy.EQUAL_LENGTH)
     with torch.inference_mode():
         expected = model.net(torch.from_numpy(clip(0, 8_000))[None]).logits[0].log_softmax(-1).numpy()
     np.testing.assert_allclose(engine.emissions([clip(0, 8_000)])[0], expected, atol=0.02)
@@ -178,7 +178,7 @@ def test_other_nets_are_refused(tmp_path, changes, said):
 
 
 def test_the_bundled_net_is_refused():
-    assert "conv_kernel [400, 1, 3, 3]" in ctranslate2.can(mowa.load("pl-tiny"))
+    assert "conv_kernel [400, 1, 3, 3]" in ctranslate2.unsupported_reason(mowa.load("pl-tiny"))
 
 
 @pytest.mark.parametrize(
@@ -186,16 +186,16 @@ def test_the_bundled_net_is_refused():
     [
         (Scheme("int8-static", "int8", "static"), "anew each time; use int8-dynamic"),
         (Scheme("int8-weight", "int8"), "with int8 inputs alone; use int8-dynamic"),
-        (Scheme("int4-weight", "int4", group=32), "four bits for these nets; use int8-dynamic"),
-        (Scheme("nf4", "nf4", group=64), "no weights in nf4; use int8-dynamic"),
-        (Scheme("mixed", "mixed", "dynamic", group=32), "one width for all layers; use int8-dynamic"),
+        (Scheme("int4-weight", "int4", group_size=32), "four bits for these nets; use int8-dynamic"),
+        (Scheme("nf4", "nf4", group_size=64), "no weights in nf4; use int8-dynamic"),
+        (Scheme("mixed", "mixed", "dynamic", group_size=32), "one width for all layers; use int8-dynamic"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_other_schemes_are_refused(tmp_path, scheme, instead):
     model = mowa.load(str(stock(tmp_path / "base")))
-    assert not ctranslate2.can(model)
-    assert instead in ctranslate2.can(replace(model, scheme=scheme))
+    assert not ctranslate2.unsupported_reason(model)
+    assert instead in ctranslate2.unsupported_reason(replace(model, scheme=scheme))
 
 
 def test_what_is_not_the_net_leaves_nothing(tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_what_is_not_the_net_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(ctranslate2, "_convert", broken)
     with pytest.raises(ModelError, match="is not what the net is"):
         export(model, "ctranslate2", tmp_path / "out")
-    monkeypatch.setattr(compare, "AGREEING", 1.1)
+    monkeypatch.setattr(compare, "MIN_AGREEMENT", 1.1)
     with pytest.raises(ModelError, match="does not bear int8-dynamic as CTranslate2's int8_float32"):
         export(narrowed(model), "ctranslate2", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -218,7 +218,7 @@ def test_what_is_not_the_net_leaves_nothing(tmp_path, monkeypatch):
 def test_a_size_that_is_not_the_nets_is_seen(tmp_path, monkeypatch):
     """Were a size forgotten in `STOCK`, the comparison would see it."""
     model = mowa.load(str(stock(tmp_path / "base", num_conv_pos_embeddings=15)))
-    monkeypatch.setattr(ctranslate2, "STOCK", {})
+    monkeypatch.setattr(ctranslate2, "REQUIRED_CONFIG", {})
     with pytest.raises(ModelError, match=r"CTranslate2 cannot run .*base: .*; export it as onnx"):
         export(model, "ctranslate2", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -227,10 +227,10 @@ def test_a_size_that_is_not_the_nets_is_seen(tmp_path, monkeypatch):
 def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
     model = mowa.load(str(stock(tmp_path / "base")))
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
-    with pytest.raises(MissingPart, match=r"needs ctranslate2: pip install 'mowa\[ctranslate2\]'"):
+    with pytest.raises(MissingDependency, match=r"needs ctranslate2: pip install 'mowa\[ctranslate2\]'"):
         export(model, "ctranslate2", tmp_path / "out")
 
 
 def test_foreign_folders_are_refused(tmp_path):
     with pytest.raises(ModelError, match="holds no export"):
-        engines.engine(stock(tmp_path / "base"))
+        engines.open_engine(stock(tmp_path / "base"))

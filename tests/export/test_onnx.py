@@ -13,10 +13,10 @@ import mowa
 from mowa import export as exporting
 from mowa.adapt import merge, store
 from mowa.data import audio
-from mowa.errors import DataError, MissingPart, ModelError
+from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.export import compare, manifest, onnx
-from mowa.export.plain import plain
-from mowa.shrink import shrink
+from mowa.export.plain import prepare_for_export
+from mowa.shrink import quantize
 from tests.adapt.made import OTHER, saved
 from tests.checkpoints import KINDS, clip
 from tests.checkpoints import tiny as whole_tiny
@@ -77,7 +77,7 @@ def test_pl_tiny_gives_its_probabilities_for_any_lengths_and_batches(tmp_path):
     """To 1e-4, of the net in float64. Its rarest letters (e⁻²⁰) are as far from that in torch's own float32."""
     model = mowa.load("pl-tiny")
     out, net = write(model, tmp_path / "out"), copy.deepcopy(model.net).double()
-    sound, chance = compare.ready(model, audio.load(compare.SAMPLE, 16_000)), np.random.default_rng(8)
+    sound, chance = compare.preprocess(model, audio.load_audio(compare.SAMPLE, 16_000)), np.random.default_rng(8)
     for rows in (1, 2, 3, 5):
         starts = chance.integers(0, 90_000, rows)
         clips = [sound[start : start + chance.integers(1_040, 90_000)] for start in starts]
@@ -90,9 +90,9 @@ def test_pl_tiny_gives_its_probabilities_for_any_lengths_and_batches(tmp_path):
 
 def test_the_folder_says_what_it_is(made):
     base, out = made
-    found = exporting.read(out)
+    found = exporting.read_artifact(out)
     loaded = mowa.load(str(base))
-    assert (found.kind, found.scheme.name, found.family) == ("onnx", "float32", loaded.family.name)
+    assert (found.format, found.scheme.name, found.family) == ("onnx", "float32", loaded.family.name)
     assert (found.vocabulary, found.preprocessing) == (loaded.vocabulary, loaded.preprocessing)
     assert found.config.conv_stride == loaded.net.config.conv_stride
     assert found.origin.source == str(base)
@@ -118,13 +118,13 @@ def test_the_model_is_left_as_it_was(tmp_path):
 def test_an_adapter_is_part_of_it(tmp_path, kind):
     base = tiny(tmp_path / "base")
     saved(base, kind, tmp_path / "adapter", words=OTHER)
-    adapted = store.load(mowa.load(str(base)), tmp_path / "adapter")
+    adapted = store.load_adapter(mowa.load(str(base)), tmp_path / "adapter")
     out = write(adapted, tmp_path / "out")
     sound = clip(0, 8_000)
     with torch.inference_mode():
-        expected = merge.merge(adapted).net(torch.from_numpy(sound)[None]).logits[0].numpy()
+        expected = merge.merge_adapter(adapted).net(torch.from_numpy(sound)[None]).logits[0].numpy()
     np.testing.assert_allclose(run(out, [sound])[0], expected, atol=1e-4)
-    assert exporting.read(out).vocabulary == OTHER
+    assert exporting.read_artifact(out).vocabulary == OTHER
 
 
 def test_half_precision_is_written_as_float32(tmp_path):
@@ -154,11 +154,11 @@ def wide(tmp_path_factory):
 def test_every_scheme_says_what_the_shrunk_net_says(wide, tmp_path, scheme):
     model, whole = wide
     sounds = [audio.normalize(clip(index, 16_000)) for index in range(4)]
-    shrunk = shrink(model, scheme, sounds)
+    shrunk = quantize(model, scheme, sounds)
     out = write(shrunk, tmp_path / "out")
-    found = manifest.read(out)
+    found = manifest.read_artifact(out)
     assert found.scheme == shrunk.scheme
-    net = plain(shrunk)
+    net = prepare_for_export(shrunk)
     for sound in (sounds[0], audio.normalize(clip(9, 4_097))):
         with torch.inference_mode():
             expected = net(torch.from_numpy(sound)[None]).logits[0].log_softmax(-1).numpy()
@@ -167,14 +167,14 @@ def test_every_scheme_says_what_the_shrunk_net_says(wide, tmp_path, scheme):
         assert np.abs(logits - expected).max() < most
         assert np.abs(logits - expected).mean() < mean
         assert (logits.argmax(-1) == expected.argmax(-1)).mean() > 0.9
-    size = manifest.read(whole).size
-    assert found.size < next(share for kind, share in AT_MOST.items() if scheme.startswith(kind)) * size
+    size = manifest.read_artifact(whole).size_bytes
+    assert found.size_bytes < next(share for kind, share in AT_MOST.items() if scheme.startswith(kind)) * size
 
 
 def test_narrow_weights_share_batches_as_wide_ones_do(wide, tmp_path):
     """int4 and halves are multiplied in float32, so padding changes nothing."""
     model, _ = wide
-    out = write(shrink(model, "int4-weight"), tmp_path / "out")
+    out = write(quantize(model, "int4-weight"), tmp_path / "out")
     clips = [audio.normalize(clip(index, length)) for index, length in enumerate(LENGTHS)]
     for one, row in zip(clips, run(out, clips), strict=True):
         alone = run(out, [one])[0]
@@ -183,7 +183,7 @@ def test_narrow_weights_share_batches_as_wide_ones_do(wide, tmp_path):
 
 def test_the_graph_alone_says_how_it_is_run(made):
     _, out = made
-    found = manifest.read(out)
+    found = manifest.read_artifact(out)
     said = onnxruntime.InferenceSession(str(out / "model.onnx")).get_modelmeta().custom_metadata_map
     assert tuple(json.loads(said["vocabulary"])) == found.vocabulary.tokens
     assert (int(said["blank"]), int(said["delimiter"])) == (found.vocabulary.blank, found.vocabulary.delimiter)
@@ -194,7 +194,7 @@ def test_the_graph_alone_says_how_it_is_run(made):
 def test_the_vocabulary_is_there_as_others_read_it(made):
     _, out = made
     lines = (out / "tokens.txt").read_text(encoding="utf-8").splitlines()
-    words = manifest.read(out).vocabulary
+    words = manifest.read_artifact(out).vocabulary
     assert len(lines) == len(words)
     assert lines[words.blank] == f"<blk> {words.blank}"
     assert lines[words.delimiter] == f"▁ {words.delimiter}"
@@ -204,14 +204,14 @@ def test_a_mask_can_be_left_out_and_operators_chosen(tmp_path):
     out = write(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out", masked=False, opset=18)
     session = onnxruntime.InferenceSession(str(out / "model.onnx"))
     assert [one.name for one in session.get_inputs()] == ["input_values"]
-    assert manifest.read(out).details["opset"] == 18
+    assert manifest.read_artifact(out).details["opset"] == 18
     with pytest.raises(ModelError, match="opset 7 is not among 18 to 23"):
         write(mowa.load(str(tmp_path / "base")), tmp_path / "other", opset=7)
 
 
 def test_what_is_not_the_net_leaves_nothing(tmp_path, monkeypatch):
     model = mowa.load(str(tiny(tmp_path / "base")))
-    trace = onnx.trace
+    trace = onnx.export_graph
 
     def broken(graph, *rest):
         head = graph.net.lm_head
@@ -219,15 +219,15 @@ def test_what_is_not_the_net_leaves_nothing(tmp_path, monkeypatch):
         trace(graph, *rest)
         head.weight = torch.nn.Parameter(head.weight / 1.01, requires_grad=False)
 
-    monkeypatch.setattr(onnx, "trace", broken)
+    monkeypatch.setattr(onnx, "export_graph", broken)
     with pytest.raises(ModelError, match="is not what the net is"):
         write(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_what_says_other_letters_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "AGREEING", 1.1)
-    shrunk = shrink(mowa.load(str(tiny(tmp_path / "base"))), "int8-dynamic")
+    monkeypatch.setattr(compare, "MIN_AGREEMENT", 1.1)
+    shrunk = quantize(mowa.load(str(tiny(tmp_path / "base"))), "int8-dynamic")
     with pytest.raises(ModelError, match="does not bear int8-dynamic"):
         write(shrunk, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -243,23 +243,23 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path):
 def test_damaged_and_foreign_folders_are_refused(tmp_path):
     base = tiny(tmp_path / "base")
     with pytest.raises(ModelError, match="holds no export"):
-        exporting.read(base)
+        exporting.read_artifact(base)
     saved(base, "lora", tmp_path / "adapter")
     with pytest.raises(ModelError, match="is lora of format 1, not an export of format 2"):
-        exporting.read(tmp_path / "adapter")
+        exporting.read_artifact(tmp_path / "adapter")
     out = write(mowa.load(str(base)), tmp_path / "out")
     weights = out / "model.onnx.data"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
     with pytest.raises(ModelError, match=r"model\.onnx\.data is missing or damaged"):
-        exporting.read(out)
+        exporting.read_artifact(out)
     weights.unlink()
     with pytest.raises(ModelError, match=r"model\.onnx\.data is missing or damaged"):
-        exporting.read(out)
+        exporting.read_artifact(out)
     (out / "mowa.json").write_text(json.dumps({"format": 2, "kind": "onnx", "files": {}}))
     with pytest.raises(ModelError, match="is damaged: it does not say 'vocabulary'"):
-        exporting.read(out)
+        exporting.read_artifact(out)
 
 
 def test_an_export_is_no_model_to_change(tmp_path):
@@ -271,7 +271,7 @@ def test_an_export_is_no_model_to_change(tmp_path):
 def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
     model = mowa.load(str(tiny(tmp_path / "base")))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingPart, match=r"ONNX needs onnxscript: pip install 'mowa\[onnx\]'"):
+    with pytest.raises(MissingDependency, match=r"ONNX needs onnxscript: pip install 'mowa\[onnx\]'"):
         write(model, tmp_path / "out")
 
 
@@ -279,18 +279,18 @@ def test_the_digest_is_of_all_that_makes_the_numbers(tmp_path):
     base = tiny(tmp_path / "base")
     saved(base, "lora", tmp_path / "adapter")
     one, same = mowa.load(str(base)), mowa.load(str(base))
-    assert manifest.digest(one) == manifest.digest(same)
-    assert manifest.digest(store.load(one, tmp_path / "adapter")) != manifest.digest(one)
+    assert manifest.model_sha256(one) == manifest.model_sha256(same)
+    assert manifest.model_sha256(store.load_adapter(one, tmp_path / "adapter")) != manifest.model_sha256(one)
     with torch.no_grad():
         next(same.net.parameters()).view(-1)[0] += 1e-6
-    assert manifest.digest(one) != manifest.digest(same)
+    assert manifest.model_sha256(one) != manifest.model_sha256(same)
 
 
 def test_a_full_disk_is_said_and_nothing_is_left(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(onnx.tensors, "keep", full)
+    monkeypatch.setattr(onnx.tensors, "rewrite_graphs", full)
     with pytest.raises(DataError, match=r"the disk of .*out is full .*nothing was left there"):
         write(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -300,5 +300,5 @@ def test_what_is_no_number_agrees_with_nothing():
     """torch finds the first of no numbers likeliest, and that is often the blank."""
     truth = torch.zeros(5, 3)
     truth[:, 0] = 9
-    farthest, agreeing = compare.apart([torch.full((5, 3), torch.nan)], [truth])
+    farthest, agreeing = compare.compare_logits([torch.full((5, 3), torch.nan)], [truth])
     assert (farthest, agreeing) == (float("inf"), 0)

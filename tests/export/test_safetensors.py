@@ -15,7 +15,7 @@ import mowa
 from mowa.adapt import merge, quantized, store
 from mowa.errors import DataError, ModelError
 from mowa.export import compare, manifest, protocol, safetensors
-from mowa.kernels.narrow import NarrowLinear, to_int
+from mowa.kernels.narrow import QuantizedLinear, quantize
 from mowa.nouns import Scheme
 from tests.adapt.made import OTHER, saved
 from tests.checkpoints import clip, tiny
@@ -94,8 +94,8 @@ def test_the_folder_says_what_it_is(made):
     package = "bitsandbytes" if model.scheme.name == "nf4" else "compressed-tensors"
     assert (artifact.kind, artifact.scheme, artifact.files) == ("safetensors", model.scheme, ("model.safetensors",))
     assert artifact.details["package"] == package
-    assert artifact.details["transformers"]["agreeing"] >= compare.AGREEING
-    assert artifact.agreeing >= compare.AGREEING
+    assert artifact.details["transformers"]["agreeing"] >= compare.MIN_AGREEMENT
+    assert artifact.agreeing >= compare.MIN_AGREEMENT
     assert note["made_by"][package]
     config = json.loads((artifact.folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == package
@@ -140,11 +140,11 @@ def test_halves_are_plain_checkpoints(tmp_path, name, dtype):
 def test_an_adapter_is_part_of_it(tmp_path):
     base = tiny(tmp_path / "base", **QUICK)
     saved(base, "lora", tmp_path / "adapter", words=OTHER)
-    adapted = store.load(mowa.load(str(base)), tmp_path / "adapter")
+    adapted = store.load_adapter(mowa.load(str(base)), tmp_path / "adapter")
     artifact = protocol.export(adapted, "safetensors", tmp_path / "out")
     assert artifact.vocabulary == OTHER
     net = AutoModelForCTC.from_pretrained(artifact.folder).eval()
-    torch.testing.assert_close(logprobs(net), logprobs(merge.merge(adapted).net))
+    torch.testing.assert_close(logprobs(net), logprobs(merge.merge_adapter(adapted).net))
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
@@ -161,19 +161,19 @@ def test_a_net_in_half_precision_is_compared_and_left_alone(tmp_path):
     model = mowa.load(str(tiny(tmp_path / "base", **QUICK)), dtype="bfloat16")
     artifact = protocol.export(replace(model, scheme=Scheme("bf16", "bfloat16")), "safetensors", tmp_path / "out")
     assert {p.dtype for p in model.net.parameters()} == {torch.bfloat16}
-    assert artifact.agreeing == 1
+    assert artifact.agreement == 1
 
 
 def test_what_is_not_the_net_leaves_nothing(tmp_path, monkeypatch):
     model = shrunk(tmp_path / "base", "int8-weight")
-    write = quantized.tensors
+    write = quantized.pack_linear
 
     def broken(name, linear):
         made = write(name, linear)
         made[f"{name}.weight_scale"] = made[f"{name}.weight_scale"] * 1.01
         return made
 
-    monkeypatch.setattr(quantized, "tensors", broken)
+    monkeypatch.setattr(quantized, "pack_linear", broken)
     with pytest.raises(ModelError, match="does not hold what was written"):
         protocol.export(model, "safetensors", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -190,14 +190,14 @@ def test_a_net_that_transformers_takes_for_another_is_refused(tmp_path, monkeypa
 
 def test_what_transformers_cannot_load_is_said(tmp_path, monkeypatch):
     model = shrunk(tmp_path / "base", "int8-weight")
-    how = quantized.settings
+    how = quantized.quantization_config
 
     def odd(linears, others):
         made = how(linears, others)
         made["config_groups"]["group_0"]["weights"]["strategy"] = "knight"
         return made
 
-    monkeypatch.setattr(quantized, "settings", odd)
+    monkeypatch.setattr(quantized, "quantization_config", odd)
     monkeypatch.setattr(safetensors, "_read", lambda *_: model.net)
     with pytest.raises(ModelError, match="transformers does not load what was written"):
         protocol.export(model, "safetensors", tmp_path / "out")
@@ -211,13 +211,13 @@ def test_without_the_package_it_is_not_claimed(tmp_path, monkeypatch, caplog):
         artifact = protocol.export(model, "safetensors", tmp_path / "out")
     assert artifact.details["transformers"] == "not tried: compressed-tensors is not installed"
     assert "compressed-tensors is not installed" in caplog.text
-    assert artifact.agreeing >= compare.AGREEING
+    assert artifact.agreement >= compare.MIN_AGREEMENT
 
 
 def test_zeros_beside_rounded_inputs_are_refused(tmp_path):
     model = shrunk(tmp_path / "base", "mixed")
     linear = model.net.base_model.encoder.layers[0].feed_forward.intermediate_dense
-    zeros = NarrowLinear(to_int(linear.weight, 4, 32, symmetric=False), linear.bias)
+    zeros = QuantizedLinear(quantize(linear.weight, 4, 32, symmetric=False), linear.bias)
     model.net.base_model.encoder.layers[0].feed_forward.intermediate_dense = zeros
     with pytest.raises(ModelError, match=r"cannot be written as safetensors: .* symmetric, or use onnx"):
         protocol.export(model, "safetensors", tmp_path / "out")
@@ -226,13 +226,13 @@ def test_zeros_beside_rounded_inputs_are_refused(tmp_path):
 def test_rows_that_groups_do_not_fill_are_wide_in_the_file(tmp_path):
     model = shrunk(tmp_path / "base", "int8-dynamic", conv_dim=(48,) * 3)
     where = model.net.base_model.feature_projection
-    where.projection = NarrowLinear(to_int(where.projection.weight, 8, 32), where.projection.bias)
+    where.projection = QuantizedLinear(quantize(where.projection.weight, 8, 32), where.projection.bias)
     artifact = protocol.export(model, "safetensors", tmp_path / "out")
     kept = load_file(artifact.folder / "model.safetensors")
     assert kept["wav2vec2.feature_projection.projection.weight"].dtype is torch.float16
     layer = model.net.base_model.encoder.layers[0].feed_forward
     dense = layer.intermediate_dense
-    layer.intermediate_dense = NarrowLinear(to_int(dense.weight, 8, 48), dense.bias, "dynamic")
+    layer.intermediate_dense = QuantizedLinear(quantize(dense.weight, 8, 48), dense.bias, "dynamic")
     with pytest.raises(ModelError, match=r"does not round the inputs of wav2vec2\.encoder\.layers\.0\.feed_forward"):
         protocol.export(model, "safetensors", tmp_path / "other")
 
@@ -254,6 +254,6 @@ def test_a_damaged_export_is_refused(tmp_path):
     data[-100] ^= 1
     file.write_bytes(data)
     with pytest.raises(ModelError, match="missing or damaged"):
-        manifest.read(artifact.folder)
+        manifest.read_artifact(artifact.folder)
     with pytest.raises(ModelError, match="missing or damaged"):
         mowa.load(str(artifact.folder))

@@ -23,7 +23,7 @@ import mowa
 from mowa.errors import ModelError
 from mowa.export import tensorrt_build as building
 from mowa.export.protocol import export
-from mowa.kernels.narrow import NarrowLinear, to_int
+from mowa.kernels.narrow import QuantizedLinear, quantize
 from mowa.nouns import FLOAT32, Scheme
 from tests.checkpoints import clip
 from tests.checkpoints import tiny as whole_tiny
@@ -52,7 +52,7 @@ def static(model):
     for name, module in list(net.named_modules()):
         if ".layers." in name and isinstance(module, torch.nn.Linear):
             range_ = (0.02, 100 if "output_dense" in name else 130)
-            net.set_submodule(name, NarrowLinear(to_int(module.weight.detach(), 8), module.bias, "static", range_))
+            net.set_submodule(name, QuantizedLinear(quantize(module.weight.detach(), 8), module.bias, "static", range_))
     return replace(model, scheme=STATIC)
 
 
@@ -139,12 +139,12 @@ def test_it_says_what_was_not_run(made):
 def test_only_operators_that_tensorrt_reads(made):
     graph = loaded(made[1].folder)
     onnx.checker.check_model(graph)
-    assert typed.operators(graph.graph) <= tensorrt.KNOWN
-    assert not typed.operators(graph.graph) & {"NonZero", "CumSum", "ScatterND"}
+    assert typed.list_operators(graph.graph) <= tensorrt.SUPPORTED_OPS
+    assert not typed.list_operators(graph.graph) & {"NonZero", "CumSum", "ScatterND"}
 
 
 def test_an_operator_that_tensorrt_lacks_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt, "KNOWN", tensorrt.KNOWN - {"Gelu", "Softmax"})
+    monkeypatch.setattr(tensorrt, "SUPPORTED_OPS", tensorrt.SUPPORTED_OPS - {"Gelu", "Softmax"})
     with pytest.raises(ModelError, match="TensorRT does not read Gelu, Softmax"):
         exported(mowa.load(str(tiny(tmp_path / "base"))), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -153,7 +153,7 @@ def test_an_operator_that_tensorrt_lacks_is_named(tmp_path, monkeypatch):
 def test_products_are_narrow_and_norms_wide(half):
     onnx.checker.check_model(str(half.folder / "model.onnx"))
     found = kinds(loaded(half.folder))
-    products = [(given, out) for name, given, out in found if name in typed.PRODUCTS]
+    products = [(given, out) for name, given, out in found if name in typed.MATMUL_OPS]
     assert len(products) == 14
     assert all(set(given) == {"BFLOAT16"} and out == "BFLOAT16" for given, out in products)
     norms = [given for name, given, out in found if name in ("LayerNormalization", "Softmax")]
@@ -174,8 +174,8 @@ def test_what_is_emulated_is_what_torch_computes(tmp_path):
     product = helper.make_node("MatMul", ["x", "w"], ["y"])
     graph = helper.make_graph([product], "one", values[:1], values[1:], [numpy_helper.from_array(w, "w")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    typed.in_halves(model.graph, "bfloat16")
-    typed.emulated(model.graph)
+    typed.cast_to_half(model.graph, "bfloat16")
+    typed.emulate_half(model.graph)
     onnx.save_model(model, tmp_path / "model.onnx")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -201,9 +201,9 @@ def test_int8_is_symmetric_and_halves_are_beside_it(tmp_path):
     assert {round(float(constants[node.input[1]]) * 127 / 0.02) for node in quantised} == {130, 155}
     found = kinds(graph)
     assert not any("UINT8" in given for _, given, _ in found)
-    products = [(set(given), out) for name, given, out in found if name in typed.PRODUCTS]
+    products = [(set(given), out) for name, given, out in found if name in typed.MATMUL_OPS]
     assert sorted(out for _, out in products) == ["FLOAT"] * 6 + ["FLOAT16"] * 8
-    assert artifact.agreeing > 0.8
+    assert artifact.agreement > 0.8
 
 
 @pytest.mark.parametrize(
@@ -211,15 +211,15 @@ def test_int8_is_symmetric_and_halves_are_beside_it(tmp_path):
     [
         (Scheme("int8-dynamic", "int8", "dynamic"), "no DynamicQuantizeLinear; use int8-static"),
         (Scheme("int8-weight", "int8"), "with int8 inputs alone; use int8-static"),
-        (Scheme("int4-weight", "int4", group=32), "MatMulNBits, which TensorRT has not; use int8-static, or bf16"),
-        (Scheme("nf4", "nf4", group=64), "MatMulBnb4, which TensorRT has not; use int8-static, or bf16"),
-        (Scheme("mixed", "mixed", "dynamic", group=32), "operators that TensorRT has not; use int8-static"),
+        (Scheme("int4-weight", "int4", group_size=32), "MatMulNBits, which TensorRT has not; use int8-static, or bf16"),
+        (Scheme("nf4", "nf4", group_size=64), "MatMulBnb4, which TensorRT has not; use int8-static, or bf16"),
+        (Scheme("mixed", "mixed", "dynamic", group_size=32), "operators that TensorRT has not; use int8-static"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_other_schemes_are_refused(tmp_path, scheme, said):
     model = mowa.load(str(tiny(tmp_path / "base")))
-    assert not tensorrt.can(model)
+    assert not tensorrt.unsupported_reason(model)
     with pytest.raises(ModelError, match=said):
         exported(replace(model, scheme=scheme), tmp_path / "out")
 
@@ -271,16 +271,18 @@ def test_what_is_finite_and_wrong_or_not_a_number_is_seen():
     cases = [{"logits": logits, "frames": np.array([9, 4])}]
     padded = logits.copy()
     padded[1, 4:] = np.nan  # what padding gave is nobody's
-    assert building.apart([padded], cases) == {"farthest": 0, "rms": 0, "agreeing": 1}
-    assert not building.verdict(building.apart([padded], cases), {"farthest": 1e-3, "rms": 1e-3, "agreeing": 0.8})
-    flat = building.apart([np.full_like(logits, 3.0)], cases)
-    assert "rms is" in building.verdict(flat, {"rms": 0.1, "agreeing": 0.8})
+    assert building.compare_logits([padded], cases) == {"farthest": 0, "rms": 0, "agreeing": 1}
+    assert not building.check_tolerances(
+        building.compare_logits([padded], cases), {"farthest": 1e-3, "rms": 1e-3, "agreeing": 0.8}
+    )
+    flat = building.compare_logits([np.full_like(logits, 3.0)], cases)
+    assert "rms is" in building.check_tolerances(flat, {"rms": 0.1, "agreeing": 0.8})
     broken = logits.copy()
     broken[0, 0, 0] = np.nan
-    found = building.apart([broken], cases)
+    found = building.compare_logits([broken], cases)
     assert found["agreeing"] == 0
-    assert "rms is inf" in building.verdict(found, {"rms": 0.1, "agreeing": 0.8})
-    assert "farthest is inf" in building.verdict(found, {"farthest": 1e-3})
+    assert "rms is inf" in building.check_tolerances(found, {"rms": 0.1, "agreeing": 0.8})
+    assert "farthest is inf" in building.check_tolerances(found, {"farthest": 1e-3})
 
 
 class Recorder(types.ModuleType):
@@ -320,7 +322,7 @@ def recorded(monkeypatch, **answers):
 
 def test_the_calls_that_build_an_engine(half, monkeypatch):
     calls = recorded(monkeypatch)
-    assert building.plan(half.folder) == b"an engine"
+    assert building.build_engine(half.folder) == b"an engine"
     made = dict(calls)
     assert made[f"{BUILDER}.create_network"] == (1 << 1,)  # STRONGLY_TYPED, of whatever number it is
     assert made["trt.OnnxParser().parse_from_file"] == (str(half.folder / "model.onnx"),)
@@ -335,11 +337,11 @@ def test_the_calls_that_build_an_engine(half, monkeypatch):
 def test_what_tensorrt_says_is_passed_on(half, monkeypatch):
     recorded(monkeypatch, **{f"{BUILDER}.build_serialized_network": None})
     with pytest.raises(RuntimeError, match=r"cannot build model\.onnx"):
-        building.plan(half.folder)
+        building.build_engine(half.folder)
     recorded(monkeypatch, **{"trt.OnnxParser().parse_from_file": False})
     monkeypatch.setattr(Recorder, "__index__", lambda self: 1, raising=False)  # num_errors
     with pytest.raises(RuntimeError, match=r"cannot read model\.onnx: trt\.OnnxParser\(\)\.get_error\(\)"):
-        building.plan(half.folder)
+        building.build_engine(half.folder)
 
 
 class Engine:
@@ -433,8 +435,8 @@ def test_where_there_is_a_gpu_the_engine_is_built_and_compared(tmp_path, traced,
     said, heard = [], tensorrt._said
     monkeypatch.setattr(tensorrt, "_said", lambda *given: said.extend(heard(*given)) or said)
     monkeypatch.setattr(tensorrt, "_here", lambda: True)
-    monkeypatch.setattr(building, "plan", lambda folder: b"an engine")
-    monkeypatch.setattr(building, "outputs", outputs)
+    monkeypatch.setattr(building, "build_engine", lambda folder: b"an engine")
+    monkeypatch.setattr(building, "run_engine", outputs)
     if wrong != 1:
         with pytest.raises(ModelError, match="does not say what the net says: farthest is"):
             exported(traced, tmp_path / "out")
@@ -463,7 +465,7 @@ def test_the_kit_stands_alone(half):
 
 
 def test_the_corners_of_the_profile_are_compared(half):
-    cases = building.references(half.folder)
+    cases = building.read_references(half.folder)
     assert [case["input_values"].shape for case in cases] == [(1, 4_000), (1, 16_000), (3, 24_000), (1, 24_000)]
     assert [list(case["attention_mask"].sum(-1)) for case in cases][2] == [24_000, 14_000, 4_000]
     for case in cases:

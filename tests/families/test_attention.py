@@ -9,10 +9,10 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 from transformers import masking_utils as theirs
 
-from mowa.families import attention, find
-from mowa.families.explain import explain
-from mowa.families.patch import checkpoint_blocks
-from mowa.kernels.attention import Mask
+from mowa.families import attention, get_family
+from mowa.families.explain import explain_layers
+from mowa.families.patch import set_gradient_checkpointing
+from mowa.kernels.attention import AttentionMask
 from tests.families.tiny import CAUSAL, EMBEDDING, TEXT, VISION, VOCABULARY, tiny
 
 ATTENDING = tuple(name for name in TEXT if name != "mpnet")
@@ -68,7 +68,7 @@ def test_it_is_transformers_own_to_the_last_gradient(name, side, drawn):
     net, found, weight = own(tiny(name)), [], None
     for accelerated in (False, True):
         if accelerated:
-            attention.use(net)
+            attention.install_attention(net)
         out = net(**inputs)[0][mask.bool()]
         weight = torch.randn_like(out) if weight is None else weight
         found.append((out.detach(), gradients(net, (out * weight).sum())))
@@ -94,10 +94,10 @@ def test_packed_is_one_by_one(name, checkpointed):
     alone = torch.cat([net(input_ids=row, use_cache=False).logits for row in rows], 1)
     weight = torch.randn_like(alone)
     expected = gradients(net, (alone * weight).sum())
-    attention.use(net)
+    attention.install_attention(net)
     if checkpointed:
         net.train()
-        checkpoint_blocks(net)
+        set_gradient_checkpointing(net)
     together = net(**packed).logits
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
     agree(gradients(net, (together * weight).sum()), expected)
@@ -106,7 +106,7 @@ def test_packed_is_one_by_one(name, checkpointed):
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name not in EXPERTS])
 def test_a_document_does_not_move_another_by_a_bit(name):
     net = tiny(name)
-    attention.use(net)
+    attention.install_attention(net)
     _, packed = laid()
     with torch.no_grad():
         before = net(**packed).logits
@@ -121,7 +121,7 @@ def test_a_document_does_not_move_another_by_a_bit(name):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_packed_rows_are_seen_beside_a_new_cache_too(name):
     net = tiny(name)
-    attention.use(net)
+    attention.install_attention(net)
     _, packed = laid()
     with torch.no_grad():
         expected = net(**packed).logits
@@ -140,7 +140,7 @@ def test_several_packed_rows_are_right_too(name):
     }
     with torch.no_grad():
         expected = net(**packed).logits, net(input_ids=other, use_cache=False).logits
-        attention.use(net)
+        attention.install_attention(net)
         logits = net(**two).logits
     torch.testing.assert_close(logits, torch.cat([net(**packed).logits, expected[1]]), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(logits[:1], expected[0], rtol=1e-3, atol=1e-3)
@@ -159,7 +159,7 @@ def test_a_left_padded_batch_says_what_each_says_alone(name, cache):
     expected = [
         own(net).generate(row[None], attention_mask=torch.ones(1, len(row)), **asked)[0, len(row) :] for row in rows
     ]
-    attention.use(net)
+    attention.install_attention(net)
     ids, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
     for index, row in enumerate(rows):
         ids[index, 12 - len(row) :], mask[index, 12 - len(row) :] = row, 1
@@ -175,7 +175,7 @@ def test_a_prompt_in_two_parts_through_a_cache(name, drawn):
     mask[1, :4] = 0
     with torch.no_grad():
         expected = net(input_ids=drawn, attention_mask=mask, use_cache=False).logits[:, -6:]
-        attention.use(net)
+        attention.install_attention(net)
         cache = DynamicCache(config=net.config)
         net(input_ids=drawn[:, :15], attention_mask=mask[:, :15], past_key_values=cache)
         logits = net(input_ids=drawn[:, 15:], attention_mask=mask, past_key_values=cache).logits
@@ -188,8 +188,8 @@ def test_restoring_brings_back_the_same_bits_and_others_never_notice(name, drawn
     with torch.no_grad():
         before = net(input_ids=drawn)[0]
         names = [config._attn_implementation for config in attention._configs(net)]
-        restore = attention.use(net)
-        assert {config._attn_implementation for config in attention._configs(net)} == {attention.NAME}
+        restore = attention.install_attention(net)
+        assert {config._attn_implementation for config in attention._configs(net)} == {attention.ATTN_IMPLEMENTATION}
         assert torch.equal(other(input_ids=drawn)[0], before)
         net(input_ids=drawn)
         restore()
@@ -198,15 +198,15 @@ def test_restoring_brings_back_the_same_bits_and_others_never_notice(name, drawn
 
 
 def test_nets_that_attend_in_their_own_way_are_refused():
-    assert "MPNetModel" in attention.refused(tiny("mpnet"))
-    assert not [name for name in ATTENDING if attention.refused(tiny(name))]
+    assert "MPNetModel" in attention.unsupported_reason(tiny("mpnet"))
+    assert not [name for name in ATTENDING if attention.unsupported_reason(tiny(name))]
 
 
 def test_weights_are_there_when_asked_for(drawn):
     net = own(tiny("gemma2"))
     with torch.no_grad():
         expected = net(input_ids=drawn, output_attentions=True)
-        attention.use(net)
+        attention.install_attention(net)
         out = net(input_ids=drawn, output_attentions=True)
     for ours, other in zip(out.attentions, expected.attentions, strict=True):
         torch.testing.assert_close(ours, other)
@@ -217,21 +217,25 @@ def test_a_bias_by_position_is_added():
     q, k, v = (torch.randn(2, 4, 7, 8) for _ in range(3))
     bias = torch.randn(1, 4, 7, 7)
     module = torch.nn.Module()
-    out, _ = attention.attention(module, q, k, v, Mask(after=0), position_bias=bias, is_causal=True)
+    out, _ = attention.mowa_attention_forward(
+        module, q, k, v, AttentionMask(right_window=0), position_bias=bias, is_causal=True
+    )
     scores = q @ k.transpose(-2, -1) * 8**-0.5 + bias
     scores = scores.masked_fill(~torch.ones(7, 7).tril().bool(), -torch.inf)
     torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2))
 
 
 def made(function, **how):
-    return attention.mask(batch_size=2, q_length=12, kv_length=12, mask_function=function, device="cpu", **how)
+    return attention.mowa_mask(batch_size=2, q_length=12, kv_length=12, mask_function=function, device="cpu", **how)
 
 
 def test_what_is_composed_of_known_parts_needs_no_dense_mask():
-    assert made(theirs.causal_mask_function) == Mask(after=0)
-    assert made(theirs.bidirectional_mask_function) == Mask()
-    assert made(theirs.sliding_window_causal_mask_function(4), local_size=4) == Mask(before=3, after=0)
-    assert made(theirs.sliding_window_bidirectional_mask_function(4)) == Mask(before=4, after=4)
+    assert made(theirs.causal_mask_function) == AttentionMask(right_window=0)
+    assert made(theirs.bidirectional_mask_function) == AttentionMask()
+    assert made(theirs.sliding_window_causal_mask_function(4), local_size=4) == AttentionMask(
+        left_window=3, right_window=0
+    )
+    assert made(theirs.sliding_window_bidirectional_mask_function(4)) == AttentionMask(left_window=4, right_window=4)
 
 
 @pytest.mark.parametrize("vmap", [False, True])
@@ -257,7 +261,7 @@ def test_an_image_is_still_seen_both_ways():
     }
     with torch.no_grad():
         expected = net(**inputs).logits
-        attention.use(net)
+        attention.install_attention(net)
         torch.testing.assert_close(net(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -274,19 +278,19 @@ def test_pictures_of_any_size_are_attended_to_each_by_itself():
     }
     with torch.no_grad():
         expected = net(**inputs).logits
-        attention.use(net)
+        attention.install_attention(net)
         torch.testing.assert_close(net(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_name_is_registered_and_no_other_is_changed():
     mapping = AttentionInterface()
-    assert mapping[attention.NAME] is attention.attention
+    assert mapping[attention.ATTN_IMPLEMENTATION] is attention.mowa_attention_forward
     assert mapping["sdpa"].__module__ == "transformers.integrations.sdpa_attention"
 
 
 def test_a_copied_net_keeps_its_attention(drawn):
     net = tiny("llama")
-    attention.use(net)
+    attention.install_attention(net)
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(net)(input_ids=drawn).logits, net(input_ids=drawn).logits)
     assert net.config.vocab_size == VOCABULARY
@@ -295,17 +299,19 @@ def test_a_copied_net_keeps_its_attention(drawn):
 @pytest.mark.parametrize("name", [*CAUSAL, *VISION, *EMBEDDING])
 def test_every_model_is_explained_without_its_weights(name):
     config = tiny(name).config
-    rows = explain(config, length=64, device="cpu", dtype="float32", packed=find(config.model_type).task == "causal")
+    rows = explain_layers(
+        config, length=64, device="cpu", dtype="float32", packed=get_family(config.model_type).task == "causal"
+    )
     assert sum(row.count for row in rows) == config.get_text_config().num_hidden_layers
     assert all(row.reason for row in rows)
 
 
 def test_the_explanation_is_what_the_rule_says():
-    rows = explain(tiny("gemma2").config, length=64, device="cuda:8.0", dtype="bfloat16", packed=True)
-    assert [(row.layers, row.count, row.choice) for row in rows] == [
+    rows = explain_layers(tiny("gemma2").config, length=64, device="cuda:8.0", dtype="bfloat16", packed=True)
+    assert [(row.layer_type, row.count, row.implementation) for row in rows] == [
         ("sliding window of 8, heads of 16, soft-cap", 2, "flex"),
         ("full attention, heads of 16, soft-cap", 2, "flex"),
     ]
     assert "flash_varlen: it has no soft-cap" in rows[0].reason
-    (row,) = explain(tiny("mpnet").config, length=64, device="cpu", dtype="float32")
-    assert row.choice == "transformers"
+    (row,) = explain_layers(tiny("mpnet").config, length=64, device="cpu", dtype="float32")
+    assert row.implementation == "transformers"

@@ -12,10 +12,10 @@ from transformers import AutoModelForCTC
 import mowa
 from mowa.data import audio
 from mowa.families import attention, chunks, streaming
-from mowa.families.chunks import Chunks, Layout, Trained, chunked
-from mowa.families.inference import Plan
-from mowa.families.patch import positions_by_table
-from mowa.families.streaming import Stock
+from mowa.families.chunks import ChunkConfig, ChunkLayout, TrainedChunking, apply_chunk_mask
+from mowa.families.inference import CpuPlan
+from mowa.families.patch import precompute_absolute_positions
+from mowa.families.streaming import EagerPlan
 from tests.checkpoints import clip, tiny
 
 KINDS = {
@@ -43,14 +43,14 @@ def net(request, tmp_path_factory):
 def absolute():
     """pl-tiny, in float32: its positions are absolute, and its first frame reaches further."""
     net = mowa.load("pl-tiny").net.float().eval().requires_grad_(False)
-    assert positions_by_table(net)
+    assert precompute_absolute_positions(net)
     return net
 
 
 def test_a_frame_sees_its_chunk_what_was_before_and_what_is_ahead():
-    now = Layout(Chunks(2, 3), 6)
-    assert now.frame.tolist() == [0, 1, 2, 3, 4, 5]
-    assert now.seen.int().tolist() == [
+    now = ChunkLayout(ChunkConfig(2, 3), 6)
+    assert now.frame_index.tolist() == [0, 1, 2, 3, 4, 5]
+    assert now.visible.int().tolist() == [
         [1, 1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 1, 0, 0],
@@ -58,10 +58,10 @@ def test_a_frame_sees_its_chunk_what_was_before_and_what_is_ahead():
         [0, 1, 1, 1, 1, 1],
         [0, 1, 1, 1, 1, 1],
     ]
-    now = Layout(Chunks(2, None, 1), 5)
-    assert now.frame.tolist() == [0, 1, 2, 2, 3, 4, 4]
-    assert now.main.int().tolist() == [1, 1, 0, 1, 1, 0, 1]
-    assert now.seen.int().tolist() == [
+    now = ChunkLayout(ChunkConfig(2, None, 1), 5)
+    assert now.frame_index.tolist() == [0, 1, 2, 2, 3, 4, 4]
+    assert now.is_main.int().tolist() == [1, 1, 0, 1, 1, 0, 1]
+    assert now.visible.int().tolist() == [
         [1, 1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0],
@@ -70,18 +70,20 @@ def test_a_frame_sees_its_chunk_what_was_before_and_what_is_ahead():
         [1, 1, 0, 1, 1, 1, 0],
         [1, 1, 0, 1, 1, 0, 1],
     ]
-    assert Layout(Chunks(1, 0), 3).seen.equal(torch.eye(3, dtype=torch.bool))
-    assert not len(Layout(Chunks(4, 2, 1), 0).frame)
+    assert ChunkLayout(ChunkConfig(1, 0), 3).visible.equal(torch.eye(3, dtype=torch.bool))
+    assert not len(ChunkLayout(ChunkConfig(4, 2, 1), 0).frame_index)
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager", "mowa"])
-@pytest.mark.parametrize("how", [Chunks(16), Chunks(7, 10, 3), Chunks(1, 0), Chunks(4, None, 9), Chunks(500)])
+@pytest.mark.parametrize(
+    "how", [ChunkConfig(16), ChunkConfig(7, 10, 3), ChunkConfig(1, 0), ChunkConfig(4, None, 9), ChunkConfig(500)]
+)
 @torch.inference_mode()
 def test_nothing_later_changes_a_chunk_and_padding_is_not_heard(net, kind, how):
-    restore = attention.use(net) if kind == "mowa" else lambda: None
+    restore = attention.install_attention(net) if kind == "mowa" else lambda: None
     if kind != "mowa":
         net.set_attn_implementation(kind)
-    with chunked(net, how):
+    with apply_chunk_mask(net, how):
         whole = net(SOUND[None]).logits
         ends = (how.size * 2 + how.ahead) * 320 + 80
         part = net(SOUND[None, :ends]).logits
@@ -100,11 +102,11 @@ def test_nothing_later_changes_a_chunk_and_padding_is_not_heard(net, kind, how):
 @torch.inference_mode()
 def test_afterwards_the_net_is_as_before(net):
     before, hooks = net(SOUND[None]).logits, [len(m._forward_pre_hooks) for m in net.modules()]
-    with chunked(net, Chunks(5)):
+    with apply_chunk_mask(net, ChunkConfig(5)):
         assert not torch.equal(net(SOUND[None]).logits, before)
-    with pytest.raises(KeyError), chunked(net, Chunks(5)):
+    with pytest.raises(KeyError), apply_chunk_mask(net, ChunkConfig(5)):
         raise KeyError
-    with chunked(net, None):
+    with apply_chunk_mask(net, None):
         assert torch.equal(net(SOUND[None]).logits, before)
     assert torch.equal(net(SOUND[None]).logits, before)
     assert [len(m._forward_pre_hooks) for m in net.modules()] == hooks
@@ -112,12 +114,15 @@ def test_afterwards_the_net_is_as_before(net):
 
 def in_chunks(parts, net, sound, how):
     """`streaming.hear` over `sound`, chunk by chunk."""
-    kept, far = streaming.shape(net), chunks.reach(net.config)
-    cache, low = torch.zeros(kept.layers, 2, 0, kept.heads, kept.width), torch.zeros(kept.low, kept.wide)
+    kept, far = streaming.cache_shape(net), chunks.receptive_field(net.config)
+    cache, low = (
+        torch.zeros(kept.num_layers, 2, 0, kept.num_heads, kept.head_dim),
+        torch.zeros(kept.conv_frames, kept.hidden_size),
+    )
     said, position = [], 0
     for start in range(0, len(sound) - far + 1, how.size * 320):
         piece = sound[start : start + (how.size + how.ahead) * 320 + far - 320]
-        logits, made, below = streaming.hear(parts, piece, position, cache, low)
+        logits, made, below = streaming.encode_chunk(parts, piece, position, cache, low)
         count = min(how.size, len(logits))
         cache = torch.cat([cache, made[:, :, :count].float()], 2)
         cache = cache if how.left is None else cache[:, :, max(0, cache.shape[2] - how.left) :]
@@ -136,10 +141,10 @@ def in_chunks(parts, net, sound, how):
     samples=st.integers(400, 40_123),
 )
 def law(net, size, left, ahead, samples):
-    how, sound = Chunks(size, left, ahead), SOUND[:samples]
-    with chunked(net, how):
+    how, sound = ChunkConfig(size, left, ahead), SOUND[:samples]
+    with apply_chunk_mask(net, how):
         expected = net(sound[None]).logits[0]
-    for parts in (Stock(net), Plan(net, "float32")):
+    for parts in (EagerPlan(net), CpuPlan(net, "float32")):
         said = in_chunks(parts, net, sound, how)
         assert said.shape == expected.shape
         torch.testing.assert_close(said, expected, atol=1e-4, rtol=0)
@@ -149,40 +154,42 @@ def test_chunk_by_chunk_is_the_net_under_its_mask(net):
     law(net)
 
 
-@pytest.mark.parametrize("how", [Chunks(16), Chunks(16, None, 8), Chunks(9, 40, 5)])
+@pytest.mark.parametrize("how", [ChunkConfig(16), ChunkConfig(16, None, 8), ChunkConfig(9, 40, 5)])
 @torch.inference_mode()
 def test_pl_tiny_chunk_by_chunk_is_the_net_under_its_mask(absolute, how):
     """Its unlikely letters are as unlikely as e⁻³⁵, where float32 itself errs by 10⁻⁴: compared are probabilities."""
-    sound = torch.from_numpy(audio.normalize(audio.load(SAMPLE)[:70_001]))
-    with chunked(absolute, how):
+    sound = torch.from_numpy(audio.normalize(audio.load_audio(SAMPLE)[:70_001]))
+    with apply_chunk_mask(absolute, how):
         expected = absolute(sound[None]).logits[0].softmax(-1)
-    for parts in (Stock(absolute), Plan(absolute, "float32")):
+    for parts in (EagerPlan(absolute), CpuPlan(absolute, "float32")):
         said = in_chunks(parts, absolute, sound, how).softmax(-1)
         torch.testing.assert_close(said, expected, atol=1e-4, rtol=0)
 
 
 def test_what_cannot_hear_in_chunks_says_why(tmp_path):
     group, other = net_of(tiny(tmp_path / "group", norm="group")), net_of(tiny(tmp_path / "wavlm", "wavlm"))
-    assert "normalises over the whole recording" in chunks.refused(group)
-    assert "WavLMForCTC attends in a way of its own" in chunks.refused(other)
+    assert "normalises over the whole recording" in chunks.unsupported_reason(group)
+    assert "WavLMForCTC attends in a way of its own" in chunks.unsupported_reason(other)
     more = net_of(tiny(tmp_path / "more", add_adapter=True, num_adapter_layers=1, output_hidden_size=32))
-    assert "last frames" in chunks.refused(more)
-    with pytest.raises(ValueError, match="normalises"), chunked(group, Chunks(4)):
+    assert "last frames" in chunks.unsupported_reason(more)
+    with pytest.raises(ValueError, match="normalises"), apply_chunk_mask(group, ChunkConfig(4)):
         pass
 
 
 def test_what_a_net_was_trained_for_stands_in_its_config(tmp_path):
     net = net_of(tiny(tmp_path / "a", streaming={"chunk_frames": [16, 32], "left_frames": None}))
-    assert chunks.trained_for(net.config) == Trained((16, 32))
+    assert chunks.get_trained_chunking(net.config) == TrainedChunking((16, 32))
     more = {"chunk_frames": [16], "left_frames": 100, "ahead_frames": [0, 8]}
-    assert chunks.trained_for(net_of(tiny(tmp_path / "c", streaming=more)).config) == Trained((16,), 100, (0, 8))
-    assert chunks.trained_for(net_of(tiny(tmp_path / "b")).config) is None
+    assert chunks.get_trained_chunking(net_of(tiny(tmp_path / "c", streaming=more)).config) == TrainedChunking(
+        (16,), 100, (0, 8)
+    )
+    assert chunks.get_trained_chunking(net_of(tiny(tmp_path / "b")).config) is None
 
 
 def test_training_goes_through_the_mask(net):
     """Gradients of one chunk's frames reach no later sound."""
     values = SOUND[None, :20_000].clone().requires_grad_()
-    with chunked(net, Chunks(8)):
+    with apply_chunk_mask(net, ChunkConfig(8)):
         net(values).logits[0, :8].sum().backward()
     reached = values.grad[0].abs().nonzero().max()
     assert 8 * 320 - 1 <= reached < 8 * 320 + 80

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mowa.families import families, find, model_types
+from mowa.families import get_family, list_families, list_model_types
 from mowa.nouns import Family
 from tests.checkpoints import SMALLEST
 from tests.families.tiny import CAUSAL, EMBEDDING, TEXT, VISION, VOCABULARY, tiny
 
-SPEECH = tuple(family.name for family in families() if family.task == "ctc")
+SPEECH = tuple(family.name for family in list_families() if family.task == "ctc")
 SPOKEN = SMALLEST | {"vocab_size": 8}
 OPERATIONS = {"rms_norm", "rms_norm_plus_one", "swiglu", "geglu"}
 BESIDES = {"packing", "packing_unaccelerated", "attention", "fused_head", "experts"}
@@ -42,9 +42,9 @@ def _linears(module: nn.Module) -> dict[str, nn.Module]:
 
 def test_each_family_of_text_has_a_tiny_net() -> None:
     tasks = {"causal": CAUSAL, "vision-language": VISION, "embedding": EMBEDDING, "ctc": SPEECH}
-    for family in families():
+    for family in list_families():
         assert family.name in tasks[family.task]
-    assert sorted(TEXT + SPEECH) == [family.name for family in families()]
+    assert sorted(TEXT + SPEECH) == [family.name for family in list_families()]
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -55,7 +55,7 @@ def test_a_tiny_net_is_small_seeded_and_runs(name: str) -> None:
     assert not net.training
     with torch.no_grad():
         out, again = net(input_ids=ids)[0], tiny(name)(input_ids=ids)[0]
-    assert out.shape == (2, 21, VOCABULARY if find(name).head else 32)
+    assert out.shape == (2, 21, VOCABULARY if get_family(name).head else 32)
     assert torch.equal(out, again)
     assert not torch.equal(out, tiny(name, seed=1)(input_ids=ids)[0])
     assert out.std() > 0.1
@@ -64,7 +64,7 @@ def test_a_tiny_net_is_small_seeded_and_runs(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEXT)
 def test_blocks_linears_and_head_are_there(name: str) -> None:
-    family, net = find(name), _net(name)
+    family, net = get_family(name), _net(name)
     assert type(net).__name__ in family.architectures
     assert net.config.model_type in family.model_types
     blocks = _blocks(net, family)
@@ -90,7 +90,7 @@ def test_blocks_linears_and_head_are_there(name: str) -> None:
 @pytest.mark.parametrize("name", TEXT)
 def test_every_linear_named_is_called(name: str) -> None:
     """Swapping a linear for an adapter or an int8 twin changes nothing if the net only borrows its weight."""
-    family, net = find(name), tiny(name)
+    family, net = get_family(name), tiny(name)
     named = tuple(f".{linear}" for group in family.linears.values() for linear in group)
     waiting = {
         id(linear)
@@ -108,27 +108,27 @@ def test_every_linear_named_is_called(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEXT)
 def test_tensors_lie_where_the_family_says(name: str, tmp_path: Path) -> None:
-    family, net = find(name), _net(name)
+    family, net = get_family(name), _net(name)
     net.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    stem = family.tensors["block"]
+    stem = family.tensor_names["block"]
     blocks = {int(found[1]) for key in shapes if (found := re.match(re.escape(stem).replace(r"\{i\}", r"(\d+)"), key))}
     assert blocks == set(range(len(_blocks(net, family))))
     text = net.config.get_text_config()
-    assert shapes[family.tensors["embeddings"]] == (VOCABULARY, text.hidden_size)
-    assert shapes.get(family.tensors.get("norm", ""), (text.hidden_size,)) == (text.hidden_size,)
-    assert not any(key.startswith(stem.format(i=0)) for part, key in family.tensors.items() if part != "block")
-    assert bool(family.head) == ("head" in family.tensors)
+    assert shapes[family.tensor_names["embeddings"]] == (VOCABULARY, text.hidden_size)
+    assert shapes.get(family.tensor_names.get("norm", ""), (text.hidden_size,)) == (text.hidden_size,)
+    assert not any(key.startswith(stem.format(i=0)) for part, key in family.tensor_names.items() if part != "block")
+    assert bool(family.head) == ("head" in family.tensor_names)
     if family.head:
         tied = net.get_output_embeddings().weight is net.get_input_embeddings().weight
-        assert tied or shapes[family.tensors["head"]] == (VOCABULARY, text.hidden_size)
-        assert not tied or family.tensors["head"] not in shapes
+        assert tied or shapes[family.tensor_names["head"]] == (VOCABULARY, text.hidden_size)
+        assert not tied or family.tensor_names["head"] not in shapes
 
 
 def _swaps() -> Iterator[Any]:
-    for family in families():
-        for operation, classes in family.swaps.items():
+    for family in list_families():
+        for operation, classes in family.fused_modules.items():
             for kind in classes:
                 yield pytest.param(family.name, operation, kind, id=f"{family.name}-{operation}-{kind}")
 
@@ -167,22 +167,22 @@ def _formula(operation: str, module: Any, x: Tensor, after: bool = False) -> Ten
     return (normal * module.weight).to(x.dtype) if after else normal.to(x.dtype) * module.weight
 
 
-@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
+@pytest.mark.parametrize("family", list_families(), ids=lambda family: family.name)
 def test_a_family_says_why_of_what_it_leaves_out(family: Family) -> None:
-    assert set(family.swaps) <= OPERATIONS
-    assert set(family.limits) <= OPERATIONS | BESIDES
-    assert not set(family.swaps) & set(family.limits)
+    assert set(family.fused_modules) <= OPERATIONS
+    assert set(family.unsupported) <= OPERATIONS | BESIDES
+    assert not set(family.fused_modules) & set(family.unsupported)
     if family.task == "ctc":
         return
-    swapped = {kind for classes in family.swaps.values() for kind in classes}
+    swapped = {kind for classes in family.fused_modules.values() for kind in classes}
     for module in _net(family.name).modules():
         kind = type(module).__name__
         if kind.endswith("RMSNorm"):
             assert kind in swapped, kind
         if kind.endswith("MLP") and kind not in ("GptOssMLP", "SiglipMLP"):  # a router with its experts; no gate
-            assert kind in swapped or {"swiglu", "geglu"} & set(family.limits), kind
+            assert kind in swapped or {"swiglu", "geglu"} & set(family.unsupported), kind
         if kind.endswith("Experts"):
-            assert "experts" in family.limits, kind
+            assert "experts" in family.unsupported, kind
 
 
 @pytest.mark.parametrize("name", [name for name in TEXT if name != "gemma3"])  # its reason is about images
@@ -192,12 +192,12 @@ def test_rows_pack_where_no_limit_says_otherwise(name: str) -> None:
     positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
     if name == "mpnet":
         positions = positions + 1 + net.config.pad_token_id
-    how = {"use_cache": False} if find(name).head else {}
+    how = {"use_cache": False} if get_family(name).head else {}
     with torch.no_grad():
         packed = net(input_ids=ids, position_ids=positions, **how)[0][:, 10:]
         alone = net(input_ids=ids[:, 10:], position_ids=positions[:, 10:], **how)[0]
     assert torch.allclose(packed, alone, atol=1e-5) == (
-        not {"packing", "packing_unaccelerated"} & find(name).limits.keys()
+        not {"packing", "packing_unaccelerated"} & get_family(name).unsupported.keys()
     )
 
 
@@ -223,7 +223,7 @@ def test_the_attention_interface_is_asked_where_no_limit_says_otherwise(
         net, inputs = tiny(name), {"input_ids": torch.tensor([[5, 6, 7]])}
     for config in {id(module.config): module.config for module in net.modules() if hasattr(module, "config")}.values():
         config._attn_implementation = "asked"
-    if "attention" in find(name).limits:
+    if "attention" in get_family(name).unsupported:
         net(**inputs)
     else:
         with pytest.raises(Asked):
@@ -233,7 +233,7 @@ def test_the_attention_interface_is_asked_where_no_limit_says_otherwise(
 @pytest.mark.parametrize("stable", [False, True], ids=["group-norm", "layer-norm"])
 @pytest.mark.parametrize("model_type", SPEECH)
 def test_what_a_family_of_speech_names_is_in_the_net(model_type: str, stable: bool) -> None:
-    family = find(model_type)
+    family = get_family(model_type)
     front = "layer" if stable else "group"
     config = AutoConfig.for_model(model_type, **SPOKEN, do_stable_layer_norm=stable, feat_extract_norm=front)
     net = AutoModelForCTC.from_config(config)
@@ -247,14 +247,14 @@ def test_what_a_family_of_speech_names_is_in_the_net(model_type: str, stable: bo
     for name in family.frozen:
         assert net.base_model.get_submodule(name) is not None
     state = net.state_dict()
-    assert family.tensors["head"] in state
+    assert family.tensor_names["head"] in state
     for index in range(len(blocks)):
-        assert any(key.startswith(family.tensors["block"].format(i=index)) for key in state)
+        assert any(key.startswith(family.tensor_names["block"].format(i=index)) for key in state)
 
 
 @pytest.mark.parametrize("model_type", SPEECH)
 def test_every_linear_of_speech_is_called(model_type: str) -> None:
-    family = find(model_type)
+    family = get_family(model_type)
     net = AutoModelForCTC.from_config(AutoConfig.for_model(model_type, **SPOKEN)).eval()
     wanted = {name for group in family.linears.values() for name in group}
     called: set[str] = set()
@@ -269,12 +269,12 @@ def test_every_linear_of_speech_is_called(model_type: str) -> None:
 def test_model_types_are_those_of_transformers() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    assert set(model_types()) <= set(CONFIG_MAPPING_NAMES)
+    assert set(list_model_types()) <= set(CONFIG_MAPPING_NAMES)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
 def test_the_first_blocks_of_deepseek_have_an_mlp_and_the_others_experts(name: str) -> None:
-    kinds = [type(block.mlp).__name__ for block in _blocks(_net(name), find(name))]
+    kinds = [type(block.mlp).__name__ for block in _blocks(_net(name), get_family(name))]
     assert kinds[0].endswith("MLP")
     assert all(kind.lower().endswith("moe") for kind in kinds[1:])
 

@@ -10,11 +10,11 @@ from transformers import AutoModelForCTC
 import mowa
 from mowa.adapt import merge, store
 from mowa.data import audio
-from mowa.engines.protocol import Sharing
+from mowa.engines.protocol import BatchPolicy
 from mowa.errors import ModelError
 from mowa.families import inference
-from mowa.families.inference import Plan, refused
-from mowa.kernels.narrow import NarrowLinear, to_int
+from mowa.families.inference import CpuPlan, unsupported_reason
+from mowa.kernels.narrow import QuantizedLinear, quantize
 from tests.adapt.made import OTHER, saved
 from tests.checkpoints import KINDS, clip, tiny
 from tests.shrunk import RANGE, SCHEMES, shrunk, widened
@@ -36,7 +36,7 @@ def truth(net, sounds=SOUNDS):
 
 @torch.inference_mode()
 def planned(net, kind="float32", sounds=SOUNDS, **more):
-    plan = Plan(net, kind, **more)
+    plan = CpuPlan(net, kind, **more)
     return [logits.double().log_softmax(-1) for sound in sounds for logits in plan([sound])]
 
 
@@ -47,11 +47,11 @@ def folder(request, tmp_path_factory):
 
 def test_float32_is_the_net_alone_and_in_any_company(folder):
     net = net_of(folder)
-    assert refused(net, "float32") == ""
+    assert unsupported_reason(net, "float32") == ""
     expected = truth(net)
     alone = planned(net)
     with torch.inference_mode():
-        together = [logits.double().log_softmax(-1) for logits in Plan(net, "float32")(SOUNDS)]
+        together = [logits.double().log_softmax(-1) for logits in CpuPlan(net, "float32")(SOUNDS)]
     for one, other, right in zip(alone, together, expected, strict=True):
         assert one.shape == other.shape == right.shape
         assert (one - right).abs().max() <= 1e-5
@@ -87,13 +87,13 @@ def test_adapters_share_packed_weights_and_say_what_the_merged_net_says(tmp_path
     base = tiny(tmp_path / "base")
     saved(base, kind, tmp_path / "adapter", words=words)
     model = mowa.load(str(base))
-    under = Plan(model.net, "float32")
+    under = CpuPlan(model.net, "float32")
     count = len(under._packs)
-    adapted = store.load(model, tmp_path / "adapter")
-    assert refused(adapted.net, "float32") == ""
+    adapted = store.load_adapter(model, tmp_path / "adapter")
+    assert unsupported_reason(adapted.net, "float32") == ""
     ours = planned(adapted.net, like=under)
     assert len(under._packs) == count  # nothing was packed a second time
-    for one, right in zip(ours, truth(merge.merge(adapted).net), strict=True):
+    for one, right in zip(ours, truth(merge.merge_adapter(adapted).net), strict=True):
         assert (one - right).abs().max() <= 1e-5
     for one, right in zip(planned(model.net, like=under), truth(model.net), strict=True):
         assert (one - right).abs().max() <= 1e-5
@@ -101,11 +101,11 @@ def test_adapters_share_packed_weights_and_say_what_the_merged_net_says(tmp_path
 
 def test_a_plan_of_another_arithmetic_shares_nothing(tmp_path):
     net = net_of(tiny(tmp_path))
-    assert not set(map(id, Plan(net, "int8", Plan(net, "float32"))._packs.values())) & {
-        id(pack) for pack in Plan(net, "float32")._packs.values()
+    assert not set(map(id, CpuPlan(net, "int8", CpuPlan(net, "float32"))._packs.values())) & {
+        id(pack) for pack in CpuPlan(net, "float32")._packs.values()
     }
-    first = Plan(net, "float32")
-    assert Plan(net, "int8", first)._packs is not first._packs
+    first = CpuPlan(net, "float32")
+    assert CpuPlan(net, "int8", first)._packs is not first._packs
 
 
 def test_a_convolutional_adapter_is_asked(tmp_path):
@@ -118,9 +118,9 @@ def test_a_convolutional_adapter_is_asked(tmp_path):
 def test_positions_may_be_looked_up():
     model = mowa.load("pl-tiny")
     expected = truth(model.net, SOUNDS[4:5])[0]
-    from mowa.families.patch import positions_by_table
+    from mowa.families.patch import precompute_absolute_positions
 
-    assert positions_by_table(model.net)
+    assert precompute_absolute_positions(model.net)
     (ours,) = planned(model.net, "float32", SOUNDS[4:5])
     assert (ours - expected).abs().max() <= 1e-4
 
@@ -135,28 +135,28 @@ def test_positions_may_be_looked_up():
     ],
 )
 def test_what_it_does_not_know_is_refused(tmp_path, family, changes, why):
-    assert why in refused(net_of(tiny(tmp_path, family, **changes)), "float32")
+    assert why in unsupported_reason(net_of(tiny(tmp_path, family, **changes)), "float32")
 
 
 def test_dora_is_refused(tmp_path):
     from mowa.adapt import lora
 
     model = mowa.load(str(tiny(tmp_path)))
-    lora.add(model.net, model.family, rank=2, alpha=2, kind="dora")
-    assert "computes in a way of its own" in refused(model.net, "float32")
+    lora.add(model.net, model.family, rank=2, alpha=2, variant="dora")
+    assert "computes in a way of its own" in unsupported_reason(model.net, "float32")
 
 
 def test_an_engine_without_a_plan_calls_the_net(tmp_path, monkeypatch):
     folder = tiny(tmp_path)
     sound = audio.normalize(clip(0, 9_000))
-    ours = mowa.engine(mowa.load(str(folder)), device="cpu", dtype="float32")
+    ours = mowa.open_engine(mowa.load(str(folder)), device="cpu", dtype="float32")
     assert ours.plan is not None
-    monkeypatch.setattr(inference, "refused", lambda net, kind: "it is forbidden here")
-    plain = mowa.engine(mowa.load(str(folder)), device="cpu", dtype="float32")
+    monkeypatch.setattr(inference, "unsupported_reason", lambda net, kind: "it is forbidden here")
+    plain = mowa.open_engine(mowa.load(str(folder)), device="cpu", dtype="float32")
     assert plain.plan is None
     np.testing.assert_allclose(ours.emissions([sound])[0], plain.emissions([sound])[0], atol=2e-5)
     with pytest.raises(ModelError, match="cannot run in int8: it is forbidden here; use --dtype auto"):
-        mowa.engine(mowa.load(str(folder)), device="cpu", dtype="int8")
+        mowa.open_engine(mowa.load(str(folder)), device="cpu", dtype="int8")
 
 
 SHRUNK = [(scheme, "wav2vec2", "layer") for scheme in SCHEMES]
@@ -172,9 +172,9 @@ class TestShrunk:
     """Nets with narrow linears in place: their reference is what their own modules say."""
 
     def test_wide_arithmetic_is_that_of_the_weights_made_wide(self, model):
-        assert refused(model.net, "float32") == refused(model.net, "int8") == ""
+        assert unsupported_reason(model.net, "float32") == unsupported_reason(model.net, "int8") == ""
         with torch.inference_mode():
-            plan = Plan(model.net, "float32")
+            plan = CpuPlan(model.net, "float32")
             together = [logits.double().log_softmax(-1) for logits in plan(SOUNDS[4:])]
         for one, other, right in zip(
             planned(model.net, sounds=SOUNDS[4:]), together, truth(widened(model.net), SOUNDS[4:]), strict=True
@@ -202,9 +202,9 @@ class TestShrunk:
         assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
 
     def test_nets_over_the_same_tensors_share_what_was_packed(self, model):
-        under = Plan(model.net, "int8")
+        under = CpuPlan(model.net, "int8")
         count = len(under._packs)
-        over = Plan(store.twin(model.net), "int8", like=under)
+        over = CpuPlan(store.copy_sharing_weights(model.net), "int8", share_weights_with=under)
         assert over._packs is under._packs
         assert len(under._packs) == count
 
@@ -212,7 +212,7 @@ class TestShrunk:
     def test_integers_are_multiplied_as_they_are(self, tmp_path, scheme):
         net = shrunk(tmp_path, scheme).net
         layer = net.base_model.encoder.layers[0]
-        (product,) = Plan(net, "int8").blocks[0]._before.products
+        (product,) = CpuPlan(net, "int8").blocks[0]._before.products
         parts = [layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj]
         assert torch.equal(product._scales, torch.cat([one.scales[:, 0] for one in parts]))
         assert product._range == (pytest.approx(RANGE) if scheme == "int8-static" else None)
@@ -223,9 +223,9 @@ class TestShrunk:
     def test_linears_of_one_input_that_are_not_of_one_sort_are_products_of_their_own(self, tmp_path):
         net = shrunk(tmp_path, "int8-static").net
         attention = net.base_model.encoder.layers[0].attention
-        attention.k_proj = NarrowLinear(attention.k_proj.narrow, attention.k_proj.bias, "static", (0.02, 100))
-        attention.v_proj = NarrowLinear(to_int(attention.v_proj.weight, 4, 32), attention.v_proj.bias)
-        plan = Plan(net, "int8")
+        attention.k_proj = QuantizedLinear(attention.k_proj.narrow, attention.k_proj.bias, "static", (0.02, 100))
+        attention.v_proj = QuantizedLinear(quantize(attention.v_proj.weight, 4, 32), attention.v_proj.bias)
+        plan = CpuPlan(net, "int8")
         assert len(plan.blocks[0]._before.products) == 3
         assert len(plan.blocks[1]._before.products) == 1
         x = torch.randn(7, 64)
@@ -241,52 +241,52 @@ class TestShrunk:
         net = net_of(tiny(tmp_path))
         for name, linear in list(net.named_modules()):
             if name.endswith("_dense"):
-                net.set_submodule(name, NarrowLinear(to_int(linear.weight, 4, 48), linear.bias))
+                net.set_submodule(name, QuantizedLinear(quantize(linear.weight, 4, 48), linear.bias))
         for one, right in zip(planned(net), truth(widened(net)), strict=True):
             assert (one - right).abs().max() <= 1e-5
 
     def test_positions_may_be_looked_up_beside_a_narrow_projection(self):
         model = mowa.load("pl-tiny")
         projection = model.net.base_model.feature_projection.projection
-        model.net.base_model.feature_projection.projection = NarrowLinear(
-            to_int(projection.weight, 8, 32), projection.bias
+        model.net.base_model.feature_projection.projection = QuantizedLinear(
+            quantize(projection.weight, 8, 32), projection.bias
         )
         expected = truth(widened(model.net), SOUNDS[4:5])[0]
-        from mowa.families.patch import positions_by_table
+        from mowa.families.patch import precompute_absolute_positions
 
-        assert positions_by_table(model.net)
+        assert precompute_absolute_positions(model.net)
         (ours,) = planned(model.net, "float32", SOUNDS[4:5])
         assert (ours - expected).abs().max() <= 1e-4
 
     @pytest.mark.parametrize("scheme", list(SCHEMES))
     def test_engines_take_the_arithmetic_that_the_scheme_asks_for(self, tmp_path, scheme):
         model, sound = shrunk(tmp_path, scheme), audio.normalize(clip(0, 9_000))
-        engine = mowa.engine(model, device="cpu")
+        engine = mowa.open_engine(model, device="cpu")
         assert engine.scheme == model.scheme.name
         assert engine.plan is not None
         assert (engine.dtype == "int8") == (model.scheme.activations != "wide")
-        assert engine.sharing is Sharing.ALONE or engine.dtype == "float32"
+        assert engine.batch_policy is BatchPolicy.SINGLE or engine.dtype == "float32"
         assert np.isfinite(engine.emissions([sound])[0]).all()
 
     def test_a_dtype_that_is_named_is_computed_in_with_inputs_as_they_are(self, tmp_path):
         model, sound = shrunk(tmp_path, "int8-dynamic"), audio.normalize(clip(0, 9_000))
-        engine = mowa.engine(model, device="cpu", dtype="float32")
+        engine = mowa.open_engine(model, device="cpu", dtype="float32")
         (expected,) = truth(widened(model.net), [torch.from_numpy(sound)])
         np.testing.assert_allclose(engine.emissions([sound])[0], expected, atol=2e-5)
-        assert engine.sharing is Sharing.PADDED
+        assert engine.batch_policy is BatchPolicy.PADDED
 
     @pytest.mark.parametrize("scheme", ["int4-weight", "nf4"])
     def test_what_has_no_integers_of_eight_bits_is_not_multiplied_in_them(self, tmp_path, scheme):
         with pytest.raises(ModelError, match=f"is in {scheme}, which is not multiplied in int8"):
-            mowa.engine(shrunk(tmp_path, scheme), device="cpu", dtype="int8")
+            mowa.open_engine(shrunk(tmp_path, scheme), device="cpu", dtype="int8")
 
     @pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight"])
     def test_without_a_plan_the_net_is_called_and_no_range_is_that_of_a_batch(self, tmp_path, scheme):
         model, sounds = shrunk(tmp_path, scheme, "wavlm"), [audio.normalize(clip(n, 9_000)) for n in range(2)]
-        engine = mowa.engine(model, device="cpu", dtype="float32")
+        engine = mowa.open_engine(model, device="cpu", dtype="float32")
         assert engine.plan is None
-        assert engine.sharing is (Sharing.ALONE if scheme == "int8-dynamic" else Sharing.PADDED)
+        assert engine.batch_policy is (BatchPolicy.SINGLE if scheme == "int8-dynamic" else BatchPolicy.PADDED)
         with torch.inference_mode():
             expected = model.net(torch.from_numpy(sounds[0])[None]).logits[0].log_softmax(-1)
         np.testing.assert_allclose(engine.emissions(sounds[:1])[0], expected, atol=2e-5)
-        assert mowa.engine(model, device="cpu").dtype != "int8"
+        assert mowa.open_engine(model, device="cpu").dtype != "int8"

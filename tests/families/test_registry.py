@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mowa.errors import ModelError
-from mowa.families import families, find, model_types, names, register, resolve
+from mowa.families import get_family, list_families, list_family_names, list_model_types, register, resolve_family
 from mowa.nouns import Family
 
 CALLED = {
@@ -156,27 +156,27 @@ def _plain(name: str, **facts: object) -> Family:
 
 @pytest.mark.parametrize(("name", "family"), CALLED.items())
 def test_a_name_tells_the_family(name: str, family: str) -> None:
-    assert resolve(name).name == family
-    assert resolve(f"/models/{name}/").name == family
-    assert resolve(name.rpartition("/")[2].upper()).name == family
+    assert resolve_family(name).name == family
+    assert resolve_family(f"/models/{name}/").name == family
+    assert resolve_family(name.rpartition("/")[2].upper()).name == family
 
 
 @pytest.mark.parametrize("name", STRANGERS)
 def test_what_is_only_called_alike_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match=r"no family is called like .* patterns of .* families were tried.* is needed"):
-        resolve(name)
+        resolve_family(name)
 
 
 def test_every_alias_is_tried_here() -> None:
-    for family in families():
+    for family in list_families():
         mine = [name.rpartition("/")[2] for name, said in CALLED.items() if said == family.name]
-        for alias in family.aliases:
+        for alias in family.name_patterns:
             assert any(re.match(alias, name, re.IGNORECASE) for name in mine), f"{family.name}: {alias}"
 
 
 def test_near_families_are_named() -> None:
     with pytest.raises(ModelError, match=r"nearest are .*qwen3"):
-        resolve("Qwen/Qwen3-VL-8B-Instruct")
+        resolve_family("Qwen/Qwen3-VL-8B-Instruct")
 
 
 def test_a_name_of_two_families_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,22 +184,22 @@ def test_a_name_of_two_families_is_no_answer(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(registry, "_BY_TYPE", registry._BY_TYPE | {"other": _plain("other", aliases=("qwen3-8b",))})
     with pytest.raises(ModelError, match=r"Qwen/Qwen3-8B is called like other and qwen3: only its config"):
-        resolve("Qwen/Qwen3-8B")
-    assert resolve("Qwen/Qwen3-8B", {"model_type": "qwen3"}).name == "qwen3"
+        resolve_family("Qwen/Qwen3-8B")
+    assert resolve_family("Qwen/Qwen3-8B", {"model_type": "qwen3"}).name == "qwen3"
 
 
-@pytest.mark.parametrize("family", families(), ids=names())
+@pytest.mark.parametrize("family", list_families(), ids=list_family_names())
 def test_a_config_tells_the_family(family: Family, caplog: pytest.LogCaptureFixture) -> None:
     for model_type in family.model_types:
-        assert resolve("some/thing", {"model_type": model_type}) is family
+        assert resolve_family("some/thing", {"model_type": model_type}) is family
     for architecture in family.architectures:
-        assert resolve("some/thing", {"architectures": [architecture]}) is family
+        assert resolve_family("some/thing", {"architectures": [architecture]}) is family
     assert not caplog.records
 
 
 def test_the_config_wins_over_the_name(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "mowa"):
-        assert resolve("unsloth/phi-4", {"model_type": "llama"}).name == "llama"
+        assert resolve_family("unsloth/phi-4", {"model_type": "llama"}).name == "llama"
     assert [record.getMessage() for record in caplog.records] == [
         "unsloth/phi-4 is called like phi3, but its config is of llama: the config is believed"
     ]
@@ -207,24 +207,24 @@ def test_the_config_wins_over_the_name(caplog: pytest.LogCaptureFixture) -> None
 
 def test_an_unknown_config_is_not_saved_by_its_name() -> None:
     with pytest.raises(ModelError, match="does not know the model type 'qwen3_vl': did you mean"):
-        resolve("Qwen/Qwen3-8B", {"model_type": "qwen3_vl"})
+        resolve_family("Qwen/Qwen3-8B", {"model_type": "qwen3_vl"})
     with pytest.raises(
         ModelError, match="names no model_type, and the architectures Strange, which mowa does not know"
     ):
-        resolve("Qwen/Qwen3-8B", {"architectures": ["Strange"]})
+        resolve_family("Qwen/Qwen3-8B", {"architectures": ["Strange"]})
     with pytest.raises(ModelError, match="names no model_type, and no architectures either"):
-        resolve("Qwen/Qwen3-8B", {})
+        resolve_family("Qwen/Qwen3-8B", {})
 
 
 @pytest.mark.parametrize("model_type", ["whisper", "roberta", "", "Wav2Vec2"])
 def test_an_unknown_type_lists_the_known(model_type: str) -> None:
-    with pytest.raises(ModelError, match=rf"known are {', '.join(model_types())}$"):
-        find(model_type)
+    with pytest.raises(ModelError, match=rf"known are {', '.join(list_model_types())}$"):
+        get_family(model_type)
 
 
 def test_a_near_miss_is_suggested() -> None:
     with pytest.raises(ModelError, match=r"'wav2vec': did you mean 'wav2vec2'\?"):
-        find("wav2vec")
+        get_family("wav2vec")
 
 
 def test_a_model_type_belongs_to_one_family() -> None:
@@ -233,7 +233,7 @@ def test_a_model_type_belongs_to_one_family() -> None:
     with pytest.raises(ValueError, match="there is a family 'llama' already"):
         register(_plain("llama", model_types=("fresh",)))
     with pytest.raises(ModelError):
-        find("fresh")
+        get_family("fresh")
 
 
 def test_the_families_need_no_torch() -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from mowa.errors import ModelError
-from mowa.families import find, patch
-from mowa.families.swaps import OPS, offload_blocks, swap, undo
-from mowa.kernels.offload import Offload
+from mowa.families import get_family, patch
+from mowa.families.swaps import OPS, fuse_modules, set_activation_offload, unfuse_modules
+from mowa.kernels.offload import OffloadedCheckpoint
 from tests.families.tiny import tiny
 
 FUSED = ("llama", "qwen3", "gemma3_text", "mistral", "granite", "phi3")
@@ -22,7 +22,7 @@ TOKENS = torch.arange(2, 65).remainder(97)[None]
 
 
 def family_of(net):
-    return find(net.config.model_type)
+    return get_family(net.config.model_type)
 
 
 def with_updates(net, **how):
@@ -64,20 +64,20 @@ def forwards(net):
 def test_every_operation_gives_the_same_numbers(name):
     net = tiny(name)
     expected = outcome(net)
-    done = swap(net, family_of(net), ops=OPS)
+    done = fuse_modules(net, family_of(net), ops=OPS)
     assert done.counts
-    assert not [why for (_, why) in done.refused if "something else" in why]
+    assert not [why for (_, why) in done.skipped if "something else" in why]
     near(outcome(net), expected)
-    assert undo(net) == sum(done.counts.values())
+    assert unfuse_modules(net) == sum(done.counts.values())
     assert forwards(net) == []
     assert torch.equal(outcome(net)[0], expected[0])
 
 
 def test_what_is_swapped_by_measurement_on_a_processor():
     net = with_updates(tiny("llama"))
-    done = swap(net, family_of(net))
+    done = fuse_modules(net, family_of(net))
     assert done.counts == {"rms_norm": 5, "lora_linear": 6}
-    assert done.refused == {("swiglu", "no faster on cpu"): 2}
+    assert done.skipped == {("swiglu", "no faster on cpu"): 2}
 
 
 def test_another_net_and_every_class_stay_as_they_are():
@@ -86,7 +86,7 @@ def test_another_net_and_every_class_stay_as_they_are():
     before = {name: getattr(modeling_llama, name) for name in dir(modeling_llama)}
     methods = {kind: vars(kind).copy() for kind in before.values() if isinstance(kind, type)}
     net, other = tiny("llama"), tiny("llama")
-    swap(net, family_of(net), ops=OPS)
+    fuse_modules(net, family_of(net), ops=OPS)
     assert forwards(other) == []
     assert all(getattr(modeling_llama, name) is value for name, value in before.items())
     assert all(vars(kind) == was for kind, was in methods.items())
@@ -101,7 +101,7 @@ def test_low_rank_updates_in_every_state():
     without = net(input_ids=TOKENS).logits.detach()
     for layer in layers:
         layer.enable_adapters(True)
-    assert swap(net, family_of(net)).counts["lora_linear"] == len(layers)
+    assert fuse_modules(net, family_of(net)).counts["lora_linear"] == len(layers)
     near(outcome(net), with_update)
     for layer in layers:
         layer.enable_adapters(False)
@@ -126,16 +126,16 @@ def test_low_rank_updates_in_every_state():
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_other_updates_are_left_and_it_is_said(how, why):
     net = with_updates(tiny("llama"), **how)
-    done = swap(net, family_of(net))
+    done = fuse_modules(net, family_of(net))
     assert "lora_linear" not in done.counts
-    (reason,) = [reason for (op, reason) in done.refused if op == "lora_linear"]
+    (reason,) = [reason for (op, reason) in done.skipped if op == "lora_linear"]
     assert why in reason
 
 
 def test_hooks_on_parts_of_an_update_are_called():
     net = with_updates(tiny("llama"))
     layer = next(module for module in net.modules() if isinstance(module, peft.tuners.lora.Linear))
-    swap(net, family_of(net))
+    fuse_modules(net, family_of(net))
     called = []
     handle = layer.base_layer.register_forward_pre_hook(lambda *_: called.append(True))
     net(input_ids=TOKENS)
@@ -146,7 +146,7 @@ def test_hooks_on_parts_of_an_update_are_called():
 
 def test_a_copy_is_swapped_and_computes_with_its_own_weights():
     net = tiny("llama")
-    swap(net, family_of(net), ops=OPS)
+    fuse_modules(net, family_of(net), ops=OPS)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert forwards(other) == forwards(net)
         before = net(input_ids=TOKENS).logits
@@ -156,7 +156,7 @@ def test_a_copy_is_swapped_and_computes_with_its_own_weights():
                 weight.zero_()
         assert not other(input_ids=TOKENS).logits.any()
         assert torch.equal(net(input_ids=TOKENS).logits, before)
-        undo(other)
+        unfuse_modules(other)
         assert forwards(other) == []
         assert forwards(net)
 
@@ -164,12 +164,12 @@ def test_a_copy_is_swapped_and_computes_with_its_own_weights():
 def test_saves_as_an_untouched_net(tmp_path):
     net = tiny("llama")
     names = list(net.state_dict())
-    swap(net, family_of(net), ops=OPS)
+    fuse_modules(net, family_of(net), ops=OPS)
     assert list(net.state_dict()) == names
     net.save_pretrained(tmp_path)
     again = type(net).from_pretrained(tmp_path)
     assert forwards(again) == []
-    undo(net)
+    unfuse_modules(net)
     assert torch.equal(again(input_ids=TOKENS).logits, net(input_ids=TOKENS).logits)
 
 
@@ -177,12 +177,12 @@ def test_a_class_that_does_something_else_is_left():
     net = tiny("llama")
     wrong = replace(
         family_of(net),
-        swaps={"rms_norm_plus_one": ("LlamaRMSNorm",), "geglu": ("LlamaMLP",), "swiglu": ("LlamaModel",)},
+        fused_modules={"rms_norm_plus_one": ("LlamaRMSNorm",), "geglu": ("LlamaMLP",), "swiglu": ("LlamaModel",)},
     )
-    done = swap(net, wrong, ops=OPS)
+    done = fuse_modules(net, wrong, ops=OPS)
     assert done.counts == {}
-    assert {op for op, _ in done.refused} == {"rms_norm_plus_one", "geglu", "swiglu"}
-    assert all("something else" in why for _, why in done.refused)
+    assert {op for op, _ in done.skipped} == {"rms_norm_plus_one", "geglu", "swiglu"}
+    assert all("something else" in why for _, why in done.skipped)
     assert forwards(net) == []
 
 
@@ -191,25 +191,25 @@ def test_somebody_elses_forward_is_left():
     norm = net.model.norm
     norm.forward = lambda x: x
     theirs = norm.forward
-    done = swap(net, family_of(net))
-    assert done.refused["rms_norm", "its forward was replaced already"] == 1
-    undo(net)
+    done = fuse_modules(net, family_of(net))
+    assert done.skipped["rms_norm", "its forward was replaced already"] == 1
+    unfuse_modules(net)
     assert norm.forward is theirs
 
 
 def test_swapping_twice_changes_nothing_more():
     net = tiny("llama")
-    first = swap(net, family_of(net))
-    assert swap(net, family_of(net)).counts == {}
-    assert first.undo() == 5
-    assert first.undo() == 0
+    first = fuse_modules(net, family_of(net))
+    assert fuse_modules(net, family_of(net)).counts == {}
+    assert first.restore() == 5
+    assert first.restore() == 0
 
 
 def test_the_trial_leaves_modes_and_random_numbers():
     net = tiny("llama").train()
     net.model.layers[0].mlp.eval()
     modes, state = [module.training for module in net.modules()], torch.get_rng_state()
-    swap(net, family_of(net), ops=OPS)
+    fuse_modules(net, family_of(net), ops=OPS)
     assert [module.training for module in net.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -218,35 +218,35 @@ def test_the_trial_leaves_modes_and_random_numbers():
 def test_mlps_go_over_the_sequence_in_pieces(ops):
     net = with_updates(tiny("llama"))
     expected, lengths = outcome(net), []
-    assert swap(net, family_of(net), ops=ops, tiles=5).counts["tiled"] == 2
+    assert fuse_modules(net, family_of(net), ops=ops, mlp_tiles=5).counts["tiled"] == 2
     net.model.layers[0].mlp.down_proj.register_forward_hook(
         lambda part, inputs, out: lengths.append(inputs[0].shape[1])
     )
     near(outcome(net), expected)
     assert max(lengths) == 13
-    undo(net)
+    unfuse_modules(net)
     assert forwards(net) == []
 
 
 def test_an_unknown_operation_is_refused():
     net = tiny("llama")
     with pytest.raises(ModelError, match="no operation rope"):
-        swap(net, family_of(net), ops=["rope"])
+        fuse_modules(net, family_of(net), ops=["rope"])
 
 
 def test_another_device_is_not_swapped_unmeasured(monkeypatch):
     from mowa.families import swaps
 
-    monkeypatch.setattr(swaps, "WORTH", {})
+    monkeypatch.setattr(swaps, "FASTER_OPS", {})
     net = tiny("llama")
-    done = swap(net, family_of(net))
+    done = fuse_modules(net, family_of(net))
     assert not done.counts
-    assert ("rms_norm", "not measured to be faster on cpu") in done.refused
+    assert ("rms_norm", "not measured to be faster on cpu") in done.skipped
 
 
 def test_weights_that_are_nowhere_are_left():
     net = tiny("llama").to("meta")
-    assert set(swap(net, family_of(net)).refused) == {
+    assert set(fuse_modules(net, family_of(net)).skipped) == {
         ("rms_norm", "it has no weights in memory"),
         ("swiglu", "it has no weights in memory"),
     }
@@ -254,22 +254,22 @@ def test_weights_that_are_nowhere_are_left():
 
 def test_inputs_of_blocks_wait_in_host_memory_and_back():
     net = with_updates(tiny("llama")).train()
-    assert offload_blocks(net) == 0
-    patch.checkpoint_blocks(net)
+    assert set_activation_offload(net) == 0
+    patch.set_gradient_checkpointing(net)
     expected = outcome(net)
     before = {
         name: vars(module)["_gradient_checkpointing_func"]
         for name, module in net.named_modules()
         if "_gradient_checkpointing_func" in vars(module)
     }
-    assert offload_blocks(net) == len(before) >= 2
-    assert offload_blocks(net) == 0
+    assert set_activation_offload(net) == len(before) >= 2
+    assert set_activation_offload(net) == 0
     given = {id(vars(net.get_submodule(name))["_gradient_checkpointing_func"]) for name in before}
     assert len(given) == 1
-    assert isinstance(net.model.layers[0]._gradient_checkpointing_func, Offload)
+    assert isinstance(net.model.layers[0]._gradient_checkpointing_func, OffloadedCheckpoint)
     ours = outcome(net)
     assert torch.equal(ours[0], expected[0])
     assert all(torch.equal(gradient, expected[1][name]) for name, gradient in ours[1].items())
     copy.deepcopy(net)
-    assert offload_blocks(net, on=False) == len(before)
+    assert set_activation_offload(net, enabled=False) == len(before)
     assert all(net.get_submodule(name)._gradient_checkpointing_func is was for name, was in before.items())

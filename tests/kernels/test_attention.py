@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mowa.kernels import attention_blocks, attention_cuda, attention_rules
-from mowa.kernels.attention import CAUSAL, FULL, Mask, attend, without_padding
-from mowa.kernels.attention_rules import Facts, choose
-from mowa.kernels.segments import Segments
+from mowa.kernels.attention import CAUSAL, FULL, AttentionMask, attend, padding_to_documents
+from mowa.kernels.attention_rules import AttentionSpec, select_backend
+from mowa.kernels.segments import PackedSequences
 
 H, G, D = 6, 2, 8
 KINDS = {
     "full": FULL,
     "causal": CAUSAL,
-    "window": Mask(before=6, after=0),
-    "window of one": Mask(before=0, after=0),
-    "both ways": Mask(before=5, after=5),
+    "window": AttentionMask(left_window=6, right_window=0),
+    "window of one": AttentionMask(left_window=0, right_window=0),
+    "both ways": AttentionMask(left_window=5, right_window=5),
 }
 
 
@@ -30,7 +30,7 @@ def drawn(batch=1, length=63, groups=G, values=D, keys=None, dtype=torch.float64
     return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
-def allowed(mask: Mask, batch: int, queries: int, keys: int) -> Tensor:
+def allowed(mask: AttentionMask, batch: int, queries: int, keys: int) -> Tensor:
     """Written as a loop over what the words say, and not as `Mask.seen` has it."""
     seen = torch.zeros(batch, 1, queries, keys, dtype=torch.bool)
     for b in range(batch):
@@ -38,12 +38,12 @@ def allowed(mask: Mask, batch: int, queries: int, keys: int) -> Tensor:
         if mask.documents is not None:
             owner = torch.tensor([index for index, n in enumerate(mask.documents[b].lengths) for _ in range(n)])
         for i in range(queries):
-            at = i + mask.offset
+            at = i + mask.query_offset
             for j in range(keys):
-                back = mask.before is None or at - j <= mask.before
-                on = mask.after is None or j - at <= mask.after
+                back = mask.left_window is None or at - j <= mask.left_window
+                on = mask.right_window is None or j - at <= mask.right_window
                 mine = mask.documents is None or owner[i] == owner[j]
-                true = mask.padding is None or mask.padding[b, j]
+                true = mask.padding_mask is None or mask.padding_mask[b, j]
                 seen[b, 0, i, j] = bool(back and on and mine and true)
     return seen
 
@@ -77,7 +77,7 @@ def agree(mask, parts, *, softcap=None, sinks=None, seen=None):
 @pytest.fixture(params=["whole", "small blocks"])
 def blocks(request, monkeypatch):
     if request.param == "small blocks":
-        monkeypatch.setattr(attention_blocks, "SCORES", 1)
+        monkeypatch.setattr(attention_blocks, "MAX_SCORES", 1)
 
 
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "both"])
@@ -92,16 +92,16 @@ def test_every_kind_is_the_softmax_of_its_dense_mask(kind, length, extra, blocks
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [((1, 40, 5, 17),), ((63,),), ((1,) * 63,), ((60, 3), (2, 61))])
 def test_documents_of_any_kind_too(rows, kind, extra, blocks):
-    mask = replace(KINDS[kind], documents=tuple(map(Segments, rows)))
+    mask = replace(KINDS[kind], documents=tuple(map(PackedSequences, rows)))
     sinks = torch.randn(H, dtype=torch.float64, requires_grad=True) if extra == "sinks" else None
     agree(mask, drawn(len(rows), 63), softcap=3.0 if extra == "softcap" else None, sinks=sinks)
 
 
 @pytest.mark.parametrize("groups", [1, 3, 6])
 @pytest.mark.parametrize("values", [5, 8, 11])
-@pytest.mark.parametrize("documents", [None, (Segments((4, 25)),)])
+@pytest.mark.parametrize("documents", [None, (PackedSequences((4, 25)),)])
 def test_heads_may_share_keys_and_values_be_of_another_width(groups, values, documents):
-    for mask in (CAUSAL, Mask(before=3, after=0)):
+    for mask in (CAUSAL, AttentionMask(left_window=3, right_window=0)):
         agree(replace(mask, documents=documents), drawn(1, 29, groups, values))
 
 
@@ -111,7 +111,7 @@ def test_heads_may_share_keys_and_values_be_of_another_width(groups, values, doc
     ("queries", "keys", "offset"), [(1, 33, 32), (5, 33, 28), (5, 33, 0), (1, 40, 20), (7, 40, 20)]
 )
 def test_queries_after_what_a_cache_holds(queries, keys, offset, kind, softcap):
-    agree(replace(KINDS[kind], offset=offset), drawn(2, queries, keys=keys), softcap=softcap)
+    agree(replace(KINDS[kind], query_offset=offset), drawn(2, queries, keys=keys), softcap=softcap)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -119,43 +119,47 @@ def test_padding_in_a_cache_is_not_seen(softcap):
     padding = torch.ones(2, 20, dtype=torch.bool)
     padding[1, :7] = False
     for queries in (1, 4):
-        agree(Mask(after=0, offset=20 - queries, padding=padding), drawn(2, queries, keys=20), softcap=softcap)
+        agree(
+            AttentionMask(right_window=0, query_offset=20 - queries, padding_mask=padding),
+            drawn(2, queries, keys=20),
+            softcap=softcap,
+        )
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_a_dense_mask_says_everything(softcap):
     seen = torch.rand(2, 1, 17, 23, generator=torch.Generator().manual_seed(0)) < 0.5
     seen[:, :, 3] = False
-    agree(Mask(dense=seen), drawn(2, 17, keys=23), softcap=softcap, seen=seen)
+    agree(AttentionMask(dense_mask=seen), drawn(2, 17, keys=23), softcap=softcap, seen=seen)
     added = torch.where(seen, 0.0, -1e30).double()
     with torch.no_grad():
         parts = drawn(2, 17, keys=23)
-        out = attend(*parts, Mask(dense=added), scale=0.4, softcap=softcap)
-        expected = attend(*parts, Mask(dense=seen), scale=0.4, softcap=softcap)
+        out = attend(*parts, AttentionMask(dense_mask=added), scale=0.4, softcap=softcap)
+        expected = attend(*parts, AttentionMask(dense_mask=seen), scale=0.4, softcap=softcap)
     true = seen.any(-1)[:, 0]
     torch.testing.assert_close(out[true], expected[true])
 
 
 def test_what_was_made_of_one_mask_is_not_taken_for_another():
-    assert CAUSAL.seen(5, 5, torch.device("cpu")).sum() == 15
-    assert replace(CAUSAL, before=0).seen(5, 5, torch.device("cpu")).sum() == 5
+    assert CAUSAL.to_dense(5, 5, torch.device("cpu")).sum() == 15
+    assert replace(CAUSAL, left_window=0).to_dense(5, 5, torch.device("cpu")).sum() == 5
 
 
 def test_padding_at_either_end_becomes_documents():
     padding = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0]]).bool()
-    made = without_padding(CAUSAL, padding)
-    assert made.padding is None
+    made = padding_to_documents(CAUSAL, padding)
+    assert made.padding_mask is None
     assert [row.lengths for row in made.documents] == [(4,), (1, 3), (2, 2), (1, 2, 1)]
-    assert without_padding(CAUSAL, torch.ones(2, 3, dtype=torch.bool)) is CAUSAL
+    assert padding_to_documents(CAUSAL, torch.ones(2, 3, dtype=torch.bool)) is CAUSAL
     for odd in ([1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]):
         kept = torch.tensor([odd, [1, 1, 1, 1]]).bool()
-        assert without_padding(CAUSAL, kept).padding is kept
+        assert padding_to_documents(CAUSAL, kept).padding_mask is kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_a_document_does_not_move_another_by_a_bit(kind, softcap):
-    mask = replace(KINDS[kind], documents=(Segments((21, 40, 9)),))
+    mask = replace(KINDS[kind], documents=(PackedSequences((21, 40, 9)),))
     outs = []
     for poison in (False, True):
         parts = [part.detach().clone() for part in drawn(1, 70, dtype=torch.float32)]
@@ -186,10 +190,12 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("extra", ["plain", "window", "softcap", "sinks"])
 def test_nothing_of_all_tokens_against_all_is_made(extra, monkeypatch):
-    monkeypatch.setattr(attention_blocks, "SCORES", 1 << 14)
+    monkeypatch.setattr(attention_blocks, "MAX_SCORES", 1 << 14)
     lengths = (300, 1, 411, 96, 216)
     total = sum(lengths)
-    mask = Mask(before=30 if extra == "window" else None, after=0, documents=(Segments(lengths),))
+    mask = AttentionMask(
+        left_window=30 if extra == "window" else None, right_window=0, documents=(PackedSequences(lengths),)
+    )
     sinks = torch.zeros(H, requires_grad=True) if extra == "sinks" else None
     with Largest() as largest:
         out = attend(
@@ -218,13 +224,13 @@ def test_low_precision_errs_no_more_than_torch_itself(dtype, softcap):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_is_right_in_the_mean(kind):
     torch.manual_seed(0)
-    mask = replace(KINDS[kind], documents=(Segments((4, 9)),))
+    mask = replace(KINDS[kind], documents=(PackedSequences((4, 9)),))
     parts = [part.detach() for part in drawn(1, 13, dtype=torch.float32)]
     mean = sum(attend(*parts, mask, scale=0.4, dropout=0.2) for _ in range(3000)) / 3000
     torch.testing.assert_close(mean, attend(*parts, mask, scale=0.4), atol=0.07, rtol=0)
 
 
-CPU = Facts("cpu", "float32", 64, 64, 512, 512, causal=True)
+CPU = AttentionSpec("cpu", "float32", 64, 64, 512, 512, causal=True)
 GPU = replace(CPU, device="cuda", dtype="bfloat16", capability=(8, 0), packages=frozenset({"varlen", "triton"}))
 HOPPER = replace(
     GPU, capability=(9, 0), packages=GPU.packages | {"flash_attn", "flash_attn_interface", "varlen_window"}
@@ -238,7 +244,7 @@ HOPPER = replace(
         (replace(CPU, documents=True), "documents"),
         (replace(CPU, documents=True, windowed=True), "documents"),
         (replace(CPU, windowed=True), "blocks"),
-        (replace(CPU, windowed=True, queries=1), "sdpa"),
+        (replace(CPU, windowed=True, q_len=1), "sdpa"),
         (replace(CPU, softcap=True), "blocks"),
         (replace(CPU, sinks=True, documents=True), "blocks"),
         (replace(CPU, dropout=True), "weights"),
@@ -250,34 +256,34 @@ HOPPER = replace(
         (replace(GPU, documents=True, dtype="float64"), "documents"),
         (replace(GPU, documents=True, dropout=True), "documents"),
         (replace(GPU, softcap=True), "flex"),
-        (replace(GPU, softcap=True, queries=1), "blocks"),
-        (replace(GPU, documents=True, value_width=32), "flex"),
-        (replace(GPU, masked=True), "sdpa"),
+        (replace(GPU, softcap=True, q_len=1), "blocks"),
+        (replace(GPU, documents=True, v_head_dim=32), "flex"),
+        (replace(GPU, has_dense_mask=True), "sdpa"),
         (replace(GPU, documents=True, capability=(7, 5)), "documents"),
         (HOPPER, "flash3"),
         (replace(HOPPER, softcap=True), "flash3"),
-        (replace(HOPPER, softcap=True, grad=True), "flash2"),
+        (replace(HOPPER, softcap=True, requires_grad=True), "flash2"),
         (replace(HOPPER, dropout=True, documents=True), "flash2"),
         (replace(HOPPER, sinks=True), "flex"),
         (replace(HOPPER, capability=(8, 0), windowed=True), "flash2"),
-        (replace(HOPPER, width=288, value_width=288, documents=True), "flex"),
+        (replace(HOPPER, head_dim=288, v_head_dim=288, documents=True), "flex"),
     ],
 )
 def test_the_rule(facts, name):
-    choice = choose(facts)
-    assert choice.name == name
+    choice = select_backend(facts)
+    assert choice.backend == name
     assert choice.reason
-    before = [rule for rule, _, _ in attention_rules.RULES]
-    assert [refused for refused, _ in choice.refused] == before[: before.index(name)]
-    assert all(why for _, why in choice.refused)
+    before = [rule for rule, _, _ in attention_rules.BACKENDS]
+    assert [refused for refused, _ in choice.rejected] == before[: before.index(name)]
+    assert all(why for _, why in choice.rejected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pattern_for_flex_is_the_mask(kind):
     mask = KINDS[kind]
     rows = ((1, 300, 129, 40), (470,))
-    made = attention_cuda.pattern(rows, mask.before, mask.after, torch.device("cpu"))
-    seen = replace(mask, documents=tuple(map(Segments, rows))).seen(470, 470, torch.device("cpu"))
+    made = attention_cuda.build_block_mask(rows, mask.left_window, mask.right_window, torch.device("cpu"))
+    seen = replace(mask, documents=tuple(map(PackedSequences, rows))).to_dense(470, 470, torch.device("cpu"))
     at = torch.arange(470)
     batch = torch.arange(2)[:, None, None]
     assert torch.equal(made.mask_mod(batch, None, at[:, None], at), seen[:, 0])
@@ -293,7 +299,7 @@ def test_the_pattern_for_flex_is_the_mask(kind):
 @pytest.mark.gpu
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "values"])
 @pytest.mark.parametrize("kind", ["full", "causal", "window", "both ways"])
-@pytest.mark.parametrize("documents", [None, (Segments((1, 200, 5, 57)),)])
+@pytest.mark.parametrize("documents", [None, (PackedSequences((1, 200, 5, 57)),)])
 def test_on_a_gpu_it_errs_no_more_than_torch_itself(documents, kind, extra):
     torch.manual_seed(0)
     values = 16 if extra == "values" else 64
@@ -303,7 +309,7 @@ def test_on_a_gpu_it_errs_no_more_than_torch_itself(documents, kind, extra):
     sinks = torch.randn(H, device="cuda", dtype=torch.float64) if extra == "sinks" else None
     softcap = 3.0 if extra == "softcap" else None
     mask = replace(KINDS[kind], documents=documents)
-    seen = mask.seen(263, 263, torch.device("cuda"))
+    seen = mask.to_dense(263, 263, torch.device("cuda"))
     outs = []
     for parts, way in ((wide, "exact"), (low, "theirs"), (low, "ours")):
         at = None if sinks is None else sinks.to(parts[0].dtype)

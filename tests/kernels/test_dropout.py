@@ -5,17 +5,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mowa.families.patch import quick_dropout
-from mowa.kernels.attention import Mask, attend
-from mowa.kernels.dropout import drop, kept
-from mowa.kernels.segments import Segments
+from mowa.families.patch import fast_dropout
+from mowa.kernels.attention import AttentionMask, attend
+from mowa.kernels.dropout import cpu_dropout, sample_keep_mask
+from mowa.kernels.segments import PackedSequences
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_a_share_is_dropped_and_the_mean_stays(p):
     torch.manual_seed(0)
     x = torch.ones(1000, 1001)
-    y = drop(x, p)
+    y = cpu_dropout(x, p)
     assert abs(float((y == 0).float().mean()) - p) < 0.002
     assert set(y.unique().tolist()) == {0.0, float(torch.tensor(1.0) * (1 / (1 - p)))}
     assert abs(float(y.mean()) - 1) < 0.01
@@ -23,7 +23,7 @@ def test_a_share_is_dropped_and_the_mean_stays(p):
 
 def test_rows_columns_and_calls_are_independent():
     torch.manual_seed(0)
-    masks = torch.stack([kept(torch.Size((500, 503)), 0.3).double() for _ in range(3)]) - 0.7
+    masks = torch.stack([sample_keep_mask(torch.Size((500, 503)), 0.3).double() for _ in range(3)]) - 0.7
     for shifted in (masks[:, 1:] * masks[:, :-1], masks[..., 1:] * masks[..., :-1], masks[1:] * masks[:-1]):
         assert abs(float(shifted.mean())) < 0.003
 
@@ -31,7 +31,7 @@ def test_rows_columns_and_calls_are_independent():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_goes_where_the_value_went(dtype):
     x = torch.randn(7, 13, dtype=dtype, requires_grad=True)
-    y = drop(x, 0.4)
+    y = cpu_dropout(x, 0.4)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert y.dtype == gradient.dtype == dtype
     torch.testing.assert_close(gradient, torch.where(y != 0, torch.tensor(1 / 0.6, dtype=dtype), 0))
@@ -39,23 +39,23 @@ def test_gradient_goes_where_the_value_went(dtype):
 
 def test_nothing_is_dropped_at_zero_and_an_empty_tensor_is_left_alone():
     x = torch.randn(3)
-    assert drop(x, 0.0) is x
-    assert drop(torch.zeros(0, 4), 0.5).shape == (0, 4)
+    assert cpu_dropout(x, 0.0) is x
+    assert cpu_dropout(torch.zeros(0, 4), 0.5).shape == (0, 4)
 
 
 def test_the_generator_of_torch_decides():
     x = torch.ones(64, 64)
     torch.manual_seed(3)
-    first, second = drop(x, 0.5), drop(x, 0.5)
+    first, second = cpu_dropout(x, 0.5), cpu_dropout(x, 0.5)
     torch.manual_seed(3)
-    assert torch.equal(drop(x, 0.5), first)
+    assert torch.equal(cpu_dropout(x, 0.5), first)
     assert not torch.equal(first, second)
 
 
 def test_recomputing_draws_the_same_mask():
     torch.manual_seed(0)
     x = torch.randn(50, 50, requires_grad=True)
-    y = checkpoint(lambda x: drop(drop(x, 0.5).exp(), 0.5), x, use_reentrant=False)
+    y = checkpoint(lambda x: cpu_dropout(cpu_dropout(x, 0.5).exp(), 0.5), x, use_reentrant=False)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     dropped = y == 0
     assert torch.equal(gradient == 0, dropped | torch.isclose(y, torch.tensor(2.0)))
@@ -66,7 +66,7 @@ def test_modules_use_it_while_they_learn_and_are_given_back():
     x = torch.randn(100, 4)
     torch.manual_seed(0)
     before = net(x)
-    with quick_dropout(net):
+    with fast_dropout(net):
         torch.manual_seed(0)
         during = net(x)
         torch.testing.assert_close(net.eval()(x), net[0](x))
@@ -79,6 +79,6 @@ def test_modules_use_it_while_they_learn_and_are_given_back():
 def test_attention_drops_weights_and_keeps_its_mean():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 9, 4, dtype=torch.float64) for _ in range(3))
-    mask = Mask(documents=(Segments((4, 5)),))
+    mask = AttentionMask(documents=(PackedSequences((4, 5)),))
     mean = sum(attend(q, k, v, mask, scale=0.5, dropout=0.2) for _ in range(4000)) / 4000
     torch.testing.assert_close(mean, attend(q, k, v, mask, scale=0.5), atol=0.05, rtol=0)

@@ -17,8 +17,8 @@ def theirs(q, k, v, scale):
 def test_it_is_attention(length, heads, width, monkeypatch):
     torch.manual_seed(length)
     q, k, v = torch.randn(length, 3, heads, width, dtype=torch.float64).unbind(1)
-    for at_once in (1, module.SCORES):
-        monkeypatch.setattr(module, "SCORES", at_once)
+    for at_once in (1, module.MAX_SCORE_BYTES):
+        monkeypatch.setattr(module, "MAX_SCORE_BYTES", at_once)
         out = encoder_attention(q, k, v, 0.3)
         assert out.is_contiguous()
         torch.testing.assert_close(out, theirs(q, k, v, 0.3), rtol=1e-12, atol=1e-12)

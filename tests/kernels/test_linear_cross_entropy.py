@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 from mowa.errors import DataError
-from mowa.kernels.linear_cross_entropy import linear_cross_entropy, score
+from mowa.kernels.linear_cross_entropy import linear_cross_entropy, score_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_loss_and_gradients_are_torchs(options):
     upward = torch.randn(truth.shape, dtype=torch.float64)
     expected = torch.autograd.grad(truth, wanted, upward)
     for budget in (1, 4 * 17 * 8, None):
-        loss = linear_cross_entropy(hidden, weight, targets, bias=bias, budget=budget, **options)
+        loss = linear_cross_entropy(hidden, weight, targets, bias=bias, chunk_bytes=budget, **options)
         close([loss], [truth])
         close(torch.autograd.grad(loss, wanted, upward), expected)
 
@@ -84,7 +84,7 @@ def test_odd_sizes(count, vocabulary, ignored):
     hidden, weight, bias, targets = inputs(count, 3, vocabulary, ignored=ignored)
     wanted = (hidden, weight, bias)
     truth = plain(*wanted[:2], targets, bias=bias)
-    loss = linear_cross_entropy(*wanted[:2], targets, bias=bias, budget=100 * 8 * vocabulary)
+    loss = linear_cross_entropy(*wanted[:2], targets, bias=bias, chunk_bytes=100 * 8 * vocabulary)
     close([loss], [truth])
     close(torch.autograd.grad(loss, wanted), torch.autograd.grad(truth, wanted))
 
@@ -96,8 +96,8 @@ def test_gradients_by_finite_differences(softcap, smoothing, reduction):
     hidden, weight, bias, targets = inputs(5, 3, 4, ignored=0.3)
     assert torch.autograd.gradcheck(
         lambda hidden, weight, bias: linear_cross_entropy(
-            hidden, weight, targets, bias=bias, scale=0.7, softcap=softcap, smoothing=smoothing, reduction=reduction,
-            budget=2 * 4 * 8,
+            hidden, weight, targets, bias=bias, scale=0.7, softcap=softcap, label_smoothing=smoothing, reduction=reduction,
+            chunk_bytes=2 * 4 * 8,
         ),
         (hidden, weight, bias),
     )  # fmt: skip
@@ -110,8 +110,8 @@ def test_shapes_and_another_number_for_ignored():
         hidden.view(2, 3, 4, 5), weight, targets.view(2, 3, 4), bias=bias, ignore_index=3, reduction="none"
     )
     close([shaped.flatten()], [plain(hidden, weight, targets, bias=bias, ignore_index=3, reduction="none")])
-    scores = score(hidden.view(4, 6, 5), weight, targets.view(4, 6), ignore_index=3)
-    assert scores.log_probs.shape == scores.entropy.shape == scores.right.shape == (4, 6)
+    scores = score_tokens(hidden.view(4, 6, 5), weight, targets.view(4, 6), ignore_index=3)
+    assert scores.log_probs.shape == scores.entropy.shape == scores.is_top1.shape == (4, 6)
 
 
 @pytest.mark.parametrize("count", [0, 4])
@@ -123,37 +123,37 @@ def test_where_nothing_is_learnt_loss_and_gradients_are_zero(count):
         assert loss.sum() == 0
         for gradient in torch.autograd.grad(loss.sum(), (hidden, weight, bias)):
             assert torch.equal(gradient, torch.zeros_like(gradient))
-    scores = score(hidden, weight, targets, bias=bias)
+    scores = score_tokens(hidden, weight, targets, bias=bias)
     assert not scores.log_probs.any()
     assert not scores.entropy.any()
-    assert not scores.right.any()
+    assert not scores.is_top1.any()
 
 
 @pytest.mark.parametrize("budget", [1, 3 * 11 * 8, None])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_scores(budget, softcap):
     hidden, weight, bias, targets = inputs(40, 3, 11)
-    scores = score(hidden, weight, targets, bias=bias, scale=1.7, softcap=softcap, budget=budget)
+    scores = score_tokens(hidden, weight, targets, bias=bias, scale=1.7, softcap=softcap, chunk_bytes=budget)
     logits = 1.7 * F.linear(hidden, weight, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     kept, there = targets != -100, torch.distributions.Categorical(logits=logits.detach())
     close([scores.log_probs], [torch.where(kept, there.log_prob(targets.clamp_min(0)), 0.0)])
     close([scores.entropy], [torch.where(kept, there.entropy(), 0.0)])
-    assert torch.equal(scores.right, kept & (logits.argmax(-1) == targets))
-    assert 0 < scores.right.sum() < kept.sum()
+    assert torch.equal(scores.is_top1, kept & (logits.argmax(-1) == targets))
+    assert 0 < scores.is_top1.sum() < kept.sum()
     assert not scores.entropy.requires_grad
-    assert score(hidden, weight, targets, entropy=False).entropy is None
+    assert score_tokens(hidden, weight, targets, entropy=False).entropy is None
 
 
 def test_every_token_has_an_upstream_of_its_own():
     hidden, weight, bias, targets = inputs(63, 5, 17)
     upward = torch.randn(63, dtype=torch.float64) * torch.logspace(-3, 3, 63, dtype=torch.float64)
     upward[5:20] = 0
-    found = score(hidden, weight, targets, bias=bias, budget=500).log_probs
+    found = score_tokens(hidden, weight, targets, bias=bias, chunk_bytes=500).log_probs
     truth = -plain(hidden, weight, targets, bias=bias, reduction="none")
     wanted = (hidden, weight, bias)
     close(torch.autograd.grad(found, wanted, upward), torch.autograd.grad(truth, wanted, upward))
-    loss = score(hidden, weight, targets, bias=bias).log_probs
+    loss = score_tokens(hidden, weight, targets, bias=bias).log_probs
     for zero in torch.autograd.grad(loss, wanted, torch.zeros_like(upward)):
         assert not zero.any()
 
@@ -163,7 +163,7 @@ def test_what_is_frozen_gets_nothing_and_what_learns_gets_its_own():
         hidden, weight, bias, targets = inputs(63, 5, 17)
         parts = [part.detach().requires_grad_(flag) for part, flag in zip((hidden, weight, bias), learns, strict=True)]
         wanted = [part for part in parts if part.requires_grad]
-        loss = linear_cross_entropy(*parts[:2], targets, bias=parts[2], budget=900)
+        loss = linear_cross_entropy(*parts[:2], targets, bias=parts[2], chunk_bytes=900)
         assert loss.requires_grad == bool(wanted)
         if wanted:
             truth = plain(*parts[:2], targets, bias=parts[2])
@@ -196,7 +196,7 @@ def test_tied_with_the_embedding():
 def test_gone_through_again_by_gradient_checkpointing(reentrant):
     hidden, weight, _, targets = inputs(30, 5, 17)
     loss = checkpoint(
-        lambda hidden, weight: linear_cross_entropy(hidden.sin(), weight, targets, budget=900),
+        lambda hidden, weight: linear_cross_entropy(hidden.sin(), weight, targets, chunk_bytes=900),
         hidden, weight, use_reentrant=reentrant,
     )  # fmt: skip
     loss.backward()
@@ -252,7 +252,7 @@ def test_autocast_casts_as_for_a_linear(dtypes):
     pairs = zip((hidden, weight), dtypes, strict=True)
     hidden, weight = (part.detach().to(kind).requires_grad_() for part, kind in pairs)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(hidden, weight, targets, budget=1)
+        loss = linear_cross_entropy(hidden, weight, targets, chunk_bytes=1)
         theirs = plain(hidden, weight, targets)
     assert torch.allclose(loss, theirs, rtol=1e-6)
     assert loss.dtype == torch.float32
@@ -297,7 +297,9 @@ def test_the_logits_of_all_tokens_never_exist(dtype, softcap, learns):
     hidden, weight, _, targets = inputs(count, width, vocabulary, dtype=dtype)
     weight = weight.detach().requires_grad_(learns)
     with Largest() as seen:
-        scores = score(hidden, weight, targets, softcap=softcap, smoothing=0.1, budget=chunk * vocabulary * 4)
+        scores = score_tokens(
+            hidden, weight, targets, softcap=softcap, label_smoothing=0.1, chunk_bytes=chunk * vocabulary * 4
+        )
         (scores.log_probs * torch.rand(count)).sum().backward()
     assert seen.numel <= chunk * vocabulary
     with Largest() as seen:
@@ -308,14 +310,14 @@ def test_the_logits_of_all_tokens_never_exist(dtype, softcap, learns):
 def test_a_frozen_head_costs_two_products_and_no_memory_of_its_size():
     hidden, weight, _, targets = inputs(64, 128, 300, dtype=torch.float32, ignored=0.5)
     with Largest() as seen:
-        linear_cross_entropy(hidden, weight.detach(), targets, budget=8 * 300 * 4).backward()
+        linear_cross_entropy(hidden, weight.detach(), targets, chunk_bytes=8 * 300 * 4).backward()
     chunks = -(-int((targets != -100).sum()) // 8)
     assert seen.numel < weight.numel() + 1
     products = [name for name in seen.calls if "mm" in name]
     assert len(products) == 2 * chunks  # of learnt tokens alone
     assert not [name for name in seen.calls if "zeros_like" in name]
     with torch.no_grad(), Largest() as seen:
-        linear_cross_entropy(hidden, weight, targets, budget=8 * 300 * 4)
+        linear_cross_entropy(hidden, weight, targets, chunk_bytes=8 * 300 * 4)
     assert len([name for name in seen.calls if "mm" in name]) == chunks
 
 
@@ -330,7 +332,7 @@ def test_a_token_that_a_bias_rules_out():
     hidden, weight, bias, targets = inputs(9, 4, 7, ignored=0)
     bias, targets = bias.detach(), targets % 6
     bias[6] = -torch.inf
-    scores = score(hidden, weight, targets, bias=bias)
+    scores = score_tokens(hidden, weight, targets, bias=bias)
     close([scores.log_probs], [-plain(hidden, weight, targets, bias=bias, reduction="none")])
     close([scores.entropy], [torch.distributions.Categorical(logits=F.linear(hidden, weight, bias)[:, :6]).entropy()])
     (gradient,) = torch.autograd.grad(scores.log_probs.sum(), hidden)
@@ -354,10 +356,10 @@ def test_agrees_with_trls_fused_head():
     labels[0, :8] = net(tokens).logits[0, :8].argmax(-1).roll(1)  # some that it gets right
     theirs = other(tokens, labels=labels, fused_lm_head=True)
     hidden = net.model(tokens).last_hidden_state[:, :-1]
-    ours = score(hidden, net.lm_head.weight, labels[:, 1:])
+    ours = score_tokens(hidden, net.lm_head.weight, labels[:, 1:])
     close([ours.log_probs, ours.entropy], [theirs.log_probs, theirs.entropy], 1e-5)
-    assert torch.equal(ours.right, theirs.is_top1)
-    assert ours.right.sum() >= 7
+    assert torch.equal(ours.is_top1, theirs.is_top1)
+    assert ours.is_top1.sum() >= 7
     theirs.loss.backward()
     linear_cross_entropy(hidden, net.lm_head.weight, labels[:, 1:]).backward()
     for mine, truth in zip(net.parameters(), other.parameters(), strict=True):
@@ -369,7 +371,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(DataError, match="from 0 to 7, and the model's head has 7"):
         linear_cross_entropy(hidden, weight, torch.tensor([0, 7, 1, 1, 1]))
     with pytest.raises(DataError, match="-1"):
-        score(hidden, weight, torch.tensor([0, -1, 1, 1, 1]))
+        score_tokens(hidden, weight, torch.tensor([0, -1, 1, 1, 1]))
     with pytest.raises(ValueError, match="do not fit"):
         linear_cross_entropy(hidden, weight, targets[:4])
     with pytest.raises(ValueError, match="do not fit"):

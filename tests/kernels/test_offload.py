@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mowa.kernels.offload import Offload
+from mowa.kernels.offload import OffloadedCheckpoint
 
 
 def blocks(width, device="cpu"):
@@ -37,7 +37,7 @@ def same(ours, theirs):
 def test_on_a_processor_it_is_plain_checkpointing(length):
     layers, x = blocks(8), torch.randn(length, 8, requires_grad=True)
     plain = gradients(layers, x, partial(checkpoint, use_reentrant=False))
-    assert same(gradients(layers, x, Offload()), plain)
+    assert same(gradients(layers, x, OffloadedCheckpoint()), plain)
     assert same(gradients(layers, x, lambda layer, hidden: layer(hidden)), plain)
 
 
@@ -45,7 +45,7 @@ def test_only_the_inputs_of_blocks_pass_through():
     """What is kept of each block is its input, and that goes by the hooks that park it on a GPU."""
     seen = []
 
-    class Watched(Offload):
+    class Watched(OffloadedCheckpoint):
         def _park(self, tensor):
             seen.append(tensor.shape)
             return super()._park(tensor)
@@ -57,20 +57,20 @@ def test_only_the_inputs_of_blocks_pass_through():
 
 def test_without_gradients_nothing_is_kept():
     layers, x = blocks(8), torch.randn(3, 8)
-    offload = Offload()
+    offload = OffloadedCheckpoint()
     with torch.no_grad():
         assert torch.equal(offload(layers[0].eval(), x), layers[0](x))
 
 
 def test_keyword_arguments_and_several_outputs():
     x = torch.randn(3, requires_grad=True)
-    found = Offload()(lambda a, b, *, c: (a * b, a + c), x, 2.0, c=3.0)
+    found = OffloadedCheckpoint()(lambda a, b, *, c: (a * b, a + c), x, 2.0, c=3.0)
     assert torch.equal(found[0], x * 2)
     assert torch.equal(torch.autograd.grad(found[1].sum(), x)[0], torch.ones(3))
 
 
 def test_copies_and_files_start_with_nothing_parked():
-    offload = Offload()
+    offload = OffloadedCheckpoint()
     for other in (copy.deepcopy(offload), pickle.loads(pickle.dumps(offload))):
         x = torch.randn(2, requires_grad=True)
         assert torch.equal(torch.autograd.grad(other(torch.sin, x).sum(), x)[0], x.cos())
@@ -84,7 +84,7 @@ def test_on_a_gpu_to_the_bit_and_with_less_memory():
     plain_checkpointing = partial(checkpoint, use_reentrant=False)
     gradients(layers, x, plain_checkpointing)
     peaks, found = {}, {}
-    for name, run in (("plain", plain_checkpointing), ("parked", Offload())):
+    for name, run in (("plain", plain_checkpointing), ("parked", OffloadedCheckpoint())):
         for _ in range(3):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -7,7 +7,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.phi.modeling_phi import PhiConfig, PhiRotaryEmbedding
 
-from mowa.kernels.rope import rope
+from mowa.kernels.rope import apply_rope
 
 
 def angles(length, turned, dtype=torch.float64):
@@ -36,7 +36,9 @@ def test_as_near_to_float64_as_the_library(length, dtype, monkeypatch):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, real=real, **kw: real(*a, **kw).fill_(float("nan")))
     before = q.clone()
-    for found, peer, truth in zip(run(lambda q, k: rope(q, k, cos, sin), q, k, (dq, dk)), theirs, exact, strict=True):
+    for found, peer, truth in zip(
+        run(lambda q, k: apply_rope(q, k, cos, sin), q, k, (dq, dk)), theirs, exact, strict=True
+    ):
         assert found.dtype == dtype
         allowed = 2 * (peer.double() - truth).abs().max() + torch.finfo(dtype).eps
         assert (found.double() - truth).abs().max() <= allowed
@@ -49,7 +51,7 @@ def test_gradients_by_finite_differences(turned, heads):
     torch.manual_seed(1)
     q, k = (torch.randn(1, *shape, 8, dtype=torch.float64, requires_grad=True) for shape in ((3, 3), (3, 3)))
     cos, sin = torch.randn(2, 1, 3, turned, dtype=torch.float64)  # not of one angle: the backward must not lean on it
-    assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin, heads), (q, k))
+    assert torch.autograd.gradcheck(lambda q, k: apply_rope(q, k, cos, sin, heads), (q, k))
 
 
 def test_turns_part_of_a_head_as_phi_does():
@@ -60,7 +62,7 @@ def test_turns_part_of_a_head_as_phi_does():
     turned = cos.shape[-1]
     assert turned < 8
     parts = apply_rotary_pos_emb(q[..., :turned], k[..., :turned], cos, sin)
-    for found, part, whole in zip(rope(q, k, cos, sin), parts, (q, k), strict=True):
+    for found, part, whole in zip(apply_rope(q, k, cos, sin), parts, (q, k), strict=True):
         assert torch.allclose(found[..., :turned], part, atol=1e-6)
         assert torch.equal(found[..., turned:], whole[..., turned:])
 
@@ -69,16 +71,18 @@ def test_heads_in_another_place():
     torch.manual_seed(3)
     q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 1, 8)
     cos, sin = angles(5, 8, torch.float32)
-    for found, expected in zip(rope(q, k, cos, sin, heads=2), apply_rotary_pos_emb(q, k, cos, sin, 2), strict=True):
+    for found, expected in zip(
+        apply_rope(q, k, cos, sin, unsqueeze_dim=2), apply_rotary_pos_emb(q, k, cos, sin, 2), strict=True
+    ):
         assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_angles_wider_than_heads():
     q, k = torch.randn(1, 3, 5, 8).bfloat16(), torch.randn(1, 1, 5, 8).bfloat16()
     cos, sin = angles(5, 8, torch.float32)
-    for found, expected in zip(rope(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+    for found, expected in zip(apply_rope(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
         assert found.dtype == expected.dtype == torch.float32
         assert torch.allclose(found, expected, atol=1e-6)
     q.requires_grad_()
-    rope(q, k, cos, sin)[0].sum().backward()
+    apply_rope(q, k, cos, sin)[0].sum().backward()
     assert q.grad.dtype == torch.bfloat16

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mowa.kernels.attention import Mask, attend, facts_of
-from mowa.kernels.attention_rules import choose
-from mowa.kernels.segments import Segments
+from mowa.kernels.attention import AttentionMask, attend, derive_spec
+from mowa.kernels.attention_rules import select_backend
+from mowa.kernels.segments import PackedSequences
 
 LENGTHS = [(1,), (63,), (1, 1, 1), (5, 64, 3), (200, 1, 37)]
 
@@ -25,7 +25,10 @@ def reference(q, k, v, lengths, scale):
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_is_attention_with_a_block_diagonal_mask(lengths):
     q, k, v = drawn(lengths)
-    ours, theirs = attend(q, k, v, Mask(documents=(Segments(lengths),)), scale=0.3), reference(q, k, v, lengths, 0.3)
+    ours, theirs = (
+        attend(q, k, v, AttentionMask(documents=(PackedSequences(lengths),)), scale=0.3),
+        reference(q, k, v, lengths, 0.3),
+    )
     torch.testing.assert_close(ours, theirs)
     weight = torch.randn_like(ours)
     for a, b in zip(
@@ -40,10 +43,10 @@ def test_nothing_leaks_from_one_segment_to_another():
     lengths = (4, 7)
     q, k, v = drawn(lengths)
     with torch.no_grad():
-        before = attend(q, k, v, Mask(documents=(Segments(lengths),)), scale=1.0)
+        before = attend(q, k, v, AttentionMask(documents=(PackedSequences(lengths),)), scale=1.0)
         for part in (q, k, v):
             part[:, :, :4] = torch.nan
-        after = attend(q, k, v, Mask(documents=(Segments(lengths),)), scale=1.0)
+        after = attend(q, k, v, AttentionMask(documents=(PackedSequences(lengths),)), scale=1.0)
     torch.testing.assert_close(after[:, 4:], before[:, 4:], rtol=0, atol=0)
 
 
@@ -53,8 +56,12 @@ def test_nothing_leaks_from_one_segment_to_another():
 def test_one_launch_errs_no_more_than_torch_itself(lengths, dtype):
     exact = reference(*drawn(lengths, width=64, device="cuda"), lengths, 0.125)
     q, k, v = drawn(lengths, width=64, device="cuda", dtype=dtype)
-    mask = Mask(documents=(Segments(lengths),))
-    assert choose(facts_of(q, k, v, mask, 0.0, None, False)).name.startswith("flash")
-    ours = (attend(q, k, v, Mask(documents=(Segments(lengths),)), scale=0.125).double() - exact).abs().max()
+    mask = AttentionMask(documents=(PackedSequences(lengths),))
+    assert select_backend(derive_spec(q, k, v, mask, 0.0, None, False)).backend.startswith("flash")
+    ours = (
+        (attend(q, k, v, AttentionMask(documents=(PackedSequences(lengths),)), scale=0.125).double() - exact)
+        .abs()
+        .max()
+    )
     theirs = (reference(q, k, v, lengths, 0.125).double() - exact).abs().max()
     assert ours <= 2 * theirs + 1e-6

@@ -22,7 +22,7 @@ def net(request):
 
 
 def padded():
-    return causal.pad(rows(*LENGTHS), 0, grid=1)
+    return causal.pad(rows(*LENGTHS), 0, pad_to_multiple_of=1)
 
 
 def gradients(net, batch):
@@ -50,15 +50,15 @@ def test_logits_and_gradients_are_those_of_the_stock_net(net):
 
 def test_packed_documents_learn_what_they_learn_by_themselves(net):
     chosen = rows(*LENGTHS)
-    if "packing" in accelerate.find(net.config.model_type).limits:
+    if "packing" in accelerate.get_family(net.config.model_type).unsupported:
         pytest.skip("not packed")
-    count = causal.learnt(chosen)
+    count = causal.count_trained_tokens(chosen)
     stock = copy.deepcopy(net).train()
     if hasattr(stock.config, "router_aux_loss_coef"):  # balances experts over a batch, so batches differ in it
         stock.config.output_router_logits = net.config.output_router_logits = False
     expected: dict[str, torch.Tensor] = {}
     for row in chosen:
-        batch = causal.pad([row], 0, grid=1)
+        batch = causal.pad([row], 0, pad_to_multiple_of=1)
         if not row.learnt[1:].any():
             continue
         stock.zero_grad()
@@ -77,7 +77,7 @@ def test_packed_documents_learn_what_they_learn_by_themselves(net):
 
 
 def test_no_document_sees_another_by_a_single_bit(net):
-    if "packing" in accelerate.find(net.config.model_type).limits:
+    if "packing" in accelerate.get_family(net.config.model_type).unsupported:
         pytest.skip("not packed")
     accelerate.accelerate(net)
     batch = causal.pack(rows(*LENGTHS))
@@ -87,7 +87,7 @@ def test_no_document_sees_another_by_a_single_bit(net):
     with torch.no_grad():
         before, after = (net(**one, use_cache=False).logits[0] for one in (inputs, other))
     # An expert multiplies its tokens of all documents at once, and how a product is rounded depends on how many.
-    bits = "experts" not in accelerate.find(net.config.model_type).limits
+    bits = "experts" not in accelerate.get_family(net.config.model_type).unsupported
     how = {"rtol": 0, "atol": 0} if bits else CLOSE
     torch.testing.assert_close(before[:17], after[:17], **how)
     torch.testing.assert_close(before[26:], after[26:], **how)
@@ -112,7 +112,7 @@ def test_what_is_saved_is_a_stock_checkpoint(net, tmp_path):
     accelerate.accelerate(net)
     net.save_pretrained(tmp_path)
     again = type(net).from_pretrained(tmp_path)
-    batch = causal.pad(rows(13), 0, grid=1)
+    batch = causal.pad(rows(13), 0, pad_to_multiple_of=1)
     with torch.no_grad():
         torch.testing.assert_close(again(**batch).logits, stock(**batch).logits)
     assert again.config._attn_implementation != "mowa"
@@ -137,7 +137,7 @@ def curve(net, steps=20):
     losses = []
     net.train()
     for step in range(steps):
-        loss = net(**causal.pad(rows(*LENGTHS, seed=step % 4), 0, grid=1), use_cache=False).loss
+        loss = net(**causal.pad(rows(*LENGTHS, seed=step % 4), 0, pad_to_multiple_of=1), use_cache=False).loss
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import mowa
 from mowa.data import audio
-from mowa.engines.transcription import Settings
+from mowa.engines.transcription import TranscriptionSettings
 from tests.checkpoints import KINDS, clip, tiny
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -23,7 +23,7 @@ DTYPES = ["float32", "bfloat16"]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audio")
-    speech = audio.load(SAMPLE)
+    speech = audio.load_audio(SAMPLE)
     sounds = [clip(index, length) for index, length in enumerate([400, 6_000, 6_000])]
     sounds += [
         speech[at : at + length] for at, length in ((0, 16_000), (40_000, 23_457), (90_000, 48_000), (0, 80_000))
@@ -38,7 +38,7 @@ def engine(request, tmp_path_factory):
     family, norm, dtype = request.param
     trained = (family, norm) == MICRO
     folder = ASSETS / "micro" if trained else tiny(tmp_path_factory.mktemp("model"), family, norm)
-    return mowa.engine(mowa.load(str(folder)), device="cpu", dtype=dtype)
+    return mowa.open_engine(mowa.load(str(folder)), device="cpu", dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def alone(engine, files):
 @given(order=st.permutations(range(7)), count=st.integers(1, 7), batch_s=st.sampled_from([1.0, 4.0, 32.0]))
 def test_batch_composition_and_order_change_nothing(engine, files, alone, order, count, batch_s):
     chosen = [files[index] for index in order[:count]]
-    how = Settings(window_s=2.0, context_s=0.5, speech=0.0, batch_s=batch_s)
-    together = list(mowa.transcripts(chosen, engine, how))
+    how = TranscriptionSettings(window_s=2.0, context_s=0.5, vad_threshold=0.0, batch_s=batch_s)
+    together = list(mowa.iter_transcripts(chosen, engine, how))
     assert [outcome.file for outcome in together] == [str(file) for file in chosen]
     for outcome in together:
         expected = alone[outcome.file]

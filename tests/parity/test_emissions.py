@@ -19,7 +19,7 @@ from tests.checkpoints import KINDS, clip, tiny
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def pair(request, tmp_path_factory):
     folder = tiny(tmp_path_factory.mktemp("-".join(request.param)), *request.param)
-    engine = mowa.engine(mowa.load(str(folder)), device="cpu", dtype="float32")
+    engine = mowa.open_engine(mowa.load(str(folder)), device="cpu", dtype="float32")
     return (
         engine,
         AutoModelForCTC.from_pretrained(folder).double().eval(),
@@ -36,7 +36,7 @@ def pair(request, tmp_path_factory):
 def test_batches_equal_transformers_alone(pair, lengths, seed, budget):
     engine, net, extractor = pair
     clips = [clip(seed + index, length) for index, length in enumerate(lengths)]
-    groups = protocol.batches(lengths, budget, engine.sharing)
+    groups = protocol.batch_by_length(lengths, budget, engine.sharing)
     assert sorted(index for group in groups for index in group) == list(range(len(clips)))
     for group in groups:
         ours = engine.emissions([audio.normalize(clips[index]) for index in group])
@@ -52,24 +52,24 @@ def test_frames_follow_transformers(pair):
     _, net, _ = pair
     for samples in (1, 399, 400, 719, 720, 16_000, 480_000):
         expected = int(net._get_feat_extract_output_lengths(torch.tensor(samples))) if samples >= 400 else 0
-        assert protocol.frames(net.config, samples) == expected
+        assert protocol.num_frames(net.config, samples) == expected
 
 
 def test_conv_adapter_changes_the_hop(tmp_path):
     folder = tiny(tmp_path, add_adapter=True, num_adapter_layers=2, adapter_stride=2, output_hidden_size=32)
-    engine = mowa.engine(mowa.load(str(folder)), device="cpu", dtype="float32")
-    assert protocol.hop(engine.model.net.config) == 1280
+    engine = mowa.open_engine(mowa.load(str(folder)), device="cpu", dtype="float32")
+    assert protocol.hop_length(engine.model.net.config) == 1280
     for samples in (400, 5_000, 16_000, 33_333):
         scores = engine.emissions([clip(1, samples)])[0]
         assert (
             len(scores)
-            == protocol.frames(engine.model.net.config, samples)
+            == protocol.num_frames(engine.model.net.config, samples)
             == len(engine.model.net(torch.from_numpy(clip(1, samples))[None]).logits[0])
         )
 
 
 def test_lengths_that_may_not_share_are_refused(pair):
     engine, _, _ = pair
-    if engine.sharing is not protocol.Sharing.PADDED:
+    if engine.sharing is not protocol.BatchPolicy.PADDED:
         with pytest.raises(ValueError, match="may not share"):
             engine.emissions([clip(0, 800), clip(0, 900)])

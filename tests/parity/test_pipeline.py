@@ -7,7 +7,7 @@ from transformers import pipeline
 
 import mowa
 from mowa.data import audio, synth
-from mowa.files import ALIASES
+from mowa.files import MODEL_ALIASES
 
 SENTENCES = [
     "W starym domu nad rzeką mieszkał samotny zegarmistrz.",
@@ -23,7 +23,7 @@ SENTENCES = [
 def pipe():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pipeline("automatic-speech-recognition", model=str(ALIASES["pl-tiny"]), dtype="float32")
+        return pipeline("automatic-speech-recognition", model=str(MODEL_ALIASES["pl-tiny"]), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +35,16 @@ def examples(tmp_path_factory):
 
 
 def test_same_text(pipe, examples):
-    engine = mowa.engine(mowa.load("pl-tiny"), device="cpu", dtype="float32")
+    engine = mowa.open_engine(mowa.load("pl-tiny"), device="cpu", dtype="float32")
     ours = mowa.transcribe([example.audio for example in examples], engine)
-    theirs = [" ".join(pipe(audio.load(example.audio))["text"].split()) for example in examples]
+    theirs = [" ".join(pipe(audio.load_audio(example.audio))["text"].split()) for example in examples]
     assert [transcript.text for transcript in ours] == theirs
     assert all(theirs)
 
 
 def test_same_word_times(pipe, examples):
     transcript = mowa.transcribe(examples[0].audio, dtype="float32", device="cpu")
-    theirs = pipe(audio.load(examples[0].audio), return_timestamps="word")["chunks"]
+    theirs = pipe(audio.load_audio(examples[0].audio), return_timestamps="word")["chunks"]
     assert [word.text for word in transcript.words] == [chunk["text"] for chunk in theirs]
     for word, chunk in zip(transcript.words, theirs, strict=True):
         assert (word.start_s, word.end_s) == pytest.approx(chunk["timestamp"], abs=0.0051)  # they round to 10 ms

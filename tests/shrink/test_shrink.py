@@ -8,10 +8,10 @@ import torch
 import mowa
 from mowa.adapt import store
 from mowa.errors import DataError, ModelError
-from mowa.export.plain import plain
-from mowa.kernels.narrow import NarrowLinear
+from mowa.export.plain import prepare_for_export
+from mowa.kernels.narrow import QuantizedLinear
 from mowa.nouns import Example
-from mowa.shrink import SCHEMES, calibrate, label, make, mixed, named, shrink
+from mowa.shrink import SCHEMES, calibrate, format_scheme, make, mixed, parse_scheme, quantize
 from tests.adapt.made import saved
 from tests.checkpoints import KINDS, clip, tiny
 
@@ -25,7 +25,7 @@ def base(tmp_path_factory):
 
 
 def hear(net, sound=SOUNDS[0]):
-    return calibrate.hear(net, sound)
+    return calibrate.compute_log_probs(net, sound)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
@@ -34,15 +34,15 @@ def test_every_family_bears_it(tmp_path, kind, scheme):
     model = mowa.load(str(tiny(tmp_path / "base", *kind, **WIDE)))
     names = list(model.net.state_dict())
     before = hear(model.net)
-    shrunk = shrink(model, scheme, SOUNDS)
+    shrunk = quantize(model, scheme, SOUNDS)
     assert list(model.net.state_dict()) == names
     assert torch.equal(hear(model.net), before)
-    assert shrunk.scheme == named(scheme)
+    assert shrunk.scheme == parse_scheme(scheme)
     assert (hear(shrunk.net).argmax(-1) == before.argmax(-1)).float().mean() > 0.5
-    assert make.size(shrunk) < 0.62 * make.size(model)
+    assert make.estimate_size_bytes(shrunk) < 0.62 * make.estimate_size_bytes(model)
     if scheme == "int8-static":
-        found = {name for name, one in shrunk.net.named_modules() if isinstance(one, NarrowLinear)}
-        blocks = {name for unit in make.units(model) for name in unit.names}
+        found = {name for name, one in shrunk.net.named_modules() if isinstance(one, QuantizedLinear)}
+        blocks = {name for unit in make.linear_groups(model) for name in unit.module_names}
         assert blocks <= found
         assert len(blocks) == 2 * sum(map(len, model.family.linears.values()))
         assert all(shrunk.net.get_submodule(name).range for name in blocks)
@@ -54,7 +54,7 @@ def test_narrow_weights_err_as_they_should(base):
     truth = hear(model.net)
 
     def kl(scheme):
-        return float((truth.exp() * (truth - hear(shrink(model, scheme, SOUNDS).net))).sum(-1).mean())
+        return float((truth.exp() * (truth - hear(quantize(model, scheme, SOUNDS).net))).sum(-1).mean())
 
     found = {name: kl(name) for name in ("fp16", "bf16", "int8-weight", "int4-weight", "int4-weight+gptq")}
     assert found["fp16"] < found["bf16"] < found["int4-weight"]
@@ -65,10 +65,10 @@ def test_narrow_weights_err_as_they_should(base):
 def test_weights_that_lie_on_a_grid_are_kept(base):
     """As quantisation-aware training leaves them."""
     model = mowa.load(str(base))
-    once = shrink(model, "int4-weight")
-    again = shrink(mowa.nouns.Model(plain(once, widen=True), *_rest(model)), "int4-weight")
+    once = quantize(model, "int4-weight")
+    again = quantize(mowa.nouns.Model(prepare_for_export(once, dequantize=True), *_rest(model)), "int4-weight")
     for name, one in once.net.named_modules():
-        if isinstance(one, NarrowLinear):
+        if isinstance(one, QuantizedLinear):
             other = again.net.get_submodule(name)
             assert torch.equal(one.weight, other.weight)
 
@@ -79,36 +79,41 @@ def _rest(model):
 
 def test_an_adapter_is_part_of_it(base, tmp_path):
     saved(base, "lora", tmp_path / "adapter")
-    adapted = store.load(mowa.load(str(base)), tmp_path / "adapter")
-    shrunk = shrink(adapted, "int8-weight")
+    adapted = store.load_adapter(mowa.load(str(base)), tmp_path / "adapter")
+    shrunk = quantize(adapted, "int8-weight")
     assert (hear(shrunk.net) - hear(adapted.net)).abs().mean() < 0.05
 
 
 def test_mixed_spends_its_budget_where_damage_is(base):
     model = mowa.load(str(base))
-    shrunk = shrink(model, "mixed+30%", SOUNDS)
-    bits = [one.bits for unit in make.units(model) for one in [shrunk.net.get_submodule(unit.names[0])] if one]
+    shrunk = quantize(model, "mixed+30%", SOUNDS)
+    bits = [
+        one.bits
+        for unit in make.linear_groups(model)
+        for one in [shrunk.net.get_submodule(unit.module_names[0])]
+        if one
+    ]
     assert set(bits) == {4, 8}
-    assert make.size(shrunk) <= 0.30 * make.size(model) * 1.001
-    wide = shrink(model, "fp16")
-    damage = mixed.damages(wide, make.units(wide), SOUNDS, lambda share: None)
+    assert make.estimate_size_bytes(shrunk) <= 0.30 * make.estimate_size_bytes(model) * 1.001
+    wide = quantize(model, "fp16")
+    damage = mixed.measure_sensitivity(wide, make.linear_groups(wide), SOUNDS, lambda share: None)
     assert all(value >= 0 for value in damage.values())
     with pytest.raises(ModelError, match=r"in int4 everywhere is .* and the budget is 1\.0%"):
-        shrink(model, "mixed+1%", SOUNDS)
+        quantize(model, "mixed+1%", SOUNDS)
 
 
 def test_what_cannot_be_is_said_with_what_could(base, tmp_path):
     odd = mowa.load(str(tiny(tmp_path / "odd", hidden_size=32, intermediate_size=80)))
     with pytest.raises(ModelError, match=r"output_dense\.weight cannot be in int4-weight: its 80 columns do not fill"):
-        shrink(odd, "int4-weight")
+        quantize(odd, "int4-weight")
     with pytest.raises(ModelError, match=r"do not fill groups of 64; use int8-dynamic instead"):
-        shrink(odd, "nf4")
+        quantize(odd, "nf4")
     with pytest.raises(DataError, match="int8-static needs recordings, to see the range"):
-        shrink(odd, "int8-static")
+        quantize(odd, "int8-static")
     with pytest.raises(DataError, match=r"int8-dynamic\+gptq needs recordings, to make good"):
-        shrink(odd, "int8-dynamic+gptq")
+        quantize(odd, "int8-dynamic+gptq")
     with pytest.raises(ModelError, match="is in int8-weight already"):
-        shrink(shrink(odd, "int8-weight"), "fp16")
+        quantize(quantize(odd, "int8-weight"), "fp16")
 
 
 @pytest.mark.parametrize(
@@ -125,12 +130,12 @@ def test_what_cannot_be_is_said_with_what_could(base, tmp_path):
 )
 def test_schemes_that_are_none(text, said):
     with pytest.raises(ModelError, match=said):
-        named(text)
+        parse_scheme(text)
 
 
 @pytest.mark.parametrize("text", [*SCHEMES, "int4-weight+gptq+asym+64", "mixed+asym+30%", "int8-dynamic+gptq"])
 def test_schemes_are_said_as_they_are_read(text):
-    assert label(named(text)) == text
+    assert format_scheme(parse_scheme(text)) == text
 
 
 def test_what_is_calibrated_on(base, tmp_path, caplog):
@@ -139,9 +144,9 @@ def test_what_is_calibrated_on(base, tmp_path, caplog):
     soundfile.write(silent, np.zeros(16_000), 16_000)
     soundfile.write(low, clip(0, 16_000), 8_000)
     with pytest.raises(DataError, match="nothing to calibrate on"):
-        calibrate.heard([Example("a", str(silent), "", 0.0)], model)
-    (sound,) = calibrate.heard([Example("a", str(low), "", 0.0)], model)
+        calibrate.sample_clips([Example("a", str(silent), "", 0.0)], model)
+    (sound,) = calibrate.sample_clips([Example("a", str(low), "", 0.0)], model)
     assert len(sound) == 32_000
     assert "1 of 1 recordings are at 8000 Hz" in caplog.text
     with pytest.raises(DataError):
-        calibrate.sounds(str(tmp_path / "nowhere"), model)
+        calibrate.load_clips(str(tmp_path / "nowhere"), model)

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mowa.tasks import causal
-from mowa.tasks.causal import IGNORED
+from mowa.tasks.causal import IGNORE_INDEX
 
 
 class Row:
@@ -33,30 +33,33 @@ def test_packed_rows_lie_end_to_end_and_begin_anew():
     batch = causal.pack([Row([5, 6, 7], [1, 0, 1]), Row([8, 9], [1, 1])])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, 9]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, IGNORE_INDEX, 7, IGNORE_INDEX, 9]]
 
 
 def test_padded_rows_lie_side_by_side():
-    batch = causal.pad([Row([5, 6, 7], [1, 0, 1]), Row([8, 9], [1, 1])], 4, grid=2)
+    batch = causal.pad([Row([5, 6, 7], [1, 0, 1]), Row([8, 9], [1, 1])], 4, pad_to_multiple_of=2)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 4], [8, 9, 4, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED], [IGNORED, 9, IGNORED, IGNORED]]
+    assert batch["labels"].tolist() == [
+        [IGNORE_INDEX, IGNORE_INDEX, 7, IGNORE_INDEX],
+        [IGNORE_INDEX, 9, IGNORE_INDEX, IGNORE_INDEX],
+    ]
 
 
 @pytest.mark.parametrize("lengths", [(1,), (1, 2), (63, 5, 17), (40, 40, 40, 1)])
 def test_packed_padded_and_one_by_one_lose_the_same(net, lengths):
     chosen = rows(*lengths)
-    alone = causal.measure(net, (causal.pad([row], 0, grid=1) for row in chosen))
-    assert causal.measure(net, [causal.pack(chosen)]) == pytest.approx(alone, rel=1e-5)
-    assert causal.measure(net, [causal.pad(chosen, 98)]) == pytest.approx(alone, rel=1e-5)
-    assert alone["tokens"] == causal.learnt(chosen)
+    alone = causal.evaluate(net, (causal.pad([row], 0, pad_to_multiple_of=1) for row in chosen))
+    assert causal.evaluate(net, [causal.pack(chosen)]) == pytest.approx(alone, rel=1e-5)
+    assert causal.evaluate(net, [causal.pad(chosen, 98)]) == pytest.approx(alone, rel=1e-5)
+    assert alone["tokens"] == causal.count_trained_tokens(chosen)
 
 
 def test_the_loss_is_transformers_own(net):
     (row,) = rows(50)
-    batch = causal.pad([row], 0, grid=1)
-    assert causal.measure(net, [batch])["loss"] == pytest.approx(float(net(**batch).loss.detach()), rel=1e-5)
+    batch = causal.pad([row], 0, pad_to_multiple_of=1)
+    assert causal.evaluate(net, [batch])["loss"] == pytest.approx(float(net(**batch).loss.detach()), rel=1e-5)
 
 
 def test_nothing_learnt_is_no_loss(net):
-    assert causal.measure(net, [causal.pad([Row([5, 6], [0, 0])], 0)]) == {"loss": 0.0, "accuracy": 0.0, "tokens": 0}
+    assert causal.evaluate(net, [causal.pad([Row([5, 6], [0, 0])], 0)]) == {"loss": 0.0, "accuracy": 0.0, "tokens": 0}

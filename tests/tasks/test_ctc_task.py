@@ -29,10 +29,11 @@ def test_labels_are_the_tokenizers(tmp_path):
     folder = tiny(tmp_path)
     text = "łódce ab"
     assert (
-        ctc.labels(text, load(str(folder)).vocabulary) == Wav2Vec2CTCTokenizer.from_pretrained(folder)(text).input_ids
+        ctc.encode_labels(text, load(str(folder)).vocabulary)
+        == Wav2Vec2CTCTokenizer.from_pretrained(folder)(text).input_ids
     )
     with pytest.raises(DataError, match="x z not in"):
-        ctc.labels("ab xz", load(str(folder)).vocabulary)
+        ctc.encode_labels("ab xz", load(str(folder)).vocabulary)
     assert len(TOKENS) == len(load(str(folder)).vocabulary)
 
 

@@ -58,9 +58,13 @@ def sounds(lengths=LENGTHS):
 
 
 def laid(net, clips, grid=1):
-    row = packing.lay(clips, packing.frames(net.config), grid=grid)
+    row = packing.pack_samples(clips, packing.frame_geometry(net.config), pad_to_multiple_of=grid)
     lengths = [len(clip) for clip in clips]
-    return torch.from_numpy(row)[None].double(), lengths, [packing.frames(net.config).count(n) for n in lengths]
+    return (
+        torch.from_numpy(row)[None].double(),
+        lengths,
+        [packing.frame_geometry(net.config).num_frames(n) for n in lengths],
+    )
 
 
 def alone(net, clip):
@@ -72,8 +76,8 @@ def test_each_recording_is_heard_as_if_it_were_alone(net, grid):
     net.eval()
     clips = sounds()
     values, lengths, counts = laid(net, clips, grid)
-    with torch.no_grad(), packing.packed(net):
-        logits = packing.emit(net, values, lengths)[0]
+    with torch.no_grad(), packing.packed_attention(net):
+        logits = packing.forward_packed(net, values, lengths)[0]
         for row, count, clip in zip(logits, counts, clips, strict=True):
             expected = alone(net, clip)
             assert len(expected) == count
@@ -82,14 +86,14 @@ def test_each_recording_is_heard_as_if_it_were_alone(net, grid):
 
 
 def test_a_frozen_front_end_makes_the_same_frames_in_pieces(net, monkeypatch):
-    monkeypatch.setattr(packing, "PIECE", 7)
+    monkeypatch.setattr(packing, "FRONT_END_CHUNK_FRAMES", 7)
     clips = sounds()
     values, lengths, _ = laid(net, clips)
     front = net.base_model.feature_extractor
-    with packing.packed(net.eval()):
-        whole = packing.emit(net, values, lengths)[0]
+    with packing.packed_attention(net.eval()):
+        whole = packing.forward_packed(net, values, lengths)[0]
         front.requires_grad_(False)
-        pieces = packing.emit(net, values, lengths)[0]
+        pieces = packing.forward_packed(net, values, lengths)[0]
         front.requires_grad_(True)
     torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
 
@@ -99,11 +103,11 @@ def test_loss_and_gradients_are_those_of_the_padded_net(net):
     clips = sounds((1500, 900, 2000))
     labels = torch.tensor([[1, 2, 3, 3], [4, 5, -100, -100], [6, 7, 8, -100]])
     values, lengths, counts = laid(net, clips)
-    with packing.packed(net):
-        packed = ctc.losses(packing.emit(net, values, lengths)[0], torch.tensor(counts), labels, 0)
+    with packing.packed_attention(net):
+        packed = ctc.ctc_losses(packing.forward_packed(net, values, lengths)[0], torch.tensor(counts), labels, 0)
     single = torch.stack(
         [
-            ctc.losses(alone(net, clip)[None], torch.tensor([count]), row[None], 0)[0]
+            ctc.ctc_losses(alone(net, clip)[None], torch.tensor([count]), row[None], 0)[0]
             for clip, count, row in zip(clips, counts, labels, strict=True)
         ]
     )
@@ -125,9 +129,9 @@ def test_padded_layout_is_the_stock_net():
     torch.manual_seed(0)
     net = kind(config(**(SMALL | settings))).double().eval()
     batch = ctc.collate(sounds(), [[]] * len(LENGTHS), packing_preprocessing())
-    counts = [packing.frames(net.config).count(n) for n in LENGTHS]
+    counts = [packing.frame_geometry(net.config).num_frames(n) for n in LENGTHS]
     with torch.no_grad():
-        ours = packing.emit_padded(net, batch["input_values"].double(), LENGTHS, attend=True)
+        ours = packing.forward_padded(net, batch["input_values"].double(), LENGTHS, use_attention_mask=True)
         theirs = net(batch["input_values"].double(), attention_mask=batch["attention_mask"]).logits
     for a, b, count in zip(ours, theirs, counts, strict=True):
         torch.testing.assert_close(a[:count], b[:count])
@@ -150,10 +154,10 @@ def test_masks_mean_the_same_in_both_layouts():
     silenced = torch.from_numpy(rng.random((len(clips), 32)) < 0.2)
     batch = ctc.collate(clips, [[]] * len(clips), packing_preprocessing())
     masks = {"hidden": hidden, "silenced": silenced}
-    with torch.no_grad(), packing.packed(net):
-        packed = packing.emit(net, values, lengths, **masks)[0]
-        padded = packing.emit_padded(net, batch["input_values"].double(), LENGTHS, attend=True, **masks)
-        plain = packing.emit(net, values, lengths)[0]
+    with torch.no_grad(), packing.packed_attention(net):
+        packed = packing.forward_packed(net, values, lengths, **masks)[0]
+        padded = packing.forward_padded(net, batch["input_values"].double(), LENGTHS, use_attention_mask=True, **masks)
+        plain = packing.forward_packed(net, values, lengths)[0]
     for a, b, c, count in zip(packed, padded, plain, counts, strict=True):
         torch.testing.assert_close(a[:count], b[:count])
         assert not torch.allclose(a[:count], c[:count])
@@ -162,35 +166,35 @@ def test_masks_mean_the_same_in_both_layouts():
 def test_checkpointed_blocks_give_the_same_gradients(net):
     net.train()
     values, lengths, _ = laid(net, sounds())
-    with packing.packed(net):
-        plain = gradients(net, packing.emit(net, values, lengths)[0].square().sum())
-        patch.checkpoint_blocks(net)
-        again = gradients(net, packing.emit(net, values, lengths)[0].square().sum())
-        patch.checkpoint_blocks(net, False)
+    with packing.packed_attention(net):
+        plain = gradients(net, packing.forward_packed(net, values, lengths)[0].square().sum())
+        patch.set_gradient_checkpointing(net)
+        again = gradients(net, packing.forward_packed(net, values, lengths)[0].square().sum())
+        patch.set_gradient_checkpointing(net, False)
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient)
 
 
 def test_packed_is_undone(net):
     before = net.config._attn_implementation
-    with packing.packed(net):
-        assert net.config._attn_implementation == packing.NAME
+    with packing.packed_attention(net):
+        assert net.config._attn_implementation == packing.ATTN_IMPLEMENTATION
     assert net.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("samples", [0, 1, 24, 25, 26, 400, 16000, 16001])
 def test_frames_are_what_transformers_counts(net, samples):
     expected = int(net._get_feat_extract_output_lengths(torch.tensor(samples)))
-    assert packing.frames(net.config).count(samples) == max(0, expected)
+    assert packing.frame_geometry(net.config).num_frames(samples) == max(0, expected)
 
 
 def test_a_recording_without_a_frame_is_refused(net):
     with pytest.raises(ModelError, match="shorter than one frame"):
-        packing.lay(sounds((1000, 5)), packing.frames(net.config))
+        packing.pack_samples(sounds((1000, 5)), packing.frame_geometry(net.config))
 
 
 def test_nets_that_cannot_be_packed_say_why():
-    assert "attends in a way of its own" in packing.refused("wavlm", Wav2Vec2Config())
-    assert "neighbouring frames" in packing.refused("wav2vec2", Wav2Vec2Config(add_adapter=True))
-    assert "over the batch" in packing.refused("hubert", HubertConfig(conv_pos_batch_norm=True))
-    assert not packing.refused("wav2vec2", Wav2Vec2Config())
+    assert "attends in a way of its own" in packing.unsupported_reason("wavlm", Wav2Vec2Config())
+    assert "neighbouring frames" in packing.unsupported_reason("wav2vec2", Wav2Vec2Config(add_adapter=True))
+    assert "over the batch" in packing.unsupported_reason("hubert", HubertConfig(conv_pos_batch_norm=True))
+    assert not packing.unsupported_reason("wav2vec2", Wav2Vec2Config())

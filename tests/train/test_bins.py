@@ -11,7 +11,7 @@ LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=200)
 @given(LENGTHS, st.integers(8, 512), st.sampled_from(["packed", "padded"]))
 @settings(max_examples=200, deadline=None)
 def test_one_pass_has_every_row_once_within_the_room(lengths, room, layout):
-    found = bins.one_pass(lengths, room, layout)
+    found = bins.plan_eval_batches(lengths, room, layout)
     assert sorted(index for group in found for index in group) == list(range(len(lengths)))
     for group in found:
         held = [lengths[index] for index in group]
@@ -25,13 +25,13 @@ def test_no_two_bins_that_were_open_together_fit_into_one(lengths, room):
     found = bins.first_fit(lengths, range(len(lengths)), room)
     sums = [sum(lengths[index] for index in group) for group in found]
     for first in range(len(sums)):
-        for second in range(first + 1, min(first + bins.OPEN, len(sums))):
+        for second in range(first + 1, min(first + bins.OPEN_BINS, len(sums))):
             assert sums[first] + lengths[found[second][0]] > room
 
 
 def a_plan(**how):
     settings = {"room": 100, "layout": "packed", "epochs": 2.0, "count": 0, "multiple": 1, "seed": 0} | how
-    return bins.plan([7, 30, 55, 12, 90, 41, 3, 28] * 5, **settings)
+    return bins.plan_batches([7, 30, 55, 12, 90, 41, 3, 28] * 5, **settings)
 
 
 def test_a_plan_is_the_same_from_the_same_seed_and_another_from_another():

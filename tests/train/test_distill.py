@@ -31,7 +31,7 @@ def base(tmp_path_factory):
     [(6, 3, (0, 2, 5)), (24, 12, None), (5, 5, (0, 1, 2, 3, 4)), (5, 1, (4,)), (2, 2, (0, 1))],
 )
 def test_blocks_are_chosen_evenly_from_first_to_last(teacher, student, kept):
-    chosen = distill.chosen(teacher, student)
+    chosen = distill.select_layers(teacher, student)
     assert len(set(chosen)) == student
     assert chosen[-1] == teacher - 1
     assert kept is None or chosen == kept
@@ -41,16 +41,16 @@ def test_blocks_are_chosen_evenly_from_first_to_last(teacher, student, kept):
 @pytest.mark.parametrize("layers", [0, 6])
 def test_a_student_larger_than_its_teacher_is_refused(layers):
     with pytest.raises(RecipeError, match=f"layers is {layers}; the teacher has 5 blocks"):
-        distill.chosen(5, layers)
+        distill.select_layers(5, layers)
 
 
 def test_a_student_of_all_blocks_is_its_teacher(base):
     teacher = loading.load(str(base))
-    student = distill.student(teacher, 5)
+    student = distill.init_student(teacher, 5)
     values = torch.randn(1, 8000)
     assert torch.equal(student.net(values).logits, teacher.net(values).logits)
     assert student.net is not teacher.net
-    half = distill.student(teacher, 2)
+    half = distill.init_student(teacher, 2)
     assert len(half.net.wav2vec2.encoder.layers) == half.net.config.num_hidden_layers == 2
     assert len(teacher.net.wav2vec2.encoder.layers) == 5
 
@@ -62,18 +62,18 @@ def test_apart_is_the_divergence_of_true_frames_alone():
     expected = sum(
         F.kl_div((ours[u, t] / 2).log_softmax(-1), (theirs[u, t] / 2).softmax(-1), reduction="sum") for u, t in frames
     )
-    torch.testing.assert_close(distill.apart(ours, theirs, [7, 3], 2.0), 4 * expected / len(frames))
+    torch.testing.assert_close(distill.kl_loss(ours, theirs, [7, 3], 2.0), 4 * expected / len(frames))
     spoilt = ours.clone()
     spoilt[1, 3:] = 100.0
-    torch.testing.assert_close(distill.apart(spoilt, theirs, [7, 3], 2.0), 4 * expected / len(frames))
-    assert float(distill.apart(theirs, theirs, [7, 3], 1.0)) == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(distill.kl_loss(spoilt, theirs, [7, 3], 2.0), 4 * expected / len(frames))
+    assert float(distill.kl_loss(theirs, theirs, [7, 3], 1.0)) == pytest.approx(0, abs=1e-6)
 
 
 def test_unlike_is_one_for_a_net_that_says_the_mean():
     torch.manual_seed(0)
     theirs = torch.randn(500, 8) * 3 + 1
-    assert float(distill.unlike([theirs.mean(0).expand(500, 8)], [theirs])) == pytest.approx(1, rel=1e-4)
-    assert float(distill.unlike([theirs, theirs], [theirs, theirs])) == 0
+    assert float(distill.hidden_state_loss([theirs.mean(0).expand(500, 8)], [theirs])) == pytest.approx(1, rel=1e-4)
+    assert float(distill.hidden_state_loss([theirs, theirs], [theirs, theirs])) == 0
 
 
 @pytest.mark.parametrize("texts", [True, False])
@@ -83,7 +83,7 @@ def test_a_distilled_student_comes_nearer_to_its_teacher(base, tmp_path, texts):
         rows = [json.loads(line) | {"text": ""} for line in manifest.read_text().splitlines()]
         (manifest.parent / "mute.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": str(manifest if texts else manifest.parent / "mute.jsonl"), "dev": str(manifest), "measured": 4}
-    plan = tuning.checked(
+    plan = tuning.parse(
         {
             "model": str(base),
             "data": data,
@@ -96,19 +96,21 @@ def test_a_distilled_student_comes_nearer_to_its_teacher(base, tmp_path, texts):
         "test",
     )
     teacher = loading.load(str(base))
-    begun = distill.student(loading.load(str(base)), 3)
-    out = tune.tune(plan, copy.deepcopy(teacher), tmp_path / "out", threads=1)
+    begun = distill.init_student(loading.load(str(base)), 3)
+    out = tune.train_ctc(plan, copy.deepcopy(teacher), tmp_path / "out", threads=1)
     finished = AutoModelForCTC.from_pretrained(out)
     assert finished.config.num_hidden_layers == 3
     values = torch.randn(4, 8000, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = teacher.net(values).logits
         frames = [theirs.shape[1]] * 4
-        before, after = (distill.apart(net.eval()(values).logits, theirs, frames, 1.0) for net in (begun.net, finished))
+        before, after = (
+            distill.kl_loss(net.eval()(values).logits, theirs, frames, 1.0) for net in (begun.net, finished)
+        )
     assert after < before
 
 
 def test_what_a_student_cannot_be_is_refused(base):
     for settings in ({"train": "head"}, {"vocabulary": "new"}, {"batch": {"layout": "padded"}}):
         with pytest.raises(RecipeError, match="a student learns all"):
-            tuning.checked({"model": "x", "data": {"train": "y"}, "distil": {"layers": 2}} | settings, "test")
+            tuning.parse({"model": "x", "data": {"train": "y"}, "distil": {"layers": 2}} | settings, "test")

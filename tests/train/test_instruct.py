@@ -7,25 +7,25 @@ import pytest
 
 from mowa.errors import RecipeError
 from mowa.train import instruct, plans, schema, tuning
-from mowa.train.instruct import Instruction
+from mowa.train.instruct import CausalRecipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LEAST = {"model": "someone/chat", "task": "causal", "data": {"train": "chats.jsonl"}}
 
 
 def test_a_recipe_is_what_its_task_says():
-    assert isinstance(plans.checked(LEAST, "here"), Instruction)
-    assert isinstance(plans.checked({"model": "pl-tiny", "data": {"train": "a.jsonl"}}, "here"), tuning.Tuning)
+    assert isinstance(plans.parse(LEAST, "here"), CausalRecipe)
+    assert isinstance(plans.parse({"model": "pl-tiny", "data": {"train": "a.jsonl"}}, "here"), tuning.CTCRecipe)
     with pytest.raises(RecipeError, match="here: task: 'speech' is none of ctc, causal"):
-        plans.checked(LEAST | {"task": "speech"}, "here")
+        plans.parse(LEAST | {"task": "speech"}, "here")
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    plan = instruct.checked(LEAST | {"train": "top-3", "batch": {"tokens": 9000}}, "here")
-    schema.write(plan, tmp_path / "recipe.yaml")
-    assert plans.read(tmp_path / "recipe.yaml") == plan
-    assert plan.top == 3
-    assert plans.read(tmp_path / "recipe.yaml", {"optimise.steps": 7}).optimise.steps == 7
+    plan = instruct.parse(LEAST | {"train": "top-3", "batch": {"tokens": 9000}}, "here")
+    schema.write_yaml(plan, tmp_path / "recipe.yaml")
+    assert plans.read_recipe(tmp_path / "recipe.yaml") == plan
+    assert plan.top_n == 3
+    assert plans.read_recipe(tmp_path / "recipe.yaml", {"optimise.steps": 7}).optimizer.max_steps == 7
 
 
 @pytest.mark.parametrize(
@@ -46,15 +46,15 @@ def test_what_is_written_is_read_again(tmp_path):
 )
 def test_what_is_wrong_is_said(turned, said):
     with pytest.raises(RecipeError, match=said):
-        instruct.checked(LEAST | turned, "here")
+        instruct.parse(LEAST | turned, "here")
 
 
 def test_knobs_that_recordings_have_too_are_the_same_ones():
-    shared = {field.name: field.type for field in dataclasses.fields(Instruction)}
-    theirs = {field.name: field.type for field in dataclasses.fields(tuning.Tuning)}
+    shared = {field.name: field.type for field in dataclasses.fields(CausalRecipe)}
+    theirs = {field.name: field.type for field in dataclasses.fields(tuning.CTCRecipe)}
     assert {name for name in shared if shared[name] == theirs.get(name)} >= {"lora", "optimise", "watch", "parallel"}
 
 
 @pytest.mark.parametrize("name", ["chat-lora", "chat-cpu", "chat-small-gpu", "chat-big-gpu", "continue-text"])
 def test_shipped_recipes_are_instructions(name):
-    assert isinstance(plans.read(RECIPES / f"{name}.yaml"), Instruction)
+    assert isinstance(plans.read_recipe(RECIPES / f"{name}.yaml"), CausalRecipe)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import HubertConfig, HubertForCTC, Wav2Vec2Config, Wav2Vec2ForCTC
 
-from mowa.errors import MissingPart, RecipeError
+from mowa.errors import MissingDependency, RecipeError
 from mowa.train import memory, parallel, tuning, zero
 
 DOCS = Path(__file__).parents[2] / "docs" / "across-devices.md"
@@ -42,7 +42,7 @@ BILLION = LAYER | {"hidden_size": 1280, "num_hidden_layers": 48, "num_attention_
 
 
 def a_plan(**turned):
-    return tuning.checked({"model": "none", "data": {"train": "none"}} | turned, "test")
+    return tuning.parse({"model": "none", "data": {"train": "none"}} | turned, "test")
 
 
 def a_net(device="cpu", **config):
@@ -51,8 +51,8 @@ def a_net(device="cpu", **config):
 
 
 def needs(net, plan, devices=1, precision="float32"):
-    found = memory.estimate(net, plan, gpu_bytes=GB, host_bytes=GB, devices=devices, precision=precision)
-    return found.needs
+    found = memory.estimate_memory(net, plan, gpu_bytes=GB, host_bytes=GB, num_devices=devices, precision=precision)
+    return found.breakdowns
 
 
 # --- processes ----------------------------------------------------------------------------------------------------
@@ -76,32 +76,32 @@ def told(monkeypatch):
 
 
 def test_one_device_needs_no_processes_and_deepspeed_does():
-    assert not parallel.wanted(a_plan())
-    assert not parallel.wanted(a_plan(parallel={"strategy": "ddp"}))
-    assert parallel.wanted(a_plan(parallel={"devices": 2}))
-    assert parallel.wanted(a_plan(parallel={"nodes": 2}))
-    assert parallel.wanted(a_plan(parallel={"strategy": "zero3"}))
+    assert not parallel.needs_launcher(a_plan())
+    assert not parallel.needs_launcher(a_plan(parallel={"strategy": "ddp"}))
+    assert parallel.needs_launcher(a_plan(parallel={"devices": 2}))
+    assert parallel.needs_launcher(a_plan(parallel={"nodes": 2}))
+    assert parallel.needs_launcher(a_plan(parallel={"strategy": "zero3"}))
 
 
 def test_launch_writes_the_recipe_and_starts_mowa_train_on_it(told, tmp_path):
     plan = a_plan(parallel={"devices": 2})
-    parallel.launch(plan, tmp_path / "out", threads=6)
+    parallel.launch_workers(plan, tmp_path / "out", threads=6)
     (args,), environment = told
     recipe = tmp_path / "out" / "recipe.yaml"
-    assert tuning.read(recipe) == plan
+    assert tuning.read_recipe(recipe) == plan
     assert (args.nproc_per_node, args.nnodes, args.standalone) == ("2", "1:1", True)
     assert args.module
     assert args.training_script == "mowa"
     assert args.training_script_args == ["train", str(recipe), "-o", str(tmp_path / "out"), "--threads", "3"]
     assert environment["OMP_NUM_THREADS"] == "3"
-    parallel.launch(plan, tmp_path / "out")  # the same again: it goes on
+    parallel.launch_workers(plan, tmp_path / "out")  # the same again: it goes on
     with pytest.raises(RecipeError, match="another recipe"):
-        parallel.launch(replace(plan, train="head"), tmp_path / "out")
+        parallel.launch_workers(replace(plan, method="head"), tmp_path / "out")
 
 
 def test_launching_leaves_the_process_as_it_was(told, tmp_path):
     before, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
-    parallel.oversee(["script.py"], a_plan(parallel={"devices": 2}), tmp_path, threads=1)
+    parallel.run_torchrun(["script.py"], a_plan(parallel={"devices": 2}), tmp_path, threads=1)
     assert dict(os.environ) == before
     assert signal.getsignal(signal.SIGTERM) == handler
 
@@ -111,9 +111,9 @@ def test_several_machines_meet_where_the_usual_variables_say(told, tmp_path, mon
     for name, value in {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4321"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match="NODE_RANK is not set"):
-        parallel.oversee(["script.py"], plan, tmp_path, threads=1)
+        parallel.run_torchrun(["script.py"], plan, tmp_path, threads=1)
     monkeypatch.setenv("NODE_RANK", "2")
-    parallel.oversee(["script.py"], plan, tmp_path, threads=1)
+    parallel.run_torchrun(["script.py"], plan, tmp_path, threads=1)
     (args,), _ = told
     assert (args.nnodes, args.node_rank, args.master_addr, args.master_port) == ("3", 2, "10.0.0.7", 4321)
 
@@ -132,7 +132,7 @@ def test_under_slurm_the_first_host_is_where_they_meet(told, tmp_path, monkeypat
     slurm = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": names, "SLURM_NODEID": "1"}
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    parallel.oversee(["script.py"], a_plan(parallel={"nodes": 2}), tmp_path, threads=1)
+    parallel.run_torchrun(["script.py"], a_plan(parallel={"nodes": 2}), tmp_path, threads=1)
     (args,), _ = told
     assert (args.master_addr, args.node_rank) == (first, 1)
     assert 20_000 <= args.master_port < 40_000
@@ -141,14 +141,14 @@ def test_under_slurm_the_first_host_is_where_they_meet(told, tmp_path, monkeypat
 def test_what_is_not_there_is_named_before_anything_starts(told, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RecipeError, match=r"devices is 8.* 2 GPUs"):
-        parallel.oversee(["script.py"], a_plan(parallel={"devices": 8}), tmp_path, threads=1)
+        parallel.run_torchrun(["script.py"], a_plan(parallel={"devices": 8}), tmp_path, threads=1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for turned in ({"parallel": {"strategy": "fsdp"}}, {"optimise": {"precision": "fp16"}}):
         with pytest.raises(RecipeError, match="GPU"):
-            parallel.oversee(["script.py"], a_plan(**turned), tmp_path, threads=1)
+            parallel.run_torchrun(["script.py"], a_plan(**turned), tmp_path, threads=1)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingPart, match="pip install deepspeed"):
-        parallel.oversee(["script.py"], a_plan(parallel={"strategy": "zero2"}), tmp_path, threads=1)
+    with pytest.raises(MissingDependency, match="pip install deepspeed"):
+        parallel.run_torchrun(["script.py"], a_plan(parallel={"strategy": "zero2"}), tmp_path, threads=1)
     assert not told[0]
 
 
@@ -263,39 +263,39 @@ def test_a_killed_launcher_takes_its_processes_with_it(sleepers):
 
 
 def test_without_processes_the_trainer_is_told_the_precision_and_nothing_else(told):
-    found = parallel.arguments(a_plan(), a_net(), 1, precision="bf16")
+    found = parallel.distributed_arguments(a_plan(), a_net(), 1, precision="bf16")
     assert found == {"bf16": True, "fp16": False, "use_cpu": not torch.cuda.is_available()}
 
 
 def test_sharded_weights_refuse_what_they_cannot_do():
     group, layer = a_net(), a_net(**LAYER)
-    assert parallel.refused("zero3", a_plan(optimise={"ema": 0.999}), layer)
-    assert parallel.refused("fsdp", a_plan(optimise={"ema": 0.999}), layer)
-    assert not parallel.refused("zero2", a_plan(optimise={"ema": 0.999}), layer)
-    assert "padded" in parallel.refused("zero3", a_plan(), group)
-    assert not parallel.refused("zero3", a_plan(batch={"layout": "padded"}), group)
-    assert not parallel.refused("zero3", a_plan(), layer)
+    assert parallel.unsupported_reason("zero3", a_plan(optimise={"ema": 0.999}), layer)
+    assert parallel.unsupported_reason("fsdp", a_plan(optimise={"ema": 0.999}), layer)
+    assert not parallel.unsupported_reason("zero2", a_plan(optimise={"ema": 0.999}), layer)
+    assert "padded" in parallel.unsupported_reason("zero3", a_plan(), group)
+    assert not parallel.unsupported_reason("zero3", a_plan(batch={"layout": "padded"}), group)
+    assert not parallel.unsupported_reason("zero3", a_plan(), layer)
     with pytest.raises(RecipeError, match="zero3: this net"):
-        parallel.settle(a_plan(parallel={"strategy": "zero3"}), group, 2, precision="float32")
+        parallel.resolve_strategy(a_plan(parallel={"strategy": "zero3"}), group, 2, precision="float32")
 
 
 def test_auto_takes_what_fits_and_says_so(capsys, monkeypatch):
     net, plan = a_net(**LAYER), a_plan(parallel={"devices": 2})
     monkeypatch.setenv("RANK", "0")
-    choice = parallel.settle(plan, net, 2, precision="float32")
+    choice = parallel.resolve_strategy(plan, net, 2, precision="float32")
     assert choice.strategy == "ddp"
     assert "80 % of a device" in choice.reason
     assert choice.reason in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
-    assert parallel.settle(plan, net, 2, precision="float32") == choice
+    assert parallel.resolve_strategy(plan, net, 2, precision="float32") == choice
     assert capsys.readouterr().err == ""
 
 
 def test_deepspeed_is_told_numbers_where_the_trainer_would_look_in_vain():
     plan = a_plan(batch={"accumulate": 3}, optimise={"clip": 0.5})
-    block = memory.block_parameters(a_net())
+    block = memory.max_block_parameters(a_net())
     for strategy, stage in (("zero2", 2), ("zero3", 3), ("zero3-offload", 3)):
-        config = zero.deepspeed_config(strategy, plan, block=block, precision="bf16")
+        config = zero.deepspeed_config(strategy, plan, bucket_parameters=block, precision="bf16")
         auto = {key for key, value in config.items() if value == "auto"}
         assert auto == {"train_micro_batch_size_per_gpu", "train_batch_size"}
         assert "auto" not in config["zero_optimization"].values()
@@ -305,7 +305,9 @@ def test_deepspeed_is_told_numbers_where_the_trainer_would_look_in_vain():
         assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == (3, 0.5)
         assert "fp16" not in config
         assert config["torch_autocast"]["dtype"] == "bfloat16"
-    assert zero.deepspeed_config("zero2", plan, block=block, precision="fp16")["fp16"]["loss_scale"] == 0  # dynamic
+    assert (
+        zero.deepspeed_config("zero2", plan, bucket_parameters=block, precision="fp16")["fp16"]["loss_scale"] == 0
+    )  # dynamic
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -324,7 +326,7 @@ def test_weights_gradients_and_moments_are_what_torch_holds():
     mute = sum(p.numel() for p in learning if p.grad is None)  # masked_spec_embed, without SpecAugment
     assert need.weights == sum(parameter.nbytes for parameter in net.parameters())
     assert need.gradients == sum(gradient.nbytes for gradient in there) + 4 * mute
-    assert need.moments == moments + 8 * mute
+    assert need.optimizer_states == moments + 8 * mute
 
 
 def in_float32(norm, forward, values):
@@ -371,7 +373,9 @@ def test_activations_are_what_autograd_keeps(front, learns, autocast):
         net.freeze_base_model()
     seconds = 20.0
     kept = saved_bytes(net, seconds, autocast)
-    said = memory.kept(net, seconds, precision="bf16" if autocast else "float32", checkpointing=False)
+    said = memory.saved_activation_bytes(
+        net, seconds, precision="bf16" if autocast else "float32", gradient_checkpointing=False
+    )
     assert kept == pytest.approx(said, rel=0.1)
 
 
@@ -393,14 +397,16 @@ def test_more_sound_and_more_blocks_need_more_and_more_devices_need_less(
     larger = a_plan(batch={"seconds": seconds * more}, optimise={"checkpointing": checkpointing})
     here = needs(NETS[2], plan, devices, precision)
     for name, need in needs(NETS[2], larger, devices, precision).items():
-        assert need.device >= here[name].device
+        assert need.device_total >= here[name].device_total
     for name, need in needs(NETS[5], plan, devices, precision).items():
-        assert need.device > here[name].device >= needs(NETS[1], plan, devices, precision)[name].device
+        assert (
+            need.device_total > here[name].device_total >= needs(NETS[1], plan, devices, precision)[name].device_total
+        )
     for name, need in needs(NETS[2], plan, devices + 1, precision).items():
         if name == "ddp":
-            assert (need.device > here[name].device) == (devices == 1)  # its buckets
+            assert (need.device_total > here[name].device_total) == (devices == 1)  # its buckets
         else:
-            assert need.device <= here[name].device
+            assert need.device_total <= here[name].device_total
             assert need.host <= here[name].host
     if checkpointing:
         whole = needs(NETS[5], a_plan(batch={"seconds": seconds}), devices, precision)
@@ -412,7 +418,9 @@ def test_the_fastest_that_fits_is_chosen_and_the_others_are_given_a_reason():
     plan = a_plan(batch={"seconds": 10.0}, parallel={"devices": 8}, optimise={"checkpointing": True})
 
     def chosen(gpu, host=10**12):
-        return memory.choose(memory.estimate(net, plan, gpu_bytes=gpu * GB, host_bytes=host, devices=8))
+        return memory.choose_strategy(
+            memory.estimate_memory(net, plan, gpu_bytes=gpu * GB, host_bytes=host, num_devices=8)
+        )
 
     order = [chosen(gpu).strategy for gpu in (80, 4, 2, 1)]
     assert order == ["ddp", "zero2", "zero3", "zero3-offload"]
@@ -428,13 +436,13 @@ def test_the_page_shows_what_is_estimated(name, config):
         net = Wav2Vec2ForCTC(Wav2Vec2Config(**config, vocab_size=40))
     net.freeze_feature_encoder()
     plan = a_plan(parallel={"devices": 8})
-    known = memory.estimate(net, plan, gpu_bytes=24 * GB, host_bytes=256 * GB, devices=8, precision="bf16")
+    known = memory.estimate_memory(net, plan, gpu_bytes=24 * GB, host_bytes=256 * GB, num_devices=8, precision="bf16")
     shown = DOCS.read_text()
-    assert memory.table(known) in shown
-    assert memory.choose(known).reason in shown
+    assert memory.format_table(known) in shown
+    assert memory.choose_strategy(known).reason in shown
 
 
 def test_other_families_are_estimated_too():
     with torch.device("meta"):
         net = HubertForCTC(HubertConfig(**SMALL))
-    assert needs(net, a_plan())["zero3"].device > 0
+    assert needs(net, a_plan())["zero3"].device_total > 0

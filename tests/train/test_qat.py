@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoModelForCTC
 
 from mowa import loading
-from mowa.errors import MissingPart, RecipeError
+from mowa.errors import MissingDependency, RecipeError
 from mowa.kernels import narrow
-from mowa.kernels.narrow import NarrowLinear
-from mowa.shrink import named, shrink
+from mowa.kernels.narrow import QuantizedLinear
+from mowa.shrink import parse_scheme, quantize
 from mowa.train import checkpoints, distill, parallel, qat, schema, tune, tuning
 from tests.checkpoints import KINDS, corpus, tiny
 
@@ -43,19 +43,19 @@ def plan(base, manifest, **settings):
     tree = {"model": str(base), "data": {"train": [manifest], "dev": [manifest], "measured": 6}, "qat": "int4"}
     tree |= {"optimise": {"steps": 6, "learning_rate": 1e-3, "precision": "float32"}, "masks": {"time": 0.0}}
     tree |= {"batch": {"seconds": 4.0}, "evaluate": {"every": 3}}
-    return tuning.checked(schema.turned(tree, settings), "test")
+    return tuning.parse(schema.apply_overrides(tree, settings), "test")
 
 
 def test_the_linears_that_shrinking_makes_narrow_and_no_others(base):
     model = loading.load(str(base))
     for to, scheme in qat.SCHEMES.items():
-        blocks, beside = qat.grids(model.net, model.family, to, 32)
-        shrunk = shrink(model, scheme)
-        made = {name: one for name, one in shrunk.net.named_modules() if isinstance(one, NarrowLinear)}
+        blocks, beside = qat.select_linears(model.net, model.family, to, 32)
+        shrunk = quantize(model, scheme)
+        made = {name: one for name, one in shrunk.net.named_modules() if isinstance(one, QuantizedLinear)}
         assert made.keys() == blocks.keys() | beside.keys()
         assert set(beside) == {"wav2vec2.feature_projection.projection"}
         for name, (bits, columns) in (blocks | beside).items():
-            assert (made[name].bits, made[name].group) == (bits, columns or made[name].in_features)
+            assert (made[name].bits, made[name].group_size) == (bits, columns or made[name].in_features)
 
 
 @pytest.mark.parametrize(("kind", "norm"), KINDS)
@@ -70,12 +70,12 @@ def test_every_family_learns_rounded_and_is_a_stock_net_again(kind, norm, to, tm
     rounded = net(values).logits
     assert 0 < float((rounded - wide).detach().abs().max()) < float(wide.abs().max())
     rounded.square().mean().backward()
-    names = qat.grids(copy.deepcopy(model.net), model.family, to, 32)[0]
+    names = qat.select_linears(copy.deepcopy(model.net), model.family, to, 32)[0]
     assert all(net.get_submodule(name).weight.grad.any() for name in names)
-    qat.settle(net)
+    qat.round_weights(net)
     settled = net(values).logits
     torch.testing.assert_close(settled, rounded, rtol=1e-2, atol=1e-2 * float(wide.abs().max()))
-    qat.plain(net)
+    qat.convert(net)
     assert {name: type(module) for name, module in net.named_modules()} == classes
     if to == "int4":  # in int8, inputs were rounded too
         assert torch.equal(net(values).logits, settled)
@@ -101,12 +101,12 @@ def test_codes_are_those_of_torchao_and_rounding_finds_them_again(bits, group, s
     quantize_(theirs, QATConfig(config, step="convert"))
     fake = net[0].weight_fake_quantizer(net[0].weight).detach()
     assert torch.equal(theirs[0].weight.dequantize(), fake)
-    qat.settle(net)
-    qat.plain(net)
+    qat.round_weights(net)
+    qat.convert(net)
     ours = net[0].weight.detach()
-    found = narrow.to_int(ours, bits, group)
-    assert torch.equal(found.codes, theirs[0].weight.qdata)
-    assert torch.equal(found.wide(), ours)
+    found = narrow.quantize(ours, bits, group)
+    assert torch.equal(found.qweight, theirs[0].weight.qdata)
+    assert torch.equal(found.dequantize(), ours)
     torch.testing.assert_close(ours, fake, rtol=2e-3, atol=0)  # steps are now numbers that float16 has
 
 
@@ -124,9 +124,9 @@ def test_even_the_smallest_weights_end_on_their_grid(bits, group):
     config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), is_symmetric=True, **share)
     quantize_(net, QATConfig(weight_config=config, step="prepare"))
     fake = net[0].weight_fake_quantizer(net[0].weight).detach()
-    qat.settle(net)
+    qat.round_weights(net)
     ours = net[0].weight.detach()
-    assert torch.equal(narrow.to_int(ours, bits, group).wide(), ours)
+    assert torch.equal(narrow.quantize(ours, bits, group).dequantize(), ours)
     torch.testing.assert_close(ours, fake, rtol=2e-3, atol=5e-6)
 
 
@@ -136,8 +136,8 @@ def test_training_begins_about_where_rounding_to_nearest_is():
     with torch.no_grad():
         linear.weight.copy_(torch.randn(128, 256) ** 3)  # long tails, which rounding cuts off
     weight = linear.weight.detach().clone()
-    best = narrow.to_int(weight, 4, 32).wide()
-    qat._begin(linear.weight, 4, 32)
+    best = narrow.quantize(weight, 4, 32).dequantize()
+    qat._clip_outliers(linear.weight, 4, 32)
     linear.requires_grad_(False)
     top = linear.weight.reshape(128, 8, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32).reshape(128, 256)
     step = top / 7.5
@@ -157,13 +157,13 @@ def test_what_is_left_is_a_stock_checkpoint_that_shrinking_does_not_change(base,
         spoken = str(Path(manifest).parent / "mute.jsonl")
         Path(spoken).write_text("".join(json.dumps(row) + "\n" for row in rows))
     how = plan(base, manifest, qat=to, **{"data.train": [{"path": spoken}], "train": "encoder"})
-    out = tune.tune(how, loading.load(str(base)), tmp_path / "out", threads=1)
+    out = tune.train_ctc(how, loading.load(str(base)), tmp_path / "out", threads=1)
     net = AutoModelForCTC.from_pretrained(out)
     model = loading.load(str(out))
     assert net.config.qat == {"scheme": qat.SCHEMES[to], "group": 32 if to == "int4" else 0}
     assert net.lm_head.weight.dtype == torch.float32
-    shrunk = shrink(model, qat.SCHEMES[to])
-    blocks, beside = qat.grids(net, model.family, to, 32)
+    shrunk = quantize(model, qat.SCHEMES[to])
+    blocks, beside = qat.select_linears(net, model.family, to, 32)
     for name in blocks | beside:
         assert torch.equal(shrunk.net.get_submodule(name).weight, net.get_submodule(name).weight), name
     before = AutoModelForCTC.from_pretrained(base)
@@ -174,31 +174,31 @@ def test_the_rounded_net_comes_nearer_to_what_it_was(base, manifest, tmp_path):
     """The net itself teaches: after training, rounding costs less than it does at once."""
     how = plan(base, manifest, **{"optimise.steps": 40, "evaluate.every": 40, "distil.letters": 0.0})
     whole = loading.load(str(base))
-    out = tune.tune(how, loading.load(str(base)), tmp_path / "out", threads=1)
+    out = tune.train_ctc(how, loading.load(str(base)), tmp_path / "out", threads=1)
     values = torch.randn(4, 8000, generator=torch.Generator().manual_seed(0))
 
     def far(model):
         with torch.no_grad():
-            truth, said = whole.net(values).logits, shrink(model, "int4-weight").net(values).logits
-        return float(distill.apart(said, truth, [truth.shape[1]] * 4, 1.0))
+            truth, said = whole.net(values).logits, quantize(model, "int4-weight").net(values).logits
+        return float(distill.kl_loss(said, truth, [truth.shape[1]] * 4, 1.0))
 
     assert far(loading.load(str(out))) < 0.9 * far(whole)
 
 
 def test_a_run_that_was_broken_off_ends_in_the_same_bits(base, manifest, tmp_path, monkeypatch):
     how = plan(base, manifest)
-    whole = tune.tune(how, loading.load(str(base)), tmp_path / "whole", threads=1)
-    marked = checkpoints.Whole.on_save
+    whole = tune.train_ctc(how, loading.load(str(base)), tmp_path / "whole", threads=1)
+    marked = checkpoints.MarkCompleteCallback.on_save
 
     def broken(self, args, state, control, **more):
         marked(self, args, state, control, **more)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Whole, "on_save", broken)
+        patch.setattr(checkpoints.MarkCompleteCallback, "on_save", broken)
         with pytest.raises(KeyboardInterrupt):
-            tune.tune(how, loading.load(str(base)), tmp_path / "broken", threads=1)
-    out = tune.tune(how, loading.load(str(base)), tmp_path / "broken", threads=1)
+            tune.train_ctc(how, loading.load(str(base)), tmp_path / "broken", threads=1)
+    out = tune.train_ctc(how, loading.load(str(base)), tmp_path / "broken", threads=1)
     ours, theirs = (AutoModelForCTC.from_pretrained(folder).state_dict() for folder in (out, whole))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
@@ -215,19 +215,19 @@ def test_a_run_that_was_broken_off_ends_in_the_same_bits(base, manifest, tmp_pat
 )
 def test_it_goes_with_everything_else(base, manifest, tmp_path, settings):
     how = plan(base, manifest, **{"optimise.steps": 2, "evaluate.every": 2} | settings)
-    out = tune.tune(how, loading.load(str(base)), tmp_path / "out", threads=1)
+    out = tune.train_ctc(how, loading.load(str(base)), tmp_path / "out", threads=1)
     model = loading.load(str(out))
-    shrunk = shrink(model, replace(named("int4-weight"), group=how.qat_group))
-    for name in qat.grids(model.net, model.family, "int4", how.qat_group)[0]:
+    shrunk = quantize(model, replace(parse_scheme("int4-weight"), group_size=how.qat_group_size))
+    for name in qat.select_linears(model.net, model.family, "int4", how.qat_group_size)[0]:
         assert torch.equal(shrunk.net.get_submodule(name).weight, model.net.get_submodule(name).weight), name
 
 
 def test_tuned_again_without_it_a_checkpoint_no_longer_says_it(base, manifest, tmp_path):
-    first = tune.tune(
+    first = tune.train_ctc(
         plan(base, manifest, **{"optimise.steps": 1}), loading.load(str(base)), tmp_path / "one", threads=1
     )
     again = plan(first, manifest, qat="none", **{"optimise.steps": 1})
-    second = tune.tune(again, loading.load(str(first)), tmp_path / "two", threads=1)
+    second = tune.train_ctc(again, loading.load(str(first)), tmp_path / "two", threads=1)
     assert "qat" in json.loads((first / "config.json").read_text())
     assert "qat" not in json.loads((second / "config.json").read_text())
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_rounded_is_refused(base, tmp_path):
     with pytest.raises(RecipeError, match=r"^qat: int4: the 64 columns of .*k_proj do not fill groups of 128"):
         qat.prepare(model.net, model.family, "int4", 128)
     with pytest.raises(RecipeError, match=r"^qat: int4: none of this net's linears is wide"):
-        qat.prepare(shrink(model, "int4-weight").net, model.family, "int4")
+        qat.prepare(quantize(model, "int4-weight").net, model.family, "int4")
     with pytest.raises(RecipeError, match=r"^qat: int8: .* is in float16, in which small steps are lost"):
         qat.prepare(copy.deepcopy(model.net).half(), model.family, "int8")
     assert all(type(module) is nn.Linear for module in model.net.modules() if isinstance(module, nn.Linear))
@@ -246,15 +246,15 @@ def test_what_cannot_be_rounded_is_refused(base, tmp_path):
 def test_without_torchao_it_says_how_to_get_it(base, monkeypatch):
     model = loading.load(str(base))
     monkeypatch.setitem(sys.modules, "torchao.quantization.qat", None)
-    with pytest.raises(MissingPart, match=r"needs torchao: pip install 'mowa\[qat\]'"):
+    with pytest.raises(MissingDependency, match=r"needs torchao: pip install 'mowa\[qat\]'"):
         qat.prepare(model.net, model.family, "int4")
 
 
 def test_strategies_that_cut_up_the_weights_are_refused(base, manifest):
     net = loading.load(str(base)).net
-    assert "use ddp or zero2" in parallel.refused("zero3", plan(base, manifest), net)
-    assert not parallel.refused("zero2", plan(base, manifest), net)
-    assert not parallel.refused("zero3", plan(base, manifest, qat="none"), net)
+    assert "use ddp or zero2" in parallel.unsupported_reason("zero3", plan(base, manifest), net)
+    assert not parallel.unsupported_reason("zero2", plan(base, manifest), net)
+    assert not parallel.unsupported_reason("zero3", plan(base, manifest, qat="none"), net)
 
 
 @pytest.mark.slow
@@ -273,6 +273,6 @@ def test_two_processes_leave_weights_on_the_grid(base, manifest, tmp_path, strat
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     model = loading.load(str(tmp_path))
-    shrunk = shrink(model, "int4-weight")
-    for name in qat.grids(model.net, model.family, "int4", 32)[0]:
+    shrunk = quantize(model, "int4-weight")
+    for name in qat.select_linears(model.net, model.family, "int4", 32)[0]:
         assert torch.equal(shrunk.net.get_submodule(name).weight, model.net.get_submodule(name).weight), name

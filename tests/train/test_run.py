@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCTC, pipeline
 
 import mowa
-from mowa.errors import DataError, MissingPart, RecipeError
-from mowa.families.chunks import Trained, trained_for
-from mowa.families.patch import ChannelLastGelu, channel_last_front_end
+from mowa.errors import DataError, MissingDependency, RecipeError
+from mowa.families.chunks import TrainedChunking, get_trained_chunking
+from mowa.families.patch import ChannelsLastGELU, channels_last_front_end
 from mowa.nouns import Example
 from mowa.train import batches, run
 from mowa.train.batches import Clip
@@ -63,9 +63,9 @@ def test_run_resumes_and_loads_anywhere(recipe, tmp_path):
 
 
 def test_missing_packages_are_named_before_the_night(recipe, tmp_path, monkeypatch):
-    parts = run.machine.parts() | {"matplotlib": None}
-    monkeypatch.setattr(run.machine, "parts", lambda: parts)
-    with pytest.raises(MissingPart, match="matplotlib"):
+    parts = run.machine.optional_package_versions() | {"matplotlib": None}
+    monkeypatch.setattr(run.machine, "optional_package_versions", lambda: parts)
+    with pytest.raises(MissingDependency, match="matplotlib"):
         run.train(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -95,7 +95,9 @@ def test_sources_have_their_shares_of_the_seconds():
 
 
 def test_channel_last_is_the_same_function(recipe):
-    net = AutoModelForCTC.from_config(run._config(dataclasses.replace(recipe, alphabet="abc"), run.vocabulary("abc")))
+    net = AutoModelForCTC.from_config(
+        run._config(dataclasses.replace(recipe, alphabet="abc"), run.build_vocabulary("abc"))
+    )
     values = torch.from_numpy(np.stack([clip(0, 5000), clip(1, 5000)]))
     labels = torch.tensor([[5, 6], [7, 5]])
 
@@ -107,15 +109,15 @@ def test_channel_last_is_the_same_function(recipe):
         return loss.detach(), [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
     plain = step()
-    with channel_last_front_end(net) as swapped:
+    with channels_last_front_end(net) as swapped:
         assert swapped == 7
         fast = step()
-    assert not any(isinstance(module, ChannelLastGelu) for module in net.modules())
+    assert not any(isinstance(module, ChannelsLastGELU) for module in net.modules())
     torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-5)
 
 
 def test_rates_freeze_and_are_checked(recipe):
-    net = AutoModelForCTC.from_config(run._config(recipe, run.vocabulary(recipe.alphabet)))
+    net = AutoModelForCTC.from_config(run._config(recipe, run.build_vocabulary(recipe.alphabet)))
     lesson = run.Lesson(net, run.Weights())
     rates = {"wav2vec2.encoder": 0.0, "wav2vec2.encoder.layers.0.attention": 0.5, "lm_head": 2.0}
     optimiser = run._optimiser(lesson, Optimise(learning_rate=1e-3, rates=rates))
@@ -180,7 +182,7 @@ def test_windows_are_full_and_the_same_every_time(recipe):
 def test_clips_without_letters_have_no_labels(recipe):
     example = next(run.synth.read_manifest(Path(recipe.stages[0].sources[0].manifest)))
     group = [[Clip(example), Clip(example, letters=False, ear=True)]]
-    batch = batches.Batches(group, run.vocabulary(recipe.alphabet), run.Preprocessing())[0]
+    batch = batches.Batches(group, run.build_vocabulary(recipe.alphabet), run.Preprocessing())[0]
     assert batch["ear"].tolist() == [False, True]
     assert (batch["labels"][1] == -100).all()
     assert (batch["labels"][0] >= 0).any()
@@ -197,7 +199,7 @@ def live(recipe, **how):
 def test_hearing_in_chunks_is_trained_and_stands_in_the_config(recipe, tmp_path):
     out = run.train(live(recipe, left_s=1.0, ahead_s=(0.0, 0.04)), tmp_path / "out", threads=1)
     net = AutoModelForCTC.from_pretrained(out)
-    assert trained_for(net.config) == Trained((5, 10), 50, (0, 2))
+    assert get_trained_chunking(net.config) == TrainedChunking((5, 10), 50, (0, 2))
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert any("eval_live_cer" in row for row in rows)
     assert read(out / "recipe.yaml").stages[0].streaming == Streaming((0.1, 0.2, math.inf), 1.0, (0.0, 0.04))
@@ -207,7 +209,7 @@ def test_hearing_in_chunks_is_trained_and_stands_in_the_config(recipe, tmp_path)
 
 def test_every_batch_has_a_chunk_of_its_own_and_is_normalised_as_live(recipe):
     clips = [Clip(example) for example in run.synth.read_manifest(Path(recipe.stages[0].sources[0].manifest))][:2]
-    words, sound = run.vocabulary(recipe.alphabet), run.Preprocessing()
+    words, sound = run.build_vocabulary(recipe.alphabet), run.Preprocessing()
     made = batches.Batches([clips] * 40, words, sound, chunks=(5, 10, 0), ahead=(0, 2), seed=3)
     again = batches.Batches([clips] * 40, words, sound, chunks=(5, 10, 0), ahead=(0, 2), seed=3)
     drawn = [(int(made[i]["chunk"]), int(made[i]["ahead"])) for i in range(40)]

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from mowa.errors import RecipeError
 from mowa.train import schema
-from mowa.train.schema import knob
+from mowa.train.schema import option
 
 
 @dataclass(frozen=True, slots=True)
 class Oven:
-    heat: float = knob(180.0, "degrees", least=0.0, most=300.0)
-    fan: bool = knob(False, "blown about")
-    trays: tuple[str, ...] = knob((), "which", choices=("upper", "lower"))
+    heat: float = option(180.0, "degrees", minimum=0.0, maximum=300.0)
+    fan: bool = option(False, "blown about")
+    trays: tuple[str, ...] = option((), "which", choices=("upper", "lower"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Cake:
     name: str
     layers: tuple[Layer, ...]
     oven: Oven = field(default_factory=lambda: Oven(heat=200.0, fan=True))
-    size_cm: tuple[float, float] = knob((20.0, 5.0), "across and high", least=1.0)
+    size_cm: tuple[float, float] = option((20.0, 5.0), "across and high", minimum=1.0)
     swaps: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     sugar: str | None = None
@@ -41,7 +41,7 @@ LAYERS = {"layers": [{"of": "plum"}]}
 
 
 def bake(tree):
-    return schema.build(Cake, {"name": "x", **LAYERS, **tree}, "cake")
+    return schema.from_dict(Cake, {"name": "x", **LAYERS, **tree}, "cake")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_is_wrong_is_named_by_its_path(tree, says):
 def test_what_is_left_out_of_a_group_stands_as_it_stood():
     assert bake({"oven": {"heat": 150}}).oven == Oven(heat=150.0, fan=True)
     assert bake({"oven": None}).oven == bake({}).oven == Oven(heat=200.0, fan=True)
-    assert [leaf.default for leaf in schema.leaves(Cake) if leaf.path[0] == "oven"] == [200.0, True, ()]
+    assert [leaf.default for leaf in schema.iter_options(Cake) if leaf.path[0] == "oven"] == [200.0, True, ()]
 
 
 def test_numbers_as_yaml_1_1_leaves_them():
@@ -109,9 +109,9 @@ words = st.text(st.characters(exclude_categories=["Cs"]))
 @example(Cake("no", (Layer("a\x85b"),), swaps={"\u2028": "\x85", "=": "~", "'": '"'}, sugar="1e-4"))
 def test_what_is_written_is_read_back(tmp_path_factory, cake):
     path = tmp_path_factory.mktemp("cake") / "cake.yaml"
-    schema.write(cake, path)
-    assert schema.build(Cake, schema.tree(path), "again") == cake
-    assert schema.build(Cake, yaml.safe_load(schema.text(cake)), "again") == cake  # by pyyaml's own reader too
+    schema.write_yaml(cake, path)
+    assert schema.from_dict(Cake, schema.read_yaml(path), "again") == cake
+    assert schema.from_dict(Cake, yaml.safe_load(schema.to_yaml(cake)), "again") == cake  # by pyyaml's own reader too
     assert list(path.parent.iterdir()) == [path]  # nothing is left of the unfinished one
 
 
@@ -128,7 +128,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, cake):
 def test_yaml_that_cannot_be_meant(tmp_path, text, says):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError) as wrong:
-        schema.tree(tmp_path / "r.yaml")
+        schema.read_yaml(tmp_path / "r.yaml")
     assert says in str(wrong.value)
     assert "\n" not in str(wrong.value)
 
@@ -136,23 +136,23 @@ def test_yaml_that_cannot_be_meant(tmp_path, text, says):
 def test_yaml_in_another_encoding_and_no_yaml_at_all(tmp_path):
     (tmp_path / "r.yaml").write_bytes("a: ż".encode("iso-8859-2"))
     with pytest.raises(RecipeError, match="not YAML"):
-        schema.tree(tmp_path / "r.yaml")
+        schema.read_yaml(tmp_path / "r.yaml")
     with pytest.raises(RecipeError, match="no such recipe"):
-        schema.tree(tmp_path / "lost.yaml")
+        schema.read_yaml(tmp_path / "lost.yaml")
 
 
 def test_merged_keys_may_be_given_anew(tmp_path):
     (tmp_path / "r.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}")
-    assert schema.tree(tmp_path / "r.yaml")["b"] == {"x": 3, "y": 2}
+    assert schema.read_yaml(tmp_path / "r.yaml")["b"] == {"x": 3, "y": 2}
 
 
 def test_turning_leaves_the_tree_as_it_was():
     tree = {"a": {"b": 1, "c": 2}, "d": None}
-    assert schema.turned(tree, {"a.b": 5, "d.e.f": 6, "g": 7}) == {
+    assert schema.apply_overrides(tree, {"a.b": 5, "d.e.f": 6, "g": 7}) == {
         "a": {"b": 5, "c": 2},
         "d": {"e": {"f": 6}},
         "g": 7,
     }
     assert tree == {"a": {"b": 1, "c": 2}, "d": None}
     with pytest.raises(RecipeError, match=r"^a: expected keys and values, found 'b'$"):
-        schema.turned({"a": "b"}, {"a.c": 1})
+        schema.apply_overrides({"a": "b"}, {"a.c": 1})

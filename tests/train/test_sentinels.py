@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mowa.train import sentinels
-from mowa.train.tuning import Watch
+from mowa.train.tuning import MonitorConfig
 
 
 def feed(sentinel, values, **more):
@@ -29,17 +29,21 @@ def made_up(step, noise):
 def test_silent_on_made_up_runs_with_noise(seed):
     noise = random.Random(seed)
     rows = [made_up(step, noise) for step in range(1500)]
-    knobs = Watch()
-    assert not feed(sentinels.Divergence(knobs.divergence, knobs.patience // 4), [(loss,) for loss, _ in rows])
-    assert not feed(sentinels.NoLearning(knobs.patience), [(loss,) for loss, _ in rows])
-    collapse = feed(sentinels.Collapse(knobs.blank, knobs.patience), [(blank, loss) for loss, blank in rows])
+    knobs = MonitorConfig()
+    assert not feed(
+        sentinels.Divergence(knobs.divergence_factor, knobs.collapse_patience // 4), [(loss,) for loss, _ in rows]
+    )
+    assert not feed(sentinels.NoLearning(knobs.collapse_patience), [(loss,) for loss, _ in rows])
+    collapse = feed(
+        sentinels.BlankCollapse(knobs.blank_ratio, knobs.collapse_patience), [(blank, loss) for loss, blank in rows]
+    )
     assert not [finding for _, finding in collapse if finding.fatal]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_blanks_for_ever_are_a_collapse_but_first_a_warning(seed):
     noise = random.Random(seed)
-    collapse = sentinels.Collapse(0.99, 200)
+    collapse = sentinels.BlankCollapse(0.99, 200)
     found = feed(collapse, [(1.0, 2.9 * noise.lognormvariate(0, 0.1)) for _ in range(1200)])
     (warned, warning), (ended, end) = found[:2]
     assert not warning.fatal
@@ -51,13 +55,13 @@ def test_blanks_for_ever_are_a_collapse_but_first_a_warning(seed):
 
 def test_a_collapse_after_good_days_is_seen_too():
     rows = [(0.75, 0.4)] * 500 + [(0.999, 3.1)] * 400
-    found = feed(sentinels.Collapse(0.99, 100), rows)
+    found = feed(sentinels.BlankCollapse(0.99, 100), rows)
     assert [finding.name for _, finding in found[:2]] == ["plateau", "blank collapse"]
     assert 600 <= found[1][0] < 700 + 100
 
 
 def test_while_the_rate_rises_nothing_is_stuck():
-    assert not feed(sentinels.Collapse(0.99, 20), [(1.0, 2.9)] * 400, warming=True)
+    assert not feed(sentinels.BlankCollapse(0.99, 20), [(1.0, 2.9)] * 400, warming=True)
     assert not feed(sentinels.NoLearning(20), [(2.9,)] * 400, warming=True)
 
 
@@ -65,14 +69,18 @@ def test_the_same_few_tokens_for_everything_are_constant_output():
     stuck = [0, 0, 4, 0, 0, 7, 7, 0] * 20
     speech = [0, 3, 0, 1, 4, 0, 9, 9, 2, 0, 7, 5, 8, 6] * 20
     tokens = list("_abcdefghi")
-    found = feed(sentinels.Constant(100, tokens), [(stuck, 0, 3.1)] * 300)
+    found = feed(sentinels.ConstantOutput(100, tokens), [(stuck, 0, 3.1)] * 300)
     assert found[0][0] == 200
     assert found[0][1].fatal
-    assert "'d', 'g'" in found[0][1].seen
-    assert not feed(sentinels.Constant(100), [(speech, 0, 3.1)] * 300)
-    assert not feed(sentinels.Constant(100), [([0] * 100, 0, 3.1)] * 300)  # a collapse, and its sentinel's business
-    assert not feed(sentinels.Constant(100), [(stuck, 0, 0.05)] * 300)  # a language of two letters, well heard
-    assert not feed(sentinels.Constant(100), [(stuck, 0, 3.1 * 0.999**step) for step in range(300)])  # still falling
+    assert "'d', 'g'" in found[0][1].message
+    assert not feed(sentinels.ConstantOutput(100), [(speech, 0, 3.1)] * 300)
+    assert not feed(
+        sentinels.ConstantOutput(100), [([0] * 100, 0, 3.1)] * 300
+    )  # a collapse, and its sentinel's business
+    assert not feed(sentinels.ConstantOutput(100), [(stuck, 0, 0.05)] * 300)  # a language of two letters, well heard
+    assert not feed(
+        sentinels.ConstantOutput(100), [(stuck, 0, 3.1 * 0.999**step) for step in range(300)]
+    )  # still falling
 
 
 def test_divergence_needs_more_than_bad_batches():
@@ -99,35 +107,35 @@ def test_flat_from_the_first_step_on_is_no_learning():
     falling = [(3.1 * 0.998**step,) for step in range(300)]
     assert not feed(sentinels.NoLearning(100), falling)
     resumed = sentinels.NoLearning(100)
-    assert not [step for step in range(5000, 5500) if resumed.see(step, 3.1)]
+    assert not [step for step in range(5000, 5500) if resumed.update(step, 3.1)]
 
 
 def test_losses_that_are_no_numbers_name_their_recordings():
     names = ["a.wav", "b.wav", "c.wav"]
-    assert sentinels.broken(7, [1.0, 2.0, 3.0], names) is None
-    nan = sentinels.broken(7, [1.0, math.nan, math.inf], names)
+    assert sentinels.check_losses(7, [1.0, 2.0, 3.0], names) is None
+    nan = sentinels.check_losses(7, [1.0, math.nan, math.inf], names)
     assert (nan.name, nan.fatal) == ("broken loss", True)
-    assert "b.wav" in nan.seen
-    assert "c.wav" not in nan.seen
-    short = sentinels.broken(7, [1.0, 2.0, math.inf], names)
+    assert "b.wav" in nan.message
+    assert "c.wav" not in nan.message
+    short = sentinels.check_losses(7, [1.0, 2.0, math.inf], names)
     assert (short.name, short.fatal) == ("too few frames", True)
-    assert "c.wav" in short.seen
-    assert "fewer frames" in short.seen
+    assert "c.wav" in short.message
+    assert "fewer frames" in short.message
 
 
 def test_a_text_longer_than_its_sound_is_infinite_to_torch_too():
     scores = torch.randn(4, 1, 6).log_softmax(-1)
     loss = F.ctc_loss(scores, torch.tensor([[1, 1, 1]]), torch.tensor([4]), torch.tensor([3]), reduction="none")
-    assert sentinels.broken(0, loss.tolist(), ["it"]).name == "too few frames"
+    assert sentinels.check_losses(0, loss.tolist(), ["it"]).name == "too few frames"
 
 
 def test_loss_scaling_may_skip_steps():
-    gradients = sentinels.Gradients(scaled=True)
-    norms = [math.inf] * sentinels.SKIPPED + [1.0] + [math.nan] * (sentinels.SKIPPED + 1)
-    found = [step for step, norm in enumerate(norms) if gradients.total(step, norm)]
+    gradients = sentinels.GradientMonitor(scaled=True)
+    norms = [math.inf] * sentinels.MAX_SKIPPED_STEPS + [1.0] + [math.nan] * (sentinels.MAX_SKIPPED_STEPS + 1)
+    found = [step for step, norm in enumerate(norms) if gradients.check_norm(step, norm)]
     assert found == [len(norms) - 1]
-    assert gradients.see(0, {"weight": math.inf, "bias": 0.0}) is None
-    assert not gradients.dead
+    assert gradients.check_parameters(0, {"weight": math.inf, "bias": 0.0}) is None
+    assert not gradients.zero_counts
 
 
 def test_overfitting_is_a_hint():
@@ -136,12 +144,14 @@ def test_overfitting_is_a_hint():
 
     def found(rows, losses):
         overfitting = sentinels.Overfitting()
-        seen = (overfitting.see(n, "dev", {"loss": a, "wer": b}, c) for n, ((a, b), c) in enumerate(zip(rows, losses)))  # noqa: B905
+        seen = (
+            overfitting.update(n, "dev", {"loss": a, "wer": b}, c) for n, ((a, b), c) in enumerate(zip(rows, losses))
+        )
         return [finding for finding in seen if finding]
 
     (hint,) = found(rising, learnt)
     assert (hint.step, hint.fatal) == (4, False)
-    assert "from 0.8 to 1" in hint.seen
+    assert "from 0.8 to 1" in hint.message
     assert not found([(loss, 0.3 - n / 100) for n, (loss, _) in enumerate(rising)], learnt)  # fewer words are wrong
     assert not found(rising, [1.0] * 5)  # training does not get better either: something else
     assert not found(rising[::-1], learnt)

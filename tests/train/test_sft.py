@@ -17,8 +17,8 @@ from tests.train import chats
 
 
 def tune(folder, out="out", **turned):
-    plan = plans.checked(chats.recipe(folder, **turned), "test")
-    plans.tune(plan, loading.load(plan.model), folder / out, threads=1)
+    plan = plans.parse(chats.recipe(folder, **turned), "test")
+    plans.train(plan, loading.load(plan.model), folder / out, threads=1)
     return folder / out
 
 
@@ -41,30 +41,30 @@ def test_what_is_learnt_is_held_out_and_learnt(adapter):
 def test_peft_and_transformers_read_the_adapter_and_lose_what_was_measured(adapter):
     base = adapter.parent / "base"
     net = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-    plan = plans.read(adapter / "recipe.yaml")
-    held_out = texts.gather(plan, loading.load(str(base))).dev["dev"]
-    assert texts.measure(net, held_out)["loss"] == pytest.approx(report(adapter)["results"]["dev"]["loss"], abs=1e-5)
+    plan = plans.read_recipe(adapter / "recipe.yaml")
+    held_out = texts.load_splits(plan, loading.load(str(base))).dev["dev"]
+    assert texts.evaluate(net, held_out)["loss"] == pytest.approx(report(adapter)["results"]["dev"]["loss"], abs=1e-5)
 
 
 def test_merged_it_is_a_plain_checkpoint_that_says_the_same(adapter, tmp_path):
     base = loading.load(str(adapter.parent / "base"))
-    adapted = language.load(base, adapter)
-    with language.written(language.merge(adapted, "float32"), tmp_path / "merged"):
+    adapted = language.load_adapter(base, adapter)
+    with language.atomic_checkpoint(language.merge_adapter(adapted, "float32"), tmp_path / "merged"):
         pass
     again = loading.load(str(tmp_path / "merged"))
-    rows = texts.gather(plans.read(adapter / "recipe.yaml"), base).dev["dev"]
-    batches = [causal.pad([row], 0, grid=1) for row in rows]
-    found = language.compare(adapted, again, batches)
-    assert found.agreeing == 1.0
-    assert found.largest < 1e-8
-    assert language.compare(base, again, batches).divergence > 1e-3  # there was something to merge
+    rows = texts.load_splits(plans.read_recipe(adapter / "recipe.yaml"), base).dev["dev"]
+    batches = [causal.pad([row], 0, pad_to_multiple_of=1) for row in rows]
+    found = language.compare_logits(adapted, again, batches)
+    assert found.agreement == 1.0
+    assert found.max_kl < 1e-8
+    assert language.compare_logits(base, again, batches).mean_kl > 1e-3  # there was something to merge
     assert not list(tmp_path.glob(".merged*"))
 
 
 def test_the_base_is_as_it_was_after_merging(adapter):
     base = loading.load(str(adapter.parent / "base"))
     before = {name: value.clone() for name, value in base.net.state_dict().items()}
-    language.merge(language.load(base, adapter), "bfloat16")
+    language.merge_adapter(language.load_adapter(base, adapter), "bfloat16")
     assert all(torch.equal(value, before[name]) for name, value in base.net.state_dict().items())
 
 
@@ -74,7 +74,9 @@ def test_a_template_that_was_given_goes_with_what_learnt_it(tmp_path):
     out = tune(tmp_path, data__template=str(tmp_path / "ours.jinja"), optimise__steps=1)
     assert AutoTokenizer.from_pretrained(out).chat_template == ours
     base = loading.load(str(tmp_path / "base"))
-    with language.written(language.merge(language.load(base, out), "float32"), tmp_path / "merged"):
+    with language.atomic_checkpoint(
+        language.merge_adapter(language.load_adapter(base, out), "float32"), tmp_path / "merged"
+    ):
         pass
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == ours
     assert base.tokenizer.chat_template != ours
@@ -83,21 +85,21 @@ def test_a_template_that_was_given_goes_with_what_learnt_it(tmp_path):
 def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
     other = loading.load(str(chats.model(tmp_path / "other", hidden_size=16)))
     with pytest.raises(ModelError, match=r"wants .* as its base"):
-        language.load(other, adapter)
+        language.load_adapter(other, adapter)
 
 
 def test_a_merge_that_drifts_is_refused():
     def apart(divergence, agreeing):
-        return language.Agreement(divergence, 1.0, agreeing, 1000)
+        return language.LogitDiff(divergence, 1.0, agreeing, 1000)
 
-    language.refuse_drift(apart(0.0, 0.996))
+    language.verify_merge(apart(0.0, 0.996))
     with pytest.raises(ModelError, match="not what was trained"):
-        language.refuse_drift(apart(0.0, 0.99))
+        language.verify_merge(apart(0.0, 0.99))
     rounding = apart(1e-3, 0.98)  # what half precision does to the base itself
-    language.refuse_drift(apart(1.5e-3, 0.97), rounding)
+    language.verify_merge(apart(1.5e-3, 0.97), rounding)
     for found in (apart(1.5e-3, 0.95), apart(5e-3, 0.99)):
         with pytest.raises(ModelError, match="the base rounded so"):
-            language.refuse_drift(found, rounding)
+            language.verify_merge(found, rounding)
 
 
 @pytest.mark.parametrize("train", ["all", "top-1"])
@@ -134,7 +136,7 @@ def test_a_broken_run_goes_on_and_ends_in_the_same_bits(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sft.optimiser, "schedule", lambda how, steps: lambda step: killed() if step > 4 else 1.0)
+        patched.setattr(sft.optimiser, "lr_lambda", lambda how, steps: lambda step: killed() if step > 4 else 1.0)
         with pytest.raises(KeyboardInterrupt):
             tune(tmp_path, "broken", optimise__schedule="constant", optimise__warmup=0.0)
     assert (tmp_path / "broken" / "run" / "checkpoint-3" / "whole").is_file()
@@ -153,10 +155,10 @@ def test_gradients_are_accumulated_by_tokens_and_blocks_recomputed(tmp_path):
 
 
 def test_the_net_is_put_back_when_a_run_ends_or_is_stopped(tmp_path):
-    plan = plans.checked(chats.recipe(tmp_path, optimise__learning_rate=1e9, watch__divergence=1.5), "test")
+    plan = plans.parse(chats.recipe(tmp_path, optimise__learning_rate=1e9, watch__divergence=1.5), "test")
     model = loading.load(plan.model)
     with pytest.raises(TrainingStopped):
-        plans.tune(plan, model, tmp_path / "out", threads=1)
+        plans.train(plan, model, tmp_path / "out", threads=1)
     assert not accelerate._UNDO.get(model.net)
     assert model.net.config._attn_implementation != "mowa"
 
@@ -187,9 +189,9 @@ def test_what_cannot_be_done_is_said_before_anything_is_trained(tmp_path, turned
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):
-    plan = plans.checked({"model": str(chats.model(tmp_path / "base")), "data": {"train": "none"}}, "test")
+    plan = plans.parse({"model": str(chats.model(tmp_path / "base")), "data": {"train": "none"}}, "test")
     with pytest.raises(RecipeError, match="is a language model; say task: causal"):
-        plans.tune(plan, loading.load(plan.model), tmp_path / "out")
+        plans.train(plan, loading.load(plan.model), tmp_path / "out")
 
 
 def test_another_recipe_in_the_same_folder_is_refused(adapter):

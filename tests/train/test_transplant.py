@@ -66,14 +66,14 @@ def ear(folder):
 
 @pytest.fixture(scope="module")
 def teacher(ear):
-    config = run._config(Recipe("x", (), net=NET), run.vocabulary("abc"))
+    config = run._config(Recipe("x", (), net=NET), run.build_vocabulary("abc"))
     return distil.Teacher(ear, config, distil.survey(ear, [clip(seed, 240_000) for seed in range(6)]))
 
 
 @pytest.fixture
 def net():
     torch.manual_seed(1)
-    return AutoModelForCTC.from_config(run._config(Recipe("x", (), net=NET), run.vocabulary("abc")))
+    return AutoModelForCTC.from_config(run._config(Recipe("x", (), net=NET), run.build_vocabulary("abc")))
 
 
 def test_mel_is_whispers(ear):
@@ -195,7 +195,7 @@ def test_positional_convolution_gives_positions(ear, net):
         long = torch.zeros(1, 300, 64)
         long[..., ::4] = -positions.CONSTANT
         conv = encoder.pos_conv_embed(long)
-        with positions.held(net):
+        with positions.freeze_absolute_positions(net):
             torch.testing.assert_close(encoder.pos_conv_embed(long), conv, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(low + encoder.pos_conv_embed(low), after)  # the convolution is back
         assert "forward" not in vars(encoder.pos_conv_embed)
@@ -204,7 +204,7 @@ def test_positional_convolution_gives_positions(ear, net):
 def test_held_positions_keep_their_channels_constant(ear, net):
     positions.write(net, ear.positions[1:])
     projection = net.wav2vec2.feature_projection.projection
-    with positions.held(net):
+    with positions.freeze_absolute_positions(net):
         optimiser = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
         net(torch.from_numpy(clip(1, 32_000))[None]).logits.square().mean().backward()
         optimiser.step()
@@ -216,7 +216,7 @@ def test_held_positions_keep_their_channels_constant(ear, net):
 
 def test_front_end_of_other_sizes_is_refused(ear):
     for wrong, says in (({"conv_kernel": [400, 3, 3, 3]}, "conv_kernel is"), ({"conv_bias": False}, "conv_bias: true")):
-        net = AutoModelForCTC.from_config(run._config(Recipe("x", (), net=NET | wrong), run.vocabulary("abc")))
+        net = AutoModelForCTC.from_config(run._config(Recipe("x", (), net=NET | wrong), run.build_vocabulary("abc")))
         with pytest.raises(RecipeError, match=says):
             front.write(net.wav2vec2, ear, [clip(0, 16_000)])
 
@@ -243,12 +243,12 @@ def test_no_encoder_and_other_sizes(folder, net):
         transplant.shape({"decoder/x": np.zeros(1)})
     arrays = teachers.read(folder / "model.bin")
     small = AutoModelForCTC.from_config(
-        run._config(Recipe("x", (), net=NET | {"intermediate_size": 32}), run.vocabulary("abc"))
+        run._config(Recipe("x", (), net=NET | {"intermediate_size": 32}), run.build_vocabulary("abc"))
     )
     with pytest.raises(RecipeError, match="'intermediate_size': 48"):
         transplant.transplant(arrays, small.wav2vec2.encoder)
     deep = AutoModelForCTC.from_config(
-        run._config(Recipe("x", (), net=NET | {"num_hidden_layers": 5}), run.vocabulary("abc"))
+        run._config(Recipe("x", (), net=NET | {"num_hidden_layers": 5}), run.build_vocabulary("abc"))
     )
     with pytest.raises(RecipeError, match="'num_hidden_layers': 4"):
         transplant.transplant(arrays, deep.wav2vec2.encoder)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCTC, pipeline
 from mowa import loading
 from mowa.data import sources
 from mowa.errors import RecipeError
-from mowa.shrink import shrink
+from mowa.shrink import quantize
 from mowa.tasks import packing
 from mowa.train import packs, pupil, ready, schema, tune, tuning
 from tests.checkpoints import clip, corpus, tiny
@@ -41,16 +41,16 @@ def manifest(tmp_path_factory):
 
 
 def recipe(base, manifest, **settings):
-    tree = schema.turned({"model": str(base), "data": {"train": [manifest], "dev": [manifest]}}, {})
+    tree = schema.apply_overrides({"model": str(base), "data": {"train": [manifest], "dev": [manifest]}}, {})
     for group, knobs in SHORT.items():
         for name, value in knobs.items():
-            tree = schema.turned(tree, {f"{group}.{name}": value})
-    return tuning.checked(schema.turned(tree, settings), "test")
+            tree = schema.apply_overrides(tree, {f"{group}.{name}": value})
+    return tuning.parse(schema.apply_overrides(tree, settings), "test")
 
 
 def run(plan, out):
-    model = loading.load(plan.model, head=plan.vocabulary != "new")
-    return tune.tune(plan, model, out, threads=1)
+    model = loading.load(plan.model, require_head=plan.vocabulary != "new")
+    return tune.train_ctc(plan, model, out, threads=1)
 
 
 @pytest.mark.parametrize("what", ["head", "top-1", "encoder", "all"])
@@ -91,7 +91,7 @@ def test_an_adapter_is_small_and_fits_its_base(base, manifest, tmp_path, what):
 
     out = run(recipe(base, manifest, train=what), tmp_path / "out")
     assert not (out / "model.safetensors").exists()
-    adapted = store.load(loading.load(str(base)), out)
+    adapted = store.load_adapter(loading.load(str(base)), out)
     values = torch.from_numpy(clip(0, 16_000))[None]
     with torch.no_grad():
         assert not torch.allclose(adapted.net(values).logits, loading.load(str(base)).net(values).logits)
@@ -104,7 +104,7 @@ def test_a_killed_run_ends_in_the_same_bits(base, manifest, tmp_path):
     """kill -9 after the first checkpoint, whatever the run is doing then; dropout, masks and EMA are on. Every run is a
     process of its own: what others before it made of this one may change how products are summed."""
     file, whole, out = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "broken"
-    schema.write(recipe(base, manifest, **RESUMED, **{"optimise.steps": 9}), file)
+    schema.write_yaml(recipe(base, manifest, **RESUMED, **{"optimise.steps": 9}), file)
     command = [sys.executable, "-m", "mowa", "train", str(file), "--threads", "1", "-o", str(whole)]
     subprocess.run(command, check=True, capture_output=True)
     command[-1] = str(out)
@@ -127,7 +127,7 @@ def test_a_run_killed_five_times_ends_in_the_same_bits(base, manifest, tmp_path)
     plan = recipe(base, manifest, **RESUMED, **{"optimise.steps": 40, "evaluate.every": 2})
     whole = run(plan, tmp_path / "whole")
     file, out = tmp_path / "recipe.yaml", tmp_path / "broken"
-    schema.write(plan, file)
+    schema.write_yaml(plan, file)
     command = [sys.executable, "-m", "mowa", "train", str(file), "-o", str(out), "--threads", "1"]
 
     def reached():
@@ -159,9 +159,9 @@ def test_another_recipe_in_the_same_folder_is_refused(base, manifest, tmp_path):
 
 
 def test_a_shrunk_net_learns_nothing(base, manifest, tmp_path):
-    small = shrink(loading.load(str(base)), "int8-weight")
+    small = quantize(loading.load(str(base)), "int8-weight")
     with pytest.raises(RecipeError, match="is in int8-weight, in which nothing is learnt: name the checkpoint that it"):
-        tune.tune(recipe(base, manifest), small, tmp_path / "out")
+        tune.train_ctc(recipe(base, manifest), small, tmp_path / "out")
 
 
 def test_accumulated_batches_weigh_every_letter_alike(base, manifest, tmp_path):
@@ -169,7 +169,7 @@ def test_accumulated_batches_weigh_every_letter_alike(base, manifest, tmp_path):
     plan = recipe(
         base, manifest, **{"batch.accumulate": 2, "optimise.steps": 1, "evaluate.every": 1, "masks.time": 0.0}
     )
-    plan = dataclasses.replace(plan, augment=tuning.PLAIN)
+    plan = dataclasses.replace(plan, augment=tuning.NO_AUGMENT)
     model = loading.load(plan.model)
     for module in model.net.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -178,16 +178,18 @@ def test_accumulated_batches_weigh_every_letter_alike(base, manifest, tmp_path):
     for layer in model.net.wav2vec2.encoder.layers:
         layer.attention.dropout = 0.0
     seen = []
-    loss = pupil.loss_function(model.vocabulary.blank, None)
-    made = ready.ready(plan, model, tmp_path / "out")
-    batches = packs.Packs(
+    loss = pupil.build_compute_loss(model.vocabulary.blank, None)
+    made = ready.prepare(plan, model, tmp_path / "out")
+    batches = packs.BatchDataset(
         made.batches,
-        packs.Batching(made.model.vocabulary, model.preprocessing, packing.frames(model.net.config), 32, "packed"),
+        packs.BatchOptions(
+            made.model.vocabulary, model.preprocessing, packing.frame_geometry(model.net.config), 32, "packed"
+        ),
     )
-    taught = pupil.Pupil(model.net, layout="packed", attend=False)
+    taught = pupil.CTCModule(model.net, packing="packed", use_attention_mask=False)
     items = [batches[0], batches[1]]
     letters = sum(int((item["labels"] != -100).sum()) for item in items)
-    with packing.packed(model.net):
+    with packing.packed_attention(model.net):
         for item in items:
             labels = item.pop("labels")
             part = loss(taught(**item), labels, letters)
@@ -201,7 +203,7 @@ def test_accumulated_batches_weigh_every_letter_alike(base, manifest, tmp_path):
     again.net.config.layerdrop = 0.0
     for layer in again.net.wav2vec2.encoder.layers:
         layer.attention.dropout = 0.0
-    out = tune.tune(plan, again, tmp_path / "out", threads=1)
+    out = tune.train_ctc(plan, again, tmp_path / "out", threads=1)
     (row,) = [row for line in (out / "history.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
     assert row["loss"] == pytest.approx(sum(seen), rel=1e-4)
     assert row["grad_norm"] == pytest.approx(expected, rel=1e-3)
@@ -209,26 +211,28 @@ def test_accumulated_batches_weigh_every_letter_alike(base, manifest, tmp_path):
 
 def test_packed_batches_hold_what_was_planned(base, manifest):
     model = loading.load(str(base))
-    examples = [dataclasses.replace(example, text="ab a") for example in sources.read(manifest)]
-    batches = packs.plan([(examples, 0.0)], seconds=4.0, layout="packed", epochs=2, count=0, multiple=2, seed=1)
+    examples = [dataclasses.replace(example, text="ab a") for example in sources.read_examples(manifest)]
+    batches = packs.plan_batches(
+        [(examples, 0.0)], max_seconds=4.0, packing="packed", epochs=2, num_batches=0, multiple_of=2, seed=1
+    )
     assert len(batches) % 2 == 0
     ids = [example.id for batch in batches for example in batch]
     assert all(ids.count(example.id) >= 2 for example in examples)
     assert all(sum(e.duration_s for e in batch) <= 4.0 or len(batch) == 1 for batch in batches)
-    how = packs.Batching(
+    how = packs.BatchOptions(
         model.vocabulary,
         model.preprocessing,
-        packing.frames(model.net.config),
+        packing.frame_geometry(model.net.config),
         32,
         "packed",
-        rough=tuning.MILD,
-        masks=tuning.Masks(features=0.2),
+        augment=tuning.DEFAULT_AUGMENT,
+        spec_augment=tuning.SpecAugmentConfig(mask_feature_prob=0.2),
         seed=3,
     )
-    data = packs.Packs(batches, how)
+    data = packs.BatchDataset(batches, how)
     item, again = data[1], data[1]
     assert all(torch.equal(value, again[name]) for name, value in item.items())
-    counts = [how.frames.count(n) for n in item["lengths"].tolist()]
+    counts = [how.frames.num_frames(n) for n in item["lengths"].tolist()]
     assert item["hidden"].shape == (sum(counts),)
     assert item["silenced"].shape == (len(counts), 32)
     assert item["input_values"].shape[0] == 1

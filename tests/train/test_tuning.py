@@ -9,10 +9,10 @@ import pytest
 import yaml
 from hypothesis import given, settings
 
-from mowa.data.augment import Roughness
+from mowa.data.augment import AugmentConfig
 from mowa.errors import RecipeError
 from mowa.train import schema, tuning
-from mowa.train.tuning import Part, Tuning
+from mowa.train.tuning import CTCRecipe, DataSource
 from tests.turns import LEAVES, another, trees
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -25,19 +25,19 @@ def at(plan, leaf):
 
 
 def checked(**turns):
-    return tuning.checked(schema.turned(LEAST, turns), "r")
+    return tuning.parse(schema.apply_overrides(LEAST, turns), "r")
 
 
 @settings(max_examples=20, deadline=None)
 @given(trees())
 def test_round_trip(tmp_path_factory, turns):
-    plan = tuning.checked(schema.turned({}, turns), "drawn")
-    written = yaml.safe_load(schema.text(plan))
+    plan = tuning.parse(schema.apply_overrides({}, turns), "drawn")
+    written = yaml.safe_load(schema.to_yaml(plan))
     for leaf in LEAVES:
         assert reduce(getitem, leaf.path, written) == turns[leaf.dotted]
     path = tmp_path_factory.mktemp("recipe") / "r.yaml"
-    schema.write(plan, path)
-    assert tuning.read(path) == plan
+    schema.write_yaml(plan, path)
+    assert tuning.read_recipe(path) == plan
 
 
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.dotted)
@@ -54,7 +54,7 @@ def test_a_value_of_another_kind_is_named_by_its_path(leaf):
         checked(**{leaf.dotted: [[]]})
 
 
-@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.least is not None], ids=lambda leaf: leaf.dotted)
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.minimum is not None], ids=lambda leaf: leaf.dotted)
 def test_ranges(leaf):
     pair = isinstance(leaf.default, tuple)
     beyond = [leaf.least - 1] + ([leaf.most + 1] if leaf.most is not None else [])
@@ -114,34 +114,36 @@ def test_what_cannot_be_meant(turns, says):
 
 
 def test_a_constant_schedule_holds_nothing():
-    assert checked(**{"optimise.schedule": "cosine", "optimise.warmup": 0.7}).optimise.warmup == 0.7
-    assert checked(**{"optimise.warmup": 0.7, "optimise.hold": 0.3}).optimise.hold == 0.3
+    assert checked(**{"optimise.schedule": "cosine", "optimise.warmup": 0.7}).optimizer.warmup_ratio == 0.7
+    assert checked(**{"optimise.warmup": 0.7, "optimise.hold": 0.3}).optimizer.hold_ratio == 0.3
 
 
 def test_plain_paths_stand_for_parts():
-    parts = (Part("a.jsonl"),)
+    parts = (DataSource("a.jsonl"),)
     assert checked().data.train == parts
     assert checked(**{"data.train": ["a.jsonl"]}).data.train == parts
-    assert checked(**{"data.train": {"path": "a.jsonl", "split": "test"}}).data.train == (Part("a.jsonl", "test"),)
+    assert checked(**{"data.train": {"path": "a.jsonl", "split": "test"}}).data.train == (
+        DataSource("a.jsonl", "test"),
+    )
     assert checked(**{"data.dev": None}).data.dev == ()
 
 
 def test_one_roughness_brings_no_other():
-    assert checked(**{"augment.noise": 0.5}).augment == replace(tuning.MILD, noise=0.5)
-    assert checked().augment == tuning.MILD != Roughness()
+    assert checked(**{"augment.noise": 0.5}).augment == replace(tuning.DEFAULT_AUGMENT, noise=0.5)
+    assert checked().augment == tuning.DEFAULT_AUGMENT != AugmentConfig()
 
 
 @pytest.mark.parametrize("name", STORIES)
 def test_shipped_recipes_read_and_round_trip(name, tmp_path):
-    plan = tuning.read(RECIPES / f"{name}.yaml")
-    schema.write(plan, tmp_path / "again.yaml")
-    assert tuning.read(tmp_path / "again.yaml") == plan
+    plan = tuning.read_recipe(RECIPES / f"{name}.yaml")
+    schema.write_yaml(plan, tmp_path / "again.yaml")
+    assert tuning.read_recipe(tmp_path / "again.yaml") == plan
 
 
 def test_shipped_recipes_tell_every_story():
-    plans = {name: tuning.read(RECIPES / f"{name}.yaml") for name in STORIES}
-    assert [plans[name].train for name in STORIES[:5]] == ["head", "adapters", "lora", "top-6", "all"]
-    assert plans["top-layers"].top == 6
+    plans = {name: tuning.read_recipe(RECIPES / f"{name}.yaml") for name in STORIES}
+    assert [plans[name].method for name in STORIES[:5]] == ["head", "adapters", "lora", "top-6", "all"]
+    assert plans["top-layers"].top_n == 6
     assert plans["new-language"].vocabulary == plans["head"].vocabulary == "new"
     assert plans["continue"].data.replay
     assert all(plan.data.replay == () for plan in plans.values() if plan.vocabulary == "new")  # `gather` refuses it
@@ -153,4 +155,4 @@ def test_shipped_recipes_tell_every_story():
     ("train", "top"), [("all", None), ("head", None), ("top-1", 1), ("top-12", 12)], ids=lambda value: str(value)
 )
 def test_top(train, top):
-    assert Tuning(model="m", data=checked().data, train=train).top == top
+    assert CTCRecipe(model="m", data=checked().data, method=train).top_n == top

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from mowa.errors import MissingPart, RecipeError
+from mowa.errors import MissingDependency, RecipeError
 from mowa.train import view
 
 SAID, HEARD = ["ala ma kota", "pies", "dobry dzień"], ["ala ma kta", "pies", "dobry dzieńek"]
@@ -55,7 +55,7 @@ def run(out, live, *, steps=6, **more):
 
 
 def test_plain_lines_where_nobody_looks(tmp_path, capsys):
-    run(tmp_path, view.Live(1, sizes=[10.0] * 6))
+    run(tmp_path, view.ProgressReporter(1, sizes=[10.0] * 6))
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert "loss" not in out
@@ -72,7 +72,7 @@ def test_plain_lines_where_nobody_looks(tmp_path, capsys):
 
 
 def test_no_examples_and_no_sound_asked_for(tmp_path, capsys):
-    run(tmp_path, view.Live(0))
+    run(tmp_path, view.ProgressReporter(0))
     err = capsys.readouterr().err
     assert "heard" not in err
     assert "second" not in err
@@ -83,12 +83,12 @@ def test_speed_counts_the_sound_of_accumulated_batches(tmp_path, monkeypatch):
     clock = iter(range(1000))
     a_second_a_look = SimpleNamespace(monotonic=lambda: float(next(clock)))
     monkeypatch.setattr(view, "time", a_second_a_look)
-    live = view.Live(0, sizes=[1.0, 2.0, 3.0, 4.0, 50.0, 60.0, 7.0, 8.0])
-    live.heard = lambda *texts: [next(clock) for _ in range(100)]  # measuring takes long
+    live = view.ProgressReporter(0, sizes=[1.0, 2.0, 3.0, 4.0, 50.0, 60.0, 7.0, 8.0])
+    live.set_texts = lambda *texts: [next(clock) for _ in range(100)]  # measuring takes long
     run(tmp_path, live, steps=4, gradient_accumulation_steps=2)
-    assert [sound for sound, _ in live.paces] == [3.0, 7.0, 110.0, 15.0]
+    assert [sound for sound, _ in live.step_times] == [3.0, 7.0, 110.0, 15.0]
     # The clock is also looked at for the log after step 2; what is measured after step 3 takes no time of step 4.
-    assert [took for _, took in live.paces] == [1.0, 1.0, 2.0, 1.0]
+    assert [took for _, took in live.step_times] == [1.0, 1.0, 2.0, 1.0]
 
 
 class Terminal(io.StringIO):
@@ -98,7 +98,7 @@ class Terminal(io.StringIO):
 
 def test_a_bar_on_a_terminal_which_is_left_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    live = view.Live(3, sizes=[10.0] * 6)
+    live = view.ProgressReporter(3, sizes=[10.0] * 6)
     run(tmp_path, live)
     shown = terminal.getvalue()
     assert "6/6 steps" in shown
@@ -111,7 +111,7 @@ def test_a_bar_on_a_terminal_which_is_left_in_order(tmp_path, monkeypatch):
 
 def test_only_the_first_process_speaks(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, "is_world_process_zero", lambda self: False)
-    run(tmp_path, view.Live(3))
+    run(tmp_path, view.ProgressReporter(3))
     assert capsys.readouterr().err == ""
 
 
@@ -119,7 +119,7 @@ def test_only_the_first_process_speaks(tmp_path, capsys, monkeypatch):
 
 
 def test_examples_mark_what_differs():
-    assert view.examples(SAID, HEARD, 3).splitlines() == [
+    assert view.format_examples(SAID, HEARD, 3).splitlines() == [
         "  said   ala ma kota",
         "  heard  ala ma k·ta",
         "                 ^",
@@ -133,18 +133,18 @@ def test_examples_mark_what_differs():
 
 def test_examples_are_spread_and_the_same_each_time():
     texts = [f"text {number}" for number in range(100)]
-    shown = view.examples(texts, texts, 2)
+    shown = view.format_examples(texts, texts, 2)
     assert shown.splitlines() == ["  said   text 25", "  heard  text 25", "  said   text 75", "  heard  text 75"]
-    assert view.examples(texts, texts, 2) == shown
-    assert view.examples(texts[:1], texts[:1], 5).splitlines() == ["  said   text 0", "  heard  text 0"]
-    assert view.examples([], [], 3) == ""
+    assert view.format_examples(texts, texts, 2) == shown
+    assert view.format_examples(texts[:1], texts[:1], 5).splitlines() == ["  said   text 0", "  heard  text 0"]
+    assert view.format_examples([], [], 3) == ""
 
 
 def test_wide_and_combining_letters_stay_under_each_other():
-    assert view.examples(["日本go"], ["日no"], 1).splitlines()[0] == "  said   日本go"
-    lines = view.examples(["a日b"], ["axb"], 1).splitlines()
+    assert view.format_examples(["日本go"], ["日no"], 1).splitlines()[0] == "  said   日本go"
+    lines = view.format_examples(["a日b"], ["axb"], 1).splitlines()
     assert lines == ["  said   a日b", "  heard  ax b", "          ^^"]
-    assert len(view.examples(["e\u0301te\u0301"], ["e\u0301te\u0301"], 1).splitlines()) == 2
+    assert len(view.format_examples(["e\u0301te\u0301"], ["e\u0301te\u0301"], 1).splitlines()) == 2
 
 
 WORDS = st.text("abc dź", max_size=80).map(lambda text: " ".join(text.split()))
@@ -153,7 +153,7 @@ WORDS = st.text("abc dź", max_size=80).map(lambda text: " ".join(text.split()))
 @settings(deadline=None, max_examples=60)
 @given(WORDS, WORDS, st.sampled_from([20, 41, 100]))
 def test_examples_show_both_texts_whole_and_as_many_marks_as_jiwer_counts_errors(said, heard, width):
-    lines = view.examples([said], [heard], 1, width=width).splitlines()
+    lines = view.format_examples([said], [heard], 1, width=width).splitlines()
     assert max(map(len, lines)) <= width
 
     for label, text in (("  said ", said), ("  heard", heard)):
@@ -175,8 +175,8 @@ def drawn(monkeypatch):
 
 
 def test_history_of_a_real_run(tmp_path, drawn):
-    trainer = run(tmp_path, view.Live(0))
-    view.history(trainer.state.log_history, tmp_path, best=3)
+    trainer = run(tmp_path, view.ProgressReporter(0))
+    view.write_history(trainer.state.log_history, tmp_path, best_step=3)
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert rows == trainer.state.log_history
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -192,13 +192,13 @@ def test_history_of_a_real_run(tmp_path, drawn):
 
 
 def test_history_of_a_run_that_ended_early(tmp_path, drawn):
-    view.history([], tmp_path)
+    view.write_history([], tmp_path)
     assert (tmp_path / "history.jsonl").read_text() == ""
     rows = [
         {"loss": 2.0, "learning_rate": 1e-3, "grad_norm": math.nan, "step": 1},
         {"eval_loss": math.inf, "eval_wer": 1.0, "eval_runtime": 1.0, "step": 1},
     ]
-    view.history(rows, tmp_path)
+    view.write_history(rows, tmp_path)
 
     def refuse(odd):
         raise AssertionError(f"{odd} is no JSON")
@@ -217,12 +217,12 @@ def test_trackers_must_be_known_and_there(monkeypatch):
     there = set()
     finder = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name if name in there else None))
     monkeypatch.setattr(view, "importlib", finder)
-    assert view.trackers(()) == []
-    with pytest.raises(MissingPart, match="wandb is not installed: pip install wandb"):
-        view.trackers(("wandb",))
+    assert view.validate_report_to(()) == []
+    with pytest.raises(MissingDependency, match="wandb is not installed: pip install wandb"):
+        view.validate_report_to(("wandb",))
     with pytest.raises(RecipeError, match=r"'tensorbord' .* did you mean tensorboard"):
-        view.trackers(("tensorbord",))
+        view.validate_report_to(("tensorbord",))
     there.add("tensorboardX")
-    assert view.trackers(("tensorboard",)) == ["tensorboard"]
-    with pytest.raises(MissingPart, match="wandb"):
-        view.trackers(("tensorboard", "wandb"))
+    assert view.validate_report_to(("tensorboard",)) == ["tensorboard"]
+    with pytest.raises(MissingDependency, match="wandb"):
+        view.validate_report_to(("tensorboard", "wandb"))

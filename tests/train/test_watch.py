@@ -13,7 +13,7 @@ from mowa.data import sift
 from mowa.errors import TrainingStopped
 from mowa.nouns import Example
 from mowa.train import sentinels, watch
-from mowa.train.tuning import Watch
+from mowa.train.tuning import MonitorConfig
 
 BLANK, LETTERS, UTTERANCES, SPELT, WIDTH = 0, 10, 8, 5, 8
 PROTOTYPES = 0.6 * torch.randn(LETTERS + 1, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,7 @@ class Net(nn.Module):
 def run(net, out, knobs=None, *, steps=12, batches=None, rate=1e-2, callbacks=(), **settings):
     """The stock Trainer with sentinels, as a fine-tuning run has them. → (trainer, each step's share of blanks)."""
     batches = batches or [lesson(index) for index in range(steps)]
-    sentries, shares = watch.Sentinels(knobs or Watch(), out, net), []
+    sentries, shares = watch.Monitor(knobs or MonitorConfig(), out, net), []
 
     def loss(outputs, labels, num_items_in_batch=None):
         scores = outputs["logits"].log_softmax(-1).transpose(0, 1)
@@ -61,7 +61,7 @@ def run(net, out, knobs=None, *, steps=12, batches=None, rate=1e-2, callbacks=()
             best = outputs["logits"].argmax(-1).flatten()
             shares.append(float((best == BLANK).float().mean()))
             step = trainer.state.global_step
-            sentries.batch(step, each.detach(), ids, best, BLANK, letters=labels.numel())
+            sentries.on_ctc_batch(step, each.detach(), ids, best, BLANK, num_tokens=labels.numel())
         return each.sum() / labels.numel()
 
     arguments = TrainingArguments(
@@ -86,10 +86,12 @@ def journal(out):
 
 
 def test_silent_on_a_healthy_run_with_a_plateau_longer_than_the_patience(tmp_path, capsys):
-    knobs = Watch(patience=40)
+    knobs = MonitorConfig(collapse_patience=40)
     settings = {"rate": 1e-3, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 120}
     trainer, shares = run(Net(), tmp_path, knobs, steps=240, **settings)
-    assert sum(share >= knobs.blank for share in shares) > knobs.patience, "no plateau, so this shows nothing"
+    assert sum(share >= knobs.blank_ratio for share in shares) > knobs.collapse_patience, (
+        "no plateau, so this shows nothing"
+    )
     assert shares[-1] < 0.9
     measured = [row["eval_dev_loss"] for row in trainer.state.log_history if "eval_dev_loss" in row]
     assert measured[-1] < 0.7 * measured[0]
@@ -114,13 +116,21 @@ def test_texts_of_other_recordings_end_in_blank_collapse(tmp_path, capsys):
     """Nothing can be learnt, so the plateau never ends."""
     mixed = [lesson(index) | {"labels": lesson(5000 + index)["labels"]} for index in range(300)]
     with pytest.raises(TrainingStopped, match=r"blank collapse at step (\d+)"):
-        run(Net(), tmp_path, Watch(patience=40), steps=300, batches=mixed, rate=1e-3, lr_scheduler_type="constant")
+        run(
+            Net(),
+            tmp_path,
+            MonitorConfig(collapse_patience=40),
+            steps=300,
+            batches=mixed,
+            rate=1e-3,
+            lr_scheduler_type="constant",
+        )
     assert [row["name"] for row in journal(tmp_path)] == ["plateau", "blank collapse"]
     assert "plateau at step" in capsys.readouterr().err
 
 
 def test_a_learning_rate_of_ten_is_divergence(tmp_path):
-    net, knobs = Net(), Watch(patience=40)
+    net, knobs = Net(), MonitorConfig(collapse_patience=40)
     run(net, tmp_path, knobs, steps=80)
     assert not (tmp_path / "watch.jsonl").exists()
     with pytest.raises(TrainingStopped, match=r"divergence at step \d+: .*\n.*learning_rate"):
@@ -129,23 +139,33 @@ def test_a_learning_rate_of_ten_is_divergence(tmp_path):
 
 def test_a_learning_rate_of_nothing_is_no_learning(tmp_path):
     with pytest.raises(TrainingStopped, match="no learning at step 40"):
-        run(Net(), tmp_path, Watch(patience=40), steps=100, rate=0.0)
+        run(Net(), tmp_path, MonitorConfig(collapse_patience=40), steps=100, rate=0.0)
 
 
 def test_each_is_off_at_zero(tmp_path):
-    off = Watch(blank=0.0, patience=0, divergence=0.0, forgetting=0.0, frozen=False)
+    off = MonitorConfig(
+        blank_ratio=0.0, collapse_patience=0, divergence_factor=0.0, forgetting_factor=0.0, check_frozen=False
+    )
     run(Net(), tmp_path, off, steps=30, rate=10.0, max_grad_norm=0.0)
     net = Net()
-    sentries = watch.Sentinels(off, tmp_path, net)
-    sentries.evaluated("replay", {"cer": 0.1}, 0)
-    sentries.evaluated("replay", {"cer": 0.9}, 10)
+    sentries = watch.Monitor(off, tmp_path, net)
+    sentries.on_evaluation("replay", {"cer": 0.1}, 0)
+    sentries.on_evaluation("replay", {"cer": 0.9}, 10)
     assert not (tmp_path / "watch.jsonl").exists()
 
 
 def test_warm_up_is_seen_from_the_optimiser(tmp_path):
     """Flat while the rate rises is nothing; the patience begins when it has risen."""
     with pytest.raises(TrainingStopped, match=r"no learning at step (\d+)") as stopped:
-        run(Net(), tmp_path, Watch(patience=20), steps=100, rate=1e-12, warmup_steps=30, lr_scheduler_type="linear")
+        run(
+            Net(),
+            tmp_path,
+            MonitorConfig(collapse_patience=20),
+            steps=100,
+            rate=1e-12,
+            warmup_steps=30,
+            lr_scheduler_type="linear",
+        )
     assert 48 <= int(str(stopped.value).split(":")[0].rpartition(" ")[2]) <= 52
 
 
@@ -167,7 +187,7 @@ class Orphan(Net):
 def test_parameters_without_gradient_are_named(tmp_path, capsys):
     run(Orphan(), tmp_path, steps=25)
     (row,) = journal(tmp_path)
-    assert (row["name"], row["fatal"], row["step"]) == ("no gradient", False, sentinels.DEAD - 1)
+    assert (row["name"], row["fatal"], row["step"]) == ("no gradient", False, sentinels.ZERO_GRAD_CHECKS - 1)
     assert "3 of 10 parameters" in row["seen"]
     for name in ("unused", "cut.weight", "cut.bias"):
         assert name in row["seen"]
@@ -236,44 +256,44 @@ def test_a_frozen_weight_that_moves_is_named(tmp_path):
 def test_statistics_of_a_frozen_batch_norm_must_stand_still():
     net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     net[0].requires_grad_(False)
-    frozen = watch.Frozen(net)
+    frozen = watch.FrozenWeights(net)
     net.eval()(torch.randn(5, 3))
-    assert frozen.see(1) is None
+    assert frozen.check(1) is None
     net.train()(torch.randn(5, 3))
-    finding = frozen.see(2)
+    finding = frozen.check(2)
     assert finding.fatal
     for name in ("0.running_mean", "0.running_var", "0.num_batches_tracked"):
-        assert name in finding.seen
-    assert "3 of 5" in finding.seen
+        assert name in finding.message
+    assert "3 of 5" in finding.message
 
 
 def test_sums_know_the_bits_and_not_where_they_lie():
     net = nn.Conv2d(3, 5, 3).requires_grad_(False)
-    before = watch.sums(net)
+    before = watch.weight_checksums(net)
     net.weight.data = net.weight.data.contiguous(memory_format=torch.channels_last)
-    assert watch.sums(net) == before
+    assert watch.weight_checksums(net) == before
     net.weight.data = net.weight.data.bfloat16()
-    assert watch.sums(net) != before
+    assert watch.weight_checksums(net) != before
     net.weight.data = torch.empty(0)  # ZeRO-3 leaves nothing behind: not moved, but not there
-    assert watch.sums(net).keys() == {"bias"}
+    assert watch.weight_checksums(net).keys() == {"bias"}
     net.weight.requires_grad_(True)
-    assert watch.sums(net).keys() == {"bias"}
+    assert watch.weight_checksums(net).keys() == {"bias"}
 
 
 # Measurements -------------------------------------------------------------------------------------------------------
 
 
 def test_forgetting_is_measured_from_the_start(tmp_path, capsys):
-    sentries = watch.Sentinels(Watch(forgetting=1.5), tmp_path, Net())
+    sentries = watch.Monitor(MonitorConfig(forgetting_factor=1.5), tmp_path, Net())
     for step, rate in ((0, 0.10), (50, 0.14), (100, 0.16)):
-        sentries.evaluated("replay-pl", {"cer": rate, "wer": 0.9}, step)
-        sentries.evaluated("dev", {"cer": 9 * rate, "wer": 0.9, "loss": 1.0}, step)
+        sentries.on_evaluation("replay-pl", {"cer": rate, "wer": 0.9}, step)
+        sentries.on_evaluation("dev", {"cer": 9 * rate, "wer": 0.9, "loss": 1.0}, step)
     (row,) = journal(tmp_path)
     assert (row["name"], row["step"], row["fatal"]) == ("forgetting replay-pl", 100, False)
     assert "10.0%" in row["seen"]
     assert "16.0%" in row["seen"]
     assert "forgetting replay-pl" in capsys.readouterr().err
-    assert not sentinels.Forgetting(1.5).see(0, "replay", {"loss": 1.0})
+    assert not sentinels.Forgetting(1.5).update(0, "replay", {"loss": 1.0})
 
 
 def test_a_run_that_goes_on_remembers_its_start(tmp_path):
@@ -282,7 +302,7 @@ def test_a_run_that_goes_on_remembers_its_start(tmp_path):
         {"loss": 2.0, "step": 10},
         {"eval_replay_runtime": 1.0, "eval_replay_cer": 0.14, "step": 20},
     ]
-    sentries = watch.Sentinels(Watch(), tmp_path, Net())
+    sentries = watch.Monitor(MonitorConfig(), tmp_path, Net())
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     callback, state = sentries.callback(), TrainerState(global_step=20, log_history=log)
     callback.on_train_begin(arguments, state, None)
@@ -297,36 +317,36 @@ def test_leaks_are_said_before_the_run(tmp_path, capsys):
         Example("said", "10.wav", "The sentence number 3!", 1.0, {"speaker": "b"}),
         Example("new", "11.wav", "nobody said this before", 1.0, {"speaker": "b"}),
     ]
-    sentries = watch.Sentinels(Watch(), tmp_path, Net())
-    sentries.leak(sift.overlap(train, dev))
+    sentries = watch.Monitor(MonitorConfig(), tmp_path, Net())
+    sentries.report_overlap(sift.measure_overlap(train, dev))
     said = capsys.readouterr().err
     assert "of 3 recordings to measure on 1 are learnt from too (same), 1 say sentences that are learnt (said)" in said
-    sentries.leak(sift.overlap(train, dev[2:]))
+    sentries.report_overlap(sift.measure_overlap(train, dev[2:]))
     assert len(journal(tmp_path)) == 1
-    voices = watch.leakage(sift.overlap(train, [Example("x", "12.wav", "", 1.0, {"speaker": "a"})]))
+    voices = watch.find_leakage(sift.measure_overlap(train, [Example("x", "12.wav", "", 1.0, {"speaker": "a"})]))
     assert "these voices" in voices.advice
 
 
 def test_only_the_first_process_speaks_and_writes_but_all_stop(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    sentries = watch.Sentinels(Watch(), tmp_path, Net())
-    sentries.tell(sentinels.Finding("hint", 1, "seen", "advice"))
+    sentries = watch.Monitor(MonitorConfig(), tmp_path, Net())
+    sentries.report(sentinels.Finding("hint", 1, "seen", "advice"))
     with pytest.raises(TrainingStopped, match="worse"):
-        sentries.tell(sentinels.Finding("worse", 1, "seen", "advice", fatal=True))
+        sentries.report(sentinels.Finding("worse", 1, "seen", "advice", fatal=True))
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "watch.jsonl").exists()
 
 
 def test_a_warning_is_printed_once_and_kept_each_time(tmp_path, capsys):
-    sentries = watch.Sentinels(Watch(), tmp_path / "new", Net())
+    sentries = watch.Monitor(MonitorConfig(), tmp_path / "new", Net())
     for step in (1, 2):
-        sentries.tell(sentinels.Finding("hint", step, "seen", "advice"))
+        sentries.report(sentinels.Finding("hint", step, "seen", "advice"))
     assert capsys.readouterr().err == "hint at step 1: seen\n  advice\n"
     assert [row["step"] for row in journal(tmp_path / "new")] == [1, 2]
 
 
 def test_measured_reads_what_the_trainer_calls_its_sets():
     rows = {"eval_dev-ru_loss": 1.0, "eval_dev-ru_wer": 0.5, "eval_dev-ru_runtime": 2.0, "epoch": 1.0}
-    assert watch.measured(rows) == ("dev-ru", {"loss": 1.0, "wer": 0.5, "runtime": 2.0})
-    assert watch.measured({"eval_loss": 1.0, "eval_runtime": 2.0}) == ("dev", {"loss": 1.0, "runtime": 2.0})
-    assert watch.measured({"loss": 1.0, "train_runtime": 2.0}) is None
+    assert watch.parse_eval_metrics(rows) == ("dev-ru", {"loss": 1.0, "wer": 0.5, "runtime": 2.0})
+    assert watch.parse_eval_metrics({"eval_loss": 1.0, "eval_runtime": 2.0}) == ("dev", {"loss": 1.0, "runtime": 2.0})
+    assert watch.parse_eval_metrics({"loss": 1.0, "train_runtime": 2.0}) is None
