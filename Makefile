@@ -30,10 +30,10 @@ check: .venv/.check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m mowa.cli.reference --check docs
+	$(BIN)/python -m mowa.cli.docs_pages --check docs
 
 docs: .venv/.run
-	$(BIN)/python -m mowa.cli.reference docs
+	$(BIN)/python -m mowa.cli.docs_pages docs
 
 # Each step is skipped where its result lies under build/ already; a broken-off training run is resumed.
 model: .venv/.test apt-espeak apt-festival

@@ -63,7 +63,8 @@ def russian(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def telephone(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    from mowa.data import audio, augment
+    from mowa.data import audio
+    from mowa.data.audio import augment
 
     def rough(found: list[dict[str, Any]], name: str) -> Path:
         heard = []
@@ -119,14 +120,14 @@ def picture(folder: Path, runs: dict[str, Path]) -> None:
 def before(model: str, parts: dict[str, Path]) -> None:
     """What the model says of the recordings to test on as it is."""
     import mowa
-    from mowa.tasks import ctc
+    from mowa.tasks import metrics
 
     engine = mowa.open_engine(mowa.load(model))
     for name in [name for name in parts if name not in ("train", "dev")]:
         found = rows(parts[name])
         files = [row["audio"] for row in found]
         said, heard = [row["text"] for row in found], [one.text for one in mowa.iter_transcripts(files, engine)]
-        rates = ctc.error_rates(said, heard)
+        rates = metrics.error_rates(said, heard)
         print(f"| nothing | 0 | 0 | {name} | {100 * rates['wer']:.1f} | {100 * rates['cer']:.1f} |", flush=True)
 
 

@@ -69,8 +69,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100, help="held-out descriptions to be asked about")
     parser.add_argument("--out", type=Path, default=Path("build/adapt-text"))
     given = parser.parse_args()
-    from mowa.adapt import language
-    from mowa.loading import text
+    from mowa.adapters import causal
+    from mowa.loading.causal import load
 
     given.out.mkdir(parents=True, exist_ok=True)
     train = given.out / "train.jsonl"
@@ -79,7 +79,7 @@ def main() -> None:
     steps = given.rows * 150 // 2048
     recipe.write_text(RECIPE.format(model=given.model, train=train, dev=TASK / "dev.jsonl", every=max(1, steps // 6)))
     asked = questions(TASK / "test.jsonl")[: given.questions]
-    base = text.load(given.model)
+    base = load(given.model)
 
     def ask(name: str, model: Any) -> None:
         print(f"{name:<18} {spoken(answered(model.net, model.tokenizer, asked))} of {len(asked)} right", flush=True)
@@ -89,11 +89,11 @@ def main() -> None:
     mowa("train", str(recipe), "-o", str(given.out / "adapter"))
     minutes = (time.time() - began) / 60
     print(f"{given.rows} descriptions learnt in {minutes:.1f} minutes")
-    ask("adapter", language.load_adapter(base, given.out / "adapter"))
+    ask("adapter", causal.load_adapter(base, given.out / "adapter"))
     for dtype in ("float32", "bfloat16"):
         folder = given.out / f"merged-{dtype}"
         mowa("adapt", "merge", str(given.out / "adapter"), "-o", str(folder), "--dtype", dtype)
-        ask(f"merged, {dtype}", text.load(str(folder), dtype=dtype))
+        ask(f"merged, {dtype}", load(str(folder), dtype=dtype))
 
 
 if __name__ == "__main__":

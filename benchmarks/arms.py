@@ -35,9 +35,9 @@ def resident(net: Any) -> float:
 
 
 def peak() -> float:
-    from mowa import machine
+    from mowa import hardware
 
-    return machine.peak_rss_bytes() / 2**30
+    return hardware.peak_rss_bytes() / 2**30
 
 
 def clock() -> Any:
@@ -195,16 +195,17 @@ def held_in(given: argparse.Namespace) -> Any:
 
 
 def mowa_arm(given: argparse.Namespace) -> dict[str, Any]:
-    from mowa import machine
+    from mowa import hardware
 
-    machine.enable_huge_pages()  # as `mowa train` does
-    from mowa.families import accelerate
+    hardware.enable_huge_pages()  # as `mowa train` does
     from mowa.loading import load
-    from mowa.train import instruct, sft
+    from mowa.models.causal import accelerate
+    from mowa.training.causal import trainer as sft
+    from mowa.training.config import causal
 
     few = given.folder / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in conversations(given.data, PER_STEP * given.steps)))
-    plan = instruct.parse(
+    plan = causal.parse(
         {
             "model": given.model,
             "data": {"train": str(few), "dev": str(given.dev), "learn": "all", "length": given.length, "measured": 1},

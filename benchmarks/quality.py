@@ -22,11 +22,13 @@ import numpy as np
 import soundfile
 
 import mowa
-from mowa.data import audio, augment, synth
-from mowa.data.text import normalize_text
+from mowa.data import audio
+from mowa.data.audio import augment
+from mowa.data.text.normalize import normalize_text
 from mowa.engines.transcription import Failure
-from mowa.nouns import Example
-from mowa.tasks.ctc import error_rates
+from mowa.tasks.metrics import error_rates
+from mowa.types import Example
+from projects.pl_tiny import synth
 
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 Hearing = Callable[[list[str]], list[str]]

@@ -60,14 +60,14 @@ def transformers_pipeline(batch: int, model: str) -> Any:
 
 def mowa_engine(name: str, dtype: str, model: str) -> Any:
     import mowa
-    from mowa import machine
+    from mowa import hardware
 
-    machine.enable_huge_pages()
+    hardware.enable_huge_pages()
     from mowa.data import audio
-    from mowa.engines import choose
+    from mowa.engines import selection
     from mowa.engines.settings import TranscriptionSettings
 
-    engine = choose.select_engine(mowa.load(model), name=name, device="cpu", dtype=dtype, threads=THREADS).engine
+    engine = selection.select_engine(mowa.load(model), name=name, device="cpu", dtype=dtype, threads=THREADS).engine
     speech = 0.0 if "xlsr" in model else TranscriptionSettings().vad_threshold  # random weights are to read everything
 
     def run(files: list[str]) -> list[str]:
@@ -118,9 +118,9 @@ ARMS: dict[str, tuple[str, Arm]] = {
     "transformers-1": ("transformers pipeline, float32, batch 1", partial(transformers_pipeline, 1)),
     "transformers-4": ("transformers pipeline, float32, batch 4", partial(transformers_pipeline, 4)),
     "transformers-8": ("transformers pipeline, float32, batch 8", partial(transformers_pipeline, 8)),
-    "native-float32": ("mowa native, float32", partial(mowa_engine, "native", "float32")),
-    "native-bfloat16": ("mowa native, bfloat16", partial(mowa_engine, "native", "bfloat16")),
-    "native-int8": ("mowa native, int8", partial(mowa_engine, "native", "int8")),
+    "native-float32": ("mowa native, float32", partial(mowa_engine, "pytorch", "float32")),
+    "native-bfloat16": ("mowa native, bfloat16", partial(mowa_engine, "pytorch", "bfloat16")),
+    "native-int8": ("mowa native, int8", partial(mowa_engine, "pytorch", "int8")),
     "onnx-float32": ("mowa onnx, float32", partial(mowa_engine, "onnx", "float32")),
     "onnx-int8": ("mowa onnx, int8", partial(mowa_engine, "onnx", "int8")),
     "ctranslate2-float32": ("CTranslate2, float32", partial(ctranslate2_engine, "float32")),
@@ -138,9 +138,9 @@ def main(arm: str, model: str, listed: str, out: str) -> None:
     started, spent = time.perf_counter(), time.process_time()
     texts = run(files)
     wall_s, cpu_s = time.perf_counter() - started, time.process_time() - spent
-    from mowa import machine
+    from mowa import hardware
 
-    peak_mb = machine.peak_rss_bytes() / 2**20
+    peak_mb = hardware.peak_rss_bytes() / 2**20
     short = [file for file in files[:COMPARED] if soundfile.info(file).duration <= LONG_S]
     np.savez(f"{out}.npz", *frames(short))
     found = {"load_s": load_s, "wall_s": wall_s, "cpu_s": cpu_s, "peak_mb": peak_mb, "texts": texts}

@@ -25,10 +25,10 @@ import torch
 from torch.nn import functional
 
 import mowa
-from mowa import machine
-from mowa.engines import choose
+from mowa import hardware
+from mowa.engines import selection
 from mowa.engines.protocol import num_frames
-from mowa.kernels.packed_linear import PrepackedLinear, is_supported
+from mowa.kernels.prepacked_linear import PrepackedLinear, is_supported
 
 KINDS = ("float32", "bfloat16", "int8")
 SQUARES = (1024, 2048, 4096)
@@ -107,9 +107,9 @@ def spent(model: str, seconds: float, rounds: int, with_onnx: bool) -> dict[str,
     arms: dict[str, Callable[[], object]] = {}
     stock = mowa.load(model).net
     arms["the net itself, float32"] = partial(stock, torch.from_numpy(clip)[None])
-    named = [("native", kind) for kind in KINDS] + ([("onnx", "float32"), ("onnx", "int8")] if with_onnx else [])
+    named = [("pytorch", kind) for kind in KINDS] + ([("onnx", "float32"), ("onnx", "int8")] if with_onnx else [])
     for name, kind in named:
-        engine = choose.select_engine(mowa.load(model), name=name, device="cpu", dtype=kind).engine
+        engine = selection.select_engine(mowa.load(model), name=name, device="cpu", dtype=kind).engine
         arms[f"{name}, {kind}"] = partial(engine.emissions, [clip])
     took: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
@@ -130,14 +130,14 @@ def main() -> None:
     parser.add_argument("--onnx", action="store_true", help="ONNX Runtime too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    machine.enable_huge_pages()
-    torch.set_num_threads(machine.cpu_count())
+    hardware.enable_huge_pages()
+    torch.set_num_threads(hardware.cpu_count())
     config = mowa.load(options.model).net.config
     samples = int(options.seconds * 16_000)
     rates = products(config, num_frames(config, samples), 4 * options.rounds)
     columns = [*KINDS, "torch as it comes"]
-    features = " ".join(machine.cpu_features())
-    print(f"{machine.cpu_name()}, {machine.cpu_count()} cores ({features}), torch {torch.__version__}")
+    features = " ".join(hardware.cpu_features())
+    print(f"{hardware.cpu_name()}, {hardware.cpu_count()} cores ({features}), torch {torch.__version__}")
     print(f"\n| product, G operations/s | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for shape, row in rates.items():
         print(f"| {shape} | {' | '.join(f'{row[kind] / 1e9:.0f}' if kind in row else '' for kind in columns)} |")

@@ -38,13 +38,14 @@ import torch
 from transcribe import EXAMPLE, checkpoint
 
 import mowa
-from mowa import machine
-from mowa.data import audio, sources
+from mowa import hardware
+from mowa.data import audio
+from mowa.data.manifests import examples as sources
 from mowa.decode.stream import EndpointConfig
-from mowa.engines import live
-from mowa.engines.live import StreamingConfig
-from mowa.engines.native import PyTorchEngine
-from mowa.tasks.ctc import error_rates
+from mowa.engines import streaming
+from mowa.engines.pytorch import PyTorchEngine
+from mowa.engines.streaming import StreamingConfig
+from mowa.tasks.metrics import error_rates
 
 PIECE = 320
 PAUSE_S = 1.0
@@ -83,7 +84,7 @@ def hear(
     ends: list[list[tuple[str, float]]],
 ) -> Heard:
     """All recordings through one stream. `ends`: for each, its words and where they end, as heard offline."""
-    stream, out = live.stream(engine, how), Heard()
+    stream, out = streaming.stream(engine, how), Heard()
     pause, ready_s = np.zeros(int(PAUSE_S * 16_000), np.float32), 0.0
     for (sound, _), words in zip(clips, ends, strict=True):
         begun_s, found = stream.received_s, []
@@ -147,7 +148,7 @@ def table(engine: PyTorchEngine, sets: list[str], count: int) -> dict[str, Any]:
             heard = hear(engine, how, clips, ends)
             rates = error_rates(said, heard.texts)
             row = {
-                "latency_s": live.create_streaming_encoder(engine, how).latency_s,
+                "latency_s": streaming.create_streaming_encoder(engine, how).latency_s,
                 "compute_s": [quantile(heard.spent_s, share) for share in (0.5, 0.95)],
                 "delay_s": [quantile(heard.delays_s, share) for share in (0.5, 0.95)],
                 "wer": rates["wer"],
@@ -171,7 +172,7 @@ def hour(engine: PyTorchEngine, minutes: float) -> None:
     sound = np.concatenate([audio.load_audio(EXAMPLE), np.zeros(16_000, np.float32)])
     turn_s = len(sound) / 16_000
     for name in ("cached, 0.32 s + 0.16", "window, 1.28 s + 1.28"):
-        stream, spent, memory, at = live.stream(engine, WAYS[name]), [0.0], [], 0
+        stream, spent, memory, at = streaming.stream(engine, WAYS[name]), [0.0], [], 0
         starts: dict[str, list[float]] = {}
         while stream.received_s < minutes * 60:
             piece = np.take(sound, range(at, at + PIECE), mode="wrap")
@@ -208,7 +209,7 @@ def many(engine: PyTorchEngine, streams: int, seconds: float) -> None:
     begun = time.monotonic() + 1
 
     def run(index: int) -> None:
-        stream, at = live.stream(engine, WAYS["cached, 0.32 s + 0.16"]), 0
+        stream, at = streaming.stream(engine, WAYS["cached, 0.32 s + 0.16"]), 0
         offset = index * 0.032
         while at < seconds * 16_000:
             at += 1600
@@ -224,10 +225,10 @@ def many(engine: PyTorchEngine, streams: int, seconds: float) -> None:
     for thread in threads:
         thread.join()
     busy = (time.process_time() - cpu) / seconds
-    torch.set_num_threads(machine.cpu_count())
+    torch.set_num_threads(hardware.cpu_count())
     print(
         f"{streams} streams at once for {seconds:.0f} s: the worst was {max(behind):.2f} s behind at its worst, "
-        f"{busy:.2f} of {machine.cpu_count()} cores busy"
+        f"{busy:.2f} of {hardware.cpu_count()} cores busy"
     )
 
 
@@ -273,7 +274,7 @@ def xlsr(folder: Path) -> None:
     for dtype in ("float32", "bfloat16", "int8"):
         engine = mowa.open_engine(mowa.load(str(model)), device="cpu", dtype=dtype)
         for warm in (True, False):
-            stream = live.stream(engine, how, EndpointConfig(vad=False))
+            stream = streaming.stream(engine, how, EndpointConfig(vad=False))
             clock = time.perf_counter()
             for start in range(0, len(sound) // (8 if warm else 1), PIECE):
                 stream.feed(sound[start : start + PIECE])
@@ -297,7 +298,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    print(f"{machine.cpu_count()} cores, {options.model}, {options.dtype}")
+    print(f"{hardware.cpu_count()} cores, {options.model}, {options.dtype}")
     found: dict[str, Any] = {}
     engine = mowa.open_engine(mowa.load(options.model), device="cpu", dtype=options.dtype)
     if "table" not in options.skip:

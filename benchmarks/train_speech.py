@@ -67,16 +67,17 @@ def read(manifest: Path) -> list[dict[str, Any]]:
 
 
 def with_mowa(model: str, manifest: Path, what: str, steps: int, out: Path) -> dict[str, Any]:
-    from mowa import machine
+    from mowa import hardware
 
-    machine.enable_huge_pages()  # as `mowa train` does
+    hardware.enable_huge_pages()  # as `mowa train` does
     from mowa.loading import load
-    from mowa.nouns import Example
-    from mowa.train import tune, tuning
-    from mowa.train.ready import prepare
+    from mowa.training.config import ctc
+    from mowa.training.ctc import trainer as tune
+    from mowa.training.ctc.setup import prepare
+    from mowa.types import Example
 
     rows = read(manifest)
-    plan = tuning.parse(
+    plan = ctc.parse(
         {
             "model": model,
             "data": {"train": str(manifest), "dev": str(manifest), "measured": 1},
@@ -161,11 +162,11 @@ def with_transformers(model: str, manifest: Path, what: str, steps: int, out: Pa
 def timed(rows: list[dict[str, Any]], ticks: list[float]) -> dict[str, Any]:
     import torch
 
-    from mowa import machine
+    from mowa import hardware
 
     heard = sum(row["duration_s"] for row in rows[8 * WARM : 8 * len(ticks)])
     spent = ticks[-1] - ticks[WARM - 1]
-    peak = machine.peak_rss_bytes() / 2**30
+    peak = hardware.peak_rss_bytes() / 2**30
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
     return {"audio_s_per_s": heard / spent, "s_per_step": spent / (len(ticks) - WARM), "peak_gib": peak}

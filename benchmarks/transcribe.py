@@ -154,7 +154,7 @@ def table(found: dict[str, list[Result]], *, said: list[str] | None = None, roun
         cells = [ARMS[arm][0], f"{times[arm] * 10:.3f}", f"{1 / times[arm]:.1f}", ratio, text, same]
         cells.append(f"{row['peak_mb']:.0f}")
         if said is not None:
-            from mowa.tasks.ctc import error_rates
+            from mowa.tasks.metrics import error_rates
 
             heard = dict[int, str]()
             for turn, one in enumerate(results):
@@ -193,8 +193,8 @@ def main() -> None:
             results["long"] = table(found)
     manifest = options.data / "unseen.jsonl"
     if "pl-tiny" not in options.skip and manifest.exists():
-        from mowa.data import synth
-        from mowa.files import MODEL_ALIASES
+        from mowa.io.hub import MODEL_ALIASES
+        from projects.pl_tiny import synth
 
         examples = list(synth.read_manifest(manifest)) + list(synth.read_manifest(options.data / "seen.jsonl"))
         print(f"\npl-tiny, {len(examples)} recordings in voices it has and has not learnt from\n")

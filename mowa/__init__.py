@@ -15,22 +15,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mowa.engines.live import stream
-    from mowa.engines.native import open_engine
+    from mowa.engines.pytorch import open_engine
+    from mowa.engines.streaming import stream
     from mowa.engines.transcription import iter_transcripts, transcribe
     from mowa.loading import load
-    from mowa.train.plans import train
+    from mowa.training.config.dispatch import train
 
 __version__ = "0.1.0"
 __all__ = ["iter_transcripts", "load", "open_engine", "stream", "train", "transcribe"]
 
 _HOMES = {
-    "engine": "mowa.engines.native",
+    "engine": "mowa.engines.pytorch",
     "load": "mowa.loading",
-    "stream": "mowa.engines.live",
+    "stream": "mowa.engines.streaming",
     "transcribe": "mowa.engines.transcription",
     "transcripts": "mowa.engines.transcription",
-    "tune": "mowa.train.plans",
+    "tune": "mowa.training.config.dispatch",
 }
 
 

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mowa.cli import show
+from mowa.cli import output
 from mowa.errors import ModelError
 
 if TYPE_CHECKING:
-    from mowa.evaluate.bench import BenchResult
+    from mowa.evaluation.bench import BenchResult
 
 
 # fmt: off
 @click.command(short_help="Time models, engines and schemes on this machine.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--engine", "engines", multiple=True, metavar="NAME",
-              help="native, onnx; several may be named. [default: native; an export's own]")
+              help="pytorch, onnx; several may be named. [default: native; an export's own]")
 @click.option("--dtype", "dtypes", multiple=True, metavar="NAME",
               help="float32, bfloat16, int8, auto; several may be named. [default: auto]")
 @click.option("--data", metavar="SOURCE", help="Recordings, with texts for error rates. [default: a bundled one]")
@@ -36,26 +36,26 @@ def bench(
 ) -> int:
     # fmt: on
     """Latency, throughput, memory and size of MODELs (names, folders, exports), each in a process of its own."""
-    from mowa.evaluate import bench as room
-    from mowa.evaluate import pareto, report
-    from mowa.files import atomic_write
+    from mowa.evaluation import bench as room
+    from mowa.evaluation import plot, report
+    from mowa.io.atomic import atomic_write
 
     if picture is not None:
-        pareto.require_matplotlib()
+        plot.require_matplotlib()
     wanted = room.expand_cases(models, engines, dtypes)
     timed = report.throughput_grid() if speeds else ()
-    with show.stage_progress() as told:
+    with output.stage_progress() as told:
         rows = room.run_bench(wanted, data, split, clips, timed, told)
     head = ["model", "engine", "computes in", "MB", "RAM MB", "load s", "median s", "× real time", "frames"]
     heard = any(row.error_rates for row in rows)
-    show.print_table(head + (["WER %"] if heard else []), [_cells(row, heard) for row in rows])
+    output.print_table(head + (["WER %"] if heard else []), [_cells(row, heard) for row in rows])
     for row in rows:
         for speed in row.throughput:
             click.echo(f"{row.name}, {speed.threads} threads, batch {speed.batch_size}: {speed.rtf:.4f} s for a second")
     if listed is not None:
         atomic_write(listed, json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1) + "\n")
     if picture is not None:
-        pareto.plot_bench(rows, picture)
+        plot.plot_bench(rows, picture)
         click.echo(f"\n{picture}")
     if not any(row.rtf for row in rows):
         raise ModelError("none of them could be run")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mowa.data.check import CorpusReport, Issues, SplitOverlap
+    from mowa.data.quality.corpus_report import CorpusReport, Issues, SplitOverlap
 
 STANDARD_SPLITS = (
     "train",
@@ -45,9 +45,9 @@ def data() -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File for the sentences, one a line.")
 def text(packages: tuple[str, ...], texts: tuple[Path, ...], downloads: Path, out: Path) -> None:
     """Sentences that are read aloud exactly as they are written, each once, one a line."""
-    from mowa.data import text as room
     from mowa.errors import DataError
-    from mowa.files import atomic_write
+    from mowa.io.atomic import atomic_write
+    from projects.pl_tiny import text as room
 
     debian = {package: room.debian(package, downloads) for package in (room.READERS if "all" in packages else packages)}
     plain = {str(file): file.read_text().splitlines() for file in texts}
@@ -70,7 +70,7 @@ def text(packages: tuple[str, ...], texts: tuple[Path, ...], downloads: Path, ou
 @click.option("--processes", type=click.IntRange(min=1), default=2, show_default=True)
 def synth(sentences: Path, out: Path, clips: int, seed: int, processes: int) -> None:
     """Speak SENTENCES with espeak-ng in many voices, speeds and pitches: train, dev, and two examinations."""
-    from mowa.data import synth as room
+    from projects.pl_tiny import synth as room
 
     lines = [line for line in sentences.read_text().splitlines() if line.strip()]
     for name, hours in room.corpus(lines, out, clips=clips, seed=seed, processes=processes).items():
@@ -86,7 +86,7 @@ def synth(sentences: Path, out: Path, clips: int, seed: int, processes: int) -> 
 @click.option("--seed", type=int, default=0, show_default=True)
 def festival(sentences: Path, out: Path, voice: str, clips: int, longest: int, seed: int) -> None:
     """Speak SENTENCES with a Czech or Russian festival voice, which is made of recordings of a person."""
-    from mowa.data import festival as room
+    from projects.pl_tiny import festival as room
 
     lines = [line for line in sentences.read_text().splitlines() if line.strip() and len(line) <= longest]
     for name, hours in room.corpus(lines, out, clips={voice: clips}, seed=seed).items():
@@ -101,7 +101,7 @@ def festival(sentences: Path, out: Path, voice: str, clips: int, longest: int, s
 @click.option("--downloads", type=click.Path(path_type=Path), default=Path("build/debian"), show_default=True)
 def people(out: Path, sources: tuple[str, ...], downloads: Path) -> None:
     """Human recordings in other languages out of Debian packages, their words respelt in Polish letters."""
-    from mowa.data import people as room
+    from projects.pl_tiny import people as room
 
     for name in sources or [name for name, source in room.SOURCES.items() if source.training]:
         tally = room.corpus(out, [name], downloads)[name]
@@ -122,21 +122,21 @@ def check(names: tuple[str, ...], split: str, named: tuple[str, ...], against: t
     SOURCE is anything that `mowa transcribe --journal` takes. Every recording is decoded. The exit code is 2 where
     something cannot be read.
     """
-    from mowa.cli import show
-    from mowa.cli.corpus import parse_columns
-    from mowa.data import check as room
-    from mowa.data import sources
+    from mowa.cli import output
+    from mowa.cli.batch import parse_columns
+    from mowa.data.manifests import examples
+    from mowa.data.quality import corpus_report as room
 
     columns = parse_columns(named)
     looked, left = _splits(names, split)
     reports: dict[str, CorpusReport] = {}
-    with show.audio_progress(None) as bar:
+    with output.audio_progress(None) as bar:
         for part in looked:
             reports[part or ", ".join(names)] = room.check_corpus(
-                sources.list_examples(names, part, columns=columns), on_progress=bar.update
+                examples.list_examples(names, part, columns=columns), on_progress=bar.update
             )
         for other in against:
-            reports[other] = room.check_corpus(sources.list_examples(other, columns=columns), on_progress=bar.update)
+            reports[other] = room.check_corpus(examples.list_examples(other, columns=columns), on_progress=bar.update)
     leaks = {
         (one, other): room.compare_reports(reports[one], reports[other])
         for one, other in combinations(reports, 2)
@@ -154,12 +154,12 @@ def check(names: tuple[str, ...], split: str, named: tuple[str, ...], against: t
 
 def _splits(names: Sequence[str], split: str) -> tuple[list[str], list[str]]:
     """The splits to look at ("": the only one there is), and those that are left out."""
-    from mowa.data import layouts, sources
+    from mowa.data.manifests import discover, examples
 
     if split or len(names) > 1:
         return [split], []
-    places = list(layouts.expand_pattern(names[0]))
-    there = sources.list_splits(places[0]) if len(places) == 1 else []
+    places = list(discover.expand_pattern(names[0]))
+    there = examples.list_splits(places[0]) if len(places) == 1 else []
     usual = [name for name in STANDARD_SPLITS if name in there]
     looked = usual or there
     return looked or [""], [name for name in there if name not in looked]

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from mowa.cli import knobs
+from mowa.cli import recipe_options
 from mowa.cli.train import launch_training
-from mowa.train import schema
-from mowa.train.tuning import CTCRecipe
+from mowa.training.config import schema
+from mowa.training.config.ctc import CTCRecipe
 
 FIXED_KEYS = ("task", "model", "train", "vocabulary", "distil.layers", "batch.layout")
 
@@ -31,19 +31,19 @@ def distill(
     be turned by its path: --distil.temperature 2.
     """
     from mowa.errors import RecipeError
-    from mowa.train import tuning
+    from mowa.training.config import ctc
 
-    settings = knobs.collect_overrides(context)
-    if missing := [knobs.FLAG_BY_KEY[path] for path in ("data.train", "data.dev") if path not in settings]:
+    settings = recipe_options.collect_overrides(context)
+    if missing := [recipe_options.FLAG_BY_KEY[path] for path in ("data.train", "data.dev") if path not in settings]:
         raise RecipeError(f"give {' and '.join(missing)}: recordings to listen to, and some with texts to measure on")
     plan = schema.apply_overrides({}, settings | {"model": teacher, "distil.layers": student_layers})
-    if launch_training(tuning.parse(plan, "command line"), out, threads) and os.environ.get("RANK", "0") == "0":
+    if launch_training(ctc.parse(plan, "command line"), out, threads) and os.environ.get("RANK", "0") == "0":
         click.echo(str(out))
 
 
 _OVERRIDABLE_KEYS = {leaf.dotted for leaf in schema.iter_options(CTCRecipe)} - set(FIXED_KEYS)
 distill.params.extend(
     option
-    for option in knobs.recipe_options()
-    if isinstance(option, knobs.RecipeOption) and option.leaf.dotted in _OVERRIDABLE_KEYS
+    for option in recipe_options.recipe_options()
+    if isinstance(option, recipe_options.RecipeOption) and option.leaf.dotted in _OVERRIDABLE_KEYS
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from mowa import machine
+from mowa import hardware
 from mowa.errors import MowaError
 
 MIN_SIMILARITY = 0.9  # the share of matching characters below which something is wrong with this machine
@@ -21,7 +21,7 @@ def doctor() -> int:
     """Say what this machine has, which optional parts are there, and transcribe the bundled sample."""
     import platform
 
-    from mowa.cli.show import format_size, print_table
+    from mowa.cli.output import format_size, print_table
 
     print_table(
         ["machine", ""],
@@ -29,19 +29,19 @@ def doctor() -> int:
             ["  python", platform.python_version()],
             [
                 "  processor",
-                f"{machine.cpu_name()}, {machine.cpu_count()} cores ({' '.join(machine.cpu_features()) or 'plain'})",
+                f"{hardware.cpu_name()}, {hardware.cpu_count()} cores ({' '.join(hardware.cpu_features()) or 'plain'})",
             ],
-            ["  memory", format_size(machine.total_memory_bytes())],
-            ["  gpu", machine.gpu_name() or "none"],
-            ["  cache", str(machine.cache_folder())],
+            ["  memory", format_size(hardware.total_memory_bytes())],
+            ["  gpu", hardware.gpu_name() or "none"],
+            ["  cache", str(hardware.cache_folder())],
         ],
     )
     click.echo()
     print_table(
         ["part", "version", "for"],
         [
-            ["  " + name, version or "missing", machine.OPTIONAL_PACKAGES[name]]
-            for name, version in machine.optional_package_versions().items()
+            ["  " + name, version or "missing", hardware.OPTIONAL_PACKAGES[name]]
+            for name, version in hardware.optional_package_versions().items()
         ],
     )
     click.echo("\nself-test")
@@ -55,7 +55,7 @@ def doctor() -> int:
 def _self_test() -> int:
     """Transcribe the sample in float32 and in what this machine is fastest in; both must come close to what is said."""
     import mowa
-    from mowa.data.text import normalize_text
+    from mowa.data.text.normalize import normalize_text
 
     said = normalize_text(json.loads(SAMPLE.with_suffix(".json").read_text())["said"])
     worst = 1.0

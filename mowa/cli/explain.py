@@ -17,11 +17,11 @@ def explain(model: str, length: int, device: str, dtype: str, packed: bool, offl
 
     MODEL is a folder or a hub id; of a hub id only the small files are fetched.
     """
-    from mowa.cli.show import print_table
-    from mowa.families.explain import default_device
-    from mowa.families.explain import explain_layers as explained
-    from mowa.files import fetch_config
+    from mowa.cli.output import print_table
+    from mowa.io.hub import fetch_config
     from mowa.loading.checkpoint import load_config, read_family
+    from mowa.models.explain import default_device
+    from mowa.models.explain import explain_layers as explained
 
     folder = fetch_config(model, offline=offline)
     family = read_family(folder)

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from mowa.cli import show
+from mowa.cli import output
 from mowa.errors import ModelError
-from mowa.shrink.schemes import SCHEME_SYNTAX, SCHEMES
+from mowa.quantization.schemes import SCHEME_SYNTAX, SCHEMES
 
 FORMAT_OF_OPTION = {
     "opset": "onnx",
@@ -45,23 +45,23 @@ def export(
 
     `mowa transcribe -m FOLDER` runs what runs here. What a scheme does to the words, `mowa shrink` measures.
     """
-    from mowa.adapt import store
-    from mowa.export import protocol
-    from mowa.loading.speech import load
-    from mowa.shrink import calibrate, schemes
-    from mowa.shrink import quantize as narrow
+    from mowa.adapters import checkpoint
+    from mowa.exporters import protocol
+    from mowa.loading.ctc import load
+    from mowa.quantization import calibration, schemes
+    from mowa.quantization import quantize as narrow
 
     chosen = schemes.parse_scheme(scheme)
     protocol.get_exporter(to).require_packages()
     options = _options(to, turned)
     loaded = load(model, revision=revision, offline=offline)
-    loaded = loaded if adapter is None else store.load_adapter(loaded, adapter)
-    sounds = calibrate.load_clips(data, loaded, split=split) if data and schemes.calibration_reason(chosen) else None
-    with show.stage_progress() as told:
+    loaded = loaded if adapter is None else checkpoint.load_adapter(loaded, adapter)
+    sounds = calibration.load_clips(data, loaded, split=split) if data and schemes.calibration_reason(chosen) else None
+    with output.stage_progress() as told:
         shrunk = narrow(loaded, chosen, sounds, on_progress=lambda share: told(f"{scheme}: shrinking", share))
         told(f"{scheme}: writing {to}", 1.0)
         artifact = protocol.export(shrunk, to, out, **options)
-    click.echo(f"{out}  {show.format_size(artifact.size_bytes)}, {to}, {schemes.format_scheme(artifact.scheme)}")
+    click.echo(f"{out}  {output.format_size(artifact.size_bytes)}, {to}, {schemes.format_scheme(artifact.scheme)}")
     if artifact.unverified_reason:
         click.echo(f"not checked here: {artifact.unverified_reason}")
 

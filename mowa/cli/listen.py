@@ -16,15 +16,15 @@ from typing import Any, Protocol
 
 import click
 
-from mowa import machine
-from mowa.cli.screen import LiveDisplay
-from mowa.data.decoders import RATE_RANGE_HZ
-from mowa.data.live import AudioBlock, AudioSource, BufferedSource
-from mowa.data.piped import RAW_RATE_HZ
+from mowa import hardware
+from mowa.cli.live_display import LiveDisplay
+from mowa.data.audio.decoders import RATE_RANGE_HZ
+from mowa.data.inputs.source import AudioBlock, AudioSource, BufferedSource
+from mowa.data.inputs.stdin import RAW_RATE_HZ
 from mowa.decode.stream import DEFAULT_ENDPOINTING, TranscriptionStream
 from mowa.engines.settings import EngineSpec
 from mowa.errors import AudioError, DataError
-from mowa.nouns import Segment, Word
+from mowa.types import Segment, Word
 
 DEFAULTS = EngineSpec("")
 
@@ -60,7 +60,7 @@ DEFAULTS = EngineSpec("")
 @click.option("--longest-s", type=click.FloatRange(min=0), default=DEFAULT_ENDPOINTING.max_segment_s, show_default=True,
               help="A longer segment ends at its next word.")
 @click.option("--no-detect", is_flag=True, help="Hear all that comes, without looking for speech in it.")
-@click.option("--engine", "kind", type=click.Choice(["native", "onnx"]), default=DEFAULTS.engine, show_default=True,
+@click.option("--engine", "kind", type=click.Choice(["pytorch", "onnx"]), default=DEFAULTS.engine, show_default=True,
               help="What computes: PyTorch (native) or ONNX Runtime (onnx).")
 @click.option("--device", default=DEFAULTS.device, show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
@@ -86,17 +86,17 @@ def listen(
     """
     if list_devices:
         return _list_devices()
-    machine.enable_huge_pages()
+    hardware.enable_huge_pages()
     sound = _source(source, raw_hz, simulate, speed, input_device)
-    from mowa.engines import live
+    from mowa.engines import streaming
     from mowa.engines.transcription import load_engine, resolve_base_model
 
     wanted = EngineSpec(
         model or resolve_base_model(adapter), adapter, revision, offline, engine=kind, device=device, dtype=dtype, threads=threads
     )
     rules = replace(DEFAULT_ENDPOINTING, min_silence_s=pause_s, max_segment_s=longest_s, vad=not no_detect)
-    given = live.StreamingConfig(**{name: value for name, value in how.items() if value is not None})
-    hearing = StreamSession(live.stream(load_engine(wanted).engine, given, rules))
+    given = streaming.StreamingConfig(**{name: value for name, value in how.items() if value is not None})
+    hearing = StreamSession(streaming.stream(load_engine(wanted).engine, given, rules))
     blocks = BufferedSource(sound, hearing.stream.encoder.rate_hz)
     with stop_on_signal(blocks) as stopped, blocks:
         output = _output(form)
@@ -271,7 +271,8 @@ def stop_on_signal(blocks: BufferedSource) -> Iterator[list[int]]:
 def _source(
     source: str | None, raw_hz: int | None, simulate: bool, speed: float | None, input_device: str | None
 ) -> AudioSource:
-    from mowa.data import live, microphones, piped
+    from mowa.data.inputs import microphone, network, stdin
+    from mowa.data.inputs import source as live
 
     file = source is not None and source != "-" and "://" not in source
     if simulate and not file:
@@ -283,21 +284,21 @@ def _source(
     if input_device is not None and source is not None:
         raise DataError(f"--input-device is a microphone, and {source} is another source: name one of both")
     if source is None:
-        return microphones.open_microphone(input_device)
+        return microphone.open_microphone(input_device)
     if source == "-":
-        return piped.open_stdin(raw_hz)
+        return stdin.open_stdin(raw_hz)
     if not file:
-        return live.open_url(source)
+        return network.open_url(source)
     if simulate:
         return live.open_realtime_file(source) if speed is None else live.open_realtime_file(source, speed)
     return live.open_file(source)
 
 
 def _list_devices() -> int:
-    from mowa.cli import show
-    from mowa.data import microphones
+    from mowa.cli import output as show
+    from mowa.data.inputs import microphone
 
-    there = microphones.list_microphones()
+    there = microphone.list_microphones()
     if not there:
         raise AudioError("there is no microphone here")
     rows = [

@@ -19,9 +19,9 @@ GENERIC_ACCELERATIONS = ("attention", "packing", "fused_head")
 @click.option("--families", "only_families", is_flag=True, help="Only the families, and what is known of each.")
 def models(only_families: bool) -> None:
     """List aliases, families and what is cached."""
-    from mowa.cli.show import format_size, print_table
+    from mowa.cli.output import format_size, print_table
     from mowa.families import list_model_types
-    from mowa.files import MODEL_ALIASES, list_cached_models
+    from mowa.io.hub import MODEL_ALIASES, list_cached_models
 
     if only_families:
         _families()
@@ -51,7 +51,7 @@ def models(only_families: bool) -> None:
 
 def _families() -> None:
     """Every family, what makes it fast and where adapters may sit; then what does not apply to it, and why."""
-    from mowa.cli.show import print_table
+    from mowa.cli.output import print_table
     from mowa.families import list_families
 
     rows = [

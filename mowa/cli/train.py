@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mowa import machine
-from mowa.cli import knobs
+from mowa import hardware
+from mowa.cli import recipe_options
 from mowa.errors import RecipeError
 
 if TYPE_CHECKING:
-    from mowa.train.instruct import CausalRecipe
-    from mowa.train.plans import Plan
-    from mowa.train.tuning import CTCRecipe
+    from mowa.training.config.causal import CausalRecipe
+    from mowa.training.config.ctc import CTCRecipe
+    from mowa.training.config.dispatch import Plan
 
 
 def _list_options(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
     if not wanted or context.resilient_parsing:
         return
-    from mowa.cli import show
+    from mowa.cli import output
 
-    show.print_table(("knob", "in short", "default", "what it is for"), list(knobs.option_rows()))
+    output.print_table(("knob", "in short", "default", "what it is for"), list(recipe_options.option_rows()))
     context.exit()
 
 
@@ -50,9 +50,9 @@ def train(
     knob of fine-tuning can be turned by its path: --optimise.weight-decay 0.1. Started again, a run goes on from its
     last checkpoint.
     """
-    plan = _plan(recipe, knobs.collect_overrides(context))
+    plan = _plan(recipe, recipe_options.collect_overrides(context))
     if dry_run:
-        from mowa.train import schema
+        from mowa.training.config import schema
 
         click.echo(schema.to_yaml(plan), nl=False)
         return
@@ -63,25 +63,25 @@ def train(
         click.echo(str(out))
 
 
-train.params.extend(knobs.recipe_options())  # behind its own, in the help too
+train.params.extend(recipe_options.recipe_options())  # behind its own, in the help too
 
 
 def _plan(recipe: Path | None, settings: dict[str, Any]) -> Plan:
     """The recipe with `settings` turned. RecipeError where there is none, or one from nothing has no such knobs."""
-    from mowa.train import plans, schema
+    from mowa.training.config import dispatch, schema
 
     if recipe is None:
-        if missing := [knobs.FLAG_BY_KEY[path] for path in ("model", "data.train") if path not in settings]:
+        if missing := [recipe_options.FLAG_BY_KEY[path] for path in ("model", "data.train") if path not in settings]:
             raise RecipeError(f"name a recipe, or give {' and '.join(missing)}; `mowa train --knobs` lists every knob")
-        return plans.parse(schema.apply_overrides({}, settings), "command line")
-    if settings and plans.is_staged_recipe(schema.read_yaml(recipe)):
+        return dispatch.parse(schema.apply_overrides({}, settings), "command line")
+    if settings and dispatch.is_staged_recipe(schema.read_yaml(recipe)):
         flags = ", ".join(
-            knobs.FLAG_BY_KEY.get(leaf.dotted, knobs.flag_name(leaf))
-            for leaf in knobs.LEAVES
+            recipe_options.FLAG_BY_KEY.get(leaf.dotted, recipe_options.flag_name(leaf))
+            for leaf in recipe_options.LEAVES
             if leaf.dotted in settings
         )
         raise RecipeError(f"{recipe} trains from nothing, and {flags} are for fine-tuning: say it in the recipe")
-    plan = plans.read_recipe(recipe, settings)
+    plan = dispatch.read_recipe(recipe, settings)
     if "optimise.epochs" in settings and "optimise.steps" not in settings and plan.optimizer.max_steps:  # type: ignore[union-attr]
         raise RecipeError(f"{recipe} says how many steps, so --epochs would change nothing: add --steps 0")
     return plan
@@ -89,30 +89,31 @@ def _plan(recipe: Path | None, settings: dict[str, Any]) -> Plan:
 
 def launch_training(plan: Plan, out: Path, threads: int | None) -> bool:
     """Train, here or in processes of its own. → whether it was here."""
-    machine.enable_huge_pages()
-    from mowa.train.recipe import Recipe
+    hardware.enable_huge_pages()
+    from projects.pl_tiny.recipe import Recipe
 
     if isinstance(plan, Recipe):
-        from mowa.train import run as fresh
+        from projects.pl_tiny import pretrain as fresh
 
         fresh.train(plan, out, threads=threads)
         return True
-    from mowa.train import parallel, plans
+    from mowa.training.config import dispatch
+    from mowa.training.distributed import launch
 
-    if parallel.needs_launcher(plan) and not parallel.is_worker_process():
-        parallel.launch_workers(plan, out, threads=threads)
+    if launch.needs_launcher(plan) and not launch.is_worker_process():
+        launch.launch_workers(plan, out, threads=threads)
         return False
-    plans.train(plan, _model(plan), out, threads=threads)
+    dispatch.train(plan, _model(plan), out, threads=threads)
     return True
 
 
 def _model(plan: CTCRecipe | CausalRecipe) -> Any:
-    from mowa.loading import speech, text
-    from mowa.train.instruct import CausalRecipe
+    from mowa.loading import causal, ctc
+    from mowa.training.config.causal import CausalRecipe
 
     if not isinstance(plan, CausalRecipe):
-        return speech.load(plan.model, require_head=plan.vocabulary != "new")
-    from mowa.files import fetch_config
-    from mowa.train.sft import resolve_base_dtype
+        return ctc.load(plan.model, require_head=plan.vocabulary != "new")
+    from mowa.io.hub import fetch_config
+    from mowa.training.causal.trainer import resolve_base_dtype
 
-    return text.load(plan.model, dtype=resolve_base_dtype(plan, fetch_config(plan.model)))
+    return causal.load(plan.model, dtype=resolve_base_dtype(plan, fetch_config(plan.model)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mowa import machine
+from mowa import hardware
 from mowa.decode.captions import FORMAT_SUFFIXES
 from mowa.engines.settings import ENGINES, EngineSpec, TranscriptionSettings
 from mowa.errors import AudioError, DataError, MowaError
@@ -85,16 +85,16 @@ def transcribe(
     or hub:owner/name, of any size. Bad recordings get a line on standard error, the others go on, and the exit code
     is 2.
     """
-    machine.enable_huge_pages()
-    from mowa.cli import corpus, show
+    hardware.enable_huge_pages()
+    from mowa.cli import batch, output
     from mowa.decode import captions
     from mowa.engines.transcription import Failure, iter_transcripts, load_engine, resolve_base_model
 
-    chosen["channels"] = corpus.parse_channels(chosen["channels"])
+    chosen["channels"] = batch.parse_channels(chosen["channels"])
     wanted = EngineSpec(
         model or resolve_base_model(adapter), adapter, revision, offline, engine=kind, device=device, dtype=dtype, threads=threads
     )
-    share, named = corpus.parse_shard(shard), corpus.parse_columns(columns)
+    share, named = batch.parse_shard(shard), batch.parse_columns(columns)
     if journal is None and (retry_failed or share or split or named or decoders or remote or ray):
         raise DataError(
             "--retry-failed, --shard, --split, --column, --decoders, --remote, --ray are for corpora: name a --journal"
@@ -102,10 +102,10 @@ def transcribe(
     if journal is not None:
         if out is not None or form != "text" or characters:
             raise DataError("--journal writes a journal; `mowa journal export` makes other formats of it")
-        from mowa.engines.corpus import CorpusSource
+        from mowa.engines.batch import CorpusSource
 
-        cluster = (ray, corpus.parse_workers(workers, worker_cpus, worker_gpus)) if ray else None
-        return corpus.transcribe_batch(
+        cluster = (ray, batch.parse_workers(workers, worker_cpus, worker_gpus)) if ray else None
+        return batch.transcribe_batch(
             CorpusSource(recordings, split, named, share),
             wanted,
             TranscriptionSettings(**chosen),
@@ -124,7 +124,7 @@ def transcribe(
         engine = load_engine(wanted).engine
         settings = TranscriptionSettings(**chosen)
         names = _names(files, recordings) if out is not None else {}
-        with show.audio_progress(_total_s(files)) as bar:
+        with output.audio_progress(_total_s(files)) as bar:
             for outcome in iter_transcripts(files, engine, settings, on_progress=bar.update):
                 if isinstance(outcome, Failure):
                     failures.append(outcome)
@@ -214,7 +214,7 @@ def _names(files: list[Path], recordings: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _write(stem: Path, text: str, suffix: str) -> None:
-    from mowa.files import atomic_write
+    from mowa.io.atomic import atomic_write
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(stem.with_name(stem.name + suffix), text)

@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 from mowa.errors import DataError
-from mowa.nouns import Character, Segment, Transcript, Word
+from mowa.types import Character, Segment, Transcript, Word
 
 FORMAT_SUFFIXES: Mapping[str, str] = {
     "text": ".txt",

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mowa.errors import ModelError
-from mowa.nouns import Character, Segment, Vocabulary, Word
+from mowa.types import Character, Segment, Vocabulary, Word
 
 FRAME_S = 0.02
 """One step of every wav2vec2-style encoder: 320 samples at 16 kHz."""

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from mowa.decode import ctc
 from mowa.errors import AudioError, ModelError
-from mowa.nouns import Segment, Vocabulary, Word
+from mowa.types import Segment, Vocabulary, Word
 
 Samples = NDArray[np.float32]
 LogProbs = NDArray[np.float32]

@@ -1,4 +1,4 @@
-"""A CTC net in CTranslate2, over a folder that `mowa.export` wrote.
+"""A CTC net in CTranslate2, over a folder that `mowa.exporters` wrote.
 
 It knows arrays and lengths; it refuses to know files, windows and words. CTranslate2 takes no mask for these nets, so
 only recordings of one length share a batch, and none in int8 (`engines.protocol`).
@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from mowa import machine
-from mowa.engines.exported import ArtifactEngine, log_softmax
+from mowa import hardware
+from mowa.engines.artifact import ArtifactEngine, log_softmax
 from mowa.engines.protocol import BatchPolicy, num_frames
 from mowa.errors import ModelError
-from mowa.export import ctranslate2 as exporting
-from mowa.export import manifest
-from mowa.nouns import Artifact
+from mowa.exporters import ctranslate2 as exporting
+from mowa.exporters import manifest
+from mowa.types import Artifact
 
 KIND = "ctranslate2"
 DTYPES = ("auto", "float32", "int8")
@@ -65,7 +65,7 @@ def open_engine(folder: str | Path, dtype: str = "auto", threads: int | None = N
         raise ModelError(f"{folder} computes in {found}: leave --dtype out, or export the model in {dtype}")
     exporting.require_packages()
     where = exported.folder / exported.details["model"]
-    return CTranslate2Engine(exported, exporting.open_model(where, exported.scheme, threads or machine.cpu_count()))
+    return CTranslate2Engine(exported, exporting.open_model(where, exported.scheme, threads or hardware.cpu_count()))
 
 
 def _dtype(exported: Artifact) -> str:

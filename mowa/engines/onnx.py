@@ -1,4 +1,4 @@
-"""A CTC net in ONNX Runtime: over a folder that `mowa.export` wrote, or over one made of a model, once, in the cache.
+"""A CTC net in ONNX Runtime: over a folder that `mowa.exporters` wrote, or over one made of a model, once, in the cache.
 
 It knows arrays, lengths and the cache; it refuses to know files, windows and words. The cache is asked by all that
 makes the numbers (weights, an adapter's among them, config, versions, scheme): a changed model is exported anew.
@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from mowa import export as exporting
-from mowa import machine
-from mowa.adapt import store
-from mowa.engines.exported import ArtifactEngine, log_softmax
+from mowa import exporters as exporting
+from mowa import hardware
+from mowa.adapters import checkpoint
+from mowa.engines.artifact import ArtifactEngine, log_softmax
 from mowa.engines.protocol import BatchPolicy, num_frames
 from mowa.errors import DataError, MissingDependency, ModelError
-from mowa.export import manifest
-from mowa.export.onnx import run
-from mowa.nouns import FLOAT32, Model
-from mowa.shrink import quantize
+from mowa.exporters import manifest
+from mowa.exporters.onnx.exporter import run
+from mowa.quantization import quantize
+from mowa.types import FLOAT32, Model
 
 log = logging.getLogger("mowa")
 
@@ -56,7 +56,7 @@ class OnnxEngine(ArtifactEngine):
     @property
     def dtype(self) -> str:
         scheme = self.artifact.scheme
-        return "float32" if scheme.activations == "wide" and scheme.weights in FLOAT_MATMUL_WEIGHTS else "int8"
+        return "float32" if scheme.activations == "none" and scheme.weights in FLOAT_MATMUL_WEIGHTS else "int8"
 
     @property
     def batch_policy(self) -> BatchPolicy:
@@ -83,7 +83,7 @@ def open_engine(source: Model | str | Path, *, dtype: str = "auto", threads: int
     Raises ModelError: an unknown dtype, or another than the folder's; no or a damaged export. As `export` does.
     """
     if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} with ONNX Runtime; use --engine native")
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} with ONNX Runtime; use --engine pytorch")
     if isinstance(source, Model):
         exported = manifest.read_artifact(export_to_cache(source, dtype), (KIND,))
     else:
@@ -121,7 +121,8 @@ def _needs_int8(model: Model, dtype: str) -> bool:
 def cache_path(model: Model, dtype: str = "auto") -> Path:
     """Where the export of `model` is kept; it need not be there."""
     made_by = [
-        f"{package} {store.installed_version(package)}" for package in ("mowa", "torch", "transformers", "onnxruntime")
+        f"{package} {checkpoint.installed_version(package)}"
+        for package in ("mowa", "torch", "transformers", "onnxruntime")
     ]
     said = [
         manifest.model_sha256(model),
@@ -130,7 +131,7 @@ def cache_path(model: Model, dtype: str = "auto") -> Path:
         *made_by,
     ]
     said += [repr(model.vocabulary), repr(model.preprocessing)]
-    return machine.cache_folder() / "onnx" / hashlib.sha256("\n".join(said).encode()).hexdigest()[:24]
+    return hardware.cache_folder() / "onnx" / hashlib.sha256("\n".join(said).encode()).hexdigest()[:24]
 
 
 def _remove(folder: Path) -> None:
@@ -144,9 +145,9 @@ def _session(graph: Path, threads: int | None) -> Any:
         import onnxruntime
     except ImportError:
         raise MissingDependency(
-            "this engine needs onnxruntime: pip install onnxruntime, or use --engine native"
+            "this engine needs onnxruntime: pip install onnxruntime, or use --engine pytorch"
         ) from None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or machine.cpu_count()
+    options.intra_op_num_threads = threads or hardware.cpu_count()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

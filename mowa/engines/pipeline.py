@@ -24,13 +24,13 @@ from threading import Event
 import numpy as np
 
 from mowa.data import audio
-from mowa.data.decoders import AudioBytes
-from mowa.data.speech import MIN_TAIL_S, Window, split_windows
+from mowa.data.audio.decoders import AudioBytes
+from mowa.data.audio.vad import MIN_TAIL_S, Window, split_windows
 from mowa.decode import ctc
 from mowa.engines.protocol import Engine, batch_by_length, hop_length, num_frames
 from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import AudioError, ModelError, MowaError
-from mowa.nouns import Example, Segment, Transcript
+from mowa.types import Example, Segment, Transcript
 
 PREFETCH_BATCHES = 8  # batches' worth of windows read before they are sorted by length
 MIN_TURN_GAP_S = 0.8  # who is silent so long on a channel of their own may have been answered on another

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mowa.nouns import Origin, Preprocessing, Vocabulary
+from mowa.types import Origin, Preprocessing, Vocabulary
 
 
 class BatchPolicy(Enum):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ENGINES = ("native", "onnx", "auto")
+ENGINES = ("pytorch", "onnx", "auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class EngineSpec:
     adapter: Path | None = None
     revision: str | None = None
     offline: bool = False
-    engine: str = "native"
+    engine: str = "pytorch"
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None

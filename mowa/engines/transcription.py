@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from mowa.adapt import store
+from mowa.adapters import checkpoint
 from mowa.data import audio
-from mowa.engines import choose, native, pipeline
-from mowa.engines.choose import EngineChoice
-from mowa.engines.native import PyTorchEngine
+from mowa.engines import pipeline, pytorch, selection
 from mowa.engines.pipeline import Failure
 from mowa.engines.protocol import Engine
+from mowa.engines.pytorch import PyTorchEngine
+from mowa.engines.selection import EngineChoice
 from mowa.engines.settings import EngineSpec, TranscriptionSettings
 from mowa.errors import AudioError
-from mowa.export import is_export, read_artifact
-from mowa.files import MODEL_ALIASES
-from mowa.loading.speech import load
-from mowa.nouns import Example, Model, Transcript
+from mowa.exporters import is_export, read_artifact
+from mowa.io.hub import MODEL_ALIASES
+from mowa.loading.ctc import load
+from mowa.types import Example, Model, Transcript
 
 DEFAULT_MODEL = "pl-tiny"
 
@@ -52,11 +52,11 @@ def transcribe(
     engine: Engine
     how: Any = {"device": device, "dtype": dtype, "threads": threads}
     if isinstance(model, str) and (folder := resolve_artifact(model)) is not None:
-        engine = choose.open_artifact(folder, adapter=adapter, **how).engine
+        engine = selection.open_artifact(folder, adapter=adapter, **how).engine
     else:
         if not isinstance(model, PyTorchEngine):
             loaded = load(model or resolve_base_model(adapter)) if model is None or isinstance(model, str) else model
-            model = native.open_engine(loaded, **how)
+            model = pytorch.open_engine(loaded, **how)
         engine = model.with_adapter(adapter)
     alone = isinstance(files, str | Path)
     if alone and Path(str(files)).is_dir():
@@ -75,9 +75,9 @@ def load_engine(spec: EngineSpec) -> EngineChoice:
     """The engine that was asked for, loaded, and why it is this one. Raises as `load` and `choose.engine` do."""
     how: Any = {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads, "adapter": spec.adapter}
     if (folder := resolve_artifact(spec.model)) is not None:
-        return choose.open_artifact(folder, name=spec.engine, **how)
+        return selection.open_artifact(folder, name=spec.engine, **how)
     model = load(spec.model, revision=spec.revision, offline=spec.offline)
-    return choose.select_engine(model, name=spec.engine, **how)
+    return selection.select_engine(model, name=spec.engine, **how)
 
 
 def resolve_artifact(name: str) -> Path | None:
@@ -92,7 +92,7 @@ def resolve_artifact(name: str) -> Path | None:
 
 def resolve_base_model(adapter: str | Path | None) -> str:
     """By which name the model loads that `adapter` (a folder) was made over; pl-tiny without one."""
-    return DEFAULT_MODEL if adapter is None else store.read_adapter(adapter).base.load_name
+    return DEFAULT_MODEL if adapter is None else checkpoint.read_adapter(adapter).base.load_name
 
 
 def iter_transcripts(

@@ -6,7 +6,7 @@ Tensors are named as a bare encoder saves them; a checkpoint with a head puts `b
 from __future__ import annotations
 
 from mowa.families.registry import register
-from mowa.nouns import Family
+from mowa.types import Family
 
 NO_LM_HEAD = "an embedding has no head over a vocabulary"
 PACKING_UNSUPPORTED = "its mask knows padding, and no bounds between documents"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from mowa.families.llama import LLAMA
 from mowa.families.mixtral import EXPERTS_UNSUPPORTED
 from mowa.families.registry import register
-from mowa.nouns import Family
+from mowa.types import Family
 
 _LINEARS = {
     "attention": ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mowa.families.llama import LLAMA
 from mowa.families.registry import register
-from mowa.nouns import Family
+from mowa.types import Family
 
 TURN = ("<start_of_turn>model\n", "<end_of_turn>")
 _GEMMA3_SWAPS = {"rms_norm_plus_one": ("Gemma3RMSNorm",), "geglu": ("Gemma3MLP",)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mowa.families.registry import register
-from mowa.nouns import Family
+from mowa.types import Family
 
 HUBERT = register(
     Family(

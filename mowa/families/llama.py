@@ -7,7 +7,7 @@ Their chat templates are of their makers: llama-2, llama-3, ChatML; so only Smol
 from __future__ import annotations
 
 from mowa.families.registry import register
-from mowa.nouns import Family
+from mowa.types import Family
 
 LLAMA = register(
     Family(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from mowa.families.llama import LLAMA
 from mowa.families.registry import register
-from mowa.nouns import Family
+from mowa.types import Family
 
 TURN = ("[/INST]", "</s>")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mowa.families.llama import LLAMA
 from mowa.families.mistral import TURN
 from mowa.families.registry import register
-from mowa.nouns import Family
+from mowa.types import Family
 
 EXPERTS_UNSUPPORTED = "they are one tensor a block, no linears: LoRA sits beside them, and they stay as they are"
 

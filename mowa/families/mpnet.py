@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mowa.families.bert import NO_LM_HEAD, PACKING_UNSUPPORTED
 from mowa.families.registry import register
-from mowa.nouns import Family
+from mowa.types import Family
 
 MPNET = register(
     Family(

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from mowa.errors import ModelError
-from mowa.nouns import Family
+from mowa.types import Family
 
 log = logging.getLogger("mowa")
 

@@ -6,7 +6,7 @@ Front-ends with group norm (`base`) and with layer norm (`large-lv60`, XLSR) are
 from __future__ import annotations
 
 from mowa.families.registry import register
-from mowa.nouns import Family
+from mowa.types import Family
 
 WAV2VEC2 = register(
     Family(

@@ -7,7 +7,7 @@ of one of them (LoRA, int8) would be silently by-passed: `linears` names only th
 from __future__ import annotations
 
 from mowa.families.registry import register
-from mowa.nouns import Family
+from mowa.types import Family
 
 WAVLM = register(
     Family(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mowa.files import resolve_model
-from mowa.loading import speech, text
+from mowa.io.hub import resolve_model
+from mowa.loading import causal, ctc
 from mowa.loading.checkpoint import read_family
-from mowa.loading.speech import read_preprocessing, read_vocabulary
-from mowa.nouns import Family
+from mowa.loading.ctc import read_preprocessing, read_vocabulary
+from mowa.types import Family
 
 __all__ = ["load", "read_preprocessing", "read_vocabulary"]
 
@@ -31,11 +31,9 @@ def load(
 
     def vet(folder: Path) -> Family:
         hears = read_family(folder).task == "ctc"
-        return speech.read_ctc_family(folder, require_head=require_head) if hears else text.read_causal_family(folder)
+        return ctc.read_ctc_family(folder, require_head=require_head) if hears else causal.read_causal_family(folder)
 
     origin = resolve_model(name, revision=revision, offline=offline, validate=vet)
     if vet(origin.folder).task == "ctc":
-        return speech.load(
-            name, revision=revision, dtype=dtype, device=device, offline=offline, require_head=require_head
-        )
-    return text.load(name, revision=revision, dtype=dtype, device=device, offline=offline)
+        return ctc.load(name, revision=revision, dtype=dtype, device=device, offline=offline, require_head=require_head)
+    return causal.load(name, revision=revision, dtype=dtype, device=device, offline=offline)

@@ -10,8 +10,10 @@ import torch
 
 from mowa.errors import ModelError
 from mowa.families import get_family
-from mowa.files import ensure_safetensors, read_json, silence_transformers
-from mowa.nouns import Family
+from mowa.io.atomic import read_json
+from mowa.io.hub import silence_transformers
+from mowa.io.weights import ensure_safetensors
+from mowa.types import Family
 
 DTYPES = ("float32", "bfloat16", "float16")
 

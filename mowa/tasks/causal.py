@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mowa.nouns import IGNORE_INDEX
+from mowa.types import IGNORE_INDEX
 
 PAD_MULTIPLE = 64  # rows are padded to multiples of this, so that a processor meets few shapes
 

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mowa.data.text import normalize_text
-from mowa.errors import DataError, MissingDependency
-from mowa.nouns import IGNORE_INDEX, Preprocessing, Vocabulary
+from mowa.errors import DataError
+from mowa.types import IGNORE_INDEX, Preprocessing, Vocabulary
 
 SPECIAL_TOKENS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 WORD_DELIMITER = "|"
@@ -93,38 +92,3 @@ def ctc_losses(logits: torch.Tensor, num_frames: torch.Tensor, labels: torch.Ten
 def min_frames(ids: Sequence[int]) -> int:
     """The fewest frames that can say these labels: one each, and a blank between two of the same."""
     return len(ids) + sum(a == b for a, b in pairwise(ids))
-
-
-def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
-    """Word and character error rate (jiwer), lower-cased, punctuation stripped: {"wer", "cer"}, 1.0 = all wrong."""
-    try:
-        import jiwer
-    except ImportError:
-        raise MissingDependency("jiwer is needed to measure error rates: pip install 'mowa[evaluate]'") from None
-    said, heard = [normalize_text(text) for text in references], [normalize_text(text) for text in hypotheses]
-    return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)}
-
-
-def bootstrap_intervals(
-    references: Sequence[str],
-    hypotheses: Sequence[str],
-    *,
-    n_resamples: int = 1000,
-    confidence_level: float = 0.95,
-    seed: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """Of both error rates, where they lie in `level` of `draws` resamplings of the recordings (bootstrap)."""
-    import jiwer
-
-    said, heard = [normalize_text(text) for text in references], [normalize_text(text) for text in hypotheses]
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(said), (n_resamples, len(said)))
-    out = {}
-    for name, measure in (("wer", jiwer.process_words), ("cer", jiwer.process_characters)):
-        seen = [measure(a, b) for a, b in zip(said, heard, strict=True)]
-        wrong = np.array([one.substitutions + one.deletions + one.insertions for one in seen])
-        total = np.array([one.substitutions + one.deletions + one.hits for one in seen])
-        rates = wrong[drawn].sum(1) / np.maximum(1, total[drawn].sum(1))
-        low, high = np.quantile(rates, [(1 - confidence_level) / 2, (1 + confidence_level) / 2])
-        out[name] = (float(low), float(high))
-    return out

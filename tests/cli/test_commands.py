@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mowa.cli import reference
+from mowa.cli import docs_pages
 from mowa.cli.main import main
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -17,7 +17,7 @@ def run(capsys, *arguments):
 
 
 def test_docs_are_what_the_commands_say():
-    assert (DOCS / "cli.md").read_text() == reference.render_cli_page(), "run `make docs`"
+    assert (DOCS / "cli.md").read_text() == docs_pages.render_cli_page(), "run `make docs`"
 
 
 def test_models(capsys, tmp_path, monkeypatch):

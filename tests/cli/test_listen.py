@@ -16,12 +16,12 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mowa.cli import listen, screen
+from mowa.cli import listen, live_display
 from mowa.cli.main import main
 from mowa.data import audio
-from mowa.data.live import AudioBlock, AudioChunk, AudioSource
+from mowa.data.inputs.source import AudioBlock, AudioChunk, AudioSource
 from mowa.errors import AudioError
-from mowa.nouns import Segment, Word
+from mowa.types import Segment, Word
 
 ROOT = Path(__file__).parents[2]
 MODEL = ["--model", str(ROOT / "tests" / "assets" / "micro"), "--threads", "1", "--dtype", "float32"]
@@ -127,11 +127,11 @@ def plays(monkeypatch, pieces, *, after=None, ends=False, lost_s=0.0):
 @pytest.fixture(scope="module")
 def heard(sound):
     """The words of the first five seconds, as a stream says them."""
-    from mowa.engines import live
+    from mowa.engines import streaming
     from mowa.engines.settings import EngineSpec
     from mowa.engines.transcription import load_engine
 
-    stream = live.stream(load_engine(EngineSpec(MODEL[1], dtype="float32", threads=1)).engine)
+    stream = streaming.stream(load_engine(EngineSpec(MODEL[1], dtype="float32", threads=1)).engine)
     segments = [*stream.feed(sound[: 5 * RATE_HZ]), *stream.close()]
     return " ".join(segment.text for segment in segments if segment.is_final and segment.text)
 
@@ -323,7 +323,7 @@ class Emulator:
             elif code != "\r":
                 self.rows[self.at] += code
                 self.dimmed += code if self.dim else ""
-                assert screen.display_width(self.rows[self.at]) < self.width
+                assert live_display.display_width(self.rows[self.at]) < self.width
 
 
 words = st.lists(st.text(alphabet="aąż字e\u0301", min_size=1, max_size=14), max_size=4).map(" ".join)
@@ -335,16 +335,16 @@ feeds = st.lists(st.lists(st.tuples(words, st.sampled_from(["final", "ends", "pa
 def test_what_is_final_stays_on_the_terminal(fed, width):
     with pytest.MonkeyPatch.context() as patch:
         emulator = Emulator(width)
-        patch.setattr(screen.click, "echo", lambda text, nl: emulator.write(text))
-        patch.setattr(screen.shutil, "get_terminal_size", lambda: os.terminal_size((width, 24)))
-        shown, final = screen.LiveDisplay("waiting"), []
+        patch.setattr(live_display.click, "echo", lambda text, nl: emulator.write(text))
+        patch.setattr(live_display.shutil, "get_terminal_size", lambda: os.terminal_size((width, 24)))
+        shown, final = live_display.LiveDisplay("waiting"), []
         for feed in fed:
             segments = [said(text, final=kind != "partial", ends=kind == "ends") for text, kind in feed]
             shown.update(segments, "0:42 heard")
             final += [segment.text for segment in segments if segment.is_final]
             open_ = segments[-1].text if segments and not segments[-1].is_final else ""
             everything = "".join(emulator.rows).replace(" ", "")
-            if screen.display_width(open_) < width - 1:
+            if live_display.display_width(open_) < width - 1:
                 assert open_.replace(" ", "") in everything
             assert everything.startswith("".join(final).replace(" ", ""))
         shown.close()
@@ -353,9 +353,9 @@ def test_what_is_final_stays_on_the_terminal(fed, width):
 
 def test_partial_words_are_dim_and_final_ones_are_not(monkeypatch):
     emulator = Emulator(40)
-    monkeypatch.setattr(screen.click, "echo", lambda text, nl: emulator.write(text))
-    monkeypatch.setattr(screen.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
-    shown = screen.LiveDisplay("waiting")
+    monkeypatch.setattr(live_display.click, "echo", lambda text, nl: emulator.write(text))
+    monkeypatch.setattr(live_display.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    shown = live_display.LiveDisplay("waiting")
     emulator.dimmed = ""
     shown.update([said("ala ma"), said("kota i psa", final=False)], "status")
     assert emulator.rows == ["ala ma kota i psa", "status"]

@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mowa import loading
-from mowa.cli import knobs, reference
+from mowa.cli import docs_pages, recipe_options
 from mowa.cli.main import main
 from mowa.cli.train import train
-from mowa.nouns import Model
-from mowa.train import parallel, schema, tuning
-from mowa.train.instruct import CausalRecipe
+from mowa.training.config import ctc, schema
+from mowa.training.config.causal import CausalRecipe
+from mowa.training.distributed import launch as parallel
+from mowa.types import Model
 from tests.checkpoints import corpus, tiny
-from tests.turns import LEAVES, OWN, TEXT, another, trees
+from tests.data.chat.templates import LEAVES, OWN, TEXT, another, trees
 
 ROOT = Path(__file__).parents[2]
 LEAST = {"model": "m", "data": {"train": "a.jsonl"}}
@@ -34,13 +35,13 @@ def run(capsys, *arguments):
 
 def flags(leaf, value):
     """A knob as one would write it on the command line."""
-    flag = knobs.flag_name(leaf)
+    flag = recipe_options.flag_name(leaf)
     if leaf.hint is bool:
         return [flag if value else f"--no-{flag[2:]}"]
     if isinstance(value, dict):
         pairs = (f"{escaped(key, ',= ')}={escaped(item, ',')}" for key, item in value.items())
         return [f"{flag}={','.join(pairs)}"]
-    if leaf.hint == tuple[tuning.DataSource, ...]:
+    if leaf.hint == tuple[ctc.DataSource, ...]:
         written = (
             part["path"] + ("@" + part["split"] if part["split"] or "@" in part["path"] else "") for part in value
         )
@@ -55,7 +56,7 @@ def escaped(text, signs):
 
 
 def turned(arguments):
-    return knobs.collect_overrides(train.make_context("train", list(arguments)))  # click empties the list
+    return recipe_options.collect_overrides(train.make_context("train", list(arguments)))  # click empties the list
 
 
 # --- flags ⇄ YAML -----------------------------------------------------------------------------------------------------
@@ -63,9 +64,9 @@ def turned(arguments):
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.dotted != "task"], ids=lambda leaf: leaf.dotted)
 def test_a_flag_turns_the_knob_that_yaml_turns_and_no_other(leaf):
-    by_yaml = tuning.parse(schema.apply_overrides(LEAST, {leaf.dotted: another(leaf)}), "yaml")
-    by_flag = tuning.parse(schema.apply_overrides(LEAST, turned(flags(leaf, another(leaf)))), "flags")
-    assert by_flag == by_yaml != tuning.parse(LEAST, "neither")
+    by_yaml = ctc.parse(schema.apply_overrides(LEAST, {leaf.dotted: another(leaf)}), "yaml")
+    by_flag = ctc.parse(schema.apply_overrides(LEAST, turned(flags(leaf, another(leaf)))), "flags")
+    assert by_flag == by_yaml != ctc.parse(LEAST, "neither")
 
 
 @settings(max_examples=20, deadline=None)
@@ -75,8 +76,8 @@ def test_a_whole_recipe_in_flags(turns):
         for part in turns[f"data.{name}"]:
             part |= {"share": 0.0, "split": part["split"].translate(dict.fromkeys(map(ord, "/.@")))}
     arguments = [flag for leaf in LEAVES for flag in flags(leaf, turns[leaf.dotted])]
-    by_flags = tuning.parse(schema.apply_overrides({}, turned(arguments)), "flags")
-    assert by_flags == tuning.parse(schema.apply_overrides({}, turns), "yaml")
+    by_flags = ctc.parse(schema.apply_overrides({}, turned(arguments)), "flags")
+    assert by_flags == ctc.parse(schema.apply_overrides({}, turns), "yaml")
 
 
 @settings(max_examples=50, deadline=None)
@@ -119,11 +120,11 @@ def test_recordings_as_people_write_them(given, part):
 
 def test_everyday_flags_stand_for_their_knobs():
     leaf_of = {leaf.dotted: leaf for leaf in LEAVES}
-    for name, dotted in knobs.KEY_BY_FLAG.items():
+    for name, dotted in recipe_options.KEY_BY_FLAG.items():
         if dotted == "task":  # which has one word here, and another for texts
             continue
         said = flags(leaf_of[dotted], another(leaf_of[dotted]))
-        short = [flag.replace(knobs.flag_name(leaf_of[dotted]), f"--{name}", 1) for flag in said]
+        short = [flag.replace(recipe_options.flag_name(leaf_of[dotted]), f"--{name}", 1) for flag in said]
         assert turned(short) == turned(said)
         assert set(turned(said)) == {dotted}
 
@@ -168,14 +169,14 @@ def test_dry_run_prints_the_recipe_that_the_flags_made(capsys, recipe):
     code, out, err = run(capsys, recipe, "--dry-run", "--steps", 9, "--train", "top-2", "--no-watch.frozen")
     assert (code, err) == (0, "")
     expected = {"optimise.steps": 9, "train": "top-2", "watch.frozen": False}
-    assert tuning.parse(yaml.safe_load(out), "printed") == tuning.read_recipe(recipe, expected)
-    assert tuning.read_recipe(recipe, expected).optimizer.max_grad_norm == 2.0
+    assert ctc.parse(yaml.safe_load(out), "printed") == ctc.read_recipe(recipe, expected)
+    assert ctc.read_recipe(recipe, expected).optimizer.max_grad_norm == 2.0
 
 
 def test_dry_run_without_a_recipe_and_of_one_from_nothing(capsys):
     code, out, _ = run(capsys, "--dry-run", "--model", "m", "--data", "a.jsonl")
     assert code == 0
-    assert tuning.parse(yaml.safe_load(out), "printed") == tuning.parse(LEAST, "least")
+    assert ctc.parse(yaml.safe_load(out), "printed") == ctc.parse(LEAST, "least")
     code, out, _ = run(capsys, FRESH, "--dry-run")
     assert code == 0
     assert yaml.safe_load(out)["stages"][0]["name"] == "letters"
@@ -193,7 +194,7 @@ def test_knobs_lists_them_all(capsys):
 
 def test_help_shows_the_everyday_ones_alone():
     text = CliRunner().invoke(train, ["--help"]).output
-    assert all(f"--{name} " in text for name in knobs.KEY_BY_FLAG)
+    assert all(f"--{name} " in text for name in recipe_options.KEY_BY_FLAG)
     assert "--optimise." not in text.split("Options:")[1]
     assert "[optimise.seed; default: 0]" in " ".join(text.split())
 
@@ -251,9 +252,9 @@ def calls(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     tune = SimpleNamespace(tune=lambda plan, model, out, *, threads: seen.append(("tune", plan, model, out, threads)))
-    monkeypatch.setitem(sys.modules, "mowa.train.tune", tune)
-    monkeypatch.setattr("mowa.train.tune", tune, raising=False)
-    monkeypatch.setattr("mowa.loading.speech.load", lambda name, **how: Model(name, None, None, None, how))
+    monkeypatch.setitem(sys.modules, "mowa.training.ctc.trainer", tune)
+    monkeypatch.setattr("mowa.training.ctc.trainer", tune, raising=False)
+    monkeypatch.setattr("mowa.loading.ctc.load", lambda name, **how: Model(name, None, None, None, how))
     launch = lambda plan, out, *, threads: seen.append(("launch", plan, out, threads))  # noqa: E731
     monkeypatch.setattr(parallel, "launch_workers", launch)
     return seen
@@ -263,14 +264,14 @@ def calls(monkeypatch):
 def test_one_process_loads_and_tunes(capsys, recipe, calls, tmp_path, vocabulary, head):
     out = tmp_path / "out"
     code, said, _ = run(capsys, recipe, "-o", out, "--vocabulary", vocabulary, "--threads", 3)
-    plan = tuning.read_recipe(recipe, {"vocabulary": vocabulary})
+    plan = ctc.read_recipe(recipe, {"vocabulary": vocabulary})
     assert calls == [("tune", plan, Model("m", None, None, None, {"head": head}), out, 3)]
     assert (code, said) == (0, f"{out}\n")
 
 
 def test_several_are_launched_and_the_first_of_them_says_where(capsys, monkeypatch, recipe, calls, tmp_path):
     out = tmp_path / "out"
-    plan = tuning.read_recipe(recipe, {"parallel.devices": 2})
+    plan = ctc.read_recipe(recipe, {"parallel.devices": 2})
     assert run(capsys, recipe, "-o", out, "--devices", 2)[:2] == (0, "")
     assert calls == [("launch", plan, out, None)]
     calls.clear()
@@ -292,7 +293,7 @@ def test_from_flags_to_a_checkpoint(capsys, tmp_path):
     )
     assert code == 0, err
     assert out.splitlines()[-1] == str(tmp_path / "out")  # behind what deepspeed says, where it is installed
-    assert tuning.read_recipe(tmp_path / "out" / "recipe.yaml").optimizer.max_steps == 2
+    assert ctc.read_recipe(tmp_path / "out" / "recipe.yaml").optimizer.max_steps == 2
     assert len(loading.load(str(tmp_path / "out")).vocabulary) > 0
 
 
@@ -300,23 +301,23 @@ def test_from_flags_to_a_checkpoint(capsys, tmp_path):
 
 
 def test_docs_are_what_the_classes_say():
-    assert (ROOT / "docs" / "recipes.md").read_text() == reference.render_recipes_page(), "run `make docs`"
+    assert (ROOT / "docs" / "recipes.md").read_text() == docs_pages.render_recipes_page(), "run `make docs`"
 
 
 def test_docs_show_every_knob_with_its_default():
-    rows = [line.split(" | ") for line in reference.render_recipes_page().splitlines() if line.startswith("| `")]
+    rows = [line.split(" | ") for line in docs_pages.render_recipes_page().splitlines() if line.startswith("| `")]
     found = {(row[0][3:-1], row[2].strip("`| ")) for row in rows}
-    assert {(leaf.path[-1], knobs.format_default(leaf)) for leaf in LEAVES} <= found
+    assert {(leaf.path[-1], recipe_options.format_default(leaf)) for leaf in LEAVES} <= found
 
 
 def test_the_page_that_is_out_of_date_is_named(tmp_path):
-    reference.main([str(tmp_path)])
-    reference.main([str(tmp_path), "--check"])
+    docs_pages.main([str(tmp_path)])
+    docs_pages.main([str(tmp_path), "--check"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cli.md", "recipes.md"]
     (tmp_path / "recipes.md").write_text("old")
     with pytest.raises(SystemExit, match=r"recipes\.md out of date: run `make docs`$"):
-        reference.main([str(tmp_path), "--check"])
-    reference.main(["--check", str(tmp_path / "cli.md")])
+        docs_pages.main([str(tmp_path), "--check"])
+    docs_pages.main(["--check", str(tmp_path / "cli.md")])
 
 
 def test_what_is_drawn_reaches_every_knob():

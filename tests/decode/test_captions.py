@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mowa.decode import captions
 from mowa.errors import DataError
-from mowa.nouns import Character, Segment, Transcript, Word
+from mowa.types import Character, Segment, Transcript, Word
 
 # No digits, braces or backslashes: pysubs2 reads SubStation markup out of them. The hand-written cases have them.
 LABELS = st.text("aąbcćzżó&<>\"'-?", min_size=1, max_size=60)

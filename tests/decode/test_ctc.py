@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from mowa.decode import ctc
 from mowa.errors import ModelError
-from mowa.nouns import Character, Vocabulary, Word
+from mowa.types import Character, Vocabulary, Word
 
 TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "|", "a", "b", "ł", "ó", "sz", "-", "'")
 POLISH = Vocabulary(TOKENS, blank=0, delimiter=4, specials=frozenset({1, 2, 3}))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mowa.decode.stream import STEP_SAMPLES, EndpointConfig, TranscriptionStream
 from mowa.errors import AudioError, ModelError
-from mowa.nouns import Vocabulary
+from mowa.types import Vocabulary
 
 TOKENS = ("<pad>", "|", "a", "b", "c")
 WORDS = Vocabulary(TOKENS, blank=0, delimiter=1, specials=frozenset())

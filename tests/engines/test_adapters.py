@@ -6,10 +6,10 @@ import soundfile
 import torch
 
 import mowa
-from mowa.adapt import merge, store
+from mowa.adapters import checkpoint, merge
 from mowa.engines import protocol
 from mowa.errors import ModelError
-from tests.adapt.made import OTHER, logits, saved
+from tests.adapters.made import OTHER, logits, saved
 from tests.checkpoints import clip, tiny
 
 KINDS = {"medical": ("lora", None), "cyrillic": ("lora", OTHER), "court": ("adapters", OTHER)}
@@ -40,7 +40,7 @@ def recording(tmp_path_factory):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_name_reads_as_the_merged_checkpoint_does(engine, folders, recording, tmp_path, name):
-    adapted = store.load_adapter(mowa.load(str(folders / "base")), folders / name)
+    adapted = checkpoint.load_adapter(mowa.load(str(folders / "base")), folders / name)
     with merge.atomic_checkpoint(merge.merge_adapter(adapted), tmp_path / "whole"):
         pass
     whole = mowa.transcribe(recording, str(tmp_path / "whole"), device="cpu", dtype="float32", **ALL)

@@ -9,13 +9,13 @@ import pytest
 import soundfile
 
 import mowa
-from mowa.engines import corpus
-from mowa.engines.journal import ResultsFile
+from mowa.engines import batch
+from mowa.engines.results import ResultsFile
 from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import DataError
-from mowa.nouns import Example
+from mowa.types import Example
 from tests.checkpoints import tiny
-from tests.data.test_audio import ENCODERS, encode, tone
+from tests.data.audio.test_reader import ENCODERS, encode, tone
 
 CONTAINERS = ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.m4a", "a.webm", "a.opus", "a.aiff"]
 
@@ -63,8 +63,8 @@ def test_two_hundred_broken_files_of_a_container(tmp_path, name):
         file.write_bytes(broken(original, rng))
         examples.append(Example(str(number), str(file), "", 0.0))
     settings = TranscriptionSettings(vad_threshold=0.0)
-    with ResultsFile.open(tmp_path / "j.jsonl", corpus.build_header(engine, settings)) as journal:
-        counts = corpus.transcribe_corpus(examples, engine, settings, journal, decode_threads=2)
+    with ResultsFile.open(tmp_path / "j.jsonl", batch.build_header(engine, settings)) as journal:
+        counts = batch.transcribe_corpus(examples, engine, settings, journal, decode_threads=2)
     rows = [json.loads(line) for line in (tmp_path / "j.jsonl").read_text().splitlines()][1:]
     assert sorted(int(row["id"]) for row in rows) == list(range(200))
     assert counts["done"] + counts["failed"] == 200
@@ -79,23 +79,23 @@ def test_what_crashes_its_decoder_is_a_line_when_the_run_goes_on(tmp_path, monke
     soundfile.write(tmp_path / "evil.wav", tone(0.5), 16_000)
     engine = mowa.open_engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
     settings, path = TranscriptionSettings(vad_threshold=0.0), tmp_path / "j.jsonl"
-    header = corpus.build_header(engine, settings)
+    header = batch.build_header(engine, settings)
     book = ResultsFile.open(path, header)
     for name in ("good", "evil"):
         book.mark_started(name)
     book._file.close()  # killed: no mark was taken back
-    real = corpus.subprocess.run
+    real = batch.subprocess.run
 
     def run(command, **how):
         if command[-1].endswith("evil.wav"):
             command = [command[0], "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"]
         return real(command, **how)
 
-    monkeypatch.setattr(corpus.subprocess, "run", run)
+    monkeypatch.setattr(batch.subprocess, "run", run)
     examples = [Example(name, str(tmp_path / f"{name}.wav"), "", 0.0) for name in ("good", "evil", "new")]
     with ResultsFile.open(path, header) as book:
         assert book.suspect_ids == {"good", "evil"}
-        corpus.transcribe_corpus(examples, engine, settings, book)
+        batch.transcribe_corpus(examples, engine, settings, book)
     rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines()[1:])}
     assert "crashes its decoder (signal 11)" in rows["evil"]["error"]
     assert "text" in rows["good"]
@@ -114,8 +114,8 @@ def test_decoding_ahead_in_many_threads_changes_no_batch(tmp_path):
     for decoders in (1, 4):
         path = tmp_path / f"{decoders}.jsonl"
         settings = TranscriptionSettings(vad_threshold=0.0, batch_s=4)
-        with ResultsFile.open(path, corpus.build_header(engine, settings)) as journal:
-            corpus.transcribe_corpus(examples, engine, settings, journal, decode_threads=decoders)
+        with ResultsFile.open(path, batch.build_header(engine, settings)) as journal:
+            batch.transcribe_corpus(examples, engine, settings, journal, decode_threads=decoders)
         found.append(sorted(path.read_text().splitlines()))
     assert found[0] == found[1]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("mowa-decode")]
@@ -133,8 +133,8 @@ def test_addresses_are_opened_only_when_asked(tmp_path):
     here = Example("here", str(tmp_path / "a.flac"), "", 0.0)
     for remote in (False, True):
         path = tmp_path / f"{remote}.jsonl"
-        with ResultsFile.open(path, corpus.build_header(engine, settings)) as journal:
-            corpus.transcribe_corpus([*examples, here], engine, settings, journal, allow_remote=remote)
+        with ResultsFile.open(path, batch.build_header(engine, settings)) as journal:
+            batch.transcribe_corpus([*examples, here], engine, settings, journal, allow_remote=remote)
         rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines()[1:])}
         if not remote:
             assert "Say --remote" in rows["a"]["error"]
@@ -154,7 +154,7 @@ def test_what_a_manifest_gives_before_it_breaks_is_done(tmp_path, size):
         raise DataError("line 9: broken JSON")
 
     settings = TranscriptionSettings(vad_threshold=0.0)
-    with ResultsFile.open(tmp_path / "j.jsonl", corpus.build_header(engine, settings)) as journal:
+    with ResultsFile.open(tmp_path / "j.jsonl", batch.build_header(engine, settings)) as journal:
         with pytest.raises(DataError, match="line 9"):
-            corpus.transcribe_corpus(listed(), engine, settings, journal)
+            batch.transcribe_corpus(listed(), engine, settings, journal)
         assert journal.done_ids == set(map(str, range(size)))

@@ -7,14 +7,14 @@ import pytest
 import soundfile
 
 import mowa
-from mowa.adapt import store
+from mowa.adapters import checkpoint
 from mowa.data import audio
 from mowa.engines import onnx, protocol
 from mowa.engines.protocol import BatchPolicy
 from mowa.errors import MissingDependency, ModelError
-from mowa.export import export
-from mowa.shrink import quantize
-from tests.adapt.made import OTHER, saved
+from mowa.exporters import export
+from mowa.quantization import quantize
+from tests.adapters.made import OTHER, saved
 from tests.checkpoints import clip
 from tests.checkpoints import tiny as whole_tiny
 
@@ -104,7 +104,7 @@ def test_another_models_weights_and_every_adapter_are_exports_of_their_own(tmp_p
     base = tiny(tmp_path / "base")
     saved(base, "lora", tmp_path / "adapter", words=OTHER)
     model = mowa.load(str(base))
-    plain, adapted = onnx.open_engine(model), onnx.open_engine(store.load_adapter(model, tmp_path / "adapter"))
+    plain, adapted = onnx.open_engine(model), onnx.open_engine(checkpoint.load_adapter(model, tmp_path / "adapter"))
     assert len(list(cache.iterdir())) == 2
     assert adapted.vocabulary == OTHER
     native = mowa.open_engine(mowa.load(str(base)), device="cpu", dtype="float32")

@@ -13,7 +13,7 @@ from mowa.data import audio
 from mowa.engines import protocol
 from mowa.engines.transcription import Failure, TranscriptionSettings
 from mowa.errors import AudioError, ModelError
-from mowa.tasks.ctc import error_rates
+from mowa.tasks.metrics import error_rates
 
 SAMPLE = Path(mowa.__file__).parent / "assets" / "sample.flac"
 SAID = json.loads(SAMPLE.with_suffix(".json").read_text())

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import mowa
-from mowa.export import export
-from mowa.shrink import quantize
+from mowa.exporters import export
+from mowa.quantization import quantize
 from tests.checkpoints import tiny
-from tests.shrunk import QUICK
+from tests.quantized import QUICK
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WITHOUT = ("mowa", "torch", "transformers")

@@ -7,9 +7,9 @@ import pytest
 import soundfile
 
 import mowa
-from mowa.export import export
+from mowa.exporters import export
 from tests.checkpoints import tiny
-from tests.shrunk import QUICK
+from tests.quantized import QUICK
 
 
 def test_the_text_is_mowas(run_alone, masked, sample):

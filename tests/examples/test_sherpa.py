@@ -8,10 +8,10 @@ import soundfile
 import torch
 
 import mowa
-from mowa.export import export
-from mowa.nouns import Model
+from mowa.exporters import export
+from mowa.types import Model
 from tests.checkpoints import tiny
-from tests.shrunk import QUICK
+from tests.quantized import QUICK
 
 pytest.importorskip("sherpa_onnx", reason="sherpa-onnx is not installed: pip install sherpa-onnx")
 BLANK = 7  # sherpa-onnx takes 0 for it where tokens.txt does not say

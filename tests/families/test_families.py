@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mowa.families import get_family, list_families, list_model_types
-from mowa.nouns import Family
+from mowa.types import Family
 from tests.checkpoints import SMALLEST
 from tests.families.tiny import CAUSAL, EMBEDDING, TEXT, VISION, VOCABULARY, tiny
 

@@ -13,7 +13,7 @@ import pytest
 
 from mowa.errors import ModelError
 from mowa.families import get_family, list_families, list_family_names, list_model_types, register, resolve_family
-from mowa.nouns import Family
+from mowa.types import Family
 
 CALLED = {
     "meta-llama/Llama-2-7b-chat-hf": "llama",
@@ -241,7 +241,7 @@ def test_the_families_need_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-HEAD = "from mowa.nouns import Family\n"
+HEAD = "from mowa.types import Family\n"
 FAMILY = "Family(name='{0}', model_types=('{0}',), task='causal', blocks=(), linears={{}}, aliases=('{0}-[0-9]+b',))"
 
 

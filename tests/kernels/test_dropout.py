@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mowa.families.patch import fast_dropout
-from mowa.kernels.attention import AttentionMask, attend
+from mowa.kernels.attention.dispatch import AttentionMask, attend
+from mowa.kernels.attention.varlen import PackedSequences
 from mowa.kernels.dropout import cpu_dropout, sample_keep_mask
-from mowa.kernels.segments import PackedSequences
+from mowa.models.ctc_encoder.fast_training import fast_dropout
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])

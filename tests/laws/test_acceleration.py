@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mowa.families import accelerate
+from mowa.models.causal import accelerate
 from mowa.tasks import causal
 from tests.families.tiny import CAUSAL, tiny
 from tests.tasks.test_causal import rows

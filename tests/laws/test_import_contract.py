@@ -34,9 +34,9 @@ def snapshot():
     return found
 
 def train(out):
-    from tests.data.tokenizers import tokenizer as made
+    from tests.data.chat.tokenizers import tokenizer as made
     import mowa
-    from mowa.train import plans
+    from mowa.training import plans
 
     tokenizer = made("chatml")
     torch.manual_seed(0)

@@ -6,8 +6,9 @@ import pytest
 from transformers import pipeline
 
 import mowa
-from mowa.data import audio, synth
-from mowa.files import MODEL_ALIASES
+from mowa.data import audio
+from mowa.io.hub import MODEL_ALIASES
+from projects.pl_tiny import synth
 
 SENTENCES = [
     "W starym domu nad rzeką mieszkał samotny zegarmistrz.",

@@ -6,7 +6,7 @@ from transformers import AutoModelForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureE
 
 from mowa.errors import DataError
 from mowa.loading import load
-from mowa.tasks import ctc
+from mowa.tasks import ctc, metrics
 from tests.checkpoints import TOKENS, clip, tiny
 
 
@@ -39,7 +39,7 @@ def test_labels_are_the_tokenizers(tmp_path):
 
 def test_error_rates_are_jiwers():
     said, heard = ["Ala ma kota.", "Cóż – to!"], ["ala ma koty", "cóż"]
-    rates = ctc.error_rates(said, heard)
+    rates = metrics.error_rates(said, heard)
     assert rates["wer"] == pytest.approx(jiwer.wer(["ala ma kota", "cóż to"], heard)) == pytest.approx(2 / 5)
     assert rates["cer"] == pytest.approx(jiwer.cer(["ala ma kota", "cóż to"], heard))
     assert np.isfinite(list(rates.values())).all()

@@ -1,0 +1,109 @@
+"""Live words on a terminal: what is final stays, what may change is dim after it, and below is how things stand.
+
+The last row of words, one more for what may change, and the line below are drawn again and again; all above them is
+written once. No row is wider than the terminal, as one that wraps could not be taken back.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import unicodedata
+from collections.abc import Sequence
+
+import click
+
+from mowa.types import Segment
+
+REFRESH_INTERVAL_S = 0.1  # words are shown at once; the line below them is only so new
+_CLEAR, _ABOVE = "\r\x1b[2K", "\x1b[1A\x1b[2K"  # this row; the one above, where the cursor stays
+
+
+class LiveDisplay:
+    """It draws from the beginning, and until `end` nobody else may write to the terminal."""
+
+    def __init__(self, status: str = "") -> None:
+        self._row, self._open, self._status = "", "", status
+        self._drawn_s, self._rows = 0.0, 0
+        click.echo(self._drawing(), nl=False)
+
+    def update(self, segments: Sequence[Segment], status: str) -> None:
+        """What a feed brought, in its order; then `status`."""
+        done: list[str] = []
+        for segment in segments:
+            words = [word.text for word in segment.words]
+            if not segment.is_final:
+                self._open = " ".join(words)
+                continue
+            self._open = ""
+            for word in words:
+                done += self._add(word)
+            if segment.is_endpoint and self._row:
+                done.append(self._row)
+                self._row = ""
+        self._status = status
+        if segments or time.monotonic() - self._drawn_s >= REFRESH_INTERVAL_S:
+            click.echo(self._back() + "".join(f"{row}\n" for row in done) + self._drawing(), nl=False)
+
+    def close(self) -> None:
+        """Only the final words stay."""
+        click.echo(self._back() + (f"{self._row}\n" if self._row else ""), nl=False)
+
+    def _add(self, word: str) -> list[str]:
+        """A final word, at the end of the row → rows that are full."""
+        longer = f"{self._row} {word}" if self._row else word
+        if display_width(longer) <= _width():
+            self._row = longer
+            return []
+        full, self._row = [self._row] if self._row else [], word
+        while display_width(self._row) > _width():
+            head = _head(self._row, _width())
+            full.append(head)
+            self._row = self._row[len(head) :]
+        return full
+
+    def _back(self) -> str:
+        return _CLEAR + _ABOVE * self._rows
+
+    def _drawing(self) -> str:
+        self._drawn_s, width = time.monotonic(), _width()
+        first, rest = self._row, self._open.split()
+        beside: list[str] = []
+        while rest and display_width(" ".join([first, *beside, rest[0]]).lstrip()) <= width:
+            beside.append(rest.pop(0))
+        rows = [f"{first}{' ' if first and beside else ''}{_dim(' '.join(beside))}"]
+        if rest:
+            rows.append(_dim(_tail(" ".join(rest), width)))
+        self._rows = len(rows)
+        return "".join(f"{row}\n" for row in rows) + _dim(_head(self._status, width))
+
+
+def display_width(text: str) -> int:
+    """How wide a terminal shows it: Chinese and its like are two columns each, marks over letters none."""
+    return sum(0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in "WF") for one in text)
+
+
+def _width() -> int:
+    return max(2, shutil.get_terminal_size().columns - 1)  # some terminals wrap as soon as the last column is written
+
+
+def _head(text: str, width: int) -> str:
+    """As much of the beginning as `width` columns hold."""
+    size = len(text)
+    while display_width(text[:size]) > width:
+        size -= 1
+    return text[:size]
+
+
+def _tail(text: str, width: int) -> str:
+    """The text, or where there is no room for it, its end: that was said last."""
+    if display_width(text) <= width:
+        return text
+    start = 0
+    while display_width(text[start:]) > width - 1:
+        start += 1
+    return f"…{text[start:]}"
+
+
+def _dim(text: str) -> str:
+    return click.style(text, dim=True) if text else ""

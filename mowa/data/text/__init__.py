@@ -1,0 +1,5 @@
+"""Normalize transcripts and map them to the characters of a vocabulary.
+
+`normalize` gives the form in which texts are compared and scored; `alphabet` builds vocabularies and maps characters
+outside them.
+"""

@@ -1,0 +1,48 @@
+"""What engines over an export have in common: the manifest says what the net is and how it is fed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mowa.types import Artifact, Origin, Preprocessing, Vocabulary
+
+
+@dataclass(frozen=True)
+class ArtifactEngine:
+    """The part of `protocol.Engine` that an artifact answers."""
+
+    artifact: Artifact
+
+    @property
+    def origin(self) -> Origin:
+        return self.artifact.origin
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.artifact.vocabulary
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.artifact.preprocessing
+
+    @property
+    def config(self) -> Any:
+        return self.artifact.config
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @property
+    def scheme(self) -> str:
+        return self.artifact.scheme.name
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, in place."""
+    logits -= logits.max(-1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    return logits

@@ -1,6 +1,0 @@
-"""Models as other programs run them, each compared with the net before its folder is there."""
-
-from mowa.export.manifest import is_export, read_artifact
-from mowa.export.protocol import FORMATS, export
-
-__all__ = ["FORMATS", "export", "is_export", "read_artifact"]

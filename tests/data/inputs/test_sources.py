@@ -1,0 +1,553 @@
+"""Sources of live sound, the bound between them and who hears, and what is said where they fail."""
+
+import http.server
+import io
+import os
+import pty
+import socket
+import struct
+import sys
+import threading
+import time
+import types
+from contextlib import contextmanager
+
+import av
+import numpy as np
+import pytest
+import soundfile
+
+from mowa.data import audio
+from mowa.data.audio.decoders import AudioBytes
+from mowa.data.inputs import microphone, stdin
+from mowa.data.inputs import source as live
+from mowa.data.inputs.source import AudioChunk, AudioSource, BufferedSource
+from mowa.errors import AudioError, MissingDependency
+
+RATE_HZ = 16_000
+
+
+def clip(seed, samples):
+    return np.random.default_rng(seed).uniform(-0.3, 0.3, samples).astype(np.float32)
+
+
+def heard(source, **how):
+    with BufferedSource(source, **how) as blocks:
+        found = list(blocks)
+    return np.concatenate([block.samples for block in found])
+
+
+def failing(source):
+    """What came before the failure, and its line."""
+    found = []
+    with BufferedSource(source) as blocks, pytest.raises(AudioError) as wrong:
+        found.extend(block.samples for block in blocks)
+    assert "\n" not in str(wrong.value)
+    return np.concatenate([np.zeros(0, np.float32), *found]), str(wrong.value)
+
+
+def counting(count, *, waits, after=lambda given: None):
+    """A source of pieces of 25 samples, each filled with its number."""
+
+    def pieces(rate_hz):
+        for number in range(count):
+            yield AudioChunk(np.full(25, number, np.float32), rate_hz, time.monotonic())
+            after(number + 1)
+
+    return AudioSource("counting", pieces, pausable=waits)
+
+
+# --- the bound --------------------------------------------------------------------------------------------------------
+
+
+def test_a_source_that_waits_is_never_more_than_the_bound_ahead():
+    given = [0]
+    source = counting(60, waits=True, after=lambda number: given.__setitem__(0, number))
+    taken, most = 0, 0
+    with BufferedSource(source, 1000, max_buffer_s=0.25) as blocks:
+        for block in blocks:
+            assert block.samples[0] == taken
+            assert not block.lost_s
+            taken += 1
+            most = max(most, blocks.buffered_s)
+            time.sleep(0.002)
+            assert given[0] <= taken + 10
+    assert taken == 60
+    assert most <= 0.25
+    assert blocks.dropped_s == 0
+
+
+def test_a_source_that_cannot_wait_drops_the_oldest_and_counts_it():
+    full = threading.Event()
+    source = counting(95, waits=False, after=lambda number: number == 95 and full.set())
+    with BufferedSource(source, 1000, max_buffer_s=0.25) as blocks:
+        assert full.wait(10)
+        assert blocks.buffered_s <= 0.25
+        found = list(blocks)
+    assert [block.samples[0] for block in found] == [90, 91, 92, 93, 94]
+    assert [block.lost_s for block in found] == pytest.approx([2.25, 0, 0, 0, 0])
+    assert blocks.dropped_s == pytest.approx(2.25)
+
+
+def test_what_is_held_still_comes_after_finish():
+    full = threading.Event()
+    source = counting(60, waits=True, after=lambda number: number == 10 and full.set())
+    with BufferedSource(source, 1000, max_buffer_s=0.25) as blocks:
+        iterator = iter(blocks)
+        first = next(iterator)
+        assert full.wait(10)
+        blocks.stop()
+        rest = list(iterator)
+    assert 9 <= len([first, *rest]) <= 12
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [(AudioError("gone"), "gone"), (OSError(5, "Input/output error"), "counting: cannot be read (Input/output error)")],
+)
+def test_failures_come_out_after_what_was_heard(failure, line):
+    def fail(number):
+        if number == 3:
+            raise failure
+
+    samples, said = failing(counting(9, waits=True, after=fail))
+    assert len(samples) == 75
+    assert said == line
+
+
+def test_a_bug_is_no_audio_error():
+    def fail(number):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), BufferedSource(counting(2, waits=True, after=fail)) as blocks:
+        list(blocks)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path):
+    soundfile.write(tmp_path / "one.wav", clip(0, 20_000), RATE_HZ)
+    return tmp_path / "one.wav"
+
+
+class Clock:
+    """A time that passes only while somebody sleeps, and then too long."""
+
+    def __init__(self):
+        self.now_s, self.slept = 100.0, 0
+
+    def monotonic(self):
+        return self.now_s
+
+    def sleep(self, seconds):
+        self.slept += 1
+        self.now_s += seconds + 0.001
+
+
+@pytest.mark.parametrize("speed", [1.0, 4.0])
+def test_simulated_pieces_come_when_they_would_have_been_recorded(file, monkeypatch, speed):
+    clock = Clock()
+    monkeypatch.setattr(live, "time", clock)
+    position = 0
+    for piece in live.open_realtime_file(file, speed).open_stream(RATE_HZ):
+        position += len(piece.samples)
+        assert piece.captured_at_s == pytest.approx(100 + position / RATE_HZ / speed)
+        assert 0 <= clock.now_s - piece.captured_at_s < 0.0011  # late once, and never more
+    assert position == 20_000
+    assert clock.slept >= 20_000 // 512
+
+
+def test_simulated_is_never_early(file):
+    begun_s = time.monotonic()
+    assert np.array_equal(heard(live.open_realtime_file(file, speed=20)), audio.load_audio(file))
+    assert time.monotonic() - begun_s >= 1.25 / 20
+
+
+def test_a_file_is_what_audio_reads(file):
+    assert np.array_equal(heard(live.open_file(file)), audio.load_audio(file))
+
+
+@pytest.mark.parametrize("source", [live.open_file, live.open_realtime_file])
+def test_files_that_are_none(tmp_path, source):
+    for name, word in (("lost.wav", "does not exist"), ("", "is a folder")):
+        with pytest.raises(AudioError, match=word):
+            source(tmp_path / name)
+
+
+# --- standard input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """Bytes → standard input, a real pipe, into which a thread writes them in pieces."""
+    reads, threads = [], []
+
+    def feed(data, piece=3000):
+        read, write = os.pipe()
+
+        def run():
+            with open(write, "wb", buffering=0) as out:
+                for start in range(0, len(data), piece):
+                    try:
+                        out.write(data[start : start + piece])
+                    except BrokenPipeError:
+                        return
+
+        reads.append(open(read, "rb", buffering=0))  # noqa: SIM115
+        threads.append(threading.Thread(target=run))
+        monkeypatch.setattr(sys, "stdin", reads[-1])
+        threads[-1].start()
+
+    yield feed
+    for file in reads:
+        file.close()
+    for thread in threads:
+        thread.join()
+
+
+def written(samples, rate_hz=RATE_HZ, **how):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate_hz, **how)
+    return file.getvalue()
+
+
+def encoded(samples, form, codec, rate_hz=RATE_HZ):
+    """As FFmpeg writes into a pipe: nothing is mended afterwards."""
+    data = []
+    sink = types.SimpleNamespace(write=lambda piece: data.append(bytes(piece)) or len(piece))
+    with av.open(sink, "w", format=form) as container:
+        track = container.add_stream(codec, rate=rate_hz, layout="mono")
+        frame = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16)[None], "s16", "mono")
+        frame.rate = rate_hz
+        for one in [*av.AudioResampler(track.format, "mono", rate_hz).resample(frame)]:
+            container.mux(track.encode(one))
+        container.mux(track.encode(None))
+    return b"".join(data)
+
+
+def raw(samples):
+    return (samples * 32768).round().astype("<i2").tobytes()
+
+
+SOUND = clip(3, 24_001)
+RECORDINGS = {
+    "wav": lambda: written(SOUND, format="WAV", subtype="PCM_16"),
+    "wav of 24 bits": lambda: written(SOUND, format="WAV", subtype="PCM_24"),
+    "wav from a pipe": lambda: encoded(SOUND, "wav", "pcm_s16le"),
+    "flac": lambda: written(SOUND, format="FLAC"),
+    "ogg": lambda: written(SOUND, format="OGG"),
+    "mp3": lambda: written(SOUND, format="MP3"),
+    "matroska": lambda: encoded(SOUND, "matroska", "pcm_s16le"),
+    "adts": lambda: encoded(SOUND, "adts", "aac"),
+    "mpegts": lambda: encoded(SOUND, "mpegts", "aac"),
+}
+
+
+def same_as(samples, recording, more=0):
+    """Bit for bit what `audio` reads; `more` samples of padding may follow, where a pipe cannot say."""
+    wanted = audio.load_audio(recording)
+    assert len(wanted) <= len(samples) <= len(wanted) + more
+    assert bool((samples[: len(wanted)] == wanted).all())
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_recordings_come_through_a_pipe_as_from_a_file(pipe, name):
+    data = RECORDINGS[name]()
+    assert stdin.is_container(data[:2048])
+    pipe(data)
+    same_as(heard(stdin.open_stdin()), AudioBytes(name, data), more=512 if name == "mp3" else 0)
+
+
+@pytest.mark.parametrize("piece", [1, 4097, 10**6])
+def test_raw_samples_come_through_a_pipe(pipe, piece):
+    data = raw(SOUND[:3001]) + b"\x01"  # half a sample is none
+    pipe(data, piece)
+    assert np.array_equal(heard(stdin.open_stdin()), np.frombuffer(data[:-1], "<i2") / np.float32(32768))
+
+
+@pytest.mark.parametrize(("rate_hz", "channels"), [(8_000, 1), (44_100, 2), (48_000, 1)])
+def test_other_rates_are_resampled(pipe, rate_hz, channels):
+    tone = np.sin(np.arange(rate_hz) * 2 * np.pi * 440 / rate_hz).astype(np.float32) * 0.5
+    pipe(written(np.stack([tone] * channels, 1), rate_hz, format="WAV"))
+    samples = heard(stdin.open_stdin())
+    assert abs(len(samples) - RATE_HZ) <= 1
+    wanted = np.sin(np.arange(RATE_HZ) * 2 * np.pi * 440 / RATE_HZ) * 0.5
+    assert np.abs(samples[800:15_000] - wanted[800:15_000]).max() < 1e-3
+    if channels == 1:
+        pipe(raw(tone))
+        assert np.abs(heard(stdin.open_stdin(rate_hz)) - samples).max() < 1e-4
+
+
+def test_the_rate_may_change_on_the_way():
+    tone = [np.sin(np.arange(rate) * 0.5).astype(np.float32) for rate in (8000, 16_000, 48_000)]
+    pieces = [AudioChunk(one, len(one), 0.0, 0.5 * at) for at, one in enumerate(tone)]
+    with BufferedSource(AudioSource("changing", lambda rate_hz: (piece for piece in pieces)), RATE_HZ) as bounded:
+        blocks = list(bounded)
+    assert abs(sum(len(block.samples) for block in blocks) - 3 * RATE_HZ) <= 2
+    assert sum(block.lost_s for block in blocks) == 1.5
+    assert max(len(block.samples) for block in blocks) <= 512
+
+
+def test_wrong_standard_input(pipe, monkeypatch):
+    whole = written(SOUND, format="WAV")
+    for data, rate_hz, word in (
+        (b"", None, "ended before any sound came"),
+        (b"OggS" + bytes(3000), None, "gives no sound"),
+        (whole, 8000, "is a recording of 16000 Hz, not 8000 Hz"),
+        (whole[: len(whole) // 2], None, "is cut off: its header promises 1.5 s, 0.7 s came"),
+    ):
+        pipe(data)
+        samples, line = failing(stdin.open_stdin(rate_hz))
+        assert line.startswith("standard input: ")
+        assert word in line
+        assert bool(len(samples)) == ("cut off" in word)
+    leader, follower = pty.openpty()
+    with open(leader, "rb", buffering=0), open(follower, "rb", buffering=0) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        with pytest.raises(AudioError, match="nothing is piped in"):
+            stdin.open_stdin()
+
+
+def test_samples_are_not_taken_for_recordings():
+    rng = np.random.default_rng(0)
+    for start in (b"\xff\xfb\x90\x64", b"\xff\xff\xff\xff", b"\xff\xf1\x50\x80", b"\x47\x00", b"\x00\x00", b""):
+        for size in (0, 63, 4097):
+            noise = rng.integers(-3, 3, size).astype("<i2").tobytes()
+            assert not stdin.is_container((start + noise)[:2048])
+
+
+# --- addresses --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(answers):
+    """An HTTP server of this machine: path → bytes, or None: it never answers."""
+    done = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            data = answers.get(self.path.partition("?")[0], b"")
+            if data is None:
+                done.wait(10)
+                return
+            self.send_response(200 if data else 404)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as here:
+        thread = threading.Thread(target=here.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://somebody:secret@127.0.0.1:{here.server_port}"
+        done.set()
+        here.shutdown()
+        thread.join()
+
+
+def test_sound_over_http():
+    data = written(np.stack([SOUND, SOUND], 1), format="OGG")
+    with server({"/a.ogg": data}) as url:
+        source = live.open_url(f"{url}/a.ogg?key=1")
+        assert source.pausable
+        same_as(heard(source), AudioBytes("a.ogg", data))
+
+
+def test_addresses_that_give_nothing(monkeypatch):
+    monkeypatch.setattr(live, "TIMEOUT_S", 0.3)
+    with server({"/silent": None, "/text": b"no sound " * 999}) as url:
+        for path, word in (("/silent", "nothing came for 0.3 s"), ("/lost", "404"), ("/text", "gives no sound")):
+            samples, line = failing(live.open_url(f"{url}{path}?key=1"))
+            assert not len(samples)
+            assert word in line
+            assert "secret" not in line
+            assert "key" not in line
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        assert "Connection refused" in failing(live.open_url(f"http://127.0.0.1:{closed.getsockname()[1]}/"))[1]
+    with pytest.raises(AudioError, match="is no address that sound comes from"):
+        live.open_url("file:///etc/passwd")
+
+
+def test_a_playlist_opens_no_file(tmp_path):
+    part = encoded(SOUND, "mpegts", "aac")
+    (tmp_path / "part.ts").write_bytes(part)
+    listed = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{}\n#EXT-X-ENDLIST\n".format
+    there, here = listed("part.ts").encode(), listed((tmp_path / "part.ts").as_uri()).encode()
+    with server({"/there.m3u8": there, "/part.ts": part, "/here.m3u8": here}) as url:
+        assert len(heard(live.open_url(f"{url}/there.m3u8"))) > 20_000
+        assert not len(failing(live.open_url(f"{url}/here.m3u8"))[0])
+
+
+def test_sound_over_rtp():
+    """Packets as RFC 3550 has them, of G.711 μ-law: 8 kHz, 20 ms each."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1] & ~1
+        done = threading.Event()
+
+        def send():
+            number = 0
+            while not done.wait(0.005):
+                head = struct.pack(">BBHII", 0x80, 0, number & 0xFFFF, 160 * number, 7)
+                out.sendto(head + bytes([0x80 if number % 2 else 0x00] * 160), ("127.0.0.1", port))
+                number += 1
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        source, count, loudest = live.open_url(f"rtp://127.0.0.1:{port}"), 0, 0.0
+        try:
+            with BufferedSource(source) as blocks:
+                for block in blocks:
+                    count += len(block.samples)
+                    loudest = max(loudest, np.abs(block.samples).max())
+                    if count > RATE_HZ:
+                        break
+        finally:
+            done.set()
+            thread.join()
+    assert not source.pausable
+    assert loudest > 0.9
+
+
+# --- microphones ------------------------------------------------------------------------------------------------------
+
+
+class PortAudioError(Exception):
+    pass
+
+
+def fake(names=("Built-in", "USB one", "USB two"), *, rates=(16_000,), least=1, plays=(), ends="unplugged"):
+    """A sounddevice whose microphones give the arrays of `plays` [n, channels], at once, and then end."""
+    opened = []
+
+    def check(device, channels, dtype, samplerate):
+        if samplerate not in rates or channels < least:
+            raise PortAudioError("Invalid sample rate [PaErrorCode -9997]", -9997)
+
+    class InputStream:
+        def __init__(self, *, callback, finished_callback, **how):
+            opened.append(how)
+            self.callback, self.finished = callback, finished_callback
+            if ends == "taken":
+                raise PortAudioError("Device unavailable [PaErrorCode -9985]", -9985)
+
+        def __enter__(self):
+            def run():
+                at_s = 5.0
+                for sound, lost_s in plays:
+                    at_s += lost_s
+                    when = types.SimpleNamespace(inputBufferAdcTime=at_s)
+                    self.callback(sound, len(sound), when, types.SimpleNamespace(input_overflow=lost_s > 0))
+                    at_s += len(sound) / opened[-1]["samplerate"]
+                if ends == "unplugged":
+                    self.finished()
+
+            self.thread = threading.Thread(target=run)
+            self.thread.start()
+            return self
+
+        def __exit__(self, *_):
+            self.thread.join()
+            self.finished()
+
+    there = [{"name": "Speaker", "max_input_channels": 0, "default_samplerate": 48_000.0}]
+    there += [{"name": name, "max_input_channels": 2, "default_samplerate": 48_000.0} for name in names]
+    return types.SimpleNamespace(
+        default=types.SimpleNamespace(device=(2 if len(names) > 1 else -1, 0)),
+        query_devices=lambda: there,
+        check_input_settings=check,
+        InputStream=InputStream,
+        PortAudioError=PortAudioError,
+        opened=opened,
+    )
+
+
+@pytest.fixture
+def with_fake(monkeypatch):
+    def put(**how):
+        module = fake(**how)
+        monkeypatch.setitem(sys.modules, "sounddevice", module)
+        return module
+
+    return put
+
+
+def test_a_microphone_is_heard_until_it_is_unplugged(with_fake):
+    module = with_fake(plays=[(SOUND[start : start + 512, None], 0.0) for start in range(0, 8192, 512)])
+    source = microphone.open_microphone()
+    assert (source.pausable, source.finite) == (False, False)
+    samples, line = failing(source)
+    assert np.array_equal(samples, SOUND[:8192])
+    assert line == "microphone USB one: gives no sound any more after 0.5 s. Is it plugged in?"
+    assert module.opened[0] == {"samplerate": RATE_HZ, "blocksize": 512, "device": 2, "channels": 1, "dtype": "float32"}
+
+
+def test_a_microphone_that_falls_silent_is_unplugged(with_fake, monkeypatch):
+    monkeypatch.setattr(microphone, "TIMEOUT_S", 0.05)
+    with_fake(plays=[(SOUND[:512, None], 0.0)], ends="silent")
+    samples, line = failing(microphone.open_microphone())
+    assert len(samples) == 512
+    assert "gives no sound any more" in line
+
+
+def test_a_microphone_with_its_own_rate_and_channels(with_fake):
+    tone = np.sin(np.arange(48_000) * 2 * np.pi * 440 / 48_000).astype(np.float32)
+    both = np.stack([tone, np.zeros_like(tone)], 1)
+    module = with_fake(rates=(48_000,), least=2, plays=[(both[at : at + 1536], 0.0) for at in range(0, 48_000, 1536)])
+    samples, _ = failing(microphone.open_microphone("usb TWO"))
+    assert (module.opened[0]["samplerate"], module.opened[0]["channels"], module.opened[0]["device"]) == (48_000, 2, 3)
+    assert abs(len(samples) - RATE_HZ) <= 1
+    assert np.abs(samples).max() == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_overflow_is_counted(with_fake):
+    with_fake(plays=[(SOUND[:512, None], 0.0), (SOUND[:512, None], 0.25), (SOUND[:512, None], 0.0)])
+    lost = []
+    with BufferedSource(microphone.open_microphone()) as blocks, pytest.raises(AudioError):
+        lost.extend(block.lost_s for block in blocks)
+    assert lost == pytest.approx([0.0, 0.25, 0.0])
+
+
+def test_microphones_that_are_not_there(with_fake):
+    with_fake(names=())
+    with pytest.raises(AudioError, match=r"^there is no microphone here\. Plug one in, or pipe sound in"):
+        microphone.open_microphone()
+    with_fake()
+    for name, line in (
+        ("radio", "there is no microphone 'radio': choose by number among 1 Built-in; 2 USB one; 3 USB two"),
+        ("0", "there is no microphone '0': choose"),
+        ("usb", "2 microphones are called 'usb': choose by number among 2 USB one; 3 USB two"),
+    ):
+        with pytest.raises(AudioError) as wrong:
+            microphone.open_microphone(name)
+        assert str(wrong.value).startswith(line)
+    with_fake(rates=())
+    assert (
+        "cannot be opened; is another program using it? (Invalid sample rate"
+        in failing(microphone.open_microphone())[1]
+    )
+    with_fake(ends="taken")
+    assert "is another program using it? (Device unavailable" in failing(microphone.open_microphone())[1]
+
+
+def test_the_only_microphone_is_the_default_one(with_fake):
+    with_fake(names=("Built-in",))
+    assert microphone.open_microphone().name == "microphone Built-in"
+    assert [one.default for one in microphone.list_microphones()] == [False]
+
+
+def test_without_sounddevice_or_portaudio(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'mowa\[live\]'"):
+        microphone.open_microphone()
+    (tmp_path / "sounddevice.py").write_text("raise OSError('PortAudio library not found')")
+    monkeypatch.delitem(sys.modules, "sounddevice")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingDependency, match="apt-get install libportaudio2"):
+        microphone.list_microphones()

@@ -1,0 +1,183 @@
+"""The journal: what was whole stays whole, wherever a run ended; nothing is mixed, and nobody writes beside another."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mowa.engines import results as room
+from mowa.engines.pipeline import Failure
+from mowa.engines.results import ResultsFile
+from mowa.errors import AudioError, DataError
+from mowa.types import Example, Segment, Transcript, Word
+
+HEADER = {"model": {"name": "tiny", "sha256": "ab"}, "settings": {"speech": 0.1}, "versions": {"mowa": "1"}}
+
+
+def example(number: int) -> Example:
+    return Example(f"clip-{number}", f"{number}.wav", "", 0.0)
+
+
+def said(text: str) -> Transcript:
+    word = Word(text, 0.0, 0.5, 0.9)
+    return Transcript("x.wav", text, 1.0, (Segment(text, 0.0, 0.5, (word,), 0.9),))
+
+
+def failed(number: int) -> Failure:
+    return Failure(f"{number}.wav", AudioError(f"{number}.wav: is empty."))
+
+
+def written(path: Path, texts: list[str]) -> bytes:
+    path.unlink(missing_ok=True)
+    with ResultsFile.open(path, HEADER) as book:
+        for number, text in enumerate(texts):
+            book.add(example(number), said(text) if text else failed(number))
+    return path.read_bytes()
+
+
+def test_a_line_says_how_it_went(tmp_path):
+    written(tmp_path / "j.jsonl", ["dzień dobry", ""])
+    header, first, second = map(json.loads, (tmp_path / "j.jsonl").read_text().splitlines())
+    assert header["journal"] == 1
+    assert header["settings"] == {"speech": 0.1}
+    assert (first["id"], first["file"], first["text"], first["duration_s"]) == ("clip-0", "0.wav", "dzień dobry", 1.0)
+    assert second == {"id": "clip-1", "file": "1.wav", "error": "1.wav: is empty."}
+    assert room.parse_transcript(first, header).words[0].text == "dzień dobry"
+
+
+@given(texts=st.lists(st.text(max_size=8), min_size=1, max_size=6), share=st.floats(0, 1))
+def test_torn_anywhere_it_is_mended_and_gone_on_with(tmp_path_factory, texts, share):
+    path = tmp_path_factory.mktemp("torn") / "j.jsonl"
+    whole = written(path, texts)
+    path.write_bytes(whole[: int(share * len(whole))])
+    with ResultsFile.open(path, HEADER) as book:
+        for number, text in enumerate(texts):
+            if f"clip-{number}" not in book.done_ids:
+                book.add(example(number), said(text) if text else failed(number))
+    assert path.read_bytes() == whole
+
+
+def test_what_failed_is_done_again_only_when_asked(tmp_path):
+    path = tmp_path / "j.jsonl"
+    written(path, ["a", "", "b", ""])
+    with ResultsFile.open(path, HEADER) as book:
+        assert (len(book.done_ids), book.num_failed) == (4, 2)
+    with ResultsFile.open(path, HEADER, retry_failed=True) as book:
+        assert book.done_ids == {"clip-0", "clip-2"}
+        with pytest.raises(DataError, match="another process is writing"):
+            ResultsFile.open(path, HEADER)
+        book.add(example(1), said("c"))
+    assert [row["id"] for row in room.read_records(path)] == ["clip-0", "clip-2", "clip-1"]
+    assert [file.name for file in tmp_path.iterdir()] == ["j.jsonl"]
+
+
+def test_a_second_writer_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
+    path = tmp_path / "j.jsonl"
+    code = (
+        "import os, sys, time; from pathlib import Path; from mowa.engines.results import Journal\n"
+        f"book = Journal.open(Path({str(path)!r}), {HEADER!r}); print('open', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(DataError, match="another process is writing to it"):
+            ResultsFile.open(path, HEADER)
+    finally:
+        other.kill()
+        other.communicate()
+    ResultsFile.open(path, HEADER).close()
+
+
+@pytest.mark.parametrize(
+    ("turned", "reason"),
+    [
+        ({"settings": {"speech": 0.5}}, r"speech: 0.1 → 0.5"),
+        ({"model": {"name": "tiny", "sha256": "cd"}}, "sha256: ab → cd"),
+        ({"shard": "2/4"}, "shard: none → 2/4"),
+    ],
+)
+def test_other_settings_are_refused_and_nothing_is_touched(tmp_path, turned, reason):
+    path = tmp_path / "j.jsonl"
+    before = written(path, ["a"])
+    with pytest.raises(DataError, match=reason):
+        ResultsFile.open(path, HEADER | turned)
+    assert path.read_bytes() == before
+    ResultsFile.open(path, HEADER | {"versions": {"mowa": "2"}}).close()
+
+
+@pytest.mark.parametrize("content", [b"dear diary", b"dear\ndiary\n", b'{"file": "a"}\n', b"\0\0\0"])
+def test_what_is_no_journal_is_left_alone(tmp_path, content):
+    (tmp_path / "notes").write_bytes(content)
+    with pytest.raises(DataError, match="is no journal"):
+        ResultsFile.open(tmp_path / "notes", HEADER)
+    assert (tmp_path / "notes").read_bytes() == content
+
+
+def test_of_another_format(tmp_path):
+    (tmp_path / "j.jsonl").write_text('{"journal": 9}\n')
+    with pytest.raises(DataError, match="format 9"):
+        ResultsFile.open(tmp_path / "j.jsonl", HEADER)
+
+
+def test_damage_in_the_midst_is_named(tmp_path):
+    path = tmp_path / "j.jsonl"
+    lines = written(path, ["a", "b"]).splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\0\0\n" + lines[2])
+    with pytest.raises(DataError, match=r"j.jsonl:2: is damaged"):
+        ResultsFile.open(path, HEADER)
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    """The limit on a file's size fails as a full disk does, in the midst of a line."""
+    path = tmp_path / "j.jsonl"
+    code = (
+        "import resource, signal; from pathlib import Path; from tests.engines.test_results import *\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"written(Path({str(path)!r}), ['a' * 50] * 20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "cannot be written to (File too large)" in done.stderr.splitlines()[-2] + done.stderr.splitlines()[-1]
+    assert path.read_bytes().endswith(b"\n")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
+    there = list(room.read_records(path))
+    assert 0 < len(there) < 20
+    with ResultsFile.open(path, HEADER) as book:
+        assert len(book.done_ids) == len(there)
+
+
+def test_shards_come_together_and_what_succeeded_wins(tmp_path):
+    for shard, numbers in (("1/2", (0, 2)), ("2/2", (1, 2))):
+        with ResultsFile.open(tmp_path / shard[0], HEADER | {"shard": shard}) as book:
+            for number in numbers:
+                book.add(example(number), failed(number) if (shard, number) == ("1/2", 2) else said(f"w{number}"))
+    header, rows = room.merge_results([tmp_path / "1", tmp_path / "2"])
+    assert header["settings"] == HEADER["settings"]
+    assert "shard" not in header
+    assert [(row["id"], row.get("text")) for row in rows] == [("clip-0", "w0"), ("clip-1", "w1"), ("clip-2", "w2")]
+    with ResultsFile.open(tmp_path / "3", HEADER | {"settings": {"speech": 0.9}}):
+        pass
+    with pytest.raises(DataError, match="speech"):
+        room.merge_results([tmp_path / "1", tmp_path / "3"])
+
+
+def test_a_name_that_is_no_utf8_comes_back(tmp_path):
+    name = os.fsdecode(b"\xff.wav")
+    with ResultsFile.open(tmp_path / "j.jsonl", HEADER) as book:
+        book.mark_started(name)
+        book.add(Example(name, name, "", 0.0), said("a"))
+    with ResultsFile.open(tmp_path / "j.jsonl", HEADER) as book:
+        assert book.done_ids == {name}
+
+
+def test_no_place_for_it(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        ResultsFile.open(tmp_path / "file" / "j.jsonl", HEADER)
+    assert os.listdir(tmp_path) == ["file"]

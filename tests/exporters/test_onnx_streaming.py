@@ -1,0 +1,60 @@
+"""The graph of one chunk in onnxruntime: what the stock net says under its mask, whatever the chunk's size."""
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import mowa
+from mowa.errors import ModelError
+from mowa.exporters import export, manifest
+from mowa.exporters.onnx import exporter, streaming
+from mowa.exporters.prepare import prepare_for_export
+from mowa.models.ctc_encoder.chunk_mask import ChunkConfig
+from tests.checkpoints import clip
+from tests.checkpoints import tiny as whole_tiny
+
+pytest.importorskip("onnxscript")
+QUICK = {"conv_dim": (16,) * 3, "conv_kernel": (10, 8, 8), "conv_stride": (5, 8, 8), "num_hidden_layers": 1}
+TRAINED = {"chunk_frames": [16], "left_frames": None, "ahead_frames": [0, 8]}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("net")
+    model = mowa.load(str(whole_tiny(folder / "a", **QUICK, streaming=TRAINED)))
+    return model, export(model, "onnx", folder / "onnx").folder
+
+
+@pytest.mark.parametrize("how", [ChunkConfig(16, None, 8), ChunkConfig(1, 3), ChunkConfig(7, 20, 3), ChunkConfig(200)])
+def test_it_says_what_the_net_says(exported, how):
+    model, folder = exported
+    session = onnxruntime.InferenceSession(str(folder / streaming.CHUNK_GRAPH_FILE), providers=["CPUExecutionProvider"])
+    apart, agreeing = streaming.compare_chunked(prepare_for_export(model), session, clip(1, 30_001), how)
+    assert apart <= 1e-4
+    assert agreeing == 1
+
+
+def test_the_folder_names_and_guards_it(exported):
+    _, folder = exported
+    assert manifest.read_artifact(folder).details["chunk"] == streaming.CHUNK_GRAPH_FILE
+    (folder / streaming.CHUNK_GRAPH_FILE).write_bytes(b"damaged")
+    with pytest.raises(ModelError, match=r"chunk\.onnx is missing or damaged"):
+        manifest.read_artifact(folder)
+
+
+def test_a_net_that_was_not_trained_for_it_has_none(tmp_path):
+    model = mowa.load(str(whole_tiny(tmp_path / "a", **QUICK)))
+    folder = export(model, "onnx", tmp_path / "onnx").folder
+    assert manifest.read_artifact(folder).details["chunk"] is None
+    assert not (folder / streaming.CHUNK_GRAPH_FILE).exists()
+
+
+def test_front_ends_that_reach_far_are_exported(tmp_path):
+    """pl-tiny's first frame is made of 1040 samples."""
+    far = {"conv_dim": (16,) * 4, "conv_kernel": (400, 1, 3, 3), "conv_stride": (160, 1, 1, 2), "num_hidden_layers": 1}
+    model = mowa.load(str(whole_tiny(tmp_path / "a", **far)))
+    folder = export(model, "onnx", tmp_path / "onnx").folder
+    session = onnxruntime.InferenceSession(str(folder / exporter.GRAPH_FILE), providers=["CPUExecutionProvider"])
+    values = np.zeros((1, 1040), np.float32)
+    (logits,) = session.run(None, {"input_values": values, "attention_mask": np.ones((1, 1040), np.int64)})
+    assert logits.shape[1] == 1
