@@ -1,4 +1,4 @@
-"""Tiny shrunk models, made by hand: what they need of a scheme, without whatever chooses and calibrates."""
+"""Tiny quantized models, built without calibration or mixed-precision search."""
 
 import copy
 from dataclasses import replace
@@ -14,8 +14,8 @@ from mowa.kernels.quant.weights import quantize
 from mowa.types import Model, Scheme
 from tests.checkpoints import tiny
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # so that groups of 32 and 64 fill the rows
-QUICK = {"conv_dim": (16,) * 3, "conv_kernel": (10, 8, 8), "conv_stride": (5, 8, 8)}
+DIVISIBLE = {"hidden_size": 64, "intermediate_size": 128}  # rows are multiples of group sizes 32 and 64
+SHORT_FRONT_END = {"conv_dim": (16,) * 3, "conv_kernel": (10, 8, 8), "conv_stride": (5, 8, 8)}
 RANGE = (0.04, 117)
 SCHEMES = {
     "int8-dynamic": Scheme("int8-dynamic", "int8", "dynamic"),
@@ -28,10 +28,12 @@ SCHEMES = {
 }
 
 
-def shrunk(folder: Path, scheme: str, family: str = "wav2vec2", norm: str = "layer", **changes: object) -> Model:
-    """A random net of the family as `scheme` has it. mixed: feed-forward in int4, but for what it gives: float16."""
-    model = mowa.load(str(tiny(folder, family, norm, **WIDE | QUICK | changes)))
-    net, made = model.net, SCHEMES[scheme]
+def tiny_quantized(
+    folder: Path, scheme: str, family: str = "wav2vec2", norm: str = "layer", **changes: object
+) -> Model:
+    """Return a random model in `scheme`. mixed: first feed-forward linears in int4, second ones in float16."""
+    model = mowa.load(str(tiny(folder, family, norm, **DIVISIBLE | SHORT_FRONT_END | changes)))
+    net, parsed = model.net, SCHEMES[scheme]
     names = [name for group in model.family.linears.values() for name in group]
     for name, parameter in net.named_parameters():
         if parameter.ndim > 1 and name.rpartition(".")[0].rpartition(".")[2] not in names:
@@ -43,45 +45,51 @@ def shrunk(folder: Path, scheme: str, family: str = "wav2vec2", norm: str = "lay
         if scheme == "mixed" and leaf == "output_dense":
             linear.weight.data = linear.weight.data.half().float()
         elif scheme == "mixed" and leaf == "intermediate_dense":
-            net.set_submodule(name, narrow(linear, SCHEMES["int4-weight"]))
+            net.set_submodule(name, quantized_layer(linear, SCHEMES["int4-weight"]))
         else:
-            net.set_submodule(name, narrow(linear, SCHEMES["int8-dynamic"] if scheme == "mixed" else made))
+            net.set_submodule(name, quantized_layer(linear, SCHEMES["int8-dynamic"] if scheme == "mixed" else parsed))
     projection = net.base_model.feature_projection.projection
     net.base_model.feature_projection.projection = QuantizedLinear(
         quantize(projection.weight.data, 8, 16), projection.bias
     )
-    return replace(model, scheme=made)
+    return replace(model, scheme=parsed)
 
 
-def narrow(linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
+def quantized_layer(linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
     weight = linear.weight.detach()
     if scheme.weights == "nf4":
-        made = quantize_nf4(weight, scheme.group_size)
+        quantized = quantize_nf4(weight, scheme.group_size)
     else:
-        made = quantize(weight, int(scheme.weights[3:]), scheme.group_size, symmetric=scheme.symmetric)
-    return QuantizedLinear(made, linear.bias, scheme.activations, RANGE if scheme.activations == "static" else None)
+        quantized = quantize(weight, int(scheme.weights[3:]), scheme.group_size, symmetric=scheme.symmetric)
+    return QuantizedLinear(
+        quantized, linear.bias, scheme.activations, RANGE if scheme.activations == "static" else None
+    )
 
 
-def widened(net: nn.Module) -> nn.Module:
-    """A net of its own with plain linears of what the narrow ones stand for."""
+def dequantized_copy(net: nn.Module) -> nn.Module:
+    """Return a copy of the net in which quantized linears are dequantized to plain ones."""
     net = copy.deepcopy(net)
-    for name, linear in narrows(net).items():
-        made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
-        made.weight.data = linear.weight
+    for name, linear in quantized_linears(net).items():
+        plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+        plain.weight.data = linear.weight
         if linear.bias is not None:
-            made.bias.data = linear.bias
-        net.set_submodule(name, made)
+            plain.bias.data = linear.bias
+        net.set_submodule(name, plain)
     return net.eval().requires_grad_(False)
 
 
-def narrows(net: nn.Module) -> dict[str, QuantizedLinear]:
+def quantized_linears(net: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in net.named_modules() if isinstance(module, QuantizedLinear)}
 
 
-def same(one: QuantizedLinear, other: nn.Module) -> bool:
-    """Codes, scales, zeros, bias, range and how they are read, to the last bit."""
+def equal_linears(one: QuantizedLinear, other: nn.Module) -> bool:
+    """Whether both have the same settings and bit-identical tensors."""
     if not isinstance(other, QuantizedLinear):
         return False
     ours, theirs = one.state_dict(), other.state_dict()
-    how = [(m.bits, m.group_size, m.quant_type, m.activations) for m in (one, other)]
-    return how[0] == how[1] and ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    settings = [(m.bits, m.group_size, m.quant_type, m.activations) for m in (one, other)]
+    return (
+        settings[0] == settings[1]
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    )

@@ -1,4 +1,8 @@
-"""The architectures, one file each. Importing this package registers them all; it imports no torch."""
+"""Descriptions of the supported architectures, one file each: class names, linear layers, name patterns, limits.
+
+Start with `registry` (`resolve_family`, `get_family`) and `mowa.types.Family`. docs/add-a-family.md: how to add one.
+Importing this package registers all families and does not import torch.
+"""
 
 from mowa.families import (
     bert,

@@ -1,6 +1,6 @@
-"""BERT (arXiv:1810.04805) and the sentence encoders that are its net: MiniLM, BGE, E5, GTE.
+"""BERT (arXiv:1810.04805) and sentence encoders with its architecture: MiniLM, BGE, E5, GTE.
 
-Tensors are named as a bare encoder saves them; a checkpoint with a head puts `bert.` before them.
+Tensors have the names of a bare encoder; a checkpoint with a head has the prefix `bert.`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from mowa.families.registry import register
 from mowa.types import Family
 
-NO_LM_HEAD = "an embedding has no head over a vocabulary"
-PACKING_UNSUPPORTED = "its mask knows padding, and no bounds between documents"
+NO_LM_HEAD = "embedding models have no language-model head"
+PACKING_UNSUPPORTED = "its mask handles padding, but no boundaries between documents"
 
 BERT = register(
     Family(
@@ -17,7 +17,7 @@ BERT = register(
         model_types=("bert",),
         task="embedding",
         blocks=("BertLayer",),
-        # PEFT goes by suffixes, so `output.dense` is that of the attention as well.
+        # PEFT matches suffixes, so `output.dense` includes that of the attention.
         linears={
             "attention": ("query", "key", "value", "attention.output.dense"),
             "mlp": ("intermediate.dense", "output.dense"),
@@ -34,6 +34,6 @@ BERT = register(
             r"mxbai-embed-large",
         ),
         tensor_names={"block": "encoder.layer.{i}.", "embeddings": "embeddings.word_embeddings.weight"},
-        unsupported={"packing": PACKING_UNSUPPORTED, "fused_head": NO_LM_HEAD},
+        unsupported={"packing": PACKING_UNSUPPORTED, "fused_loss": NO_LM_HEAD},
     )
 )

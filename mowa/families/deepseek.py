@@ -1,7 +1,6 @@
-"""DeepSeek V2 and V3 (arXiv:2405.04434, 2412.19437), and R1 (arXiv:2501.12948), which is V3's net.
-
-Keys and values come from one small latent (MLA), and queries too except in V2-Lite, which has q_proj instead of
-q_a_proj and q_b_proj. The first blocks have an MLP, the others experts, some of them shared by all tokens.
+"""DeepSeek V2 and V3 (arXiv:2405.04434, arXiv:2412.19437), and R1 (arXiv:2501.12948), which has V3's architecture.
+ Keys and values are projected from a small latent (MLA), and so are queries except in V2-Lite, which has q_proj instead
+of q_a_proj and q_b_proj. The first blocks have an MLP, the others experts, some of them shared by all tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from mowa.types import Family
 
 _LINEARS = {
     "attention": ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
-    "mlp": LLAMA.linears["mlp"],  # of the first blocks, and of shared experts
+    "mlp": LLAMA.linears["mlp"],  # of the first blocks and of shared experts
 }
-_LIMITS = {"experts": EXPERTS_UNSUPPORTED}
-_END = "<｜end▁of▁sentence｜>"
+_UNSUPPORTED = {"experts": EXPERTS_UNSUPPORTED}
 
 DEEPSEEK_V2 = register(
     Family(
@@ -29,8 +27,7 @@ DEEPSEEK_V2 = register(
         name_patterns=(r"deepseek-(coder-)?v2(\.5)?",),
         fused_modules={"rms_norm": ("DeepseekV2RMSNorm",), "swiglu": ("DeepseekV2MLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=("Assistant:", _END),
-        unsupported=_LIMITS,
+        unsupported=_UNSUPPORTED,
     )
 )
 
@@ -45,7 +42,6 @@ DEEPSEEK_V3 = register(
         name_patterns=(r"deepseek-v3(\.1)?(?![.\d])", r"deepseek-r1(?!-distill)(?!.*qwen)"),
         fused_modules={"rms_norm": ("DeepseekV3RMSNorm",), "swiglu": ("DeepseekV3MLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=("<｜Assistant｜>", _END),
-        unsupported=_LIMITS,
+        unsupported=_UNSUPPORTED,
     )
 )

@@ -1,7 +1,6 @@
-"""Gemma 1, 2 and 3 (arXiv:2403.08295, 2408.00118, 2503.19786): norms by 1 + weight, gates by gelu.
-
-Gemma 2 and 3 alternate a sliding window with full attention. Gemma 3 of 4B and more also sees: `gemma3`, while
-`gemma3_text` is the net that only reads. The names of linears are those of the text; the tower has some alike.
+"""Gemma 1, 2 and 3 (arXiv:2403.08295, arXiv:2408.00118, arXiv:2503.19786): RMS norms with 1 + weight, GELU gates.
+ Gemma 2 and 3 alternate sliding windows with full attention. Gemma 3 from 4B on has a vision tower: `gemma3`;
+`gemma3_text` is text only. `linears` are those of the language model; the vision tower has some of the same name.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from mowa.families.llama import LLAMA
 from mowa.families.registry import register
 from mowa.types import Family
 
-TURN = ("<start_of_turn>model\n", "<end_of_turn>")
-_GEMMA3_SWAPS = {"rms_norm_plus_one": ("Gemma3RMSNorm",), "geglu": ("Gemma3MLP",)}
+_GEMMA3_FUSED = {"rms_norm_plus_one": ("Gemma3RMSNorm",), "geglu": ("Gemma3MLP",)}
 
 GEMMA = register(
     Family(
@@ -24,7 +22,6 @@ GEMMA = register(
         name_patterns=(r"(code)?gemma-(1\.1-)?[27]b",),
         fused_modules={"rms_norm_plus_one": ("GemmaRMSNorm",), "geglu": ("GemmaMLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=TURN,
     )
 )
 
@@ -39,7 +36,6 @@ GEMMA2 = register(
         name_patterns=(r"gemma-2-\d+b",),
         fused_modules={"rms_norm_plus_one": ("Gemma2RMSNorm",), "geglu": ("Gemma2MLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=TURN,
     )
 )
 
@@ -52,9 +48,8 @@ GEMMA3_TEXT = register(
         linears=LLAMA.linears,
         architectures=("Gemma3ForCausalLM",),
         name_patterns=(r"gemma-3-(270m|1b)",),
-        fused_modules=_GEMMA3_SWAPS,
+        fused_modules=_GEMMA3_FUSED,
         tensor_names=LLAMA.tensor_names,
-        template=TURN,
     )
 )
 
@@ -68,14 +63,13 @@ GEMMA3 = register(
         frozen=("vision_tower",),
         architectures=("Gemma3ForConditionalGeneration",),
         name_patterns=(r"gemma-3-(4|12|27)b",),
-        fused_modules=_GEMMA3_SWAPS,
+        fused_modules=_GEMMA3_FUSED,
         tensor_names={
             "block": "language_model.model.layers.{i}.",
             "embeddings": "language_model.model.embed_tokens.weight",
             "norm": "language_model.model.norm.weight",
             "head": "language_model.lm_head.weight",
         },
-        template=TURN,
-        unsupported={"packing": "the tokens of an image see each other both ways, which packed positions do not tell"},
+        unsupported={"packing": "image tokens attend in both directions, which positions do not express"},
     )
 )

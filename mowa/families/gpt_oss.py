@@ -1,4 +1,4 @@
-"""gpt-oss (arXiv:2508.10925): experts with clipped gates, and attention that may look at nothing (a sink per head)."""
+"""gpt-oss (arXiv:2508.10925): experts with clipped gates, and attention with a sink per head."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ GPT_OSS = register(
         name_patterns=(r"gpt-oss-(safeguard-)?\d+b",),
         fused_modules={"rms_norm": ("GptOssRMSNorm",)},
         tensor_names=LLAMA.tensor_names,
-        template=("<|start|>assistant", "<|return|>"),
         unsupported={
             "experts": EXPERTS_UNSUPPORTED,
-            "packing_unaccelerated": "transformers makes its mask without positions, so documents see each other",
+            "packing_unaccelerated": "transformers builds its mask without positions, so documents see each other",
         },
     )
 )

@@ -1,6 +1,6 @@
-"""Granite 3 (arXiv:2407.13739), dense and with experts: Llama's net with multipliers from the config.
+"""Granite 3 (arXiv:2407.13739), dense and with experts: Llama's architecture with multipliers from the config.
 
-Granite 4 mixes attention with state-space layers and is another net.
+Granite 4 mixes attention with state-space layers and is another architecture.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from mowa.families.llama import LLAMA
 from mowa.families.mixtral import EXPERTS_UNSUPPORTED
 from mowa.families.registry import register
 from mowa.types import Family
-
-TURN = ("<|start_of_role|>assistant<|end_of_role|>", "<|end_of_text|>")
 
 GRANITE = register(
     Family(
@@ -23,7 +21,6 @@ GRANITE = register(
         name_patterns=(r"granite-3\.\d-\d+b(?!-a\d)",),
         fused_modules={"rms_norm": ("GraniteRMSNorm",), "swiglu": ("GraniteMLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=TURN,
     )
 )
 
@@ -38,7 +35,6 @@ GRANITEMOE = register(
         name_patterns=(r"granite-3\.\d-\d+b-a\d+m",),
         fused_modules={"rms_norm": ("GraniteMoeRMSNorm",)},
         tensor_names=LLAMA.tensor_names,
-        template=TURN,
         unsupported={"experts": EXPERTS_UNSUPPORTED},
     )
 )

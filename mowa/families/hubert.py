@@ -1,4 +1,4 @@
-"""HuBERT (arXiv:2106.07447): wav2vec 2.0's net, pretrained on cluster labels. Its modules carry the same names."""
+"""HuBERT (arXiv:2106.07447): wav2vec 2.0's architecture and module names, pretrained on cluster labels."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ HUBERT = register(
             "encoder": "float16",
             "lm_head": "float16",
         },
-        unsupported={"fused_head": "letters are few, and their logits small"},
+        unsupported={"fused_loss": "CTC vocabularies are small, so their logits need little memory"},
     )
 )

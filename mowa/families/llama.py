@@ -1,7 +1,5 @@
-"""Llama (arXiv:2302.13971, 2307.09288, 2407.21783) and the many nets made like it: TinyLlama, SmolLM and SmolLM2,
-Vicuna, Yi, the first DeepSeek models. SmolLM3 leaves every fourth block without positions.
-
-Their chat templates are of their makers: llama-2, llama-3, ChatML; so only SmolLM3 names one.
+"""Llama (arXiv:2302.13971, arXiv:2307.09288, arXiv:2407.21783) and models with its architecture: TinyLlama, SmolLM and
+SmolLM2, Vicuna, Yi, the first DeepSeek models. SmolLM3 has no positions in every fourth block.
 """
 
 from __future__ import annotations
@@ -53,6 +51,5 @@ SMOLLM3 = register(
         name_patterns=(r"smollm3-\d+b",),
         fused_modules={"rms_norm": ("SmolLM3RMSNorm",), "swiglu": ("SmolLM3MLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=("<|im_start|>assistant\n", "<|im_end|>"),
     )
 )

@@ -1,5 +1,6 @@
-"""Mistral (arXiv:2310.06825): Llama's net with attention over a sliding window. Ministral alternates it with full
-attention, and Ministral 3 stretches positions. What sees as well (Pixtral, Mistral Small 3.1 and later) is another net.
+"""Mistral (arXiv:2310.06825): Llama's architecture with sliding-window attention.
+ Ministral alternates it with full attention; Ministral 3 scales its positions. Models with a vision tower (Pixtral,
+Mistral Small 3.1 and later) are another architecture.
 """
 
 from __future__ import annotations
@@ -7,8 +8,6 @@ from __future__ import annotations
 from mowa.families.llama import LLAMA
 from mowa.families.registry import register
 from mowa.types import Family
-
-TURN = ("[/INST]", "</s>")
 
 MISTRAL = register(
     Family(
@@ -29,7 +28,6 @@ MISTRAL = register(
         ),
         fused_modules={"rms_norm": ("MistralRMSNorm",), "swiglu": ("MistralMLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=TURN,
     )
 )
 
@@ -44,7 +42,6 @@ MINISTRAL = register(
         name_patterns=(r"ministral-8b-instruct-2410",),
         fused_modules={"rms_norm": ("MinistralRMSNorm",), "swiglu": ("MinistralMLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=TURN,
     )
 )
 
@@ -56,9 +53,8 @@ MINISTRAL3 = register(
         blocks=("Ministral3DecoderLayer",),
         linears=LLAMA.linears,
         architectures=("Ministral3ForCausalLM",),
-        # No aliases: what is called Ministral-3 on the hub sees as well, and only its config tells the text net apart.
+        # No name patterns: Ministral-3 on the Hub has a vision tower; the config tells the text model.
         fused_modules={"rms_norm": ("Ministral3RMSNorm",), "swiglu": ("Ministral3MLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=TURN,
     )
 )

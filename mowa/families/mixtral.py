@@ -1,13 +1,12 @@
-"""Mixtral (arXiv:2401.04088): Mistral's net with eight experts where the MLP was, two of which see each token."""
+"""Mixtral (arXiv:2401.04088): Mistral's architecture with eight experts per block, two of them used per token."""
 
 from __future__ import annotations
 
 from mowa.families.llama import LLAMA
-from mowa.families.mistral import TURN
 from mowa.families.registry import register
 from mowa.types import Family
 
-EXPERTS_UNSUPPORTED = "they are one tensor a block, no linears: LoRA sits beside them, and they stay as they are"
+EXPERTS_UNSUPPORTED = "experts are one tensor per block, not linear layers: they get no LoRA and stay frozen"
 
 MIXTRAL = register(
     Family(
@@ -20,7 +19,6 @@ MIXTRAL = register(
         name_patterns=(r"(nous-hermes-2-)?mixtral-8x\d+b",),
         fused_modules={"rms_norm": ("MixtralRMSNorm",)},
         tensor_names=LLAMA.tensor_names,
-        template=TURN,
         unsupported={"experts": EXPERTS_UNSUPPORTED},
     )
 )

@@ -1,4 +1,4 @@
-"""ModernBERT (arXiv:2412.13663): an encoder with rotary positions, a window in two of three blocks, gates by gelu."""
+"""ModernBERT (arXiv:2412.13663): an encoder with rotary positions, windows in two of three blocks, and GELU gates."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MODERNBERT = register(
             "norm": "final_norm.weight",
         },
         unsupported={
-            "geglu": "gate and up are one linear, and its gelu is exact",
+            "geglu": "gate and up are one linear layer, and its GELU is exact",
             "packing": PACKING_UNSUPPORTED,
-            "fused_head": NO_LM_HEAD,
+            "fused_loss": NO_LM_HEAD,
         },
     )
 )

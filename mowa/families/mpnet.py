@@ -1,4 +1,4 @@
-"""MPNet (arXiv:2004.09297): BERT's blocks with a bias by distance, the same in every block."""
+"""MPNet (arXiv:2004.09297): BERT's blocks with one relative position bias for all of them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MPNET = register(
         name_patterns=(r"((all|paraphrase|multi-qa|stsb|nli)-)?mpnet-base",),
         tensor_names={"block": "encoder.layer.{i}.", "embeddings": "embeddings.word_embeddings.weight"},
         unsupported={
-            "attention": "it adds its bias in a function of its own, and asks no attention interface",
+            "attention": "its attention adds a bias and does not use transformers' AttentionInterface",
             "packing": PACKING_UNSUPPORTED,
-            "fused_head": NO_LM_HEAD,
+            "fused_loss": NO_LM_HEAD,
         },
     )
 )

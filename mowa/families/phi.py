@@ -1,7 +1,6 @@
-"""Phi 1, 1.5 and 2 (arXiv:2306.11644, 2309.05463), and Phi 3, 3.5, 4 (arXiv:2404.14219, 2412.08905), another net.
-
-Phi 2 runs attention and MLP side by side after one layer norm, and has no chat template. Phi 3 joins q, k and v in one
-linear, gate and up in another; the templates of Phi 3 and Phi 4 differ.
+"""Phi 1, 1.5 and 2 (arXiv:2306.11644, arXiv:2309.05463), and Phi 3, 3.5 and 4 (arXiv:2404.14219, arXiv:2412.08905).
+ Phi 2 computes attention and MLP in parallel after one layer norm. Phi 3 is another architecture: q, k and v are one
+linear layer, gate and up another.
 """
 
 from __future__ import annotations

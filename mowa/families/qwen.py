@@ -1,6 +1,6 @@
-"""Qwen 1.5, 2, 2.5 and 3 (arXiv:2309.16609, 2407.10671, 2412.15115, 2505.09388), dense and with experts.
+"""Qwen 1.5, 2, 2.5 and 3 (arXiv:2309.16609, arXiv:2407.10671, arXiv:2412.15115, arXiv:2505.09388), dense and MoE.
 
-Qwen3's embedding and reranking models (arXiv:2506.05176) are Qwen3's net: that is a use of it, no other family.
+Qwen3's embedding and reranking models (arXiv:2506.05176) have Qwen3's architecture, so they are of that family.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from mowa.families.llama import LLAMA
 from mowa.families.mixtral import EXPERTS_UNSUPPORTED
 from mowa.families.registry import register
 from mowa.types import Family
-
-CHATML = ("<|im_start|>assistant\n", "<|im_end|>")
 
 QWEN2 = register(
     Family(
@@ -27,7 +25,6 @@ QWEN2 = register(
         ),
         fused_modules={"rms_norm": ("Qwen2RMSNorm",), "swiglu": ("Qwen2MLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=CHATML,
     )
 )
 
@@ -37,12 +34,11 @@ QWEN2_MOE = register(
         model_types=("qwen2_moe",),
         task="causal",
         blocks=("Qwen2MoeDecoderLayer",),
-        linears=LLAMA.linears,  # the MLP's are those of the shared expert
+        linears=LLAMA.linears,  # mlp: of the shared expert
         architectures=("Qwen2MoeForCausalLM",),
         name_patterns=(r"qwen1\.5-moe-a[\d.]+b", r"qwen2-\d+b-a\d+b"),
         fused_modules={"rms_norm": ("Qwen2MoeRMSNorm",), "swiglu": ("Qwen2MoeMLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=CHATML,
         unsupported={"experts": EXPERTS_UNSUPPORTED},
     )
 )
@@ -58,7 +54,6 @@ QWEN3 = register(
         name_patterns=(r"qwen3-(embedding-|reranker-)?[\d.]+b(?!-a\d)", r"deepseek-r1-0528-qwen3-\d+b"),
         fused_modules={"rms_norm": ("Qwen3RMSNorm",), "swiglu": ("Qwen3MLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=CHATML,
     )
 )
 
@@ -73,7 +68,6 @@ QWEN3_MOE = register(
         name_patterns=(r"qwen3-(coder-)?\d+b-a\d+b",),
         fused_modules={"rms_norm": ("Qwen3MoeRMSNorm",), "swiglu": ("Qwen3MoeMLP",)},
         tensor_names=LLAMA.tensor_names,
-        template=CHATML,
         unsupported={"experts": EXPERTS_UNSUPPORTED},
     )
 )

@@ -1,12 +1,11 @@
-"""Qwen2.5-VL (arXiv:2502.13923): Qwen2's net with positions in time, height and width, and a tower that sees.
+"""Qwen2.5-VL (arXiv:2502.13923): Qwen2's architecture with positions in time, height and width, and a vision tower.
 
-The names of linears are those of the text; the tower's MLPs have some alike.
+`linears` are those of the language model; the vision tower's MLPs have some of the same name.
 """
 
 from __future__ import annotations
 
 from mowa.families.llama import LLAMA
-from mowa.families.qwen import CHATML
 from mowa.families.registry import register
 from mowa.types import Family
 
@@ -22,7 +21,6 @@ QWEN2_5_VL = register(
         name_patterns=(r"qwen2\.5-vl-\d+b",),
         fused_modules={"rms_norm": ("Qwen2_5_VLRMSNorm",), "swiglu": ("Qwen2MLP", "Qwen2_5_VLMLP")},
         tensor_names=LLAMA.tensor_names,
-        template=CHATML,
-        unsupported={"packing": "it has three positions a token, and given one sees no bounds between documents"},
+        unsupported={"packing": "it needs three positions per token; with one it finds no document boundaries"},
     )
 )

@@ -1,7 +1,6 @@
-"""Which architectures mowa knows: one frozen `Family` each, found by a model's config or by what it is called.
+"""Find the `Family` of a model by its name and its config. Families of other packages join by an entry point.
 
-Families of other packages join through the entry point group `mowa.families`, when first one is looked for.
-Data only. No torch here, and no word on how a family is loaded, trained or scored.
+The entry point group is `mowa.families`; it is read when a family is first looked up. No torch here.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -20,131 +20,164 @@ log = logging.getLogger("mowa")
 
 ENTRY_POINT_GROUP = "mowa.families"
 _BY_TYPE: dict[str, Family] = {}
-_joined = False  # whether other packages were asked
+_entry_points_loaded = False
 
 
 def register(family: Family) -> Family:
-    """Enter `family` under each of its model types and hand it back. A name or type taken twice is a ValueError."""
+    """Register `family` under its model types, and return it.
+
+    Raises:
+        ValueError: the name or a model type is taken.
+        re.error: a name pattern is not a regular expression.
+    """
     for known in _BY_TYPE.values():
         if known.name == family.name:
             raise ValueError(f"there is a family {family.name!r} already")
     for model_type in family.model_types:
         if model_type in _BY_TYPE:
-            raise ValueError(f"{model_type!r} is already the family {_BY_TYPE[model_type].name!r}")
-    for alias in family.name_patterns:
-        re.compile(alias)
+            raise ValueError(f"{model_type!r} belongs to the family {_BY_TYPE[model_type].name!r} already")
+    for pattern in family.name_patterns:
+        re.compile(pattern)
     _BY_TYPE.update(dict.fromkeys(family.model_types, family))
     return family
 
 
 def get_family(model_type: str) -> Family:
-    """The family of a config's `model_type`; a ModelError that lists the known ones otherwise."""
-    _join_others()
+    """Return the family of a config's `model_type`.
+
+    Raises:
+        ModelError: no family has this model type; the message lists those that are supported.
+    """
+    _load_entry_points()
     try:
         return _BY_TYPE[model_type]
     except KeyError:
         close = difflib.get_close_matches(model_type, _BY_TYPE, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ModelError(
-            f"mowa does not know the model type {model_type!r}: {hint}known are {', '.join(list_model_types())}"
+            f"unsupported model type {model_type!r}: {hint}supported are {', '.join(list_model_types())}"
         ) from None
 
 
 def resolve_family(name: str, config: Mapping[str, Any] | None = None) -> Family:
-    """The family of the model called `name` (hub id or folder), by its config (as config.json has it) if there is one.
+    """Return the family of a model, by its name and then its config.
 
-    The config is believed: by its `model_type`, or where it has none, its `architectures`. A name that says otherwise
-    is logged. Without a config the name decides, by the families' aliases. No name is ever exchanged for another.
+    The name is matched against the families' `name_patterns`. A `model_type` in the config, or else its
+    `architectures`, must agree; if they do not, the config is used and a warning is logged. A config without either
+    leaves the decision to the name.
 
-    Raises ModelError: an unknown model type; without a config, a name that no family's aliases match, or two's.
+    Args:
+        name: Hub id or folder; its last part counts. Empty: only the config is used.
+        config: the content of config.json, if there is one.
+
+    Raises:
+        ModelError: an unsupported model type or architecture; or no family, or several, match the name and the config
+            does not decide.
     """
-    last = name.rstrip("/").rpartition("/")[2].partition("@")[0]
-    called = [family for family in list_families() if any(_matches(alias, last) for alias in family.name_patterns)]
-    if config is not None:
-        family = _by_config(name, config)
-        if called and family not in called:
-            log.warning(
-                "%s is called like %s, but its config is of %s: the config is believed",
-                *(name, " or ".join(one.name for one in called), family.name),
-            )
-        return family
-    if len(called) == 1:
-        return called[0]
-    if called:
-        raise ModelError(
-            f"{name} is called like {' and '.join(one.name for one in called)}: only its config.json can tell which"
-        )
-    raise ModelError(
-        f"no family is called like {last!r} ({sum(len(one.name_patterns) for one in list_families())} patterns of "
-        f"{len(list_families())} families were tried{_near(last)}): its config.json is needed to tell"
-    )
+    by_name = _match_name(name)
+    by_config = None if config is None else _match_config(config)
+    if by_config is None:
+        return _single(name, by_name, config)
+    if by_name and by_config not in by_name:
+        _warn_disagreement(name, " or ".join(family.name for family in by_name), by_config.name)
+    return by_config
 
 
-def _by_config(name: str, config: Mapping[str, Any]) -> Family:
+@cache
+def _warn_disagreement(name: str, by_name: str, by_config: str) -> None:
+    """Warn once per process: a checkpoint is resolved several times while it is loaded."""
+    log.warning("%s is named like a %s model, but its config is of %s: using the config", name, by_name, by_config)
+
+
+def _match_name(name: str) -> list[Family]:
+    last = _last_part(name)
+    return [family for family in list_families() if any(_matches(pattern, last) for pattern in family.name_patterns)]
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].partition("@")[0]
+
+
+def _matches(pattern: str, last: str) -> bool:
+    """Whether the pattern matches up to the end of a word: `bert` matches bert-base, not bertweet or distilbert."""
+    return re.match(rf"(?:{pattern})(?![a-z0-9])", last, re.IGNORECASE) is not None
+
+
+def _match_config(config: Mapping[str, Any]) -> Family | None:
+    """The family of a config; None if it names neither a model type nor an architecture."""
     if model_type := config.get("model_type"):
         return get_family(str(model_type))
-    asked = tuple(config.get("architectures") or ())
+    architectures = tuple(config.get("architectures") or ())
     for family in list_families():
-        if set(asked) & set(family.architectures):
+        if set(architectures) & set(family.architectures):
             return family
-    named = f"the architectures {', '.join(asked)}, which mowa does not know" if asked else "no architectures either"
-    raise ModelError(
-        f"the config of {name} names no model_type, and {named}: known are {', '.join(list_model_types())}"
-    )
+    if architectures:
+        raise ModelError(
+            f"unsupported architecture {', '.join(architectures)}, and config.json has no model_type; supported model"
+            f" types are {', '.join(list_model_types())}"
+        )
+    return None
 
 
-def _matches(alias: str, last: str) -> bool:
-    """From the beginning, to where a word ends: `bert` is in bert-base, not in bertweet or distilbert."""
-    return re.match(rf"(?:{alias})(?![a-z0-9])", last, re.IGNORECASE) is not None
+def _single(name: str, candidates: list[Family], config: Mapping[str, Any] | None) -> Family:
+    if len(candidates) == 1:
+        return candidates[0]
+    wanted = "its config.json is needed" if config is None else "its config.json has no model_type or architectures"
+    if candidates:
+        raise ModelError(f"{name} is named like {' and '.join(one.name for one in candidates)}, and {wanted}")
+    last = _last_part(name)
+    raise ModelError(f"no family is named like {last!r}{_suggest(last)}, and {wanted}")
 
 
-def _near(last: str) -> str:
-    spelled = last.lower().replace("-", "_").replace(".", "_")
+def _suggest(last: str) -> str:
+    normalized = last.lower().replace("-", "_").replace(".", "_")
     close = [
-        name for name in list_family_names() if difflib.SequenceMatcher(None, spelled[: len(name)], name).ratio() >= 0.7
+        name
+        for name in list_family_names()
+        if difflib.SequenceMatcher(None, normalized[: len(name)], name).ratio() >= 0.7
     ]
-    return f"; nearest are {', '.join(close)}" if close else ""
+    return f" (closest: {', '.join(close)})" if close else ""
 
 
 def list_families() -> tuple[Family, ...]:
-    """Every family, by name."""
-    _join_others()
+    """Return all families in order of their names."""
+    _load_entry_points()
     return tuple(sorted({family.name: family for family in _BY_TYPE.values()}.values(), key=lambda family: family.name))
 
 
 def list_family_names() -> tuple[str, ...]:
-    """The families, by name, in alphabetical order."""
+    """Return the names of all families, sorted."""
     return tuple(family.name for family in list_families())
 
 
 def list_model_types() -> tuple[str, ...]:
-    """Every `model_type` that `find` answers to, in alphabetical order."""
-    _join_others()
+    """Return every `model_type` that `get_family` accepts, sorted."""
+    _load_entry_points()
     return tuple(sorted(_BY_TYPE))
 
 
-def _join_others() -> None:
-    """Register what installed packages bring. Whatever one of them breaks, only it is left out, and that is said."""
-    global _joined
-    if _joined:
+def _load_entry_points() -> None:
+    """Register the families of installed packages; a package that fails is skipped with a warning."""
+    global _entry_points_loaded
+    if _entry_points_loaded:
         return
-    _joined = True  # before the first is loaded: it may ask for a family of ours
+    _entry_points_loaded = True  # before loading: a package may ask for one of our families
     for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
-            _join(point.load())
-        except Exception as error:  # anything may go wrong in code that is not ours
+            _register_all(point.load())
+        except Exception as error:  # third-party code may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("the families of %s (%s) are left out: %s", _distribution(point), point.value, reason)
+            log.warning("skipping the families of %s (%s): %s", _distribution(point), point.value, reason)
 
 
-def _join(brought: object) -> None:
-    """All of what an entry point gives, or nothing: a Family or an iterable of them."""
+def _register_all(loaded: object) -> None:
+    """Register a Family or an iterable of them, all or none."""
     before = dict(_BY_TYPE)
     try:
-        for one in brought if isinstance(brought, Iterable) else [brought]:
-            if not isinstance(one, Family):
-                raise TypeError(f"it gives a {type(one).__name__}, not a Family")
-            register(one)
+        for family in loaded if isinstance(loaded, Iterable) else [loaded]:
+            if not isinstance(family, Family):
+                raise TypeError(f"expected a Family, found {type(family).__name__}")
+            register(family)
     except Exception:
         _BY_TYPE.clear()
         _BY_TYPE.update(before)

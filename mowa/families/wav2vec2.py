@@ -1,6 +1,6 @@
-"""wav2vec 2.0 (arXiv:2006.11477), XLSR-53 (arXiv:2006.13979), XLS-R and MMS: one architecture, many checkpoints.
+"""wav2vec 2.0 (arXiv:2006.11477), XLSR-53 (arXiv:2006.13979), XLS-R and MMS: one architecture.
 
-Front-ends with group norm (`base`) and with layer norm (`large-lv60`, XLSR) are one family: the config tells which.
+Front ends with group norm (`base`) and with layer norm (`large-lv60`, XLSR) are one family; the config tells which.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ WAV2VEC2 = register(
             "encoder": "float16",
             "lm_head": "float16",
         },
-        unsupported={"fused_head": "letters are few, and their logits small"},
+        unsupported={"fused_loss": "CTC vocabularies are small, so their logits need little memory"},
     )
 )

@@ -1,7 +1,6 @@
-"""WavLM (arXiv:2110.13900): HuBERT's net with a gated relative position bias in the attention.
-
-Its attention hands the bare weights of q, k, v and out to `multi_head_attention_forward`, so a module put in the place
-of one of them (LoRA, int8) would be silently by-passed: `linears` names only the linears that are called.
+"""WavLM (arXiv:2110.13900): HuBERT's architecture with a gated relative position bias in the attention.
+ Its attention passes the raw weights of q, k, v and out to `multi_head_attention_forward`, so a module in their place
+(LoRA, int8) would silently be bypassed: `linears` lists only layers that are called.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ WAVLM = register(
             "lm_head": "float16",
         },
         unsupported={
-            "attention": "it hands bare weights to a function of torch",
-            "packing": "it attends in a way of its own",
-            "fused_head": "letters are few, and their logits small",
+            "attention": "it passes raw weights to a torch function",
+            "packing": "it has an attention of its own",
+            "fused_loss": "CTC vocabularies are small, so their logits need little memory",
         },
     )
 )

@@ -1,9 +1,9 @@
-"""Dropout for processors, where the random numbers of torch's own cost more than the matrix products around them.
+"""Dropout on CPUs, where torch's own random numbers cost more than the matrix products around them.
 
     y = x · m / (1 - p),   m = 0 with probability p, else 1
-
-torch draws a double for every element, in one thread; here 16 bits of a counter-free generator (SFC64) decide, so p is
-met to 1/65536. Its seed is drawn from torch's generator: what replays that (checkpointing, resuming) replays the masks.
+ torch draws a double per element, in one thread. Here 16 bits per element from a SFC64 generator decide, so p is exact
+to 1/65536. The generator's seed comes from torch's: whatever replays torch's state (checkpointing, resuming) replays
+the masks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEVELS = 1 << 16
 
 
 def sample_keep_mask(shape: torch.Size, p: float) -> Tensor:
-    """A mask bool [shape]: false with probability p."""
+    """Return a random bool mask of `shape`, False with probability p."""
     seed = int(torch.randint(torch.iinfo(torch.int64).max, ()))
     count = shape.numel()
     bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16))
@@ -40,6 +40,6 @@ class _Drop(torch.autograd.Function):
 
 
 def cpu_dropout(x: Tensor, p: float) -> Tensor:
-    """x on a processor, of any float dtype and shape → the same with a share p of its elements zero; 0 ≤ p < 1."""
+    """Return x, a CPU tensor of any float dtype and shape, with a fraction p of its elements zeroed; 0 ≤ p < 1."""
     out: Tensor = _Drop.apply(x, p) if p else x
     return out

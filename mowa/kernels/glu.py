@@ -1,9 +1,9 @@
-"""Gated activations: one half of a layer's inner values opens and shuts the other.
+"""Gated activations with less saved for the backward pass.
 
     swiglu: y = silu(gate) · up        geglu: y = gelu(gate) · up        (arXiv:2002.05202)
 
-What was activated is not kept for the backward pass, it is made again: of the three tensors as wide as the inner layer
-that autograd would keep, two remain, and no pass makes a tensor that is not a result.
+The activation of the gate is recomputed in the backward pass, so two tensors of the intermediate size are saved where
+autograd saves three.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ aten = torch.ops.aten
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up. Both [...] of one shape and float dtype → the same; views with gaps (halves of one) will do."""
+    """Return silu(gate) · up. All three [...] have one shape and float dtype; inputs may be non-contiguous."""
     out: Tensor = _Swiglu.apply(gate, up)
     return out
 
 
 def geglu(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
-    """gelu(gate) · up, by `tanh` (as Gemma) or exactly (`none`). Both [...] of one shape and float dtype → the same."""
+    """Return gelu(gate) · up, approximate: tanh (as Gemma) or none (exact). Shapes as in `swiglu`."""
     out: Tensor = _Geglu.apply(gate, up, approximate)
     return out
 

@@ -1,12 +1,11 @@
-"""A linear whose weight is frozen, with a low-rank update beside it (LoRA, arXiv:2106.09685), as one operation.
+"""A frozen linear with a LoRA update (arXiv:2106.09685) as one operation.
 
     y  = x Wᵀ + b + s · (x Aᵀ) Bᵀ
     dx = dy W + s · (dy B) A
     dA = s · (dy B)ᵀ x,   dB = s · dyᵀ (x Aᵀ)
-
-The update is added by the product that makes it, into the buffer that is there already: one tensor as wide as y in the
-forward pass and one as wide as x in the backward, where PEFT's modules make four and three. Kept are x, as it came (so
-linears that share an input share what is kept), and x Aᵀ, which is narrow. W gets no gradient. It knows no modules.
+ The update is added by the matrix product that computes it, in place: one temporary of y's size in the forward pass and
+one of x's size in the backward pass, where PEFT's modules need four and three. Saved are x, in its own dtype (so
+linears with one input share it), and x Aᵀ [..., R]. W gets no gradient.
 """
 
 from __future__ import annotations
@@ -20,15 +19,24 @@ from torch.autograd.function import once_differentiable
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """x [..., I], weight [O, I] (frozen), bias [O] or none, a [R, I], b [O, R] → [..., O] in the dtype of x Wᵀ.
+    """Return x Wᵀ + b + scale · (x Aᵀ) Bᵀ, [..., O], in the dtype of x Wᵀ.
 
-    Under autocast everything is cast to its dtype, as autocast would. Outside it x and weight are of one dtype; a and b
-    may be wider, and then the update is made, added and learnt in theirs, as PEFT does.
+    Under autocast everything is cast to its dtype. Otherwise x and weight have one dtype; lora_a and lora_b may be in a
+    wider one, in which the update is then computed, added and trained, as PEFT does.
 
-    Raises ValueError where the weight wants a gradient.
+    Args:
+        x: [..., I].
+        weight: [O, I], frozen.
+        bias: [O] or None.
+        lora_a: [R, I].
+        lora_b: [O, R].
+        scale: s, alpha / R for LoRA.
+
+    Raises:
+        ValueError: weight requires a gradient.
     """
     if weight.requires_grad:
-        raise ValueError("lora_linear: the weight must be frozen; a linear that learns as a whole is an nn.Linear")
+        raise ValueError("lora_linear: weight must be frozen (requires_grad=False); use nn.Linear to train it")
     kind = x.device.type
     casting = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     compute = torch.get_autocast_dtype(kind) if casting else None
@@ -64,26 +72,30 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):  # whatever the caller of backward() has set
+        with torch.autocast(x.device.type, enabled=False):  # regardless of backward()'s caller
             dy = gradient.reshape(-1, gradient.shape[-1])
             wide = dy.to(low.dtype)
             dx = dbias = da = db = None
             if ctx.needs_input_grad[4]:
                 db = (wide.t() @ low).mul_(ctx.scale).to(b.dtype)
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-                narrow = wide @ b.to(low.dtype)
+                d_low = wide @ b.to(low.dtype)
             if ctx.needs_input_grad[3]:
                 rows = x.reshape(-1, x.shape[-1]).to(ctx.compute or x.dtype).to(low.dtype)
-                da = (narrow.t() @ rows).mul_(ctx.scale).to(a.dtype)
+                da = (d_low.t() @ rows).mul_(ctx.scale).to(a.dtype)
             if ctx.needs_input_grad[0]:
-                dx = _back(dy, weight.to(dy.dtype), narrow, a.to(low.dtype), ctx.scale).to(x.dtype).view(x.shape)
+                dx = (
+                    _input_gradient(dy, weight.to(dy.dtype), d_low, a.to(low.dtype), ctx.scale)
+                    .to(x.dtype)
+                    .view(x.shape)
+                )
             if ctx.needs_input_grad[2]:
                 dbias = dy.sum(0)
         return dx, None, dbias, da, db, None, None
 
 
-def _back(dy: Tensor, weight: Tensor, narrow: Tensor, a: Tensor, scale: float) -> Tensor:
+def _input_gradient(dy: Tensor, weight: Tensor, d_low: Tensor, a: Tensor, scale: float) -> Tensor:
     dx = dy @ weight
     if dx.dtype == a.dtype:
-        return dx.addmm_(narrow, a, alpha=scale)
-    return dx.to(a.dtype).addmm_(narrow, a, alpha=scale)
+        return dx.addmm_(d_low, a, alpha=scale)
+    return dx.to(a.dtype).addmm_(d_low, a, alpha=scale)

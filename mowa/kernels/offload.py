@@ -1,8 +1,7 @@
-"""Gradient checkpointing (arXiv:1604.06174) whose kept inputs wait in host memory for the backward pass.
-
-Each block's input is copied to pinned memory on a stream of its own while the block runs, at most two at a time, and
-the input of the block before is on its way back while a block is gone through again. Gradients are those of plain
-checkpointing to the bit: nothing but the place of the inputs differs. What lies in host memory already stays there.
+"""Gradient checkpointing (arXiv:1604.06174) that keeps the checkpointed inputs in pinned host memory.
+ Each block's input is copied to the host on a side stream while the block runs, at most two copies at a time; in the
+backward pass the previous block's input is copied back while a block is recomputed. Gradients are bit-identical to
+plain checkpointing. CPU tensors stay where they are.
 """
 
 from __future__ import annotations
@@ -18,84 +17,89 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 DEFAULT_CHECKPOINT = partial(checkpoint, use_reentrant=False)
-MIN_BYTES = 1 << 20  # below this a copy costs more than the memory is worth
+MIN_BYTES = 1 << 20  # smaller tensors are kept on the device
 
 
-class _Parked:
-    """An input in host memory: where it came from, when it had left, and its way back."""
+class _Offloaded:
+    """An input in host memory, the event of its copy, and its copy back on the device."""
 
-    __slots__ = ("__weakref__", "back", "before", "device", "gone", "here", "host")
+    __slots__ = ("__weakref__", "copied_event", "device", "device_copy", "host", "previous", "ready_event")
 
-    def __init__(self, host: Tensor, device: torch.device, gone: Any, before: weakref.ref[_Parked] | None) -> None:
-        self.host, self.device, self.gone, self.before = host, device, gone, before
-        self.back: Tensor | None = None
-        self.here: Any = None
+    def __init__(
+        self, host: Tensor, device: torch.device, copied_event: Any, previous: weakref.ref[_Offloaded] | None
+    ) -> None:
+        self.host, self.device, self.copied_event, self.previous = host, device, copied_event, previous
+        self.device_copy: Tensor | None = None
+        self.ready_event: Any = None
 
 
 class OffloadedCheckpoint:
-    """A function to give a net for `torch.utils.checkpoint.checkpoint`: offload(function, *args, **kwargs).
+    """Drop-in for `torch.utils.checkpoint.checkpoint`: called with (function, *args, **kwargs).
 
-    `inner` checkpoints; by default torch's own, not reentrant, with random states kept. Only tensors among `args` move:
-    what `function` holds by itself (masks, positions), all blocks share. One Offload serves all blocks of one net,
-    which run one after another. A copy of it, or one read from a file, starts with nothing parked.
+    One instance serves all blocks of one net, which run one after another. Only tensors among `args` are offloaded;
+    tensors that `function` closes over (masks, positions) are shared by all blocks. Copies and unpickled instances
+    start empty.
+
+    Args:
+        checkpoint_fn: does the checkpointing; torch's own, non-reentrant, by default.
     """
 
     def __init__(self, checkpoint_fn: Callable[..., Any] = DEFAULT_CHECKPOINT) -> None:
         self.checkpoint_fn = checkpoint_fn
         self._streams: dict[torch.device, Any] = {}
-        self._last: weakref.ref[_Parked] | None = None
+        self._last: weakref.ref[_Offloaded] | None = None
 
     def __reduce__(self) -> tuple[type[OffloadedCheckpoint], tuple[Any, ...]]:
         return OffloadedCheckpoint, (self.checkpoint_fn,)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with saved_tensors_hooks(self._park, self._fetch):
+        with saved_tensors_hooks(self._offload, self._fetch):
             return self.checkpoint_fn(function, *args, **kwargs)
 
-    def _park(self, tensor: Tensor) -> Tensor | _Parked:
+    def _offload(self, tensor: Tensor) -> Tensor | _Offloaded:
         if not tensor.is_cuda or tensor.nbytes < MIN_BYTES:
             return tensor
-        now, aside = torch.cuda.current_stream(tensor.device), self._aside(tensor.device)
+        main, side = torch.cuda.current_stream(tensor.device), self._side_stream(tensor.device)
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        before = self._last() if self._last else None
-        earlier = before.before() if before and before.before else None
-        if earlier is not None:  # two at a time: the memory of the third from here must be free before more is filled
-            now.wait_event(earlier.gone)
-        aside.wait_stream(now)
-        with torch.cuda.stream(aside):
+        previous = self._last() if self._last else None
+        earlier = previous.previous() if previous and previous.previous else None
+        if earlier is not None:  # at most two copies in flight, so that device memory is freed in time
+            main.wait_event(earlier.copied_event)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
             host.copy_(tensor, non_blocking=True)
-            gone = torch.cuda.Event()
-            gone.record(aside)
-        tensor.record_stream(aside)
-        parked = _Parked(host, tensor.device, gone, self._last)
-        self._last = weakref.ref(parked)
-        return parked
+            copied_event = torch.cuda.Event()
+            copied_event.record(side)
+        tensor.record_stream(side)
+        offloaded = _Offloaded(host, tensor.device, copied_event, self._last)
+        self._last = weakref.ref(offloaded)
+        return offloaded
 
-    def _fetch(self, packed: Tensor | _Parked) -> Tensor:
+    def _fetch(self, packed: Tensor | _Offloaded) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        self._send_back(packed)
-        now = torch.cuda.current_stream(packed.device)
-        now.wait_event(packed.here)
-        tensor, packed.back = packed.back, None
+        self._prefetch(packed)
+        main = torch.cuda.current_stream(packed.device)
+        main.wait_event(packed.ready_event)
+        tensor, packed.device_copy = packed.device_copy, None
         assert tensor is not None
-        tensor.record_stream(now)
-        before = packed.before() if packed.before else None
-        if before is not None:
-            self._send_back(before)
+        tensor.record_stream(main)
+        previous = packed.previous() if packed.previous else None
+        if previous is not None:
+            self._prefetch(previous)
         return tensor
 
-    def _send_back(self, parked: _Parked) -> None:
-        if parked.back is not None:
+    def _prefetch(self, offloaded: _Offloaded) -> None:
+        if offloaded.device_copy is not None:
             return
-        aside = self._aside(parked.device)
-        with torch.cuda.stream(aside):
-            parked.back = torch.empty_like(parked.host, device=parked.device)
-            parked.back.copy_(parked.host, non_blocking=True)
-            parked.here = torch.cuda.Event()
-            parked.here.record(aside)
+        side = self._side_stream(offloaded.device)
+        with torch.cuda.stream(side):
+            offloaded.device_copy = torch.empty_like(offloaded.host, device=offloaded.device)
+            offloaded.device_copy.copy_(offloaded.host, non_blocking=True)
+            offloaded.ready_event = torch.cuda.Event()
+            offloaded.ready_event.record(side)
 
-    def _aside(self, device: torch.device) -> Any:
+    def _side_stream(self, device: torch.device) -> Any:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]

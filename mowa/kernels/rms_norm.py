@@ -1,10 +1,10 @@
-"""Root-mean-square norm, with a backward pass that keeps no copy of its input in a wider dtype.
+"""Root-mean-square norm whose backward pass saves no float32 copy of its input.
 
     y = x · r · w,   r = (mean_d x² + eps)^-½          w = weight, or 1 + weight
     dx = r · (t - x · r² · mean_d (t · x)),  t = dy · w
     dw = Σ_n dy · x · r
 
-Written with autograd, the same takes a dozen passes over memory and keeps x in float32 besides. It knows no modules.
+Source: arXiv:1910.07467. With autograd the same takes a dozen passes over memory and keeps x in float32 as well.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ def rms_norm(
     plus_one: bool = False,
     rounding: Literal["before", "after"] = "before",
 ) -> Tensor:
-    """Scale each row to unit root-mean-square, then by `weight` (or 1 + `weight`). arXiv:1910.07467.
+    """Scale each row of x to unit root-mean-square, then by `weight` (or 1 + `weight`).
 
-    x [..., D] and weight [D] of any float dtype. Sums are made in float32, or float64 where x is.
+    Bit for bit what transformers computes: LlamaRMSNorm by default, GemmaRMSNorm with plus_one and rounding="after".
 
-    rounding: `before` the weight is applied, to x's dtype, as Llama does → [..., D] in the wider dtype of the two;
-    `after` it, as Gemma does → [..., D] in x's dtype. Bit for bit what transformers' LlamaRMSNorm (`before`) and
-    GemmaRMSNorm (`plus_one`, `after`) give.
+    Args:
+        x: [..., D], any float dtype. Sums are in float32, or float64 where x is.
+        weight: [D], any float dtype.
+        eps: added to the mean square.
+        plus_one: scale by 1 + weight.
+        rounding: to x's dtype before the weight is applied (result in the wider dtype of x and weight), or after.
+
+    Returns:
+        [..., D].
     """
     out: Tensor = _RmsNorm.apply(x, weight, eps, plus_one, rounding == "before")
     return out

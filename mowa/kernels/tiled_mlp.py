@@ -1,8 +1,7 @@
-"""A function of tokens, one by one, over tiles of the sequence, so that what is inside never exists for all of it.
+"""Apply a token-wise function to tiles of a sequence, to bound the memory of its intermediate values.
 
-An MLP's inner values are several times as wide as its input; over a long sequence they are what memory ends with. Each
-tile is gone through again in the backward pass, and is forgotten before the next (arXiv:2506.13996, section 3.2).
-It costs one more forward pass of the function. Which functions treat tokens one by one is not known here.
+The intermediate values of an MLP are several times as large as its input. Each tile is recomputed in the backward pass
+and freed before the next one (ALST, arXiv:2506.13996, section 3.2), for the cost of one more forward pass.
 """
 
 from __future__ import annotations
@@ -16,16 +15,23 @@ from torch.utils.checkpoint import checkpoint
 
 
 def apply_tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile_size: int, dim: int = -2) -> Tensor:
-    """function(x), `tile` positions of `dim` at a time. x [..., T, D] → what `function` gives, tiles put end to end.
+    """Return function(x), computed `tile_size` positions of `dim` at a time and concatenated.
 
-    Exact for whatever treats positions alone: gradients reach x and all that `function` uses (weights, low-rank
-    updates), summed over tiles. Random numbers and autocast are the same when a tile is gone through again.
+    Exact for functions that treat positions independently: gradients reach x and all parameters that `function` uses,
+    summed over tiles. Random states and autocast are restored for the recomputation.
 
-    Raises ValueError where tile < 1.
+    Args:
+        function: maps [..., tile, D] to [..., tile, E].
+        x: [..., T, D].
+        tile_size: positions per tile, at least 1.
+        dim: dimension of positions.
+
+    Raises:
+        ValueError: tile_size < 1.
     """
     if tile_size < 1:
-        raise ValueError(f"a tile has at least one position, not {tile_size}")
+        raise ValueError(f"tile_size must be at least 1, not {tile_size}")
     if x.shape[dim] <= tile_size:
         return function(x)
-    one = partial(checkpoint, function, use_reentrant=False) if torch.is_grad_enabled() else function
-    return torch.cat([one(part) for part in x.split(tile_size, dim)], dim)
+    run = partial(checkpoint, function, use_reentrant=False) if torch.is_grad_enabled() else function
+    return torch.cat([run(part) for part in x.split(tile_size, dim)], dim)

@@ -1,8 +1,6 @@
-"""How far what one model says is from what another says of the same recordings, frame by frame.
+"""Measure how far apart the emissions of two models are on the same recordings, frame by frame, without texts.
 
-    kl = mean over frames of Σ p (log p - log q),  p the reference's probabilities, q the other's
-
-No text is needed: what a scheme did to a net shows before any letter changes. What made the numbers is not known here.
+kl = mean over frames of Σ p (log p - log q),  p the reference's probabilities, q the candidate's
 """
 
 from __future__ import annotations
@@ -14,14 +12,22 @@ import numpy as np
 
 from mowa.errors import ModelError
 
-LOG_PROB_FLOOR = -20.0  # nats: what both find less likely than this is alike
-INVALID_TOKEN = -1  # what is likeliest where there are no numbers
+LOG_PROB_FLOOR = -20.0  # nats; differences below this probability do not count
+INVALID_TOKEN = -1  # the top token of a frame that has NaN
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDiff:
-    """`largest` and `mean` difference of a log-probability (nats), `kl` (nats a frame), `agreeing`: the share of frames
-    with the same likeliest output, `blank`: how much more of the frames are blank, `frames`: how many there were."""
+    """How far apart two models are.
+
+    Attributes:
+        max_abs_diff: largest difference of a log-probability, nats.
+        mean_abs_diff: mean difference of a log-probability, nats.
+        kl: nats per frame.
+        agreement: fraction of frames with the same top token.
+        blank_ratio_change: fraction of frames whose top token is blank, candidate minus reference.
+        num_frames: frames compared.
+    """
 
     max_abs_diff: float
     mean_abs_diff: float
@@ -32,18 +38,27 @@ class ModelDiff:
 
 
 def compare_emissions(reference: Sequence[np.ndarray], candidate: Sequence[np.ndarray], blank_id: int) -> ModelDiff:
-    """Log-probabilities float32 [T_i, V] of the same recordings. ModelError where they are not of the same shape."""
-    largest, apart, kl, same, more, frames = 0.0, 0.0, 0.0, 0, 0, 0
+    """Compare log-probabilities, float32 [T_i, V], of two models on the same recordings.
+
+    Args:
+        reference: one array per recording.
+        candidate: the same recordings.
+        blank_id: token id of the CTC blank.
+
+    Raises:
+        ModelError: the shapes differ.
+    """
+    largest, total, kl, same, more_blank, frames = 0.0, 0.0, 0.0, 0, 0, 0
     for ours, theirs in zip(reference, candidate, strict=True):
         if ours.shape != theirs.shape:
-            raise ModelError(f"one says {ours.shape} of a recording, the other {theirs.shape}: not of the same model")
+            raise ModelError(f"emissions have shapes {ours.shape} and {theirs.shape}: the models do not match")
         p, q = np.maximum(ours, LOG_PROB_FLOOR), np.maximum(np.nan_to_num(theirs, nan=LOG_PROB_FLOOR), LOG_PROB_FLOOR)
         difference = np.abs(p - q)
-        largest, apart = max(largest, float(difference.max(initial=0.0))), apart + float(difference.mean(-1).sum())
+        largest, total = max(largest, float(difference.max(initial=0.0))), total + float(difference.mean(-1).sum())
         kl += float((np.exp(p) * (p - q)).sum())
-        best, found = ours.argmax(-1), np.where(np.isnan(theirs).any(-1), INVALID_TOKEN, theirs.argmax(-1))
-        same += int((best == found).sum())
-        more += int((found == blank_id).sum()) - int((best == blank_id).sum())
+        expected, found = ours.argmax(-1), np.where(np.isnan(theirs).any(-1), INVALID_TOKEN, theirs.argmax(-1))
+        same += int((expected == found).sum())
+        more_blank += int((found == blank_id).sum()) - int((expected == blank_id).sum())
         frames += len(ours)
     count = max(1, frames)
-    return ModelDiff(largest, apart / count, max(0.0, kl / count), same / count, more / count, frames)
+    return ModelDiff(largest, total / count, max(0.0, kl / count), same / count, more_blank / count, frames)

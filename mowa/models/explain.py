@@ -1,4 +1,4 @@
-"""Which layer of a model would be computed how, and why: from its config alone, by the kernels' own rule."""
+"""Explain which attention implementation each layer of a model gets, and why, from its config alone."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from typing import Any
 import torch
 
 from mowa.errors import ModelError
-from mowa.families.registry import get_family
 from mowa.kernels.attention.rules import AttentionSpec, available_packages, select_backend
 from mowa.types import Family
 
-TORCH_CUDA_FEATURES = frozenset({"varlen", "varlen_window", "triton"})  # what torch for CUDA brings
+TORCH_CUDA_FEATURES = frozenset({"varlen", "varlen_window", "triton"})  # part of torch for CUDA
 LAYER_TYPE_LABELS = {
     "full_attention": "full attention",
     "sliding_attention": "sliding window",
-    "chunked_attention": "attention in chunks",
+    "chunked_attention": "chunked attention",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class LayerExplanation:
-    """One kind of layer, how many there are, what computes it, and why: the refusals of every better way among that."""
+    """One kind of layer: how many there are, what computes it, and why, including why faster backends are not used."""
 
     layer_type: str
     count: int
@@ -36,63 +35,66 @@ class LayerExplanation:
 
 
 def default_device() -> str:
-    """The device that a model would be on."""
+    """Return cuda if there is a CUDA device, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def explain_layers(
-    config: Any, *, length: int, device: str, dtype: str, packed: bool = False
+    config: Any, family: Family, *, length: int, device: str, dtype: str, packed: bool = False
 ) -> list[LayerExplanation]:
-    """A row for every kind of attention in a net of that transformers config, in training with so many tokens in a row.
+    """Explain every kind of attention layer of a net, in training.
 
-    device: cpu, cuda (this machine's; of another, by capability: cuda:9.0). dtype: of the activations, as torch has it.
-    Raises ModelError for a device or a dtype that is none.
+    Args:
+        config: a transformers config.
+        family: its family.
+        length: tokens or frames per row.
+        device: cpu, cuda (of this machine), or a compute capability such as cuda:9.0.
+        dtype: of the activations, as torch names it.
+        packed: rows are packed.
+
+    Raises:
+        ModelError: unknown device or dtype.
     """
-    kind, capability = _device(device)
+    device_type, capability = _parse_device(device)
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ModelError(f"{dtype!r} is no dtype: bfloat16, float16 and float32 are")
-    family = get_family(config.model_type)
+        raise ModelError(f"unknown dtype {dtype!r}; choose from bfloat16, float16, float32")
     text = config.get_text_config()
-    if why := family.unsupported.get("attention"):
-        return [LayerExplanation("attention", text.num_hidden_layers, "transformers", why)]
+    if reason := family.unsupported.get("attention"):
+        return [LayerExplanation("attention", text.num_hidden_layers, "transformers", reason)]
     rows = []
     for layer, count in _layers(text).items():
-        facts = _facts(family, text, layer, length, kind, capability, dtype, packed)
+        spec = _attention_spec(family, text, layer, length, device_type, capability, dtype, packed)
         if layer == "chunked_attention":
-            rows.append(
-                LayerExplanation(
-                    LAYER_TYPE_LABELS[layer], count, "sdpa", "a mask of all tokens against all, made by transformers"
-                )
-            )
+            rows.append(LayerExplanation(LAYER_TYPE_LABELS[layer], count, "sdpa", "dense mask from transformers"))
             continue
-        choice = select_backend(facts)
-        refusals = "; ".join(f"{name}: {why}" for name, why in choice.rejected)
+        choice = select_backend(spec)
+        rejected = "; ".join(f"{name}: {reason}" for name, reason in choice.rejected)
         window = f" of {text.sliding_window}" if layer == "sliding_attention" else ""
-        reason = choice.reason + (f" ({refusals})" if refusals else "")
+        reason = choice.reason + (f" ({rejected})" if rejected else "")
         rows.append(
             LayerExplanation(
-                LAYER_TYPE_LABELS.get(layer, layer) + window + _shape(facts), count, choice.backend, reason
+                LAYER_TYPE_LABELS.get(layer, layer) + window + _describe_heads(spec), count, choice.backend, reason
             )
         )
     return rows
 
 
-def _device(device: str) -> tuple[str, tuple[int, int]]:
+def _parse_device(device: str) -> tuple[str, tuple[int, int]]:
     kind, _, rest = device.partition(":")
     if kind not in ("cpu", "cuda"):
-        raise ModelError(f"{device!r} is no device: cpu and cuda are, or cuda:8.0 for one of that capability")
+        raise ModelError(f"unknown device {device!r}; use cpu, cuda, or cuda:9.0 for a compute capability")
     if kind == "cpu":
         return kind, (0, 0)
     major, dot, minor = rest.partition(".")
     if dot and major.isdigit() and minor.isdigit():
         return kind, (int(major), int(minor))
     if not torch.cuda.is_available():
-        raise ModelError("there is no CUDA device here: say of which capability, as in cuda:8.0 or cuda:9.0")
+        raise ModelError("no CUDA device found; name a compute capability instead, such as cuda:8.0 or cuda:9.0")
     return kind, torch.cuda.get_device_capability(int(rest or 0))
 
 
 def _layers(text: Any) -> Counter[str]:
-    """How many layers of each kind, in their order."""
+    """The number of layers of each kind, in the order of the config."""
     kinds = getattr(text, "layer_types", None)
     if kinds:
         return Counter(kinds)
@@ -101,7 +103,7 @@ def _layers(text: Any) -> Counter[str]:
     return Counter({"sliding_attention" if sliding else "full_attention": text.num_hidden_layers})
 
 
-def _facts(
+def _attention_spec(
     family: Family,
     text: Any,
     layer: str,
@@ -136,11 +138,11 @@ def _facts(
     )
 
 
-def _shape(facts: AttentionSpec) -> str:
-    """What of a layer is out of the ordinary, in words."""
+def _describe_heads(spec: AttentionSpec) -> str:
+    """Sizes and special features of the heads, in words."""
     words = [
-        f"heads of {facts.head_dim}" + (f" and {facts.v_head_dim}" if facts.head_dim != facts.v_head_dim else ""),
-        "soft-cap" if facts.softcap else "",
-        "sinks" if facts.sinks else "",
+        f"head size {spec.head_dim}" + (f" and {spec.v_head_dim}" if spec.head_dim != spec.v_head_dim else ""),
+        "soft-cap" if spec.softcap else "",
+        "sinks" if spec.sinks else "",
     ]
     return f", {', '.join(word for word in words if word)}"

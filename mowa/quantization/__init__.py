@@ -1,4 +1,10 @@
-"""Models in fewer bits, as `nouns.Scheme`s say. Names of schemes cost nothing; `shrink` needs torch."""
+"""Quantize a model's weights: to float16, bfloat16, int8, int4, nf4, or a mix within a size budget.
+
+Start with `schemes` (what can be asked for, by name) and `ptq` (`quantize`, post-training quantization). `linears`
+lists the layers that are quantized and estimates sizes; `calibration` records their inputs; `mixed_precision`
+distributes a size budget; `qat` trains with rounded weights; `formats` reads and writes the tensors of
+compressed-tensors and bitsandbytes. Importing this package does not import torch.
+"""
 
 from __future__ import annotations
 

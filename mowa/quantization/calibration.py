@@ -1,6 +1,6 @@
-"""What meets the weights of a net when it hears: recordings chosen, inputs looked at. What is made of it, `make` knows.
+"""Collect calibration data: sample clips and record the activations that enter each linear layer.
 
-Only what linears are given is looked at; memory holds a sample of it, or its second moments, never all of it.
+Memory holds a sample of the activations (for input ranges) or their second moments (for GPTQ), never all of them.
 """
 
 from __future__ import annotations
@@ -16,69 +16,69 @@ import torch
 from torch import Tensor
 
 from mowa.data import audio
-from mowa.data.manifests import examples as sources
+from mowa.data.manifests import examples as manifest_examples
 from mowa.errors import DataError
 from mowa.types import Example, Model
 
 log = logging.getLogger("mowa")
 
 CALIBRATION_S = 60.0
-MAX_CLIP_S = 20.0  # longer recordings are heard so far: attention needs memory by the square of it
-MAX_SAMPLED_VALUES = 65_536  # inputs of a linear that the range is chosen by
-CLIP_RATIOS = (
-    1.0,
-    0.98,
-    0.95,
-    0.9,
-    0.85,
-    0.8,
-    0.7,
-    0.6,
-    0.5,
-)  # of the range: outliers may be worth finer steps for the rest
+MAX_CLIP_S = 20.0  # longer recordings are cut: the memory of attention grows with the square of the length
+MIN_CLIP_S = 0.1
+MAX_SAMPLED_VALUES = 65_536  # activations kept per linear to choose its input range
+CLIP_RATIOS = (1.0, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # fractions of the observed range to try
 
 
 class StopForward(Exception):
-    """Raised in a hook, to leave the rest of the net alone."""
+    """Raised by a hook to skip the rest of a forward pass."""
 
 
 def load_clips(source: str, model: Model, *, split: str = "", seconds: float = CALIBRATION_S) -> list[np.ndarray]:
-    """So many seconds of what is at `source` (`data.sources` says what it may be), spread over it, as the net hears it.
+    """Load about `seconds` of audio from a manifest, folder or dataset, preprocessed as the model needs it.
 
-    At another rate they are resampled; a lower one is warned of, as the net was not made for it. DataError where there
-    is nothing to hear.
+    Args:
+        source: anything that `mowa.data.manifests.examples` reads.
+        model: its sampling rate and normalization are applied.
+        split: split of the dataset, where it has several.
+        seconds: total length.
+
+    Returns:
+        Randomly chosen recordings (fixed seed), float32 [n] each.
+
+    Raises:
+        DataError: no recording is long enough and not silent.
     """
-    examples = list(sources.read_examples(source, split, require_text=False))
+    examples = list(manifest_examples.read_examples(source, split, require_text=False))
     return sample_clips(examples, model, seconds=seconds)
 
 
 def sample_clips(examples: Sequence[Example], model: Model, *, seconds: float = CALIBRATION_S) -> list[np.ndarray]:
-    """As `sounds`, of examples."""
-    rate_hz, chosen, total = model.preprocessing.rate_hz, [], 0
-    order = np.random.default_rng(0).permutation(len(examples))
-    low = []
-    for index in order:
+    """Do what `load_clips` does, from examples. Recordings at a lower rate than the model's cause a warning."""
+    rate_hz, clips, total = model.preprocessing.rate_hz, [], 0
+    lower_rates = []
+    for index in np.random.default_rng(0).permutation(len(examples)):
         example = examples[index]
-        if (known := _rate_hz(example)) and known < rate_hz:
-            low.append(known)
-        sound = audio.load_audio(example.audio, rate_hz)[: int(MAX_CLIP_S * rate_hz)]
-        if len(sound) < rate_hz // 10 or not sound.any():
+        if (source_rate_hz := _source_rate_hz(example)) and source_rate_hz < rate_hz:
+            lower_rates.append(source_rate_hz)
+        samples = audio.load_audio(example.audio, rate_hz)[: int(MAX_CLIP_S * rate_hz)]
+        if len(samples) < int(MIN_CLIP_S * rate_hz) or not samples.any():
             continue
-        chosen.append(audio.normalize(sound) if model.preprocessing.normalize else sound)
-        total += len(sound)
+        clips.append(audio.normalize(samples) if model.preprocessing.normalize else samples)
+        total += len(samples)
         if total >= seconds * rate_hz:
             break
-    if not chosen:
-        raise DataError("there is nothing to calibrate on: no recording of 0.1 s or more that is not silent")
-    if low:
+    if not clips:
+        raise DataError(f"no calibration data: no recording is at least {MIN_CLIP_S} s long and not silent")
+    if lower_rates:
         log.warning(
-            "%d of %d recordings are at %d Hz and %s hears %d: what is above is missing, so ranges may be too small",
-            *(len(low), len(chosen), min(low), model.origin.name, rate_hz),
+            "%d of %d calibration recordings have a sampling rate of %d Hz, below the %d Hz of %s: without their high"
+            " frequencies, input ranges may come out too small",
+            *(len(lower_rates), len(clips), min(lower_rates), rate_hz, model.origin.name),
         )
-    return chosen
+    return clips
 
 
-def _rate_hz(example: Example) -> int | None:
+def _source_rate_hz(example: Example) -> int | None:
     try:
         return int(soundfile.info(example.audio).samplerate)
     except (soundfile.LibsndfileError, TypeError):
@@ -86,69 +86,72 @@ def _rate_hz(example: Example) -> int | None:
 
 
 def estimate_input_ranges(net: Any, names: Iterable[str], clips: Sequence[np.ndarray]) -> dict[str, tuple[float, int]]:
-    """Linear → step and zero of its inputs in eight bits: of some cuts of what was seen, the one that errs least."""
+    """Return scale and zero point, for uint8, of each linear's inputs over the clips.
+
+    Of several fractions of the observed range, the one with the smallest squared error on a sample wins.
+    """
     names = list(names)
-    least, most = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    sample: dict[str, list[Tensor]] = {name: [] for name in names}
-    each = max(1, MAX_SAMPLED_VALUES // len(clips))
+    low, high = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    samples: dict[str, list[Tensor]] = {name: [] for name in names}
+    samples_per_clip = max(1, MAX_SAMPLED_VALUES // len(clips))
 
-    def look(name: str, x: Tensor) -> None:
+    def observe(name: str, x: Tensor) -> None:
         flat = x.reshape(-1)
-        least[name], most[name] = min(least[name], float(flat.min())), max(most[name], float(flat.max()))
-        sample[name].append(flat[:: max(1, len(flat) // each)].clone())
+        low[name], high[name] = min(low[name], float(flat.min())), max(high[name], float(flat.max()))
+        samples[name].append(flat[:: max(1, len(flat) // samples_per_clip)].clone())
 
-    with observe_inputs(net, names, look):
-        for sound in clips:
-            compute_log_probs(net, sound)
-    return {name: _range(least[name], most[name], torch.cat(sample[name])) for name in names}
+    with observe_inputs(net, names, observe):
+        for clip in clips:
+            compute_log_probs(net, clip)
+    return {name: _choose_range(low[name], high[name], torch.cat(samples[name])) for name in names}
 
 
-def _range(least: float, most: float, sample: Tensor) -> tuple[float, int]:
-    best, found = float("inf"), (1.0, 0)
-    for share in CLIP_RATIOS:
-        step = max((most - least) * share / 255, 1e-12)
-        zero = round(min(max(-least * share / step, 0.0), 255.0))
-        made = ((sample / step).round() + zero).clamp(0, 255).sub(zero) * step
-        wrong = float((made - sample).square().mean())
-        if wrong < best:
-            best, found = wrong, (step, zero)
-    return found
+def _choose_range(low: float, high: float, sample: Tensor) -> tuple[float, int]:
+    best_error, best = float("inf"), (1.0, 0)
+    for ratio in CLIP_RATIOS:
+        scale = max((high - low) * ratio / 255, 1e-12)
+        zero_point = round(min(max(-low * ratio / scale, 0.0), 255.0))
+        rounded = ((sample / scale).round() + zero_point).clamp(0, 255).sub(zero_point) * scale
+        error = float((rounded - sample).square().mean())
+        if error < best_error:
+            best_error, best = error, (scale, zero_point)
+    return best
 
 
 def accumulate_hessians(net: Any, block: str, names: Iterable[str], clips: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    """Linear of `block` → Σ x xᵀ of its inputs, float32 [K, K]; what comes after the block is not computed."""
-    sums: dict[str, Tensor] = {}
+    """Return Σ x xᵀ, float32 [K, K], over the inputs x of each linear in `names`; layers after `block` do not run."""
+    hessians: dict[str, Tensor] = {}
 
-    def look(name: str, x: Tensor) -> None:
+    def observe(name: str, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()
-        sums[name] = sums[name].addmm_(rows.T, rows) if name in sums else rows.T @ rows
+        hessians[name] = hessians[name].addmm_(rows.T, rows) if name in hessians else rows.T @ rows
 
     def stop(*_: Any) -> None:
         raise StopForward
 
     handle = net.get_submodule(block).register_forward_hook(stop)
     try:
-        with observe_inputs(net, names, look):
-            for sound in clips:
+        with observe_inputs(net, names, observe):
+            for clip in clips:
                 with suppress(StopForward):
-                    compute_log_probs(net, sound)
+                    compute_log_probs(net, clip)
     finally:
         handle.remove()
-    return sums
+    return hessians
 
 
 def compute_log_probs(net: Any, clip: np.ndarray) -> Tensor:
-    """Log-probabilities [T, V] of one recording."""
+    """Return the log-probabilities, float32 [T, V], of one preprocessed recording, float32 [n]."""
     with torch.inference_mode():
-        made: Tensor = net(torch.from_numpy(np.ascontiguousarray(clip))[None]).logits[0].float().log_softmax(-1)
-    return made
+        log_probs: Tensor = net(torch.from_numpy(np.ascontiguousarray(clip))[None]).logits[0].float().log_softmax(-1)
+    return log_probs
 
 
 @contextmanager
 def observe_inputs(net: Any, names: Iterable[str], observer: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """`look(name, x)` at all that the linears are given."""
+    """Call `observer(name, x)` for every input x of the modules in `names`, inside the context."""
     handles = [
-        net.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: observer(name, given[0]))
+        net.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: observer(name, args[0]))
         for name in names
     ]
     try:

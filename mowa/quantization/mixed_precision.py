@@ -1,9 +1,9 @@
-"""Which linears are worth more bits: each is tried narrow alone, and what that does to the emissions is its damage.
+"""Choose int4, int8 or float16 for each group of linears within a size budget, by measured sensitivity.
 
-    damage = mean over frames of Σ p (log p - log q),  p the net's probabilities, q those with this unit in int4
+    sensitivity = mean over frames of Σ p (log p - log q),  p the model's probabilities, q those with this group in int4
 
-All begin in int4. Units are widened, first to int8 and then to float16, in the order of damage by byte, while the size
-is within the budget. A unit in int8 is taken to do none that matters: an eighth of int4's steps, a 64th of its damage.
+All groups begin in int4. In the order of sensitivity per byte they are raised to int8, then to float16, as long as the
+size stays within the budget. A group in int8 is assumed to have 1/64 of its int4 sensitivity (steps 1/8 as large).
 """
 
 from __future__ import annotations
@@ -15,97 +15,110 @@ from dataclasses import replace
 import numpy as np
 
 from mowa.errors import ModelError
-from mowa.quantization import calibration, ptq
-from mowa.quantization.ptq import LinearGroup
+from mowa.kernels.quant.linear import QuantizedLinear
+from mowa.quantization import calibration
+from mowa.quantization.linears import LinearGroup, estimate_size_bytes, quantize_linear
 from mowa.types import Model, Scheme
 
 log = logging.getLogger("mowa")
 
-RANKING_S = 12.0  # that units are ranked on: each of them has to be heard anew
-NEXT_PRECISION = {"int4": ("int8", 1 / 64), "int8": ("float16", 0.0)}  # and the share of the damage that is left
+RANKING_S = 12.0  # seconds of audio that the groups are ranked on; the model runs on them once per group
+NEXT_PRECISION = {"int4": ("int8", 1 / 64), "int8": ("float16", 0.0)}  # and the fraction of the sensitivity left then
 
 
 def assign_schemes(
     model: Model, groups: Sequence[LinearGroup], clips: Sequence[np.ndarray], on_progress: Callable[[float], object]
 ) -> dict[LinearGroup, Scheme]:
-    """Unit → scheme, within `model.scheme.budget` of the size in float32. `model` is wide in its blocks yet.
+    """Return a scheme for each group, within `model.scheme.size_budget` of the size in float32.
 
-    ModelError where int4 everywhere is larger than that.
+    Args:
+        model: its blocks not quantized yet.
+        groups: from `linear_groups`.
+        clips: preprocessed recordings, float32 [n] each.
+        on_progress: called with the fraction done.
+
+    Raises:
+        ModelError: the budget is smaller than the model with all groups in int4.
     """
-    scheme, whole = model.scheme, _whole(model)
-    damage = measure_sensitivity(model, groups, clips, on_progress)
-    weights = {unit: sum(model.net.get_submodule(name).weight.numel() for name in unit.module_names) for unit in groups}
+    scheme, total = model.scheme, _float32_bytes(model)
+    sensitivity = measure_sensitivity(model, groups, clips, on_progress)
+    numel = {
+        group: sum(model.net.get_submodule(name).weight.numel() for name in group.module_names) for group in groups
+    }
     bits = {"int4": 4 + (16 if scheme.symmetric else 20) / scheme.group_size, "int8": 8.0, "float16": 16.0}
-    others = ptq.estimate_size_bytes(model) - sum(2 * count for count in weights.values())
-    width = dict.fromkeys(groups, "int4")
+    other_bytes = estimate_size_bytes(model) - sum(2 * count for count in numel.values())
+    precision = dict.fromkeys(groups, "int4")
 
-    def used() -> float:
-        return (others + sum(weights[unit] * bits[width[unit]] / 8 for unit in groups)) / whole
+    def relative_size() -> float:
+        return (other_bytes + sum(numel[group] * bits[precision[group]] / 8 for group in groups)) / total
 
-    if used() > scheme.size_budget:
+    if relative_size() > scheme.size_budget:
         raise ModelError(
-            f"{model.origin.name} in int4 everywhere is {used():.1%} of its size in float32, and the budget is"
-            f" {scheme.size_budget:.1%}: allow at least as much"
+            f"{model.origin.name} with all layers in int4 has {relative_size():.1%} of its float32 size; the budget of"
+            f" {scheme.size_budget:.1%} is too small"
         )
-    while steps := [unit for unit in groups if width[unit] in NEXT_PRECISION]:
+    while candidates := [group for group in groups if precision[group] in NEXT_PRECISION]:
         gains = {}
-        for unit in steps:
-            wider, left = NEXT_PRECISION[width[unit]]
-            now = damage[unit] * (1 if width[unit] == "int4" else 1 / 64)
-            gains[unit] = (now - damage[unit] * left) / (weights[unit] * (bits[wider] - bits[width[unit]]))
-        for unit in sorted(steps, key=gains.__getitem__, reverse=True):
-            before, width[unit] = width[unit], NEXT_PRECISION[width[unit]][0]
-            if used() <= scheme.size_budget:
+        for group in candidates:
+            wider, fraction_left = NEXT_PRECISION[precision[group]]
+            current = sensitivity[group] * (1 if precision[group] == "int4" else 1 / 64)
+            added_bits = numel[group] * (bits[wider] - bits[precision[group]])
+            gains[group] = (current - sensitivity[group] * fraction_left) / added_bits
+        for group in sorted(candidates, key=gains.__getitem__, reverse=True):
+            before, precision[group] = precision[group], NEXT_PRECISION[precision[group]][0]
+            if relative_size() <= scheme.size_budget:
                 break
-            width[unit] = before
+            precision[group] = before
         else:
             break
-    counted = {name: sum(one == name for one in width.values()) for name in bits}
-    log.info("mixed: %s, %.1f %% of the size", ", ".join(f"{n} in {w}" for w, n in counted.items()), used() * 100)
-    return {unit: derive_scheme(scheme, width[unit]) for unit in groups}
+    counts = {name: sum(one == name for one in precision.values()) for name in bits}
+    summary = ", ".join(f"{count} groups in {name}" for name, count in counts.items())
+    log.info("mixed: %s, %.1f %% of the float32 size", summary, relative_size() * 100)
+    return {group: derive_scheme(scheme, precision[group]) for group in groups}
 
 
 def derive_scheme(scheme: Scheme, weights: str) -> Scheme:
+    """Return the scheme of one group of a `mixed` scheme, whose weights are int4, int8 or float16."""
     if weights == "int4":
         return replace(scheme, weights="int4", activations="none")
-    return replace(
-        scheme, weights=weights, group_size=0, symmetric=True, activations="dynamic" if weights == "int8" else "none"
-    )
+    activations = "dynamic" if weights == "int8" else "none"
+    return replace(scheme, weights=weights, group_size=0, symmetric=True, activations=activations)
 
 
 def measure_sensitivity(
     model: Model, groups: Sequence[LinearGroup], clips: Sequence[np.ndarray], on_progress: Callable[[float], object]
 ) -> dict[LinearGroup, float]:
-    """Unit → what int4 in it alone does, in nats a frame."""
-    net, few = model.net, _few(clips, model.preprocessing.rate_hz)
-    truth = [calibration.compute_log_probs(net, sound) for sound in few]
-    found = {}
-    for index, unit in enumerate(groups):
-        wide = {name: net.get_submodule(name) for name in unit.module_names}
-        plain = replace(derive_scheme(model.scheme, "int4"), gptq=False)
-        for name, linear in wide.items():
-            net.set_submodule(name, ptq.quantize_linear(linear, plain))
-        apart = [
-            (p.exp() * (p - calibration.compute_log_probs(net, one))).sum(-1) for p, one in zip(truth, few, strict=True)
+    """Return the KL divergence, nats per frame, that int4 weights (without GPTQ) in each group alone cause."""
+    net, subset = model.net, _first_seconds(clips, model.preprocessing.rate_hz)
+    reference = [calibration.compute_log_probs(net, clip) for clip in subset]
+    int4 = replace(derive_scheme(model.scheme, "int4"), gptq=False)
+    sensitivity = {}
+    for index, group in enumerate(groups):
+        originals = {name: net.get_submodule(name) for name in group.module_names}
+        for name, linear in originals.items():
+            net.set_submodule(name, quantize_linear(linear, int4))
+        divergences = [
+            (p.exp() * (p - calibration.compute_log_probs(net, clip))).sum(-1)
+            for p, clip in zip(reference, subset, strict=True)
         ]
-        found[unit] = float(sum(one.sum() for one in apart) / sum(len(one) for one in apart))
-        for name, linear in wide.items():
+        sensitivity[group] = float(sum(one.sum() for one in divergences) / sum(len(one) for one in divergences))
+        for name, linear in originals.items():
             net.set_submodule(name, linear)
         on_progress((index + 1) / len(groups))
-    return found
+    return sensitivity
 
 
-def _few(sounds: Sequence[np.ndarray], rate_hz: int) -> list[np.ndarray]:
-    few: list[np.ndarray] = []
-    for sound in sounds:
-        if sum(map(len, few)) >= RANKING_S * rate_hz:
+def _first_seconds(clips: Sequence[np.ndarray], rate_hz: int) -> list[np.ndarray]:
+    """The first clips that together have `RANKING_S` seconds."""
+    subset: list[np.ndarray] = []
+    for clip in clips:
+        if sum(map(len, subset)) >= RANKING_S * rate_hz:
             break
-        few.append(sound)
-    return few
+        subset.append(clip)
+    return subset
 
 
-def _whole(model: Model) -> int:
-    """Bytes in float32."""
-    params = sum(weight.numel() for weight in model.net.parameters())
-    buffers = sum(one.codes.numel() + len(one.scales) for one in model.net.modules() if hasattr(one, "codes"))
-    return 4 * (params + buffers)
+def _float32_bytes(model: Model) -> int:
+    parameters = sum(weight.numel() for weight in model.net.parameters())
+    linears = [module for module in model.net.modules() if isinstance(module, QuantizedLinear)]
+    return 4 * (parameters + sum(linear.qweight.numel() + len(linear.scale) for linear in linears))

@@ -1,13 +1,12 @@
-"""A model → the same in fewer bits, in memory. The spine: whoever measures, exports or runs it takes it from here.
+"""Post-training quantization: return a copy of a model in memory whose weights are stored in another scheme.
 
-Which linears may be narrow is the family's affair (`linears`, `widths`); how recordings are chosen, `calibrate`'s; how
-files look, the exporters'.
+The family says which linears are quantized and how the rest is stored (`Family.linears`, `Family.non_block_weights`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,27 +16,12 @@ from torch import Tensor, nn
 from mowa.adapters import merge
 from mowa.errors import DataError, ModelError
 from mowa.kernels.quant import weights
-from mowa.kernels.quant.gptq import quantize_gptq
 from mowa.kernels.quant.linear import QuantizedLinear
-from mowa.kernels.quant.nf4 import quantize_nf4
-from mowa.kernels.quant.weights import QuantizedWeight
-from mowa.quantization import calibration, schemes
+from mowa.quantization import calibration, mixed_precision, schemes
+from mowa.quantization.linears import LinearGroup, block_names, linear_groups, quantize_linear
 from mowa.types import FLOAT32, Model, Scheme
 
-QKV_PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # linears of one input
-ProgressCallback = Callable[[float], object]  # of the share that is done
-
-
-@dataclass(frozen=True, slots=True)
-class LinearGroup:
-    """Linears of block `block` that see the same input: they are narrow together, or not."""
-
-    block_index: int
-    module_names: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.module_names[0] if len(self.module_names) == 1 else self.module_names[0].rpartition(".")[0] + ".qkv"
+ProgressCallback = Callable[[float], object]  # called with the fraction done, in [0, 1]
 
 
 def quantize(
@@ -45,108 +29,81 @@ def quantize(
     scheme: Scheme | str,
     calibration_clips: Sequence[np.ndarray] | None = None,
     *,
-    on_progress: ProgressCallback = lambda share: None,
+    on_progress: ProgressCallback = lambda fraction: None,
 ) -> Model:
-    """`model` in `scheme`, adapter included; `model` stays as it is, and what is not changed is shared with it.
+    """Return `model` in `scheme`, with its adapter merged. `model` is not changed; unquantized tensors are shared.
 
-    `sounds` are recordings, float32 [n] each, as the net hears them (`calibrate.sounds`): needed where
-    `schemes.calibrated` says so. Raises ModelError where the model is shrunk already, or a tensor cannot be in the
-    scheme; DataError where recordings are needed and there are none.
+    Args:
+        model: in float32.
+        scheme: a `Scheme`, or a name that `schemes.parse_scheme` accepts.
+        calibration_clips: preprocessed recordings, float32 [n] each, from `calibration.load_clips`.
+        on_progress: called with the fraction done.
+
+    Raises:
+        ModelError: the model is quantized already, or a matrix does not fit the scheme.
+        DataError: the scheme needs calibration clips and there are none.
     """
     scheme = schemes.parse_scheme(scheme) if isinstance(scheme, str) else scheme
     if model.scheme != FLOAT32:
-        raise ModelError(f"{model.origin.name} is in {model.scheme.name} already: shrink the model it was made of")
-    why = schemes.calibration_reason(scheme)
-    if why and not calibration_clips:
-        raise DataError(f"{schemes.format_scheme(scheme)} needs recordings, {why}: name some with --data")
-    shrunk = replace(model, net=merge.merge_adapter(model).net.to("cpu", torch.float32), scheme=scheme)
-    net = shrunk.net
+        raise ModelError(
+            f"{model.origin.name} is quantized already ({model.scheme.name}); start from the full-precision checkpoint"
+        )
+    reason = schemes.calibration_reason(scheme)
+    if reason and not calibration_clips:
+        raise DataError(f"{schemes.format_scheme(scheme)} needs calibration recordings {reason}; pass some with --data")
+    quantized = replace(model, net=merge.merge_adapter(model).net.to("cpu", torch.float32), scheme=scheme)
+    net = quantized.net
     with torch.no_grad():
         if scheme.weights in ("float16", "bfloat16"):
             for name, weight in list(net.named_parameters()):
-                _put(net, name, weight.to(getattr(torch, scheme.weights)).float())
+                _replace_parameter(net, name, weight.to(getattr(torch, scheme.weights)).float())
         elif scheme.weights != "float32":
-            listed = linear_groups(shrunk)
-            _refuse(net, listed, scheme)
-            _round_others(shrunk, listed)
-            widths = {unit: scheme for unit in listed}
+            groups = linear_groups(quantized)
+            _validate_group_sizes(net, groups, scheme)
+            _quantize_non_blocks(quantized, groups)
+            schemes_by_group = dict.fromkeys(groups, scheme)
             if scheme.weights == "mixed":
-                from mowa.quantization import mixed_precision
-
-                widths = mixed_precision.assign_schemes(shrunk, listed, calibration_clips or (), on_progress)
-            _quantize_blocks(shrunk, widths, calibration_clips or (), on_progress)
-    return shrunk
-
-
-def linear_groups(model: Model) -> list[LinearGroup]:
-    """The linears that a scheme is about, in the order in which a net meets them."""
-    names = [name for group in model.family.linears.values() for name in group]
-    found: dict[tuple[int, str], list[str]] = {}
-    for depth, path in enumerate(block_names(model)):
-        for name, module in model.net.get_submodule(path).named_modules():
-            leaf = name.rpartition(".")[2]
-            if leaf in names and isinstance(module, nn.Linear):
-                key = "q_proj" if leaf in QKV_PROJECTIONS else leaf
-                found.setdefault((depth, key), []).append(f"{path}.{name}")
-    return [LinearGroup(depth, tuple(sorted(paths))) for (depth, _), paths in found.items()]
+                schemes_by_group = mixed_precision.assign_schemes(
+                    quantized, groups, calibration_clips or (), on_progress
+                )
+            _quantize_blocks(quantized, schemes_by_group, calibration_clips or (), on_progress)
+    return quantized
 
 
-def block_names(model: Model) -> list[str]:
-    return [name for name, module in model.net.named_modules() if type(module).__name__ in model.family.blocks]
-
-
-def quantize_linear(
-    linear: Any, scheme: Scheme, hessian: Tensor | None = None, input_range: Any = None
-) -> QuantizedLinear:
-    """A linear as `scheme` has it; `hessian` Σ x xᵀ where errors are compensated, `range_` where inputs are static."""
-    weight, bits = linear.weight.detach(), 4 if scheme.weights == "int4" else 8
-    made: QuantizedWeight
-    if scheme.weights == "nf4":
-        made = quantize_nf4(weight, scheme.group_size)
-    elif scheme.gptq and hessian is not None:
-        made = quantize_gptq(weight, hessian, bits, scheme.group_size, symmetric=scheme.symmetric)
-    else:
-        made = weights.quantize(weight, bits, scheme.group_size, symmetric=scheme.symmetric)
-    return QuantizedLinear(made, linear.bias, scheme.activations, input_range)  # type: ignore[arg-type]
-
-
-def _refuse(net: Any, listed: Sequence[LinearGroup], scheme: Scheme) -> None:
-    """ModelError for the first matrix that the scheme cannot hold."""
-    if not listed:
-        raise ModelError("this net has no linears that could be narrow: use fp16")
-    for unit in listed:
-        for name in unit.module_names:
+def _validate_group_sizes(net: Any, groups: Sequence[LinearGroup], scheme: Scheme) -> None:
+    """Raise ModelError for the first matrix whose columns are not a multiple of the group size."""
+    if not groups:
+        raise ModelError("the model has no linear layers to quantize; use fp16")
+    for group in groups:
+        for name in group.module_names:
             columns = net.get_submodule(name).in_features
             if scheme.group_size and columns % scheme.group_size:
-                smaller = [group for group in schemes.GROUP_SIZES if columns % group == 0]
+                smaller = [size for size in schemes.GROUP_SIZES if columns % size == 0]
                 hint = f"{scheme.name}+{max(smaller)}" if smaller and scheme.weights != "nf4" else "int8-dynamic"
                 raise ModelError(
-                    f"{name}.weight cannot be in {scheme.name}: its {columns} columns do not fill groups of"
-                    f" {scheme.group_size}; use {hint} instead"
+                    f"{name}.weight cannot be quantized to {scheme.name}: its {columns} columns are not a multiple of"
+                    f" the group size {scheme.group_size}; use {hint}"
                 )
 
 
-def _round_others(model: Model, listed: Sequence[LinearGroup]) -> None:
-    """What is no block's linear, as the family has it."""
-    net, family, base = model.net, model.family, model.net.base_model_prefix
-    linears = {f"{name}.weight" for unit in listed for name in unit.module_names}
+def _quantize_non_blocks(model: Model, groups: Sequence[LinearGroup]) -> None:
+    """Round the matrices outside `groups` as the family stores them."""
+    net = model.net
+    linears = {f"{name}.weight" for group in groups for name in group.module_names}
     for name, weight in list(net.named_parameters()):
-        where = name.removeprefix(f"{base}.")
-        width = next(
-            (kept for part, kept in family.non_block_weights.items() if where.startswith(f"{part}.")), "float32"
-        )
-        if name in linears or weight.ndim < 2 or width == "float32":
+        dtype = schemes.non_block_dtype(model.family, name, net.base_model_prefix)
+        if name in linears or weight.ndim < 2 or dtype == "float32":
             continue
-        holder = net.get_submodule(name.rpartition(".")[0])
-        group = weights.non_block_group_size(weight)
-        if width == "float16" or not group:
-            _put(net, name, weight.half().float())
-        elif isinstance(holder, nn.Linear):
-            net.set_submodule(
-                name.removesuffix(".weight"), QuantizedLinear(weights.quantize(weight, 8, group), holder.bias)
-            )
+        module = net.get_submodule(name.rpartition(".")[0])
+        group_size = schemes.non_block_group_size(weight)
+        if dtype == "float16" or not group_size:
+            _replace_parameter(net, name, weight.half().float())
+        elif isinstance(module, nn.Linear):
+            quantized = QuantizedLinear(weights.quantize(weight, 8, group_size), module.bias)
+            net.set_submodule(name.removesuffix(".weight"), quantized)
         else:
-            _put(net, name, weights.quantize(weight.flatten(1), 8, group).dequantize().view_as(weight))
+            rounded = weights.quantize(weight.flatten(1), 8, group_size).dequantize()
+            _replace_parameter(net, name, rounded.view_as(weight))
 
 
 def _quantize_blocks(
@@ -155,70 +112,32 @@ def _quantize_blocks(
     clips: Sequence[np.ndarray],
     on_progress: ProgressCallback,
 ) -> None:
-    """Every unit in its scheme; where errors are compensated, block after block, so that each sees what came before."""
+    """Quantize each group in its scheme, block by block, so that GPTQ sees the quantized blocks before it."""
     net = model.net
-    static = model.scheme.activations == "static"
-    ranges = (
-        calibration.estimate_input_ranges(net, [unit.module_names[0] for unit in schemes_by_group], clips)
-        if static
-        else {}
-    )
-    compensating = [unit for unit, scheme in schemes_by_group.items() if scheme.gptq]
-    paths = block_names(model)
-    for depth, path in enumerate(paths):
-        of_block = [unit for unit in schemes_by_group if unit.block_index == depth]
-        seen: dict[str, Tensor] = {}
-        if any(unit in compensating for unit in of_block):
-            seen = calibration.accumulate_hessians(net, path, [unit.module_names[0] for unit in of_block], clips)
-        for unit in of_block:
-            if schemes_by_group[unit].weights == "float16":
+    input_qparams: dict[str, tuple[float, int]] = {}
+    if model.scheme.activations == "static":
+        first_names = [group.module_names[0] for group in schemes_by_group]
+        input_qparams = calibration.estimate_input_ranges(net, first_names, clips)
+    blocks = block_names(model)
+    for index, block in enumerate(blocks):
+        groups = [group for group in schemes_by_group if group.block_index == index]
+        hessians: dict[str, Tensor] = {}
+        if any(schemes_by_group[group].gptq for group in groups):
+            first_names = [group.module_names[0] for group in groups]
+            hessians = calibration.accumulate_hessians(net, block, first_names, clips)
+        for group in groups:
+            scheme, first_name = schemes_by_group[group], group.module_names[0]
+            if scheme.weights == "float16":
                 continue
-            for name in unit.module_names:
-                made = quantize_linear(
-                    net.get_submodule(name),
-                    schemes_by_group[unit],
-                    seen.get(unit.module_names[0]),
-                    ranges.get(unit.module_names[0]),
+            for name in group.module_names:
+                linear = net.get_submodule(name)
+                net.set_submodule(
+                    name, quantize_linear(linear, scheme, hessians.get(first_name), input_qparams.get(first_name))
                 )
-                net.set_submodule(name, made)
-        on_progress((depth + 1) / len(paths))
+        on_progress((index + 1) / len(blocks))
 
 
-def _put(net: Any, name: str, value: Tensor) -> None:
-    """A parameter of this net alone, whoever shares its old one."""
-    holder, _, leaf = name.rpartition(".")
-    net.get_submodule(holder)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-
-
-def estimate_tensor_bytes(model: Model) -> Iterator[tuple[str, int]]:
-    """Tensor → bytes it takes on disk, of a shrunk net or a whole one: codes, scales and zeros, or in what it is kept.
-
-    An exporter may need some more, for its graph, or less, where it folds two tensors into one.
-    """
-    net, scheme, base = model.net, model.scheme, model.net.base_model_prefix
-    for name, module in net.named_modules():
-        if isinstance(module, QuantizedLinear):
-            scales = module.scale.numel() * (2 if module.group_size < module.in_features else 4)
-            zeros = 0 if module.zero_point is None else module.zero_point.numel() * module.bits // 8
-            bias = 0 if module.bias is None else module.bias.numel() * 4
-            yield name, module.qweight.numel() * module.bits // 8 + scales + zeros + bias
-    for name, weight in net.named_parameters():
-        where = name.removeprefix(f"{base}.")
-        width = next(
-            (kept for part, kept in model.family.non_block_weights.items() if where.startswith(f"{part}.")), "float32"
-        )
-        if scheme.weights in ("float32", "float16", "bfloat16"):
-            width = scheme.weights
-        elif weight.ndim < 2:
-            width = "float32"
-        elif width == "int8" and not weights.non_block_group_size(weight):
-            width = "float16"
-        scales = (
-            2 * len(weight) * -(-weight[0].numel() // weights.non_block_group_size(weight)) if width == "int8" else 0
-        )
-        yield name, scales + weight.numel() * {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[width]
-
-
-def estimate_size_bytes(model: Model) -> int:
-    """Bytes of all that `kept` lists."""
-    return sum(count for _, count in estimate_tensor_bytes(model))
+def _replace_parameter(net: Any, name: str, value: Tensor) -> None:
+    """Give this net a parameter of its own, as other nets may share the old one."""
+    module, _, leaf = name.rpartition(".")
+    net.get_submodule(module)._parameters[leaf] = nn.Parameter(value, requires_grad=False)

@@ -1,4 +1,4 @@
-"""What every family says of its net is so: blocks, linears, head, tensors, and that the named classes compute that."""
+"""Every family describes its net correctly: blocks, linears, head, tensors, and what the named classes compute."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.checkpoints import SMALLEST
 from tests.families.tiny import CAUSAL, EMBEDDING, TEXT, VISION, VOCABULARY, tiny
 
 SPEECH = tuple(family.name for family in list_families() if family.task == "ctc")
-SPOKEN = SMALLEST | {"vocab_size": 8}
+TINY_SPEECH = SMALLEST | {"vocab_size": 8}
 OPERATIONS = {"rms_norm", "rms_norm_plus_one", "swiglu", "geglu"}
-BESIDES = {"packing", "packing_unaccelerated", "attention", "fused_head", "experts"}
+OTHER_OPERATIONS = {"packing", "packing_unaccelerated", "attention", "fused_loss", "experts"}
 
 
 @cache
@@ -40,7 +40,7 @@ def _linears(module: nn.Module) -> dict[str, nn.Module]:
     return {f".{name}": linear for name, linear in module.named_modules() if isinstance(linear, nn.Linear)}
 
 
-def test_each_family_of_text_has_a_tiny_net() -> None:
+def test_every_family_has_a_tiny_net() -> None:
     tasks = {"causal": CAUSAL, "vision-language": VISION, "embedding": EMBEDDING, "ctc": SPEECH}
     for family in list_families():
         assert family.name in tasks[family.task]
@@ -63,20 +63,20 @@ def test_a_tiny_net_is_small_seeded_and_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXT)
-def test_blocks_linears_and_head_are_there(name: str) -> None:
+def test_blocks_linears_and_head(name: str) -> None:
     family, net = get_family(name), _net(name)
     assert type(net).__name__ in family.architectures
     assert net.config.model_type in family.model_types
     blocks = _blocks(net, family)
     assert len(blocks) == net.config.get_text_config().num_hidden_layers
-    there = {suffix for block in blocks for suffix in _linears(block)}
+    existing = {suffix for block in blocks for suffix in _linears(block)}
     if name.startswith("deepseek"):  # V2-Lite has one linear where the others have two
-        there |= {suffix for block in _blocks(tiny(name, q_lora_rank=None), family) for suffix in _linears(block)}
+        existing |= {suffix for block in _blocks(tiny(name, q_lora_rank=None), family) for suffix in _linears(block)}
     named = [linear for group in family.linears.values() for linear in group]
     for linear in named:
-        assert any(suffix.endswith(f".{linear}") for suffix in there), linear
-    left = {suffix for suffix in there if not any(suffix.endswith(f".{linear}") for linear in named)}
-    if name == "qwen3_moe":  # a config may have blocks without experts; no checkpoint that is known does
+        assert any(suffix.endswith(f".{linear}") for suffix in existing), linear
+    left = {suffix for suffix in existing if not any(suffix.endswith(f".{linear}") for linear in named)}
+    if name == "qwen3_moe":  # a config may have blocks without experts, but no known checkpoint does
         left -= {".mlp.gate_proj", ".mlp.up_proj", ".mlp.down_proj"}
     assert left <= {".mlp.shared_expert_gate"}
     if family.head:
@@ -89,7 +89,7 @@ def test_blocks_linears_and_head_are_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEXT)
 def test_every_linear_named_is_called(name: str) -> None:
-    """Swapping a linear for an adapter or an int8 twin changes nothing if the net only borrows its weight."""
+    """A module in place of a linear has no effect if the net uses only the linear's weight."""
     family, net = get_family(name), tiny(name)
     named = tuple(f".{linear}" for group in family.linears.values() for linear in group)
     waiting = {
@@ -107,7 +107,7 @@ def test_every_linear_named_is_called(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXT)
-def test_tensors_lie_where_the_family_says(name: str, tmp_path: Path) -> None:
+def test_tensor_names(name: str, tmp_path: Path) -> None:
     family, net = get_family(name), _net(name)
     net.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -126,68 +126,68 @@ def test_tensors_lie_where_the_family_says(name: str, tmp_path: Path) -> None:
         assert not tied or family.tensor_names["head"] not in shapes
 
 
-def _swaps() -> Iterator[Any]:
+def _fused_classes() -> Iterator[Any]:
     for family in list_families():
         for operation, classes in family.fused_modules.items():
             for kind in classes:
                 yield pytest.param(family.name, operation, kind, id=f"{family.name}-{operation}-{kind}")
 
 
-@pytest.mark.parametrize(("name", "operation", "kind"), list(_swaps()))
-def test_the_named_classes_compute_just_that(name: str, operation: str, kind: str) -> None:
-    """In float64 against the formula, and in bfloat16 to the bit where the formula says how it rounds."""
+@pytest.mark.parametrize(("name", "operation", "kind"), list(_fused_classes()))
+def test_the_named_classes_compute_the_operation(name: str, operation: str, kind: str) -> None:
+    """In float64 compared with the formula; norms in bfloat16 bit for bit, rounded before or after the weight."""
     torch.manual_seed(0)
-    made = tiny(name).double()
-    module = next(module for module in made.modules() if type(module).__name__ == kind)
+    net = tiny(name).double()
+    module = next(module for module in net.modules() if type(module).__name__ == kind)
     gated = operation in ("swiglu", "geglu")
     width = module.down_proj.out_features if gated else module.weight.shape[-1]
     x = torch.randn(3, 7, width, dtype=torch.float64)
-    # Norms of transformers go through float32 whatever they are given.
+    # norms in transformers compute in float32 for any input
     tolerance = 1e-6 if operation.startswith("rms") else 1e-12
     torch.testing.assert_close(module(x), _formula(operation, module, x), atol=tolerance, rtol=tolerance)
     if not gated:
         low, x = module.bfloat16(), x.bfloat16()
-        assert torch.equal(low(x), _formula(operation, low, x, after=kind == "GptOssRMSNorm"))
+        rounded = [_formula(operation, low, x, round_after=after) for after in (False, True)]
+        assert any(torch.equal(low(x), one) for one in rounded)
 
 
-def _formula(operation: str, module: Any, x: Tensor, after: bool = False) -> Tensor:
+def _formula(operation: str, module: Any, x: Tensor, *, round_after: bool = False) -> Tensor:
     if operation in ("swiglu", "geglu"):
-        parts = (
-            module.gate_up_proj(x).chunk(2, -1)
-            if hasattr(module, "gate_up_proj")
-            else (module.gate_proj(x), module.up_proj(x))
-        )
-        active = F.silu(parts[0]) if operation == "swiglu" else F.gelu(parts[0], approximate="tanh")
-        return module.down_proj(active * parts[1])
+        if hasattr(module, "gate_up_proj"):
+            gate, up = module.gate_up_proj(x).chunk(2, -1)
+        else:
+            gate, up = module.gate_proj(x), module.up_proj(x)
+        active = F.silu(gate) if operation == "swiglu" else F.gelu(gate, approximate="tanh")
+        return module.down_proj(active * up)
     eps = module.eps if operation == "rms_norm_plus_one" else module.variance_epsilon
-    wide = x.float()
-    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    values = x.float()
+    normalized = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
     if operation == "rms_norm_plus_one":
-        return (normal * (1 + module.weight.float())).to(x.dtype)
-    return (normal * module.weight).to(x.dtype) if after else normal.to(x.dtype) * module.weight
+        return (normalized * (1 + module.weight.float())).to(x.dtype)
+    return (normalized * module.weight).to(x.dtype) if round_after else normalized.to(x.dtype) * module.weight
 
 
 @pytest.mark.parametrize("family", list_families(), ids=lambda family: family.name)
-def test_a_family_says_why_of_what_it_leaves_out(family: Family) -> None:
+def test_unsupported_operations_have_a_reason(family: Family) -> None:
     assert set(family.fused_modules) <= OPERATIONS
-    assert set(family.unsupported) <= OPERATIONS | BESIDES
+    assert set(family.unsupported) <= OPERATIONS | OTHER_OPERATIONS
     assert not set(family.fused_modules) & set(family.unsupported)
     if family.task == "ctc":
         return
-    swapped = {kind for classes in family.fused_modules.values() for kind in classes}
+    fused = {kind for classes in family.fused_modules.values() for kind in classes}
     for module in _net(family.name).modules():
         kind = type(module).__name__
         if kind.endswith("RMSNorm"):
-            assert kind in swapped, kind
+            assert kind in fused, kind
         if kind.endswith("MLP") and kind not in ("GptOssMLP", "SiglipMLP"):  # a router with its experts; no gate
-            assert kind in swapped or {"swiglu", "geglu"} & set(family.unsupported), kind
+            assert kind in fused or {"swiglu", "geglu"} & set(family.unsupported), kind
         if kind.endswith("Experts"):
             assert "experts" in family.unsupported, kind
 
 
 @pytest.mark.parametrize("name", [name for name in TEXT if name != "gemma3"])  # its reason is about images
-def test_rows_pack_where_no_limit_says_otherwise(name: str) -> None:
-    """In transformers as it is: two documents end to end, each with positions of its own, against each by itself."""
+def test_packing_works_unless_unsupported(name: str) -> None:
+    """In plain transformers: two documents in one row with their own positions, compared with each alone."""
     net, ids = _net(name), torch.randint(3, 80, (1, 24), generator=torch.Generator().manual_seed(1))
     positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
     if name == "mpnet":
@@ -201,41 +201,39 @@ def test_rows_pack_where_no_limit_says_otherwise(name: str) -> None:
     )
 
 
-class Asked(Exception):
+class Called(Exception):
     pass
 
 
-def _asked(*_: Any, **__: Any) -> None:
-    raise Asked
+def _raise_called(*_: Any, **__: Any) -> None:
+    raise Called
 
 
 @pytest.mark.parametrize("name", TEXT + SPEECH)
-def test_the_attention_interface_is_asked_where_no_limit_says_otherwise(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "asked", _asked)  # type: ignore[arg-type]
+def test_the_attention_interface_is_used_unless_unsupported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "recorder", _raise_called)  # type: ignore[arg-type]
     if name in SPEECH:
         net, inputs = (
-            AutoModelForCTC.from_config(AutoConfig.for_model(name, **SPOKEN)),
+            AutoModelForCTC.from_config(AutoConfig.for_model(name, **TINY_SPEECH)),
             {"input_values": torch.randn(1, 800)},
         )
     else:
         net, inputs = tiny(name), {"input_ids": torch.tensor([[5, 6, 7]])}
     for config in {id(module.config): module.config for module in net.modules() if hasattr(module, "config")}.values():
-        config._attn_implementation = "asked"
+        config._attn_implementation = "recorder"
     if "attention" in get_family(name).unsupported:
         net(**inputs)
     else:
-        with pytest.raises(Asked):
+        with pytest.raises(Called):
             net(**inputs)
 
 
 @pytest.mark.parametrize("stable", [False, True], ids=["group-norm", "layer-norm"])
 @pytest.mark.parametrize("model_type", SPEECH)
-def test_what_a_family_of_speech_names_is_in_the_net(model_type: str, stable: bool) -> None:
+def test_speech_families_name_what_is_in_the_net(model_type: str, stable: bool) -> None:
     family = get_family(model_type)
     front = "layer" if stable else "group"
-    config = AutoConfig.for_model(model_type, **SPOKEN, do_stable_layer_norm=stable, feat_extract_norm=front)
+    config = AutoConfig.for_model(model_type, **TINY_SPEECH, do_stable_layer_norm=stable, feat_extract_norm=front)
     net = AutoModelForCTC.from_config(config)
     blocks = _blocks(net, family)
     assert len(blocks) == config.num_hidden_layers
@@ -253,9 +251,9 @@ def test_what_a_family_of_speech_names_is_in_the_net(model_type: str, stable: bo
 
 
 @pytest.mark.parametrize("model_type", SPEECH)
-def test_every_linear_of_speech_is_called(model_type: str) -> None:
+def test_every_linear_of_speech_families_is_called(model_type: str) -> None:
     family = get_family(model_type)
-    net = AutoModelForCTC.from_config(AutoConfig.for_model(model_type, **SPOKEN)).eval()
+    net = AutoModelForCTC.from_config(AutoConfig.for_model(model_type, **TINY_SPEECH)).eval()
     wanted = {name for group in family.linears.values() for name in group}
     called: set[str] = set()
     for name, module in net.base_model.named_modules():
@@ -266,14 +264,14 @@ def test_every_linear_of_speech_is_called(model_type: str) -> None:
     assert called == wanted
 
 
-def test_model_types_are_those_of_transformers() -> None:
+def test_model_types_exist_in_transformers() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     assert set(list_model_types()) <= set(CONFIG_MAPPING_NAMES)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
-def test_the_first_blocks_of_deepseek_have_an_mlp_and_the_others_experts(name: str) -> None:
+def test_deepseek_has_mlps_first_and_experts_later(name: str) -> None:
     kinds = [type(block.mlp).__name__ for block in _blocks(_net(name), get_family(name))]
     assert kinds[0].endswith("MLP")
     assert all(kind.lower().endswith("moe") for kind in kinds[1:])

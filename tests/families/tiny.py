@@ -1,4 +1,4 @@
-"""A tiny net with random weights for every family of text: seeded, float32, on the processor, in eval mode."""
+"""A tiny net with random weights for every text family: seeded, float32, on the CPU, in eval mode."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ TEXT = CAUSAL + VISION + EMBEDDING
 
 
 def tiny(family_name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A tiny net of the family of that name; `overrides` are keys of its config (of its text's, where it also sees)."""
+    """Return a tiny net of that family; `overrides` are keys of its config, or of its text config if it has one."""
     torch.manual_seed(seed)
     if family_name in _EYES:
         parts = _EYES[family_name]
@@ -128,13 +128,13 @@ def tiny(family_name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMode
     else:
         config = AutoConfig.for_model(family_name, **_CAUSAL[family_name] | overrides)
         net = AutoModelForCausalLM.from_config(config)
-    _stir(net)
+    _perturb(net)
     return net.float().eval()
 
 
 @torch.no_grad()
-def _stir(net: PreTrainedModel) -> None:
-    """Weights large enough to matter, and no norm's weight or bias left at 1 or 0, where mistakes would not show."""
+def _perturb(net: PreTrainedModel) -> None:
+    """Make weights large enough to matter, and norms' weights and biases different from 1 and 0."""
     for name, weight in net.named_parameters():
         if weight.ndim == 1 or "bias" in name:
             weight.add_(torch.randn_like(weight) * 0.1)

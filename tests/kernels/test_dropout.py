@@ -1,4 +1,4 @@
-"""Dropout on a processor, beside what torch's does."""
+"""Dropout on CPUs: probability, independence, reproducibility."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from mowa.models.ctc_encoder.fast_training import fast_dropout
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
-def test_a_share_is_dropped_and_the_mean_stays(p):
+def test_a_fraction_is_dropped_and_the_mean_stays(p):
     torch.manual_seed(0)
     x = torch.ones(1000, 1001)
     y = cpu_dropout(x, p)
@@ -29,7 +29,7 @@ def test_rows_columns_and_calls_are_independent():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_goes_where_the_value_went(dtype):
+def test_gradient_has_the_same_mask(dtype):
     x = torch.randn(7, 13, dtype=dtype, requires_grad=True)
     y = cpu_dropout(x, 0.4)
     (gradient,) = torch.autograd.grad(y.sum(), x)
@@ -37,13 +37,13 @@ def test_gradient_goes_where_the_value_went(dtype):
     torch.testing.assert_close(gradient, torch.where(y != 0, torch.tensor(1 / 0.6, dtype=dtype), 0))
 
 
-def test_nothing_is_dropped_at_zero_and_an_empty_tensor_is_left_alone():
+def test_probability_zero_and_empty_tensors():
     x = torch.randn(3)
     assert cpu_dropout(x, 0.0) is x
     assert cpu_dropout(torch.zeros(0, 4), 0.5).shape == (0, 4)
 
 
-def test_the_generator_of_torch_decides():
+def test_torchs_seed_determines_the_masks():
     x = torch.ones(64, 64)
     torch.manual_seed(3)
     first, second = cpu_dropout(x, 0.5), cpu_dropout(x, 0.5)
@@ -61,7 +61,7 @@ def test_recomputing_draws_the_same_mask():
     assert torch.equal(gradient == 0, dropped | torch.isclose(y, torch.tensor(2.0)))
 
 
-def test_modules_use_it_while_they_learn_and_are_given_back():
+def test_fast_dropout_is_used_in_training_and_undone():
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     x = torch.randn(100, 4)
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_modules_use_it_while_they_learn_and_are_given_back():
     assert "forward" not in vars(net[1])
 
 
-def test_attention_drops_weights_and_keeps_its_mean():
+def test_attention_with_dropout_keeps_its_mean():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 9, 4, dtype=torch.float64) for _ in range(3))
     mask = AttentionMask(documents=(PackedSequences((4, 5)),))

@@ -1,4 +1,4 @@
-"""Gated activations against float64, finite differences and transformers' activations."""
+"""Gated activations compared with float64, finite differences and transformers' activations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(function, gate, up, upward):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1,), (1, 63), (2, 3, 4097), (1, 0, 8)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_as_near_to_float64_as_the_library(kind, shape, dtype, monkeypatch):
+def test_as_close_to_float64_as_transformers(kind, shape, dtype, monkeypatch):
     torch.manual_seed(0)
     ours, act = KINDS[kind]
     inputs = [(torch.randn(shape) * 3).to(dtype) for _ in range(3)]
@@ -42,7 +42,7 @@ def test_as_near_to_float64_as_the_library(kind, shape, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_forward_is_the_librarys_to_the_bit(kind):
+def test_forward_is_bit_identical_to_transformers(kind):
     ours, act = KINDS[kind]
     gate, up = torch.randn(2, 63, 33), torch.randn(2, 63, 33)
     assert torch.equal(ours(gate, up), act(gate) * up)
@@ -57,7 +57,7 @@ def test_gradients_by_finite_differences(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_halves_of_one_tensor(kind):
+def test_inputs_that_are_halves_of_one_tensor(kind):
     torch.manual_seed(2)
     ours, act = KINDS[kind]
     both = torch.randn(2, 7, 10, dtype=torch.float64, requires_grad=True)
@@ -67,7 +67,7 @@ def test_halves_of_one_tensor(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_tensors_are_kept_and_both_left_alone(kind):
+def test_only_the_two_inputs_are_saved_and_not_modified(kind):
     gate, up = (torch.randn(8, 16, requires_grad=True) for _ in range(2))
     before, kept = [part.detach().clone() for part in (gate, up)], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
@@ -80,7 +80,7 @@ def test_two_tensors_are_kept_and_both_left_alone(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_side_alone_learns(kind):
+def test_gradient_of_one_input_only(kind):
     gate, up = (torch.randn(8, 16, requires_grad=True) for _ in range(2))
     both = torch.autograd.grad(KINDS[kind][0](gate, up).sum(), (gate, up))
     assert torch.equal(torch.autograd.grad(KINDS[kind][0](gate, up.detach()).sum(), gate)[0], both[0])

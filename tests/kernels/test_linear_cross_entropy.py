@@ -1,4 +1,4 @@
-"""The head and its loss in one, beside torch's linear and cross_entropy in float64, and beside TRL's fused head."""
+"""linear_cross_entropy compared with torch's linear and cross_entropy in float64, and with TRL's fused head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mowa.kernels.linear_cross_entropy import linear_cross_entropy, score_tokens
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """What is not written is not read: fresh memory holds NaN."""
+    """Uninitialized memory holds NaN."""
 
     def poison(maker):
         def make(*args, **settings):
@@ -58,17 +58,17 @@ def close(found, truth, tolerance=1e-10):
 
 
 OPTIONS = [
-    dict(zip(("scale", "softcap", "smoothing", "reduction", "bias"), values, strict=True))
+    dict(zip(("scale", "softcap", "label_smoothing", "reduction", "bias"), values, strict=True))
     for values in product((1.0, 0.3), (None, 2.5), (0.0, 0.2), ("mean", "sum", "none"), (False, True))
 ]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-def test_loss_and_gradients_are_torchs(options):
+def test_loss_and_gradients_equal_torchs(options):
     options = dict(options)
     hidden, weight, bias, targets = inputs(63, 5, 17, bias=options.pop("bias"))
     wanted = [part for part in (hidden, weight, bias) if part is not None]
-    truth = plain(hidden, weight, targets, bias=bias, ignore_index=-100, label_smoothing=options["smoothing"],
+    truth = plain(hidden, weight, targets, bias=bias, ignore_index=-100, label_smoothing=options["label_smoothing"],
                   **{name: options[name] for name in ("scale", "softcap", "reduction")})  # fmt: skip
     upward = torch.randn(truth.shape, dtype=torch.float64)
     expected = torch.autograd.grad(truth, wanted, upward)
@@ -96,14 +96,14 @@ def test_gradients_by_finite_differences(softcap, smoothing, reduction):
     hidden, weight, bias, targets = inputs(5, 3, 4, ignored=0.3)
     assert torch.autograd.gradcheck(
         lambda hidden, weight, bias: linear_cross_entropy(
-            hidden, weight, targets, bias=bias, scale=0.7, softcap=softcap, label_smoothing=smoothing, reduction=reduction,
-            chunk_bytes=2 * 4 * 8,
+            hidden, weight, targets, bias=bias, scale=0.7, softcap=softcap, label_smoothing=smoothing,
+            reduction=reduction, chunk_bytes=2 * 4 * 8,
         ),
         (hidden, weight, bias),
     )  # fmt: skip
 
 
-def test_shapes_and_another_number_for_ignored():
+def test_shapes_and_another_ignore_index():
     hidden, weight, bias, targets = inputs(24, 5, 7)
     targets[targets == -100] = 3
     shaped = linear_cross_entropy(
@@ -115,7 +115,7 @@ def test_shapes_and_another_number_for_ignored():
 
 
 @pytest.mark.parametrize("count", [0, 4])
-def test_where_nothing_is_learnt_loss_and_gradients_are_zero(count):
+def test_all_targets_ignored_gives_zero_loss_and_gradients(count):
     hidden, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((count, 3), (5, 3), (5,)))
     targets = torch.full((count,), -100)
     for reduction in ("mean", "sum", "none"):
@@ -145,7 +145,7 @@ def test_scores(budget, softcap):
     assert score_tokens(hidden, weight, targets, entropy=False).entropy is None
 
 
-def test_every_token_has_an_upstream_of_its_own():
+def test_unequal_upstream_gradients():
     hidden, weight, bias, targets = inputs(63, 5, 17)
     upward = torch.randn(63, dtype=torch.float64) * torch.logspace(-3, 3, 63, dtype=torch.float64)
     upward[5:20] = 0
@@ -158,10 +158,12 @@ def test_every_token_has_an_upstream_of_its_own():
         assert not zero.any()
 
 
-def test_what_is_frozen_gets_nothing_and_what_learns_gets_its_own():
-    for learns in product((True, False), repeat=3):
+def test_frozen_inputs_get_no_gradient():
+    for trainable in product((True, False), repeat=3):
         hidden, weight, bias, targets = inputs(63, 5, 17)
-        parts = [part.detach().requires_grad_(flag) for part, flag in zip((hidden, weight, bias), learns, strict=True)]
+        parts = [
+            part.detach().requires_grad_(flag) for part, flag in zip((hidden, weight, bias), trainable, strict=True)
+        ]
         wanted = [part for part in parts if part.requires_grad]
         loss = linear_cross_entropy(*parts[:2], targets, bias=parts[2], chunk_bytes=900)
         assert loss.requires_grad == bool(wanted)
@@ -193,7 +195,7 @@ def test_tied_with_the_embedding():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gone_through_again_by_gradient_checkpointing(reentrant):
+def test_with_gradient_checkpointing(reentrant):
     hidden, weight, _, targets = inputs(30, 5, 17)
     loss = checkpoint(
         lambda hidden, weight: linear_cross_entropy(hidden.sin(), weight, targets, chunk_bytes=900),
@@ -207,7 +209,7 @@ def error(found, truth):
     return float((found.double() - truth).norm() / truth.norm())
 
 
-def of_torch_twice(ours, theirs, truth, unit):
+def assert_at_most_twice_the_error(ours, theirs, truth, unit):
     for name in ours:
         mine, torchs = error(ours[name], truth[name]), error(theirs[name], truth[name])
         assert mine <= 2 * torchs + unit, (name, mine, torchs)
@@ -216,33 +218,33 @@ def of_torch_twice(ours, theirs, truth, unit):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("each", [False, True], ids=["mean", "own upstream"])
-def test_low_precision_loses_no_more_than_torch_does(dtype, softcap, each):
+def test_low_precision_errors_are_at_most_twice_torchs(dtype, softcap, each):
     hidden, weight, bias, targets = inputs(257, 64, 1031, dtype=dtype)
     parts = {"hidden": hidden, "weight": weight, "bias": bias}
     upward = torch.rand(257) + 0.1 if each else torch.tensor(1.0)
     settings = {"scale": 0.3, "softcap": softcap, "reduction": "none" if each else "mean"}
 
-    def gone(function, kind, **more):
+    def run(function, kind, **more):
         own = {name: part.detach().to(kind).requires_grad_() for name, part in parts.items()}
         loss = function(own["hidden"], own["weight"], targets, bias=own["bias"], **settings, **more)
         gradients = torch.autograd.grad(loss, list(own.values()), upward.to(loss.dtype))
         assert all(gradient.dtype == kind for gradient in gradients)
         found = dict(zip(own, gradients, strict=True))
-        return {"loss": loss.detach(), **found} if each else found  # the error of one number is luck
+        return {"loss": loss.detach(), **found} if each else found  # the error of a single number is random
 
-    truth, theirs = gone(plain, torch.float64), gone(plain, dtype)
-    ours = gone(linear_cross_entropy, dtype, budget=70 * 1031 * 4)
+    truth, theirs = run(plain, torch.float64), run(plain, dtype)
+    ours = run(linear_cross_entropy, dtype, chunk_bytes=70 * 1031 * 4)
     assert not each or ours["loss"].dtype == torch.float32
-    of_torch_twice(ours, theirs, truth, torch.finfo(torch.float32).eps)
+    assert_at_most_twice_the_error(ours, theirs, truth, torch.finfo(torch.float32).eps)
 
 
-def test_float16_keeps_the_many_small_gradients_of_a_large_vocabulary():
+def test_float16_keeps_small_gradients_of_a_large_vocabulary():
     hidden, weight = torch.tensor([[0.0, 1.0]]).half().requires_grad_(), torch.zeros(60000, 2).half()
     weight[0, 1], weight[1:, 0] = 18.0, 1.0  # 0.999 for the target, 1.5e-8 for each of the others
     targets = torch.tensor([0])
     (truth,) = torch.autograd.grad(plain(hidden.double(), weight.double(), targets) * 1024.0, hidden)
     (found,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets) * 1024.0, hidden)
-    # the other number is the target's, where float32 loses 6 %, as it does in torch's own log_softmax
+    # the other element belongs to the target, where float32 is 6 % off, as in torch's log_softmax
     assert torch.allclose(found[0, 0], truth[0, 0], rtol=0.01)
 
 
@@ -260,7 +262,7 @@ def test_autocast_casts_as_for_a_linear(dtypes):
     exact = [part.detach().double().requires_grad_() for part in (hidden, weight)]
     truth = torch.autograd.grad(plain(*exact, targets), exact)
     assert [part.dtype for part in found] == list(dtypes)
-    of_torch_twice(*(dict(enumerate(part)) for part in (found, expected, truth)), 1e-7)
+    assert_at_most_twice_the_error(*(dict(enumerate(part)) for part in (found, expected, truth)), 1e-7)
 
 
 def test_autocast_leaves_float64_alone():
@@ -275,7 +277,7 @@ def plain_outside(*args):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gave, and how many operations there were."""
+    """Record the size of the largest tensor that any operation returned, and the operations."""
 
     def __init__(self):
         super().__init__()
@@ -291,11 +293,11 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learns"])
-def test_the_logits_of_all_tokens_never_exist(dtype, softcap, learns):
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_the_logits_of_all_tokens_never_exist(dtype, softcap, trainable):
     count, width, vocabulary, chunk = 512, 8, 4096, 16
     hidden, weight, _, targets = inputs(count, width, vocabulary, dtype=dtype)
-    weight = weight.detach().requires_grad_(learns)
+    weight = weight.detach().requires_grad_(trainable)
     with Largest() as seen:
         scores = score_tokens(
             hidden, weight, targets, softcap=softcap, label_smoothing=0.1, chunk_bytes=chunk * vocabulary * 4
@@ -314,21 +316,21 @@ def test_a_frozen_head_costs_two_products_and_no_memory_of_its_size():
     chunks = -(-int((targets != -100).sum()) // 8)
     assert seen.numel < weight.numel() + 1
     products = [name for name in seen.calls if "mm" in name]
-    assert len(products) == 2 * chunks  # of learnt tokens alone
+    assert len(products) == 2 * chunks  # for tokens that are not ignored
     assert not [name for name in seen.calls if "zeros_like" in name]
     with torch.no_grad(), Largest() as seen:
         linear_cross_entropy(hidden, weight, targets, chunk_bytes=8 * 300 * 4)
     assert len([name for name in seen.calls if "mm" in name]) == chunks
 
 
-def test_a_head_that_learns_alone_makes_no_gradient_of_hidden_states():
+def test_training_only_the_head_computes_no_hidden_gradient():
     hidden, weight, _, targets = inputs(64, 16, 30, dtype=torch.float32)
     with Largest() as seen:
         linear_cross_entropy(hidden.detach(), weight, targets).backward()
     assert len([name for name in seen.calls if "mm" in name]) == 2
 
 
-def test_a_token_that_a_bias_rules_out():
+def test_a_bias_of_minus_infinity():
     hidden, weight, bias, targets = inputs(9, 4, 7, ignored=0)
     bias, targets = bias.detach(), targets % 6
     bias[6] = -torch.inf
@@ -339,7 +341,7 @@ def test_a_token_that_a_bias_rules_out():
     assert gradient.isfinite().all()
 
 
-def test_agrees_with_trls_fused_head():
+def test_equals_trls_fused_head():
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
@@ -353,7 +355,7 @@ def test_agrees_with_trls_fused_head():
     add_fused_lm_head(other, outputs=("log_probs", "entropy", "is_top1"))
     tokens = torch.randint(97, (2, 33))
     labels = torch.where(torch.rand(2, 33) < 0.3, -100, tokens)
-    labels[0, :8] = net(tokens).logits[0, :8].argmax(-1).roll(1)  # some that it gets right
+    labels[0, :8] = net(tokens).logits[0, :8].argmax(-1).roll(1)  # some top-1 hits
     theirs = other(tokens, labels=labels, fused_lm_head=True)
     hidden = net.model(tokens).last_hidden_state[:, :-1]
     ours = score_tokens(hidden, net.lm_head.weight, labels[:, 1:])
@@ -366,9 +368,9 @@ def test_agrees_with_trls_fused_head():
         close([mine.grad], [truth.grad], 1e-5)
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_inputs_are_refused():
     hidden, weight, bias, targets = inputs(5, 4, 7, ignored=0)
-    with pytest.raises(DataError, match="from 0 to 7, and the model's head has 7"):
+    with pytest.raises(DataError, match="from 0 to 7, but the head has 7"):
         linear_cross_entropy(hidden, weight, torch.tensor([0, 7, 1, 1, 1]))
     with pytest.raises(DataError, match="-1"):
         score_tokens(hidden, weight, torch.tensor([0, -1, 1, 1, 1]))

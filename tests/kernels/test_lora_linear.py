@@ -1,4 +1,4 @@
-"""A linear with a low-rank update against PEFT's own layer, float64 and finite differences."""
+"""lora_linear compared with PEFT's layer, float64 and finite differences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mowa.kernels.lora_linear import lora_linear
 
 
 def layer(width, out, *, rank=4, bias=True, base=torch.float32, update=torch.float32):
-    """PEFT's layer around an nn.Linear, its update not zero."""
+    """Return PEFT's layer around an nn.Linear, with a nonzero update."""
     settings = peft.LoraConfig(r=rank, lora_alpha=7, target_modules=["0"])
     net = peft.inject_adapter_in_model(settings, nn.Sequential(nn.Linear(width, out, bias)).to(base))
     made = net[0]
@@ -37,8 +37,8 @@ def ours_of(made):
     return lambda x: lora_linear(x, *parts(made))
 
 
-def hold(ours, theirs, exact):
-    largest = max(float(truth.abs().max()) for truth in exact if truth.numel())  # terms may cancel in any one of them
+def assert_as_close(ours, theirs, exact):
+    largest = max(float(truth.abs().max()) for truth in exact if truth.numel())  # in a single gradient terms may cancel
     for found, peer, truth in zip(ours, theirs, exact, strict=True):
         assert found.dtype == peer.dtype
         assert found.shape == peer.shape
@@ -54,7 +54,7 @@ def hold(ours, theirs, exact):
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
     ids=["float32", "bf16", "bf16 with a float32 update"],
 )
-def test_as_pefts_layer(shape, bias, base, update, monkeypatch):
+def test_equals_pefts_layer(shape, bias, base, update, monkeypatch):
     torch.manual_seed(0)
     made = layer(shape[-1], 9, bias=bias, base=base, update=update)
     x, upward = torch.randn(shape).to(base), torch.randn(*shape[:-1], 9).to(base)
@@ -64,21 +64,21 @@ def test_as_pefts_layer(shape, bias, base, update, monkeypatch):
     for name in ("empty", "empty_like"):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, real=real, **k: real(*a, **k).fill_(float("nan")))
-    hold(run(ours_of(made), made, x, upward), theirs, exact)
+    assert_as_close(run(ours_of(made), made, x, upward), theirs, exact)
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_as_pefts_layer_under_autocast(base):
+def test_equals_pefts_layer_under_autocast(base):
     torch.manual_seed(1)
     made, x, upward = layer(65, 33, base=base), torch.randn(2, 31, 65).to(base), torch.randn(2, 31, 33)
-    made.cast_input_dtype_enabled = False  # as mowa leaves it: casts are autocast's
+    made.cast_input_dtype_enabled = False  # as mowa sets it: autocast does the casts
     double = layer(65, 33).double()
     double.load_state_dict(made.state_dict())
     exact = run(double, double, x.double(), upward.double())
     with torch.autocast("cpu", torch.bfloat16):
         theirs, ours = run(made, made, x, upward), run(ours_of(made), made, x, upward)
     assert ours[0].dtype == torch.bfloat16
-    hold(ours, theirs, exact)
+    assert_as_close(ours, theirs, exact)
     assert ours[2].dtype == ours[3].dtype == torch.float32
 
 
@@ -92,7 +92,7 @@ def test_gradients_by_finite_differences():
     )
 
 
-def test_only_what_learns_gets_a_gradient():
+def test_gradients_of_one_input_only():
     torch.manual_seed(3)
     weight, _, a, b, scale = parts(layer(6, 5))
     x = torch.randn(4, 6, requires_grad=True)
@@ -105,7 +105,7 @@ def test_only_what_learns_gets_a_gradient():
     assert weight.grad is None
 
 
-def test_linears_that_share_an_input_keep_it_once():
+def test_linears_with_one_input_save_it_once():
     made = [layer(64, 48, base=torch.float32) for _ in range(3)]
     x, kept = torch.randn(32, 64, requires_grad=True), {}
     with (
@@ -115,11 +115,11 @@ def test_linears_that_share_an_input_keep_it_once():
         for one in made:
             lora_linear(x, *parts(one))
     weights = {part.data_ptr() for one in made for part in parts(one)[:4] if isinstance(part, torch.Tensor)}
-    beside = [tensor for tensor in kept.values() if tensor.data_ptr() not in weights]
-    assert sum(tensor.numel() for tensor in beside) == x.numel() + 3 * 32 * 4
+    others = [tensor for tensor in kept.values() if tensor.data_ptr() not in weights]
+    assert sum(tensor.numel() for tensor in others) == x.numel() + 3 * 32 * 4
 
 
-def test_a_weight_that_learns_is_refused():
+def test_a_trainable_weight_is_refused():
     weight, bias, a, b, scale = parts(layer(6, 5))
     with pytest.raises(ValueError, match="must be frozen"):
         lora_linear(torch.randn(2, 6), weight.requires_grad_(), bias, a, b, scale)

@@ -1,4 +1,4 @@
-"""Checkpointing with inputs in host memory: gradients of plain checkpointing to the bit."""
+"""Checkpointing with inputs in host memory: gradients bit-identical to plain checkpointing."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ def gradients(layers, x, run):
     return torch.autograd.grad(hidden.square().sum(), (x, *layers.parameters()))
 
 
-def same(ours, theirs):
+def equal(ours, theirs):
     return all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("length", [1, 63])
-def test_on_a_processor_it_is_plain_checkpointing(length):
+def test_on_cpu_it_is_plain_checkpointing(length):
     layers, x = blocks(8), torch.randn(length, 8, requires_grad=True)
     plain = gradients(layers, x, partial(checkpoint, use_reentrant=False))
-    assert same(gradients(layers, x, OffloadedCheckpoint()), plain)
-    assert same(gradients(layers, x, lambda layer, hidden: layer(hidden)), plain)
+    assert equal(gradients(layers, x, OffloadedCheckpoint()), plain)
+    assert equal(gradients(layers, x, lambda layer, hidden: layer(hidden)), plain)
 
 
-def test_only_the_inputs_of_blocks_pass_through():
-    """What is kept of each block is its input, and that goes by the hooks that park it on a GPU."""
-    seen = []
+def test_only_the_inputs_of_blocks_are_saved():
+    """They are saved through the hooks that copy them to the host on a GPU."""
+    saved = []
 
-    class Watched(OffloadedCheckpoint):
-        def _park(self, tensor):
-            seen.append(tensor.shape)
-            return super()._park(tensor)
+    class Recording(OffloadedCheckpoint):
+        def _offload(self, tensor):
+            saved.append(tensor.shape)
+            return super()._offload(tensor)
 
     layers, x = blocks(8), torch.randn(3, 8, requires_grad=True)
-    gradients(layers, x, Watched())
-    assert seen == [x.shape] * 5
+    gradients(layers, x, Recording())
+    assert saved == [x.shape] * 5
 
 
-def test_without_gradients_nothing_is_kept():
+def test_without_gradients_nothing_is_saved():
     layers, x = blocks(8), torch.randn(3, 8)
     offload = OffloadedCheckpoint()
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_keyword_arguments_and_several_outputs():
     assert torch.equal(torch.autograd.grad(found[1].sum(), x)[0], torch.ones(3))
 
 
-def test_copies_and_files_start_with_nothing_parked():
+def test_copies_start_empty():
     offload = OffloadedCheckpoint()
     for other in (copy.deepcopy(offload), pickle.loads(pickle.dumps(offload))):
         x = torch.randn(2, requires_grad=True)
@@ -78,13 +78,13 @@ def test_copies_and_files_start_with_nothing_parked():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_to_the_bit_and_with_less_memory():
+def test_on_gpu_bit_identical_with_less_memory():
     layers = blocks(1024, "cuda")
     x = torch.randn(4097, 1024, device="cuda", requires_grad=True)
     plain_checkpointing = partial(checkpoint, use_reentrant=False)
     gradients(layers, x, plain_checkpointing)
     peaks, found = {}, {}
-    for name, run in (("plain", plain_checkpointing), ("parked", OffloadedCheckpoint())):
+    for name, run in (("plain", plain_checkpointing), ("offloaded", OffloadedCheckpoint())):
         for _ in range(3):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -95,5 +95,5 @@ def test_on_a_gpu_to_the_bit_and_with_less_memory():
             torch.cuda.synchronize()
             peaks[name] = torch.cuda.memory_allocated()
             found[name] = torch.autograd.grad(hidden.square().sum(), (x, *layers.parameters()))
-    assert same(found["parked"], found["plain"])
-    assert peaks["parked"] <= peaks["plain"] - 3 * x.nbytes
+    assert equal(found["offloaded"], found["plain"])
+    assert peaks["offloaded"] <= peaks["plain"] - 3 * x.nbytes

@@ -1,4 +1,4 @@
-"""RMS norm against float64, finite differences, and transformers' own modules to the bit."""
+"""rms_norm compared with float64 and finite differences, and bit-identical to transformers' modules."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SHAPES = [(1, 1, 1), (1, 63, 63), (2, 3, 5, 8), (1, 4097, 7), (3, 4097)]
 
 
 def module(kind, width, dtype):
-    made = KINDS[kind][0](width, eps=1e-5)
+    norm = KINDS[kind][0](width, eps=1e-5)
     with torch.no_grad():
-        made.weight.add_(torch.randn(width) / 4)
-    return made.to(dtype)
+        norm.weight.add_(torch.randn(width) / 4)
+    return norm.to(dtype)
 
 
 def gradients(y, x, weight, upward):
@@ -29,7 +29,7 @@ def gradients(y, x, weight, upward):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory that nobody has written holds NaN."""
+    """Uninitialized memory holds NaN."""
     for name in ("empty", "empty_like"):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, real=real, **k: real(*a, **k).fill_(float("nan")))
@@ -38,7 +38,7 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_forward_is_the_librarys_to_the_bit(kind, shape, dtype, poisoned):
+def test_forward_is_bit_identical_to_transformers(kind, shape, dtype, poisoned):
     torch.manual_seed(0)
     norm, x = module(kind, shape[-1], dtype), torch.randn(shape).to(dtype) * 3
     found = rms_norm(x, norm.weight, 1e-5, **KINDS[kind][1])
@@ -48,7 +48,7 @@ def test_forward_is_the_librarys_to_the_bit(kind, shape, dtype, poisoned):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_mixed_dtypes_come_out_as_the_library_has_them(kind, dtypes):
+def test_mixed_dtypes_as_in_transformers(kind, dtypes):
     torch.manual_seed(0)
     norm, x = module(kind, 33, dtypes[1]), torch.randn(5, 33).to(dtypes[0])
     found, expected = rms_norm(x, norm.weight, 1e-5, **KINDS[kind][1]), norm(x)
@@ -59,18 +59,18 @@ def test_mixed_dtypes_come_out_as_the_library_has_them(kind, dtypes):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradients_are_as_near_to_float64_as_autograds(kind, shape, dtype):
+def test_gradients_as_close_to_float64_as_autograd(kind, shape, dtype):
     torch.manual_seed(1)
     norm = module(kind, shape[-1], dtype)
     x, upward = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
-    how = KINDS[kind][1]
+    options = KINDS[kind][1]
     wide = [part.detach().double().requires_grad_() for part in (x, norm.weight)]
     r = (wide[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     scale = wide[1] + 1 if kind == "gemma" else wide[1]
     exact = gradients(wide[0] * r * scale, *wide, upward.double())
     theirs = gradients(norm(x), x, norm.weight, upward)
-    ours = gradients(rms_norm(x, norm.weight, 1e-5, **how), x, norm.weight, upward)
-    terms = (upward.double() * r * scale).abs().max()  # which in a row of one cancel to next to nothing
+    ours = gradients(rms_norm(x, norm.weight, 1e-5, **options), x, norm.weight, upward)
+    terms = (upward.double() * r * scale).abs().max()  # which nearly cancel in a row of one element
     for found, peer, truth in zip(ours, theirs, exact, strict=True):
         assert found.dtype == dtype
         floor = torch.finfo(dtype).eps * max(terms, truth.abs().max())
@@ -89,7 +89,7 @@ def test_gradients_by_finite_differences(plus_one, rounding):
     )
 
 
-def test_a_frozen_weight_gets_nothing_and_x_the_same():
+def test_gradient_of_one_input_only():
     torch.manual_seed(3)
     x, weight = torch.randn(4, 9, requires_grad=True), torch.randn(9, requires_grad=True)
     (both, _), (alone,) = (
@@ -101,7 +101,7 @@ def test_a_frozen_weight_gets_nothing_and_x_the_same():
     assert only.shape == weight.shape
 
 
-def test_nothing_wide_is_kept():
+def test_no_float32_copy_is_saved():
     x = torch.randn(64, 256, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(256, dtype=torch.bfloat16)
     kept = []
@@ -110,7 +110,7 @@ def test_nothing_wide_is_kept():
     assert sum(kept) <= x.nbytes + weight.nbytes + 64 * 4
 
 
-def test_what_comes_in_is_left_alone():
+def test_inputs_are_not_modified():
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8)
     before, upward = x.detach().clone(), torch.randn(3, 8)
     was = upward.clone()

@@ -1,7 +1,7 @@
-"""Importing, loading, accelerating, training and restoring leave transformers, peft, trl and torch as they were.
+"""Importing, loading, accelerating, training and restoring patch nothing in transformers, peft, trl and torch.
 
-In a process of its own: every function and class of every module that was loaded, and every attribute of every class,
-must be the very object that it was before.
+In a separate process, every function and class of every loaded module, and every attribute of every class, must be the
+same object as before.
 """
 
 import subprocess
@@ -34,11 +34,11 @@ def snapshot():
     return found
 
 def train(out):
-    from tests.data.chat.tokenizers import tokenizer as made
+    from tests.data.chat.tokenizers import tokenizer as make_tokenizer
     import mowa
-    from mowa.training import plans
+    from mowa.training.config import dispatch
 
-    tokenizer = made("chatml")
+    tokenizer = make_tokenizer("chatml")
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     net = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, vocab_size=len(tokenizer)))
@@ -48,13 +48,13 @@ def train(out):
     (out / "chats.jsonl").write_text("".join(json.dumps({"messages": turns, "n": n}) + "\\n" for n in range(20)))
     tree = {
         "task": "causal", "model": str(out / "model"), "data": {"train": str(out / "chats.jsonl"), "hold_out": 0.2},
-        "optimise": {"steps": 2, "precision": "float32"},
+        "optimizer": {"max_steps": 2, "precision": "float32"},
     }
-    plan = plans.checked(tree, "test")
-    mowa.tune(plan, mowa.load(plan.model), out / "tuned")
+    plan = dispatch.parse(tree, "test")
+    mowa.train(plan, mowa.load(plan.model), out / "tuned")
     assert (out / "tuned" / "adapter_model.safetensors").is_file()
 
-# what these libraries load, and change of themselves, when they train
+# what these libraries load and change themselves when they train
 import accelerate
 args = SFTConfig(output_dir=sys.argv[1] + "/theirs", max_steps=1, report_to="none", use_cpu=True, bf16=False)
 before = snapshot()
@@ -65,7 +65,7 @@ print(json.dumps(len(before)))
 """
 
 
-def test_nothing_of_the_libraries_is_another_object_afterwards(tmp_path):
+def test_no_object_of_the_libraries_is_replaced(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(CODE), str(tmp_path)], capture_output=True, text=True, timeout=300
     )

@@ -1,4 +1,4 @@
-"""What a file's transcript may never depend on: its batch, its neighbours, their order."""
+"""A file's transcript does not depend on its batch or on the order of files."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -43,16 +43,16 @@ def engine(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(engine, files):
-    """Each file on its own, cut into windows where it is longer than two seconds."""
-    return {str(file): mowa.transcribe(file, engine, window_s=2.0, context_s=0.5, speech=0.0) for file in files}
+    """Transcripts of single files, split into windows if longer than two seconds."""
+    return {str(file): mowa.transcribe(file, engine, window_s=2.0, context_s=0.5, vad_threshold=0.0) for file in files}
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(order=st.permutations(range(7)), count=st.integers(1, 7), batch_s=st.sampled_from([1.0, 4.0, 32.0]))
-def test_batch_composition_and_order_change_nothing(engine, files, alone, order, count, batch_s):
+def test_batches_and_order_do_not_matter(engine, files, alone, order, count, batch_s):
     chosen = [files[index] for index in order[:count]]
-    how = TranscriptionSettings(window_s=2.0, context_s=0.5, vad_threshold=0.0, batch_s=batch_s)
-    together = list(mowa.iter_transcripts(chosen, engine, how))
+    settings = TranscriptionSettings(window_s=2.0, context_s=0.5, vad_threshold=0.0, batch_s=batch_s)
+    together = list(mowa.iter_transcripts(chosen, engine, settings))
     assert [outcome.file for outcome in together] == [str(file) for file in chosen]
     for outcome in together:
         expected = alone[outcome.file]
@@ -65,7 +65,7 @@ def test_batch_composition_and_order_change_nothing(engine, files, alone, order,
         )
 
 
-def test_times_are_monotone_and_inside(alone):
+def test_times_are_monotone_and_within_the_recording(alone):
     assert any(transcript.words for transcript in alone.values())
     for transcript in alone.values():
         times = [(c.start_s, c.end_s) for word in transcript.words for c in word.characters]

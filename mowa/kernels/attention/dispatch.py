@@ -1,10 +1,9 @@
-"""Attention: what a query may see, said without a dense mask where that can be, and by which of several ways it is met.
+"""Attention with sparse masks: describe which keys a query sees, and compute with the backend that `rules` selects.
 
-    out[t] = Σ_u p[t, u] v[u],   p[t, u] = exp s[t, u] / (exp sink + Σ_w exp s[t, w]),   u, w over what t may see
+    out[t] = Σ_u p[t, u] v[u],   p[t, u] = exp s[t, u] / (exp sink + Σ_w exp s[t, w]),   u, w over the keys t sees
     s[t, u] = softcap · tanh(scale · q[t]·k[u] / softcap)        (without a soft-cap: scale · q[t]·k[u]; sinks are rare)
 
-`choose` is the rule, and knows facts only; `attend` asks it and obeys. Which layer of which model wants what is not
-known here. Soft-caps: arXiv:2408.00118; sinks: arXiv:2309.17453; windows: arXiv:2004.05150; flash: arXiv:2205.14135.
+Soft-caps: arXiv:2408.00118; sinks: arXiv:2309.17453; windows: arXiv:2004.05150; FlashAttention: arXiv:2205.14135.
 """
 
 from __future__ import annotations
@@ -24,12 +23,18 @@ from mowa.kernels.attention.varlen import PackedSequences
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """What a query may see. Query i stands at key i + `offset`, and sees `before` keys back and `after` on (None: all).
+    """Which keys a query sees. Query i stands at key position i + query_offset.
 
-    Causal is after=0; a window of n keys, the query's own among them, is before=n-1, after=0.
-    documents: for each row of the batch, what lies end to end in it; nobody sees beyond their own. Padding at either
-    end of a row may be one more document. padding bool [B, K]: False is not seen. dense, bool (True is seen) or float
-    (added to the scores) [B|1, H|1, Q, K]: says all there is to say, and stands alone.
+    Attributes:
+        left_window: number of keys visible before the query's position; None: all.
+        right_window: the same after it; 0: causal. A causal window of n keys, the query's own included, has left_window
+            n - 1.
+        query_offset: position of the first query among the keys.
+        documents: for each row of the batch, the sequences packed in it; no query sees another document. Padding at an
+            end
+            of a row may be one more document.
+        padding_mask: bool [B, K], False for hidden keys.
+        dense_mask: bool (True: visible) or float (added to the scores), [B|1, H|1, Q, K]; replaces all other fields.
     """
 
     left_window: int | None = None
@@ -38,29 +43,31 @@ class AttentionMask:
     documents: tuple[PackedSequences, ...] | None = None
     padding_mask: Tensor | None = None
     dense_mask: Tensor | None = None
-    _made: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @cached_property
     def flat_documents(self) -> PackedSequences:
-        """The documents of all rows, one row after the other."""
+        """The documents of all rows, concatenated."""
         return PackedSequences(tuple(length for row in self.documents or () for length in row.lengths))
 
     def to_dense(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """All of it as one tensor [B|1, H|1, Q, K], made once; what `dense` is, or bool."""
+        """Return the mask as one tensor [B|1, H|1, Q, K], bool unless `dense_mask` is float. Cached."""
         if self.dense_mask is not None:
             return self.dense_mask
-        known = (queries, keys, device)
-        if known not in self._made:
-            made = band_mask(queries, keys, self.left_window, self.right_window, self.query_offset, device)[None, None]
+        key = (queries, keys, device)
+        if key not in self._cache:
+            visible = band_mask(queries, keys, self.left_window, self.right_window, self.query_offset, device)[
+                None, None
+            ]
             if self.documents is not None:
-                rows = (torch.arange(len(row.lengths), device=device) for row in self.documents)
+                indices = (torch.arange(len(row.lengths), device=device) for row in self.documents)
                 lengths = (torch.tensor(row.lengths, device=device) for row in self.documents)
-                owner = torch.stack([a.repeat_interleave(n) for a, n in zip(rows, lengths, strict=True)])
-                made = made & (owner[:, None, :, None] == owner[:, None, None, :])
+                document = torch.stack([i.repeat_interleave(n) for i, n in zip(indices, lengths, strict=True)])
+                visible = visible & (document[:, None, :, None] == document[:, None, None, :])
             if self.padding_mask is not None:
-                made = made & self.padding_mask[:, None, None, :]
-            self._made[known] = made
-        out: Tensor = self._made[known]
+                visible = visible & self.padding_mask[:, None, None, :]
+            self._cache[key] = visible
+        out: Tensor = self._cache[key]
         return out
 
 
@@ -69,19 +76,26 @@ FULL = AttentionMask()
 
 
 def padding_to_documents(mask: AttentionMask, padding_mask: Tensor) -> AttentionMask:
-    """`mask` over rows of which `padding` bool [B, T] says what is true; queries are T too, and begin at key 0.
+    """Express a padding mask as documents where possible.
 
-    Rows that are true in one stretch become documents, the padding beside them one more each; others keep `padding`.
+    A row whose valid positions are contiguous becomes one document, and the padding on each side one more; if any row
+    is different, all keep `padding_mask`.
+
+    Args:
+        mask: queries and keys have the same positions 0 … T - 1.
+        padding_mask: bool [B, T], True for valid positions.
     """
-    steps = padding_mask.int().diff(dim=1).ne(0).sum(1)
-    begins, counts = padding_mask.int().argmax(1), padding_mask.sum(1)
-    told = torch.stack([steps, begins, counts, padding_mask[:, 0].int() + padding_mask[:, -1].int()]).T.tolist()
-    if all(count == padding_mask.shape[1] for _, _, count, _ in told):
+    length = padding_mask.shape[1]
+    changes = padding_mask.int().diff(dim=1).ne(0).sum(1)
+    starts, counts = padding_mask.int().argmax(1), padding_mask.sum(1)
+    valid_ends = padding_mask[:, 0].int() + padding_mask[:, -1].int()
+    rows = torch.stack([changes, starts, counts, valid_ends]).T.tolist()  # one synchronization with the device
+    if all(count == length for _, _, count, _ in rows):
         return mask
-    if any(count == 0 or steps > 2 or (steps == 2 and ends) for steps, _, count, ends in told):
+    if any(count == 0 or changes > 2 or (changes == 2 and ends) for changes, _, count, ends in rows):
         return replace(mask, padding_mask=padding_mask)
-    rows = ((begin, count, padding_mask.shape[1] - begin - count) for _, begin, count, _ in told)
-    return replace(mask, documents=tuple(PackedSequences(tuple(n for n in row if n)) for row in rows))
+    lengths = ((start, count, length - start - count) for _, start, count, _ in rows)
+    return replace(mask, documents=tuple(PackedSequences(tuple(n for n in row if n)) for row in lengths))
 
 
 @cache
@@ -92,7 +106,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def derive_spec(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float, softcap: float | None, sinks: bool
 ) -> AttentionSpec:
-    """The facts of one call of `attend`."""
+    """Return the facts about one call of `attend`, from which the backend is selected."""
     queries, keys = q.shape[2], k.shape[2]
     longest = keys if mask.documents is None else max(mask.flat_documents.lengths)
     windowed = (mask.left_window is not None and mask.left_window < longest - 1) or (
@@ -129,66 +143,73 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """q [B, H, Q, D], k [B, G, K, D], v [B, G, K, E] of one float dtype, G a divisor of H → [B, Q, H, E] in it.
+    """Attend from each query to the keys that `mask` lets it see.
 
-    sinks [H]: a logit per head that joins the softmax and brings no value. A query that sees nothing gets zeros.
-    Documents never mix: what one holds does not move another's outputs by a bit.
+    A query that sees no key gets zeros. Documents are independent to the bit: changing one does not change another's
+    output.
+
+    Args:
+        q: [B, H, Q, D], any float dtype.
+        k: [B, G, K, D], same dtype, G a divisor of H.
+        v: [B, G, K, E], same dtype.
+        mask: which keys are visible.
+        scale: factor of q·k.
+        dropout: probability of dropping a weight.
+        softcap: c of the soft-cap, or None.
+        sinks: [H], a logit per head that joins the softmax without a value.
+
+    Returns:
+        [B, Q, H, E] in q's dtype.
     """
-    way = select_backend(derive_spec(q, k, v, mask, dropout, softcap, sinks is not None)).backend
-    if way in ("flash3", "flash2", "flash_varlen"):
-        rows = (
-            mask if mask.documents is not None else replace(mask, documents=(PackedSequences((q.shape[2],)),) * len(q))
-        )
-        bounds, longest = rows.flat_documents.cu_seqlens(q.device), max(rows.flat_documents.lengths)
-        span = (
-            -1 if mask.left_window is None else mask.left_window,
-            -1 if mask.right_window is None else mask.right_window,
-        )
-        return cuda.flash(way, q, k, v, bounds, longest, span, scale, dropout, softcap)
-    if way == "flex":
-        return cuda.flex(q, k, v, _pattern(q, mask), scale, softcap, sinks)
-    if way == "sdpa":
-        return _in_one_call(q, k, v, mask, scale, dropout)
-    settings = blocks.ScoreParams(scale, dropout, softcap, mask.left_window, mask.right_window)
+    backend = select_backend(derive_spec(q, k, v, mask, dropout, softcap, sinks is not None)).backend
+    if backend in ("flash3", "flash2", "flash_varlen"):
+        if mask.documents is None:
+            mask = replace(mask, documents=(PackedSequences((q.shape[2],)),) * len(q))
+        documents = mask.flat_documents
+        left, right = (-1 if size is None else size for size in (mask.left_window, mask.right_window))
+        cu_seqlens, max_seqlen = documents.cu_seqlens(q.device), max(documents.lengths)
+        return cuda.flash(backend, q, k, v, cu_seqlens, max_seqlen, (left, right), scale, dropout, softcap)
+    if backend == "flex":
+        return cuda.flex(q, k, v, _block_mask(q, mask), scale, softcap, sinks)
+    if backend == "sdpa":
+        return _sdpa(q, k, v, mask, scale, dropout)
+    params = blocks.ScoreParams(scale, dropout, softcap, mask.left_window, mask.right_window)
     if mask.documents is None:
-        shown = (
-            mask.to_dense(q.shape[2], k.shape[2], q.device)
-            if mask.dense_mask is not None or mask.padding_mask is not None
-            else None
-        )
-        return blocks.attend_slice(q, k, v, replace(settings, query_offset=mask.query_offset), sinks, shown)
-    return blocks.attend_documents(q, k, v, tuple(row.lengths for row in mask.documents), settings, sinks)
+        needs_dense = mask.dense_mask is not None or mask.padding_mask is not None
+        dense = mask.to_dense(q.shape[2], k.shape[2], q.device) if needs_dense else None
+        return blocks.attend_slice(q, k, v, replace(params, query_offset=mask.query_offset), sinks, dense)
+    return blocks.attend_documents(q, k, v, tuple(row.lengths for row in mask.documents), params, sinks)
 
 
 def attention_weights(
     q: Tensor, k: Tensor, dense_mask: Tensor, *, scale: float, softcap: float | None = None, sinks: Tensor | None = None
 ) -> Tensor:
-    """p [B, H, Q, K], for people to look at; `seen` as `Mask.seen` has it."""
+    """Return the weights p [B, H, Q, K], for inspection; dense_mask is from `AttentionMask.to_dense`."""
     return blocks.attention_weights(q, k, blocks.ScoreParams(scale, softcap=softcap), sinks, dense_mask)
 
 
-def _pattern(q: Tensor, mask: AttentionMask) -> Any:
-    """The mask as FlexAttention has it, made once."""
-    known = ("flex", q.shape[2], q.device)
-    if known not in mask._made:
+def _block_mask(q: Tensor, mask: AttentionMask) -> Any:
+    """The mask for FlexAttention, cached."""
+    key = ("flex", q.shape[2], q.device)
+    if key not in mask._cache:
         lengths = [row.lengths for row in mask.documents] if mask.documents is not None else [(q.shape[2],)]
-        mask._made[known] = cuda.build_block_mask(lengths, mask.left_window, mask.right_window, q.device)
-    return mask._made[known]
+        mask._cache[key] = cuda.build_block_mask(lengths, mask.left_window, mask.right_window, q.device)
+    return mask._cache[key]
 
 
-def _in_one_call(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dropout: float) -> Tensor:
-    """torch's own, over the keys that anybody sees, and without a mask where what is left needs none."""
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dropout: float) -> Tensor:
+    """torch's sdpa over the keys that some query sees, without a mask where none is needed."""
     queries, keys = q.shape[2], k.shape[2]
     if mask.dense_mask is not None or mask.padding_mask is not None:
         return blocks.sdpa(q, k, v, scale, dropout, attn_mask=mask.to_dense(queries, keys, q.device))
     first = 0 if mask.left_window is None else max(0, mask.query_offset - mask.left_window)
     last = keys if mask.right_window is None else min(keys, mask.query_offset + queries + mask.right_window)
-    k, v, left = k[:, :, first:last], v[:, :, first:last], replace(mask, query_offset=mask.query_offset - first)
-    everything = (mask.left_window is None or left.query_offset + queries - 1 <= mask.left_window) and (
-        mask.right_window is None or last - first - 1 - left.query_offset <= mask.right_window
+    k, v, shifted = k[:, :, first:last], v[:, :, first:last], replace(mask, query_offset=mask.query_offset - first)
+    all_visible = (mask.left_window is None or shifted.query_offset + queries - 1 <= mask.left_window) and (
+        mask.right_window is None or last - first - 1 - shifted.query_offset <= mask.right_window
     )
-    if everything or queries == 1:
+    if all_visible or queries == 1:
         return blocks.sdpa(q, k, v, scale, dropout)
-    if mask.right_window == 0 and left.query_offset == 0 and queries == last - first:
+    if mask.right_window == 0 and shifted.query_offset == 0 and queries == last - first:
         return blocks.sdpa(q, k, v, scale, dropout, is_causal=True)
-    return blocks.sdpa(q, k, v, scale, dropout, attn_mask=left.to_dense(queries, last - first, q.device))
+    return blocks.sdpa(q, k, v, scale, dropout, attn_mask=shifted.to_dense(queries, last - first, q.device))

@@ -1,10 +1,10 @@
-"""Attention of one sequence to all of itself, a few heads at a time, so that the scores stay in the cache.
+"""Full attention of one sequence on a CPU, a few heads at a time so that the scores stay in its cache.
 
     o[t, h] = Σ_u softmax_u(q[t, h] · k[u, h] / √d) v[u, h]
 
-Two products by oneDNN beat torch's fused kernel on a processor, which multiplies small blocks one by one. No mask:
-sequences of a batch are given one by one. In half precision the scores are rounded to it, as transformers' own `eager`
-does: keeping them float32 errs a fifth as much and takes a quarter longer. It knows tensors, never models.
+Two oneDNN products are faster than torch's fused kernel, which multiplies small blocks one by one. In half precision
+scores are rounded to it, as in transformers' eager attention: float32 scores would have a fifth of the error and take a
+quarter longer.
 """
 
 from __future__ import annotations
@@ -12,11 +12,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_SCORE_BYTES = 4 << 20  # bytes of scores at a time
+MAX_SCORE_BYTES = 4 << 20  # scores in memory at a time
 
 
 def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, valid_length: int | None = None) -> Tensor:
-    """q, k, v [T, H, D] of one dtype, in any strides → [T, H, D], contiguous. Only the first `real` rows are heard."""
+    """Attend from every position to the first `valid_length` positions.
+
+    Args:
+        q: [T, H, D], any strides.
+        k: [T, H, D], same dtype.
+        v: [T, H, D], same dtype.
+        scale: factor of q·k.
+        valid_length: keys from here on are padding; None: all are valid.
+
+    Returns:
+        [T, H, D], contiguous.
+    """
     length, heads, _ = q.shape
     valid_length = length if valid_length is None else valid_length
     q, k, v = (q * scale).transpose(0, 1), k.permute(1, 2, 0), v.transpose(0, 1)
@@ -25,10 +36,10 @@ def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, valid_lengt
     scores = torch.empty(2, step, length, length, dtype=q.dtype)
     for first in range(0, heads, step):
         some = slice(first, min(first + step, heads))
-        raw, shares = scores[:, : some.stop - first]
-        torch.bmm(q[some], k[some], out=raw)
+        logits, weights = scores[:, : some.stop - first]
+        torch.bmm(q[some], k[some], out=logits)
         if valid_length < length:
-            raw[..., valid_length:] = -torch.inf
-        torch.softmax(raw, -1, out=shares)
-        out[:, some] = torch.bmm(shares, v[some]).transpose(0, 1)
+            logits[..., valid_length:] = -torch.inf
+        torch.softmax(logits, -1, out=weights)
+        out[:, some] = torch.bmm(weights, v[some]).transpose(0, 1)
     return out

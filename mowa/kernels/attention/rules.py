@@ -1,6 +1,6 @@
-"""By which way attention is computed: a rule over facts, the same for `attend` and for whoever asks why.
+"""Select the attention backend for a case: a rule over spec, used by `attend` and by `mowa explain` alike.
 
-Nothing is tried and caught; what a way does not take is said in words. No tensors here.
+Nothing is tried and caught; why a backend is not used is said in words. No tensors here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,31 @@ from importlib.util import find_spec
 from inspect import signature
 
 HALF_DTYPES = ("float16", "bfloat16")
-MAX_HEAD_DIM = 256  # what FlashAttention takes for a head
+MAX_HEAD_DIM = 256  # of FlashAttention
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What the rule looks at. width and value_width: of a head; packages: what of `has()` is there."""
+    """The facts on which the choice of backend depends.
+
+    Attributes:
+        device: cpu, cuda, …
+        dtype: of q, k and v, as torch names it.
+        head_dim: of queries and keys.
+        v_head_dim: of values.
+        q_len: number of queries.
+        kv_len: number of keys.
+        documents: rows are packed.
+        windowed: a window hides some keys.
+        causal: no query sees later keys.
+        has_dense_mask: there is a dense mask, or padding inside a cache.
+        softcap: scores are soft-capped.
+        sinks: heads have sink logits.
+        dropout: weights are dropped.
+        requires_grad: gradients are wanted.
+        capability: CUDA compute capability.
+        packages: those of `available_packages` that are installed.
+    """
 
     device: str
     dtype: str
@@ -38,151 +57,151 @@ class AttentionSpec:
 
     @property
     def full_or_causal(self) -> bool:
-        """Whether every query of a row sees all of it, or all before it: what one call of torch's own can do."""
+        """Whether every query of a row sees all of it, or all before it: one call of torch's sdpa can do that."""
         return not (self.documents or self.windowed or self.softcap or self.sinks)
 
 
 @dataclass(frozen=True, slots=True)
 class BackendChoice:
-    """A way of computing attention, why, and why none of the better ones."""
+    """The selected backend, what it does, and why each better one was rejected."""
 
     backend: str
     reason: str
     rejected: tuple[tuple[str, str], ...]
 
 
-def _flash(facts: AttentionSpec) -> str:
-    """What no FlashAttention does."""
-    if facts.device != "cuda":
-        return "for CUDA devices only"
-    if facts.dtype not in HALF_DTYPES:
-        return f"half precision only, not {facts.dtype}"
-    if max(facts.head_dim, facts.v_head_dim) > MAX_HEAD_DIM:
-        return f"heads are wider than {MAX_HEAD_DIM}"
-    if facts.head_dim != facts.v_head_dim:
-        return "values are not as wide as keys"
-    if facts.has_dense_mask:
-        return "a mask of its own, or padding that a cache holds"
-    if facts.sinks:
-        return "attention sinks"
-    if facts.q_len != facts.kv_len:
-        return "queries and keys differ in number"
+def _flash(spec: AttentionSpec) -> str:
+    """What no FlashAttention supports."""
+    if spec.device != "cuda":
+        return "requires a CUDA device"
+    if spec.dtype not in HALF_DTYPES:
+        return f"requires float16 or bfloat16, not {spec.dtype}"
+    if max(spec.head_dim, spec.v_head_dim) > MAX_HEAD_DIM:
+        return f"head size above {MAX_HEAD_DIM}"
+    if spec.head_dim != spec.v_head_dim:
+        return "keys and values have different head sizes"
+    if spec.has_dense_mask:
+        return "dense mask, or padding in a cache"
+    if spec.sinks:
+        return "no attention sinks"
+    if spec.q_len != spec.kv_len:
+        return "different numbers of queries and keys"
     return ""
 
 
-def _flash3(facts: AttentionSpec) -> str:
-    if why := _flash(facts):
-        return why
-    if facts.capability[0] != 9:
-        return "for capability 9 only"
-    if facts.dropout:
-        return "it has no dropout"
-    if facts.softcap and facts.requires_grad:
-        return "its soft-cap has no gradient"
-    return "" if "flash_attn_interface" in facts.packages else "flash_attn_interface is not installed"
+def _flash3(spec: AttentionSpec) -> str:
+    if reason := _flash(spec):
+        return reason
+    if spec.capability[0] != 9:
+        return "requires compute capability 9.x"
+    if spec.dropout:
+        return "no dropout"
+    if spec.softcap and spec.requires_grad:
+        return "no gradient of the soft-cap"
+    return "" if "flash_attn_interface" in spec.packages else "flash_attn_interface is not installed"
 
 
-def _flash2(facts: AttentionSpec) -> str:
-    if why := _flash(facts):
-        return why
-    if facts.capability < (8, 0):
-        return "for capability 8 and later"
-    if facts.full_or_causal:
-        return "torch has the same for whole rows"
-    if facts.softcap and facts.dropout:
-        return "no dropout beside a soft-cap"
-    return "" if "flash_attn" in facts.packages else "flash_attn is not installed"
+def _flash2(spec: AttentionSpec) -> str:
+    if reason := _flash(spec):
+        return reason
+    if spec.capability < (8, 0):
+        return "requires compute capability 8.0 or later"
+    if spec.full_or_causal:
+        return "sdpa does the same for whole rows"
+    if spec.softcap and spec.dropout:
+        return "no dropout together with a soft-cap"
+    return "" if "flash_attn" in spec.packages else "flash_attn is not installed"
 
 
-def _varlen(facts: AttentionSpec) -> str:
-    if why := _flash(facts):
-        return why
-    if facts.capability < (8, 0):
-        return "for capability 8 and later"
-    if facts.full_or_causal:
-        return "torch has the same for whole rows"
-    if facts.dropout:
-        return "it has no dropout"
-    if facts.softcap:
-        return "it has no soft-cap"
-    if "varlen" not in facts.packages:
-        return "this torch has none"
-    return "this torch's knows no windows" if facts.windowed and "varlen_window" not in facts.packages else ""
+def _varlen(spec: AttentionSpec) -> str:
+    if reason := _flash(spec):
+        return reason
+    if spec.capability < (8, 0):
+        return "requires compute capability 8.0 or later"
+    if spec.full_or_causal:
+        return "sdpa does the same for whole rows"
+    if spec.dropout:
+        return "no dropout"
+    if spec.softcap:
+        return "no soft-cap"
+    if "varlen" not in spec.packages:
+        return "not in this version of torch"
+    return "no windows in this version of torch" if spec.windowed and "varlen_window" not in spec.packages else ""
 
 
-def _flex(facts: AttentionSpec) -> str:
-    if facts.device != "cuda":
-        return "for CUDA devices only"
-    if facts.full_or_causal:
-        return "torch's own does whole rows faster"
-    if facts.has_dense_mask:
-        return "a mask of its own, or padding that a cache holds"
-    if facts.q_len != facts.kv_len:
-        return "queries and keys differ in number"
-    if facts.dropout:
-        return "it has no dropout"
-    if facts.dtype == "float64":
-        return "not in float64"
-    if min(facts.head_dim, facts.v_head_dim) < 16:
-        return "heads are narrower than 16"
-    if facts.capability < (8, 0):
-        return "for capability 8 and later"
-    return "" if "triton" in facts.packages else "Triton is not installed"
+def _flex(spec: AttentionSpec) -> str:
+    if spec.device != "cuda":
+        return "requires a CUDA device"
+    if spec.full_or_causal:
+        return "sdpa is faster for whole rows"
+    if spec.has_dense_mask:
+        return "dense mask, or padding in a cache"
+    if spec.q_len != spec.kv_len:
+        return "different numbers of queries and keys"
+    if spec.dropout:
+        return "no dropout"
+    if spec.dtype == "float64":
+        return "no float64"
+    if min(spec.head_dim, spec.v_head_dim) < 16:
+        return "head size below 16"
+    if spec.capability < (8, 0):
+        return "requires compute capability 8.0 or later"
+    return "" if "triton" in spec.packages else "Triton is not installed"
 
 
-def _sdpa(facts: AttentionSpec) -> str:
-    if facts.softcap:
-        return "it has no soft-cap"
-    if facts.sinks:
-        return "it has no sinks"
-    if facts.documents:
-        return "it would need a mask of all tokens against all"
-    if facts.dropout and facts.device == "cpu":
-        return "its dropout is slow on a processor"
-    if facts.windowed and facts.q_len > 1 and not facts.has_dense_mask:
-        return "it would need a mask of all tokens against all"
+def _sdpa(spec: AttentionSpec) -> str:
+    if spec.softcap:
+        return "no soft-cap"
+    if spec.sinks:
+        return "no attention sinks"
+    if spec.documents:
+        return "would need a dense [T, T] mask"
+    if spec.dropout and spec.device == "cpu":
+        return "its dropout is slow on CPUs"
+    if spec.windowed and spec.q_len > 1 and not spec.has_dense_mask:
+        return "would need a dense [T, T] mask"
     return ""
 
 
-def _documents(facts: AttentionSpec) -> str:
-    if not facts.documents:
-        return "there are no documents to take one by one"
-    if facts.dropout and facts.device == "cpu":
-        return "its dropout is slow on a processor"
-    return "softcap or sinks, which torch's own has not" if facts.softcap or facts.sinks else ""
+def _documents(spec: AttentionSpec) -> str:
+    if not spec.documents:
+        return "the rows are not packed"
+    if spec.dropout and spec.device == "cpu":
+        return "its dropout is slow on CPUs"
+    return "no soft-cap or sinks in sdpa" if spec.softcap or spec.sinks else ""
 
 
-def _blocks(facts: AttentionSpec) -> str:
-    return "weights are needed to drop some" if facts.dropout else ""
+def _blocks(spec: AttentionSpec) -> str:
+    return "no dropout" if spec.dropout else ""
 
 
-# The rule: the first that refuses nothing. A Triton kernel of our own belongs before "flex".
+# Name, reason against it (empty: usable), description; the first usable one is selected.
 BACKENDS: tuple[tuple[str, Callable[[AttentionSpec], str], str], ...] = (
-    ("flash3", _flash3, "FlashAttention 3 in one launch"),
-    ("flash2", _flash2, "FlashAttention 2 in one launch"),
-    ("flash_varlen", _varlen, "torch's FlashAttention over rows of any lengths, in one launch"),
-    ("flex", _flex, "FlexAttention, compiled for this pattern; blocks that nobody sees are left out"),
-    ("sdpa", _sdpa, "torch's own, in one call"),
-    ("documents", _documents, "torch's own on each document by itself, no mask of all against all"),
-    ("blocks", _blocks, "a block of queries at a time against the keys it sees; scores are made again going back"),
-    ("weights", lambda facts: "", "each document's weights written out, some dropped"),
+    ("flash3", _flash3, "FlashAttention 3"),
+    ("flash2", _flash2, "FlashAttention 2"),
+    ("flash_varlen", _varlen, "torch's variable-length FlashAttention"),
+    ("flex", _flex, "compiled FlexAttention, skipping blocks that no query sees"),
+    ("sdpa", _sdpa, "torch's scaled_dot_product_attention, in one call"),
+    ("documents", _documents, "sdpa on each document separately, without a dense mask"),
+    ("blocks", _blocks, "blocks of queries against the keys they see; scores are recomputed in the backward pass"),
+    ("weights", lambda spec: "", "explicit attention weights with dropout, per document"),
 )
 
 
 @lru_cache(maxsize=4096)
 def select_backend(spec: AttentionSpec) -> BackendChoice:
-    """The way for these facts; total, and the same for the same facts."""
-    refused: list[tuple[str, str]] = []
-    for name, refuses, reason in BACKENDS:
-        if not (why := refuses(spec)):
-            return BackendChoice(name, reason, tuple(refused))
-        refused.append((name, why))
-    raise AssertionError("the last rule takes everything")
+    """Return the first of `BACKENDS` that supports the case."""
+    rejected: list[tuple[str, str]] = []
+    for backend, reason_against, description in BACKENDS:
+        if not (reason := reason_against(spec)):
+            return BackendChoice(backend, description, tuple(rejected))
+        rejected.append((backend, reason))
+    raise AssertionError("the last backend supports everything")
 
 
 @cache
 def available_packages() -> frozenset[str]:
-    """Which of the optional ways this Python brings: names as `Facts.packages` has them."""
+    """Return which optional backends are installed: flash_attn, flash_attn_interface, triton, varlen, varlen_window."""
     found = {name for name in ("flash_attn", "flash_attn_interface", "triton") if find_spec(name)}
     if find_spec("torch.nn.attention.varlen"):
         from torch.nn.attention.varlen import varlen_attn

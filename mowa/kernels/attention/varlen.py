@@ -1,4 +1,4 @@
-"""Sequences that lie end to end in one row: where each begins and ends."""
+"""Describe sequences packed end to end in one row."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Lengths, in frames, of sequences that lie end to end."""
+    """Lengths of the sequences packed in one row, in positions (frames or tokens)."""
 
     lengths: tuple[int, ...]
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """The frame at which each begins, and the one after the last."""
-        starts = [0]
+        """The first position of each sequence, and the one after the last."""
+        offsets = [0]
         for length in self.lengths:
-            starts.append(starts[-1] + length)
-        return tuple(starts)
+            offsets.append(offsets[-1] + length)
+        return tuple(offsets)
 
     @cached_property
     def _on_device(self) -> dict[torch.device, Tensor]:
         return {}
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
-        """`starts` as int32 [count + 1], made once a device."""
+        """Return `offsets` as int32 [n + 1] on `device`, cached per device."""
         if device not in self._on_device:
             self._on_device[device] = torch.tensor(self.offsets, dtype=torch.int32, device=device)
         return self._on_device[device]

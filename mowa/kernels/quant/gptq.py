@@ -1,4 +1,7 @@
-"""GPTQ (arXiv:2210.17323): quantize column by column and propagate each column's rounding error to the remaining ones."""
+"""Quantize a weight matrix by GPTQ: column by column, each rounding error compensated by the remaining columns.
+
+Source: GPTQ, arXiv:2210.17323.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,25 @@ from torch import Tensor
 
 from mowa.kernels.quant.weights import FP32_TINY, QuantizedWeight, choose_qparams, join_zero_points, quantize_dequantize
 
+MAX_BLOCK_COLUMNS = 128  # columns between two updates of the whole remaining matrix
+
 
 def quantize_gptq(
     weight: Tensor, hessian: Tensor, bits: int, group_size: int = 0, *, symmetric: bool = True, damping: float = 0.01
 ) -> QuantizedWeight:
-    """W [N, K] in integers, column after column, each error made good by the columns that are still wide.
+    """Quantize W to integers so that W x changes little on the calibration inputs x.
 
-    hessian float32 [K, K] = Σ x xᵀ over inputs x. GPTQ (arXiv:2210.17323): with U the upper Cholesky factor of the
-    damped hessian's inverse, column k rounded to ŵ leaves e = (w - ŵ) / U[k, k], and w[j] -= e U[k, j] for j > k. What
-    no input ever reached is rounded plainly.
+    With U the upper Cholesky factor of the damped Hessian's inverse, rounding column k to ŵ leaves the error
+    e = (w - ŵ) / U[k, k], and each later column j becomes w[j] - e U[k, j]. Columns whose input was always 0 are
+    rounded to nearest.
+
+    Args:
+        weight: [N, K], any float dtype.
+        hessian: float32 [K, K], Σ x xᵀ over calibration inputs x.
+        bits: 4 or 8.
+        group_size: columns that share a scale; 0: the whole row.
+        symmetric: no zero points.
+        damping: fraction of the mean of the Hessian's diagonal that is added to its diagonal.
     """
     weight, columns = weight.float().clone(), weight.shape[1]
     group_size = group_size or columns
@@ -25,26 +38,33 @@ def quantize_gptq(
     diagonal[diagonal == 0] = 1
     diagonal += damping * diagonal.mean()
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
-    codes = torch.empty_like(weight)
+    qweight = torch.empty_like(weight)
     scales: list[Tensor] = []
-    zeros: list[Tensor | None] = []
-    step: Tensor = weight.new_ones(len(weight), 1)
-    zero: Tensor | None = None
-    block = min(group_size, 128)
+    zero_points: list[Tensor | None] = []
+    scale: Tensor = weight.new_ones(len(weight), 1)
+    zero_point: Tensor | None = None
+    block = min(group_size, MAX_BLOCK_COLUMNS)
     for first in range(0, columns, block):
         last = min(first + block, columns)
         errors = weight.new_zeros(len(weight), last - first)
         for k in range(first, last):
             if k % group_size == 0:
-                part = weight[:, k : k + group_size]
-                step, zero = choose_qparams(part, bits, symmetric=symmetric, importance=importance[k : k + group_size])
-                scales.append(step)
-                zeros.append(zero)
-            codes[:, k : k + 1], made = quantize_dequantize(weight[:, k : k + 1], step, zero, bits)
-            error = (weight[:, k] - made[:, 0]) / upper[k, k]
+                group = slice(k, k + group_size)
+                scale, zero_point = choose_qparams(
+                    weight[:, group], bits, symmetric=symmetric, importance=importance[group]
+                )
+                scales.append(scale)
+                zero_points.append(zero_point)
+            column = weight[:, k : k + 1]
+            qweight[:, k : k + 1], dequantized = quantize_dequantize(column, scale, zero_point, bits)
+            error = (weight[:, k] - dequantized[:, 0]) / upper[k, k]
             weight[:, k:last] -= error[:, None] * upper[k, k:last]
             errors[:, k - first] = error
         weight[:, last:] -= errors @ upper[first:last, last:]
     return QuantizedWeight(
-        codes.to(torch.int8), torch.cat(scales, 1), None if symmetric else join_zero_points(zeros), bits, group_size
+        qweight.to(torch.int8),
+        torch.cat(scales, 1),
+        None if symmetric else join_zero_points(zero_points),
+        bits,
+        group_size,
     )

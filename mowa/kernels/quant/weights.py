@@ -1,14 +1,8 @@
-"""Matrices of weights in few bits: made, made wide again, and a linear layer over them.
+"""Quantize weight matrices to integers and dequantize them.
 
-    int, group g of a row:  ŵ = s (q - z),  q in -2^(b-1) … 2^(b-1) - 1;  z = 0 where symmetric
-    nf4, block of a row:    ŵ = s L[q],     s = max |w|, L the 16 quantiles of a normal distribution (QLoRA,
-                                            arXiv:2305.14314, appendix E)
-
-Inputs in eight bits, by a step t and a zero z, are what ONNX's QuantizeLinear makes of them:
-
-    x̂ = t (clip(round(x / t) + z, 0, 255) - z),  t = (max(x, 0) - min(x, 0)) / 255,  z = round(-min(x, 0) / t)
-
-It knows tensors; it refuses to know models, files and which layers may be narrow.
+int, group g of a row:  ŵ = s (q - z),  q in -2^(b-1) … 2^(b-1) - 1;  z = 0 where symmetric
+nf4, block of a row:    ŵ = s L[q],     s = max |w|, L the 16 quantiles of a normal distribution (QLoRA,
+                                        arXiv:2305.14314, appendix E)
 """
 
 from __future__ import annotations
@@ -22,23 +16,27 @@ from torch import Tensor
 
 QuantType = Literal["int", "nf4"]
 
-
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-MIN_QUANT_NUMEL = 16_384  # weights: what has fewer stays in float16
 FP16_TINY = 2.0**-24
 FP32_TINY = torch.finfo(torch.float32).tiny
-CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the range: what is cut off may be worth the finer steps
+CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # fractions of the weight range to try; clipping makes steps finer
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """W [N, K] in few bits: `codes` int8 [N, K], `scales` float32 [N, G], `zeros` int8 [N, G] or None (all 0).
+    """A quantized weight matrix [N, K].
 
-    `group` columns share a scale; the last group of a row may be shorter. nf4: codes are 0 … 15, without zeros.
+    Attributes:
+        qweight: int8 [N, K]; for nf4, indices 0 … 15 into `NF4_LEVELS`.
+        scale: float32 [N, G], G = ⌈K / group_size⌉.
+        zero_point: int8 [N, G], or None where all are 0.
+        bits: 4 or 8.
+        group_size: columns that share a scale; the last group of a row may be shorter.
+        quant_type: int or nf4.
     """
 
     qweight: Tensor
@@ -49,59 +47,73 @@ class QuantizedWeight:
     quant_type: QuantType = "int"
 
     def dequantize(self) -> Tensor:
-        """Ŵ float32 [N, K]."""
-        codes = self.qweight.float()
+        """Return Ŵ, float32 [N, K]."""
+        values = self.qweight.float()
         if self.quant_type == "nf4":
-            codes = torch.tensor(NF4_LEVELS, device=self.qweight.device)[self.qweight.long()]
+            values = torch.tensor(NF4_LEVELS, device=self.qweight.device)[self.qweight.long()]
         if self.zero_point is not None:
-            codes = codes - self._spread(self.zero_point.float())
-        return codes * self._spread(self.scale)
+            values = values - self._expand_groups(self.zero_point.float())
+        return values * self._expand_groups(self.scale)
 
-    def _spread(self, of_groups: Tensor) -> Tensor:
-        return of_groups.repeat_interleave(self.group_size, 1)[:, : self.qweight.shape[1]]
+    def _expand_groups(self, values: Tensor) -> Tensor:
+        """[N, G] → [N, K]."""
+        return values.repeat_interleave(self.group_size, 1)[:, : self.qweight.shape[1]]
 
 
 def choose_qparams(
     weight: Tensor, bits: int, *, symmetric: bool = True, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales [N, 1] and zeros [N, 1] (None: symmetric) of one group of columns, [N, g].
+    """Choose the scale and zero point of one group of columns per row.
 
-    Scales are numbers that float16 has, as files keep them. It is the grid, of some, whose squared error, weighted by
-    `importance` [g], is least; so weights that lie on a grid, as training with rounded weights leaves them, get that
-    very grid. Below eight bits ranges are cut off too.
+    Several candidate grids are tried, below 8 bits also grids over a clipped range, and the one with the smallest
+    weighted squared error wins. Weights that already lie on a grid, as quantization-aware training leaves them, get
+    that same grid back. Scales are rounded to float16, the precision files store them in.
+
+    Args:
+        weight: float32 [N, g].
+        bits: 4 or 8.
+        symmetric: no zero points.
+        importance: float32 [g], weight of each column's error, such as the mean square of its inputs.
+
+    Returns:
+        scale, float32 [N, 1], and zero point, float32 [N, 1] or None where symmetric.
     """
-    best, scales, zeros = weight.new_full((len(weight), 1), torch.inf), weight[:, :1], weight[:, :1]
-    for step, zero in _grids(weight, bits, symmetric):
-        step = step.half().float().clamp(min=FP16_TINY)
-        wrong = (quantize_dequantize(weight, step, None if symmetric else zero, bits)[1] - weight).square()
-        wrong = (wrong if importance is None else wrong * importance).sum(1, keepdim=True)
-        better = wrong < best
-        best, scales, zeros = best.where(~better, wrong), scales.where(~better, step), zeros.where(~better, zero)
-    return scales, None if symmetric else zeros
+    best, scale, zero_point = weight.new_full((len(weight), 1), torch.inf), weight[:, :1], weight[:, :1]
+    for s, z in _candidate_grids(weight, bits, symmetric):
+        s = s.half().float().clamp(min=FP16_TINY)
+        error = (quantize_dequantize(weight, s, None if symmetric else z, bits)[1] - weight).square()
+        error = (error if importance is None else error * importance).sum(1, keepdim=True)
+        better = error < best
+        best, scale = best.where(~better, error), scale.where(~better, s)
+        zero_point = zero_point.where(~better, z)
+    return scale, None if symmetric else zero_point
 
 
-def _grids(weight: Tensor, bits: int, symmetric: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    top = 2 ** (bits - 1) - 1
-    least, most = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+def _candidate_grids(weight: Tensor, bits: int, symmetric: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    qmax = 2 ** (bits - 1) - 1
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     if symmetric:
-        farthest = torch.maximum(-least, most)
-        for levels in (top, top + 1):
-            yield (farthest / levels).clamp(min=FP32_TINY), torch.zeros_like(farthest)
-        for share in CLIP_RATIOS[1:] if bits < 8 else ():
-            yield (farthest * share / top).clamp(min=FP32_TINY), torch.zeros_like(farthest)
+        absmax = torch.maximum(-low, high)
+        for levels in (qmax, qmax + 1):
+            yield (absmax / levels).clamp(min=FP32_TINY), torch.zeros_like(absmax)
+        for ratio in CLIP_RATIOS[1:] if bits < 8 else ():
+            yield (absmax * ratio / qmax).clamp(min=FP32_TINY), torch.zeros_like(absmax)
         return
-    for share in CLIP_RATIOS if bits < 8 else CLIP_RATIOS[:1]:
-        low, high = (least * share).clamp(max=0), (most * share).clamp(min=0)
-        step = ((high - low) / (2 * top + 1)).clamp(min=FP32_TINY)
-        yield step, (-top - 1 - low / step).round().clamp(-top - 1, top)
+    for ratio in CLIP_RATIOS if bits < 8 else CLIP_RATIOS[:1]:
+        bottom, top = (low * ratio).clamp(max=0), (high * ratio).clamp(min=0)
+        scale = ((top - bottom) / (2 * qmax + 1)).clamp(min=FP32_TINY)
+        yield scale, (-qmax - 1 - bottom / scale).round().clamp(-qmax - 1, qmax)
 
 
 def quantize_dequantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and what they stand for, of weights [N, g] on a grid."""
-    top = 2 ** (bits - 1) - 1
+    """Round `weight`, float32 [N, g], to a grid. Return the integers and the dequantized weights, both float32 [N, g].
+
+    scale and zero_point broadcast to [N, g]; zero_point None is 0.
+    """
+    qmax = 2 ** (bits - 1) - 1
     shift = 0 if zero_point is None else zero_point
-    codes = (weight / scale + shift).round().clamp(-top - 1, top)
-    return codes, (codes - shift) * scale
+    q = (weight / scale + shift).round().clamp(-qmax - 1, qmax)
+    return q, (q - shift) * scale
 
 
 def quantize(
@@ -112,34 +124,34 @@ def quantize(
     symmetric: bool = True,
     importance: Tensor | None = None,
 ) -> QuantizedWeight:
-    """W [N, K] in integers; `group` columns share a scale, 0: the whole row. `importance` [K]: inputs' mean square."""
+    """Quantize W [N, K], any float dtype, to the nearest integers on the grids that `choose_qparams` chooses.
+
+    Args:
+        weight: [N, K].
+        bits: 4 or 8.
+        group_size: columns that share a scale; 0: the whole row.
+        symmetric: no zero points.
+        importance: float32 [K], weight of each column's error.
+    """
     weight, columns = weight.float(), weight.shape[1]
     group_size = group_size or columns
-    codes, scales, zeros = [], [], []
+    qweights, scales, zero_points = [], [], []
     for first in range(0, columns, group_size):
-        part = weight[:, first : first + group_size]
-        weighs = None if importance is None else importance[first : first + group_size]
-        step, zero = choose_qparams(part, bits, symmetric=symmetric, importance=weighs)
-        codes.append(quantize_dequantize(part, step, zero, bits)[0])
-        scales.append(step)
-        zeros.append(zero)
+        group = weight[:, first : first + group_size]
+        group_importance = None if importance is None else importance[first : first + group_size]
+        scale, zero_point = choose_qparams(group, bits, symmetric=symmetric, importance=group_importance)
+        qweights.append(quantize_dequantize(group, scale, zero_point, bits)[0])
+        scales.append(scale)
+        zero_points.append(zero_point)
     return QuantizedWeight(
-        torch.cat(codes, 1).to(torch.int8),
+        torch.cat(qweights, 1).to(torch.int8),
         torch.cat(scales, 1),
-        None if symmetric else join_zero_points(zeros),
+        None if symmetric else join_zero_points(zero_points),
         bits,
         group_size,
     )
 
 
-def non_block_group_size(weight: Tensor) -> int:
-    """How many columns share a scale where weights beside the blocks are kept in int8; 0: too few for it.
-
-    What is before the blocks passes its errors through all of them: by row, int8 there was seen to do ten times what
-    int8 in all blocks does.
-    """
-    return 32 if weight[0].numel() >= 32 and weight.numel() >= MIN_QUANT_NUMEL else 0
-
-
-def join_zero_points(zeros: list[Tensor | None]) -> Tensor:
-    return torch.cat([zero for zero in zeros if zero is not None], 1).to(torch.int8)
+def join_zero_points(zero_points: list[Tensor | None]) -> Tensor:
+    """Concatenate the zero points of the groups, [N, 1] each, to int8 [N, G]."""
+    return torch.cat([zero_point for zero_point in zero_points if zero_point is not None], 1).to(torch.int8)

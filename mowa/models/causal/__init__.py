@@ -1,4 +1,5 @@
-"""Faster causal language models: fused modules and attention swapped into one net, and out again.
+"""Faster training and inference of causal language models: attention, norms, MLPs, LoRA and loss replaced on one net.
 
-Start with `accelerate`, which calls the others: `attention_interface`, `fused_modules`, `fused_loss`.
+Start with `accelerate` (`accelerate`, `restore`), which calls the others: `attention_interface`, `fused_modules` and
+`fused_loss`.
 """

@@ -1,7 +1,6 @@
-"""One causal net made faster, and put back: attention, norms, MLPs, LoRA and the loss, each swapped on this net alone.
-
-Nothing of transformers, PEFT or TRL is assigned to; another net in the process never notices. What was swapped and what
-was left, with the reason, is said.
+"""Accelerate one causal net, reversibly: attention, norms, MLPs, LoRA and the loss are replaced on this net alone.
+ Nothing of transformers, PEFT or TRL is patched; other nets in the process are not affected. `accelerate` returns what
+was replaced and what was not, with reasons.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from mowa.models.causal import attention_interface, fused_loss, fused_modules
 _UNDO: WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = WeakKeyDictionary()
 
 DESCRIPTIONS = {
-    "rms_norm": "in one operation, whose backward pass keeps its input alone",
-    "rms_norm_plus_one": "in one operation, whose backward pass keeps its input alone",
-    "swiglu": "in one operation, whose backward pass makes the gate again",
-    "geglu": "in one operation, whose backward pass makes the gate again",
-    "lora_linear": "weight and update as one operation without passing copies",
-    "tiled": "MLPs a part of the sequence at a time",
+    "rms_norm": "fused; the backward pass needs the input only",
+    "rms_norm_plus_one": "fused; the backward pass needs the input only",
+    "swiglu": "fused; the backward pass recomputes the gate",
+    "geglu": "fused; the backward pass recomputes the gate",
+    "lora_linear": "weight and update in one operation",
+    "tiled_mlp": "MLPs over tiles of the sequence",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What was done to how many modules of a net, or why it was not (`count` 0)."""
+    """What was replaced on how many modules, or why it was not (count 0)."""
 
     operation: str
     count: int
@@ -41,9 +40,13 @@ class Change:
 
 
 def accelerate(net: Any, *, mlp_tiles: int = 0) -> tuple[Change, ...]:
-    """Swap what can be swapped on `net`, a transformers net or a PeftModel around one. → what was, and what was not.
+    """Replace what can be made faster on `net`, in place, and return what was and was not replaced.
 
-    tiles: MLPs go over the sequence in so many pieces. Call it after adapters are in; `restore` before they go.
+    Call it after adapters are added; call `restore` before they are removed.
+
+    Args:
+        net: a transformers causal net, or a PeftModel around one.
+        mlp_tiles: run MLPs over this many tiles of the sequence, to save memory; 0: no tiling.
     """
     stock = net.get_base_model() if hasattr(net, "get_base_model") else net
     restore(stock)
@@ -51,29 +54,31 @@ def accelerate(net: Any, *, mlp_tiles: int = 0) -> tuple[Change, ...]:
     undo: list[Callable[[], object]] = []
     _UNDO[stock] = undo
     changes = []
-    if why := attention_interface.unsupported_reason(stock):
-        changes.append(Change("attention", 0, why))
+    if reason := attention_interface.unsupported_reason(stock):
+        changes.append(Change("attention", 0, reason))
     else:
         undo.append(attention_interface.install_attention(stock))
-        changes.append(Change("attention", 1, "each document by itself, no mask of all against all"))
-    swapped = fused_modules.fuse_modules(stock, family, mlp_tiles=mlp_tiles)
-    undo.append(swapped.restore)
-    changes += [Change(_spoken(op), count, DESCRIPTIONS[op]) for op, count in swapped.counts.items()]
-    changes += [Change(_spoken(op), 0, f"{count} stay: {why}") for (op, why), count in swapped.skipped.items()]
-    if why := family.unsupported.get("fused_head") or fused_loss.unsupported_reason(stock):
-        changes.append(Change("loss", 0, why))
+        changes.append(Change("attention", 1, "each document separately, without a dense mask"))
+    fused = fused_modules.fuse_modules(stock, family, mlp_tiles=mlp_tiles)
+    undo.append(fused.restore)
+    changes += [Change(_label(op), count, DESCRIPTIONS[op]) for op, count in fused.counts.items()]
+    changes += [
+        Change(_label(op), 0, f"{count} not replaced: {reason}") for (op, reason), count in fused.skipped.items()
+    ]
+    if reason := family.unsupported.get("fused_loss") or fused_loss.unsupported_reason(stock):
+        changes.append(Change("loss", 0, reason))
     else:
         undo.append(fused_loss.fuse_loss(stock))
-        changes.append(Change("loss", 1, "of learnt tokens only, without logits of the rest"))
+        changes.append(Change("loss", 1, "of trained tokens only, without the logits of a whole batch"))
     return tuple(changes)
 
 
 def restore(net: Any) -> None:
-    """Put back whatever `accelerate` swapped on `net`; nothing where it swapped nothing."""
+    """Undo `accelerate` on `net`; does nothing if it was not accelerated."""
     stock = net.get_base_model() if hasattr(net, "get_base_model") else net
-    for one in reversed(_UNDO.pop(stock, [])):
-        one()
+    for undo in reversed(_UNDO.pop(stock, [])):
+        undo()
 
 
-def _spoken(op: str) -> str:
+def _label(op: str) -> str:
     return op.replace("_plus_one", "").replace("_", " ")

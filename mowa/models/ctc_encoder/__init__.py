@@ -1,6 +1,6 @@
-"""Ways to run a CTC encoder: a plan for CPUs, packed batches, chunked and streaming attention.
+"""Strategies for running wav2vec2-like CTC encoders: a plan for CPUs, packed batches, chunked and streaming attention.
 
-Start with `cpu_plan` (inference on CPUs) or `packing` (training without padding); `chunk_mask` and `streaming` are the
-same chunked computation at once and step by step, `positions` replaces positional convolutions by a table,
-`fast_training` speeds up backward passes on CPUs.
+Start with `cpu_plan` (inference on CPUs) or `packing` (training without padding). `chunk_mask` and `streaming` are the
+same chunked computation, all at once and chunk by chunk; `geometry` converts between samples and frames; `positions`
+handles nets with absolute positions; `fast_training` speeds up backward passes on CPUs.
 """

@@ -1,21 +1,20 @@
-"""A CTC net on a processor as a plan: what the net says, by fewer and better matrix products. The net stays untouched.
+"""Run a CTC net on a CPU through a plan: the same output from fewer and faster matrix products. The net is not changed.
 
-- Convolutions of the front end are products of weights with a view of the frames, [T, channels], in which windows
-  overlap; a piece of the recording goes through all of them while it is in the cache.
-- q, k and v are one product; weights are packed (`kernels.packed_linear`); GELU and sums are made with the product.
-- Recordings that share a batch are end to end in the linears and apart in all that looks along time. None is padded to
-  another's length, so none needs the net's mask, and front ends that normalise over time may share a batch too.
+- Convolutions of the front end become products with an overlapping view of the frames, [T, kernel · C]; a chunk of the
+  recording passes through all of them while it is in the cache.
+- q, k and v are one product; weights are prepacked (`kernels.prepacked_linear`); GELU and residual sums are fused.
+- Recordings of a batch are concatenated in the linears and separate in everything that looks along time. None is padded
+  to another's length, so no mask is needed, and front ends that normalize over time may share a batch too.
 
-`float32` differs from the net by rounding alone. `bfloat16` computes as the net in bfloat16 would, but for the first
-convolution. `int8` multiplies the blocks' linears in integers and the front end and attention in bfloat16; the states
-between blocks, norms, projection and head stay float32.
+`float32` differs from the net by rounding only. `bfloat16` computes as the net in bfloat16 does, except for the first
+convolution. `int8` computes the blocks' linears in int8, front end and attention in bfloat16; hidden states, norms,
+feature projection and head stay float32.
 
-Of a shrunk net, `int8` multiplies linears in int8 by row as they are, by the range of inputs that was seen before where
-there is one, and other linears in bfloat16. In the other kinds of arithmetic all weights are made wide once, and inputs
-are not rounded.
+For a quantized net, `int8` uses per-row int8 weights as they are, with static input ranges where there are any, and
+computes other linears in bfloat16. In the other compute dtypes weights are dequantized once and inputs not quantized.
 
-A plan never writes to the net or hangs anything on it: nets that share tensors (adapters over one base,
-`adapt.store.twin`) share packed weights too (`like`).
+A plan attaches nothing to the net. Nets that share tensors (adapters over one base) can share packed weights, see
+`share_weights_with`.
 """
 
 from __future__ import annotations
@@ -31,82 +30,91 @@ from torch.nn import functional
 from mowa.kernels.attention.encoder import encoder_attention
 from mowa.kernels.prepacked_linear import ComputeDtype, PrepackedLinear, is_supported
 from mowa.kernels.quant.linear import QuantizedLinear
+from mowa.models.ctc_encoder.geometry import frame_geometry
+from mowa.models.ctc_encoder.positions import absolute_position_table, look_up
 
-FRONT_END_CHUNK_FRAMES = 64  # frames of the front end made at a time
-FRAME_MULTIPLE = 16  # every recording gets a multiple of so many frames: oneDNN prepares anew for every new shape
+FRONT_END_CHUNK_FRAMES = 64  # frames of the front end computed at a time
+FRAME_MULTIPLE = 16  # recordings are padded to a multiple of this many frames: oneDNN prepares anew for every shape
 SUPPORTED_CLASSES = ("Wav2Vec2ForCTC", "HubertForCTC")
-PackedWeights = dict[tuple[object, ...], "PrepackedLinear | _Cast"]
+PackedWeights = dict[tuple[object, ...], "PrepackedLinear | _Bfloat16Linear"]
 
 
-def unsupported_reason(net: Any, kind: ComputeDtype) -> str:
-    """Why `net` cannot be planned in this kind of arithmetic; empty where it can."""
+def unsupported_reason(net: Any, compute_dtype: ComputeDtype) -> str:
+    """Return why there is no plan for `net` in this compute dtype, or an empty string where there is."""
     config, name = net.config, type(net).__name__
     if any(weight.device.type != "cpu" for weight in net.parameters()):
-        return "plans are for processors"
+        return "the CPU plan needs a net on the CPU"
     if name not in SUPPORTED_CLASSES:
-        return f"{name} attends in a way of its own"
+        return f"{name} has an attention of its own"
     if getattr(config, "conv_pos_batch_norm", False):
-        return "its positional convolution normalises over the batch"
+        return "its positional convolution has batch norm"
     if {config.hidden_act, config.feat_extract_activation} != {"gelu"}:
         return "its activation is not GELU"
-    if odd := [name for name, module in net.named_modules() if _odd(module)]:
-        return f"{odd[0]} computes in a way of its own"
-    return "" if is_supported(kind) and is_supported("float32") else f"torch does not multiply in {kind} here"
+    if variants := [name for name, module in net.named_modules() if _is_lora_variant(module)]:
+        return f"{variants[0]} has an update other than plain LoRA"
+    supported = is_supported(compute_dtype) and is_supported("float32")
+    return "" if supported else f"torch on this CPU has no prepacked products in {compute_dtype}"
 
 
-def _odd(module: Any) -> bool:
-    """A linear with updates that are not a plain product of two matrices (DoRA and the like)."""
+def _is_lora_variant(module: Any) -> bool:
+    """Whether a linear has an update that is not a plain product of two matrices (DoRA and the like)."""
     return bool(getattr(module, "lora_variant", None)) or bool(getattr(module, "use_dora", {}).get("default", False))
 
 
 class CpuPlan:
-    """`net` as planned. `like` is the plan of a net with which it shares weights.
+    """A net prepared for inference on a CPU.
 
-    Called with recordings float32 [n_i], normalised, in inference mode → logits float32 [T_i, V] each.
+    Called in inference mode with normalized recordings, float32 [n_i] each → logits float32 [T_i, V] each.
+
+    Args:
+        net: a transformers CTC net for which `unsupported_reason` is empty; not changed.
+        compute_dtype: float32, bfloat16 or int8.
+        share_weights_with: the plan of a net that shares weights with this one.
     """
 
-    def __init__(self, net: Any, kind: ComputeDtype, share_weights_with: CpuPlan | None = None) -> None:
+    def __init__(self, net: Any, compute_dtype: ComputeDtype, share_weights_with: CpuPlan | None = None) -> None:
         core = net.base_model
-        self.net, self.kind = net, kind
-        self._packs: PackedWeights = (
-            share_weights_with._packs if share_weights_with is not None and share_weights_with.kind == kind else {}
-        )
-        self._states = torch.bfloat16 if kind == "bfloat16" else torch.float32  # what goes from block to block
-        self._half = torch.float32 if kind == "float32" else torch.bfloat16  # front end, positions and attention
+        self.net, self.compute_dtype = net, compute_dtype
+        other = share_weights_with
+        share = other is not None and other.compute_dtype == compute_dtype
+        self._packs: PackedWeights = other._packs if other is not None and share else {}
+        # dtypes of the hidden states between blocks, and of front end, positions and attention
+        self._states = torch.bfloat16 if compute_dtype == "bfloat16" else torch.float32
+        self._half = torch.float32 if compute_dtype == "float32" else torch.bfloat16
         self._quantized = any(isinstance(module, QuantizedLinear) for module in net.modules())
         self._front = self._build_front_end(core.feature_extractor)
         projection = core.feature_projection.projection
-        narrow = isinstance(projection, QuantizedLinear)  # it would make its weights wide for every chunk
-        self._projection = self._packed([projection], kind="float32") if narrow else None
-        self._along = self._build_positions(core.encoder.pos_conv_embed)
+        is_quantized = isinstance(projection, QuantizedLinear)  # which would dequantize its weights in every call
+        self._projection = self._packed([projection], compute_dtype="float32") if is_quantized else None
+        self.position_table = absolute_position_table(net)
+        self._positions = self._build_positions(core.encoder.pos_conv_embed)
         self.blocks = [_Block(self, layer) for layer in core.encoder.layers]
 
     def __call__(self, clips: Sequence[Tensor]) -> list[Tensor]:
-        return self.logits_from_features([self.front_end(sound) for sound in clips])
+        return self.logits_from_features([self.front_end(clip) for clip in clips])
 
     def front_end(self, samples: Tensor) -> Tensor:
-        """Normalised samples float32 [n] → what the front end makes of them, [T, C]: each frame of its own samples."""
+        """Return the front end's frames [T, C] of normalized samples, float32 [n]."""
         like = next(self.net.base_model.feature_projection.parameters(), None)
         return self._front(samples).to(self._states if like is None else like.dtype)
 
     def logits_from_features(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Features [T_i, C] of each recording → logits float32 [T_i, V] each."""
-        counts, features = [len(part) for part in features], [_pad_to_frame_multiple(part) for part in features]
+        """Return logits, float32 [T_i, V], of each recording's frames [T_i, C]."""
+        counts, features = [len(one) for one in features], [_pad_to_frame_multiple(one) for one in features]
         bounds = list(zip(pairwise([0, *accumulate(map(len, features))]), counts, strict=True))
         states = self.project(torch.cat(features))
-        states = states + torch.cat(
-            [_pad_to_frame_multiple(self._along(states[a : a + count])) for (a, _), count in bounds]
-        )
+        positions = [_pad_to_frame_multiple(self._positions(states[a : a + count])) for (a, _), count in bounds]
+        states = states + torch.cat(positions)
         states = self.input_norm(states)
         for block in self.blocks:
             q, k, v = block.qkv(states)
-            heard = [encoder_attention(q[a:b], k[a:b], v[a:b], block.scaling, count) for (a, b), count in bounds]
-            states = block.after_attention(states, heard[0] if len(heard) == 1 else torch.cat(heard))
+            attended = [encoder_attention(q[a:b], k[a:b], v[a:b], block.scaling, count) for (a, b), count in bounds]
+            states = block.after_attention(states, attended[0] if len(attended) == 1 else torch.cat(attended))
         adapter = getattr(self.net.base_model, "adapter", None)
         return [self.head(states[a : a + count], adapter) for (a, _), count in bounds]
 
     def project(self, features: Tensor) -> Tensor:
-        """Features [T, C] → states [T, D], positions not yet added."""
+        """Return hidden states [T, D] of frames [T, C], without positions."""
         module = self.net.base_model.feature_projection
         if self._projection is not None:
             normed = module.layer_norm(features) if getattr(module, "feat_proj_layer_norm", True) else features
@@ -115,82 +123,78 @@ class CpuPlan:
         return (states[0] if isinstance(states, tuple) else states)[0].to(self._states)
 
     def input_norm(self, states: Tensor) -> Tensor:
-        """What is done between positions and the first block."""
+        """Return the input of the first block, given states with positions added."""
         stable = self.net.config.do_stable_layer_norm
         return states if stable else self.net.base_model.encoder.layer_norm(states)
 
     def head(self, states: Tensor, adapter: Any = None) -> Tensor:
-        """States [T, D] after the last block → logits float32 [T, V]; `adapter` are convolutions to fewer frames."""
+        """Return logits, float32 [T, V], of the last block's states [T, D]; adapter: convolutional, if any."""
         states = self.net.base_model.encoder.layer_norm(states) if self.net.config.do_stable_layer_norm else states
         states = states if adapter is None else adapter(states[None])[0]
         logits: Tensor = self.net.lm_head(states).float()
         return logits
 
     def linear_kind(self, layer: Any) -> tuple[ComputeDtype, tuple[float, int] | None]:
-        """In which arithmetic a linear of a block is multiplied, and the range of its inputs where that is known."""
-        if self.kind != "int8" or not self._quantized:
-            return self.kind, None
+        """Return the compute dtype of a linear in a block, and its static input scale and zero point, if any."""
+        if self.compute_dtype != "int8" or not self._quantized:
+            return self.compute_dtype, None
         if isinstance(layer, QuantizedLinear) and layer.bits == 8 and layer.group_size >= layer.in_features:
             return "int8", layer.input_qparams
         return "bfloat16", None
 
     def _packed(
-        self, layers: Sequence[Any], out: torch.dtype | None = None, kind: ComputeDtype | None = None
-    ) -> PrepackedLinear | _Cast:
-        """The linears, all of one input and sort, as one; packed once for all nets that share their weights."""
-        narrow = isinstance(layers[0], QuantizedLinear)
-        key = (*(_tensor(layer).data_ptr() for layer in layers), out, kind)
+        self, layers: Sequence[Any], out_dtype: torch.dtype | None = None, compute_dtype: ComputeDtype | None = None
+    ) -> PrepackedLinear | _Bfloat16Linear:
+        """Return linears with one input as one packed product, from the cache if another net has packed them."""
+        key = (*(_weight_tensor(layer).data_ptr() for layer in layers), out_dtype, compute_dtype)
         if key in self._packs:
             return self._packs[key]
-        made, range_ = self.linear_kind(layers[0])
-        made = kind or made
+        chosen, input_qparams = self.linear_kind(layers[0])
+        chosen = compute_dtype or chosen
         bias = torch.cat([_bias(layer) for layer in layers])
-        if made == "int8" and narrow:
-            codes, scales = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("codes", "scales"))
-            self._packs[key] = PrepackedLinear.from_qweight(codes, scales[:, 0], bias, out, range_)
+        if chosen == "int8" and isinstance(layers[0], QuantizedLinear):
+            qweight, scale = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("qweight", "scale"))
+            self._packs[key] = PrepackedLinear.from_qweight(qweight, scale[:, 0], bias, out_dtype, input_qparams)
         else:
-            packed = PrepackedLinear(torch.cat([layer.weight.detach() for layer in layers]), bias, made, out)
-            cast = made == "bfloat16" and self.kind == "int8"
-            self._packs[key] = _Cast(packed, out or torch.float32) if cast else packed
+            packed = PrepackedLinear(torch.cat([layer.weight.detach() for layer in layers]), bias, chosen, out_dtype)
+            cast = chosen == "bfloat16" and self.compute_dtype == "int8"
+            self._packs[key] = _Bfloat16Linear(packed, out_dtype or torch.float32) if cast else packed
         return self._packs[key]
 
     def _build_front_end(self, module: Any) -> Callable[[Tensor], Tensor]:
         layers = [self._build_convolution(layer, first=index == 0) for index, layer in enumerate(module.conv_layers)]
-        hop, reach = 1, 1
-        for layer in module.conv_layers:
-            reach += (layer.conv.kernel_size[0] - 1) * hop
-            hop *= layer.conv.stride[0]
+        geometry = frame_geometry(self.net.config)
+        hop, receptive_field = geometry.hop, geometry.receptive_field
         over_time = any(isinstance(layer.layer_norm, nn.GroupNorm) for layer in module.conv_layers[:1])
 
-        def through(samples: Tensor) -> Tensor:
+        def whole(samples: Tensor) -> Tensor:
             frames = samples.float()[:, None]
             for layer in layers:
                 frames = layer(frames)
             return frames
 
-        def in_pieces(samples: Tensor) -> Tensor:
-            total = (len(samples) - reach) // hop + 1
+        def in_chunks(samples: Tensor) -> Tensor:
+            total = (len(samples) - receptive_field) // hop + 1
+            padded = -(-total // FRAME_MULTIPLE) * FRAME_MULTIPLE
             starts = range(0, total, FRONT_END_CHUNK_FRAMES)
-            ends = [
-                (min(start + FRONT_END_CHUNK_FRAMES, -(-total // FRAME_MULTIPLE) * FRAME_MULTIPLE) - 1) * hop + reach
-                for start in starts
-            ]
+            last_frames = [min(start + FRONT_END_CHUNK_FRAMES, padded) - 1 for start in starts]
+            ends = [frame * hop + receptive_field for frame in last_frames]
             samples = functional.pad(samples, (0, max(0, ends[-1] - len(samples))))
-            made = [through(samples[start * hop : end]) for start, end in zip(starts, ends, strict=True)]
-            return torch.cat(made)[:total]
+            chunks = [whole(samples[start * hop : end]) for start, end in zip(starts, ends, strict=True)]
+            return torch.cat(chunks)[:total]
 
-        return through if over_time else in_pieces
+        return whole if over_time else in_chunks
 
     def _build_convolution(self, layer: Any, *, first: bool) -> Callable[[Tensor], Tensor]:
-        """Frames [T, C] → [T', C'], norm and GELU included. The first one, of samples, stays float32."""
+        """Return a function of frames [T, C] → [T', C'], norm and GELU included. The first one stays in float32."""
         conv, norm = layer.conv, getattr(layer, "layer_norm", None)
         kernel, stride, half = conv.kernel_size[0], conv.stride[0], self._half
         key = (conv.weight.data_ptr(), "front")
         if key not in self._packs:
             flat = conv.weight.detach().permute(0, 2, 1).flatten(1)  # [C', kernel · C]
             bias = None if conv.bias is None else conv.bias.detach()
-            narrow = half is torch.bfloat16 and not first
-            self._packs[key] = PrepackedLinear(flat, bias, "bfloat16" if narrow else "float32")
+            bfloat16 = half is torch.bfloat16 and not first
+            self._packs[key] = PrepackedLinear(flat, bias, "bfloat16" if bfloat16 else "float32")
         product = self._packs[key]
         affine: list[Tensor] = []
         if norm is not None:
@@ -203,8 +207,8 @@ class CpuPlan:
                 return product(rows, gelu=True)
             out = product(rows)
             if isinstance(norm, nn.GroupNorm):
-                spread, mean = torch.var_mean(out, 0, correction=0)
-                scale = torch.rsqrt(spread + norm.eps) * affine[0]
+                variance, mean = torch.var_mean(out, 0, correction=0)
+                scale = torch.rsqrt(variance + norm.eps) * affine[0]
                 out = functional.gelu(torch.addcmul(affine[1] - mean * scale, out, scale))
             else:
                 out = functional.gelu(functional.layer_norm(out, (out.shape[1],), affine[0], affine[1], norm.eps))
@@ -213,74 +217,75 @@ class CpuPlan:
         return apply
 
     def _build_positions(self, module: Any) -> Callable[[Tensor], Tensor]:
-        """States [T, C] → what the positional convolution adds to them."""
-        if "forward" in vars(module):  # looked up in a table (`patch.positions_by_table`)
-            return lambda states: module(states[None])[0]
+        """Return a function of states [T, D] → positions [T, D]."""
+        if (table := self.position_table) is not None:
+            return lambda states: look_up(table, torch.arange(len(states)), states)
         conv, half = module.conv, self._half
         kernel, groups = conv.kernel_size[0], conv.groups
         weight = conv.weight.detach().to(half)[:, :, None].to(memory_format=torch.channels_last)
         bias = conv.bias.detach().to(half)
 
-        def along(states: Tensor) -> Tensor:
+        def convolve(states: Tensor) -> Tensor:
             row = _pad_to_frame_multiple(states.to(half))[None, None].permute(0, 3, 1, 2)  # [1, C, 1, T], channels last
-            wide = functional.conv2d(row, weight, bias, padding=(0, kernel // 2), groups=groups)
-            return functional.gelu(wide.permute(0, 2, 3, 1)[0, 0, : len(states)]).to(states.dtype)
+            out = functional.conv2d(row, weight, bias, padding=(0, kernel // 2), groups=groups)
+            return functional.gelu(out.permute(0, 2, 3, 1)[0, 0, : len(states)]).to(states.dtype)
 
-        return along
+        return convolve
 
 
 class _Block:
-    """One block, but for what its frames see of each other: that lies between `qkv` and `rest`."""
+    """One block, in two parts around its attention."""
 
     def __init__(self, plan: CpuPlan, layer: Any) -> None:
-        attention, feed = layer.attention, layer.feed_forward
+        attention, feed_forward = layer.attention, layer.feed_forward
         self._layer, self._stable, self._states = layer, plan.net.config.do_stable_layer_norm, plan._states
-        self._before = _Linears(plan, (attention.q_proj, attention.k_proj, attention.v_proj), plan._half)
-        self._after, self._up, self._down = (
-            _Linears(plan, (one,)) for one in (attention.out_proj, feed.intermediate_dense, feed.output_dense)
+        self._qkv = _Linears(plan, (attention.q_proj, attention.k_proj, attention.v_proj), plan._half)
+        self._out, self._up, self._down = (
+            _Linears(plan, (one,))
+            for one in (attention.out_proj, feed_forward.intermediate_dense, feed_forward.output_dense)
         )
         self._heads, self.scaling = attention.num_heads, attention.scaling
 
     def qkv(self, states: Tensor) -> tuple[Tensor, ...]:
-        """States [T, D] → q, k and v, [T, H, d] each, not scaled."""
-        made = self._before(self._layer.layer_norm(states) if self._stable else states)
-        return made.unflatten(-1, (3, self._heads, -1)).unbind(1)
+        """Return q, k and v, [T, H, d] each, of states [T, D]; q is not scaled."""
+        projected = self._qkv(self._layer.layer_norm(states) if self._stable else states)
+        return projected.unflatten(-1, (3, self._heads, -1)).unbind(1)
 
     def after_attention(self, states: Tensor, attended: Tensor) -> Tensor:
-        """States before the block and what its attention gave, [T, H, d] → states after it."""
+        """Return the states after the block, given those before it [T, D] and the attention's output [T, H, d]."""
         layer, attended = self._layer, attended.flatten(1).to(self._states)
         if not self._stable:
-            states = layer.layer_norm(self._after.linear_add(attended, states))
+            states = layer.layer_norm(self._out.linear_add(attended, states))
             out: Tensor = layer.final_layer_norm(self._down.linear_add(self._up(states, gelu=True), states))
             return out
-        states = self._after.linear_add(attended, states)
+        states = self._out.linear_add(attended, states)
         states = self._down.linear_add(self._up(layer.final_layer_norm(states), gelu=True), states)
-        extra = getattr(layer, "adapter_layer", None)
-        return states if extra is None else states + extra(states)
+        adapter = getattr(layer, "adapter_layer", None)
+        return states if adapter is None else states + adapter(states)
 
 
-class _Cast:
-    """A product in bfloat16 where others are in int8: x, and what comes of it, are as they are there."""
+class _Bfloat16Linear:
+    """A bfloat16 product in an int8 plan: inputs are cast to it, outputs to `out_dtype`."""
 
-    def __init__(self, product: PrepackedLinear, out: torch.dtype) -> None:
-        self._product, self._out = product, out
+    def __init__(self, product: PrepackedLinear, out_dtype: torch.dtype) -> None:
+        self._product, self._out_dtype = product, out_dtype
 
     def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
-        return self._product(x.bfloat16(), gelu=gelu).to(self._out)
+        return self._product(x.bfloat16(), gelu=gelu).to(self._out_dtype)
 
-    def linear_add(self, x: Tensor, r: Tensor) -> Tensor:
-        return self(x) + r
+    def linear_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self(x) + residual
 
 
 class _Linears:
-    """Linears of one input as one product, where they are of one sort, with the low-rank updates that some of them may
-    have beside it."""
+    """Linears with one input, as one product where they have one compute dtype, plus their LoRA updates."""
 
-    def __init__(self, plan: CpuPlan, modules: Sequence[Any], out: torch.dtype | None = None) -> None:
-        plain = [getattr(module, "base_layer", module) for module in modules]
-        alike = len({plan.linear_kind(layer) for layer in plain}) == 1
-        self.products = [plan._packed(some, out) for some in ([plain] if alike else [[one] for one in plain])]
-        bounds = pairwise([0, *accumulate(layer.out_features for layer in plain)])
+    def __init__(self, plan: CpuPlan, modules: Sequence[Any], out_dtype: torch.dtype | None = None) -> None:
+        layers = [getattr(module, "base_layer", module) for module in modules]
+        alike = len({plan.linear_kind(layer) for layer in layers}) == 1
+        groups = [layers] if alike else [[layer] for layer in layers]
+        self.products = [plan._packed(group, out_dtype) for group in groups]
+        bounds = pairwise([0, *accumulate(layer.out_features for layer in layers)])
         self.updated = [
             (slice(*bound), module)
             for bound, module in zip(bounds, modules, strict=True)
@@ -289,20 +294,20 @@ class _Linears:
 
     def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         if not self.updated:
-            return self._made(x, gelu=gelu)
-        out = self._update(x, self._made(x))
+            return self._multiply(x, gelu=gelu)
+        out = self._add_updates(x, self._multiply(x))
         return functional.gelu(out) if gelu else out
 
-    def linear_add(self, x: Tensor, states: Tensor) -> Tensor:
-        """Of one linear alone: what it gives, and `states`."""
+    def linear_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return the output of the only linear plus `residual`."""
         (product,) = self.products
-        return self._update(x, product.linear_add(x, states))
+        return self._add_updates(x, product.linear_add(x, residual))
 
-    def _made(self, x: Tensor, *, gelu: bool = False) -> Tensor:
-        made = [product(x, gelu=gelu) for product in self.products]
-        return made[0] if len(made) == 1 else torch.cat(made, -1)
+    def _multiply(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        outs = [product(x, gelu=gelu) for product in self.products]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
 
-    def _update(self, x: Tensor, out: Tensor) -> Tensor:
+    def _add_updates(self, x: Tensor, out: Tensor) -> Tensor:
         for columns, module in self.updated:
             for name in module.active_adapters:
                 out[:, columns] += module.lora_B[name](module.lora_A[name](x)) * module.scaling[name]
@@ -310,13 +315,13 @@ class _Linears:
 
 
 def _pad_to_frame_multiple(rows: Tensor) -> Tensor:
-    """[T, …] and zeros up to the next multiple of `GRID`."""
-    spare = -len(rows) % FRAME_MULTIPLE
-    return torch.cat([rows, rows.new_zeros(spare, *rows.shape[1:])]) if spare else rows
+    """Pad [T, …] with zeros to a multiple of `FRAME_MULTIPLE` frames."""
+    padding = -len(rows) % FRAME_MULTIPLE
+    return torch.cat([rows, rows.new_zeros(padding, *rows.shape[1:])]) if padding else rows
 
 
-def _tensor(layer: Any) -> Tensor:
-    """What a linear is known by: of those that are narrow, `weight` is another tensor each time."""
+def _weight_tensor(layer: Any) -> Tensor:
+    """The tensor that identifies a linear; `weight` of a quantized one is a new tensor at every access."""
     tensor: Tensor = layer.qweight if isinstance(layer, QuantizedLinear) else layer.weight
     return tensor
 

@@ -1,90 +1,126 @@
-"""Swaps on one model that change its speed and nothing else. Other models in the process never notice."""
+"""Absolute positions: nets whose positional convolution gives the same output for any input, so that it is a table.
+ A checkpoint made by projects/pl_tiny has the config key `absolute_positions`: its positional convolution reads only
+channels that are constant over time, with taps only for earlier frames. What it adds to frame t then depends on t
+alone, and is constant from the last position on. This module computes that table, [N, D], and lets one net look it up
+instead of multiplying thousands of taps. Everything else asks `absolute_position_table(net)`, which is the table or
+None.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mowa.errors import RecipeError
+from mowa.models.ctc_encoder.geometry import POSITIONS_CONFIG_KEY, max_absolute_position
+
+
+class TableForward:
+    """Stands in for `forward` of a positional convolution: states [B, T, D] → positions [B, T, D], from a table.
+
+    Args:
+        module: the convolution, used outside of inference mode unless `frozen`.
+        table: [N, D].
+        frozen: the weights do not change, so the table may be used in training too.
+    """
+
+    def __init__(self, module: nn.Module, table: Tensor, frozen: bool) -> None:
+        self.module, self.table, self.frozen = module, table, frozen
+
+    def __call__(self, states: Tensor) -> Tensor:
+        if not (self.frozen or torch.is_inference_mode_enabled()):
+            out: Tensor = type(self.module).forward(self.module, states)
+            return out
+        return look_up(self.table, torch.arange(states.shape[1]), states).expand_as(states)
+
+
+def absolute_position_table(net: Any) -> Tensor | None:
+    """Return the table [N, D] that `precompute_absolute_positions` installed in `net`, or None."""
+    forward = vars(net.base_model.encoder.pos_conv_embed).get("forward")
+    return forward.table if isinstance(forward, TableForward) else None
+
+
+def look_up(table: Tensor, frames: Tensor, like: Tensor) -> Tensor:
+    """Return the positions of `frames`, int [T], as [T, D] in dtype and device of `like`; the last row repeats."""
+    return table.to(like.device)[frames.to(like.device).clamp(max=len(table) - 1)].to(like.dtype)
 
 
 @torch.no_grad()
 def precompute_absolute_positions(net: Any, *, frozen: bool = False) -> bool:
-    """Where the positional convolution of `net` (a Wav2Vec2ForCTC) gives absolute positions, look them up instead.
+    """Let `net` look up its absolute positions in a table. Its weights and other nets do not change.
 
-    Such a convolution (`projects.pl_tiny.write_positions` writes it; config key `absolute_positions`) sees only channels that are
-    the same in every frame, so what it gives is a table by frame, and taps by the thousand need not be multiplied. True
-    where this still is so; a net that was trained further may have lost it. The weights stay where they are, and are
-    used outside inference mode, unless `training` says that they will not change.
+    Args:
+        net: a wav2vec2-like CTC net; changed in place.
+        frozen: the weights will not change. Otherwise the table is used in inference mode only.
+
+    Returns:
+        Whether the net has absolute positions. One that was trained further may have the config key but not the
+        weights.
     """
-    if getattr(net.config, "absolute_positions", None) is None:
+    if max_absolute_position(net.config) is None:
         return False
-    module, projection = net.wav2vec2.encoder.pos_conv_embed, net.wav2vec2.feature_projection.projection
+    module, projection = _position_modules(net)
     weight = module.conv.weight
     width, per_group, kernel = weight.shape
     constant = slice(0, width, per_group)
     if weight[:, 1:].any() or weight[..., kernel // 2 + 1 :].any() or projection.weight[constant].any():
         return False
-    quiet = projection.bias.new_zeros(1, kernel // 2 + 1, width, dtype=torch.float32)
-    quiet[..., constant] = projection.bias[constant].float()
-    table = functional.gelu(
-        functional.conv1d(
-            quiet.transpose(1, 2),
-            weight.float(),
-            module.conv.bias.float(),
-            padding=kernel // 2,
-            groups=width // per_group,
-        )
-    ).transpose(1, 2)[0, : kernel // 2 + 1]
-    module.forward = partial(_look_up, table, module, frozen)
+    states = projection.bias.new_zeros(1, kernel // 2 + 1, width, dtype=torch.float32)
+    states[..., constant] = projection.bias[constant].float()
+    convolved = functional.conv1d(
+        states.transpose(1, 2),
+        weight.float(),
+        module.conv.bias.float(),
+        padding=kernel // 2,
+        groups=width // per_group,
+    )
+    table = functional.gelu(convolved).transpose(1, 2)[0, : kernel // 2 + 1]
+    module.forward = TableForward(module, table, frozen)
     return True
-
-
-def absolute_position_table(net: Any) -> torch.Tensor | None:
-    """Where `positions_by_table` looks up, [N, D], the last row for all frames from there on; None: nowhere."""
-    forward = vars(net.base_model.encoder.pos_conv_embed).get("forward")
-    return forward.args[0] if isinstance(forward, partial) and forward.func is _look_up else None
-
-
-def _look_up(table: torch.Tensor, module: nn.Module, training: bool, hidden: torch.Tensor) -> torch.Tensor:
-    if not (training or torch.is_inference_mode_enabled()):
-        return type(module).forward(module, hidden)
-    rows = torch.arange(hidden.shape[1]).clamp(max=len(table) - 1)
-    return table[rows].to(hidden).expand_as(hidden)
 
 
 @contextmanager
 def freeze_absolute_positions(net: Any) -> Iterator[None]:
-    """Train a Wav2Vec2ForCTC that `write` gave positions to, and keep them, as long as the context lasts.
+    """Train a net with absolute positions without changing these, inside the context.
 
-    The convolution gets no gradient and is looked up in a table, which is much faster; the projection's constant
-    channels stay constant, so the table is what the convolution gives.
+    The positional convolution gets no gradient and is replaced by its table, which is much faster; the constant
+    channels of the feature projection stay constant, so that the table stays what the convolution computes.
+
+    Raises:
+        RecipeError: the weights do not give absolute positions.
     """
-    module, projection = net.wav2vec2.encoder.pos_conv_embed, net.wav2vec2.feature_projection.projection
+    module, projection = _position_modules(net)
     width, per_group, _ = module.conv.weight.shape
-    constant = torch.ones(width, device=projection.weight.device)
-    constant[::per_group] = 0
+    mask = torch.ones(width, device=projection.weight.device)
+    mask[::per_group] = 0
     if not precompute_absolute_positions(net, frozen=True):
-        raise RecipeError("net: its positional convolution gives no absolute positions; they cannot be held")
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        raise RecipeError(
+            f"net: config.json has {POSITIONS_CONFIG_KEY}, but its positional convolution depends on the input; "
+            "remove the key"
+        )
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.requires_grad_(False)
-    shapes = ((projection.weight, constant[:, None]), (projection.bias, constant))
+    shaped_masks = ((projection.weight, mask[:, None]), (projection.bias, mask))
     hooks = [
-        parameter.register_hook(lambda gradient, kept=kept: gradient * kept.to(gradient))
-        for parameter, kept in shapes
+        parameter.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))
+        for parameter, mask in shaped_masks
         if parameter.requires_grad
     ]
     try:
         yield
     finally:
         del module.forward
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)
         for hook in hooks:
             hook.remove()
+
+
+def _position_modules(net: Any) -> tuple[Any, Any]:
+    """The positional convolution, and the linear whose constant channels it reads."""
+    return net.base_model.encoder.pos_conv_embed, net.base_model.feature_projection.projection

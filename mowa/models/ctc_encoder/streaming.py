@@ -1,8 +1,7 @@
-"""A CTC net one chunk at a time: every sample goes through it once, and what was before is in its keys and values.
+"""Run a CTC net chunk by chunk with cached keys and values: every sample passes through the net once.
 
-What `hear` says of chunk after chunk is what the net says of all of them under `chunks.chunked`. It knows tensors and
-where they lie; it refuses to know streams, words and engines. A net is computed by its `Plan`, or by its own modules
-(`Stock`).
+The logits of `encode_chunk` over successive chunks equal those of the whole recording under
+`chunk_mask.apply_chunk_mask`. A net is computed by its `CpuPlan`, or by its own modules (`EagerPlan`).
 """
 
 from __future__ import annotations
@@ -16,33 +15,38 @@ from torch import Tensor
 from torch.nn import functional
 
 from mowa.models.ctc_encoder.cpu_plan import CpuPlan
-from mowa.models.ctc_encoder.positions import absolute_position_table
+from mowa.models.ctc_encoder.positions import absolute_position_table, look_up
 
 
 class EncoderBlock(Protocol):
+    """One block, in two parts around its attention."""
+
     scaling: float
 
-    def qkv(self, states: Tensor) -> tuple[Tensor, ...]: ...
+    def qkv(self, states: Tensor) -> tuple[Tensor, ...]:
+        """Return q, k and v, [T, H, d] each, of states [T, D]; q is not scaled."""
 
-    def after_attention(self, states: Tensor, attended: Tensor) -> Tensor: ...
+    def after_attention(self, states: Tensor, attended: Tensor) -> Tensor:
+        """Return the states [T, D] after the block, given those before it and the attention's output [T, H, d]."""
 
 
 class EagerPlan:
-    """A net's own modules under the names of `Plan`'s parts, on whatever device they are."""
+    """A net's own modules behind the interface of `CpuPlan`, on any device."""
 
     def __init__(self, net: Any) -> None:
         self.net = net
         self.blocks = [_EagerBlock(net, layer) for layer in net.base_model.encoder.layers]
+        self.position_table = absolute_position_table(net)
         self._like = next(net.parameters())
 
     def front_end(self, samples: Tensor) -> Tensor:
-        made: Tensor = self.net.base_model.feature_extractor(samples.to(self._like)[None])[0].transpose(0, 1)
-        return made
+        features: Tensor = self.net.base_model.feature_extractor(samples.to(self._like)[None])[0].transpose(0, 1)
+        return features
 
     def logits_from_features(self, features: list[Tensor]) -> list[Tensor]:
         out = []
-        for part in features:
-            states = self.net.base_model.encoder(self.project(part)[None]).last_hidden_state
+        for one in features:
+            states = self.net.base_model.encoder(self.project(one)[None]).last_hidden_state
             out.append(self.net.lm_head(states[0]).float())
         return out
 
@@ -68,8 +72,8 @@ class _EagerBlock:
     def qkv(self, states: Tensor) -> tuple[Tensor, ...]:
         attention = self._layer.attention
         states = self._layer.layer_norm(states) if self._stable else states
-        made = (linear(states) for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
-        return tuple(one.unflatten(-1, (attention.num_heads, -1)) for one in made)
+        projected = (linear(states) for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
+        return tuple(one.unflatten(-1, (attention.num_heads, -1)) for one in projected)
 
     def after_attention(self, states: Tensor, attended: Tensor) -> Tensor:
         layer = self._layer
@@ -79,14 +83,21 @@ class _EagerBlock:
             out: Tensor = layer.final_layer_norm(states + layer.feed_forward(states))
             return out
         states = states + layer.feed_forward(layer.final_layer_norm(states))
-        extra = getattr(layer, "adapter_layer", None)
-        return states if extra is None else states + extra(states)
+        adapter = getattr(layer, "adapter_layer", None)
+        return states if adapter is None else states + adapter(states)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """What a net remembers of a stream, in numbers: `layers` of `heads` keys and values `width` wide for every frame,
-    and `low` frames below the blocks, `wide` each (0 where positions are absolute)."""
+    """Sizes of the caches of a stream.
+
+    Attributes:
+        num_layers: blocks, each with cached keys and values.
+        num_heads: attention heads.
+        head_dim: size of a head.
+        conv_frames: cached input frames of the positional convolution; 0 with absolute positions.
+        hidden_size: size of such a frame; 0 with absolute positions.
+    """
 
     num_layers: int
     num_heads: int
@@ -96,47 +107,58 @@ class CacheShape:
 
 
 def cache_shape(net: Any) -> CacheShape:
+    """Return the sizes of the caches that `encode_chunk` needs for `net`."""
     config, heads = net.config, net.config.num_attention_heads
-    low, wide = config.num_conv_pos_embeddings // 2, config.hidden_size
-    low, wide = (0, 0) if absolute_position_table(net) is not None else (low, wide)
-    return CacheShape(config.num_hidden_layers, heads, config.hidden_size // heads, low, wide)
+    absolute = absolute_position_table(net) is not None
+    conv_frames, hidden_size = (0, 0) if absolute else (config.num_conv_pos_embeddings // 2, config.hidden_size)
+    return CacheShape(config.num_hidden_layers, heads, config.hidden_size // heads, conv_frames, hidden_size)
 
 
 def encode_chunk(
     plan: CpuPlan | EagerPlan, samples: Tensor, position: int | Tensor, kv_cache: Tensor, conv_cache: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One chunk, and what is heard ahead of it: `sound` float32 [n], of which c frames are made, `position` before it.
+    """Compute one chunk with its look-ahead.
 
-    cache [layers, 2, S, H, d]: keys and values of the S frames before the chunk that it sees; low [P, D]: the states
-    below the blocks of the P frames before it, zeros where there were none (`Shape`).
-    → logits float32 [c, V]; and [layers, 2, c, H, d] and [c, D], which of frames that stay are to be put behind the
-    cache and behind `low`.
+    The caller appends the results for the chunk's own frames, not the look-ahead, to the caches.
+
+    Args:
+        plan: the net.
+        samples: float32 [n], of c frames: the chunk, its look-ahead and the rest of the receptive field.
+        position: number of frames before the chunk.
+        kv_cache: [layers, 2, S, H, d], keys and values of the S frames before the chunk that it attends to.
+        conv_cache: [P, D], input of the positional convolution for the P = `conv_frames` frames before the chunk,
+            zeros before the beginning.
+
+    Returns:
+        logits float32 [c, V]; new keys and values [layers, 2, c, H, d]; new inputs of the convolution [c, D], or [c, 0]
+        with absolute positions.
     """
     states = plan.project(plan.front_end(samples))
-    along, below = _streaming_positions(plan.net, states, position, conv_cache)
-    states = plan.input_norm(states + along)
-    made = []
+    positions, new_conv = _streaming_positions(plan, states, position, conv_cache)
+    states = plan.input_norm(states + positions)
+    new_kv = []
     blocks: Sequence[EncoderBlock] = plan.blocks
-    for depth, block in enumerate(blocks):
+    for index, block in enumerate(blocks):
         q, k, v = block.qkv(states)
-        made.append(torch.stack([k, v]))
-        keys, values = (torch.cat([old, new]) for old, new in zip(kv_cache[depth].to(k.dtype), (k, v), strict=True))
+        new_kv.append(torch.stack([k, v]))
+        keys, values = (torch.cat([old, new]) for old, new in zip(kv_cache[index].to(k.dtype), (k, v), strict=True))
         q, keys, values = (one.transpose(0, 1) for one in (q, keys, values))
-        heard = torch.softmax((q * block.scaling) @ keys.transpose(1, 2), -1) @ values
-        states = block.after_attention(states, heard.transpose(0, 1))
-    return plan.head(states), torch.stack(made), below
+        attended = torch.softmax((q * block.scaling) @ keys.transpose(1, 2), -1) @ values
+        states = block.after_attention(states, attended.transpose(0, 1))
+    return plan.head(states), torch.stack(new_kv), new_conv
 
 
-def _streaming_positions(net: Any, states: Tensor, position: int | Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    """What the positional convolution adds to a chunk, and the states that it will have to see again."""
-    absolute = absolute_position_table(net)
-    if absolute is not None:
-        rows = (torch.arange(states.shape[0], device=states.device) + position).clamp(max=len(absolute) - 1)
-        return absolute.to(states)[rows], states[:, :0]
-    module = net.base_model.encoder.pos_conv_embed
+def _streaming_positions(
+    plan: CpuPlan | EagerPlan, states: Tensor, position: int | Tensor, conv_cache: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Positions [c, D] of a chunk, and the states to append to `conv_cache`."""
+    if plan.position_table is not None:
+        frames = torch.arange(states.shape[0], device=states.device) + position
+        return look_up(plan.position_table, frames, states), states[:, :0]
+    module = plan.net.base_model.encoder.pos_conv_embed
     conv = module.conv
     kernel = conv.kernel_size[0]
-    row = functional.pad(torch.cat([low.to(states), states]).T, (0, kernel - 1 - kernel // 2))
+    padded = functional.pad(torch.cat([conv_cache.to(states), states]).T, (0, kernel - 1 - kernel // 2))
     weight, bias = conv.weight.to(states.dtype), conv.bias.to(states.dtype)
-    made = module.activation(functional.conv1d(row[None], weight, bias, groups=conv.groups))
-    return made[0].T, states
+    positions = module.activation(functional.conv1d(padded[None], weight, bias, groups=conv.groups))
+    return positions[0].T, states

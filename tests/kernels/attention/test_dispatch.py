@@ -1,4 +1,4 @@
-"""Attention of every kind, beside the softmax of a dense mask in float64."""
+"""Attention of every kind, compared with the softmax over a dense mask in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def drawn(batch=1, length=63, groups=G, values=D, keys=None, dtype=torch.float64
 
 
 def allowed(mask: AttentionMask, batch: int, queries: int, keys: int) -> Tensor:
-    """Written as a loop over what the words say, and not as `Mask.seen` has it."""
+    """Return the dense mask, written as a loop instead of like `AttentionMask.to_dense`."""
     seen = torch.zeros(batch, 1, queries, keys, dtype=torch.bool)
     for b in range(batch):
         owner = torch.zeros(keys, dtype=torch.long)
@@ -84,7 +84,7 @@ def blocks(request, monkeypatch):
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "both"])
 @pytest.mark.parametrize("length", [1, 63, 129])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_the_softmax_of_its_dense_mask(kind, length, extra, blocks):
+def test_every_kind_equals_its_dense_mask(kind, length, extra, blocks):
     sinks = torch.randn(H, dtype=torch.float64, requires_grad=True) if extra in ("sinks", "both") else None
     agree(KINDS[kind], drawn(2, length), softcap=3.0 if extra in ("softcap", "both") else None, sinks=sinks)
 
@@ -92,7 +92,7 @@ def test_every_kind_is_the_softmax_of_its_dense_mask(kind, length, extra, blocks
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [((1, 40, 5, 17),), ((63,),), ((1,) * 63,), ((60, 3), (2, 61))])
-def test_documents_of_any_kind_too(rows, kind, extra, blocks):
+def test_documents_of_every_kind(rows, kind, extra, blocks):
     mask = replace(KINDS[kind], documents=tuple(map(PackedSequences, rows)))
     sinks = torch.randn(H, dtype=torch.float64, requires_grad=True) if extra == "sinks" else None
     agree(mask, drawn(len(rows), 63), softcap=3.0 if extra == "softcap" else None, sinks=sinks)
@@ -101,7 +101,7 @@ def test_documents_of_any_kind_too(rows, kind, extra, blocks):
 @pytest.mark.parametrize("groups", [1, 3, 6])
 @pytest.mark.parametrize("values", [5, 8, 11])
 @pytest.mark.parametrize("documents", [None, (PackedSequences((4, 25)),)])
-def test_heads_may_share_keys_and_values_be_of_another_width(groups, values, documents):
+def test_grouped_heads_and_other_value_sizes(groups, values, documents):
     for mask in (CAUSAL, AttentionMask(left_window=3, right_window=0)):
         agree(replace(mask, documents=documents), drawn(1, 29, groups, values))
 
@@ -111,12 +111,12 @@ def test_heads_may_share_keys_and_values_be_of_another_width(groups, values, doc
 @pytest.mark.parametrize(
     ("queries", "keys", "offset"), [(1, 33, 32), (5, 33, 28), (5, 33, 0), (1, 40, 20), (7, 40, 20)]
 )
-def test_queries_after_what_a_cache_holds(queries, keys, offset, kind, softcap):
+def test_queries_after_a_cache(queries, keys, offset, kind, softcap):
     agree(replace(KINDS[kind], query_offset=offset), drawn(2, queries, keys=keys), softcap=softcap)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_padding_in_a_cache_is_not_seen(softcap):
+def test_padding_in_a_cache_is_hidden(softcap):
     padding = torch.ones(2, 20, dtype=torch.bool)
     padding[1, :7] = False
     for queries in (1, 4):
@@ -128,7 +128,7 @@ def test_padding_in_a_cache_is_not_seen(softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_dense_mask_says_everything(softcap):
+def test_dense_masks(softcap):
     seen = torch.rand(2, 1, 17, 23, generator=torch.Generator().manual_seed(0)) < 0.5
     seen[:, :, 3] = False
     agree(AttentionMask(dense_mask=seen), drawn(2, 17, keys=23), softcap=softcap, seen=seen)
@@ -141,7 +141,7 @@ def test_a_dense_mask_says_everything(softcap):
     torch.testing.assert_close(out[true], expected[true])
 
 
-def test_what_was_made_of_one_mask_is_not_taken_for_another():
+def test_cached_dense_masks_are_not_mixed_up():
     assert CAUSAL.to_dense(5, 5, torch.device("cpu")).sum() == 15
     assert replace(CAUSAL, left_window=0).to_dense(5, 5, torch.device("cpu")).sum() == 5
 
@@ -190,7 +190,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("extra", ["plain", "window", "softcap", "sinks"])
-def test_nothing_of_all_tokens_against_all_is_made(extra, monkeypatch):
+def test_no_tensor_of_all_tokens_against_all(extra, monkeypatch):
     monkeypatch.setattr(attention_blocks, "MAX_SCORES", 1 << 14)
     lengths = (300, 1, 411, 96, 216)
     total = sum(lengths)
@@ -212,7 +212,7 @@ def test_nothing_of_all_tokens_against_all_is_made(extra, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_low_precision_errs_no_more_than_torch_itself(dtype, softcap):
+def test_low_precision_errors_are_at_most_twice_torchs(dtype, softcap):
     parts = drawn(1, 129)
     seen = allowed(CAUSAL, 1, 129, 129)
     exact = reference(*parts, seen, 0.4, softcap)
@@ -223,7 +223,7 @@ def test_low_precision_errs_no_more_than_torch_itself(dtype, softcap):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout_is_right_in_the_mean(kind):
+def test_dropout_keeps_the_mean(kind):
     torch.manual_seed(0)
     mask = replace(KINDS[kind], documents=(PackedSequences((4, 9)),))
     parts = [part.detach() for part in drawn(1, 13, dtype=torch.float32)]
@@ -239,7 +239,7 @@ HOPPER = replace(
 
 
 @pytest.mark.parametrize(
-    ("facts", "name"),
+    ("spec", "name"),
     [
         (CPU, "sdpa"),
         (replace(CPU, documents=True), "documents"),
@@ -270,17 +270,17 @@ HOPPER = replace(
         (replace(HOPPER, head_dim=288, v_head_dim=288, documents=True), "flex"),
     ],
 )
-def test_the_rule(facts, name):
-    choice = select_backend(facts)
+def test_selected_backend(spec, name):
+    choice = select_backend(spec)
     assert choice.backend == name
     assert choice.reason
     before = [rule for rule, _, _ in rules.BACKENDS]
-    assert [refused for refused, _ in choice.rejected] == before[: before.index(name)]
+    assert [rejected for rejected, _ in choice.rejected] == before[: before.index(name)]
     assert all(why for _, why in choice.rejected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_pattern_for_flex_is_the_mask(kind):
+def test_flex_block_mask_equals_the_dense_mask(kind):
     mask = KINDS[kind]
     rows = ((1, 300, 129, 40), (470,))
     made = cuda.build_block_mask(rows, mask.left_window, mask.right_window, torch.device("cpu"))
@@ -301,7 +301,7 @@ def test_the_pattern_for_flex_is_the_mask(kind):
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "values"])
 @pytest.mark.parametrize("kind", ["full", "causal", "window", "both ways"])
 @pytest.mark.parametrize("documents", [None, (PackedSequences((1, 200, 5, 57)),)])
-def test_on_a_gpu_it_errs_no_more_than_torch_itself(documents, kind, extra):
+def test_on_gpu_errors_are_at_most_twice_torchs(documents, kind, extra):
     torch.manual_seed(0)
     values = 16 if extra == "values" else 64
     shapes = ((1, H, 263, 64), (1, G, 263, 64), (1, G, 263, values))
@@ -326,7 +326,7 @@ def test_on_a_gpu_it_errs_no_more_than_torch_itself(documents, kind, extra):
 
 
 def _low(parts, seen, scale, softcap, sinks=None):
-    """The reference in low precision: with a fill that it can hold."""
+    """The reference in low precision, with its own lowest value for hidden keys."""
     q, k, v = parts
     k, v = (part.repeat_interleave(H // part.shape[1], dim=1) for part in (k, v))
     scores = q @ k.transpose(-2, -1) * scale

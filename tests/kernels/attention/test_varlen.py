@@ -1,4 +1,4 @@
-"""Attention over segments, beside torch's attention with a block-diagonal mask."""
+"""Attention over packed sequences, compared with torch's attention and a block-diagonal mask."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def reference(q, k, v, lengths, scale):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_is_attention_with_a_block_diagonal_mask(lengths):
+def test_equals_a_block_diagonal_mask(lengths):
     q, k, v = drawn(lengths)
     ours, theirs = (
         attend(q, k, v, AttentionMask(documents=(PackedSequences(lengths),)), scale=0.3),
@@ -39,7 +39,7 @@ def test_is_attention_with_a_block_diagonal_mask(lengths):
         torch.testing.assert_close(a, b)
 
 
-def test_nothing_leaks_from_one_segment_to_another():
+def test_nothing_leaks_between_sequences():
     lengths = (4, 7)
     q, k, v = drawn(lengths)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_nothing_leaks_from_one_segment_to_another():
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_one_launch_errs_no_more_than_torch_itself(lengths, dtype):
+def test_on_gpu_errors_are_at_most_twice_torchs(lengths, dtype):
     exact = reference(*drawn(lengths, width=64, device="cuda"), lengths, 0.125)
     q, k, v = drawn(lengths, width=64, device="cuda", dtype=dtype)
     mask = AttentionMask(documents=(PackedSequences(lengths),))

@@ -1,4 +1,4 @@
-"""Laws of narrow matrices at odd sizes, and bitsandbytes and ONNX Runtime beside them."""
+"""Quantized matrices and linears: invariants at odd sizes, and the same values as bitsandbytes and ONNX Runtime."""
 
 import warnings
 
@@ -12,14 +12,7 @@ from torch.nn import functional
 from mowa.kernels.quant.gptq import quantize_gptq
 from mowa.kernels.quant.linear import QuantizedLinear, choose_input_qparams
 from mowa.kernels.quant.nf4 import quantize_nf4
-from mowa.kernels.quant.weights import (
-    FP16_TINY,
-    QuantizedWeight,
-    choose_qparams,
-    non_block_group_size,
-    quantize,
-    quantize_dequantize,
-)
+from mowa.kernels.quant.weights import FP16_TINY, QuantizedWeight, choose_qparams, quantize, quantize_dequantize
 
 SIZES = [(1, 1), (1, 63), (63, 1), (5, 64), (2, 4_097)]
 KINDS = [(8, True), (8, False), (4, True), (4, False)]
@@ -31,24 +24,24 @@ def matrix(rows, columns, seed=0, spread=1.0):
     return torch.randn(rows, columns, generator=generator) * spread
 
 
-def step_of_each(narrow):
-    return narrow.scales.repeat_interleave(narrow.group, 1)[:, : narrow.codes.shape[1]]
+def scale_per_weight(quantized):
+    return quantized.scale.repeat_interleave(quantized.group_size, 1)[:, : quantized.qweight.shape[1]]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("group", [0, 32, 63, 128])
 @pytest.mark.parametrize(("bits", "symmetric"), KINDS)
-def test_codes_scales_and_zeros_are_what_they_say(size, group, bits, symmetric):
+def test_shapes_dtypes_and_ranges(size, group, bits, symmetric):
     weight = matrix(*size)
-    narrow = quantize(weight, bits, group, symmetric=symmetric)
+    quantized = quantize(weight, bits, group, symmetric=symmetric)
     groups, top = -(-size[1] // (group or size[1])), 2 ** (bits - 1)
-    assert (narrow.qweight.shape, narrow.qweight.dtype) == (weight.shape, torch.int8)
-    assert (narrow.scale.shape, narrow.scale.dtype) == ((size[0], groups), torch.float32)
-    assert (narrow.zero_point is None) == symmetric
-    for codes in (narrow.qweight, *(() if symmetric else (narrow.zero_point,))):
+    assert (quantized.qweight.shape, quantized.qweight.dtype) == (weight.shape, torch.int8)
+    assert (quantized.scale.shape, quantized.scale.dtype) == ((size[0], groups), torch.float32)
+    assert (quantized.zero_point is None) == symmetric
+    for codes in (quantized.qweight, *(() if symmetric else (quantized.zero_point,))):
         assert -top <= int(codes.min()) <= int(codes.max()) < top
-    assert torch.equal(narrow.scale.half().float(), narrow.scale)
-    assert (narrow.scale > 0).all()
+    assert torch.equal(quantized.scale.half().float(), quantized.scale)
+    assert (quantized.scale > 0).all()
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), KINDS)
@@ -57,13 +50,13 @@ def test_codes_scales_and_zeros_are_what_they_say(size, group, bits, symmetric):
     rows=st.integers(1, 4), columns=st.sampled_from([1, 2, 31, 63, 64, 100]), seed=st.integers(0, 2**31),
     spread=st.sampled_from([1e-4, 1.0, 300.0]), group=st.sampled_from([0, 32, 63]),
 )  # fmt: skip
-def test_no_weight_is_a_step_away_but_where_a_range_was_cut(bits, symmetric, rows, columns, seed, spread, group):
+def test_errors_are_at_most_half_a_step_where_nothing_is_clipped(bits, symmetric, rows, columns, seed, spread, group):
     weight = matrix(rows, columns, seed, spread)
-    narrow = quantize(weight, bits, group, symmetric=symmetric)
-    wrong = (narrow.dequantize() - weight).abs()
+    quantized = quantize(weight, bits, group, symmetric=symmetric)
+    wrong = (quantized.dequantize() - weight).abs()
     assert torch.isfinite(wrong).all()
-    inside = (narrow.qweight > -(2 ** (bits - 1))) & (narrow.qweight < 2 ** (bits - 1) - 1)
-    step = step_of_each(narrow)
+    inside = (quantized.qweight > -(2 ** (bits - 1))) & (quantized.qweight < 2 ** (bits - 1) - 1)
+    step = scale_per_weight(quantized)
     assert (wrong <= 0.5001 * step)[inside].all()
     if bits == 8:  # steps below 2⁻¹⁴ are whole multiples of the least that float16 has
         assert (wrong <= 1.1 * step + 128 * FP16_TINY).all()
@@ -75,7 +68,7 @@ def test_no_weight_is_a_step_away_but_where_a_range_was_cut(bits, symmetric, row
     rows=st.integers(1, 3), columns=st.sampled_from([1, 5, 63, 64, 129]), seed=st.integers(0, 2**31),
     group=st.sampled_from([0, 32]),
 )  # fmt: skip
-def test_what_lies_on_a_grid_stays(bits, rows, columns, seed, group):
+def test_weights_on_a_grid_keep_it(bits, rows, columns, seed, group):
     once = quantize(matrix(rows, columns, seed), bits, group)
     again = quantize(once.dequantize(), bits, group)
     torch.testing.assert_close(again.dequantize(), once.dequantize(), rtol=1e-6, atol=0)
@@ -83,7 +76,7 @@ def test_what_lies_on_a_grid_stays(bits, rows, columns, seed, group):
 
 @few
 @given(zero=st.integers(-8, 7), seed=st.integers(0, 2**31))
-def test_a_grid_with_a_zero_that_is_used_from_end_to_end_stays(zero, seed):
+def test_weights_on_a_full_asymmetric_grid_keep_it(zero, seed):
     codes = torch.cat([torch.arange(-8, 8), torch.randint(-8, 8, (16,), generator=torch.Generator().manual_seed(seed))])
     before = QuantizedWeight(
         codes.to(torch.int8)[None], torch.tensor([[0.0625]]), torch.tensor([[zero]]).to(torch.int8), 4, 32
@@ -95,7 +88,7 @@ def test_a_grid_with_a_zero_that_is_used_from_end_to_end_stays(zero, seed):
 
 @few
 @given(bits=st.sampled_from([4, 8]), columns=st.sampled_from([1, 63, 64]), seed=st.integers(0, 2**31))
-def test_no_grid_errs_more_than_the_widest(bits, columns, seed):
+def test_no_chosen_grid_is_worse_than_the_full_range(bits, columns, seed):
     weight = matrix(3, columns, seed)
     scales, zeros = choose_qparams(weight, bits)
     widest = (weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)).half().float()
@@ -104,7 +97,7 @@ def test_no_grid_errs_more_than_the_widest(bits, columns, seed):
     assert (ours <= theirs).all()
 
 
-def test_what_weighs_more_errs_less():
+def test_important_columns_get_smaller_errors():
     weight = matrix(64, 32)
     weight[:, 0] *= 4
     importance = torch.ones(32)
@@ -115,15 +108,15 @@ def test_what_weighs_more_errs_less():
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), KINDS)
-def test_nothing_is_made_of_nothing(bits, symmetric):
-    narrow = quantize(torch.zeros(3, 63), bits, 32, symmetric=symmetric)
-    assert not narrow.dequantize().any()
-    assert (narrow.scale == FP16_TINY).all()
+def test_zeros_stay_zeros(bits, symmetric):
+    quantized = quantize(torch.zeros(3, 63), bits, 32, symmetric=symmetric)
+    assert not quantized.dequantize().any()
+    assert (quantized.scale == FP16_TINY).all()
     assert not quantize_nf4(torch.zeros(2, 64)).dequantize().any()
 
 
 def correlated(columns, rows=400, seed=0):
-    """Inputs that share much of what they say, as those of a net do."""
+    """Strongly correlated inputs, as a trained model has."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns // 4, generator=generator) @ torch.randn(
         columns // 4, columns, generator=generator
@@ -132,7 +125,7 @@ def correlated(columns, rows=400, seed=0):
 
 @pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 32, True), (4, 32, False), (4, 0, True), (8, 0, True)])
 @pytest.mark.parametrize("columns", [64, 257])
-def test_errors_that_are_made_good_are_smaller(bits, group, symmetric, columns):
+def test_gptq_has_a_smaller_output_error(bits, group, symmetric, columns):
     x = correlated(columns) + 0.1 * matrix(400, columns, 1)
     weight = matrix(33, columns, 2)
     truth = x @ weight.T
@@ -145,39 +138,39 @@ def test_errors_that_are_made_good_are_smaller(bits, group, symmetric, columns):
 
 
 @pytest.mark.parametrize("group", [0, 32])
-def test_inputs_that_share_nothing_leave_nothing_to_make_good(group):
+def test_gptq_on_uncorrelated_inputs_rounds_to_nearest(group):
     weight = matrix(7, 96)
     plain, other = quantize(weight, 4, group), quantize_gptq(weight, torch.eye(96) * 3, 4, group)
     assert torch.equal(plain.qweight, other.qweight)
     assert torch.equal(plain.scale, other.scale)
 
 
-def test_columns_that_no_input_reached_are_rounded():
+def test_gptq_rounds_columns_whose_inputs_are_zero():
     x = correlated(64)
     x[:, 5] = 0
-    narrow = quantize_gptq(matrix(3, 64), x.T @ x, 4, 32)
-    assert torch.isfinite(narrow.dequantize()).all()
-    assert narrow.qweight[:, 5].any()
+    quantized = quantize_gptq(matrix(3, 64), x.T @ x, 4, 32)
+    assert torch.isfinite(quantized.dequantize()).all()
+    assert quantized.qweight[:, 5].any()
 
 
 @pytest.mark.parametrize("size", [(1, 64), (63, 64), (3, 4_096 + 64)], ids=str)
-def test_nf4_is_that_of_bitsandbytes(size):
+def test_nf4_equals_bitsandbytes(size):
     bnb = pytest.importorskip("bitsandbytes.functional")
-    weight = matrix(*size).half().float()  # so that the largest of a block is a number of float16, as our scales are
+    weight = matrix(*size).half().float()  # so that each absmax is a float16 number, as our scales are
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-        wide = bnb.dequantize_4bit(packed, state)
+        dequantized = bnb.dequantize_4bit(packed, state)
     ours = quantize_nf4(weight)
     flat = packed.flatten()
     assert torch.equal(torch.stack([flat >> 4, flat & 15], 1).view(size), ours.qweight.to(torch.uint8))
     assert torch.equal(state.absmax, ours.scale.flatten())
-    assert torch.equal(wide, ours.dequantize())
+    assert torch.equal(dequantized, ours.dequantize())
 
 
 @pytest.fixture(scope="module")
-def quantized():
-    """x → what ONNX Runtime's DynamicQuantizeLinear makes of it: codes, t, z."""
+def ort_quantize():
+    """x → uint8 values, scale and zero point from ONNX Runtime's DynamicQuantizeLinear."""
     onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     helper, kinds = onnx.helper, onnx.TensorProto
     outputs = [("y", kinds.UINT8, ["n"]), ("t", kinds.FLOAT, []), ("z", kinds.UINT8, [])]
@@ -197,23 +190,23 @@ def quantized():
     count=st.sampled_from([1, 63, 4_097]), seed=st.integers(0, 2**31), shift=st.sampled_from([-30.0, 0.0, 0.5, 30.0]),
     spread=st.sampled_from([1e-3, 1.0, 1e3]),
 )  # fmt: skip
-def test_inputs_are_rounded_as_onnx_runtime_rounds_them(quantized, count, seed, shift, spread):
+def test_inputs_are_quantized_as_by_onnx_runtime(ort_quantize, count, seed, shift, spread):
     x = (matrix(1, count, seed)[0] + shift) * spread
-    codes, step, zero = quantized(x)
-    ours, middle = choose_input_qparams(x)
-    assert float(ours) == pytest.approx(float(step), rel=1e-6)
-    assert int(middle) == int(zero)
+    values, scale, zero_point = ort_quantize(x)
+    our_scale, our_zero_point = choose_input_qparams(x)
+    assert float(our_scale) == pytest.approx(float(scale), rel=1e-6)
+    assert int(our_zero_point) == int(zero_point)
     one = QuantizedLinear(
         QuantizedWeight(torch.ones(1, 1, dtype=torch.int8), torch.ones(1, 1), None, 8, 1), None, "dynamic"
     )
-    seen = one(x[:, None])[:, 0] / ours + middle
-    assert (seen - codes).abs().max() <= 1.001  # one on the edge between two integers
-    assert ((seen - codes).abs() > 0.01).float().mean() <= 1 / 63 + 1e-6
+    ours = one(x[:, None])[:, 0] / our_scale + our_zero_point
+    assert (ours - values).abs().max() <= 1.001  # ties between two integers
+    assert ((ours - values).abs() > 0.01).float().mean() <= 1 / 63 + 1e-6
 
 
-def test_silence_has_a_step():
-    step, zero = choose_input_qparams(torch.zeros(5))
-    assert (float(step), float(zero)) == (1, 0)
+def test_zero_inputs_have_scale_one():
+    scale, zero_point = choose_input_qparams(torch.zeros(5))
+    assert (float(scale), float(zero_point)) == (1, 0)
 
 
 LINEARS = [
@@ -225,27 +218,27 @@ LINEARS = [
 ]
 
 
-@pytest.mark.parametrize(("activations", "range_", "narrow"), LINEARS)
+@pytest.mark.parametrize(("activations", "qparams", "quantized"), LINEARS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_is_the_formula(activations, range_, narrow, bias):
-    x = matrix(7, narrow.codes.shape[1], 3) + 0.3
+def test_linear_is_the_formula(activations, qparams, quantized, bias):
+    x = matrix(7, quantized.qweight.shape[1], 3) + 0.3
     b = torch.arange(5.0) if bias else None
-    linear = QuantizedLinear(narrow, b, activations, range_)
+    linear = QuantizedLinear(quantized, b, activations, qparams)
     inputs = x
     if activations != "none":
-        t, z = range_ or [float(one) for one in choose_input_qparams(x)]
+        t, z = qparams or [float(one) for one in choose_input_qparams(x)]
         inputs = ((x / t).round() + z).clamp(0, 255).sub(z) * t
         assert (inputs - x).abs().max() > 0
-    truth = functional.linear(inputs.double(), narrow.wide().double(), None if b is None else b.double())
+    truth = functional.linear(inputs.double(), quantized.dequantize().double(), None if b is None else b.double())
     torch.testing.assert_close(linear(x[None])[0].double(), truth, rtol=1e-5, atol=1e-5)
     assert linear(x.bfloat16()).dtype is torch.bfloat16
-    assert linear.input_qparams == (range_ and pytest.approx(range_))
-    assert torch.equal(linear.weight, narrow.wide())
+    assert linear.input_qparams == (qparams and pytest.approx(qparams))
+    assert torch.equal(linear.weight, quantized.dequantize())
 
 
-@pytest.mark.parametrize(("activations", "range_", "narrow"), LINEARS)
-def test_a_linear_keeps_what_it_is_made_of(activations, range_, narrow):
-    net = nn.Sequential(nn.Linear(4, 4), QuantizedLinear(narrow, torch.ones(5) / 3, activations, range_))
+@pytest.mark.parametrize(("activations", "qparams", "quantized"), LINEARS)
+def test_linear_ignores_dtype_conversions(activations, qparams, quantized):
+    net = nn.Sequential(nn.Linear(4, 4), QuantizedLinear(quantized, torch.ones(5) / 3, activations, qparams))
     before = {name: value.clone() for name, value in net[1].state_dict().items()}
     net.bfloat16().float()
     for name, value in net[1].state_dict().items():
@@ -253,16 +246,8 @@ def test_a_linear_keeps_what_it_is_made_of(activations, range_, narrow):
         assert torch.equal(value, before[name]), name
 
 
-def test_it_says_what_it_is():
-    assert "63, 5, int8 by row, x dynamic" in repr(QuantizedLinear(quantize(matrix(5, 63), 8), None, "dynamic"))
-    assert "63, 5, int4 by 32, x wide" in repr(QuantizedLinear(quantize(matrix(5, 63), 4, 32), None))
-
-
-def test_what_is_too_small_has_no_groups():
-    assert [non_block_group_size(torch.empty(size)) for size in ((512, 512), (4, 32), (16_384, 1), (1024, 10, 3))] == [
-        32,
-        0,
-        0,
-        0,
-    ]
-    assert non_block_group_size(torch.empty(512, 512, 3)) == 32
+def test_repr():
+    assert "63, 5, int8 by row, activations=dynamic" in repr(
+        QuantizedLinear(quantize(matrix(5, 63), 8), None, "dynamic")
+    )
+    assert "63, 5, int4 by 32, activations=none" in repr(QuantizedLinear(quantize(matrix(5, 63), 4, 32), None))

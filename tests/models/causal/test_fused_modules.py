@@ -1,4 +1,4 @@
-"""Swaps on one net: same numbers, only that net, everything put back."""
+"""Fused modules on one net: same numbers, no effect on other nets, and restored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mowa.errors import ModelError
 from mowa.families import get_family
 from mowa.kernels.offload import OffloadedCheckpoint
 from mowa.models.causal.fused_modules import OPS, fuse_modules, set_activation_offload, unfuse_modules
-from mowa.models.ctc_encoder import positions
+from mowa.training.gradient_checkpointing import set_gradient_checkpointing
 from tests.families.tiny import tiny
 
 FUSED = ("llama", "qwen3", "gemma3_text", "mistral", "granite", "phi3")
@@ -37,7 +37,7 @@ def with_updates(net, **how):
 
 
 def outcome(net):
-    """Logits, and the gradient of every weight that learns."""
+    """Return the logits, and the gradient of every trainable weight."""
     learning = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
     logits = net(input_ids=TOKENS).logits
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], TOKENS[0, 1:])
@@ -67,18 +67,18 @@ def test_every_operation_gives_the_same_numbers(name):
     expected = outcome(net)
     done = fuse_modules(net, family_of(net), ops=OPS)
     assert done.counts
-    assert not [why for (_, why) in done.skipped if "something else" in why]
+    assert not [why for (_, why) in done.skipped if "computes something else" in why]
     near(outcome(net), expected)
     assert unfuse_modules(net) == sum(done.counts.values())
     assert forwards(net) == []
     assert torch.equal(outcome(net)[0], expected[0])
 
 
-def test_what_is_swapped_by_measurement_on_a_processor():
+def test_default_operations_on_cpu():
     net = with_updates(tiny("llama"))
     done = fuse_modules(net, family_of(net))
     assert done.counts == {"rms_norm": 5, "lora_linear": 6}
-    assert done.skipped == {("swiglu", "no faster on cpu"): 2}
+    assert done.skipped == {("swiglu", "not faster on cpu"): 2}
 
 
 def test_another_net_and_every_class_stay_as_they_are():
@@ -93,7 +93,7 @@ def test_another_net_and_every_class_stay_as_they_are():
     assert all(vars(kind) == was for kind, was in methods.items())
 
 
-def test_low_rank_updates_in_every_state():
+def test_lora_in_every_state():
     net = with_updates(tiny("llama"))
     layers = [module for module in net.modules() if isinstance(module, peft.tuners.lora.Linear)]
     with_update = outcome(net)
@@ -117,23 +117,23 @@ def test_low_rank_updates_in_every_state():
 
 
 @pytest.mark.parametrize(
-    ("how", "why"),
+    ("options", "reason_part"),
     [
-        ({"use_dora": True}, "another kind"),
+        ({"use_dora": True}, "not plain LoRA"),
         ({"lora_dropout": 0.1}, "dropout"),
-        ({"lora_bias": True}, "another kind"),
+        ({"lora_bias": True}, "not plain LoRA"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
-def test_other_updates_are_left_and_it_is_said(how, why):
-    net = with_updates(tiny("llama"), **how)
+def test_other_updates_are_skipped_with_a_reason(options, reason_part):
+    net = with_updates(tiny("llama"), **options)
     done = fuse_modules(net, family_of(net))
     assert "lora_linear" not in done.counts
     (reason,) = [reason for (op, reason) in done.skipped if op == "lora_linear"]
-    assert why in reason
+    assert reason_part in reason
 
 
-def test_hooks_on_parts_of_an_update_are_called():
+def test_hooks_on_parts_of_a_lora_linear_are_called():
     net = with_updates(tiny("llama"))
     layer = next(module for module in net.modules() if isinstance(module, peft.tuners.lora.Linear))
     fuse_modules(net, family_of(net))
@@ -145,7 +145,7 @@ def test_hooks_on_parts_of_an_update_are_called():
     assert called == [True]
 
 
-def test_a_copy_is_swapped_and_computes_with_its_own_weights():
+def test_copies_are_fused_and_use_their_own_weights():
     net = tiny("llama")
     fuse_modules(net, family_of(net), ops=OPS)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
@@ -162,7 +162,7 @@ def test_a_copy_is_swapped_and_computes_with_its_own_weights():
         assert forwards(net)
 
 
-def test_saves_as_an_untouched_net(tmp_path):
+def test_saved_checkpoints_are_stock(tmp_path):
     net = tiny("llama")
     names = list(net.state_dict())
     fuse_modules(net, family_of(net), ops=OPS)
@@ -174,7 +174,7 @@ def test_saves_as_an_untouched_net(tmp_path):
     assert torch.equal(again(input_ids=TOKENS).logits, net(input_ids=TOKENS).logits)
 
 
-def test_a_class_that_does_something_else_is_left():
+def test_a_class_that_computes_something_else_is_skipped():
     net = tiny("llama")
     wrong = replace(
         family_of(net),
@@ -183,22 +183,22 @@ def test_a_class_that_does_something_else_is_left():
     done = fuse_modules(net, wrong, ops=OPS)
     assert done.counts == {}
     assert {op for op, _ in done.skipped} == {"rms_norm_plus_one", "geglu", "swiglu"}
-    assert all("something else" in why for _, why in done.skipped)
+    assert all("computes something else" in why for _, why in done.skipped)
     assert forwards(net) == []
 
 
-def test_somebody_elses_forward_is_left():
+def test_a_foreign_forward_is_kept():
     net = tiny("llama")
     norm = net.model.norm
     norm.forward = lambda x: x
     theirs = norm.forward
     done = fuse_modules(net, family_of(net))
-    assert done.skipped["rms_norm", "its forward was replaced already"] == 1
+    assert done.skipped["rms_norm", "its forward is replaced already"] == 1
     unfuse_modules(net)
     assert norm.forward is theirs
 
 
-def test_swapping_twice_changes_nothing_more():
+def test_fusing_twice_changes_nothing():
     net = tiny("llama")
     first = fuse_modules(net, family_of(net))
     assert fuse_modules(net, family_of(net)).counts == {}
@@ -206,7 +206,7 @@ def test_swapping_twice_changes_nothing_more():
     assert first.restore() == 0
 
 
-def test_the_trial_leaves_modes_and_random_numbers():
+def test_the_trial_keeps_modes_and_random_state():
     net = tiny("llama").train()
     net.model.layers[0].mlp.eval()
     modes, state = [module.training for module in net.modules()], torch.get_rng_state()
@@ -216,10 +216,10 @@ def test_the_trial_leaves_modes_and_random_numbers():
 
 
 @pytest.mark.parametrize("ops", [None, OPS])
-def test_mlps_go_over_the_sequence_in_pieces(ops):
+def test_mlp_tiles(ops):
     net = with_updates(tiny("llama"))
     expected, lengths = outcome(net), []
-    assert fuse_modules(net, family_of(net), ops=ops, mlp_tiles=5).counts["tiled"] == 2
+    assert fuse_modules(net, family_of(net), ops=ops, mlp_tiles=5).counts["tiled_mlp"] == 2
     net.model.layers[0].mlp.down_proj.register_forward_hook(
         lambda part, inputs, out: lengths.append(inputs[0].shape[1])
     )
@@ -231,11 +231,11 @@ def test_mlps_go_over_the_sequence_in_pieces(ops):
 
 def test_an_unknown_operation_is_refused():
     net = tiny("llama")
-    with pytest.raises(ModelError, match="no operation rope"):
+    with pytest.raises(ModelError, match="unknown operation rope"):
         fuse_modules(net, family_of(net), ops=["rope"])
 
 
-def test_another_device_is_not_swapped_unmeasured(monkeypatch):
+def test_unmeasured_devices_are_skipped(monkeypatch):
     from mowa.models.causal import fused_modules
 
     monkeypatch.setattr(fused_modules, "FASTER_OPS", {})
@@ -245,7 +245,7 @@ def test_another_device_is_not_swapped_unmeasured(monkeypatch):
     assert ("rms_norm", "not measured to be faster on cpu") in done.skipped
 
 
-def test_weights_that_are_nowhere_are_left():
+def test_meta_weights_are_skipped():
     net = tiny("llama").to("meta")
     assert set(fuse_modules(net, family_of(net)).skipped) == {
         ("rms_norm", "it has no weights in memory"),
@@ -253,10 +253,10 @@ def test_weights_that_are_nowhere_are_left():
     }
 
 
-def test_inputs_of_blocks_wait_in_host_memory_and_back():
+def test_activation_offload():
     net = with_updates(tiny("llama")).train()
     assert set_activation_offload(net) == 0
-    positions.set_gradient_checkpointing(net)
+    set_gradient_checkpointing(net)
     expected = outcome(net)
     before = {
         name: vars(module)["_gradient_checkpointing_func"]

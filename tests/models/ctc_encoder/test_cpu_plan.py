@@ -1,4 +1,4 @@
-"""A plan against the net it was made of: every family and front end, odd lengths, adapters; the net is left alone."""
+"""The CPU plan compared with its net: every family and front end, odd lengths, adapters, quantized nets."""
 
 import copy
 
@@ -16,9 +16,9 @@ from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.kernels.quant.weights import quantize
 from mowa.models.ctc_encoder import cpu_plan
 from mowa.models.ctc_encoder.cpu_plan import CpuPlan, unsupported_reason
-from tests.adapters.made import OTHER, saved
+from tests.adapters.tiny_adapters import OTHER_VOCABULARY, save_tiny_adapter
 from tests.checkpoints import KINDS, clip, tiny
-from tests.quantized import RANGE, SCHEMES, shrunk, widened
+from tests.quantized import RANGE, SCHEMES, dequantized_copy, tiny_quantized
 
 LENGTHS = [400, 401, 719, 720, 4_097, 20_799, 20_800, 20_801, 45_001]
 PLANNED = [kind for kind in KINDS if kind[0] != "wavlm"]
@@ -46,7 +46,7 @@ def folder(request, tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("-".join(request.param)), *request.param)
 
 
-def test_float32_is_the_net_alone_and_in_any_company(folder):
+def test_float32_equals_the_net_alone_and_in_batches(folder):
     net = net_of(folder)
     assert unsupported_reason(net, "float32") == ""
     expected = truth(net)
@@ -60,8 +60,8 @@ def test_float32_is_the_net_alone_and_in_any_company(folder):
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_narrow_arithmetic_errs_within_reason(folder, kind):
-    """bfloat16: no more than twice what the net itself errs by in bfloat16. int8: three times that."""
+def test_errors_of_bfloat16_and_int8(folder, kind):
+    """bfloat16: at most twice the error of the net itself in bfloat16; int8: at most three times."""
     net, half = net_of(folder), net_of(folder, dtype=torch.bfloat16)
     expected = torch.cat(truth(net))
     with torch.inference_mode():
@@ -71,7 +71,7 @@ def test_narrow_arithmetic_errs_within_reason(folder, kind):
     assert 0 < (ours - expected).norm() <= allowed
 
 
-def test_the_net_is_left_as_it_was(folder):
+def test_the_net_is_not_changed(folder):
     net = net_of(folder)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with torch.inference_mode():
@@ -83,24 +83,26 @@ def test_the_net_is_left_as_it_was(folder):
     assert not [name for name, module in net.named_modules() if "forward" in vars(module)]
 
 
-@pytest.mark.parametrize(("kind", "words"), [("lora", None), ("lora", OTHER), ("adapters", OTHER)])
-def test_adapters_share_packed_weights_and_say_what_the_merged_net_says(tmp_path, kind, words):
+@pytest.mark.parametrize(
+    ("kind", "words"), [("lora", None), ("lora", OTHER_VOCABULARY), ("bottleneck", OTHER_VOCABULARY)]
+)
+def test_adapters_share_packed_weights_and_equal_the_merged_net(tmp_path, kind, words):
     base = tiny(tmp_path / "base")
-    saved(base, kind, tmp_path / "adapter", words=words)
+    save_tiny_adapter(base, kind, tmp_path / "adapter", vocabulary=words)
     model = mowa.load(str(base))
     under = CpuPlan(model.net, "float32")
     count = len(under._packs)
     adapted = checkpoint.load_adapter(model, tmp_path / "adapter")
     assert unsupported_reason(adapted.net, "float32") == ""
-    ours = planned(adapted.net, like=under)
-    assert len(under._packs) == count  # nothing was packed a second time
+    ours = planned(adapted.net, share_weights_with=under)
+    assert len(under._packs) == count  # nothing is packed twice
     for one, right in zip(ours, truth(merge.merge_adapter(adapted).net), strict=True):
         assert (one - right).abs().max() <= 1e-5
-    for one, right in zip(planned(model.net, like=under), truth(model.net), strict=True):
+    for one, right in zip(planned(model.net, share_weights_with=under), truth(model.net), strict=True):
         assert (one - right).abs().max() <= 1e-5
 
 
-def test_a_plan_of_another_arithmetic_shares_nothing(tmp_path):
+def test_plans_of_other_dtypes_share_nothing(tmp_path):
     net = net_of(tiny(tmp_path))
     assert not set(map(id, CpuPlan(net, "int8", CpuPlan(net, "float32"))._packs.values())) & {
         id(pack) for pack in CpuPlan(net, "float32")._packs.values()
@@ -109,14 +111,14 @@ def test_a_plan_of_another_arithmetic_shares_nothing(tmp_path):
     assert CpuPlan(net, "int8", first)._packs is not first._packs
 
 
-def test_a_convolutional_adapter_is_asked(tmp_path):
+def test_convolutional_adapter(tmp_path):
     net = net_of(tiny(tmp_path, add_adapter=True, num_adapter_layers=2, adapter_stride=2, output_hidden_size=32))
     for one, right in zip(planned(net), truth(net), strict=True):
         assert one.shape == right.shape
         assert (one - right).abs().max() <= 1e-5
 
 
-def test_positions_may_be_looked_up():
+def test_absolute_positions():
     model = mowa.load("pl-tiny")
     expected = truth(model.net, SOUNDS[4:5])[0]
     from mowa.models.ctc_encoder.positions import precompute_absolute_positions
@@ -129,13 +131,13 @@ def test_positions_may_be_looked_up():
 @pytest.mark.parametrize(
     ("family", "changes", "why"),
     [
-        ("wavlm", {}, "attends in a way of its own"),
-        ("hubert", {"conv_pos_batch_norm": True}, "normalises over the batch"),
+        ("wavlm", {}, "has an attention of its own"),
+        ("hubert", {"conv_pos_batch_norm": True}, "has batch norm"),
         ("wav2vec2", {"hidden_act": "relu"}, "not GELU"),
         ("wav2vec2", {"feat_extract_activation": "relu"}, "not GELU"),
     ],
 )
-def test_what_it_does_not_know_is_refused(tmp_path, family, changes, why):
+def test_unsupported_nets(tmp_path, family, changes, why):
     assert why in unsupported_reason(net_of(tiny(tmp_path, family, **changes)), "float32")
 
 
@@ -144,7 +146,7 @@ def test_dora_is_refused(tmp_path):
 
     model = mowa.load(str(tiny(tmp_path)))
     lora.add(model.net, model.family, rank=2, alpha=2, variant="dora")
-    assert "computes in a way of its own" in unsupported_reason(model.net, "float32")
+    assert "has an update other than plain LoRA" in unsupported_reason(model.net, "float32")
 
 
 def test_an_engine_without_a_plan_calls_the_net(tmp_path, monkeypatch):
@@ -152,42 +154,42 @@ def test_an_engine_without_a_plan_calls_the_net(tmp_path, monkeypatch):
     sound = audio.normalize(clip(0, 9_000))
     ours = mowa.open_engine(mowa.load(str(folder)), device="cpu", dtype="float32")
     assert ours.plan is not None
-    monkeypatch.setattr(cpu_plan, "unsupported_reason", lambda net, kind: "it is forbidden here")
+    monkeypatch.setattr(cpu_plan, "unsupported_reason", lambda net, kind: "no plan in this test")
     plain = mowa.open_engine(mowa.load(str(folder)), device="cpu", dtype="float32")
     assert plain.plan is None
     np.testing.assert_allclose(ours.emissions([sound])[0], plain.emissions([sound])[0], atol=2e-5)
-    with pytest.raises(ModelError, match="cannot run in int8: it is forbidden here; use --dtype auto"):
+    with pytest.raises(ModelError, match="cannot run in int8: no plan in this test; use --dtype auto"):
         mowa.open_engine(mowa.load(str(folder)), device="cpu", dtype="int8")
 
 
-SHRUNK = [(scheme, "wav2vec2", "layer") for scheme in SCHEMES]
-SHRUNK += [("int8-dynamic", "hubert", "group"), ("int4-weight", "wav2vec2", "group")]
+QUANTIZED = [(scheme, "wav2vec2", "layer") for scheme in SCHEMES]
+QUANTIZED += [("int8-dynamic", "hubert", "group"), ("int4-weight", "wav2vec2", "group")]
 
 
-@pytest.fixture(scope="module", params=SHRUNK, ids="-".join)
+@pytest.fixture(scope="module", params=QUANTIZED, ids="-".join)
 def model(request, tmp_path_factory):
-    return shrunk(tmp_path_factory.mktemp("shrunk"), *request.param)
+    return tiny_quantized(tmp_path_factory.mktemp("quantized"), *request.param)
 
 
-class TestShrunk:
-    """Nets with narrow linears in place: their reference is what their own modules say."""
+class TestQuantized:
+    """Nets with QuantizedLinear modules, whose own forward pass is the reference."""
 
-    def test_wide_arithmetic_is_that_of_the_weights_made_wide(self, model):
+    def test_float32_equals_the_dequantized_net(self, model):
         assert unsupported_reason(model.net, "float32") == unsupported_reason(model.net, "int8") == ""
         with torch.inference_mode():
             plan = CpuPlan(model.net, "float32")
             together = [logits.double().log_softmax(-1) for logits in plan(SOUNDS[4:])]
         for one, other, right in zip(
-            planned(model.net, sounds=SOUNDS[4:]), together, truth(widened(model.net), SOUNDS[4:]), strict=True
+            planned(model.net, sounds=SOUNDS[4:]), together, truth(dequantized_copy(model.net), SOUNDS[4:]), strict=True
         ):
             assert (one - right).abs().max() <= 1e-5
             assert (other - right).abs().max() <= 1e-5
 
-    def test_narrow_arithmetic_errs_as_the_net_itself_does(self, model):
-        """As much as twice the net's own modules, and twice bfloat16, which what is not narrow is computed in."""
-        sounds, wide = SOUNDS[4:], widened(model.net)
-        expected = torch.cat(truth(wide, sounds))
-        half = copy.deepcopy(wide).bfloat16()
+    def test_errors_of_bfloat16_and_int8(self, model):
+        """At most twice the error of the net's own modules plus twice that of bfloat16, used for the other layers."""
+        sounds, dequantized = SOUNDS[4:], dequantized_copy(model.net)
+        expected = torch.cat(truth(dequantized, sounds))
+        half = copy.deepcopy(dequantized).bfloat16()
         with torch.inference_mode():
             own = torch.cat([model.net(sound[None]).logits[0].double().log_softmax(-1) for sound in sounds])
             halves = [half(sound[None].bfloat16()).logits[0].double().log_softmax(-1) for sound in sounds]
@@ -197,12 +199,12 @@ class TestShrunk:
             ours = torch.cat(planned(net, kind, sounds))
             assert 0 < (ours - expected).norm() <= allowed
 
-    def test_a_plan_leaves_it_as_it_was(self, model):
+    def test_the_net_is_not_changed(self, model):
         before = {name: value.clone() for name, value in model.net.state_dict().items()}
         planned(model.net, "int8", SOUNDS[4:5])
         assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
 
-    def test_nets_over_the_same_tensors_share_what_was_packed(self, model):
+    def test_nets_with_the_same_tensors_share_packed_weights(self, model):
         under = CpuPlan(model.net, "int8")
         count = len(under._packs)
         over = CpuPlan(checkpoint.copy_sharing_weights(model.net), "int8", share_weights_with=under)
@@ -210,49 +212,51 @@ class TestShrunk:
         assert len(under._packs) == count
 
     @pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static"])
-    def test_integers_are_multiplied_as_they_are(self, tmp_path, scheme):
-        net = shrunk(tmp_path, scheme).net
+    def test_int8_weights_are_used_as_they_are(self, tmp_path, scheme):
+        net = tiny_quantized(tmp_path, scheme).net
         layer = net.base_model.encoder.layers[0]
-        (product,) = CpuPlan(net, "int8").blocks[0]._before.products
+        (product,) = CpuPlan(net, "int8").blocks[0]._qkv.products
         parts = [layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj]
-        assert torch.equal(product._scales, torch.cat([one.scales[:, 0] for one in parts]))
-        assert product._range == (pytest.approx(RANGE) if scheme == "int8-static" else None)
+        assert torch.equal(product._scale, torch.cat([one.scale[:, 0] for one in parts]))
+        assert product._input_qparams == (pytest.approx(RANGE) if scheme == "int8-static" else None)
         x = torch.randn(7, 64)
         theirs = torch.cat([one(x) for one in parts], -1)
-        assert (product(x).float() - theirs).norm() <= 5e-3 * theirs.norm()  # it answers in bfloat16
+        assert (product(x).float() - theirs).norm() <= 5e-3 * theirs.norm()  # its output is bfloat16
 
-    def test_linears_of_one_input_that_are_not_of_one_sort_are_products_of_their_own(self, tmp_path):
-        net = shrunk(tmp_path, "int8-static").net
+    def test_linears_with_different_qparams_are_separate_products(self, tmp_path):
+        net = tiny_quantized(tmp_path, "int8-static").net
         attention = net.base_model.encoder.layers[0].attention
-        attention.k_proj = QuantizedLinear(attention.k_proj.narrow, attention.k_proj.bias, "static", (0.02, 100))
+        attention.k_proj = QuantizedLinear(
+            attention.k_proj.quantized_weight, attention.k_proj.bias, "static", (0.02, 100)
+        )
         attention.v_proj = QuantizedLinear(quantize(attention.v_proj.weight, 4, 32), attention.v_proj.bias)
         plan = CpuPlan(net, "int8")
-        assert len(plan.blocks[0]._before.products) == 3
-        assert len(plan.blocks[1]._before.products) == 1
+        assert len(plan.blocks[0]._qkv.products) == 3
+        assert len(plan.blocks[1]._qkv.products) == 1
         x = torch.randn(7, 64)
         theirs = torch.cat([one(x) for one in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
-        assert (plan.blocks[0]._before(x).float() - theirs).norm() <= 1e-2 * theirs.norm()
+        assert (plan.blocks[0]._qkv(x).float() - theirs).norm() <= 1e-2 * theirs.norm()
 
     def test_a_projection_without_a_norm(self, tmp_path):
-        model = shrunk(tmp_path, "int8-weight", "hubert", "layer", feat_proj_layer_norm=False)
-        for one, right in zip(planned(model.net), truth(widened(model.net)), strict=True):
+        model = tiny_quantized(tmp_path, "int8-weight", "hubert", "layer", feat_proj_layer_norm=False)
+        for one, right in zip(planned(model.net), truth(dequantized_copy(model.net)), strict=True):
             assert (one - right).abs().max() <= 1e-5
 
-    def test_ragged_groups_are_computed_too(self, tmp_path):
+    def test_incomplete_groups(self, tmp_path):
         net = net_of(tiny(tmp_path))
         for name, linear in list(net.named_modules()):
             if name.endswith("_dense"):
                 net.set_submodule(name, QuantizedLinear(quantize(linear.weight, 4, 48), linear.bias))
-        for one, right in zip(planned(net), truth(widened(net)), strict=True):
+        for one, right in zip(planned(net), truth(dequantized_copy(net)), strict=True):
             assert (one - right).abs().max() <= 1e-5
 
-    def test_positions_may_be_looked_up_beside_a_narrow_projection(self):
+    def test_absolute_positions_with_a_quantized_projection(self):
         model = mowa.load("pl-tiny")
         projection = model.net.base_model.feature_projection.projection
         model.net.base_model.feature_projection.projection = QuantizedLinear(
             quantize(projection.weight, 8, 32), projection.bias
         )
-        expected = truth(widened(model.net), SOUNDS[4:5])[0]
+        expected = truth(dequantized_copy(model.net), SOUNDS[4:5])[0]
         from mowa.models.ctc_encoder.positions import precompute_absolute_positions
 
         assert precompute_absolute_positions(model.net)
@@ -260,8 +264,8 @@ class TestShrunk:
         assert (ours - expected).abs().max() <= 1e-4
 
     @pytest.mark.parametrize("scheme", list(SCHEMES))
-    def test_engines_take_the_arithmetic_that_the_scheme_asks_for(self, tmp_path, scheme):
-        model, sound = shrunk(tmp_path, scheme), audio.normalize(clip(0, 9_000))
+    def test_engines_choose_the_dtype_of_the_scheme(self, tmp_path, scheme):
+        model, sound = tiny_quantized(tmp_path, scheme), audio.normalize(clip(0, 9_000))
         engine = mowa.open_engine(model, device="cpu")
         assert engine.scheme == model.scheme.name
         assert engine.plan is not None
@@ -269,21 +273,21 @@ class TestShrunk:
         assert engine.batch_policy is BatchPolicy.SINGLE or engine.dtype == "float32"
         assert np.isfinite(engine.emissions([sound])[0]).all()
 
-    def test_a_dtype_that_is_named_is_computed_in_with_inputs_as_they_are(self, tmp_path):
-        model, sound = shrunk(tmp_path, "int8-dynamic"), audio.normalize(clip(0, 9_000))
+    def test_a_named_dtype_does_not_quantize_inputs(self, tmp_path):
+        model, sound = tiny_quantized(tmp_path, "int8-dynamic"), audio.normalize(clip(0, 9_000))
         engine = mowa.open_engine(model, device="cpu", dtype="float32")
-        (expected,) = truth(widened(model.net), [torch.from_numpy(sound)])
+        (expected,) = truth(dequantized_copy(model.net), [torch.from_numpy(sound)])
         np.testing.assert_allclose(engine.emissions([sound])[0], expected, atol=2e-5)
         assert engine.batch_policy is BatchPolicy.PADDED
 
     @pytest.mark.parametrize("scheme", ["int4-weight", "nf4"])
-    def test_what_has_no_integers_of_eight_bits_is_not_multiplied_in_them(self, tmp_path, scheme):
-        with pytest.raises(ModelError, match=f"is in {scheme}, which is not multiplied in int8"):
-            mowa.open_engine(shrunk(tmp_path, scheme), device="cpu", dtype="int8")
+    def test_int8_needs_int8_weights(self, tmp_path, scheme):
+        with pytest.raises(ModelError, match=f"scheme {scheme}, which does not compute in int8"):
+            mowa.open_engine(tiny_quantized(tmp_path, scheme), device="cpu", dtype="int8")
 
     @pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight"])
-    def test_without_a_plan_the_net_is_called_and_no_range_is_that_of_a_batch(self, tmp_path, scheme):
-        model, sounds = shrunk(tmp_path, scheme, "wavlm"), [audio.normalize(clip(n, 9_000)) for n in range(2)]
+    def test_without_a_plan_dynamic_ranges_are_per_recording(self, tmp_path, scheme):
+        model, sounds = tiny_quantized(tmp_path, scheme, "wavlm"), [audio.normalize(clip(n, 9_000)) for n in range(2)]
         engine = mowa.open_engine(model, device="cpu", dtype="float32")
         assert engine.plan is None
         assert engine.batch_policy is (BatchPolicy.SINGLE if scheme == "int8-dynamic" else BatchPolicy.PADDED)

@@ -1,4 +1,4 @@
-"""Packed recordings, beside the stock net hearing each of them alone."""
+"""Packed recordings compared with the stock net on each recording alone."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,10 @@ import torch
 from transformers import HubertConfig, HubertForCTC, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from mowa.errors import ModelError
-from mowa.models.ctc_encoder import packing, positions
+from mowa.models.ctc_encoder import packing
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.tasks import ctc
+from mowa.training.gradient_checkpointing import set_gradient_checkpointing
 
 SMALL = {
     "vocab_size": 12,
@@ -58,12 +60,12 @@ def sounds(lengths=LENGTHS):
 
 
 def laid(net, clips, grid=1):
-    row = packing.pack_samples(clips, packing.frame_geometry(net.config), pad_to_multiple_of=grid)
+    row = packing.pack_samples(clips, frame_geometry(net.config), pad_to_multiple_of=grid)
     lengths = [len(clip) for clip in clips]
     return (
         torch.from_numpy(row)[None].double(),
         lengths,
-        [packing.frame_geometry(net.config).num_frames(n) for n in lengths],
+        [frame_geometry(net.config).num_frames(n) for n in lengths],
     )
 
 
@@ -72,7 +74,7 @@ def alone(net, clip):
 
 
 @pytest.mark.parametrize("grid", [1, 1600])
-def test_each_recording_is_heard_as_if_it_were_alone(net, grid):
+def test_each_recording_is_computed_as_if_alone(net, grid):
     net.eval()
     clips = sounds()
     values, lengths, counts = laid(net, clips, grid)
@@ -85,7 +87,7 @@ def test_each_recording_is_heard_as_if_it_were_alone(net, grid):
             assert not row[count:].any()
 
 
-def test_a_frozen_front_end_makes_the_same_frames_in_pieces(net, monkeypatch):
+def test_a_frozen_front_end_computes_the_same_in_chunks(net, monkeypatch):
     monkeypatch.setattr(packing, "FRONT_END_CHUNK_FRAMES", 7)
     clips = sounds()
     values, lengths, _ = laid(net, clips)
@@ -98,7 +100,7 @@ def test_a_frozen_front_end_makes_the_same_frames_in_pieces(net, monkeypatch):
     torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
 
 
-def test_loss_and_gradients_are_those_of_the_padded_net(net):
+def test_loss_and_gradients_equal_those_of_single_recordings(net):
     net.train()
     clips = sounds((1500, 900, 2000))
     labels = torch.tensor([[1, 2, 3, 3], [4, 5, -100, -100], [6, 7, 8, -100]])
@@ -124,12 +126,12 @@ def gradients(net, loss):
     return {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None and n != "masked_spec_embed"}
 
 
-def test_padded_layout_is_the_stock_net():
+def test_forward_padded_is_the_stock_net():
     kind, config, settings = KINDS["stable"]
     torch.manual_seed(0)
     net = kind(config(**(SMALL | settings))).double().eval()
     batch = ctc.collate(sounds(), [[]] * len(LENGTHS), packing_preprocessing())
-    counts = [packing.frame_geometry(net.config).num_frames(n) for n in LENGTHS]
+    counts = [frame_geometry(net.config).num_frames(n) for n in LENGTHS]
     with torch.no_grad():
         ours = packing.forward_padded(net, batch["input_values"].double(), LENGTHS, use_attention_mask=True)
         theirs = net(batch["input_values"].double(), attention_mask=batch["attention_mask"]).logits
@@ -143,17 +145,17 @@ def packing_preprocessing():
     return Preprocessing()
 
 
-def test_masks_mean_the_same_in_both_layouts():
+def test_spec_augment_masks_are_the_same_in_both_layouts():
     kind, config, settings = KINDS["stable"]
     torch.manual_seed(0)
     net = kind(config(**(SMALL | settings))).double().eval()
     clips = sounds()
     values, lengths, counts = laid(net, clips)
     rng = np.random.default_rng(1)
-    hidden = torch.from_numpy(rng.random(sum(counts)) < 0.3)
-    silenced = torch.from_numpy(rng.random((len(clips), 32)) < 0.2)
+    time = torch.from_numpy(rng.random(sum(counts)) < 0.3)
+    features = torch.from_numpy(rng.random((len(clips), 32)) < 0.2)
     batch = ctc.collate(clips, [[]] * len(clips), packing_preprocessing())
-    masks = {"hidden": hidden, "silenced": silenced}
+    masks = {"mask_time_indices": time, "mask_feature_indices": features}
     with torch.no_grad(), packing.packed_attention(net):
         packed = packing.forward_packed(net, values, lengths, **masks)[0]
         padded = packing.forward_padded(net, batch["input_values"].double(), LENGTHS, use_attention_mask=True, **masks)
@@ -163,19 +165,19 @@ def test_masks_mean_the_same_in_both_layouts():
         assert not torch.allclose(a[:count], c[:count])
 
 
-def test_checkpointed_blocks_give_the_same_gradients(net):
+def test_gradient_checkpointing(net):
     net.train()
     values, lengths, _ = laid(net, sounds())
     with packing.packed_attention(net):
         plain = gradients(net, packing.forward_packed(net, values, lengths)[0].square().sum())
-        positions.set_gradient_checkpointing(net)
+        set_gradient_checkpointing(net)
         again = gradients(net, packing.forward_packed(net, values, lengths)[0].square().sum())
-        positions.set_gradient_checkpointing(net, False)
+        set_gradient_checkpointing(net, False)
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient)
 
 
-def test_packed_is_undone(net):
+def test_packed_attention_is_undone(net):
     before = net.config._attn_implementation
     with packing.packed_attention(net):
         assert net.config._attn_implementation == packing.ATTN_IMPLEMENTATION
@@ -183,18 +185,18 @@ def test_packed_is_undone(net):
 
 
 @pytest.mark.parametrize("samples", [0, 1, 24, 25, 26, 400, 16000, 16001])
-def test_frames_are_what_transformers_counts(net, samples):
+def test_num_frames_equals_transformers(net, samples):
     expected = int(net._get_feat_extract_output_lengths(torch.tensor(samples)))
-    assert packing.frame_geometry(net.config).num_frames(samples) == max(0, expected)
+    assert frame_geometry(net.config).num_frames(samples) == max(0, expected)
 
 
 def test_a_recording_without_a_frame_is_refused(net):
-    with pytest.raises(ModelError, match="shorter than one frame"):
-        packing.pack_samples(sounds((1000, 5)), packing.frame_geometry(net.config))
+    with pytest.raises(ModelError, match="5 samples, less than one frame"):
+        packing.pack_samples(sounds((1000, 5)), frame_geometry(net.config))
 
 
-def test_nets_that_cannot_be_packed_say_why():
-    assert "attends in a way of its own" in packing.unsupported_reason("wavlm", Wav2Vec2Config())
-    assert "neighbouring frames" in packing.unsupported_reason("wav2vec2", Wav2Vec2Config(add_adapter=True))
-    assert "over the batch" in packing.unsupported_reason("hubert", HubertConfig(conv_pos_batch_norm=True))
+def test_unsupported_nets():
+    assert "has an attention of its own" in packing.unsupported_reason("wavlm", Wav2Vec2Config())
+    assert "neighboring frames" in packing.unsupported_reason("wav2vec2", Wav2Vec2Config(add_adapter=True))
+    assert "batch norm" in packing.unsupported_reason("hubert", HubertConfig(conv_pos_batch_norm=True))
     assert not packing.unsupported_reason("wav2vec2", Wav2Vec2Config())
