@@ -1,9 +1,9 @@
-"""Text of a recording by a folder that `mowa export --to coreml` wrote: coremltools, numpy and soundfile alone.
+"""Transcribe a recording with a model from `mowa export --to coreml`, using only coremltools, numpy and soundfile.
 
     python run_coreml.py FOLDER RECORDING
 
-It needs macOS and cannot be run on Linux, where coremltools writes programs and runs none. A recording is padded to the
-next length that the program takes; one that is longer than the longest has to be cut first.
+Needs macOS: on Linux, coremltools writes models but does not run them. A recording is padded to the next length that
+the model accepts; longer ones must be cut first.
 """
 
 import json
@@ -16,25 +16,26 @@ import numpy as np
 import soundfile
 
 if sys.platform != "darwin":
-    sys.exit("Core ML runs programs on Apple's systems alone")
+    sys.exit("Core ML needs macOS")
 folder, recording = Path(sys.argv[1]), sys.argv[2]
-note = json.loads((folder / "mowa.json").read_text(encoding="utf-8"))
-words, asked, how = note["vocabulary"], note["preprocessing"], note["details"]
+manifest = json.loads((folder / "mowa.json").read_text(encoding="utf-8"))
+vocabulary, preprocessing, details = manifest["vocabulary"], manifest["preprocessing"], manifest["details"]
 
 samples, rate_hz = soundfile.read(recording, dtype="float32", always_2d=True)
-if rate_hz != asked["rate_hz"] or not how["reach"] <= len(samples) <= how["lengths"][-1]:
-    sys.exit(f"the program takes {how['reach']} to {how['lengths'][-1]} samples at {asked['rate_hz']} Hz")
-sound = samples.mean(1)
-sound = (sound - sound.mean()) / np.sqrt(sound.var() + 1e-7) if asked["normalize"] else sound
+min_samples, max_samples = details["receptive_field"], details["lengths"][-1]
+if rate_hz != preprocessing["rate_hz"] or not min_samples <= len(samples) <= max_samples:
+    sys.exit(f"the model needs {min_samples} to {max_samples} samples at {preprocessing['rate_hz']} Hz")
+mono = samples.mean(1)
+mono = (mono - mono.mean()) / np.sqrt(mono.var() + 1e-7) if preprocessing["normalize"] else mono
 
-length = next(length for length in how["lengths"] if length >= len(sound))
-given = {"input_values": np.pad(sound, (0, length - len(sound)))[None].astype(np.float32)}
-if how["masked"]:
-    given["samples"] = np.array([len(sound)], np.int32)
-logits = coremltools.models.MLModel(str(folder / how["model"])).predict(given)["logits"][0]
-logits = logits[: (len(sound) - how["reach"]) // how["hop"] + 1]
+length = next(length for length in details["lengths"] if length >= len(mono))
+inputs = {"input_values": np.pad(mono, (0, length - len(mono)))[None].astype(np.float32)}
+if details["attention_mask"]:
+    inputs["samples"] = np.array([len(mono)], np.int32)
+logits = coremltools.models.MLModel(str(folder / details["model"])).predict(inputs)["logits"][0]
+logits = logits[: (len(mono) - details["receptive_field"]) // details["hop"] + 1]
 
-logits[:, words["specials"]] = -np.inf
-tokens = [" " if index == words["delimiter"] else token for index, token in enumerate(words["tokens"])]
-text = "".join(tokens[index] for index, _ in groupby(logits.argmax(-1)) if index != words["blank"])
+logits[:, vocabulary["specials"]] = -np.inf
+tokens = [" " if index == vocabulary["delimiter"] else token for index, token in enumerate(vocabulary["tokens"])]
+text = "".join(tokens[index] for index, _ in groupby(logits.argmax(-1)) if index != vocabulary["blank"])
 print(" ".join(text.split()))

@@ -1,9 +1,9 @@
-"""Text of a recording by a folder that `mowa export --to onnx` wrote: onnxruntime, numpy and soundfile alone.
+"""Transcribe a recording with a model from `mowa export --to onnx`, using only onnxruntime, numpy and soundfile.
 
     python run_onnx.py FOLDER RECORDING
 
-All that it must know stands in the graph's own metadata. For recordings of up to about half a minute: attention needs
-memory by the square of the length.
+The metadata of the graph holds all settings. Use recordings of up to about half a minute: the memory of attention grows
+with the square of the length.
 """
 
 import json
@@ -14,17 +14,17 @@ import numpy as np
 import onnxruntime
 import soundfile
 
-net = onnxruntime.InferenceSession(f"{sys.argv[1]}/model.onnx")
-says = net.get_modelmeta().custom_metadata_map
-tokens = [" " if says["delimiter"] == str(i) else token for i, token in enumerate(json.loads(says["vocabulary"]))]
+session = onnxruntime.InferenceSession(f"{sys.argv[1]}/model.onnx")
+metadata = session.get_modelmeta().custom_metadata_map
+tokens = [" " if metadata["delimiter"] == str(i) else t for i, t in enumerate(json.loads(metadata["vocabulary"]))]
 samples, rate_hz = soundfile.read(sys.argv[2], dtype="float32", always_2d=True)
-if rate_hz != int(says["sample_rate"]):
-    sys.exit(f"{sys.argv[2]} is at {rate_hz} Hz and the model hears {says['sample_rate']}: resample it first")
-sound = samples.mean(1)
-if says["normalize"] == "1":
-    sound = (sound - sound.mean()) / np.sqrt(sound.var() + 1e-7)
-given = {"input_values": sound[None], "attention_mask": np.ones((1, len(sound)), np.int64)}
-logits = net.run(["logits"], {one.name: given[one.name] for one in net.get_inputs()})[0][0]
-logits[:, json.loads(says["specials"])] = -np.inf
-text = "".join(tokens[index] for index, _ in groupby(logits.argmax(-1)) if index != int(says["blank"]))
+if rate_hz != int(metadata["sample_rate"]):
+    sys.exit(f"{sys.argv[2]} has a sample rate of {rate_hz} Hz, the model needs {metadata['sample_rate']}: resample it")
+mono = samples.mean(1)
+if metadata["normalize"] == "1":
+    mono = (mono - mono.mean()) / np.sqrt(mono.var() + 1e-7)
+inputs = {"input_values": mono[None], "attention_mask": np.ones((1, len(mono)), np.int64)}
+logits = session.run(["logits"], {one.name: inputs[one.name] for one in session.get_inputs()})[0][0]
+logits[:, json.loads(metadata["specials"])] = -np.inf
+text = "".join(tokens[index] for index, _ in groupby(logits.argmax(-1)) if index != int(metadata["blank"]))
 print(" ".join(text.split()))

@@ -1,6 +1,6 @@
-"""Text of a recording by a folder that `mowa export --to tensorrt` wrote: tensorrt, torch, numpy and soundfile alone.
+"""Transcribe a recording with a model from `mowa export --to tensorrt`, using tensorrt, torch, numpy and soundfile.
 
-python FOLDER/build.py                    once, on this machine: makes FOLDER/model.engine and checks it
+python FOLDER/build.py                    once per machine: build FOLDER/model.engine and verify it
 python run_tensorrt.py FOLDER RECORDING
 """
 
@@ -15,25 +15,29 @@ import tensorrt as trt
 import torch
 
 folder, recording = Path(sys.argv[1]), sys.argv[2]
-note = json.loads((folder / "mowa.json").read_text(encoding="utf-8"))
-words, asked, profile = note["vocabulary"], note["preprocessing"], note["details"]["profile"]
-(rows, least), _, (_, most) = profile["input_values"]
+manifest = json.loads((folder / "mowa.json").read_text(encoding="utf-8"))
+vocabulary, preprocessing = manifest["vocabulary"], manifest["preprocessing"]
+profile = manifest["details"]["profile"]
+(batch, min_samples), _, (_, max_samples) = profile["input_values"]
 samples, rate_hz = soundfile.read(recording, dtype="float32", always_2d=True)
-if rate_hz != asked["rate_hz"] or not least <= len(samples) <= most:
-    sys.exit(f"the engine takes {least} to {most} samples at {asked['rate_hz']} Hz, not {len(samples)} at {rate_hz}")
-sound = samples.mean(1)
-sound = (sound - sound.mean()) / np.sqrt(sound.var() + 1e-7) if asked["normalize"] else sound
+if rate_hz != preprocessing["rate_hz"] or not min_samples <= len(samples) <= max_samples:
+    expected = f"{min_samples} to {max_samples} samples at {preprocessing['rate_hz']} Hz"
+    sys.exit(f"the engine needs {expected}, {recording} has {len(samples)} at {rate_hz} Hz")
+mono = samples.mean(1)
+mono = (mono - mono.mean()) / np.sqrt(mono.var() + 1e-7) if preprocessing["normalize"] else mono
 
 engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine((folder / "model.engine").read_bytes())
-context, values = engine.create_execution_context(), torch.from_numpy(np.stack([sound] * rows)).cuda()
-given = {"input_values": values, "attention_mask": torch.ones_like(values, dtype=torch.int64)}
+context, values = engine.create_execution_context(), torch.from_numpy(np.stack([mono] * batch)).cuda()
+inputs = {"input_values": values, "attention_mask": torch.ones_like(values, dtype=torch.int64)}
 for name in profile:
     context.set_input_shape(name, tuple(values.shape))
-    context.set_tensor_address(name, given[name].data_ptr())
+    context.set_tensor_address(name, inputs[name].data_ptr())
 logits = torch.empty(tuple(context.get_tensor_shape("logits")), device="cuda")
 context.set_tensor_address("logits", logits.data_ptr())
 context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
-logits[..., words["specials"]] = -torch.inf
-tokens = [" " if index == words["delimiter"] else token for index, token in enumerate(words["tokens"])]
+
+logits[..., vocabulary["specials"]] = -torch.inf
+tokens = [" " if index == vocabulary["delimiter"] else token for index, token in enumerate(vocabulary["tokens"])]
 best = logits[0].argmax(-1).tolist()
-print(" ".join("".join(tokens[index] for index, _ in groupby(best) if index != words["blank"]).split()))
+text = "".join(tokens[index] for index, _ in groupby(best) if index != vocabulary["blank"])
+print(" ".join(text.split()))

@@ -1,4 +1,4 @@
-"""mowa: take an open pretrained model, of speech or of text, and make it yours on the machine you have.
+"""Transcribe speech, and fine-tune, quantize and export open pretrained speech and language models.
 
     import mowa
 
@@ -6,7 +6,7 @@
     for word in transcript.words:
         print(word.start_s, word.text)
 
-The verbs are imported when first used, so that `import mowa` costs nothing and needs no torch.
+Functions are imported on first use: `import mowa` alone imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["iter_transcripts", "load", "open_engine", "stream", "train", "transcribe"]
 
-_HOMES = {
-    "engine": "mowa.engines.pytorch",
+_MODULES = {
+    "iter_transcripts": "mowa.engines.transcription",
     "load": "mowa.loading",
+    "open_engine": "mowa.engines.pytorch",
     "stream": "mowa.engines.streaming",
+    "train": "mowa.training.config.dispatch",
     "transcribe": "mowa.engines.transcription",
-    "transcripts": "mowa.engines.transcription",
-    "tune": "mowa.training.config.dispatch",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'mowa' has no attribute {name!r}")
-    found = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = found  # also where a submodule of the same name was imported first
-    return found
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value

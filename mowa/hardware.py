@@ -1,6 +1,6 @@
-"""Facts about the machine at hand, and the measurements that choices of precision rest on.
+"""Inspect the machine (cores, memory, GPU, installed packages) and choose a compute precision by measurement.
 
-Nothing here knows a model. torch is imported only where a tensor is measured.
+torch is imported only by the functions that need it.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# What each optional part is for; `mowa doctor` prints the table.
+# What each package is used for, as `mowa doctor` prints it.
 OPTIONAL_PACKAGES = {
-    "torch": "runs every model",
-    "transformers": "the models themselves",
+    "torch": "all models",
+    "transformers": "all models",
     "soundfile": "wav, flac, ogg, opus, mp3",
     "av": "m4a, mp4, webm, mkv",
     "soxr": "resampling",
-    "onnxruntime": "speech detection; the onnx engine",
-    "silero-vad": "speech detection",
-    "onnx": "writing models as ONNX",
-    "onnxscript": "writing models as ONNX",
+    "onnxruntime": "voice activity detection, --engine onnx",
+    "silero-vad": "voice activity detection",
+    "onnx": "ONNX export",
+    "onnxscript": "ONNX export",
     "accelerate": "mowa train",
     "pyyaml": "mowa train",
-    "matplotlib": "training curves",
-    "jiwer": "error rates",
+    "matplotlib": "plots",
+    "jiwer": "word error rates",
     "peft": "LoRA",
-    "datasets": "data sets and parquet; language models",
-    "trl": "training language models",
-    "deepspeed": "training across devices",
-    "torchao": "training with rounded weights",
-    "coremltools": "writing models for Core ML",
-    "ctranslate2": "writing and running models as CTranslate2 has them",
+    "datasets": "Hugging Face data sets, parquet, language-model training",
+    "trl": "language-model training",
+    "deepspeed": "training on several devices",
+    "torchao": "quantization-aware training",
+    "coremltools": "Core ML export",
+    "ctranslate2": "CTranslate2 export and engine",
 }
-MIN_BFLOAT16_SPEEDUP = 1.5  # how much faster a half-precision product must be for the net to be worth its roundings
-FLOAT32_TOLERANCE = 1e-5  # relative: what still counts as float32 arithmetic
+MIN_BFLOAT16_SPEEDUP = 1.5  # below this, bfloat16 is not worth its rounding errors
+FLOAT32_TOLERANCE = 1e-5  # largest relative error that still counts as float32
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """`dtype` of the weights and, for float32, torch's matmul precision ("highest" or "medium")."""
+    """A dtype for the weights and, for float32, torch's matmul precision ("highest" or "medium")."""
 
     dtype: str
     matmul: str = "highest"
@@ -55,7 +55,7 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class MatmulTiming:
-    """Seconds for one [499, width] × [width, inner] product per way of doing it; `medium_error` relative to float64."""
+    """Seconds per [499, hidden] × [hidden, intermediate] matmul; `medium_error` is relative, against float64."""
 
     highest_s: float
     medium_s: float
@@ -64,7 +64,7 @@ class MatmulTiming:
 
 
 def cpu_count() -> int:
-    """Cores this process may use: its affinity, and a container's quota where one is set."""
+    """Return the number of cores this process may use: its CPU affinity, limited by the container's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -74,17 +74,18 @@ def cpu_count() -> int:
 
 
 def total_memory_bytes() -> int:
+    """Return the size of the physical memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_rss_bytes() -> int:
-    """The most bytes that this process had resident.
+    """Return the peak resident memory of this process.
 
-    On Linux getrusage would count what the parent had when it began this process, so the kernel's own mark is read.
+    On Linux it is read from /proc, because getrusage includes the parent's memory at the time of the fork.
     """
-    marks = Path("/proc/self/status")
-    if marks.is_file():
-        for line in marks.read_text().splitlines():
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     import resource
@@ -93,23 +94,29 @@ def peak_rss_bytes() -> int:
 
 
 def enable_huge_pages() -> None:
-    """Let torch ask Linux for pages of 2 MB: big tensors that come and go then leave less behind.
+    """Let torch allocate large tensors in 2 MB pages on Linux, which reduces memory fragmentation.
 
-    To be said before torch takes its first memory, so by programs and not by the library; the environment's own word
-    stands. Read by torch (c10/core/impl/alloc_cpu.cpp) as THP_MEM_ALLOC_ENABLE.
+    Call it before torch allocates memory, in programs rather than in a library. Sets THP_MEM_ALLOC_ENABLE, which torch
+    reads in c10/core/impl/alloc_cpu.cpp, unless it is set already.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def cpu_name() -> str:
+    """Return the processor's model name."""
     for line in _cpuinfo():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
+def describe_machine() -> str:
+    """Return the CPU and its number of cores, for reports."""
+    return f"{cpu_name()}, {cpu_count()} cores"
+
+
 def cpu_features() -> tuple[str, ...]:
-    """Which of the instructions that matter to us the processor has: AVX-512, VNNI, bf16, AMX."""
+    """Return which of the instruction sets avx2, avx512, vnni, bf16 and amx the processor has."""
     flags = {flag for line in _cpuinfo() if line.startswith("flags") for flag in line.split()}
     known = {"avx2": "avx2", "avx512f": "avx512", "avx512_vnni": "vnni", "avx512_bf16": "bf16", "amx_bf16": "amx"}
     return tuple(name for flag, name in known.items() if flag in flags)
@@ -122,18 +129,21 @@ def _cpuinfo() -> list[str]:
         return []
 
 
+def installed_version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def optional_package_versions() -> dict[str, str | None]:
-    """Installed version of every optional part, None where it is missing."""
-    found: dict[str, str | None] = {}
-    for name in OPTIONAL_PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    """Return the installed version of every optional package, None where it is missing."""
+    return {name: installed_version(name) for name in OPTIONAL_PACKAGES}
 
 
 def gpu_name() -> str | None:
+    """Return name and compute capability of the CUDA device, or None."""
     import torch
 
     if not torch.cuda.is_available():
@@ -143,19 +153,20 @@ def gpu_name() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where mowa keeps what it can make again: $MOWA_CACHE, else $XDG_CACHE_HOME/mowa, else ~/.cache/mowa."""
-    if own := os.environ.get("MOWA_CACHE"):
-        return Path(own).expanduser()
+    """Return mowa's cache folder: $MOWA_CACHE, else $XDG_CACHE_HOME/mowa, else ~/.cache/mowa."""
+    if folder := os.environ.get("MOWA_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mowa"
 
 
 def select_precision(hidden_size: int, intermediate_size: int) -> Precision:
-    """The fastest trustworthy way to multiply matrices of a net of this width on this processor, measured once.
+    """Choose the fastest precision for matmuls of these sizes on this processor. Timings are cached on disk.
 
-    bfloat16 only where the processor computes in it and is half as fast again; else float32, with torch's
-    "medium" matmul precision where that is faster and yet as exact as float32 (on others it means bfloat16).
+    bfloat16 is chosen only if the processor has instructions for it and it is at least `MIN_BFLOAT16_SPEEDUP` times as
+    fast; else float32, with torch's "medium" matmul precision if that is faster and its error is within
+    `FLOAT32_TOLERANCE` (on some processors "medium" means bfloat16).
     """
-    timing = _remembered(hidden_size, intermediate_size)
+    timing = _cached_timing(hidden_size, intermediate_size)
     exact = select_float32_precision(hidden_size, intermediate_size)
     best_s = timing.medium_s if exact.matmul == "medium" else timing.highest_s
     if {"bf16", "amx"} & set(cpu_features()) and timing.bfloat16_s * MIN_BFLOAT16_SPEEDUP < best_s:
@@ -164,36 +175,37 @@ def select_precision(hidden_size: int, intermediate_size: int) -> Precision:
 
 
 def select_float32_precision(hidden_size: int, intermediate_size: int) -> Precision:
-    """The fastest way that is float32 in result, measured once."""
-    timing = _remembered(hidden_size, intermediate_size)
+    """Choose the fastest matmul precision whose result is exact to float32. Timings are cached on disk."""
+    timing = _cached_timing(hidden_size, intermediate_size)
     medium = timing.medium_s < timing.highest_s and timing.medium_error <= FLOAT32_TOLERANCE
     return Precision("float32", "medium" if medium else "highest")
 
 
-def _remembered(width: int, inner: int) -> MatmulTiming:
+def _cached_timing(hidden_size: int, intermediate_size: int) -> MatmulTiming:
     import torch
 
-    key = f"{cpu_name()} · torch {torch.__version__} · {torch.get_num_threads()} threads · {width}×{inner}"
-    file = cache_folder() / "machine.json"
+    threads = torch.get_num_threads()
+    key = f"{cpu_name()} · torch {torch.__version__} · {threads} threads · {hidden_size}×{intermediate_size}"
+    file = cache_folder() / "hardware.json"
     try:
-        known: dict[str, Any] = json.loads(file.read_text())
+        cached: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
-        known = {}
-    if key in known:
-        return MatmulTiming(**known[key])
-    timing = benchmark_matmul(width, inner)
+        cached = {}
+    if key in cached:
+        return MatmulTiming(**cached[key])
+    timing = benchmark_matmul(hidden_size, intermediate_size)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(known | {key: asdict(timing)}, ensure_ascii=False, indent=1))
-        fresh.replace(file)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(cached | {key: asdict(timing)}, ensure_ascii=False, indent=1))
+        unfinished.replace(file)
     except OSError:
-        pass  # a read-only home only means measuring again
+        pass  # without a writable cache, the next process measures again
     return timing
 
 
 def benchmark_matmul(hidden_size: int, intermediate_size: int, *, rounds: int = 15) -> MatmulTiming:
-    """Time a linear layer of the net in three precisions, interleaved. The least of each: what was disturbed least."""
+    """Time a matmul in three precisions, interleaved, and return the minimum of each over `rounds`."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -203,43 +215,43 @@ def benchmark_matmul(hidden_size: int, intermediate_size: int, *, rounds: int = 
     seconds: dict[str, list[float]] = {"highest": [], "medium": [], "bfloat16": []}
     with torch.inference_mode():
         for _ in range(rounds):
-            for way, spent in seconds.items():
+            for precision, times in seconds.items():
                 started = time.perf_counter()
-                with matmul_precision("highest" if way == "bfloat16" else way):
-                    _ = x16 @ w16 if way == "bfloat16" else x @ w
-                spent.append(time.perf_counter() - started)
+                with matmul_precision("highest" if precision == "bfloat16" else precision):
+                    _ = x16 @ w16 if precision == "bfloat16" else x @ w
+                times.append(time.perf_counter() - started)
         with matmul_precision("medium"):
             medium = (x @ w).double()
         truth = x.double() @ w.double()
     error = float((medium - truth).norm() / truth.norm())
-    highest_s, medium_s, bfloat16_s = (min(spent) for spent in seconds.values())
+    highest_s, medium_s, bfloat16_s = (min(times) for times in seconds.values())
     return MatmulTiming(highest_s, medium_s, error, bfloat16_s)
 
 
-_EXACT_FIRST = ("highest", "high", "medium")
-_asked: list[str] = []  # by the blocks that are open now, in any thread
-_before = "highest"  # what there was before the first of them
-_asking = threading.Lock()
+_PRECISIONS = ("highest", "high", "medium")  # most exact first
+_requested: list[str] = []  # by the contexts that are open now, in any thread
+_initial = "highest"  # the setting before the first of them
+_lock = threading.Lock()
 
 
 @contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    """torch's float32 matmul precision within the block, put back after it.
+    """Set torch's float32 matmul precision within the context and restore it afterwards.
 
-    torch has one for the whole process: of blocks open at once in several threads, the most exact one's holds, and
-    what there was comes back when the last is left.
+    The setting is global to the process. When several threads hold such contexts at once, the most exact precision
+    applies, and the original one is restored when the last context exits.
     """
     import torch
 
-    global _before
-    with _asking:
-        if not _asked:
-            _before = torch.get_float32_matmul_precision()
-        _asked.append(name)
-        torch.set_float32_matmul_precision(min(_asked, key=_EXACT_FIRST.index))
+    global _initial
+    with _lock:
+        if not _requested:
+            _initial = torch.get_float32_matmul_precision()
+        _requested.append(name)
+        torch.set_float32_matmul_precision(min(_requested, key=_PRECISIONS.index))
     try:
         yield
     finally:
-        with _asking:
-            _asked.remove(name)
-            torch.set_float32_matmul_precision(min(_asked, key=_EXACT_FIRST.index, default=_before))
+        with _lock:
+            _requested.remove(name)
+            torch.set_float32_matmul_precision(min(_requested, key=_PRECISIONS.index, default=_initial))

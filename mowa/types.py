@@ -1,6 +1,6 @@
-"""The values that travel between rooms. They hold facts and know nothing of how they were made.
+"""Values shared by all packages: models, vocabularies, quantization schemes, transcripts and training examples.
 
-Times are seconds from the start of the recording (`_s`); confidences are probabilities in [0, 1].
+Times are seconds from the start of the recording (suffix `_s`); confidences are probabilities in [0, 1].
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-IGNORE_INDEX = -100  # the label of what is not learnt, as torch and transformers have it
+IGNORE_INDEX = -100  # label of positions without loss, as in torch and transformers
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What each output of a CTC head means. `tokens[i]` is the text of id `i`.
+    """Meaning of each output of a CTC head: `tokens[i]` is the text of id `i`.
 
-    `blank` is the id CTC calls blank (the pad token of the checkpoint); `delimiter` the id that parts words, if any;
-    `specials` the ids (without blank and delimiter) that are never text: <s>, </s>, <unk> and the like.
+    `blank` is the id of the CTC blank (the pad token of the checkpoint), `delimiter` the id that separates words, if
+    any, and `specials` the other ids that are never text, such as <s>, </s> and <unk>.
     """
 
     tokens: tuple[str, ...]
@@ -32,7 +32,7 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """What the checkpoint asks of its audio: rate, normalisation and whether padding is masked in the net."""
+    """Audio settings of a checkpoint: sample rate, zero-mean unit-variance normalization, and padding."""
 
     rate_hz: int = 16_000
     normalize: bool = True
@@ -42,7 +42,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a model came from: the name the user gave, the resolved id, its revision and licence where known."""
+    """Where a model came from: the given name, the resolved Hub id or folder, and its commit and license if known."""
 
     name: str
     source: str
@@ -53,25 +53,25 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture, as data. `model_types` are the `model_type`s of transformers configs it answers to.
+    """Description of one architecture.
 
-    name           what it is called here, unlike any other family
-    task           ctc, causal, vision-language or embedding
-    blocks         class names of its blocks, the layers that are alike
-    linears        group → names of the linear layers of a block; a suffix with dots where the last part says too little
-    frozen         parts that stay as they are when all the rest learns, below the net's base model
-    head           the module that gives outputs; empty where there is none
-    architectures  class names of transformers nets it answers to, for configs that name no model type
-    aliases        regular expressions: how repositories of it are called, from the beginning of the last part of a name
-    swaps          operation → class names of modules that compute it: `rms_norm` x·r·w, `rms_norm_plus_one` x·r·(1+w)
-                   with r = (mean x² + eps)^-½, rounded before or after the weight; `swiglu` down(silu(gate)·up) and
-                   `geglu` down(gelu(gate)·up), where the config leaves the activation that the family is known by
-    tensors        part → where it lies in safetensors: `block` a prefix with `{i}`; embeddings, norm, head tensors
-    template       what its chat templates put before and after an assistant's turn, where they agree
-    widths         part below the base model, or head → in what its matrices are kept where the blocks' `linears` are in
-                   integers: float16, or int8 (by row or output channel, computed wide); vectors stay float32
-    limits         operation → why it does not apply: those of `swaps`, `packing`,
-                   `packing_unaccelerated` (with transformers' own attention), `attention`, `fused_head`, `experts`
+    name              unique name
+    model_types       values of `model_type` in transformers configs
+    task              ctc, causal, vision-language or embedding
+    blocks            class names of its blocks, the repeated layers
+    linears           group → names of the linear layers of a block, with dots where the last component is ambiguous
+    frozen            modules, relative to the base model, that stay frozen when the rest of the encoder is trained
+    head              module that computes the outputs; empty if there is none
+    architectures     class names of transformers models, for configs without a model type
+    name_patterns     regular expressions that match the beginning of the last part of a repository's name
+    fused_modules     operation → class names of modules that compute it: `rms_norm` x·r·w and `rms_norm_plus_one`
+                      x·r·(1+w) with r = (mean x² + eps)^-½, rounded before or after the weight; `swiglu`
+                      down(silu(gate)·up) and `geglu` down(gelu(gate)·up), for the activation that the config names
+    tensor_names      part → its name in safetensors files: `block` is a prefix with `{i}`; embeddings, norm, head
+    non_block_weights module outside the blocks → dtype of its matrices in integer schemes: float16, or int8 (per row or
+                      output channel, dequantized for the product); vectors stay float32
+    unsupported       operation → reason why it does not apply: keys of `fused_modules`, `packing`,
+                      `packing_unaccelerated` (with transformers' own attention), `attention`, `fused_loss`, `experts`
     """
 
     name: str
@@ -85,22 +85,22 @@ class Family:
     name_patterns: tuple[str, ...] = ()
     fused_modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tensor_names: Mapping[str, str] = field(default_factory=dict)
-    template: tuple[str, str] | None = None
     non_block_weights: Mapping[str, str] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """In how few bits weights are kept, and what their products are made of. `shrink.schemes` knows them by name.
+    """How weights are stored and what they are multiplied by. `quantization.schemes` lists them by name.
 
     name         int8-dynamic, int4-weight, …
-    weights      of the blocks' linears: float32, float16, bfloat16, int8, int4, nf4, or mixed (a choice for each)
-    activations  what meets them: wide (as it is), dynamic (int8 by its own range), static (int8 by a range seen before)
-    group        so many weights of a row share a step; 0: the whole row
-    symmetric    steps to both sides of 0 alike; else each group has a zero of its own
-    compensated  the error of a column is made good by the others (GPTQ), for which recordings are needed
-    budget       of mixed: the share of the size in float32 that may be used
+    weights      of the blocks' linear layers: float32, float16, bfloat16, int8, int4, nf4, or mixed (chosen per layer)
+    activations  inputs of quantized layers: none (not quantized), dynamic (int8, range of each input) or static (int8,
+                 calibrated range)
+    group_size   weights of a row that share a scale; 0: the whole row
+    symmetric    without zero points
+    gptq         propagate rounding errors to the columns that follow, which needs calibration data
+    size_budget  for mixed: fraction of the float32 size that may be used
     """
 
     name: str
@@ -117,13 +117,13 @@ FLOAT32 = Scheme("float32", "float32")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model in memory: the stock transformers module and what is needed to feed it and read it.
+    """A CTC model in memory: a transformers module, its vocabulary and its audio settings.
 
-    Of a shrunk one, linears are `kernels.narrow.NarrowLinear`s, and other weights are rounded to what `scheme`
-    and the family say.
+    In a quantized model, linear layers are `kernels.quant.linear.QuantizedLinear` modules, and other weights are
+    rounded as `scheme` and `Family.non_block_weights` say.
     """
 
-    net: Any  # a transformers PreTrainedModel
+    net: Any  # transformers.PreTrainedModel
     family: Family
     origin: Origin
     vocabulary: Vocabulary
@@ -133,10 +133,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A model on disk as another program runs it: a folder with a manifest.
+    """An exported model on disk: a folder with a manifest.
 
-    `kind` is its format, `config` the transformers config of the net, `details` what a runner must know beside,
-    `agreeing` the share of frames with the net's likeliest output, and `unchecked` what could not be measured, and why.
+    `config` is the transformers config of the net, `details` holds the settings that a runtime of this `format` needs,
+    `agreement` is the fraction of frames with the same top token as the net, and `unverified_reason` says what could
+    not be compared, and why.
     """
 
     folder: Path
@@ -154,22 +155,24 @@ class Artifact:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the files that hold the model."""
+        """Total size of the model files."""
         return sum((self.folder / name).stat().st_size for name in self.files)
 
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """A causal language model in memory: the stock transformers module, and the tokenizer that it was trained with."""
+    """A causal language model in memory: a transformers module and its tokenizer."""
 
-    net: Any  # a transformers PreTrainedModel
+    net: Any  # transformers.PreTrainedModel
     family: Family
     origin: Origin
-    tokenizer: Any  # a transformers PreTrainedTokenizerBase
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
 class Character:
+    """A recognized character with its times."""
+
     text: str
     start_s: float
     end_s: float
@@ -178,6 +181,8 @@ class Character:
 
 @dataclass(frozen=True, slots=True)
 class Word:
+    """A recognized word with its times, and those of its characters where they were asked for."""
+
     text: str
     start_s: float
     end_s: float
@@ -187,10 +192,10 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of speech. `channel` is None where the channels of the recording were heard as one.
+    """A stretch of speech. `channel` is None if the channels of the recording were averaged.
 
-    Of a live stream: `final` is false for a hypothesis that may still change, and `stability` is the share of its
-    letters that will not; `ends` is false where a final one will be gone on with.
+    In a live stream, `is_final` is false for a partial result that may still change, `stability` is the fraction of its
+    tokens that will not, and `is_endpoint` is false for a final result that the next segment continues.
     """
 
     text: str
@@ -206,7 +211,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What was said in one recording, by which model, under which settings."""
+    """The transcript of one recording, with the model and settings that produced it."""
 
     file: str
     text: str
@@ -217,20 +222,22 @@ class Transcript:
 
     @property
     def words(self) -> tuple[Word, ...]:
+        """Words of all segments, in order."""
         return tuple(word for segment in self.segments for word in segment.words)
 
     @property
     def confidence(self) -> float:
+        """Mean confidence of the words; 0 if there are none."""
         words = self.words
         return sum(word.confidence for word in words) / len(words) if words else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One datum before collation: a recording and its text.
+    """A training or test sample: a recording and its text.
 
-    `duration_s` is 0 where nobody has said it. `sound` is the encoded recording where it is no file of its own (`audio`
-    is then what it is called); it is a part of it, from `begin_s` on, where `part`.
+    `duration_s` is 0 if unknown. `audio` is the path of the recording, or its label if the encoded recording is in
+    `audio_bytes`. With `is_excerpt`, the sample is the part of the recording that begins at `offset_s`.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the files the hub uses, and noise to feed them. Shared by tests of several rooms."""
+"""Tiny random checkpoints with the files of a Hub repository, and noise as their input."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import (
     WavLMForCTC,
 )
 
-# Two convolutions instead of seven: enough where only names, shapes and files matter.
+# Two convolutions instead of seven, for tests of names, shapes and files.
 SMALLEST = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -35,12 +35,12 @@ CLASSES = {
     "hubert": (HubertConfig, HubertForCTC),
     "wavlm": (WavLMConfig, WavLMForCTC),
 }
-# Every family with both front-ends: layer norm goes with pre-norm blocks, group norm with post-norm ones.
+# Every family with both front ends: layer norm with pre-norm blocks, group norm with post-norm blocks.
 KINDS = [(family, norm) for family in CLASSES for norm in ("layer", "group")]
 
 
 def tiny(folder: Path, family: str = "wav2vec2", norm: str = "layer", **changes: object) -> Path:
-    """Save a random two-layer net of the family with vocabulary and audio settings; gives the folder."""
+    """Save a random two-layer net with vocabulary and audio settings into `folder`, and return it."""
     config_class, net_class = CLASSES[family]
     torch.manual_seed(7)
     settings = {
@@ -50,7 +50,7 @@ def tiny(folder: Path, family: str = "wav2vec2", norm: str = "layer", **changes:
         "conv_bias": norm == "layer", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     net = net_class(config_class(**settings | changes)).eval()
-    with torch.no_grad():  # random heads hardly leave one letter; spread them so that text has variety
+    with torch.no_grad():  # else a random head predicts nearly always the same token
         net.lm_head.weight.mul_(8)
     net.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(TOKENS)}))
@@ -60,7 +60,7 @@ def tiny(folder: Path, family: str = "wav2vec2", norm: str = "layer", **changes:
 
 
 def clip(seed: int, samples: int) -> np.ndarray:
-    """Noise whose loudness and colour wander, so that frames differ: float32 [samples]."""
+    """Return noise of varying loudness and frequency, so that frames differ: float32 [samples]."""
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal(samples).astype(np.float32)
     steps = max(2, samples // 1600)
@@ -72,7 +72,7 @@ def clip(seed: int, samples: int) -> np.ndarray:
 
 
 def corpus(folder: Path, count: int) -> str:
-    """A manifest of `count` clips of such noise, 0.4 s and longer, with a few letters each. → its path."""
+    """Write `count` clips of noise, 0.4 s and longer, with short texts, and return the path of their manifest."""
     folder.mkdir(exist_ok=True)
     rows = []
     for index in range(count):

@@ -1,7 +1,7 @@
-"""A model hub on this machine: folders served over HTTP in the hub's own protocol, for tests without a network.
+"""A Hugging Face Hub on this machine: serves folders over HTTP, for tests without a network.
 
-What huggingface_hub asks of a server (https://huggingface.co/docs/hub/api and its own client): model info, the tree of
-a revision, and files by `resolve/` with ETag, X-Repo-Commit and X-Error-Code.
+Implements what huggingface_hub requests (https://huggingface.co/docs/hub/api): model info, the file tree of a revision,
+and files under `resolve/` with the headers ETag, X-Repo-Commit and X-Error-Code.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 NOWHERE = "http://127.0.0.1:9"
-"""Port 9 (discard): a connection is refused at once."""
+"""Port 9 (discard), where connections are refused."""
 
 Files = dict[str, bytes]
 
 
 class Hub:
-    """`publish` a folder, then point the client at `url`. `log` holds each request as (method, path)."""
+    """A server at `url`. `publish` adds a repository; `log` holds every request as (method, path)."""
 
     def __init__(self) -> None:
         self.refs: dict[str, dict[str, str]] = {}
@@ -40,7 +40,7 @@ class Hub:
         self._thread.start()
 
     def publish(self, repo: str, folder: Path, branch: str = "main") -> str:
-        """Commit the files of `folder` as they are now; returns the commit, a function of the contents."""
+        """Commit the files of `folder`, and return the commit id, which depends on their contents."""
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
         self.commits[repo, commit] = files
@@ -49,7 +49,7 @@ class Hub:
 
     @property
     def downloads(self) -> set[str]:
-        """The files whose contents were asked for."""
+        """Names of the files that were downloaded."""
         return {path.split("/", 5)[5] for method, path in self.log if method == "GET" and "/resolve/" in path}
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ class Hub:
 
 
 def point_client_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send huggingface_hub to `url`, its cache to `cache`: here, where it has read its environment, and in children."""
+    """Make huggingface_hub use `url` and `cache`, in this process and in its children."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -74,7 +74,7 @@ def point_client_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @contextmanager
 def running(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub for one test; server and client sockets are closed at the end."""
+    """Run a Hub for one test, and close its sockets afterwards."""
     from huggingface_hub import close_session
 
     hub = Hub()
@@ -102,13 +102,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             hub.log.append((self.command, path))
             for kind, route in _ROUTES:
                 if match := route.fullmatch(path):
-                    return self.answer(kind, **match.groupdict())
+                    return self.respond(kind, **match.groupdict())
             self.fail(404, "EntryNotFound")
 
         def do_HEAD(self) -> None:
             self.do_GET()
 
-        def answer(self, kind: str, repo: str, revision: str | None, name: str = "") -> None:
+        def respond(self, kind: str, repo: str, revision: str | None, name: str = "") -> None:
             if repo not in hub.refs:
                 return self.fail(404, "RepoNotFound")
             commit = hub.refs[repo].get(revision or "main", revision or "")

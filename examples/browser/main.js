@@ -1,68 +1,68 @@
-// The page: a recording in, its words and waveform out. What hears is a worker (hear.js); here are files and sights.
+// The page: reads a recording, and shows its waveform and the words that the worker (transcribe.js) returns.
 
-const RATE = 16000; // what every model of these families hears
-const BAR = 4; // pixels of a bar of the waveform, a gap included
+const RATE = 16000; // sample rate of all models
+const BAR = 4; // width of a bar of the waveform with its gap, in pixels
 
 const at = (id) => document.getElementById(id);
-const worker = new Worker("hear.js", { type: "module" });
+const worker = new Worker("transcribe.js", { type: "module" });
 const state = { name: "", samples: new Float32Array(), peaks: [], words: [], model: null };
 
 at("file").onchange = async ({ target }) => {
   const [file] = target.files;
   if (!file) return;
-  await take(file.name, file);
-  target.value = ""; // else the same file could not be chosen again
+  await transcribe(file.name, file);
+  target.value = ""; // so that the same file can be chosen again
 };
-at("sample").onclick = async () => take("The sample", await (await fetch("sample.flac")).blob());
+at("sample").onclick = async () => transcribe("The sample", await (await fetch("sample.flac")).blob());
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
   event.preventDefault();
   const [file] = event.dataTransfer.files;
-  if (file && !at("file").disabled) take(file.name, file);
+  if (file && !at("file").disabled) transcribe(file.name, file);
 });
 
-async function take(name, blob) {
-  busy(true);
-  say("Decoding…");
+async function transcribe(name, blob) {
+  setBusy(true);
+  setStatus("Decoding…");
   try {
-    // A context at the model's rate: the browser decodes whatever it can play, and resamples.
-    const sound = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(await blob.arrayBuffer());
-    Object.assign(state, { name, samples: mono(sound), peaks: [], words: [] });
+    // A context at the model's rate: the browser decodes any format that it plays, and resamples.
+    const decoded = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(await blob.arrayBuffer());
+    Object.assign(state, { name, samples: mixDown(decoded), peaks: [], words: [] });
   } catch {
-    busy(false);
-    say(`${name} cannot be decoded: it is damaged, or of a format that this browser does not know.`);
+    setBusy(false);
+    setStatus(`${name} cannot be decoded: it is damaged, or in a format that this browser does not support.`);
     return;
   }
   URL.revokeObjectURL(at("player").src);
   at("player").src = URL.createObjectURL(blob);
   at("text").replaceChildren();
   at("facts").replaceChildren();
-  at("heard").hidden = false;
+  at("result").hidden = false;
   draw();
-  say(state.model ? "Listening…" : "Loading the model…");
+  setStatus(state.model ? "Transcribing…" : "Loading the model…");
   worker.postMessage({ samples: state.samples });
 }
 
-// Channels averaged, as mowa does.
-function mono(sound) {
-  const channels = Array.from({ length: sound.numberOfChannels }, (_, index) => sound.getChannelData(index));
+// Average the channels, as mowa does.
+function mixDown(buffer) {
+  const channels = Array.from({ length: buffer.numberOfChannels }, (_, index) => buffer.getChannelData(index));
   if (channels.length === 1) return channels[0];
   return channels[0].map((_, index) => channels.reduce((sum, one) => sum + one[index], 0) / channels.length);
 }
 
 worker.onmessage = ({ data }) => {
-  if (data.what === "loading") at("progress").value = data.share;
-  else if (data.what === "ready") {
+  if (data.type === "loading") at("progress").value = data.fraction;
+  else if (data.type === "ready") {
     state.model = data;
     at("progress").removeAttribute("value");
-    say("Listening…");
-  } else if (data.what === "words") {
-    if (data.share < 1) at("progress").value = data.share;
+    setStatus("Transcribing…");
+  } else if (data.type === "words") {
+    if (data.fraction < 1) at("progress").value = data.fraction;
     show(data.words);
-  } else if (data.what === "done") finish(data);
-  else fail(data.why);
+  } else if (data.type === "done") finish(data);
+  else fail(data.reason);
 };
-worker.onerror = ({ message }) => fail(message ?? "the worker cannot be started; the console says why");
+worker.onerror = ({ message }) => fail(message ?? "the worker did not start; see the console");
 
 function show(words) {
   for (const word of words) {
@@ -77,12 +77,12 @@ function show(words) {
   }
 }
 
-function finish({ busyS, threads }) {
+function finish({ computeS, threads }) {
   const lengthS = state.samples.length / RATE;
   const facts = {
     Recording: `${lengthS.toFixed(1)} s`,
-    "Heard in": `${busyS.toFixed(2)} s`,
-    "Real-time factor": (busyS / lengthS).toFixed(3),
+    "Compute time": `${computeS.toFixed(2)} s`,
+    "Real-time factor": (computeS / lengthS).toFixed(3),
     Threads: threads,
     Model: `${state.model.name}, ${(state.model.bytes / 1e6).toFixed(0)} MB`,
     Scheme: state.model.scheme,
@@ -93,57 +93,57 @@ function finish({ busyS, threads }) {
     row.append(Object.assign(document.createElement("dd"), { textContent: value }));
     at("facts").append(row);
   }
-  busy(false);
-  const told = `${state.name}: ${state.words.length} words, ${(lengthS / busyS).toFixed(1)} × as fast as it was spoken.`;
-  say(state.words.length ? told : `${state.name}: no words were heard.`);
+  setBusy(false);
+  const summary = `${state.name}: ${state.words.length} words, ${(lengthS / computeS).toFixed(1)} × real time.`;
+  setStatus(state.words.length ? summary : `${state.name}: no words found.`);
 }
 
-function fail(why) {
-  busy(false);
-  say(`It did not work: ${why}`);
+function fail(reason) {
+  setBusy(false);
+  setStatus(`Transcription failed: ${reason}`);
 }
 
-function busy(yes) {
-  at("file").disabled = at("sample").disabled = yes;
-  at("progress").hidden = !yes;
+function setBusy(busy) {
+  at("file").disabled = at("sample").disabled = busy;
+  at("progress").hidden = !busy;
   at("progress").removeAttribute("value");
 }
 
-function say(words) {
-  at("status").textContent = words;
+function setStatus(text) {
+  at("status").textContent = text;
 }
 
-// --- the waveform, coloured as far as it was played, and the word that is being said --------------------------------
+// --- the waveform, colored up to the current position, and the current word ----------------------------------------
 
 function draw() {
   const canvas = at("wave");
   const { width, height } = canvas.getBoundingClientRect();
   const bars = Math.floor(width / BAR);
   if (!bars) return;
-  if (state.peaks.length !== bars) state.peaks = peaks(state.samples, bars);
+  if (state.peaks.length !== bars) state.peaks = computePeaks(state.samples, bars);
   canvas.width = width * devicePixelRatio;
   canvas.height = height * devicePixelRatio;
-  const pen = canvas.getContext("2d");
-  pen.scale(devicePixelRatio, devicePixelRatio);
+  const context = canvas.getContext("2d");
+  context.scale(devicePixelRatio, devicePixelRatio);
   const [played, rest] = ["--accent", "--faint"].map((name) => getComputedStyle(canvas).getPropertyValue(name));
-  const until = (at("player").currentTime * RATE * bars) / state.samples.length;
+  const current = (at("player").currentTime * RATE * bars) / state.samples.length;
   state.peaks.forEach((peak, bar) => {
-    const tall = Math.max(2, peak * height);
-    pen.fillStyle = bar < until ? played : rest;
-    pen.beginPath();
-    pen.roundRect(bar * BAR, (height - tall) / 2, BAR * 0.625, tall, 1);
-    pen.fill();
+    const barHeight = Math.max(2, peak * height);
+    context.fillStyle = bar < current ? played : rest;
+    context.beginPath();
+    context.roundRect(bar * BAR, (height - barHeight) / 2, BAR * 0.625, barHeight, 1);
+    context.fill();
   });
 }
 
-function peaks(samples, bars) {
-  const found = Array.from({ length: bars }, (_, bar) =>
+function computePeaks(samples, bars) {
+  const peaks = Array.from({ length: bars }, (_, bar) =>
     samples
       .subarray((bar * samples.length) / bars, ((bar + 1) * samples.length) / bars)
-      .reduce((most, value) => Math.max(most, Math.abs(value)), 0),
+      .reduce((max, value) => Math.max(max, Math.abs(value)), 0),
   );
-  const most = Math.max(1e-6, ...found);
-  return found.map((peak) => peak / most);
+  const max = Math.max(1e-6, ...peaks);
+  return peaks.map((peak) => peak / max);
 }
 
 function follow() {

@@ -1,10 +1,10 @@
-"""The page of this folder, with a model that `mowa export --to onnx` wrote, for browsers on this machine.
+"""Serve the page of this folder, with a model from `mowa export --to onnx`, to browsers on this machine.
 
-    npm ci --prefix examples/browser                          once: ONNX Runtime for browsers
+    npm ci --prefix examples/browser                          once, installs ONNX Runtime for browsers
     python examples/browser/serve.py FOLDER [--port 8000]
 
-It needs nothing but Python, and any other web server can take its place that sends the same headers: the first two let
-the page use more than one processor, the third keeps it from reaching any other server.
+It needs only Python. Any other web server works if it sends the same headers: the first two allow the page to use
+several threads, the third prevents it from contacting other servers.
 """
 
 import argparse
@@ -25,7 +25,7 @@ HEADERS = {
 
 
 class Page(SimpleHTTPRequestHandler):
-    """/ is this folder, /model/ the exported one, /sample.flac the recording that comes with the examples."""
+    """/ is this folder, /model/ the exported one, and /sample.flac a recording."""
 
     extensions_map = SimpleHTTPRequestHandler.extensions_map | {
         ".flac": "audio/flac",
@@ -38,12 +38,12 @@ class Page(SimpleHTTPRequestHandler):
         super().__init__(*args, directory=str(HERE))
 
     def translate_path(self, path: str) -> str:
-        asked = Path(super().translate_path(path))  # below HERE, whatever was asked for
-        if asked == HERE / "sample.flac":
+        requested = Path(super().translate_path(path))  # always below HERE
+        if requested == HERE / "sample.flac":
             return str(SAMPLE)
-        if asked.parent == HERE / "model":
-            return str(self.model / asked.name)
-        return str(asked)
+        if requested.parent == HERE / "model":
+            return str(self.model / requested.name)
+        return str(requested)
 
     def end_headers(self) -> None:
         for name, value in HEADERS.items():
@@ -51,21 +51,20 @@ class Page(SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_request(self, *_: object) -> None:
-        """Only what goes wrong is worth a line."""
+        """Log errors only."""
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description="Serve the page with a model to browsers on this machine.")
-    asked.add_argument("folder", type=Path, help="what `mowa export --to onnx` wrote")
-    asked.add_argument("--port", type=int, default=8000, help="0: a free one (default: 8000)")
-    given = asked.parse_args()
-    if not (given.folder / "mowa.json").is_file():
-        sys.exit(
-            f"{given.folder} holds no export: mowa export pl-tiny --to onnx --scheme int8-dynamic -o {given.folder}"
-        )
+    parser = argparse.ArgumentParser(description="Serve the page with a model to browsers on this machine.")
+    parser.add_argument("folder", type=Path, help="folder that `mowa export --to onnx` wrote")
+    parser.add_argument("--port", type=int, default=8000, help="0: a free port (default: 8000)")
+    args = parser.parse_args()
+    if not (args.folder / "mowa.json").is_file():
+        command = f"mowa export pl-tiny --to onnx --scheme int8-dynamic -o {args.folder}"
+        sys.exit(f"{args.folder} is not an export; create one with: {command}")
     if not RUNTIME.is_dir():
-        sys.exit(f"ONNX Runtime for browsers is not there: npm ci --prefix {HERE}")
-    with ThreadingHTTPServer(("127.0.0.1", given.port), partial(Page, model=given.folder.resolve())) as server:
+        sys.exit(f"ONNX Runtime for browsers is not installed: npm ci --prefix {HERE}")
+    with ThreadingHTTPServer(("127.0.0.1", args.port), partial(Page, model=args.folder.resolve())) as server:
         print(f"http://127.0.0.1:{server.server_port}/", flush=True)
         try:
             server.serve_forever()

@@ -1,31 +1,27 @@
-"""Adapters on disk, a few megabytes each, and several of them over one base in memory.
+"""Save adapters of CTC models to disk, and load several of them over one base model.
 
-A folder holds `mowa.json` (what it is, and of which base), its weights, and the files of its vocabulary and its audio
-settings as transformers has them:
+A folder holds `mowa.json` (type, base and metrics), the weights, and vocabulary and audio settings in transformers'
+files:
 
-- lora: `adapter_config.json` and `adapter_model.safetensors` as PEFT writes them, the head whole (`modules_to_save`).
-  `PeftModel.from_pretrained(base, folder)` reads it, once the base's head has as many outputs as the vocabulary:
-  `AutoModelForCTC.from_pretrained(base, vocab_size=…, ignore_mismatched_sizes=True)`.
-- adapters: `adapter.<name>.safetensors` as MMS has them, head included; `<name>` is the language, or else the folder's.
-  `Wav2Vec2ForCTC.load_adapter(name)` reads it on a base made with `adapter_attn_dim`.
+- lora: `adapter_config.json` and `adapter_model.safetensors` as PEFT writes them, with the head in full
+  (`modules_to_save`). `PeftModel.from_pretrained(base, folder)` reads it if the base's head has as many outputs as the
+  vocabulary: `AutoModelForCTC.from_pretrained(base, vocab_size=…, ignore_mismatched_sizes=True)`.
+- bottleneck: `adapter.<name>.safetensors` as in MMS, with the head; `<name>` is the language, or else the folder's
+  name. `Wav2Vec2ForCTC.load_adapter(name)` reads it over a base with `adapter_attn_dim`.
 
-`load` gives a net of its own for each adapter: its own modules, head and vocabulary over the very tensors of the base,
-which are held once. So choosing an adapter is choosing a `Model`; nothing is switched, and several can be asked at the
-same time, from several threads. Move or convert the base before adapters are loaded, not after.
-
-How a net is loaded or trained is not known here.
+`load_adapter` returns a new `Model` per adapter, with its own modules, head and vocabulary, whose other weights are the
+base's tensors. Nothing is switched, so several can be used at once, also from several threads. Move or convert the base
+before loading adapters, not after.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,20 +32,21 @@ from torch import Tensor, nn
 from mowa.adapters import bottleneck, lora
 from mowa.errors import ModelError
 from mowa.families import get_family
-from mowa.io import processor
-from mowa.io.atomic import read_json
+from mowa.io import manifest as manifests
+from mowa.io.atomic import read_json, write_json
 from mowa.io.hashing import hash_weights, sha256_file
 from mowa.io.hub import MODEL_ALIASES
+from mowa.io.manifest import ADAPTER_FORMAT_VERSION, MANIFEST_FILE
+from mowa.io.processor import read_preprocessing, write_processor
 from mowa.types import Family, Model, Origin, Preprocessing, Vocabulary
 
-MANIFEST, FORMAT_VERSION = "mowa.json", 1
 LORA, BOTTLENECK = "lora", "bottleneck"
-PEFT_PREFIX = "base_model.model."  # before every name in PEFT's files
+PEFT_PREFIX = "base_model.model."  # of every name in PEFT's files
 
 
 @dataclass(frozen=True, slots=True)
 class BaseCheckpoint:
-    """The checkpoint that an adapter was made over. `sha256` is that of its weights (`fingerprint`)."""
+    """The checkpoint that an adapter was trained over. `sha256` is that of its weights (`hash_weights`)."""
 
     name: str
     source: str
@@ -58,13 +55,13 @@ class BaseCheckpoint:
 
     @property
     def load_name(self) -> str:
-        """By which name it can be loaded."""
+        """Name to load it by."""
         return f"{self.source}@{self.revision}" if self.revision else self.source
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What an adapter's folder says of itself."""
+    """Contents of an adapter's manifest, with its vocabulary and audio settings."""
 
     folder: Path
     adapter_type: str
@@ -90,25 +87,27 @@ def save_adapter(
     metrics: Mapping[str, Any],
     language: str = "",
 ) -> Path:
-    """Write the adapter of `kind` (lora or adapters) that `net` has, with its head, into `folder`. → folder.
+    """Write the adapter of `net`, of type lora or bottleneck, with its head into `folder`, and return `folder`.
 
-    `base` says where the net's other weights came from; its files must still be there. What else is in the folder
-    stays. A folder whose writing was broken off has no mowa.json, and is no adapter.
+    `base` is the origin of the net's other weights; its files must still exist. Other files in the folder are kept. An
+    interrupted write leaves no mowa.json, so that the folder is not taken for an adapter. Raises ModelError if `net`
+    has no such adapter.
     """
     family = get_family(net.config.model_type)
     name = re.sub(r"[^\w-]+", "-", language or folder.resolve().name) or "adapter"
-    with atomic_update(folder) as made:
-        file, tensors = (_peft if adapter_type == LORA else _mms)(net, family, name, base, made)
-        _write_tensors(tensors, made / file)
-        processor.write_processor(vocabulary, preprocessing, made)
-        note = {
-            "format": FORMAT_VERSION,
-            "kind": adapter_type,
+    with atomic_update(folder) as staging:
+        collect = _collect_lora if adapter_type == LORA else _collect_bottlenecks
+        file, tensors = collect(net, family, name, base, staging)
+        _write_tensors(tensors, staging / file)
+        write_processor(vocabulary, preprocessing, staging)
+        manifest = {
+            "format_version": ADAPTER_FORMAT_VERSION,
+            "adapter_type": adapter_type,
             "base": asdict(base_from_origin(base)),
             "language": language,
             "weights": {
                 "file": file,
-                "sha256": sha256_file(made / file),
+                "sha256": sha256_file(staging / file),
                 "parameters": sum(value.numel() for value in tensors.values()),
             },
             "vocabulary": {
@@ -116,219 +115,207 @@ def save_adapter(
                 "delimiter": vocabulary.delimiter,
                 "specials": sorted(vocabulary.specials),
             },
-            "made_by": package_versions(),
+            "package_versions": manifests.package_versions(),
             "metrics": metrics,
         }
-        (made / MANIFEST).write_text(json.dumps(note, ensure_ascii=False, indent=1, default=float), encoding="utf-8")
+        write_json(staging / MANIFEST_FILE, manifest)
     return folder
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """What the adapter in `folder` is, without its weights. ModelError where there is none, or another format's."""
+    """Read the manifest of the adapter in `folder`, without its weights.
+
+    Raises ModelError if there is no adapter, it has another format version, or its files are missing or damaged.
+    """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        what = "holds no adapter" if folder.is_dir() else "is no folder"
-        raise ModelError(f"{folder} {what}: an adapter is a folder with a {MANIFEST}, as `mowa train` writes it")
-    note = read_json(folder / MANIFEST)
-    if note.get("format") != FORMAT_VERSION or note.get("kind") not in (LORA, BOTTLENECK):
-        raise ModelError(f"{folder}/{MANIFEST} is of a format that this mowa does not know: update mowa")
+    manifest = manifests.read_manifest(folder)
+    if not manifest or manifests.is_export_manifest(manifest):
+        reason = "holds no adapter" if folder.is_dir() else "is not a folder"
+        raise ModelError(f"{folder} {reason}: use a folder with a {MANIFEST_FILE} that `mowa train` wrote")
+    manifests.validate_format_version(folder, manifest, ADAPTER_FORMAT_VERSION, "train the adapter again")
+    if manifest.get("adapter_type") not in (LORA, BOTTLENECK):
+        raise ModelError(f"{folder}/{MANIFEST_FILE}: unknown adapter_type {manifest.get('adapter_type')!r}")
     ids = read_json(folder / "vocab.json")
-    sound = read_json(folder / "preprocessor_config.json")
     try:
-        special = note["vocabulary"]
+        special = manifest["vocabulary"]
         return Adapter(
             folder=folder,
-            adapter_type=note["kind"],
-            base=BaseCheckpoint(**note["base"]),
-            language=note["language"],
-            weights_file=note["weights"]["file"],
-            sha256=note["weights"]["sha256"],
-            parameters=note["weights"]["parameters"],
+            adapter_type=manifest["adapter_type"],
+            base=BaseCheckpoint(**manifest["base"]),
+            language=manifest["language"],
+            weights_file=manifest["weights"]["file"],
+            sha256=manifest["weights"]["sha256"],
+            parameters=manifest["weights"]["parameters"],
             vocabulary=Vocabulary(
                 tuple(sorted(ids, key=ids.__getitem__)),
                 blank=special["blank"],
                 delimiter=special["delimiter"],
                 specials=frozenset(special["specials"]),
             ),
-            preprocessing=Preprocessing(
-                rate_hz=sound["sampling_rate"],
-                normalize=sound["do_normalize"],
-                attention_mask=sound["return_attention_mask"],
-                padding_value=sound["padding_value"],
-            ),
-            package_versions=note["made_by"],
-            metrics=note["metrics"],
+            preprocessing=read_preprocessing(folder),
+            package_versions=manifest["package_versions"],
+            metrics=manifest["metrics"],
         )
-    except (KeyError, TypeError) as missing:
-        raise ModelError(f"{folder} is damaged: its files do not say {missing}") from None
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/{MANIFEST_FILE} is damaged: {error} is missing") from None
 
 
 def load_adapter(model: Model, folder: str | Path) -> Model:
-    """The adapter in `folder` over the weights of `model`, its base, which stays as it is. In eval mode, frozen.
+    """Load the adapter in `folder` over its base `model` and return a new model, in eval mode and frozen.
 
-    The tensors of the base are shared, not copied; the adapter's own take its device and dtype.
+    `model` does not change. Its tensors are shared, not copied; the adapter's are moved to its device and dtype.
 
-    Raises ModelError: no adapter there, an adapter of another base, an adapter over an adapter, damaged files.
-    MissingPart: a LoRA without PEFT.
+    Raises ModelError if there is no adapter, it belongs to another base, `model` has an adapter already, or files are
+    damaged; MissingDependency for LoRA without PEFT.
     """
     adapter = read_adapter(folder)
     validate_base(adapter, model)
-    state = _tensors(adapter)
-    learning = [(parameter, parameter.requires_grad) for parameter in model.net.parameters()]
+    state = _read_tensors(adapter)
+    base_requires_grad = [(parameter, parameter.requires_grad) for parameter in model.net.parameters()]
     net = copy_sharing_weights(model.net)
     like = next(net.parameters())
     state = {name: value.to(like.device, like.dtype) for name, value in state.items()}
     try:
-        (_put_lora if adapter.adapter_type == LORA else _put_bottlenecks)(net, model.family, adapter, state)
-        _put_head(net, model.family, adapter, state)
+        (_insert_lora if adapter.adapter_type == LORA else _insert_bottlenecks)(net, model.family, adapter, state)
+        _insert_head(net, model.family, adapter, state)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ModelError(
             f"{adapter.folder}/{adapter.weights_file} does not fit {adapter.base.name}: {reason}"
         ) from error
     net.requires_grad_(False)
-    for parameter, learns in learning:  # those of the base are its own affair
-        parameter.requires_grad_(learns)
+    for parameter, requires_grad in base_requires_grad:  # shared with the base
+        parameter.requires_grad_(requires_grad)
     net.mowa_adapter = str(adapter.folder)
-    called = adapter.folder.resolve().name
-    origin = replace(model.origin, name=f"{model.origin.name}+{called}", source=f"{model.origin.source}+{called}")
+    suffix = adapter.folder.resolve().name
+    origin = replace(model.origin, name=f"{model.origin.name}+{suffix}", source=f"{model.origin.source}+{suffix}")
     return replace(
         model, net=net.eval(), origin=origin, vocabulary=adapter.vocabulary, preprocessing=adapter.preprocessing
     )
 
 
 def copy_sharing_weights(net: Any) -> Any:
-    """A net of its own over the very tensors of `net`: modules and config are copied, weights and buffers are not."""
+    """Copy modules and config of `net`, but share its parameters and buffers."""
     memo = {id(tensor): tensor for tensor in chain(net.parameters(), net.buffers())}
     return copy.deepcopy(net, memo)
 
 
-def package_versions() -> dict[str, str]:
-    """The versions of the packages that write adapters."""
-    return {
-        package: found for package in ("mowa", "torch", "transformers", "peft") if (found := installed_version(package))
-    }
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def base_from_origin(origin: Origin) -> BaseCheckpoint:
-    """A folder is named whole, so that it is found from elsewhere; an alias and a hub id are names of their own."""
-    named = origin.revision is not None or origin.name in MODEL_ALIASES
-    source = (origin.source if origin.revision else origin.name) if named else str(origin.folder.resolve())
+    """Describe a checkpoint as the base of an adapter: by Hub id or alias, or else by its absolute folder."""
+    has_global_name = origin.revision is not None or origin.name in MODEL_ALIASES
+    source = (origin.source if origin.revision else origin.name) if has_global_name else str(origin.folder.resolve())
     return BaseCheckpoint(origin.name, source, origin.revision, hash_weights(origin.folder))
 
 
-def _peft(net: Any, family: Family, name: str, base: Origin, made: Path) -> tuple[str, dict[str, Tensor]]:
-    """adapter_config.json into `made`; → the name of the weights file, and what is to be in it."""
+def _collect_lora(net: Any, family: Family, name: str, base: Origin, out: Path) -> tuple[str, dict[str, Tensor]]:
+    """Write adapter_config.json into `out`, and return name and tensors of the weights file."""
     if not lora.has(net):
-        raise ModelError("this net has no low-rank updates to save")
+        raise ModelError("this model has no LoRA to save")
     peft = lora.import_peft()
     config = copy.deepcopy(net.peft_config[lora.ADAPTER_NAME])
     config.modules_to_save, config.inference_mode = [family.head], True
     config.base_model_name_or_path = base_from_origin(base).source
     config.revision = base.revision
-    config.save_pretrained(str(made))
+    config.save_pretrained(str(out))
     tensors = peft.get_peft_model_state_dict(net, adapter_name=lora.ADAPTER_NAME, save_embedding_layers=False)
     head = getattr(net, family.head).state_dict(prefix=f"{family.head}.")
     return "adapter_model.safetensors", {f"{PEFT_PREFIX}{key}": value for key, value in (tensors | head).items()}
 
 
-def _mms(net: Any, family: Family, name: str, base: Origin, made: Path) -> tuple[str, dict[str, Tensor]]:
+def _collect_bottlenecks(net: Any, family: Family, name: str, base: Origin, out: Path) -> tuple[str, dict[str, Tensor]]:
     if not bottleneck.has(net):
-        raise ModelError("this net has no bottleneck adapters to save")
+        raise ModelError("this model has no bottleneck adapters to save")
     return f"adapter.{name}.safetensors", bottleneck.adapter_state_dict(net, family)
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
-    plain = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    save_file(plain, file, metadata={"format": "pt"})
+    separate = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    save_file(separate, file, metadata={"format": "pt"})
 
 
 @contextmanager
 def atomic_update(folder: Path) -> Iterator[Path]:
-    """A folder to write into, whose files then take their places in `folder`, the note of what they are last."""
+    """Yield a temporary folder; on success its files are moved into `folder`, the manifest last."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".adapter-") as name:
-        made = Path(name)
-        yield made
-        (folder / MANIFEST).unlink(missing_ok=True)
-        readers = (made / MANIFEST).stat().st_mode  # safetensors lets nobody but the writer read
-        for file in sorted(made.iterdir(), key=lambda file: file.name == MANIFEST):
-            with file.open("rb+") as written:
-                os.fsync(written.fileno())
-            file.chmod(readers)
+        staging = Path(name)
+        yield staging
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        mode = (staging / MANIFEST_FILE).stat().st_mode  # safetensors makes its files readable by their owner only
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == MANIFEST_FILE):
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+            file.chmod(mode)
             os.replace(file, folder / file.name)
 
 
 def validate_base(adapter: Any, model: Any) -> None:
-    """ModelError where `adapter` (a folder, a base) was made over another model than `model`, or over an adapter."""
-    if already := getattr(model.net, "mowa_adapter", None):
-        raise ModelError(f"{adapter.folder} cannot stand on the adapter {already}: load it over the base of both")
+    """Raise ModelError if `adapter` was trained over another model than `model`, or `model` has an adapter already."""
+    if present := getattr(model.net, "mowa_adapter", None):
+        raise ModelError(f"{adapter.folder} cannot be loaded over the adapter {present}: load it over the base model")
     base, origin = adapter.base, model.origin
     if base.revision is not None and (base.source, base.revision) == (origin.source, origin.revision):
         return
     if base.sha256 != (found := hash_weights(origin.folder)):
         raise ModelError(
-            f"{adapter.folder} wants {base.where} (weights {base.sha256[:12]}…) as its base;"
-            f" {origin.name} is another (weights {found[:12]}…)"
+            f"{adapter.folder} was trained over {base.load_name} (weights {base.sha256[:12]}…), not over"
+            f" {origin.name} (weights {found[:12]}…)"
         )
 
 
-def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+def _read_tensors(adapter: Adapter) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     file = adapter.folder / adapter.weights_file
     if not file.is_file():
-        raise ModelError(f"{adapter.folder} lacks its weights, {adapter.weights_file}")
+        raise ModelError(f"{file} is missing: copy it again, or train the adapter again")
     if sha256_file(file) != adapter.sha256:
-        raise ModelError(f"{file} is damaged, or another adapter's: its checksum is not the one in {MANIFEST}")
+        raise ModelError(f"{file} is damaged: its checksum does not match {MANIFEST_FILE}")
     return load_file(file)
 
 
-def _put_lora(net: Any, family: Family, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
+def _insert_lora(net: Any, family: Family, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
     if lora.has(net):
-        raise ModelError(f"{adapter.folder} cannot stand on a net with low-rank updates: load it over its base")
+        raise ModelError(f"{adapter.folder} cannot be loaded over a model with LoRA: load it over the base model")
     peft = lora.import_peft()
     config = peft.LoraConfig.from_pretrained(str(adapter.folder))
-    config.modules_to_save, config.inference_mode = None, True  # the head is put in by `_put_head`
+    config.modules_to_save, config.inference_mode = None, True  # `_insert_head` adds the head
     peft.inject_adapter_in_model(config, net, lora.ADAPTER_NAME, low_cpu_mem_usage=True)
     head = f"{PEFT_PREFIX}{family.head}."
-    updates = {name: value for name, value in state.items() if not name.startswith(head)}
-    report = peft.set_peft_model_state_dict(net, updates, lora.ADAPTER_NAME, low_cpu_mem_usage=True)
+    tensors = {name: value for name, value in state.items() if not name.startswith(head)}
+    report = peft.set_peft_model_state_dict(net, tensors, lora.ADAPTER_NAME, low_cpu_mem_usage=True)
     missing = [name for name in report.missing_keys if ".lora_" in name]
     if missing or report.unexpected_keys:
-        raise ValueError(f"{(missing or report.unexpected_keys)[0]} is in one and not in the other")
+        raise ValueError(_describe_mismatch(missing, report.unexpected_keys))
 
 
-def _put_bottlenecks(net: Any, family: Family, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
+def _insert_bottlenecks(net: Any, family: Family, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
     layers = {name: value for name, value in state.items() if ".adapter_layer." in name}
     widths = {value.shape[0] for name, value in layers.items() if name.endswith(".linear_1.weight")}
     if len(widths) != 1:
         raise ModelError(
-            f"{adapter.folder}/{adapter.weights_file} holds adapters of {len(widths)} widths; it must be one"
+            f"{adapter.folder}/{adapter.weights_file} holds adapters of {len(widths)} widths, expected one"
         )
     bottleneck.insert_on_meta(net, family, widths.pop())
     report = net.load_state_dict(layers, strict=False, assign=True)
     missing = [name for name in report.missing_keys if ".adapter_layer." in name]
     if missing or report.unexpected_keys:
-        raise ValueError(f"{(missing or report.unexpected_keys)[0]} is in one and not in the other")
+        raise ValueError(_describe_mismatch(missing, report.unexpected_keys))
 
 
-def _put_head(net: Any, family: Family, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
+def _insert_head(net: Any, family: Family, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
     prefix = f"{PEFT_PREFIX if adapter.adapter_type == LORA else ''}{family.head}."
-    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    words = adapter.vocabulary
-    head = nn.Linear(getattr(net, family.head).in_features, len(words), bias="bias" in own, device="meta")
-    head.load_state_dict(own, assign=True)
+    tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    vocabulary = adapter.vocabulary
+    head = nn.Linear(getattr(net, family.head).in_features, len(vocabulary), bias="bias" in tensors, device="meta")
+    head.load_state_dict(tensors, assign=True)
     setattr(net, family.head, head)
-    net.config.vocab_size, net.config.pad_token_id = len(words), words.blank
-    named = {token: index for index, token in enumerate(words.tokens)}
-    net.config.bos_token_id, net.config.eos_token_id = named.get("<s>"), named.get("</s>")
+    net.config.vocab_size, net.config.pad_token_id = len(vocabulary), vocabulary.blank
+    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+    net.config.bos_token_id, net.config.eos_token_id = ids.get("<s>"), ids.get("</s>")
+
+
+def _describe_mismatch(missing: list[str], unexpected: list[str]) -> str:
+    return f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"

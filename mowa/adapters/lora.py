@@ -1,9 +1,9 @@
-"""Low-rank updates beside a net's linears (LoRA, arXiv:2106.09685), by PEFT, put into the net where it stands.
+"""LoRA (arXiv:2106.09685) by PEFT, injected into the modules of a net, and merged back into its weights.
 
-    y = W x + b + alpha / rank · B A x,     A random, B = 0: at first the net says what it said
+    y = W x + b + alpha / rank · B A x,     A random, B = 0
 
-The net stays the transformers module it was: `net.config`, `net.lm_head` and every block are where they were. The head
-is no part of the updates; it learns as it is, and `store` keeps it whole (PEFT's `modules_to_save`).
+A speech model stays the transformers module that it was: `net.config`, `net.lm_head` and the blocks keep their names.
+Its head has no LoRA; it is trained in full, and `checkpoint` saves it whole (PEFT's `modules_to_save`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 from mowa.errors import MissingDependency, RecipeError
 from mowa.types import Family
 
-ADAPTER_NAME = "default"  # PEFT's for an adapter that needs no other
+ADAPTER_NAME = "default"  # PEFT's default name
+ALL_LINEAR = "all-linear"  # every group of `Family.linears`
 
 
 def import_peft() -> Any:
-    """PEFT; MissingPart where it is not installed."""
+    """Import PEFT. Raises MissingDependency if it is not installed."""
     try:
         import peft
     except ImportError:
@@ -31,7 +32,7 @@ def import_peft() -> Any:
 
 
 def has(net: Any) -> bool:
-    """Whether `add`, or an adapter that was loaded, put updates into `net`."""
+    """Return whether `net` has LoRA layers."""
     return bool(getattr(net, "peft_config", None))
 
 
@@ -45,23 +46,23 @@ def add(
     target_modules: Sequence[str] = ("attention",),
     variant: str = "lora",
 ) -> Any:
-    """Put updates of `rank`, scaled by alpha / rank, on the linears `where` (attention, mlp) of every block. → net.
+    """Add LoRA of `rank`, scaled by alpha / rank, to the linear layers of every block, in place, and return `net`.
 
-    kind: lora, rslora (arXiv:2312.03732) or dora (arXiv:2402.09353).
-    In place; everything but the updates is frozen (`freeze.learn` lets the head learn too). A is drawn from torch's
-    generator. `dropout` is that of the updates' input while training.
+    `target_modules` are groups of `family.linears` (attention, mlp), or all-linear for all of them. `variant` is lora,
+    rslora (arXiv:2312.03732) or dora (arXiv:2402.09353). `dropout` applies to the input of A in training. A is drawn
+    from torch's generator. All other parameters are frozen; `freeze.set_trainable` unfreezes the head.
 
-    Raises RecipeError: linears that are not there, or that this family does not call; updates on a net that has some.
-    MissingPart without PEFT.
+    Raises RecipeError for unknown or unsupported target modules and for a net that has LoRA, MissingDependency without
+    PEFT.
     """
     settings = lora_config(
         family, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, variant=variant
     )
     if has(net):
-        raise RecipeError("lora: this net has low-rank updates already: merge them first, or start from its base")
+        raise RecipeError("lora: this model has LoRA already: merge the adapter first, or start from its base model")
     net = import_peft().inject_adapter_in_model(settings, net, ADAPTER_NAME)
     for module in net.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):  # autocast casts what has to be cast, and to fewer bits
+        if hasattr(module, "cast_input_dtype_enabled"):  # autocast does the casts
             module.cast_input_dtype_enabled = False
     return net
 
@@ -69,12 +70,12 @@ def add(
 def get_peft_model(
     net: Any, family: Family, *, rank: int, alpha: float, dropout: float, target_modules: Sequence[str], variant: str
 ) -> Any:
-    """A PeftModel around `net`, a causal one, with such updates; what of it learns are the updates alone.
+    """Wrap a causal net in a PeftModel, in which only the LoRA weights are trainable. Raises as `add`.
 
-    Trainers know a PeftModel: their checkpoints hold the updates and not the net. Raises as `add` does.
+    transformers' and TRL's trainers save only the adapter of a PeftModel in their checkpoints.
     """
     if has(net):
-        raise RecipeError("lora: this net has low-rank updates already: merge them first, or start from its base")
+        raise RecipeError("lora: this model has LoRA already: merge the adapter first, or start from its base model")
     peft = import_peft()
     settings = lora_config(
         family,
@@ -90,27 +91,28 @@ def get_peft_model(
 
 
 def load_peft_model(net: Any, folder: Path, **options: Any) -> Any:
-    """A PeftModel around `net` with the updates in `folder`, as PEFT reads them."""
+    """Wrap `net` in a PeftModel with the adapter in `folder`."""
     with suppress_peft_warnings():
         return import_peft().PeftModel.from_pretrained(net, folder, **options)
 
 
 def merge_and_unload(net: Any, dtype: Any = None) -> None:
-    """Every linear of `net` with updates becomes a plain one that has them in its weights, in `dtype` (or its own).
+    """Replace every LoRA layer of `net` by a linear layer with merged weights, in `dtype` or that of the layer.
 
-    In place, but no tensor is written to: another net may have it too. Sums are made in float64 and rounded once.
+    Unlike PEFT's method of this name, it changes `net` in place and writes to no existing tensor, which other nets may
+    share. Sums are computed in float64 and rounded once.
     """
-    layer = import_peft().tuners.lora.LoraLayer
-    for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, layer)]:
-        alone: Any = copy.deepcopy(module).double()
-        alone.merge(safe_merge=True)
-        kind = dtype or module.get_base_layer().weight.dtype
-        net.set_submodule(name, alone.get_base_layer().to(kind).requires_grad_(False))
+    lora_layer = import_peft().tuners.lora.LoraLayer
+    for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, lora_layer)]:
+        merged: Any = copy.deepcopy(module).double()
+        merged.merge(safe_merge=True)
+        weight_dtype = dtype or module.get_base_layer().weight.dtype
+        net.set_submodule(name, merged.get_base_layer().to(weight_dtype).requires_grad_(False))
 
 
 @contextmanager
 def suppress_peft_warnings() -> Iterator[None]:
-    """PEFT and TRL ask by a name that transformers has given up, and transformers tells people so."""
+    """Suppress transformers' FutureWarning about an attribute that PEFT and TRL still use."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing`", FutureWarning)
         yield
@@ -126,12 +128,12 @@ def lora_config(
     variant: str,
     task_type: str | None = None,
 ) -> Any:
-    """PEFT's LoraConfig of such updates. RecipeError: linears that are not there, or that this family does not call."""
+    """Build PEFT's LoraConfig. Raises RecipeError for unknown or unsupported target modules."""
     return import_peft().LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=sorted(_linears(family, target_modules)),
+        target_modules=sorted(_linear_names(family, target_modules)),
         bias="none",
         use_rslora=variant == "rslora",
         use_dora=variant == "dora",
@@ -139,16 +141,18 @@ def lora_config(
     )
 
 
-def _linears(family: Family, target_modules: Sequence[str]) -> set[str]:
+def _linear_names(family: Family, target_modules: Sequence[str]) -> set[str]:
     if not target_modules:
-        raise RecipeError(f"lora: where: at least one is needed ({', '.join(family.linears)})")
-    for place in target_modules:
-        if place in family.linears:
+        raise RecipeError(f"lora: target_modules: at least one is needed ({', '.join(family.linears)})")
+    if ALL_LINEAR in target_modules:
+        target_modules = tuple(family.linears)
+    for group in target_modules:
+        if group in family.linears:
             continue
-        if place == "attention":
+        if group == "attention":
             raise RecipeError(
-                f"lora: where: attention: {family.name} hands the bare weights of its attention to a function of"
-                f" torch, so an update there would never be asked; use where: [{', '.join(family.linears)}]"
+                f"lora: target_modules: attention: {family.name} passes the raw weights of its attention to a torch"
+                f" function, which bypasses LoRA; use target_modules: [{', '.join(family.linears)}]"
             )
-        raise RecipeError(f"lora: where: {place!r}: {family.name} has {', '.join(family.linears)}")
-    return {name for place in target_modules for name in family.linears[place]}
+        raise RecipeError(f"lora: target_modules: {group!r}: {family.name} has {', '.join(family.linears)}")
+    return {name for group in target_modules for name in family.linears[group]}

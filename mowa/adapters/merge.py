@@ -1,8 +1,7 @@
-"""An adapter made one with its base: a plain checkpoint, and a measure of whether it says what the two said.
+"""Merge an adapter into its CTC base model, and compare the merged model with the unmerged one.
 
-LoRA becomes part of the weights, W + alpha / rank · B A. Bottlenecks have a nonlinearity between their matrices and can
-be part of no linear: they stay where transformers has its own place for them, `adapter_layer`, so the checkpoint is as
-plain as the other and loads the same. Which recordings are compared is not decided here.
+LoRA is added to the weights, W + alpha / rank · B A. Bottleneck adapters are nonlinear and cannot be merged into a
+linear layer: they stay in transformers' `adapter_layer`, and the checkpoint loads in transformers all the same.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from mowa.types import Model
 
 @dataclass(frozen=True, slots=True)
 class EmissionDiff:
-    """How far the emissions of two models are apart: the largest difference of a log-probability (nats), the share of
-    frames in which both find the same output likeliest, and how many frames were compared."""
+    """Difference between the emissions of two models: largest difference of a log-probability in nats, fraction of
+    frames with the same top token, and number of frames."""
 
     max_abs_diff: float
     agreement: float
@@ -38,48 +37,49 @@ class EmissionDiff:
 
 
 def merge_adapter(model: Model) -> Model:
-    """The net of `model` without PEFT: every linear with low-rank updates has them in its weights. `model` stays.
+    """Return a copy of `model` whose LoRA is merged into the weights and that needs no PEFT.
 
-    Linears without updates share their weights with `model`. A net without LoRA comes back as it is, in modules of its
-    own. Sums are made in float64 and rounded once, to the weights' dtype.
+    Layers without LoRA share their weights with `model`. Sums are computed in float64 and rounded once, to the weights'
+    dtype.
     """
     net = checkpoint.copy_sharing_weights(model.net)
     if lora.has(net):
         lora.merge_and_unload(net)
         del net.peft_config
-    net.mowa_adapter = f"{getattr(net, 'mowa_adapter', 'that it had')} (merged)"  # no other may stand on it
+    net.mowa_adapter = f"{getattr(net, 'mowa_adapter', 'of this model')} (merged)"  # so that no other is loaded over it
     return replace(model, net=net)
 
 
 @torch.inference_mode()
 def compare_emissions(reference: Model, candidate: Model, clips: Sequence[np.ndarray]) -> EmissionDiff:
-    """Emissions of both over `sounds` (float32 [n] each, at the models' rate, not yet normalised), one at a time.
+    """Compare the emissions of two models over `clips` (float32 [n] each, at the models' rate, not normalized).
 
-    In float64: what is seen is what their weights differ in, not how the sums of float32 happened to be rounded.
+    Computed in float64 and one clip at a time, so that only differences of the weights are measured.
 
-    Raises ModelError where they do not mean the same by their outputs, or no sound is long enough for a frame.
+    Raises ModelError if vocabulary or audio settings differ, or if no clip is long enough for a frame.
     """
     if reference.vocabulary != candidate.vocabulary or reference.preprocessing != candidate.preprocessing:
         raise ModelError(
-            f"{reference.origin.name} and {candidate.origin.name} have other letters or other audio settings: nothing compares"
+            f"{reference.origin.name} and {candidate.origin.name} cannot be compared: their vocabularies or audio"
+            " settings differ"
         )
-    largest, agreeing, frames = 0.0, 0, 0
+    largest, agreements, frames = 0.0, 0, 0
     for ours, theirs in zip(_emissions(reference, clips), _emissions(candidate, clips), strict=True):
         largest = max(largest, float((ours - theirs).abs().max()))
-        agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        agreements += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         frames += len(ours)
     if not frames:
-        raise ModelError("there is no sound to compare emissions over")
-    return EmissionDiff(largest, agreeing / frames, frames)
+        raise ModelError("no clip is long enough for a frame: nothing was compared")
+    return EmissionDiff(largest, agreements / frames, frames)
 
 
-def _emissions(model: Model, sounds: Sequence[np.ndarray]) -> list[Tensor]:
-    """Log-probabilities float64 [T, V] of each sound, on the CPU."""
+def _emissions(model: Model, clips: Sequence[np.ndarray]) -> list[Tensor]:
+    """Return the log-probabilities of each clip, float64 [T, V] on the CPU."""
     net = copy.deepcopy(model.net).double().eval()
     device = next(net.parameters()).device
     emissions = []
-    for sound in sounds:
-        samples = audio.normalize(sound) if model.preprocessing.normalize else sound
+    for clip in clips:
+        samples = audio.normalize(clip) if model.preprocessing.normalize else clip
         values = torch.from_numpy(np.ascontiguousarray(samples))[None].to(device, torch.float64)
         emissions.append(net(values).logits[0].log_softmax(-1).cpu())
     return emissions
@@ -87,7 +87,7 @@ def _emissions(model: Model, sounds: Sequence[np.ndarray]) -> list[Tensor]:
 
 @contextmanager
 def atomic_checkpoint(model: Model, out: Path) -> Iterator[Path]:
-    """A folder with the whole checkpoint of `model`, to be examined; it becomes `out` as `files.becoming` says."""
+    """Write the checkpoint of `model` to a temporary folder and yield it; it becomes `out` as in `atomic_folder`."""
     with atomic_folder(out) as folder:
         with silence_transformers():
             model.net.save_pretrained(folder)

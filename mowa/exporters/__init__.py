@@ -1,4 +1,8 @@
-"""Models as other programs run them, each compared with the net before its folder is there."""
+"""Export CTC models to other runtimes: ONNX, safetensors, Core ML, TensorRT and CTranslate2.
+
+Start with `protocol` (`export`, and what an exporter has to implement). `prepare` returns the net that exporters write,
+`verify` compares an export with it, and `manifest` describes the folder. docs/add-an-exporter.md shows how to add one.
+"""
 
 from mowa.exporters.manifest import is_export, read_artifact
 from mowa.exporters.protocol import FORMATS, export

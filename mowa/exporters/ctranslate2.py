@@ -1,11 +1,11 @@
-"""A CTC net as CTranslate2 runs it: converted, opened again and compared with the net before the folder is there.
+"""Export CTC models to CTranslate2.
 
-The folder `ctranslate2` in it holds `model.bin`, and a config and vocabulary of CTranslate2's own. It is fed float32
-[B, 1, N], normalised as the audio settings say, and gives logits float32 [B, T, V].
+The subfolder `ctranslate2` holds `model.bin` and CTranslate2's own config and vocabulary. Its input is float32
+[B, 1, N], normalized as the audio settings say; its output is logits, float32 [B, T, V].
 
-CTranslate2 has one net of this kind, that of large wav2vec 2.0 models, and most of its sizes are written in its code:
-`STOCK` holds them, and a net that differs is refused. It takes no mask, so only recordings of one length share a batch.
-HuBERT's net is the same under another name. Who runs the folder is not known here.
+CTranslate2 implements one such net, that of large wav2vec 2.0 models, with most sizes hard-coded: `REQUIRED_CONFIG`
+lists them, and other nets are rejected. It takes no attention mask, so only clips of equal length share a batch. HuBERT
+is the same net under another name.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ REQUIRED_CONFIG: Mapping[str, Any] = {
     "adapter_attn_dim": None,
     "add_adapter": False,
 }
+# (weights, activations) of a scheme → CTranslate2's quantization
 QUANTIZATIONS = {
     ("float32", "none"): "float32",
     ("float16", "none"): "float16",
@@ -54,68 +55,71 @@ QUANTIZATIONS = {
     ("int8", "dynamic"): "int8_float32",
 }
 UNSUPPORTED_SCHEMES = {
-    ("int8", "static"): "it finds the range of what meets int8 weights anew each time",
-    ("int8", "none"): "it multiplies int8 weights with int8 inputs alone",
-    ("int4", "none"): "it has no weights in four bits for these nets",
-    ("nf4", "none"): "it has no weights in nf4",
-    ("mixed", "dynamic"): "it has one width for all layers",
+    ("int8", "static"): "CTranslate2 computes the range of int8 inputs for each input",
+    ("int8", "none"): "CTranslate2 multiplies int8 weights by int8 inputs only",
+    ("int4", "none"): "CTranslate2 has no int4 weights for these models",
+    ("nf4", "none"): "CTranslate2 has no nf4 weights",
+    ("mixed", "dynamic"): "CTranslate2 quantizes all layers alike",
 }
 
 
 def unsupported_reason(model: Model) -> str:
-    """As `Exporter.can`."""
+    """See `Exporter.unsupported_reason`."""
     config = model.net.config
     if config.model_type not in SUPPORTED_MODEL_TYPES:
-        return f"CTranslate2 has no net like {model.family.name}'s; use onnx"
-    for name, stock in REQUIRED_CONFIG.items():
-        found = getattr(config, name, stock)
-        found = list(found) if isinstance(found, tuple) else found
-        if found != stock:
-            return f"its net has {name} {found}, and CTranslate2 computes only {stock}; use onnx"
-    kind = _kind(model.scheme)
-    return (
-        ""
-        if kind in QUANTIZATIONS
-        else f"{UNSUPPORTED_SCHEMES.get(kind, 'it has no such weights')}; use int8-dynamic, or onnx"
-    )
+        return f"CTranslate2 does not implement {model.family.name}; use onnx"
+    for name, required in REQUIRED_CONFIG.items():
+        value = getattr(config, name, required)
+        value = list(value) if isinstance(value, tuple) else value
+        if value != required:
+            return f"{name} is {value}, and CTranslate2 supports only {required}; use onnx"
+    storage = _storage(model.scheme)
+    if storage in QUANTIZATIONS:
+        return ""
+    return f"{UNSUPPORTED_SCHEMES.get(storage, 'CTranslate2 does not support this scheme')}; use int8-dynamic, or onnx"
 
 
-def _kind(scheme: Scheme) -> tuple[str, str]:
+def _storage(scheme: Scheme) -> tuple[str, str]:
     return scheme.weights, scheme.activations
 
 
 def require_packages() -> None:
-    """MissingPart where what exporting needs is not installed."""
+    """See `Exporter.require_packages`."""
     try:
         import_module("ctranslate2")
     except ImportError:
-        raise MissingDependency("CTranslate2 needs ctranslate2: pip install 'mowa[ctranslate2]'") from None
+        raise MissingDependency("CTranslate2 export needs ctranslate2: pip install 'mowa[ctranslate2]'") from None
 
 
 def write(model: Model, folder: Path) -> tuple[Any, ExportResult]:
-    """As `Exporter.write`.
+    """See `Exporter.write`.
 
-    Half precision is what is kept; a processor multiplies it in float32. In int8 are also the convolutions and the
-    head, each row by a step of CTranslate2's own, so what the scheme keeps wider there is not. float32 must say what
-    the net says, and anything narrower must find the same output likeliest in 80 % of frames.
+    Half-precision weights are multiplied in float32. With int8, CTranslate2 also quantizes the convolutions and the
+    head, one scale per row, so weights that the scheme keeps in higher precision there are not. Tolerances are those of
+    `verify_tolerance`.
     """
     net = prepare_for_export(model, dequantize=True, position_table=False)
-    kind, name = QUANTIZATIONS[_kind(model.scheme)], model.origin.name
+    quantization, name = QUANTIZATIONS[_storage(model.scheme)], model.origin.name
     try:
-        _convert(net, model.vocabulary.tokens, folder / MODEL_FOLDER, kind)
+        _convert(net, model.vocabulary.tokens, folder / MODEL_FOLDER, quantization)
         loaded = open_model(folder / MODEL_FOLDER, model.scheme)
-        farthest, agreeing = _compared(model, net, loaded)
+        max_abs_diff, agreement = _compare(model, net, loaded)
     except (AttributeError, RuntimeError, ValueError) as error:
-        raise ModelError(f"CTranslate2 cannot run {name}: {str(error).strip()}; export it as onnx") from error
-    verify.verify_tolerance(model, f"CTranslate2's {kind}", farthest, agreeing, alternative="onnx")
-    details = {"model": MODEL_FOLDER, "quantization": kind, "computes": loaded.compute_type, "masked": False}
+        raise ModelError(f"CTranslate2 cannot run {name}: {str(error).strip()}; use onnx") from error
+    verify.verify_tolerance(model, f"CTranslate2 {quantization}", max_abs_diff, agreement, alternative="onnx")
+    details = {
+        "model": MODEL_FOLDER,
+        "quantization": quantization,
+        "compute_type": loaded.compute_type,
+        "attention_mask": False,
+    }
     files = tuple(f"{MODEL_FOLDER}/{file.name}" for file in sorted((folder / MODEL_FOLDER).iterdir()))
-    return net, ExportResult(files, details, farthest, agreeing, packages=("ctranslate2",))
+    return net, ExportResult(files, details, max_abs_diff, agreement, packages=("ctranslate2",))
 
 
 @dataclass(frozen=True, slots=True)
-class _Words:
-    """What the converter asks of a tokenizer."""
+class _Tokenizer:
+    """The part of a tokenizer that CTranslate2's converter uses."""
 
     tokens: Sequence[str]
 
@@ -123,46 +127,48 @@ class _Words:
         return {token: index for index, token in enumerate(self.tokens)}
 
 
-def _convert(net: Any, tokens: Sequence[str], folder: Path, kind: str) -> None:
+def _convert(net: Any, tokens: Sequence[str], folder: Path, quantization: str) -> None:
     converters = import_module("ctranslate2.converters.transformers")
-    net = copy.deepcopy(net)  # the converter hangs modules under other names, and quantises weights in their place
+    net = copy.deepcopy(net)  # the converter renames modules and quantizes weights in place
     if not hasattr(net, "wav2vec2"):
         net.wav2vec2 = net.base_model
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        spec = converters.Wav2Vec2Loader()(net, _Words(tokens))
+        spec = converters.Wav2Vec2Loader()(net, _Tokenizer(tokens))
         spec.validate()
-        spec.optimize(quantization=kind)
+        spec.optimize(quantization=quantization)
         folder.mkdir()
         spec.save(str(folder))
 
 
 def open_model(folder: Path, scheme: Scheme, threads: int = 0) -> Any:
-    """The `ctranslate2.models.Wav2Vec2` in `folder`, on the processor; `threads` 0: as many as it takes to be right.
+    """Load the model in `folder` on the CPU as a `ctranslate2.models.Wav2Vec2`.
 
-    What is in half precision is multiplied in float32: with the very same weights, and on every processor."""
+    With `threads` 0, CTranslate2 chooses their number. Half-precision weights are computed in float32, which all CPUs
+    support.
+    """
     ctranslate2 = import_module("ctranslate2")
-    computes = "int8_float32" if scheme.weights == "int8" else "float32"
-    return ctranslate2.models.Wav2Vec2(str(folder), "cpu", compute_type=computes, intra_threads=threads)
+    compute_type = "int8_float32" if scheme.weights == "int8" else "float32"
+    return ctranslate2.models.Wav2Vec2(str(folder), "cpu", compute_type=compute_type, intra_threads=threads)
 
 
 def run(model: Any, clips: Sequence[np.ndarray]) -> np.ndarray:
-    """Normalised recordings of one length, float32 [n] each, as one batch → logits float32 [B, T, V]."""
+    """Run preprocessed clips of equal length, float32 [n] each, as one batch. Returns logits, float32 [B, T, V]."""
     ctranslate2 = import_module("ctranslate2")
     batch = np.ascontiguousarray(np.stack(clips)[:, None], np.float32)
     return np.array(model.encode(ctranslate2.StorageView.from_array(batch), to_cpu=True))
 
 
-def _compared(model: Model, net: Any, loaded: Any) -> tuple[float, float]:
-    """`compare.apart` of what CTranslate2 and the net say, alone and by twos."""
-    speech, noise, least = verify.load_clips(model)
-    found: list[torch.Tensor] = []
-    truth: list[torch.Tensor] = []
-    for clips in ([speech], [noise, verify.preprocess(model, speech[: len(noise)])], [least]):
-        found += list(torch.from_numpy(run(loaded, clips)))
-        truth += verify.compute_logits(net, clips)
-        if len(found[-1]) != len(truth[-1]):
+def _compare(model: Model, net: Any, loaded: Any) -> tuple[float, float]:
+    """Compare CTranslate2 with the net as `compare_logits`, in batches of one and two."""
+    speech, noise, shortest = verify.load_clips(model)
+    logits: list[torch.Tensor] = []
+    reference: list[torch.Tensor] = []
+    for clips in ([speech], [noise, verify.preprocess(model, speech[: len(noise)])], [shortest]):
+        logits += list(torch.from_numpy(run(loaded, clips)))
+        reference += verify.compute_logits(net, clips)
+        if len(logits[-1]) != len(reference[-1]):
             raise ModelError(
-                f"CTranslate2 makes {len(found[-1])} frames of {model.origin.name} where the net makes"
-                f" {len(truth[-1])}: export it as onnx"
+                f"CTranslate2 computes {len(logits[-1])} frames for {model.origin.name}, and the model"
+                f" {len(reference[-1])}: use onnx"
             )
-    return verify.compare_logits(found, truth)
+    return verify.compare_logits(logits, reference)

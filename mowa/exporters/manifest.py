@@ -1,13 +1,11 @@
-"""What a folder that was exported to says of itself: `mowa.json`, written once, read and checked before it is run.
+"""Write the manifest of an exported folder, `mowa.json`, and read it as an `Artifact`.
 
-Beside it lie the config, vocabulary and audio settings as transformers has them, whatever the format. How a format is
-written or run is not known here.
+transformers' config, vocabulary and audio settings are written beside it, whatever the format.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,116 +13,128 @@ from typing import Any
 
 import torch
 
-from mowa.adapters import checkpoint
 from mowa.errors import ModelError
-from mowa.io import processor
-from mowa.io.atomic import read_json
+from mowa.hardware import installed_version
+from mowa.io.atomic import write_json
+from mowa.io.hashing import sha256_file
+from mowa.io.manifest import (
+    EXPORT_FORMAT_VERSION,
+    MANIFEST_FILE,
+    is_export_manifest,
+    package_versions,
+    read_manifest,
+    validate_format_version,
+)
+from mowa.io.processor import write_processor
 from mowa.types import Artifact, Model, Origin, Preprocessing, Scheme, Vocabulary
-
-MANIFEST_FILE, FORMAT_VERSION = "mowa.json", 2
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What an exporter wrote: which files hold the model, what whoever runs it must know beside (`details`), and what
-    came of comparing it with the net: `farthest` (nats, of any log-probability) and `agreeing` (the share of frames
-    with the same likeliest output), or why they are not there (`unchecked`)."""
+    """What an exporter wrote.
+
+    files              files that hold the model, relative to the folder
+    details            settings that a runtime of this format needs
+    max_abs_diff       largest difference of a log-probability from the net's, in nats; None if not compared
+    agreement          fraction of frames with the same top token as the net; None if not compared
+    unverified_reason  what could not be compared, and why
+    packages           packages whose versions the manifest records
+    """
 
     files: tuple[str, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
     max_abs_diff: float | None = None
     agreement: float | None = None
     unverified_reason: str = ""
-    packages: tuple[str, ...] = ()  # packages whose versions matter
+    packages: tuple[str, ...] = ()
 
 
 def write_manifest(model: Model, net: Any, export_format: str, folder: Path, result: ExportResult) -> None:
-    """The note in `folder` and, beside it, config, vocabulary and audio settings. `net` is what was written."""
+    """Write the manifest, config, vocabulary and audio settings into `folder`. `net` is the net that was written."""
     net.config.save_pretrained(folder)
-    processor.write_processor(model.vocabulary, model.preprocessing, folder)
-    words = model.vocabulary
-    note = {
-        "format": FORMAT_VERSION,
-        "kind": export_format,
+    write_processor(model.vocabulary, model.preprocessing, folder)
+    vocabulary = model.vocabulary
+    manifest = {
+        "format_version": EXPORT_FORMAT_VERSION,
+        "format": export_format,
         "family": model.family.name,
         "scheme": asdict(model.scheme),
         "origin": {name: value for name, value in asdict(model.origin).items() if name != "folder"},
-        "weights_sha256": model_sha256(model),
-        "files": {name: checkpoint.sha256_file(folder / name) for name in sorted(result.files)},
+        "model_sha256": model_sha256(model),
+        "files": {name: sha256_file(folder / name) for name in sorted(result.files)},
         "details": dict(result.details),
-        "compared": {
-            "farthest": result.max_abs_diff,
-            "agreeing": result.agreement,
-            "unchecked": result.unverified_reason,
+        "verification": {
+            "max_abs_diff": result.max_abs_diff,
+            "agreement": result.agreement,
+            "unverified_reason": result.unverified_reason,
         },
         "vocabulary": {
-            "tokens": words.tokens,
-            "blank": words.blank,
-            "delimiter": words.delimiter,
-            "specials": sorted(words.specials),
+            "tokens": vocabulary.tokens,
+            "blank": vocabulary.blank,
+            "delimiter": vocabulary.delimiter,
+            "specials": sorted(vocabulary.specials),
         },
         "preprocessing": asdict(model.preprocessing),
-        "made_by": checkpoint.package_versions()
-        | {name: checkpoint.installed_version(name) for name in result.packages},
+        "package_versions": package_versions() | {name: installed_version(name) for name in result.packages},
     }
-    (folder / MANIFEST_FILE).write_text(json.dumps(note, ensure_ascii=False, indent=1), encoding="utf-8")
+    write_json(folder / MANIFEST_FILE, manifest)
 
 
 def read_artifact(folder: Path, formats: Iterable[str] = ()) -> Artifact:
-    """What the export in `folder` is. ModelError: none there, of none of `kinds`, a newer format's, files missing or
-    changed."""
+    """Read the export in `folder`, of one of `formats` if any are given, and check its files.
+
+    Raises ModelError if there is no export, it has another format or format version, or files are missing or changed.
+    """
     from transformers import AutoConfig
 
-    if not (folder / MANIFEST_FILE).is_file():
-        raise ModelError(f"{folder} holds no export: name a folder that `mowa export` wrote, with a {MANIFEST_FILE}")
-    note = read_json(folder / MANIFEST_FILE)
-    kind, formats = note.get("kind", "nothing"), tuple(formats)
-    if note.get("format") != FORMAT_VERSION or "files" not in note or (formats and kind not in formats):
-        wanted = " or ".join(formats) or "an export"
-        raise ModelError(
-            f"{folder}/{MANIFEST_FILE} is {kind} of format {note.get('format')}, not {wanted} of format {FORMAT_VERSION}"
-        )
+    manifest = read_manifest(folder)
+    if not is_export_manifest(manifest):
+        raise ModelError(f"{folder} is not an export: use a folder that `mowa export` wrote")
+    validate_format_version(folder, manifest, EXPORT_FORMAT_VERSION, "export the model again")
+    found, formats = manifest.get("format"), tuple(formats)
+    if formats and found not in formats:
+        raise ModelError(f"{folder} is an export in the format {found}, expected {' or '.join(formats)}")
     try:
-        for name, known in note["files"].items():
-            if not (folder / name).is_file() or checkpoint.sha256_file(folder / name) != known:
+        for name, checksum in manifest["files"].items():
+            if not (folder / name).is_file() or sha256_file(folder / name) != checksum:
                 raise ModelError(f"{folder}/{name} is missing or damaged: export the model again")
-        words = note["vocabulary"]
+        vocabulary, verification = manifest["vocabulary"], manifest["verification"]
         return Artifact(
             folder=folder,
-            format=kind,
-            family=note["family"],
-            scheme=Scheme(**note["scheme"]),
-            origin=Origin(**note["origin"] | {"folder": folder}),
+            format=manifest["format"],
+            family=manifest["family"],
+            scheme=Scheme(**manifest["scheme"]),
+            origin=Origin(**manifest["origin"] | {"folder": folder}),
             config=AutoConfig.from_pretrained(folder),
             vocabulary=Vocabulary(
-                tuple(words["tokens"]), words["blank"], words["delimiter"], frozenset(words["specials"])
+                tuple(vocabulary["tokens"]),
+                vocabulary["blank"],
+                vocabulary["delimiter"],
+                frozenset(vocabulary["specials"]),
             ),
-            preprocessing=Preprocessing(**note["preprocessing"]),
-            files=tuple(note["files"]),
-            details=note["details"],
-            agreement=note["compared"]["agreeing"],
-            unverified_reason=note["compared"]["unchecked"],
+            preprocessing=Preprocessing(**manifest["preprocessing"]),
+            files=tuple(manifest["files"]),
+            details=manifest["details"],
+            agreement=verification["agreement"],
+            unverified_reason=verification["unverified_reason"],
         )
-    except (KeyError, TypeError) as missing:
-        raise ModelError(
-            f"{folder}/{MANIFEST_FILE} is damaged: it does not say {missing}; export the model again"
-        ) from None
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/{MANIFEST_FILE} is damaged ({error} is missing): export the model again") from None
 
 
 def is_export(folder: Path) -> bool:
-    """Whether `folder` says that it is an export, of whatever format."""
+    """Return whether `folder` holds an export, of any format and version."""
     try:
-        note = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return is_export_manifest(read_manifest(folder))
+    except ModelError:
         return False
-    return isinstance(note, dict) and "files" in note and "kind" in note
 
 
 def model_sha256(model: Model) -> str:
-    """SHA-256 (hex) of all that makes the net's numbers: its weights, an adapter's among them, config and scheme."""
-    found = hashlib.sha256(model.net.config.to_json_string().encode())
-    found.update(repr(model.scheme).encode())
+    """Return the SHA-256 (hex) of everything that determines the outputs: weights with adapters, config and scheme."""
+    digest = hashlib.sha256(model.net.config.to_json_string().encode())
+    digest.update(repr(model.scheme).encode())
     for name, value in sorted(model.net.state_dict().items()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""What every exporter is, and the one way a model leaves: asked first, written beside, compared, and only then there.
+"""Export a model: check that the format supports it, write it, compare it with the net, and move the folder into place.
 
-An exporter is a module of this room. How any format looks is not known here.
+Defines the interface of an exporter, which is a module per format, listed in `MODULES`.
 """
 
 from __future__ import annotations
@@ -26,64 +26,62 @@ MODULES = {
     "ctranslate2": "mowa.exporters.ctranslate2",
 }
 FORMATS = {
-    "onnx": "ONNX, for ONNX Runtime on processors, phones and in browsers",
-    "safetensors": "quantised weights that transformers loads",
+    "onnx": "ONNX, for ONNX Runtime on CPUs, phones and in browsers",
+    "safetensors": "a checkpoint, quantized or not, that transformers loads",
     "coreml": "an mlprogram for Apple's Core ML",
-    "tensorrt": "an engine for NVIDIA GPUs, or all that builds one there",
+    "tensorrt": "an engine for NVIDIA GPUs, or the files to build it there",
     "ctranslate2": "CTranslate2",
 }
-
-
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Exporter(Protocol):
-    """A module of this room, named as its format is."""
+    """Interface of an exporter module."""
 
     def unsupported_reason(self, model: Model) -> str:
-        """Why this model, as it is shrunk, cannot be written so, and what could instead; empty where it can."""
+        """Return why this model or its scheme cannot be exported and what to use instead; empty if it can."""
 
     def require_packages(self) -> None:
-        """MissingPart, with what to install, where a package that writing needs is not there."""
+        """Raise MissingDependency, with the pip extra, if a required package is not installed."""
 
     def write(self, model: Model, folder: Path, **options: Any) -> tuple[Any, ExportResult]:
-        """Write `model` into `folder`, which is there and empty, read it again and compare it with the net where that
-        can be done here. → the net that was written (its config is what goes beside it), and what was written.
+        """Write `model` into the empty `folder`, load it again and compare it with the net.
 
-        Raises ModelError where what was written does not say what the net says, or an operator has no equal: named.
+        Returns the net that was written, whose config is saved beside it, and the result. Raises ModelError if the
+        export differs from the net, or if the format lacks an operator.
         """
 
 
 def get_exporter(to: str) -> Exporter:
-    """The exporter called `to`. ModelError with the nearest name where there is none."""
+    """Return the exporter of a format. Raises ModelError, with the closest match, if there is none."""
     if to not in FORMATS:
-        near = difflib.get_close_matches(to, FORMATS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(FORMATS)}"
-        raise ModelError(f"no format is called {to!r}; {hint}")
+        close = difflib.get_close_matches(to, FORMATS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(FORMATS)}"
+        raise ModelError(f"unknown format {to!r}: {hint}")
     return cast(Exporter, import_module(MODULES[to]))
 
 
 def export(model: Model, to: str, out: str | Path, **options: Any) -> Artifact:
-    """Write `model`, adapter included, as `to` into the folder `out`, which must not be there. `model` stays as it is.
+    """Export `model`, with its adapter, in the format `to` into the new folder `out`. `model` does not change.
 
-    Raises ModelError: an unknown format, a model or scheme that it cannot hold, a result that is not what the net says
-    (nothing is left then); MissingPart; DataError where `out` is there, or the disk is full.
+    Raises ModelError if the format is unknown or does not support the model or scheme, or if the export differs from
+    the net, in which case `out` is not created; MissingDependency; DataError if `out` exists or the disk is full.
     """
-    chosen, out = get_exporter(to), Path(out)
-    if why := chosen.unsupported_reason(model):
-        raise ModelError(f"{model.origin.name} in {model.scheme.name} cannot be written as {to}: {why}")
-    chosen.require_packages()
+    exporter, out = get_exporter(to), Path(out)
+    if reason := exporter.unsupported_reason(model):
+        raise ModelError(f"{model.origin.name} ({model.scheme.name}) cannot be exported to {to}: {reason}")
+    exporter.require_packages()
     try:
         with atomic_folder(out) as folder:
-            net, written = chosen.write(model, folder, **options)
-            manifest.write_manifest(model, net, to, folder, written)
+            net, result = exporter.write(model, folder, **options)
+            manifest.write_manifest(model, net, to, folder, result)
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
         free = shutil.disk_usage(out.parent).free
-        need = 4 * sum(weight.numel() for weight in model.net.parameters())
+        size = 4 * sum(weight.numel() for weight in model.net.parameters())
         raise DataError(
-            f"the disk of {out} is full ({free / 1e6:.0f} MB are free, and writing takes up to {2 * need / 1e6:.0f}):"
-            " nothing was left there; make room, or choose another folder"
+            f"no space left on the disk of {out}: {free / 1e6:.0f} MB are free, and the export needs up to"
+            f" {2 * size / 1e6:.0f} MB. Nothing was written; free some space, or choose another folder"
         ) from None
     return manifest.read_artifact(out)

@@ -1,19 +1,18 @@
-"""A model as a checkpoint of stock transformers in few bits: `model.safetensors` and a config.json that says how.
+"""Export a model, quantized or not, as a transformers checkpoint: `model.safetensors` and config.json.
 
-`AutoModelForCTC.from_pretrained(folder)` gives the very weights of the shrunk net, with the package that the scheme
-needs there; `mowa.load(folder)` gives the shrunk model itself, and needs none.
+`AutoModelForCTC.from_pretrained(folder)` loads exactly these weights, with the package that the scheme needs;
+`mowa.load(folder)` loads the quantized model without it.
 
-| scheme              | package            | what is no block's linear                                          |
-|---------------------|--------------------|--------------------------------------------------------------------|
-| float32, fp16, bf16 | none               | as the rest                                                        |
-| int8-…, mixed       | compressed-tensors | the feature projection in int8, other matrices in float16          |
-| int4-weight         | compressed-tensors | the same; beside zeros the feature projection is in float16 too    |
-| nf4                 | bitsandbytes       | float32: transformers leaves it in what the file has it in         |
+| scheme              | package            | weights outside the blocks' linear layers                             |
+|---------------------|--------------------|-----------------------------------------------------------------------|
+| float32, fp16, bf16 | none               | the same dtype                                                        |
+| int8-…, mixed       | compressed-tensors | feature projection int8, other matrices float16                       |
+| int4-weight         | compressed-tensors | the same; with zero points the feature projection is float16 too      |
+| nf4                 | bitsandbytes       | float32, since transformers keeps the dtype of the file               |
 
-transformers holds narrow linears alone, so convolutions that other formats keep in int8 are in float16 here. It rounds
-inputs as the scheme says, but multiplies in floating point, with the weights made wide again: files are smaller, nets
-are not faster there. How the tensors are called is `adapt.quantized`'s affair, how they are loaded
-`loading.narrowed`'s.
+transformers quantizes linear layers only, so convolutions that other formats store as int8 are float16 here. It
+quantizes inputs as the scheme says but multiplies dequantized weights: files are smaller, models are not faster there.
+`quantization.formats` defines the tensor names, and `loading.quantized` loads them.
 """
 
 from __future__ import annotations
@@ -23,11 +22,13 @@ import copy
 import io
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ from mowa.exporters.manifest import ExportResult
 from mowa.io.hub import silence_transformers
 from mowa.io.weights import fix_weight_permissions
 from mowa.kernels.quant.linear import QuantizedLinear
-from mowa.models.ctc_encoder.chunk_mask import receptive_field
+from mowa.models.ctc_encoder.geometry import receptive_field
 from mowa.quantization import formats
 from mowa.types import Model
 
@@ -55,80 +56,85 @@ REQUIRED_PACKAGES = {
 
 @dataclass(frozen=True, slots=True)
 class ExportedNet:
-    """What was written, as far as whoever writes the rest of the folder needs it."""
+    """The config of the exported net, which `write_manifest` saves."""
 
     config: Any
 
 
 def unsupported_reason(model: Model) -> str:
-    """As `Exporter.can`."""
-    kept = _narrow(model.net)
+    """See `Exporter.unsupported_reason`."""
+    stored = _quantized_linears(model.net)
     for name, module in model.net.named_modules():
-        if isinstance(module, QuantizedLinear) and module.activations != "none" and name not in kept:
+        if isinstance(module, QuantizedLinear) and module.activations != "none" and name not in stored:
             return (
-                f"transformers does not round the inputs of {name} beside zeros of groups, nf4 or groups that do not"
-                " fill a row; shrink it symmetric, or use onnx"
+                f"transformers cannot quantize the inputs of {name} in a model with zero points, nf4, or groups that do"
+                " not divide a row; use a symmetric scheme, or onnx"
             )
     return ""
 
 
 def require_packages() -> None:
-    """As `Exporter.parts`: nothing is needed for writing."""
+    """See `Exporter.require_packages`; none is needed to write."""
 
 
 def write(model: Model, folder: Path, **options: Any) -> tuple[ExportedNet, ExportResult]:
-    """As `Exporter.write`; there are no options.
+    """See `Exporter.write`; there are no options.
 
-    Every tensor is read again and must be the one that was written. Compared is what the net says of the bundled sample
-    and of noise with what the file's net says, and, where the package is installed, stock transformers' one.
+    Every tensor is read back and must be the one that was written. The net read by mowa and, if the package is
+    installed, the one loaded by transformers are compared with the original on the clips of `verify.load_clips`.
     """
     if options:
         raise ModelError(f"safetensors has no option {next(iter(options))!r}")
     net = merge.merge_adapter(model).net
-    linears = _narrow(net)
-    config, kept = _config(model, net, linears), _tensors(model, net, linears)
-    save_file(kept, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    linears = _quantized_linears(net)
+    config, tensors = _build_config(model, net, linears), _collect_tensors(model, net, linears)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config.save_pretrained(folder)
     fix_weight_permissions(folder)
-    how = getattr(config, "quantization_config", None)
-    ours = _read(folder, config, how, linears, kept)
+    quantization_config = getattr(config, "quantization_config", None)
+    loaded = _read_back(folder, config, quantization_config, linears, tensors)
     if {(p.dtype, p.device.type) for p in net.parameters()} != {(torch.float32, "cpu")}:
         net = copy.deepcopy(net).to("cpu", torch.float32)
     clips = verify.load_clips(model)
-    again = verify.compute_logits(ours, clips)
-    farthest, agreeing = verify.compare_logits(again, verify.compute_logits(net, clips))
+    logits = verify.compute_logits(loaded, clips)
+    max_abs_diff, agreement = verify.compare_logits(logits, verify.compute_logits(net, clips))
     verify.verify_tolerance(
-        model, WEIGHTS_FILE, farthest, agreeing, exact=model.scheme.weights in FLOAT_DTYPES, alternative="onnx"
+        model, WEIGHTS_FILE, max_abs_diff, agreement, exact=model.scheme.weights in FLOAT_DTYPES, alternative="onnx"
     )
-    package = how["quant_method"] if how else ""
-    details: dict[str, Any] = {"package": package}
-    missing = next(
-        (name for name in REQUIRED_PACKAGES.get(package, ()) if find_spec(name.replace("-", "_")) is None), ""
-    )
-    if missing:
-        log.info("%s is not installed: whether transformers says the same was not tried", missing)
-        details["transformers"] = f"not tried: {missing} is not installed"
-    else:
-        apart, alike = verify.compare_logits(verify.compute_logits(_stock(folder), clips), again)
-        exact = model.scheme.activations == "none" and package != formats.BITSANDBYTES
-        verify.verify_tolerance(model, f"{WEIGHTS_FILE} in transformers", apart, alike, exact=exact, alternative="onnx")
-        details["transformers"] = {"farthest": apart, "agreeing": alike}
-    made_by = ("safetensors", package) if package else ("safetensors",)
-    return ExportedNet(config), ExportResult((WEIGHTS_FILE,), details, farthest, agreeing, packages=made_by)
+    method = quantization_config["quant_method"] if quantization_config else ""
+    details = {"quant_method": method, "transformers": _compare_transformers(model, folder, method, clips, logits)}
+    packages = ("safetensors", method) if method else ("safetensors",)
+    return ExportedNet(config), ExportResult((WEIGHTS_FILE,), details, max_abs_diff, agreement, packages=packages)
 
 
-def _narrow(net: Any) -> dict[str, QuantizedLinear]:
-    """The linears that stay narrow in the file. One package reads it, so nothing else is beside nf4, or zeros.
+def _compare_transformers(
+    model: Model, folder: Path, method: str, clips: Sequence[np.ndarray], logits: Sequence[Tensor]
+) -> dict[str, float] | str:
+    """Compare the net as transformers loads it with `logits`, or return why that was not possible."""
+    for package in REQUIRED_PACKAGES.get(method, ()):
+        if find_spec(package.replace("-", "_")) is None:
+            log.info("%s is not installed: the export was not compared in transformers", package)
+            return f"not compared: {package} is not installed"
+    max_abs_diff, agreement = verify.compare_logits(verify.compute_logits(_load_in_transformers(folder), clips), logits)
+    exact = model.scheme.activations == "none" and method != formats.BITSANDBYTES
+    label = f"{WEIGHTS_FILE} in transformers"
+    verify.verify_tolerance(model, label, max_abs_diff, agreement, exact=exact, alternative="onnx")
+    return {"max_abs_diff": max_abs_diff, "agreement": agreement}
 
-    compressed-tensors reads no row whose last group is shorter; schemes give such to the feature projection alone.
+
+def _quantized_linears(net: Any) -> dict[str, QuantizedLinear]:
+    """Return the linear layers that are stored quantized. Others are stored dequantized.
+
+    One package reads all of them, so nf4 layers, or else those with zero points, exclude the others. compressed-tensors
+    does not read rows whose last group is shorter, which only the feature projection may have.
     """
-    found = {name: module for name, module in net.named_modules() if isinstance(module, QuantizedLinear)}
-    found = {n: one for n, one in found.items() if one.in_features % min(one.group_size, one.in_features) == 0}
-    levels = {name: linear for name, linear in found.items() if linear.quant_type == "nf4"}
-    return levels or {name: linear for name, linear in found.items() if linear.zero_point is not None} or found
+    linears = {name: module for name, module in net.named_modules() if isinstance(module, QuantizedLinear)}
+    linears = {n: one for n, one in linears.items() if one.in_features % min(one.group_size, one.in_features) == 0}
+    nf4 = {name: linear for name, linear in linears.items() if linear.quant_type == "nf4"}
+    return nf4 or {name: linear for name, linear in linears.items() if linear.zero_point is not None} or linears
 
 
-def _config(model: Model, net: Any, linears: dict[str, QuantizedLinear]) -> Any:
+def _build_config(model: Model, net: Any, linears: dict[str, QuantizedLinear]) -> Any:
     config = copy.deepcopy(net.config)
     config.architectures = [type(net).__name__]
     config.dtype = getattr(torch, model.scheme.weights if model.scheme.weights in FLOAT_DTYPES else "float32")
@@ -138,60 +144,66 @@ def _config(model: Model, net: Any, linears: dict[str, QuantizedLinear]) -> Any:
     return config
 
 
-def _tensors(model: Model, net: Any, linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
-    """Name → tensor, as it lies in the file."""
-    narrow = {name: module for name, module in net.named_modules() if isinstance(module, QuantizedLinear)}
-    wide = {name: value for name, value in net.state_dict().items() if name.rpartition(".")[0] not in narrow}
-    kept: dict[str, Tensor] = {}
-    for name, linear in narrow.items():
+def _collect_tensors(model: Model, net: Any, linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+    """Return the tensors of the file by name."""
+    quantized = {name: module for name, module in net.named_modules() if isinstance(module, QuantizedLinear)}
+    floats = {name: value for name, value in net.state_dict().items() if name.rpartition(".")[0] not in quantized}
+    tensors: dict[str, Tensor] = {}
+    for name, linear in quantized.items():
         if name in linears:
-            kept |= formats.pack_linear(name, linear)
+            tensors |= formats.pack_linear(name, linear)
         else:
-            wide[f"{name}.weight"] = linear.weight
-            wide |= {} if linear.bias is None else {f"{name}.bias": linear.bias}
-    as_it_is = any(linear.quant_type == "nf4" for linear in linears.values())
-    for name, value in wide.items():
-        dtype = torch.float32 if as_it_is else _dtype(model, name, value)
+            floats[f"{name}.weight"] = linear.weight
+            floats |= {} if linear.bias is None else {f"{name}.bias": linear.bias}
+    keep_float32 = any(linear.quant_type == "nf4" for linear in linears.values())
+    for name, value in floats.items():
+        dtype = torch.float32 if keep_float32 else _storage_dtype(model, name, value)
         value = value.detach().cpu()
-        kept[name] = (value.to(dtype) if value.is_floating_point() else value).contiguous()
-    return kept
+        tensors[name] = (value.to(dtype) if value.is_floating_point() else value).contiguous()
+    return tensors
 
 
-def _dtype(model: Model, name: str, value: Tensor) -> torch.dtype:
+def _storage_dtype(model: Model, name: str, value: Tensor) -> torch.dtype:
     if model.scheme.weights in FLOAT_DTYPES:
         return getattr(torch, model.scheme.weights)
-    where = name.removeprefix(f"{model.net.base_model_prefix}.")
-    narrower = value.ndim > 1 and any(where.startswith(f"{part}.") for part in model.family.non_block_weights)
-    return torch.float16 if narrower else torch.float32
+    name = name.removeprefix(f"{model.net.base_model_prefix}.")
+    is_half = value.ndim > 1 and any(name.startswith(f"{part}.") for part in model.family.non_block_weights)
+    return torch.float16 if is_half else torch.float32
 
 
-def _read(folder: Path, config: Any, how: Any, linears: dict[str, QuantizedLinear], kept: dict[str, Tensor]) -> Any:
-    """The net in the file, as `mowa.load` makes it. ModelError where a tensor is not the one that was written."""
+def _read_back(
+    folder: Path,
+    config: Any,
+    quantization_config: Any,
+    linears: dict[str, QuantizedLinear],
+    tensors: dict[str, Tensor],
+) -> Any:
+    """Load the net as `mowa.load` does. Raises ModelError if a tensor is not the one that was written."""
     from transformers import AutoModelForCTC
 
     found = load_file(folder / WEIGHTS_FILE)
-    again, rest = formats.unpack_linears(how, found) if how else ({}, found)
-    same = found.keys() == kept.keys() and all(torch.equal(found[name], value) for name, value in kept.items())
+    unpacked, others = formats.unpack_linears(quantization_config, found) if quantization_config else ({}, found)
+    same = found.keys() == tensors.keys() and all(torch.equal(found[name], value) for name, value in tensors.items())
     for name, linear in linears.items():
-        before, after = linear.state_dict(), again[name].state_dict() if name in again else {}
-        same = same and before.keys() == after.keys() and linear.activations == again[name].activations
+        before, after = linear.state_dict(), unpacked[name].state_dict() if name in unpacked else {}
+        same = same and before.keys() == after.keys() and linear.activations == unpacked[name].activations
         same = same and all(torch.equal(after[key], value.cpu()) for key, value in before.items())
     if not same:
-        raise ModelError(f"{WEIGHTS_FILE} does not hold what was written into it: export the model again")
+        raise ModelError(f"{WEIGHTS_FILE} does not read back as it was written: export the model again")
     with torch.device("meta"):
-        net = AutoModelForCTC.from_config(_dense(config))
-    return formats.assign_weights(net, again, rest)
+        net = AutoModelForCTC.from_config(_remove_quantization(config))
+    return formats.assign_weights(net, unpacked, others)
 
 
-def _dense(config: Any) -> Any:
-    dense = copy.deepcopy(config)
-    vars(dense).pop("quantization_config", None)
-    dense.dtype = torch.float32
-    return dense
+def _remove_quantization(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
+    config.dtype = torch.float32
+    return config
 
 
-def _stock(folder: Path) -> Any:
-    """The net as transformers loads it, in float32, without what it and its packages have to say."""
+def _load_in_transformers(folder: Path) -> Any:
+    """Load the net with transformers in float32, suppressing the output of the three packages."""
     from transformers import AutoModelForCTC
 
     with silence_transformers(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -199,10 +211,8 @@ def _stock(folder: Path) -> Any:
         try:
             net = AutoModelForCTC.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
             with torch.inference_mode():
-                net(
-                    torch.zeros(1, receptive_field(net.config))
-                )  # compressed-tensors makes weights wide at the first call
-        except Exception as error:  # of any kind: they come from three packages
+                net(torch.zeros(1, receptive_field(net.config)))  # compressed-tensors dequantizes at the first call
+        except Exception as error:  # any type, from three packages
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"transformers does not load what was written: {reason}") from error
+            raise ModelError(f"transformers cannot load the export: {reason}") from error
     return net

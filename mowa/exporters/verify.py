@@ -1,11 +1,9 @@
-"""What was written, beside the net it was written of: what both are asked, how far apart they are, and how far they may
-be. How a format is run is not known here."""
+"""Compare an export with the net that it was written from, and reject it if it differs too much."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,64 +12,71 @@ from torch import Tensor
 
 from mowa.data import audio
 from mowa.errors import ModelError
-from mowa.models.ctc_encoder.chunk_mask import receptive_field
+from mowa.io.hub import SAMPLE_CLIP
+from mowa.models.ctc_encoder.geometry import receptive_field
 from mowa.types import Model
 
 log = logging.getLogger("mowa")
 
-MAX_ABS_DIFF = 1e-3  # nats: what float32 may be away from the net in any log-probability
-MIN_LOG_PROB = -50.0  # nats: what is less likely than this is not compared, float32 itself is too coarse there
-MIN_AGREEMENT = 0.8  # the share of frames in which a narrow one must find the same output likeliest
-SAMPLE = Path(__file__).parents[1] / "assets" / "sample.flac"
+MAX_ABS_DIFF = 1e-3  # nats: largest difference of any log-probability in float32
+MIN_LOG_PROB = -50.0  # nats: log-probabilities are clamped to this, below which float32 is too coarse
+MIN_AGREEMENT = 0.8  # least fraction of frames with the same top token, for quantized and half-precision models
 SAMPLE_S = 5
 
 
 def load_clips(model: Model) -> list[np.ndarray]:
-    """The bundled sample, noise, and as little noise as makes a frame, float32 [n] each, as the net hears them."""
+    """Return preprocessed clips, float32 [n] each: the bundled sample, noise, and noise of one frame."""
     noise = np.random.default_rng(1).standard_normal(4_097).astype(np.float32)
     return [preprocess(model, clip) for clip in (load_sample(model), noise, noise[: receptive_field(model.net.config)])]
 
 
 def load_sample(model: Model) -> np.ndarray:
-    """The bundled sample, float32 [n], as it was recorded."""
-    return audio.load_audio(SAMPLE, model.preprocessing.rate_hz)[: SAMPLE_S * model.preprocessing.rate_hz]
+    """Return the first `SAMPLE_S` seconds of the bundled sample, float32 [n], not normalized."""
+    return audio.load_audio(SAMPLE_CLIP, model.preprocessing.rate_hz)[: SAMPLE_S * model.preprocessing.rate_hz]
 
 
 def preprocess(model: Model, clip: np.ndarray) -> np.ndarray:
+    """Normalize a clip, float32 [n], if the model requires it."""
     return audio.normalize(clip) if model.preprocessing.normalize else clip
 
 
 def compute_logits(net: Any, clips: Sequence[np.ndarray]) -> list[Tensor]:
-    """Logits [T, V] of each, alone."""
+    """Return the logits of each clip, float32 [T, V], computed one at a time."""
     with torch.inference_mode():
         return [net(torch.from_numpy(clip)[None]).logits[0].float() for clip in clips]
 
 
 def compare_logits(logits: Sequence[Tensor], reference: Sequence[Tensor]) -> tuple[float, float]:
-    """Logits [T, V] of some recordings beside others: the largest difference of a log-probability, infinite where one
-    is not a number, and the share of frames with the same likeliest output."""
+    """Compare logits [T, V] of several clips with those of the reference.
+
+    Returns the largest difference of a log-probability in nats, infinite if one is NaN, and the fraction of frames with
+    the same top token.
+    """
     ours, theirs = (torch.cat(list(side)).log_softmax(-1).clamp(min=MIN_LOG_PROB) for side in (logits, reference))
-    farthest = float((ours - theirs).abs().nan_to_num(nan=torch.inf).max())
-    alike = (ours.argmax(-1) == theirs.argmax(-1)) & ~ours.isnan().any(-1)
-    return farthest, float(alike.double().mean())
+    max_abs_diff = float((ours - theirs).abs().nan_to_num(nan=torch.inf).max())
+    same_top = (ours.argmax(-1) == theirs.argmax(-1)) & ~ours.isnan().any(-1)
+    return max_abs_diff, float(same_top.double().mean())
 
 
 def verify_tolerance(
     model: Model, label: str, max_abs_diff: float, agreement: float, *, exact: bool | None = None, alternative: str = ""
 ) -> None:
-    """ModelError where `what` was written does not say what the net says: to `FARTHEST` where it is to be `exact`
-    (without: in float32), else in `AGREEING` of frames; with what to write `instead`."""
+    """Raise ModelError if an export differs too much from the net, and suggest `alternative`.
+
+    With `exact` (by default for float32) log-probabilities may differ by `MAX_ABS_DIFF`; else the top token must be the
+    same in `MIN_AGREEMENT` of the frames.
+    """
     name, scheme = model.origin.name, model.scheme
     if exact if exact is not None else scheme.weights == "float32":
         if not max_abs_diff <= MAX_ABS_DIFF:
             raise ModelError(
-                f"the {label} of {name} is not what the net is: {max_abs_diff:.2g} nats away, {MAX_ABS_DIFF} allowed"
+                f"the {label} export of {name} differs from the model by {max_abs_diff:.2g} nats (limit {MAX_ABS_DIFF})"
                 + (f"; use {alternative}" if alternative else "")
             )
         return
     if agreement < MIN_AGREEMENT:
         raise ModelError(
-            f"{name} does not bear {scheme.name} as {label}: in {1 - agreement:.0%} of frames another letter is"
-            f" likeliest; use {alternative or 'float32'}"
+            f"{scheme.name} is too lossy for {name} in {label}: the top token changes in {100 * (1 - agreement):.0f} %"
+            f" of frames (limit {100 * (1 - MIN_AGREEMENT):.0f} %); use {alternative or 'float32'}"
         )
-    log.info("%s: the same output likeliest in %.1f %% of frames of the sample", scheme.name, agreement * 100)
+    log.info("%s: same top token in %.1f %% of the sample's frames", scheme.name, agreement * 100)

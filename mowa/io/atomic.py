@@ -1,11 +1,11 @@
-"""Write files and folders atomically: readers see the old content or the new, never a part of it."""
+"""Write files and folders atomically, so that readers see either the old or the new content; read and write JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from mowa.errors import DataError, ModelError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder. ModelError where the file is missing, is not JSON, or is no object."""
+    """Read a JSON object. Raises ModelError if the file is missing or does not hold a JSON object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -23,19 +23,24 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):
-        raise ModelError(f"{path} should hold a JSON object, not a {type(data).__name__}")
+        raise ModelError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
 
 
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, with characters as they are; numbers of other types become floats."""
+    atomic_write(path, json.dumps(data, ensure_ascii=False, indent=1, default=float))
+
+
 def atomic_write(path: Path, data: str | bytes) -> None:
-    """Write `path` whole or not at all: text as UTF-8. A reader, or a crash, never sees half a file."""
+    """Write a file atomically; text is encoded as UTF-8."""
     with replace_atomically(Path(path)) as unfinished:
         unfinished.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; on success it is flushed to disk and takes `path`'s place."""
+    """Yield a temporary path beside `path` to write to. On success it is flushed to disk and replaces `path`."""
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield unfinished
@@ -48,15 +53,15 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into and to examine; it becomes `out` when the context ends well, else nothing is left of it.
+    """Yield a temporary folder to write into. It becomes `out` when the context succeeds, else it is deleted.
 
-    Raises DataError where `out` is there already and not an empty folder.
+    Raises DataError if `out` exists and is not an empty folder.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out} is there already: choose another folder, or delete it")
+        raise DataError(f"{out} already exists and is not empty: choose another folder, or delete it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
-        folder = Path(name) / "whole"
+        folder = Path(name) / "content"
         folder.mkdir()
         yield folder
         if out.is_dir():

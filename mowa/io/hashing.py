@@ -1,4 +1,4 @@
-"""SHA-256 of files and of checkpoints, remembered per file, size and modification time."""
+"""Compute SHA-256 checksums of files and checkpoints, cached by path, size and modification time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from mowa.errors import ModelError
 
 
 def hash_weights(folder: Path) -> str:
-    """SHA-256 (hex) of a checkpoint's weights file; of many, that of the lines `sha256sum` prints for them."""
+    """Return the SHA-256 (hex) of a checkpoint's weights: of its file, or of `sha256sum`'s output for several shards.
+
+    Raises ModelError if there are no weights.
+    """
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise ModelError(f"{folder} has no weights, so no adapter can be told to be its own")
+        raise ModelError(f"{folder} has no weights: model.safetensors or pytorch_model.bin is missing")
     if len(files) == 1:
         return sha256_file(files[0])
     lines = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
@@ -21,12 +24,13 @@ def hash_weights(folder: Path) -> str:
 
 
 def sha256_file(file: Path) -> str:
-    about = file.stat()
-    return _hashed(file.resolve(), about.st_size, about.st_mtime_ns)
+    """Return the SHA-256 (hex) of a file."""
+    status = file.stat()
+    return _sha256(file.resolve(), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
-def _hashed(file: Path, size: int, changed_ns: int) -> str:
-    """A gigabyte takes a second or two: read once for all adapters of a base, and again where it was changed."""
+def _sha256(file: Path, size: int, modified_ns: int) -> str:
+    """Size and time are part of the cache key, so that a changed file is hashed again."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,4 +1,8 @@
-"""A name → what stands behind it, in memory: a `Model` that hears, or a `LanguageModel`. The checkpoint says which."""
+"""Load a checkpoint by name into memory: a `Model` (CTC) or a `LanguageModel` (causal), as its config says.
+
+Start with `load`. `ctc` and `causal` load the two kinds, `checkpoint` holds what they share, and `quantized` rebuilds
+quantized linear layers.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,9 @@ from typing import Any
 from mowa.io.hub import resolve_model
 from mowa.loading import causal, ctc
 from mowa.loading.checkpoint import read_family
-from mowa.loading.ctc import read_preprocessing, read_vocabulary
 from mowa.types import Family
 
-__all__ = ["load", "read_preprocessing", "read_vocabulary"]
+__all__ = ["load"]
 
 
 def load(
@@ -23,17 +26,18 @@ def load(
     offline: bool = False,
     require_head: bool = True,
 ) -> Any:
-    """Load a model by alias, folder or hub id, in eval mode, with no gradients, on `device` in `dtype`.
+    """Load a model by alias, folder or Hub id onto `device` in `dtype`, in eval mode and without gradients.
 
-    → a `Model` of a CTC checkpoint (`speech.load` says more, also of `head`), a `LanguageModel` of a causal one.
-    Raises ModelError for whatever is missing, damaged, unknown or does not fit; HubUnreachable as `files.resolve` does.
+    Returns a `Model` for a CTC checkpoint (see `ctc.load`, also for `require_head`) and a `LanguageModel` for a causal
+    one. Raises ModelError if the checkpoint is incomplete, damaged or unsupported, and as `resolve_model`.
     """
 
-    def vet(folder: Path) -> Family:
-        hears = read_family(folder).task == "ctc"
-        return ctc.read_ctc_family(folder, require_head=require_head) if hears else causal.read_causal_family(folder)
+    def validate(folder: Path) -> Family:
+        if read_family(folder, name).task == "ctc":
+            return ctc.read_ctc_family(folder, name, require_head=require_head)
+        return causal.read_causal_family(folder, name)
 
-    origin = resolve_model(name, revision=revision, offline=offline, validate=vet)
-    if vet(origin.folder).task == "ctc":
+    origin = resolve_model(name, revision=revision, offline=offline, validate=validate)
+    if validate(origin.folder).task == "ctc":
         return ctc.load(name, revision=revision, dtype=dtype, device=device, offline=offline, require_head=require_head)
     return causal.load(name, revision=revision, dtype=dtype, device=device, offline=offline)

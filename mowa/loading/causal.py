@@ -1,16 +1,12 @@
-"""A causal checkpoint → a `LanguageModel`: the stock transformers net and its tokenizer, which have to fit each other.
-
-What is asked of the model, and how its words are chosen, is not known here.
-"""
+"""Load a causal language model: the transformers model and its tokenizer, which must match."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mowa.errors import ModelError
-from mowa.families import resolve_family as resolve_family
-from mowa.io.atomic import read_json
 from mowa.io.hub import resolve_model, silence_transformers
 from mowa.loading import checkpoint
 from mowa.loading.checkpoint import validate_device, validate_dtype
@@ -25,60 +21,63 @@ def load(
     device: str = "cpu",
     offline: bool = False,
 ) -> LanguageModel:
-    """Load a causal language model by folder or hub id, in eval mode, with no gradients, on `device` in `dtype`.
+    """Load a causal language model by folder or Hub id onto `device` in `dtype`, in eval mode and without gradients.
 
-    Raises ModelError: an unknown name, family or dtype; a model of another task; config, weights or tokenizer that are
-    missing, damaged or do not fit each other; a device that is not there. HubUnreachable as `files.resolve` does.
+    Raises ModelError if the name, family, dtype or device is unknown, if it is a model for another task, or if config,
+    weights or tokenizer are missing, damaged or do not match. Also raises as `resolve_model`.
     """
     validate_dtype(dtype)
     validate_device(device)
-    origin = resolve_model(name, revision=revision, offline=offline, validate=read_causal_family)
-    read_causal_family(origin.folder)  # a folder is not vetted by `resolve`
-    family = resolve_family(origin.source, read_json(origin.folder / "config.json"))
+    origin = resolve_model(name, revision=revision, offline=offline, validate=partial(read_causal_family, name=name))
+    family = read_causal_family(origin.folder, origin.source)  # `resolve_model` validates Hub models only
     tokenizer = load_tokenizer(origin.folder)
-    net = _net(origin.folder, family, dtype)
+    net = _load_net(origin.folder, family, dtype)
     validate_tokenizer(tokenizer, net, origin.name)
     return LanguageModel(net=net.to(device), family=family, origin=origin, tokenizer=tokenizer)
 
 
-def read_causal_family(folder: Path) -> Family:
-    """The family that `folder`'s config.json names; ModelError if mowa has none, or it is of another task."""
-    family = checkpoint.read_family(folder)
+def read_causal_family(folder: Path, name: str = "") -> Family:
+    """Return the family of the causal checkpoint in `folder`, which is called `name`.
+
+    Raises ModelError if it is unsupported or not causal.
+    """
+    family = checkpoint.read_family(folder, name)
+    if family.task == "ctc":
+        raise ModelError(f"{folder} is a speech model ({family.name}); --task causal needs a language model")
     if family.task != "causal":
-        kind = "hears" if family.task == "ctc" else f"is for {family.task}"
-        raise ModelError(f"{folder} is a {family.name} model, which {kind}: name a causal language model")
+        raise ModelError(f"{folder} is a model for {family.task} ({family.name}), which mowa cannot load yet")
     return family
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`; ModelError where there is none, or it is damaged. No code of the folder's is run."""
+    """Load the tokenizer in `folder`, without running its code. Raises ModelError if it is missing or damaged."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelError(f"{folder} has no tokenizer: tokenizer.json, or tokenizer.model, belongs beside the weights")
+        raise ModelError(f"{folder} has no tokenizer: add tokenizer.json or tokenizer.model")
     with silence_transformers():
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
+        except Exception as error:  # tokenizers raises bare Exceptions for damaged files
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(f"the tokenizer of {folder} cannot be read: {reason}") from error
 
 
 def validate_tokenizer(tokenizer: Any, net: Any, name: str) -> None:
-    """ModelError where the tokenizer has ids that the net has no embedding for: it is another model's."""
-    rows, highest = net.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
-    if highest >= rows:
+    """Raise ModelError if the tokenizer has ids for which the net has no embedding."""
+    num_embeddings, highest_id = net.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if highest_id >= num_embeddings:
         raise ModelError(
-            f"the tokenizer of {name} has ids up to {highest} and the model embeds {rows}: it is another model's, or "
-            "tokens were added to it and not to the model"
+            f"the tokenizer of {name} has ids up to {highest_id}, but the model has {num_embeddings} embeddings: it"
+            " belongs to another model, or tokens were added to the tokenizer only"
         )
 
 
-def _net(folder: Path, family: Family, dtype: str) -> Any:
+def _load_net(folder: Path, family: Family, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    net, report = checkpoint.load_net(AutoModelForCausalLM, folder, family, dtype)
-    checkpoint.validate_loading_info(folder, net.base_model_prefix, report)
+    net, loading_info = checkpoint.load_net(AutoModelForCausalLM, folder, family, dtype)
+    checkpoint.validate_loading_info(folder, net.base_model_prefix, loading_info)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 

@@ -1,4 +1,4 @@
-"""Bottleneck adapters are transformers' own: named, shaped, placed and read back as it does."""
+"""Bottleneck adapters have the names, shapes and computation of transformers' own."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def logits(net):
         return net.eval()(torch.from_numpy(clip(0, 8_000))[None]).logits
 
 
-def stirred(net):
-    """As if it had learnt something."""
+def randomize(net):
+    """Add noise to the adapters, as if they had been trained."""
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -29,22 +29,22 @@ def stirred(net):
 
 
 @pytest.mark.parametrize("family", ["wav2vec2", "hubert"])
-def test_begins_as_the_base_and_reads_back_in_stock_transformers(family, tmp_path):
+def test_new_adapters_change_nothing_and_transformers_reads_trained_ones(family, tmp_path):
     model = loading.load(str(tiny(tmp_path / "base", family)))
     before = logits(model.net)
     bottleneck.add(model.net, model.family, 5)
     assert torch.equal(logits(model.net), before)
-    stirred(model.net)
+    randomize(model.net)
     ours = logits(model.net)
     assert not torch.allclose(ours, before, atol=1e-2)
     model.net.save_pretrained(tmp_path / "saved")
-    theirs, report = AutoModelForCTC.from_pretrained(tmp_path / "saved", output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
+    theirs, loading_info = AutoModelForCTC.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not loading_info["missing_keys"]
+    assert not loading_info["unexpected_keys"]
     torch.testing.assert_close(logits(theirs), ours)
 
 
-def test_shapes_are_those_of_a_net_that_was_made_with_adapters():
+def test_shapes_equal_those_of_a_config_with_adapter_attn_dim():
     config, ctc = CLASSES["wav2vec2"]
     torch.manual_seed(0)
     ours = bottleneck.add(ctc(config(**SMALLEST, **STABLE)), get_family("wav2vec2"), 6)
@@ -55,7 +55,7 @@ def test_shapes_are_those_of_a_net_that_was_made_with_adapters():
     assert set(bottleneck.adapter_state_dict(ours, get_family("wav2vec2"))) == set(theirs._get_adapters())
 
 
-def test_everything_but_the_zeros_is_fresh():
+def test_initialization():
     config, ctc = CLASSES["wav2vec2"]
     net = ctc(config(**SMALLEST, **STABLE)).double()
     bottleneck.add(net, get_family("wav2vec2"), 6)
@@ -67,7 +67,7 @@ def test_everything_but_the_zeros_is_fresh():
     assert not any(value.any() for value in (first.linear_2.weight, first.linear_2.bias, first.linear_1.bias))
 
 
-def test_adapters_that_are_there_are_kept():
+def test_present_adapters_are_kept():
     config, ctc = CLASSES["wav2vec2"]
     net = ctc(config(**SMALLEST, **STABLE, adapter_attn_dim=6))
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -81,11 +81,11 @@ def test_adapters_that_are_there_are_kept():
     ("family", "changes"),
     [("wav2vec2", {"feat_extract_norm": "group", "do_stable_layer_norm": False}), ("wavlm", {})],
 )
-def test_nets_without_a_place_are_refused_untouched(family, changes):
+def test_unsupported_nets_are_rejected_and_unchanged(family, changes):
     config, ctc = CLASSES[family]
     net = ctc(config(**SMALLEST | STABLE | changes))
     names = set(net.state_dict())
-    with pytest.raises(RecipeError, match="use train: lora"):
+    with pytest.raises(RecipeError, match="use method: lora"):
         bottleneck.add(net, get_family(family), 6)
     assert set(net.state_dict()) == names
     assert not bottleneck.has(net)

@@ -1,4 +1,4 @@
-"""Merged is unmerged: the same emissions, in a checkpoint that plain transformers loads."""
+"""Merged models have the emissions of the unmerged ones, and transformers loads their checkpoints."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from mowa import loading
 from mowa.adapters import checkpoint, merge
 from mowa.data import audio
 from mowa.errors import DataError, ModelError
-from tests.adapters.made import OTHER, logits, saved
+from tests.adapters.tiny_adapters import OTHER_VOCABULARY, logits, save_tiny_adapter
 from tests.checkpoints import clip, tiny
 
-KINDS = ["lora", "adapters"]
+KINDS = ["lora", "bottleneck"]
 
 
 @pytest.fixture(scope="module")
@@ -23,41 +23,39 @@ def emissions(net, seed=0):
     return logits(net, seed).log_softmax(-1)
 
 
-@pytest.mark.parametrize("words", [None, OTHER], ids=["same letters", "other letters"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_merged_is_unmerged_and_stock_transformers_loads_it(base, tmp_path, kind, words):
-    saved(base, kind, tmp_path / "medical", words=words)
+@pytest.mark.parametrize("vocabulary", [None, OTHER_VOCABULARY], ids=["same vocabulary", "other vocabulary"])
+@pytest.mark.parametrize("adapter_type", KINDS)
+def test_merging_keeps_the_emissions_and_transformers_loads_the_checkpoint(base, tmp_path, adapter_type, vocabulary):
+    save_tiny_adapter(base, adapter_type, tmp_path / "medical", vocabulary=vocabulary)
     model = loading.load(str(base))
     adapted = checkpoint.load_adapter(model, tmp_path / "medical")
     before = [emissions(adapted.net, seed) for seed in range(3)]
-    alone = emissions(model.net)
+    base_emissions = emissions(model.net)
     merged = merge.merge_adapter(adapted)
     with merge.atomic_checkpoint(merged, tmp_path / "whole") as folder:
         assert not (tmp_path / "whole").exists()
         assert loading.load(str(folder)).vocabulary == adapted.vocabulary
     assert len({file.stat().st_mode for file in (tmp_path / "whole").iterdir()}) == 1
-    stock, report = AutoModelForCTC.from_pretrained(tmp_path / "whole", output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
+    stock, loading_info = AutoModelForCTC.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not loading_info["missing_keys"]
+    assert not loading_info["unexpected_keys"]
     for seed, expected in enumerate(before):
-        for net in (merged.net, stock, adapted.net):  # and what was merged from still works
+        for net in (merged.net, stock, adapted.net):  # the unmerged model is still usable
             torch.testing.assert_close(emissions(net.eval(), seed), expected, atol=1e-5, rtol=0)
-    assert torch.equal(emissions(model.net), alone)
+    assert torch.equal(emissions(model.net), base_emissions)
     assert loading.load(str(tmp_path / "whole")).preprocessing == adapted.preprocessing
 
 
-def test_merged_lora_has_the_names_of_a_plain_net(base, tmp_path):
-    saved(base, "lora", tmp_path / "medical")
+def test_a_net_with_merged_lora_has_the_parameters_of_its_base(base, tmp_path):
+    save_tiny_adapter(base, "lora", tmp_path / "medical")
     model = loading.load(str(base))
     merged = merge.merge_adapter(checkpoint.load_adapter(model, tmp_path / "medical")).net
     plain = loading.load(str(base)).net
     assert {name: value.shape for name, value in merged.state_dict().items()} == {
         name: value.shape for name, value in plain.state_dict().items()
     }
-    kinds = [
-        [type(module).__name__ for module in net.modules()] for net in (merged, plain)
-    ]  # weight norm makes its own
-    assert kinds[0] == kinds[1]
+    classes = [[type(module).__name__ for module in net.modules()] for net in (merged, plain)]
+    assert classes[0] == classes[1]
     assert not hasattr(merged, "peft_config")
     changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, plain.state_dict()[name])}
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} == {
@@ -65,27 +63,27 @@ def test_merged_lora_has_the_names_of_a_plain_net(base, tmp_path):
     }  # fmt: skip
 
 
-def test_a_merged_model_takes_an_adapter_no_more_than_it_should(base, tmp_path):
-    """Merged in memory it still names its base's files; another adapter over it would be one over the wrong weights."""
-    saved(base, "lora", tmp_path / "medical")
+def test_no_adapter_is_loaded_over_a_merged_model(base, tmp_path):
+    """A model merged in memory still has the origin of its base, whose weights the adapter was trained over."""
+    save_tiny_adapter(base, "lora", tmp_path / "medical")
     merged = merge.merge_adapter(checkpoint.load_adapter(loading.load(str(base)), tmp_path / "medical"))
     with merge.atomic_checkpoint(merged, tmp_path / "whole"):
         pass
-    with pytest.raises(ModelError, match="is another"):
+    with pytest.raises(ModelError, match="was trained over"):
         checkpoint.load_adapter(loading.load(str(tmp_path / "whole")), tmp_path / "medical")
     with pytest.raises(ModelError, match="merged"):
         checkpoint.load_adapter(merged, tmp_path / "medical")
 
 
-def test_the_difference_is_what_it_says(base):
+def test_differences_of_emissions_are_measured(base):
     before, after = loading.load(str(base)), loading.load(str(base))
-    sounds = [clip(0, 8_000), clip(1, 8_000)]
-    same = merge.compare_emissions(before, after, sounds)
+    clips = [clip(0, 8_000), clip(1, 8_000)]
+    same = merge.compare_emissions(before, after, clips)
     assert (same.max_abs_diff, same.agreement) == (0.0, 1.0)
     with torch.no_grad():
         after.net.lm_head.bias[3] += 8.0
-    found = merge.compare_emissions(before, after, sounds)
-    normal = [torch.from_numpy(audio.normalize(sound)) for sound in sounds]
+    found = merge.compare_emissions(before, after, clips)
+    normal = [torch.from_numpy(audio.normalize(one)) for one in clips]
     ours, theirs = (model.net(torch.stack(normal)).logits.detach().log_softmax(-1) for model in (before, after))
     assert found.frames == same.frames == ours.shape[0] * ours.shape[1]
     assert found.max_abs_diff == pytest.approx(float((ours - theirs).abs().max()), abs=1e-5)
@@ -93,23 +91,26 @@ def test_the_difference_is_what_it_says(base):
     assert found.agreement < 1.0
 
 
-def test_what_does_not_compare_is_refused(base, tmp_path):
+def test_models_that_cannot_be_compared_are_rejected(base, tmp_path):
     model = loading.load(str(base))
-    with pytest.raises(ModelError, match="no sound"):
+    with pytest.raises(ModelError, match="no clip is long enough"):
         merge.compare_emissions(model, model, [])
-    saved(base, "lora", tmp_path / "medical", words=OTHER)
-    with pytest.raises(ModelError, match="other letters"):
+    save_tiny_adapter(base, "lora", tmp_path / "medical", vocabulary=OTHER_VOCABULARY)
+    with pytest.raises(ModelError, match="cannot be compared"):
         merge.compare_emissions(model, checkpoint.load_adapter(model, tmp_path / "medical"), [clip(0, 8_000)])
 
 
-def test_nothing_is_overwritten_and_nothing_half_written(base, tmp_path):
+def test_checkpoints_are_written_atomically_and_overwrite_nothing(base, tmp_path):
     model = loading.load(str(base))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
-    with pytest.raises(DataError, match="is there already"), merge.atomic_checkpoint(model, tmp_path / "full"):
+    with (
+        pytest.raises(DataError, match="already exists and is not empty"),
+        merge.atomic_checkpoint(model, tmp_path / "full"),
+    ):
         pass
-    with pytest.raises(RuntimeError, match="no"), merge.atomic_checkpoint(model, tmp_path / "new"):
-        raise RuntimeError("no")
+    with pytest.raises(RuntimeError, match="interrupted"), merge.atomic_checkpoint(model, tmp_path / "new"):
+        raise RuntimeError("interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     (tmp_path / "empty").mkdir()
     with merge.atomic_checkpoint(model, tmp_path / "empty"):

@@ -1,4 +1,4 @@
-"""What the examples are given: an export of a tiny random net in float32, and one of pl-tiny in int8."""
+"""Exports for the examples: of a tiny random net in float32, and of pl-tiny in int8."""
 
 import os
 import subprocess
@@ -11,13 +11,13 @@ import mowa
 from mowa.exporters import export
 from mowa.quantization import quantize
 from tests.checkpoints import tiny
-from tests.quantized import QUICK
+from tests.quantized import SHORT_FRONT_END
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-WITHOUT = ("mowa", "torch", "transformers")
-ALONE = f"""
+UNAVAILABLE = ("mowa", "torch", "transformers")
+RUN = f"""
 import runpy, sys
-sys.modules.update(dict.fromkeys({WITHOUT}))  # whoever imports one of these fails
+sys.modules.update(dict.fromkeys({UNAVAILABLE}))  # importing one of these fails
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -29,26 +29,25 @@ def sample() -> Path:
 
 
 @pytest.fixture(scope="session")
-def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("masked")
-    return export(mowa.load(str(tiny(folder / "net", **QUICK))), "onnx", folder / "onnx").folder
+def float32_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("float32")
+    return export(mowa.load(str(tiny(folder / "net", **SHORT_FRONT_END))), "onnx", folder / "onnx").folder
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of pl-tiny, in int8."""
-    return export(
-        quantize(mowa.load("pl-tiny"), "int8-dynamic"), "onnx", tmp_path_factory.mktemp("small") / "onnx"
-    ).folder
+def int8_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of pl-tiny."""
+    model = quantize(mowa.load("pl-tiny"), "int8-dynamic")
+    return export(model, "onnx", tmp_path_factory.mktemp("int8") / "onnx").folder
 
 
 @pytest.fixture(scope="session")
-def run_alone():
-    """Runs an example as somebody would who has neither mowa nor torch → (exit status, what it printed)."""
+def run_example():
+    """A function that runs an example without mowa and torch, and returns its exit status and output."""
 
     def run(script: str, *arguments: object) -> tuple[int, str]:
-        command = [sys.executable, "-I", "-c", ALONE, str(EXAMPLES / script), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONUTF8": "1"})
-        return done.returncode, (done.stdout or done.stderr).strip()
+        command = [sys.executable, "-I", "-c", RUN, str(EXAMPLES / script), *map(str, arguments)]
+        completed = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONUTF8": "1"})
+        return completed.returncode, (completed.stdout or completed.stderr).strip()
 
     return run

@@ -1,4 +1,4 @@
-"""examples/run_sherpa.py: the text that mowa itself gives, however quiet the recording and whichever id is blank."""
+"""examples/run_sherpa.py gives the transcript of mowa, also for quiet recordings and another blank id."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,58 +11,57 @@ import mowa
 from mowa.exporters import export
 from mowa.types import Model
 from tests.checkpoints import tiny
-from tests.quantized import QUICK
+from tests.quantized import SHORT_FRONT_END
 
 pytest.importorskip("sherpa_onnx", reason="sherpa-onnx is not installed: pip install sherpa-onnx")
-BLANK = 7  # sherpa-onnx takes 0 for it where tokens.txt does not say
+BLANK = 7  # sherpa-onnx uses 0 unless tokens.txt names another
 
 
 @pytest.fixture(scope="module")
-def unmasked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unmasked")
-    model = mowa.load(str(tiny(folder / "net", **QUICK)))
-    return export(blank_elsewhere(model), "onnx", folder / "onnx", masked=False).folder
+def no_mask_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("no_mask_export")
+    model = mowa.load(str(tiny(folder / "net", **SHORT_FRONT_END)))
+    return export(move_blank(model), "onnx", folder / "onnx", attention_mask=False).folder
 
 
-def blank_elsewhere(model: Model) -> Model:
-    """The blank in the place of a letter, and special tokens so unlikely that leaving them out changes nothing."""
-    head, words = model.net.lm_head, model.vocabulary
-    order = list(range(len(words)))
+def move_blank(model: Model) -> Model:
+    """Give the blank another id, and make special tokens so improbable that removing them changes nothing."""
+    head, vocabulary = model.net.lm_head, model.vocabulary
+    order = list(range(len(vocabulary)))
     order[0], order[BLANK] = BLANK, 0
     with torch.no_grad():
-        head.bias[list(words.specials)] = -60
+        head.bias[list(vocabulary.specials)] = -60
         for parameter in head.parameters():
             parameter.copy_(parameter[order].clone())
-    tokens = tuple(words.tokens[index] for index in order)
-    return replace(model, vocabulary=replace(words, tokens=tokens, blank=BLANK))
+    tokens = tuple(vocabulary.tokens[index] for index in order)
+    return replace(model, vocabulary=replace(vocabulary, tokens=tokens, blank=BLANK))
 
 
-@pytest.mark.parametrize("volume", [1, 0.01])
-def test_the_text_is_mowas(run_alone, unmasked, sample, tmp_path, volume):
+@pytest.mark.parametrize("gain", [1, 0.01])
+def test_the_text_is_that_of_mowa(run_example, no_mask_export, sample, tmp_path, gain):
     samples, rate_hz = soundfile.read(sample, dtype="float32")
-    soundfile.write(tmp_path / "said.wav", samples * volume, rate_hz, subtype="FLOAT")
-    text = mowa.transcribe(tmp_path / "said.wav", str(unmasked), speech=0).text
+    soundfile.write(tmp_path / "speech.wav", samples * gain, rate_hz, subtype="FLOAT")
+    text = mowa.transcribe(tmp_path / "speech.wav", str(no_mask_export), vad_threshold=0).text
     assert len(text.split()) > 3
-    assert run_alone("run_sherpa.py", unmasked, tmp_path / "said.wav") == (0, text)
+    assert run_example("run_sherpa.py", no_mask_export, tmp_path / "speech.wav") == (0, text)
 
 
-def test_tokens_say_what_each_output_means(run_alone, unmasked, sample):
-    run_alone("run_sherpa.py", unmasked, sample)
-    rows = (unmasked / "tokens.txt").read_text(encoding="utf-8").splitlines()
+def test_tokens_txt_names_the_outputs(no_mask_export):
+    rows = (no_mask_export / "tokens.txt").read_text(encoding="utf-8").splitlines()
     assert rows[BLANK] == f"<blk> {BLANK}"
     assert rows[4] == "▁ 4"
     assert rows[6] == "ą 6"
 
 
-def test_a_graph_with_a_mask_is_refused(run_alone, masked, sample):
-    status, told = run_alone("run_sherpa.py", masked, sample)
+def test_a_graph_with_a_mask_is_rejected(run_example, float32_export, sample):
+    status, output = run_example("run_sherpa.py", float32_export, sample)
     assert status == 1
-    assert "export it with --no-mask" in told
+    assert "export with --no-attention-mask" in output
 
 
 @pytest.mark.slow
-def test_pl_tiny_says_what_it_says_in_mowa(run_alone, sample, tmp_path):
-    folder = export(mowa.load("pl-tiny"), "onnx", tmp_path / "onnx", masked=False).folder
+def test_the_text_of_pl_tiny_is_that_of_mowa(run_example, sample, tmp_path):
+    folder = export(mowa.load("pl-tiny"), "onnx", tmp_path / "onnx", attention_mask=False).folder
     text = mowa.transcribe(sample, str(folder)).text
     assert text.startswith("dzień dobry to jest mowa")
-    assert run_alone("run_sherpa.py", folder, sample) == (0, text)
+    assert run_example("run_sherpa.py", folder, sample) == (0, text)

@@ -1,4 +1,4 @@
-"""A language model is loaded whole or not at all: every misfit is a line that says what it is."""
+"""Language models are loaded completely; every mismatch is an error."""
 
 import json
 
@@ -11,7 +11,7 @@ import mowa
 from mowa.errors import ModelError
 from mowa.loading import causal, ctc
 from mowa.types import LanguageModel
-from tests.data.chat.tokenizers import tokenizer as made
+from tests.data.chat.tokenizers import tokenizer as make_tokenizer
 from tests.training.causal import chats
 
 
@@ -20,7 +20,7 @@ def folder(tmp_path):
     return chats.model(tmp_path / "base")
 
 
-def test_it_says_what_transformers_says(folder):
+def test_logits_equal_those_of_transformers(folder):
     model = mowa.load(str(folder))
     assert isinstance(model, LanguageModel)
     assert model.family.name == "llama"
@@ -31,14 +31,14 @@ def test_it_says_what_transformers_says(folder):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_it_is_held_as_asked(folder, dtype):
+def test_the_net_has_the_requested_dtype(folder, dtype):
     assert mowa.load(str(folder), dtype=dtype).net.dtype == getattr(torch, dtype)
 
 
-def test_a_language_model_is_none_that_hears_and_the_other_way_round(folder):
-    with pytest.raises(ModelError, match="is a llama model, and reads text"):
+def test_speech_and_language_models_are_not_interchangeable(folder):
+    with pytest.raises(ModelError, match=r"is not a speech model \(llama\)"):
         ctc.load(str(folder))
-    with pytest.raises(ModelError, match="is a wav2vec2 model, which hears"):
+    with pytest.raises(ModelError, match=r"is a speech model \(wav2vec2\); --task causal needs a language model"):
         causal.load("pl-tiny")
 
 
@@ -46,26 +46,26 @@ def test_a_missing_weight_is_named(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight: the checkpoint is incomplete"):
+    with pytest.raises(ModelError, match=r"are incomplete: model\.layers\.1\.mlp\.up_proj\.weight missing"):
         mowa.load(str(folder))
 
 
-def test_the_tokenizer_of_another_model_is_refused(folder):
-    larger = made("spaced")
+def test_the_tokenizer_of_another_model_is_rejected(folder):
+    larger = make_tokenizer("spaced")
     larger.add_tokens([f"<more{number}>" for number in range(500)])
     larger.save_pretrained(folder)
-    with pytest.raises(ModelError, match="it is another model's, or tokens were added"):
+    with pytest.raises(ModelError, match="belongs to another model, or tokens were added"):
         mowa.load(str(folder))
 
 
-def test_a_vocabulary_that_was_resized_in_the_config_alone_is_refused(folder):
+def test_a_vocabulary_resized_only_in_the_config_is_rejected(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
-    with pytest.raises(ModelError, match=r"has shape .* its config\.json asks for"):
+    with pytest.raises(ModelError, match=r"has shape .* but config\.json requires"):
         mowa.load(str(folder))
 
 
-def test_more_rows_than_tokens_are_padding_and_fine(tmp_path):
+def test_more_embeddings_than_tokens_are_accepted(tmp_path):
     folder = chats.model(tmp_path / "base")
     net = AutoModelForCausalLM.from_pretrained(folder)
     net.resize_token_embeddings(net.config.vocab_size + 16)
@@ -74,22 +74,22 @@ def test_more_rows_than_tokens_are_padding_and_fine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "message"),
     [
         ("tokenizer.json", None, "has no tokenizer"),
         ("tokenizer.json", "{", "the tokenizer of .* cannot be read"),
-        ("config.json", "{}", "names no model_type"),
+        ("config.json", "{}", "has no model_type"),
         ("model.safetensors", "no weights", "are damaged"),
         ("model.safetensors", None, "has no complete weights"),
     ],
 )
-def test_what_is_missing_or_damaged_is_said(folder, file, content, said):
+def test_missing_and_damaged_files_are_named(folder, file, content, message):
     (folder / file).unlink() if content is None else (folder / file).write_text(content)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         mowa.load(str(folder))
 
 
-@pytest.mark.parametrize(("name", "said"), [("./nowhere", "there is no folder"), ("no model", "no model is called")])
-def test_a_name_that_nothing_answers_to(name, said):
-    with pytest.raises(ModelError, match=said):
+@pytest.mark.parametrize(("name", "message"), [("./nowhere", "does not exist"), ("no model", "unknown model")])
+def test_unknown_names(name, message):
+    with pytest.raises(ModelError, match=message):
         mowa.load(name)

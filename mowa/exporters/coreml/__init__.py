@@ -1,4 +1,5 @@
-"""Export CTC models to Core ML (mlprogram), and check the program operator by operator with torch.
+"""Export CTC models to Core ML (mlprogram), and check the program with an interpreter in torch.
 
-Start with `exporter`; `net` rewrites the model so that only the number of frames varies, `check` interprets the result.
+Start with `exporter`. `net` rewrites the model so that only the number of frames varies, and `check` interprets the
+written program operator by operator.
 """

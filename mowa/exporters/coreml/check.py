@@ -1,8 +1,9 @@
-"""What a Core ML program on disk gives, its operators computed by torch one after another: the numbers of the format's
-definition (Apple's MIL), not those of a device.
+"""Interpret a Core ML program on disk with torch, operator by operator, as Apple's MIL specification defines them.
 
-Operators compute in float32; what is float16 in the program is rounded to it at every operator's end. It knows the
-operators of speech nets and says which it does not know; it refuses to know nets.
+Operators compute in float32, and outputs that are float16 in the program are rounded to it. Results on a device differ
+by its own rounding. Only the operators of speech models are implemented (`OPERATORS`).
+
+Source: https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ DTYPES = {
 
 
 class UnsupportedOperator(Exception):
-    """An operator, or a way to use it, that is not known here."""
+    """The program has an operator, or an attribute of one, that is not implemented."""
 
 
 def open_program(package: Path) -> Any:
-    """The main function of the mlprogram in `package`, weights included."""
+    """Load the main function of an mlprogram with its weights."""
     ct = import_module("coremltools")
     load = import_module("coremltools.converters.mil.frontend.milproto.load").load
     spec = ct.utils.load_spec(str(package))
@@ -39,37 +40,40 @@ def open_program(package: Path) -> Any:
 
 
 def run_program(program: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Its outputs by name, of inputs of which some may be none of its own."""
-    if strange := sorted({op.op_type for op in program.operations} - {*OPERATORS, "const"}):
-        raise UnsupportedOperator(", ".join(strange))
-    values: dict[Any, Tensor] = {var: inputs[name].to(DTYPES[_kind(var)]) for name, var in program.inputs.items()}
-    waiting = Counter(var for op in program.operations for var in _givens(op))
-    waiting.update(program.outputs)
+    """Run a program on inputs by name, ignoring those that it does not have, and return its outputs by name.
+
+    Raises UnsupportedOperator.
+    """
+    if unsupported := sorted({op.op_type for op in program.operations} - {*OPERATORS, "const"}):
+        raise UnsupportedOperator(", ".join(unsupported))
+    values: dict[Any, Tensor] = {var: inputs[name].to(DTYPES[_dtype(var)]) for name, var in program.inputs.items()}
+    uses = Counter(var for op in program.operations for var in _operands(op))
+    uses.update(program.outputs)
     for op in program.operations:
         if op.op_type == "const":
             continue
-        made = OPERATORS[op.op_type](_Given(op, values))
-        for var, value in zip(op.outputs, made if isinstance(made, tuple | list) else (made,), strict=True):
-            values[var] = value.to(DTYPES[_kind(var)])
-        for var in _givens(op):
-            waiting[var] -= 1
-            if not waiting[var]:
-                values.pop(var, None)  # 20 s of a large net in all its states would be gigabytes
+        result = OPERATORS[op.op_type](_Operands(op, values))
+        for var, value in zip(op.outputs, result if isinstance(result, tuple | list) else (result,), strict=True):
+            values[var] = value.to(DTYPES[_dtype(var)])
+        for var in _operands(op):
+            uses[var] -= 1
+            if not uses[var]:
+                values.pop(var, None)  # else all states of a large net for 20 s would take gigabytes
     return {var.name: values[var] for var in program.outputs}
 
 
-def _givens(op: Any) -> list[Any]:
-    return [var for given in op.inputs.values() for var in (given if isinstance(given, list | tuple) else (given,))]
+def _operands(op: Any) -> list[Any]:
+    return [var for given in op.inputs.values() for var in (given if isinstance(given, list | tuple) else [given])]
 
 
-def _kind(var: Any) -> str:
+def _dtype(var: Any) -> str:
     types = import_module("coremltools.converters.mil.mil").types
     name: str = types.builtin_to_string(var.dtype)
     return name
 
 
-class _Given:
-    """What an operator is given, by the names of the definition: tensors, floats wide; and plain values."""
+class _Operands:
+    """Operands of an operator by name: as tensors, with floats in float32, or as Python values."""
 
     def __init__(self, op: Any, values: Mapping[Any, Tensor]) -> None:
         self.op, self._values = op, values
@@ -77,17 +81,17 @@ class _Given:
     def __getitem__(self, name: str) -> Tensor:
         return self._tensor(self.op.inputs[name])
 
-    def get(self, name: str, otherwise: Any = None) -> Any:
+    def get(self, name: str, default: Any = None) -> Any:
         var = self.op.inputs.get(name)
-        return otherwise if var is None else self._tensor(var)
+        return default if var is None else self._tensor(var)
 
     def all(self, name: str) -> list[Tensor]:
         return [self._tensor(var) for var in self.op.inputs[name]]
 
-    def plain(self, name: str, otherwise: Any = None) -> Any:
+    def value(self, name: str, default: Any = None) -> Any:
         var = self.op.inputs.get(name)
         if var is None:
-            return otherwise
+            return default
         value = self._values[var].numpy() if var in self._values else var.val
         return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
@@ -95,165 +99,163 @@ class _Given:
         if var in self._values:
             value = self._values[var]
             return value.float() if value.dtype == torch.float16 else value
-        kind = _kind(var)
-        wide = np.float32 if kind.startswith("fp") else np.bool_ if kind == "bool" else np.int64
-        return torch.from_numpy(np.array(var.val, wide))
+        name = _dtype(var)
+        dtype = np.float32 if name.startswith("fp") else np.bool_ if name == "bool" else np.int64
+        return torch.from_numpy(np.array(var.val, dtype))
 
 
-def _conv(of: _Given) -> Tensor:
-    x, weight = of["x"], of["weight"]
-    sides, kind = x.ndim - 2, of.plain("pad_type", "valid")
-    pad = of.plain("pad", [0] * 2 * sides) if kind == "custom" else [0] * 2 * sides
-    if kind not in ("valid", "custom"):
-        raise UnsupportedOperator(f"conv with pad_type {kind}")
-    turned = [side for axis in reversed(range(sides)) for side in pad[2 * axis : 2 * axis + 2]]
-    how = (of.plain("strides", [1] * sides), 0, of.plain("dilations", [1] * sides), of.plain("groups", 1))
-    function = functional.conv1d if sides == 1 else functional.conv2d
-    made: Tensor = function(functional.pad(x, turned), weight, of.get("bias"), *how)
-    return made
+def _conv(op: _Operands) -> Tensor:
+    x, weight = op["x"], op["weight"]
+    dims, pad_type = x.ndim - 2, op.value("pad_type", "valid")
+    pad = op.value("pad", [0] * 2 * dims) if pad_type == "custom" else [0] * 2 * dims
+    if pad_type not in ("valid", "custom"):
+        raise UnsupportedOperator(f"conv with pad_type {pad_type}")
+    torch_pad = [size for axis in reversed(range(dims)) for size in pad[2 * axis : 2 * axis + 2]]
+    settings = (op.value("strides", [1] * dims), 0, op.value("dilations", [1] * dims), op.value("groups", 1))
+    function = functional.conv1d if dims == 1 else functional.conv2d
+    output: Tensor = function(functional.pad(x, torch_pad), weight, op.get("bias"), *settings)
+    return output
 
 
-def _layer_norm(of: _Given) -> Tensor:
-    x = of["x"]
-    axes = [axis % x.ndim for axis in of.plain("axes", list(range(x.ndim)))]
+def _layer_norm(op: _Operands) -> Tensor:
+    x = op["x"]
+    axes = [axis % x.ndim for axis in op.value("axes", list(range(x.ndim)))]
     if axes != list(range(x.ndim - len(axes), x.ndim)):
         raise UnsupportedOperator(f"layer_norm over axes {axes}")
-    shape, epsilon = x.shape[x.ndim - len(axes) :], of.plain("epsilon", 1e-5)
-    return functional.layer_norm(x, shape, of.get("gamma"), of.get("beta"), epsilon)
+    shape, epsilon = x.shape[x.ndim - len(axes) :], op.value("epsilon", 1e-5)
+    return functional.layer_norm(x, shape, op.get("gamma"), op.get("beta"), epsilon)
 
 
-def _batch_norm(of: _Given) -> Tensor:
-    how = of.get("gamma"), of.get("beta"), False, 0.0, of.plain("epsilon", 1e-5)
-    return functional.batch_norm(of["x"], of["mean"], of["variance"], *how)
+def _batch_norm(op: _Operands) -> Tensor:
+    settings = op.get("gamma"), op.get("beta"), False, 0.0, op.value("epsilon", 1e-5)
+    return functional.batch_norm(op["x"], op["mean"], op["variance"], *settings)
 
 
-def _gelu(of: _Given) -> Tensor:
-    mode = of.plain("mode", "EXACT")
+def _gelu(op: _Operands) -> Tensor:
+    mode = op.value("mode", "EXACT")
     if mode not in ("EXACT", "TANH_APPROXIMATION"):
         raise UnsupportedOperator(f"gelu in mode {mode}")
-    return functional.gelu(of["x"], approximate="none" if mode == "EXACT" else "tanh")
+    return functional.gelu(op["x"], approximate="none" if mode == "EXACT" else "tanh")
 
 
-def _matmul(of: _Given) -> Tensor:
-    x, y = of["x"], of["y"]
-    x = x.transpose(-1, -2) if of.plain("transpose_x", False) else x
-    return x @ (y.transpose(-1, -2) if of.plain("transpose_y", False) else y)
+def _matmul(op: _Operands) -> Tensor:
+    x, y = op["x"], op["y"]
+    x = x.transpose(-1, -2) if op.value("transpose_x", False) else x
+    return x @ (y.transpose(-1, -2) if op.value("transpose_y", False) else y)
 
 
-def _gather(of: _Given) -> Tensor:
-    x, rows, axis = of["x"], of["indices"].long(), of.plain("axis", 0)
-    if of.plain("batch_dims", 0):
+def _gather(op: _Operands) -> Tensor:
+    x, indices, axis = op["x"], op["indices"].long(), op.value("axis", 0)
+    if op.value("batch_dims", 0):
         raise UnsupportedOperator("gather with batch_dims")
-    rows = torch.where(rows < 0, rows + x.shape[axis], rows)
-    made = x.index_select(axis, rows.flatten())
-    return made.reshape([*x.shape[:axis], *rows.shape, *x.shape[axis:][1:]])
+    indices = torch.where(indices < 0, indices + x.shape[axis], indices)
+    selected = x.index_select(axis, indices.flatten())
+    return selected.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis:][1:]])
 
 
-def _slice(of: _Given) -> Tensor:
-    x = of["x"]
-    nothing = [False] * x.ndim
-    begins, ends = of.plain("begin"), of.plain("end")
-    steps = of.plain("stride", [1] * x.ndim)
-    masks = [of.plain(name, nothing) for name in ("begin_mask", "end_mask", "squeeze_mask")]
-    cuts: list[Any] = []
-    for begin, end, step, *(from_start, to_end, single) in zip(begins, ends, steps, *masks, strict=True):
+def _slice(op: _Operands) -> Tensor:
+    x = op["x"]
+    begins, ends = op.value("begin"), op.value("end")
+    steps = op.value("stride", [1] * x.ndim)
+    masks = [op.value(name, [False] * x.ndim) for name in ("begin_mask", "end_mask", "squeeze_mask")]
+    index: list[Any] = []
+    for begin, end, step, *(from_start, to_end, squeeze) in zip(begins, ends, steps, *masks, strict=True):
         if step < 0:
-            raise UnsupportedOperator("slice_by_index backwards")
-        whole = slice(None if from_start else begin, None if to_end else end, step)
-        cuts.append(begin if single else whole)
-    return x[tuple(cuts)]
+            raise UnsupportedOperator("slice_by_index with a negative stride")
+        index.append(begin if squeeze else slice(None if from_start else begin, None if to_end else end, step))
+    return x[tuple(index)]
 
 
-def _reshape(of: _Given) -> Tensor:
-    x = of["x"]
-    return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(of.plain("shape"))])
+def _reshape(op: _Operands) -> Tensor:
+    x = op["x"]
+    return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(op.value("shape"))])
 
 
-def _reduced(function: Callable[..., Tensor]) -> Callable[[_Given], Tensor]:
-    def reduce(of: _Given) -> Tensor:
-        axes = of.plain("axes", list(range(of["x"].ndim)))
-        return function(of["x"], axes, keepdim=of.plain("keep_dims", False))
+def _reduction(function: Callable[..., Tensor]) -> Callable[[_Operands], Tensor]:
+    def reduce(op: _Operands) -> Tensor:
+        axes = op.value("axes", list(range(op["x"].ndim)))
+        return function(op["x"], axes, keepdim=op.value("keep_dims", False))
 
     return reduce
 
 
-def _split(of: _Given) -> tuple[Tensor, ...]:
-    x, axis = of["x"], of.plain("axis")
-    sizes = of.plain("split_sizes") or [x.shape[axis] // of.plain("num_splits")] * of.plain("num_splits")
+def _split(op: _Operands) -> tuple[Tensor, ...]:
+    x, axis = op["x"], op.value("axis")
+    sizes = op.value("split_sizes") or [x.shape[axis] // op.value("num_splits")] * op.value("num_splits")
     return x.split(sizes, axis)
 
 
-def _quantize(of: _Given) -> Tensor:
-    zero = of.get("zero_point", 0)
-    least, most = (0, 255) if of.plain("output_dtype") == "uint8" else (-128, 127)
-    return ((of["input"] / of["scale"]).round() + zero).clamp(least, most)
+def _quantize(op: _Operands) -> Tensor:
+    zero = op.get("zero_point", 0)
+    low, high = (0, 255) if op.value("output_dtype") == "uint8" else (-128, 127)
+    return ((op["input"] / op["scale"]).round() + zero).clamp(low, high)
 
 
-def _dequantize(of: _Given) -> Tensor:
-    zero = of.get("zero_point", 0)
-    return (of["input"].float() - zero) * of["scale"]
+def _dequantize(op: _Operands) -> Tensor:
+    zero = op.get("zero_point", 0)
+    return (op["input"].float() - zero) * op["scale"]
 
 
-def _by_channel(of: _Given) -> Tensor:
-    codes, axis = of["quantized_data"], of.plain("axis")
-    shape = [-1 if at == axis % codes.ndim else 1 for at in range(codes.ndim)]
-    zero, scale = (of[name].reshape(shape) for name in ("zero_point", "scale"))
-    return (codes - zero) * scale
+def _affine_dequantize(op: _Operands) -> Tensor:
+    qweight, axis = op["quantized_data"], op.value("axis")
+    shape = [-1 if dim == axis % qweight.ndim else 1 for dim in range(qweight.ndim)]
+    zero, scale = (op[name].reshape(shape) for name in ("zero_point", "scale"))
+    return (qweight - zero) * scale
 
 
-def _by_block(of: _Given) -> Tensor:
-    codes, scale = of["data"], of["scale"]
-    offset = of.get("offset")
-    return (codes if offset is None else codes - _spread(offset, codes)) * _spread(scale, codes)
+def _blockwise_shift_scale(op: _Operands) -> Tensor:
+    qweight, scale, offset = op["data"], op["scale"], op.get("offset")
+    shifted = qweight if offset is None else qweight - _repeat_blocks(offset, qweight.shape)
+    return shifted * _repeat_blocks(scale, qweight.shape)
 
 
-def _spread(of_blocks: Tensor, codes: Tensor) -> Tensor:
-    for axis, (blocks, whole) in enumerate(zip(of_blocks.shape, codes.shape, strict=True)):
-        of_blocks = of_blocks.repeat_interleave(whole // blocks, axis)
-    return of_blocks
+def _repeat_blocks(values: Tensor, shape: torch.Size) -> Tensor:
+    for axis, (blocks, size) in enumerate(zip(values.shape, shape, strict=True)):
+        values = values.repeat_interleave(size // blocks, axis)
+    return values
 
 
-def _two(function: Callable[..., Tensor]) -> Callable[[_Given], Tensor]:
-    return lambda of: function(of["x"], of["y"])
+def _binary(function: Callable[..., Tensor]) -> Callable[[_Operands], Tensor]:
+    return lambda op: function(op["x"], op["y"])
 
 
-def _one(function: Callable[..., Tensor]) -> Callable[[_Given], Tensor]:
-    return lambda of: function(of["x"])
+def _unary(function: Callable[..., Tensor]) -> Callable[[_Operands], Tensor]:
+    return lambda op: function(op["x"])
 
 
-def _expanded(of: _Given) -> Tensor:
-    x, axes = of["x"], of.plain("axes")
+def _expand_dims(op: _Operands) -> Tensor:
+    x, axes = op["x"], op.value("axes")
     for axis in sorted(axis % (x.ndim + len(axes)) for axis in axes):
         x = x.unsqueeze(axis)
     return x
 
 
-OPERATORS: dict[str, Callable[[_Given], Any]] = {
-    **{name: _two(getattr(torch, name)) for name in ("add", "sub", "mul", "pow", "less_equal")},
-    **{name: _one(getattr(functional, name)) for name in ("relu", "silu", "sigmoid", "tanh")},
-    "square": _one(torch.square),
-    "sqrt": _one(torch.sqrt),
-    "rsqrt": lambda of: (of["x"] + of.plain("epsilon", 1e-12)).rsqrt(),
-    "cast": _one(lambda x: x),  # every output is made what the program says it is
-    "shape": _one(lambda x: torch.tensor(x.shape)),
-    "expand_dims": _expanded,
-    "transpose": lambda of: of["x"].permute(of.plain("perm")),
+OPERATORS: dict[str, Callable[[_Operands], Any]] = {
+    **{name: _binary(getattr(torch, name)) for name in ("add", "sub", "mul", "pow", "less_equal")},
+    **{name: _unary(getattr(functional, name)) for name in ("relu", "silu", "sigmoid", "tanh")},
+    "square": _unary(torch.square),
+    "sqrt": _unary(torch.sqrt),
+    "rsqrt": lambda op: (op["x"] + op.value("epsilon", 1e-12)).rsqrt(),
+    "cast": _unary(lambda x: x),  # `run_program` casts every output
+    "shape": _unary(lambda x: torch.tensor(x.shape)),
+    "expand_dims": _expand_dims,
+    "transpose": lambda op: op["x"].permute(op.value("perm")),
     "reshape": _reshape,
-    "concat": lambda of: torch.cat([torch.atleast_1d(one) for one in of.all("values")], of.plain("axis")),
+    "concat": lambda op: torch.cat([torch.atleast_1d(value) for value in op.all("values")], op.value("axis")),
     "split": _split,
     "gather": _gather,
     "slice_by_index": _slice,
     "conv": _conv,
-    "linear": lambda of: functional.linear(of["x"], of["weight"], of.get("bias")),
+    "linear": lambda op: functional.linear(op["x"], op["weight"], op.get("bias")),
     "matmul": _matmul,
     "layer_norm": _layer_norm,
     "batch_norm": _batch_norm,
     "gelu": _gelu,
-    "softmax": lambda of: of["x"].softmax(of.plain("axis", -1)),
-    "reduce_mean": _reduced(torch.mean),
-    "reduce_sum": _reduced(torch.sum),
+    "softmax": lambda op: op["x"].softmax(op.value("axis", -1)),
+    "reduce_mean": _reduction(torch.mean),
+    "reduce_sum": _reduction(torch.sum),
     "quantize": _quantize,
     "dequantize": _dequantize,
-    "constexpr_affine_dequantize": _by_channel,
-    "constexpr_blockwise_shift_scale": _by_block,
+    "constexpr_affine_dequantize": _affine_dequantize,
+    "constexpr_blockwise_shift_scale": _blockwise_shift_scale,
 }

@@ -1,19 +1,18 @@
-"""A CTC net as an mlprogram for Apple's Core ML, for recordings of a few lengths; read again and compared with the net.
+"""Export CTC models to Core ML as an mlprogram, for inputs of a few fixed lengths.
 
-A folder holds `model.mlpackage`, itself a folder, and what `manifest` writes.
+The folder holds `model.mlpackage`, itself a folder.
 
-- inputs: `input_values` float32 [1, N], normalised as the audio settings say and then padded with zeros to one of the
-  lengths that were asked for; where front ends let a mask keep padding out, `samples` int32 [1]: so many of the N are
-  sound.
-- output: `logits` float32 [1, T, V]. Of n samples the first (n - reach) // hop + 1 frames count.
+- inputs: `input_values` float32 [1, N], normalized as the audio settings say and then padded with zeros to one of the
+  exported lengths; for models with layer norm in the feature extractor also `samples` int32 [1], the length without
+  padding.
+- output: `logits` float32 [1, T, V]. The first (samples - receptive_field) // hop + 1 frames are valid.
 
-Lengths are enumerated: with a range of them Core ML was seen to give NaN (github.com/apple/coremltools, issue 2166).
-float32 is computed in float32, which Apple's Neural Engine has not. All else is computed in float16, but for norms
-whose inputs are so large that their squares might not fit. Weights in integers are kept in their own codes, which Core
-ML makes wide.
+Lengths are enumerated, because Core ML returns NaN for a range of them (github.com/apple/coremltools, issue 2166).
+float32 models compute in float32, which Apple's Neural Engine does not support. Others compute in float16, except norms
+whose inputs are so large that their squares could overflow. Integer weights are stored quantized.
 
-Prediction needs macOS. What is compared here is the program on disk, its operators computed by `coreml_check`: so what
-is written is right, and how Apple's devices round it is not known. Who runs the folder is not known either.
+Core ML runs on macOS only. Here the written program is compared with the net by the interpreter in `check`, which shows
+that it is correct, but not how Apple's devices round.
 """
 
 from __future__ import annotations
@@ -42,202 +41,205 @@ from mowa.exporters.coreml import net as nets
 from mowa.exporters.manifest import ExportResult
 from mowa.exporters.onnx.exporter import collect_metadata, silence_exporter
 from mowa.exporters.prepare import prepare_for_export
-from mowa.models.ctc_encoder.chunk_mask import receptive_field
+from mowa.io.hub import SAMPLE_CLIP
+from mowa.models.ctc_encoder.geometry import receptive_field
 from mowa.types import Model
 
 log = logging.getLogger("mowa")
 
 PACKAGE = "model.mlpackage"
-DEFAULT_SECONDS = (5.0, 10.0, 20.0)
+DEFAULT_LENGTHS_S = (5.0, 10.0, 20.0)
 SUPPORTED_NETS = ("Wav2Vec2ForCTC", "HubertForCTC", "WavLMForCTC")
-MAX_FP16_NORM_INPUT = 128.0  # what a norm may see in float16: its square is a quarter of where that ends
+MAX_FP16_NORM_INPUT = 128.0  # its square is a quarter of the largest float16
 NORM_SAMPLE_S = 10
 MINIMUM_OS = {"iOS16": "iOS 16 or macOS 13", "iOS17": "iOS 17 or macOS 14", "iOS18": "iOS 18 or macOS 15"}
 UNSUPPORTED_SCHEMES = {
     "bfloat16": "Core ML has no bfloat16; use fp16",
-    "nf4": "Core ML's tables of levels have no step for each block of a row; use int4-weight",
+    "nf4": "Core ML's lookup tables have no scale per group; use int4-weight",
 }
-NOT_RUN = "Core ML itself was not run, as it needs macOS"
+NOT_RUN = "Core ML was not run, because it needs macOS"
 
 
 def unsupported_reason(model: Model) -> str:
-    """As `Exporter.can`."""
+    """See `Exporter.unsupported_reason`."""
     name = type(model.net).__name__
     if name not in SUPPORTED_NETS:
-        return f"only {', '.join(SUPPORTED_NETS)} are written so, not {name}; use onnx"
+        return f"{name} is not supported, only {', '.join(SUPPORTED_NETS)}; use onnx"
     if getattr(model.net.config, "add_adapter", False):
-        return "its net has convolutions over its last frames; use onnx"
+        return "convolutional adapters (add_adapter) are not supported; use onnx"
     return UNSUPPORTED_SCHEMES.get(model.scheme.weights, "")
 
 
 def require_packages() -> None:
-    """MissingPart where what exporting needs is not installed."""
-    with _hushed():
+    """See `Exporter.require_packages`."""
+    with _silence_coremltools():
         try:
             import_module("coremltools")
         except ImportError:
-            raise MissingDependency("Core ML needs coremltools: pip install 'mowa[coreml]'") from None
+            raise MissingDependency("Core ML export needs coremltools: pip install 'mowa[coreml]'") from None
 
 
-def write(model: Model, folder: Path, *, seconds: Sequence[float] = DEFAULT_SECONDS) -> tuple[Any, ExportResult]:
-    """As `Exporter.write`. `seconds`: the lengths of recordings that the program takes.
+def write(model: Model, folder: Path, *, lengths_s: Sequence[float] = DEFAULT_LENGTHS_S) -> tuple[Any, ExportResult]:
+    """See `Exporter.write`. `lengths_s`: the input lengths of the program, in seconds.
 
-    float32 must say what the net says, and anything narrower must find the same output likeliest in 80 % of frames. Of
-    int8-dynamic and mixed, inputs stay wide: Core ML finds no ranges as it goes.
+    Tolerances are those of `verify_tolerance`. With int8-dynamic and mixed, inputs are not quantized, because Core ML
+    has no dynamic quantization.
     """
-    wide, half = prepare_for_export(model, dequantize=True), model.scheme.weights != "float32"
-    lengths = _lengths(wide.config, model.preprocessing.rate_hz, seconds)
-    masked, system = wide.config.feat_extract_norm == "layer", _system(model)
-    loud = _loud(model, wide) if half else []
+    reference, half = prepare_for_export(model, dequantize=True), model.scheme.weights != "float32"
+    lengths = _convert_lengths(reference.config, model.preprocessing.rate_hz, lengths_s)
+    takes_mask, target = reference.config.feat_extract_norm == "layer", _minimum_target(model)
+    float32_norms = _find_large_norms(model, reference) if half else []
     graph = nets.prepare_for_coreml(
-        prepare_for_export(model), lengths, per_group_scales=system == "iOS18", float32_norms=loud
+        prepare_for_export(model), lengths, per_group_scales=target == "iOS18", float32_norms=float32_norms
     )
     details = {
         "model": PACKAGE,
         "lengths": lengths,
-        "masked": masked,
-        "reach": receptive_field(wide.config),
-        "hop": math.prod(wide.config.conv_stride),
-        "computes": "float16" if half else "float32",
+        "attention_mask": takes_mask,
+        "receptive_field": receptive_field(reference.config),
+        "hop": math.prod(reference.config.conv_stride),
+        "compute_dtype": "float16" if half else "float32",
         "activations": "static" if model.scheme.activations == "static" else "none",
-        "in_float32": loud,
-        "needs": MINIMUM_OS[system],
+        "float32_norms": float32_norms,
+        "minimum_os": MINIMUM_OS[target],
     }
-    with _hushed():
-        made = _converted(graph, model.origin.name, lengths, masked, system, half)
-        _describe(made, model, details)
-        made.save(str(folder / PACKAGE))
-        del made, graph
-        farthest, agreeing, unchecked = _compared(model, wide, folder / PACKAGE, lengths, masked)
-    if farthest is not None and agreeing is not None:
-        verify.verify_tolerance(model, "Core ML", farthest, agreeing)
-    if not masked:
+    with _silence_coremltools():
+        program = _convert(graph, model.origin.name, lengths, takes_mask, target, half)
+        _set_metadata(program, model, details)
+        program.save(str(folder / PACKAGE))
+        del program, graph
+        max_abs_diff, agreement, unverified_reason = _compare(model, reference, folder / PACKAGE, lengths, takes_mask)
+    if max_abs_diff is not None and agreement is not None:
+        verify.verify_tolerance(model, "Core ML", max_abs_diff, agreement)
+    if not takes_mask:
         log.warning(
-            "the front end of %s hears padding: recordings that are not of %s s may get other letters at their ends",
+            "%s has no attention mask: padding changes the last tokens of recordings that are not exactly %s s long",
             *(model.origin.name, ", ".join(f"{length / model.preprocessing.rate_hz:g}" for length in lengths)),
         )
     files = [file for file in sorted((folder / PACKAGE).rglob("*")) if file.is_file()]
     names = tuple(file.relative_to(folder).as_posix() for file in files)
-    return wide, ExportResult(names, details, farthest, agreeing, unchecked, packages=("coremltools",))
+    result = ExportResult(names, details, max_abs_diff, agreement, unverified_reason, packages=("coremltools",))
+    return reference, result
 
 
-def _lengths(config: Any, rate_hz: int, seconds: Sequence[float]) -> list[int]:
-    lengths = sorted({round(one * rate_hz) for one in seconds})
+def _convert_lengths(config: Any, rate_hz: int, lengths_s: Sequence[float]) -> list[int]:
+    """Return the lengths in samples, sorted."""
+    lengths = sorted({round(length_s * rate_hz) for length_s in lengths_s})
     if not lengths or lengths[0] < receptive_field(config):
-        least = receptive_field(config) / rate_hz
-        raise ModelError(f"lengths of recordings are {least} s or more, such as 5, 10 and 20; not {list(seconds)}")
+        min_s = receptive_field(config) / rate_hz
+        raise ModelError(f"input lengths must be at least {min_s} s, such as 5, 10 and 20; got {list(lengths_s)}")
     return lengths
 
 
-def _system(model: Model) -> str:
-    """The oldest systems that have what is needed: weights in groups, or inputs in eight bits."""
+def _minimum_target(model: Model) -> str:
+    """Return the oldest deployment target with per-group scales or int8 inputs, if the scheme needs them."""
     if model.scheme.weights in ("int4", "mixed"):
         return "iOS18"
     return "iOS17" if model.scheme.activations == "static" else "iOS16"
 
 
 @torch.inference_mode()
-def _loud(model: Model, net: Any) -> list[str]:
-    """The norms whose inputs are so large in the bundled sample that float16 might not hold their squares."""
-    found: set[str] = set()
+def _find_large_norms(model: Model, net: Any) -> list[str]:
+    """Return the layer norms whose inputs exceed `MAX_FP16_NORM_INPUT` on the bundled sample."""
+    large: set[str] = set()
 
-    def look(name: str, x: torch.Tensor) -> None:
+    def check_input(name: str, x: torch.Tensor) -> None:
         if float(x.abs().max()) > MAX_FP16_NORM_INPUT:
-            found.add(name)
+            large.add(name)
 
     hooks = [
-        module.register_forward_pre_hook(lambda _, given, name=name: look(name, given[0]))
+        module.register_forward_pre_hook(lambda _, args, name=name: check_input(name, args[0]))
         for name, module in net.named_modules()
         if isinstance(module, nn.LayerNorm)
     ]
     net(torch.from_numpy(_speech(model, NORM_SAMPLE_S * model.preprocessing.rate_hz))[None])
     for hook in hooks:
         hook.remove()
-    return sorted(found)
+    return sorted(large)
 
 
 def _speech(model: Model, length: int) -> np.ndarray:
-    """The bundled sample, over and over, as the net hears it."""
-    whole = audio.load_audio(verify.SAMPLE, model.preprocessing.rate_hz)
-    return verify.preprocess(model, np.resize(whole, length).astype(np.float32))
+    """Return the bundled sample, repeated to `length` samples and preprocessed, float32 [length]."""
+    clip = audio.load_audio(SAMPLE_CLIP, model.preprocessing.rate_hz)
+    return verify.preprocess(model, np.resize(clip, length).astype(np.float32))
 
 
-def _converted(graph: nn.Module, name: str, lengths: Sequence[int], masked: bool, system: str, half: bool) -> Any:
-    """The `MLModel` of a net. ModelError: an operator has no equal in Core ML, or conversion fails."""
+def _convert(graph: nn.Module, name: str, lengths: Sequence[int], takes_mask: bool, target: str, half: bool) -> Any:
+    """Convert a net to an `MLModel`. Raises ModelError if Core ML lacks an operator or the conversion fails."""
     ct = import_module("coremltools")
     types = import_module("coremltools.converters.mil.mil.scope").ScopeSource.TORCHSCRIPT_MODULE_TYPE
     shapes = [(1, length) for length in lengths]
     shape = ct.EnumeratedShapes(shapes, default=shapes[0]) if len(shapes) > 1 else shapes[0]
-    inputs, given = [ct.TensorType("input_values", shape=shape, dtype=np.float32)], [torch.zeros(shapes[0])]
-    if masked:
+    inputs, examples = [ct.TensorType("input_values", shape=shape, dtype=np.float32)], [torch.zeros(shapes[0])]
+    if takes_mask:
         inputs.append(ct.TensorType("samples", shape=(1,), dtype=np.int32))
-        given.append(torch.tensor([lengths[0]], dtype=torch.int32))
-    halves = ct.transform.FP16ComputePrecision(lambda op: nets.Float32Module.__name__ not in op.scopes.get(types, ()))
+        examples.append(torch.tensor([lengths[0]], dtype=torch.int32))
+    float16 = ct.transform.FP16ComputePrecision(lambda op: nets.Float32Module.__name__ not in op.scopes.get(types, ()))
     try:
         with torch.no_grad():
-            traced = torch.jit.trace(graph, tuple(given), check_trace=False)
+            traced = torch.jit.trace(graph, tuple(examples), check_trace=False)
         return ct.convert(
             traced,
             inputs=inputs,
             outputs=[ct.TensorType("logits", dtype=np.float32)],
             convert_to="mlprogram",
-            compute_precision=halves if half else ct.precision.FLOAT32,
-            minimum_deployment_target=getattr(ct.target, system),
+            compute_precision=float16 if half else ct.precision.FLOAT32,
+            minimum_deployment_target=getattr(ct.target, target),
             skip_model_load=True,
         )
-    except Exception as error:  # coremltools raises whatever its parts do, and keeps to no types of its own
+    except Exception as error:  # coremltools has no exception types of its own
         traceback.clear_frames(error.__traceback__)  # they hold a temporary folder
         if missing := re.search(r"op '(\S+)' not implemented", str(error)):
-            raise ModelError(f"Core ML has no equal of {missing[1]}, which {name} needs: use onnx") from error
+            raise ModelError(f"Core ML does not support {missing[1]}, which {name} needs: use onnx") from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"coremltools cannot write {name}: {reason}; use onnx") from error
+        raise ModelError(f"coremltools cannot convert {name}: {reason}; use onnx") from error
 
 
-def _describe(made: Any, model: Model, details: dict[str, Any]) -> None:
-    """What whoever has the package alone must know to feed it and to read what it gives."""
-    made.short_description = f"Letters of speech: {model.origin.name} ({model.family.name}, {model.scheme.name})"
-    made.license = model.origin.license or ""
-    numbers = {name: str(details[name]) for name in ("reach", "hop")}
-    made.user_defined_metadata.update(collect_metadata(model, details["masked"]) | numbers)
+def _set_metadata(program: Any, model: Model, details: dict[str, Any]) -> None:
+    """Add the metadata that suffices to run the package without the other files."""
+    program.short_description = f"Speech recognition: {model.origin.name} ({model.family.name}, {model.scheme.name})"
+    program.license = model.origin.license or ""
+    sizes = {name: str(details[name]) for name in ("receptive_field", "hop")}
+    program.user_defined_metadata.update(collect_metadata(model, details["attention_mask"]) | sizes)
 
 
 @torch.inference_mode()
-def _compared(
-    model: Model, net: Any, package: Path, lengths: Sequence[int], masked: bool
+def _compare(
+    model: Model, net: Any, package: Path, lengths: Sequence[int], takes_mask: bool
 ) -> tuple[float | None, float | None, str]:
-    """The largest difference of a log-probability over speech, and the share of the frames with the same likeliest
-    output, in every length: filled, and where a mask keeps padding out, by two thirds and by a single frame. And what
-    was not compared.
+    """Compare the program with the net as `compare_logits`, and return what was not compared as the third value.
 
-    float32 is compared with float64, as the roundings of both would be seen otherwise.
+    Every length is compared with speech that fills it and, with a mask, with two thirds of it and with a single frame.
+    A float32 program is compared with float64, since float32 has rounding errors of its own.
     """
     program = check.open_program(package)
-    exact = copy.deepcopy(net).double() if model.scheme.weights == "float32" else net
-    least = receptive_field(net.config)
-    found: list[torch.Tensor] = []
-    truth: list[torch.Tensor] = []
+    exact_net = copy.deepcopy(net).double() if model.scheme.weights == "float32" else net
+    min_length = receptive_field(net.config)
+    logits: list[torch.Tensor] = []
+    reference: list[torch.Tensor] = []
     for length in lengths:
-        for heard in dict.fromkeys((length, max(length * 2 // 3, least), least) if masked else (length,)):
-            clip = torch.from_numpy(_speech(model, heard))[None]
-            given = {"input_values": nn.functional.pad(clip, (0, length - heard)), "samples": torch.tensor([heard])}
-            truth.append(exact(clip.to(exact.dtype)).logits[0])
+        valid_lengths = (length, max(length * 2 // 3, min_length), min_length) if takes_mask else (length,)
+        for valid in dict.fromkeys(valid_lengths):
+            clip = torch.from_numpy(_speech(model, valid))[None]
+            inputs = {"input_values": nn.functional.pad(clip, (0, length - valid)), "samples": torch.tensor([valid])}
+            reference.append(exact_net(clip.to(exact_net.dtype)).logits[0])
             try:
-                found.append(check.run_program(program, given)["logits"][0, : len(truth[-1])])
+                logits.append(check.run_program(program, inputs)["logits"][0, : len(reference[-1])])
             except check.UnsupportedOperator as operator:
-                return None, None, f"{NOT_RUN}, and nothing was compared: {operator} is not known here"
-    return *verify.compare_logits(found, truth), f"{NOT_RUN}: what is compared are its operators, computed by torch"
+                return None, None, f"{NOT_RUN}; mowa's interpreter does not support {operator}"
+    return *verify.compare_logits(logits, reference), f"{NOT_RUN}; its operators were computed by torch"
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """coremltools draws bars, and warns of versions and of what only macOS has."""
-    chatter = [logging.getLogger(name) for name in ("coremltools", "torchao")]
-    levels = [one.level for one in chatter]
-    for one in chatter:
-        one.setLevel(logging.CRITICAL)  # what goes wrong is raised, too
+def _silence_coremltools() -> Iterator[None]:
+    """Suppress progress bars and warnings of coremltools within the context; errors are raised."""
+    loggers = [logging.getLogger(name) for name in ("coremltools", "torchao")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with silence_exporter(), redirect_stderr(io.StringIO()):
             yield
     finally:
-        for one, level in zip(chatter, levels, strict=True):
-            one.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

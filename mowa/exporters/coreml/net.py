@@ -1,8 +1,8 @@
-"""A CTC net in modules that Core ML can have: nothing but the number of frames changes in it, and that up to an end.
+"""Rewrite a CTC net for Core ML, so that nothing but the number of frames varies, up to a maximum.
 
-What depends on the number of frames is made once, for the longest recording, and a part of it is taken: computed as it
-goes it would pass through float16, which has no whole numbers beyond 2048. Tensors are those of the net, where they can
-be. How a program is written is not known here.
+Values that depend on the number of frames are computed once, for the longest input, and sliced: computed in the program
+they would pass through float16, which cannot represent all integers beyond 2048. Tensors are shared with the net where
+possible.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch.nn import functional
 
 from mowa.exporters.prepare import dequantize_linear
 from mowa.kernels.quant.linear import QuantizedLinear
-from mowa.models.ctc_encoder.chunk_mask import receptive_field
+from mowa.models.ctc_encoder.geometry import receptive_field
 from mowa.models.ctc_encoder.positions import absolute_position_table
 
-MASK_VALUE = -3e4  # added to the scores of what is not there; float16 ends at 65504
+MASK_VALUE = -3e4  # added to attention scores of padding; the largest float16 is 65504
 
 
 class LengthTable(nn.Module):
-    """Of what is made for all frames of the longest recording, [T, ...], that for the frames of `states` [1, t, C].
+    """A table for the frames of the longest input, [T, ...], called with states [1, t, C] → its first t rows.
 
-    With a single length that is all of it; coremltools cannot cut at a number that it knows already.
+    With a single length it returns the whole table, because coremltools cannot slice at a constant.
     """
 
     values: Tensor
 
     def __init__(self, values: Tensor, fixed_length: bool) -> None:
         super().__init__()
-        self.register_buffer("whole", values)
+        self.register_buffer("values", values)
         self.fixed_length = fixed_length
 
     def forward(self, states: Tensor) -> Tensor:
@@ -41,53 +41,55 @@ class LengthTable(nn.Module):
 
 
 class CoreMLNet(nn.Module):
-    """A fitted net as a function of tensors, its parts called one by one. Frame t is there where its samples are:
-    t · hop + reach ≤ n."""
+    """A net as a function (input_values [1, N], samples [1]) → logits [1, T, V], with its modules called one by one.
 
-    def __init__(self, net: Any, count: Tensor, fixed_length: bool) -> None:
+    Frame t is valid if t · hop + receptive_field ≤ samples.
+    """
+
+    def __init__(self, net: Any, frames: Tensor, fixed_length: bool) -> None:
         super().__init__()
         self.net = net
         self.frame_ends = LengthTable(
-            count * math.prod(net.config.conv_stride) + receptive_field(net.config), fixed_length
+            frames * math.prod(net.config.conv_stride) + receptive_field(net.config), fixed_length
         )
 
     def forward(self, input_values: Tensor, samples: Tensor | None = None) -> Tensor:
         base, stable, mask = self.net.base_model, self.net.config.do_stable_layer_norm, None
         states = _first(base.feature_projection(base.feature_extractor(input_values).transpose(1, 2)))
         if samples is not None:
-            there = (self.frame_ends(states) <= samples).to(states.dtype)
-            states = states * there[None, :, None]
-            mask = (1 - there)[None, None, None] * MASK_VALUE
+            valid = (self.frame_ends(states) <= samples).to(states.dtype)
+            states = states * valid[None, :, None]
+            mask = (1 - valid)[None, None, None] * MASK_VALUE
         states = states + base.encoder.pos_conv_embed(states)
         states = states if stable else base.encoder.layer_norm(states)
-        more: dict[str, Any] = {}
+        position_bias: dict[str, Any] = {}
         for layer in base.encoder.layers:
-            made = layer(states, attention_mask=mask, **more)
-            states = _first(made)
-            more = {"position_bias": made[1]} if isinstance(made, tuple) and len(made) > 1 else {}
+            output = layer(states, attention_mask=mask, **position_bias)
+            states = _first(output)
+            position_bias = {"position_bias": output[1]} if isinstance(output, tuple) and len(output) > 1 else {}
         states = base.encoder.layer_norm(states) if stable else states
         logits: Tensor = self.net.lm_head(states)
         return logits
 
 
-def _first(made: Any) -> Any:
-    return made[0] if isinstance(made, tuple) else made
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
 
 
 class Float32Module(nn.Module):
-    """What is computed in float32, whatever the program is computed in: it is known by the name of this type."""
+    """A module that is computed in float32 in a float16 program; the exporter finds it by the name of this class."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.inner(x)
-        return made
+        output: Tensor = self.inner(x)
+        return output
 
 
 class InstanceNormOverTime(nn.Module):
-    """A norm of each channel over time, made of means: coremltools' norm of groups was another over [B, C, T]
+    """Normalize each channel of [B, C, T] over time. coremltools converts a group norm of this shape incorrectly
     (github.com/apple/coremltools, issue 1607)."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
@@ -95,90 +97,99 @@ class InstanceNormOverTime(nn.Module):
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        apart = x - x.mean(-1, keepdim=True)
-        scaled = apart * torch.rsqrt(apart.square().mean(-1, keepdim=True) + self.eps)
+        centered = x - x.mean(-1, keepdim=True)
+        scaled = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + self.eps)
         return scaled * self.weight[:, None] + self.bias[:, None]
 
 
 class WavLMGatedAttention(nn.Module):
-    """WavLM's attention: softmax(q kᵀ / √d + gate ⊙ bias + mask) v. Biases are looked up by the distance of frames, of
-    which there are so many; stock ones are made of logarithms as it goes."""
+    """WavLM's attention, softmax(q kᵀ / √d + gate ⊙ bias + mask) v, with biases from a table by frame distance.
+
+    transformers computes the bucket of each distance in the forward pass.
+    """
 
     position_bias_table: Tensor
 
-    def __init__(self, attention: Any, count: Tensor, fixed_length: bool) -> None:
+    def __init__(self, attention: Any, frames: Tensor, fixed_length: bool) -> None:
         super().__init__()
-        self.attention, self.count, self.max_distance = attention, LengthTable(count, fixed_length), len(count) - 1
+        self.attention, self.frames, self.max_distance = attention, LengthTable(frames, fixed_length), len(frames) - 1
         if hasattr(attention, "rel_attn_embed"):
             buckets = attention._relative_positions_bucket(torch.arange(-self.max_distance, self.max_distance + 1))
-            self.register_buffer("biases", attention.rel_attn_embed(buckets).detach())
+            self.register_buffer("position_bias_table", attention.rel_attn_embed(buckets).detach())
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, None, Tensor]:
-        stock = self.attention
+        attention = self.attention
         if position_bias is None:
-            count = self.count(hidden_states)
-            apart = count[None] - count[:, None] + self.max_distance
-            position_bias = functional.embedding(apart, self.position_bias_table).permute(2, 0, 1)[None]
-        gates = stock.gru_rel_pos_linear(self._heads(hidden_states)).unflatten(3, (2, 4)).sum(-1).sigmoid()
-        gate = gates[..., :1] * (gates[..., 1:] * stock.gru_rel_pos_const - 1) + 2
-        q, k, v = (self._heads(project(hidden_states)) for project in (stock.q_proj, stock.k_proj, stock.v_proj))
-        scores = q * stock.scaling @ k.transpose(2, 3) + gate * position_bias
+            frames = self.frames(hidden_states)
+            distances = frames[None] - frames[:, None] + self.max_distance
+            position_bias = functional.embedding(distances, self.position_bias_table).permute(2, 0, 1)[None]
+        gates = attention.gru_rel_pos_linear(self._split_heads(hidden_states)).unflatten(3, (2, 4)).sum(-1).sigmoid()
+        gate = gates[..., :1] * (gates[..., 1:] * attention.gru_rel_pos_const - 1) + 2
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (self._split_heads(project(hidden_states)) for project in projections)
+        scores = q * attention.scaling @ k.transpose(2, 3) + gate * position_bias
         scores = scores if attention_mask is None else scores + attention_mask
-        made = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        return stock.out_proj(made), None, position_bias
+        context = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return attention.out_proj(context), None, position_bias
 
-    def _heads(self, states: Tensor) -> Tensor:
+    def _split_heads(self, states: Tensor) -> Tensor:
         return states.unflatten(2, (self.attention.num_heads, self.attention.head_dim)).transpose(1, 2)
 
 
 class StaticQuantLinear(nn.Module):
-    """A linear and its inputs in eight bits, by a range that was seen before."""
+    """A linear layer whose inputs are quantized to uint8 with a calibrated range."""
 
     def __init__(self, linear: nn.Linear, input_scale: float, input_zero_point: int) -> None:
         super().__init__()
         self.linear, self.input_scale, self.input_zero_point = linear, input_scale, input_zero_point
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.linear(
-            torch.quantize_per_tensor(x, self.input_scale, self.input_zero_point, torch.quint8).dequantize()
-        )
-        return made
+        quantized = torch.quantize_per_tensor(x, self.input_scale, self.input_zero_point, torch.quint8)
+        output: Tensor = self.linear(quantized.dequantize())
+        return output
 
 
 def prepare_for_coreml(
     net: Any, lengths: Sequence[int], *, per_group_scales: bool, float32_norms: Collection[str] = ()
 ) -> CoreMLNet:
-    """`net`, which is changed, for recordings of these lengths, in samples. `grouped`: whether groups of a row may have
-    steps of their own; `loud`: the norms that are computed in float32."""
-    single = len(lengths) == 1
-    count = torch.arange(
+    """Rewrite `net`, in place, for inputs of these lengths in samples.
+
+    `per_group_scales`: whether the deployment target supports several scales per row. `float32_norms`: names of the
+    norms that are computed in float32.
+    """
+    fixed_length = len(lengths) == 1
+    frames = torch.arange(
         (lengths[-1] - receptive_field(net.config)) // math.prod(net.config.conv_stride) + 1, dtype=torch.int32
     )
-    if (rows := absolute_position_table(net)) is not None:
-        net.base_model.encoder.pos_conv_embed = LengthTable(rows[count.clamp(max=len(rows) - 1)], single)
+    if (positions := absolute_position_table(net)) is not None:
+        table = positions[frames.clamp(max=len(positions) - 1)]
+        net.base_model.encoder.pos_conv_embed = LengthTable(table, fixed_length)
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantizedLinear):
-            net.set_submodule(name, _kept(module, per_group_scales))
+            net.set_submodule(name, _convert_linear(module, per_group_scales))
         elif isinstance(module, nn.GroupNorm):
             net.set_submodule(name, Float32Module(InstanceNormOverTime(module)))
         elif name in float32_norms:
             net.set_submodule(name, Float32Module(module))
         elif type(module).__name__ == "WavLMAttention":
-            net.set_submodule(name, WavLMGatedAttention(module, count, single))
-    return CoreMLNet(net, count, single).eval()
+            net.set_submodule(name, WavLMGatedAttention(module, frames, fixed_length))
+    return CoreMLNet(net, frames, fixed_length).eval()
 
 
-def _kept(narrow: QuantizedLinear, grouped: bool) -> nn.Module:
-    """A linear that says in which codes its weights are kept, in buffers that coremltools looks for; it says nothing
-    where there may be no such groups, and weights are then kept in half precision."""
-    linear = dequantize_linear(narrow)
-    if narrow.group_size >= narrow.in_features or (grouped and narrow.in_features % narrow.group_size == 0):
-        quantisation = 3  # in coremltools' own numbers
-        linear.register_buffer("_COREML_/weight/compression_type", torch.tensor([quantisation]))
-        linear.register_buffer("_COREML_/weight/quantization_n_bits", torch.tensor(narrow.bits))
-        linear.register_buffer("_COREML_/weight/quantization_scale", narrow.scale)
-        if narrow.zero_point is not None:
-            linear.register_buffer("_COREML_/weight/zero_point", narrow.zero_point)
-    return linear if narrow.input_qparams is None else StaticQuantLinear(linear, *narrow.input_qparams)
+def _convert_linear(quantized: QuantizedLinear, per_group_scales: bool) -> nn.Module:
+    """Return a linear layer with the buffers from which coremltools stores quantized weights.
+
+    Without support for its groups there are no such buffers, and the weights are stored in half precision.
+    """
+    linear = dequantize_linear(quantized)
+    is_per_row = quantized.group_size >= quantized.in_features
+    if is_per_row or (per_group_scales and quantized.in_features % quantized.group_size == 0):
+        quantization = 3  # coremltools' number for it
+        linear.register_buffer("_COREML_/weight/compression_type", torch.tensor([quantization]))
+        linear.register_buffer("_COREML_/weight/quantization_n_bits", torch.tensor(quantized.bits))
+        linear.register_buffer("_COREML_/weight/quantization_scale", quantized.scale)
+        if quantized.zero_point is not None:
+            linear.register_buffer("_COREML_/weight/zero_point", quantized.zero_point)
+    return linear if quantized.input_qparams is None else StaticQuantLinear(linear, *quantized.input_qparams)

@@ -1,15 +1,13 @@
-"""A CTC net as ONNX: any batch, any length; read again and compared with the net before the folder takes its place.
+"""Export CTC models to ONNX, for any batch size and length.
 
-A folder holds `model.onnx` and its weights beside it, and what `manifest` writes. The graph says in its own metadata
-how it is fed and read (`says`), so that whoever has it alone can run it.
+The folder holds `model.onnx`, its weights in `model.onnx.data`, and `tokens.txt` for sherpa-onnx. The metadata of the
+graph (`collect_metadata`) suffices to run it without the other files.
 
-- inputs: `input_values` float32 [B, N], normalised as the audio settings say; where front ends let a mask keep padding
-  out, `attention_mask` int64 [B, N], 1 where there is sound.
+- inputs: `input_values` float32 [B, N], normalized as the audio settings say; for models with layer norm in the feature
+  extractor also `attention_mask` int64 [B, N], 1 for samples and 0 for padding.
 - output: `logits` float32 [B, T, V].
 
-A net that was trained to hear in chunks has a `chunk.onnx` too (`export.chunks`), for live streams, over the same
-weights. Products of narrow weights are `products`' affair, other tensors' widths `tensors`'. Who runs the folder is not
-known here.
+A model trained for streaming also gets `chunk.onnx`, over the same weights (see `streaming`).
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from mowa.errors import MissingDependency, ModelError
 from mowa.exporters import verify
 from mowa.exporters.manifest import ExportResult
 from mowa.exporters.onnx import initializers, quant_ops
-from mowa.exporters.onnx import streaming as one_chunk
+from mowa.exporters.onnx import streaming as chunk_export
 from mowa.exporters.prepare import prepare_for_export
 from mowa.io.hub import silence_transformers
 from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, get_trained_chunking
@@ -40,75 +38,76 @@ log = logging.getLogger("mowa")
 
 GRAPH_FILE, TOKENS_FILE = "model.onnx", "tokens.txt"
 OPSETS = range(18, 24)
-DEFAULT_OPSET = 20  # GELU is an operator from there on
+DEFAULT_OPSET = 20  # the first with a Gelu operator
 
 
 def unsupported_reason(model: Model) -> str:
-    """As `Exporter.can`: ONNX holds every scheme."""
+    """See `Exporter.unsupported_reason`; every scheme is supported."""
     return ""
 
 
 def require_packages() -> None:
-    """MissingPart where what exporting needs is not installed."""
+    """See `Exporter.require_packages`."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError as missing:
-        raise MissingDependency(f"ONNX needs {missing.name}: pip install 'mowa[onnx]'") from None
+    except ImportError as error:
+        raise MissingDependency(f"ONNX export needs {error.name}: pip install 'mowa[onnx]'") from None
 
 
 def write(
     model: Model, folder: Path, *, opset: int = DEFAULT_OPSET, attention_mask: bool | None = None
 ) -> tuple[Any, ExportResult]:
-    """As `Exporter.write`. `masked` False: a graph of one input, without a mask, for recordings that share no batch.
+    """See `Exporter.write`. With `attention_mask=False` the graph has no mask, and a batch needs equal lengths.
 
-    What the graph says of the bundled sample and of noise is compared with what the net says, its inputs wide: float32
-    must be the same, anything narrower must find the same output likeliest in 80 % of frames. What a scheme does to a
-    model, the report of `mowa shrink` says.
+    The graph is compared with the dequantized net (inputs not quantized) on the clips of `verify.load_clips`, within
+    the tolerances of `verify_tolerance`. `mowa quantize` reports what a scheme costs in accuracy.
     """
     if opset not in OPSETS:
-        raise ModelError(f"opset {opset} is not among {OPSETS[0]} to {OPSETS[-1]}")
-    wide = prepare_for_export(model, dequantize=True)
-    with_mask = wide.config.feat_extract_norm == "layer" and attention_mask is not False
-    name, live = model.origin.name, get_trained_chunking(wide.config)
-    net = quant_ops.replace_linears(prepare_for_export(model), include_unquantized=live is not None)
+        raise ModelError(f"opset {opset} is not supported: use {OPSETS[0]} to {OPSETS[-1]}")
+    reference = prepare_for_export(model, dequantize=True)
+    takes_mask = reference.config.feat_extract_norm == "layer" and attention_mask is not False
+    name, chunking = model.origin.name, get_trained_chunking(reference.config)
+    net = quant_ops.replace_linears(prepare_for_export(model), include_unquantized=chunking is not None)
     graphs = [GRAPH_FILE]
     with translate_export_errors(name):
-        export_graph(_Graph(net), folder / GRAPH_FILE, with_mask, opset)
-        if live is not None:
-            one_chunk.export_chunk_graph(net, folder / one_chunk.CHUNK_GRAPH_FILE, opset)
-            graphs.append(one_chunk.CHUNK_GRAPH_FILE)
-    files = initializers.rewrite_graphs(folder, graphs, model.scheme, collect_metadata(model, with_mask))
+        export_graph(_LogitsNet(net), folder / GRAPH_FILE, takes_mask, opset)
+        if chunking is not None:
+            chunk_export.export_chunk_graph(net, folder / chunk_export.CHUNK_GRAPH_FILE, opset)
+            graphs.append(chunk_export.CHUNK_GRAPH_FILE)
+    files = initializers.rewrite_graphs(folder, graphs, model.scheme, collect_metadata(model, takes_mask))
     (folder / TOKENS_FILE).write_text(format_tokens(model), encoding="utf-8")
-    farthest, agreeing = _compared(model, wide, folder / GRAPH_FILE, with_mask)
-    if live is not None:
-        how = ChunkConfig(live.chunk_sizes[0], live.left_context, live.lookaheads[-1])
-        apart, alike = one_chunk.compare_chunked(
-            wide, _opened(folder / one_chunk.CHUNK_GRAPH_FILE), verify.load_sample(model), how
+    max_abs_diff, agreement = _compare(model, reference, folder / GRAPH_FILE, takes_mask)
+    if chunking is not None:
+        config = ChunkConfig(chunking.chunk_sizes[0], chunking.left_context, chunking.lookaheads[-1])
+        session = _open_session(folder / chunk_export.CHUNK_GRAPH_FILE)
+        chunk_diff, chunk_agreement = chunk_export.compare_chunked(
+            reference, session, verify.load_sample(model), config
         )
-        farthest, agreeing = max(farthest, apart), min(agreeing, alike)
-    verify.verify_tolerance(model, "ONNX", farthest, agreeing)
+        max_abs_diff, agreement = max(max_abs_diff, chunk_diff), min(agreement, chunk_agreement)
+    verify.verify_tolerance(model, "ONNX", max_abs_diff, agreement)
     details = {
-        "masked": with_mask,
+        "attention_mask": takes_mask,
         "opset": opset,
         "graph": GRAPH_FILE,
-        "chunk": one_chunk.CHUNK_GRAPH_FILE if live else None,
+        "chunk": chunk_export.CHUNK_GRAPH_FILE if chunking else None,
     }
-    return wide, ExportResult(files, details, farthest, agreeing, packages=("onnx", "onnxscript", "onnxruntime"))
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    return reference, ExportResult(files, details, max_abs_diff, agreement, packages=packages)
 
 
 def collect_metadata(model: Model, takes_mask: bool) -> dict[str, str]:
-    """The metadata of the graph: all that is needed to feed it and to read what it gives."""
-    words, sound = model.vocabulary, model.preprocessing
+    """Return the metadata of the graph, which suffices to compute its inputs and decode its output."""
+    vocabulary, preprocessing = model.vocabulary, model.preprocessing
     return {
-        "vocabulary": json.dumps(words.tokens, ensure_ascii=False),
-        "blank": str(words.blank),
-        "delimiter": "" if words.delimiter is None else str(words.delimiter),
-        "specials": json.dumps(sorted(words.specials)),
-        "sample_rate": str(sound.rate_hz),
-        "normalize": str(int(sound.normalize)),
-        "masked": str(int(takes_mask)),
+        "vocabulary": json.dumps(vocabulary.tokens, ensure_ascii=False),
+        "blank": str(vocabulary.blank),
+        "delimiter": "" if vocabulary.delimiter is None else str(vocabulary.delimiter),
+        "specials": json.dumps(sorted(vocabulary.specials)),
+        "sample_rate": str(preprocessing.rate_hz),
+        "normalize": str(int(preprocessing.normalize)),
+        "attention_mask": str(int(takes_mask)),
         "family": model.family.name,
         "scheme": model.scheme.name,
         "origin": model.origin.source,
@@ -117,15 +116,18 @@ def collect_metadata(model: Model, takes_mask: bool) -> dict[str, str]:
 
 
 def format_tokens(model: Model) -> str:
-    """The vocabulary as sherpa-onnx reads it: a symbol and its id in each line, `<blk>` the blank, `▁` a space."""
-    words, lines = model.vocabulary, []
-    for index, token in enumerate(words.tokens):
-        symbol = "<blk>" if index == words.blank else "▁" if index == words.delimiter else token.replace(" ", "▁")
-        lines.append(f"{symbol} {index}\n")
-    return "".join(lines)
+    """Format the vocabulary for sherpa-onnx: a symbol and its id per line, `<blk>` for the blank, `▁` for a space."""
+    vocabulary = model.vocabulary
+    symbols = [token.replace(" ", "▁") for token in vocabulary.tokens]
+    if vocabulary.delimiter is not None:
+        symbols[vocabulary.delimiter] = "▁"
+    symbols[vocabulary.blank] = "<blk>"
+    return "".join(f"{symbol} {index}\n" for index, symbol in enumerate(symbols))
 
 
-class _Graph(nn.Module):
+class _LogitsNet(nn.Module):
+    """A transformers model that returns only its logits."""
+
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
@@ -136,7 +138,7 @@ class _Graph(nn.Module):
 
 
 def export_graph(net: nn.Module, file: Path, takes_mask: bool, opset: int) -> None:
-    """Write `net`, a function of recordings (and a mask), as ONNX for any batch and length."""
+    """Trace `net`, called with samples and optionally a mask, to ONNX with dynamic batch size and length."""
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 16_000), np.float32))
     inputs: tuple[Tensor, ...] = (values,)
     names, axes = ["input_values"], [{0: "batch", 1: "time"}]
@@ -159,32 +161,33 @@ def export_graph(net: nn.Module, file: Path, takes_mask: bool, opset: int) -> No
 
 @contextmanager
 def translate_export_errors(name: str) -> Iterator[None]:
-    """While the net called `name` is traced: no chatter, and ModelError where an operator has no equal."""
+    """Silence the exporter within the context, and raise its errors as ModelError."""
     with silence_exporter():
         try:
             yield
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ModelError(f"torch cannot write {name} as ONNX: {_reason(error)}") from error
+            raise ModelError(f"torch cannot export {name} to ONNX: {_root_cause(error)}") from error
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong at the bottom, in a line: of an operator without an equal, its name."""
+def _root_cause(error: BaseException) -> str:
+    """Return the first line of the original error, which names an unsupported operator."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _compared(model: Model, net: Any, graph: Path, masked: bool) -> tuple[float, float]:
-    """`compare.apart` of what the graph and the net say, padded where that is allowed."""
-    session, clips = _opened(graph), verify.load_clips(model)
-    truth, found = verify.compute_logits(net, clips), []
-    for batch in (clips[:2], clips[2:]) if masked else ([clip] for clip in clips):
-        found += list(torch.from_numpy(run(session, batch, masked)))
-    return verify.compare_logits([row[: len(ours)] for row, ours in zip(found, truth, strict=True)], truth)
+def _compare(model: Model, net: Any, graph: Path, takes_mask: bool) -> tuple[float, float]:
+    """Compare the graph with the net as `compare_logits`, in padded batches if there is a mask."""
+    session, clips = _open_session(graph), verify.load_clips(model)
+    reference, logits = verify.compute_logits(net, clips), []
+    for batch in (clips[:2], clips[2:]) if takes_mask else ([clip] for clip in clips):
+        logits += list(torch.from_numpy(run(session, batch, takes_mask)))
+    valid = [row[: len(expected)] for row, expected in zip(logits, reference, strict=True)]
+    return verify.compare_logits(valid, reference)
 
 
 def run(session: Any, clips: Sequence[np.ndarray], takes_mask: bool, padding_value: float = 0.0) -> np.ndarray:
-    """Normalised recordings, float32 [n_i], as one batch → logits float32 [B, T, V], with what padding gave."""
+    """Run preprocessed clips, float32 [n_i] each, as one padded batch. Returns logits, float32 [B, T, V]."""
     longest = max(map(len, clips))
     values = np.full((len(clips), longest), padding_value, np.float32)
     for row, clip in zip(values, clips, strict=True):
@@ -196,7 +199,7 @@ def run(session: Any, clips: Sequence[np.ndarray], takes_mask: bool, padding_val
     return logits
 
 
-def _opened(graph: Path) -> Any:
+def _open_session(graph: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -206,15 +209,15 @@ def _opened(graph: Path) -> Any:
 
 @contextmanager
 def silence_exporter() -> Iterator[None]:
-    """The exporter warns of what is not ours to mend, and logs every operator it lacks."""
-    chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
-    levels = [one.level for one in chatter]
+    """Suppress warnings and logging of torch's ONNX exporter within the context."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), silence_transformers():
         warnings.simplefilter("ignore")
-        for one in chatter:
-            one.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            for one, level in zip(chatter, levels, strict=True):
-                one.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,13 +1,18 @@
-"""The graph of one chunk, for live streams: what `families.streaming.hear` computes, as ONNX beside `model.onnx`.
+"""Export the ONNX graph of one chunk, for live streams: `encode_chunk` of `models.ctc_encoder.streaming`.
 
-- inputs: `input_values` float32 [N], the samples of one chunk, of what is heard ahead of it, and what the front end
-  reaches beyond that; `position` int64 [1], how many frames there were before; `cache` float32 [layers, 2, S, heads,
-  d], keys and values of the S frames before it that are seen, S from 0 on; where positions are not absolute, `low`
-  float32 [P, D], the `below` of the P frames before, zeros where there were none.
-- outputs, of each frame: `logits` float32 [c, V], `made` [layers, 2, c, heads, d], and `below` [c, D] where there is
-  `low`. What is made of frames that stay is to be put behind `cache` and `low`.
+Inputs
+- `input_values` float32 [N]: samples of the chunk, of its look-ahead, and of the remaining receptive field
+- `position` int64 [1]: number of frames before the chunk
+- `kv_cache` float32 [layers, 2, S, heads, head_dim]: keys and values of the S frames before it, S ≥ 0
+- `conv_cache` float32 [P, D], only without absolute positions: input of the positional convolution for the P frames
+  before it, initially zeros
 
-Who keeps the cache is not known here.
+Outputs, per frame of chunk and look-ahead
+- `logits` float32 [c, V]
+- `new_kv` [layers, 2, c, heads, head_dim]
+- `new_conv` [c, D], only with `conv_cache`
+
+The caller appends the outputs of the chunk's own frames, without the look-ahead, to the caches.
 """
 
 from __future__ import annotations
@@ -23,80 +28,87 @@ from torch import Tensor, nn
 from mowa.data.audio import running_norm
 from mowa.exporters import verify
 from mowa.models.ctc_encoder import streaming
-from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, apply_chunk_mask, receptive_field
+from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, apply_chunk_mask
+from mowa.models.ctc_encoder.geometry import receptive_field
 from mowa.models.ctc_encoder.streaming import CacheShape, EagerPlan
 
 CHUNK_GRAPH_FILE = "chunk.onnx"
-TRACE_SAMPLES = 16_000  # samples that are long enough to trace a chunk of any net with
+TRACE_SAMPLES = 16_000  # longer than the receptive field of any supported net
+TRACE_CACHED_FRAMES = 5
 
 
 class ChunkNet(nn.Module):
-    """A net, one chunk at a time, as a function of tensors alone."""
+    """`encode_chunk` as a module over tensors, for tracing."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
-        self._parts = (EagerPlan(net),)  # in a tuple: not a part of this module twice
+        self._plan = (EagerPlan(net),)  # in a tuple, so that it is not a submodule
         self.cache_shape = streaming.cache_shape(net)
 
     def forward(
-        self, input_values: Tensor, position: Tensor, cache: Tensor, conv_cache: Tensor | None = None
+        self, input_values: Tensor, position: Tensor, kv_cache: Tensor, conv_cache: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        (parts,) = self._parts
-        before = cache.new_zeros(0, 0) if conv_cache is None else conv_cache
-        logits, made, below = streaming.encode_chunk(parts, input_values, position, cache, before)
-        return (logits, made) if conv_cache is None else (logits, made, below)
+        (plan,) = self._plan
+        conv = kv_cache.new_zeros(0, 0) if conv_cache is None else conv_cache
+        logits, new_kv, new_conv = streaming.encode_chunk(plan, input_values, position, kv_cache, conv)
+        return (logits, new_kv) if conv_cache is None else (logits, new_kv, new_conv)
 
 
 def make_chunk_inputs(cache_shape: CacheShape, samples: Tensor, cached_frames: int) -> tuple[Tensor, ...]:
-    """What a graph is given at the beginning, or with a cache of `frames`."""
-    cache = torch.zeros(cache_shape.num_layers, 2, cached_frames, cache_shape.num_heads, cache_shape.head_dim)
-    given = (samples, torch.tensor([cached_frames]), cache)
-    return (*given, torch.zeros(cache_shape.conv_frames, cache_shape.hidden_size)) if cache_shape.conv_frames else given
+    """Return inputs of the graph with zero caches of `cached_frames` frames."""
+    kv_cache = torch.zeros(cache_shape.num_layers, 2, cached_frames, cache_shape.num_heads, cache_shape.head_dim)
+    inputs = (samples, torch.tensor([cached_frames]), kv_cache)
+    if not cache_shape.conv_frames:
+        return inputs
+    return (*inputs, torch.zeros(cache_shape.conv_frames, cache_shape.hidden_size))
 
 
 def export_chunk_graph(net: Any, file: Path, opset: int) -> None:
-    """Trace `net` (as `plain` gives it, narrow products in their place) into `file`."""
+    """Trace the chunk graph of `net`, a prepared net with `QuantMatMul` layers, into `file`."""
     graph = ChunkNet(net).eval()
-    sound = torch.from_numpy(np.random.default_rng(0).standard_normal(TRACE_SAMPLES, np.float32))
-    given = make_chunk_inputs(graph.cache_shape, sound, 5)
-    axes: list[Any] = [{0: "samples"}, None, {2: "seen"}]
-    names, made = ["input_values", "position", "cache"], ["logits", "made"]
+    samples = torch.from_numpy(np.random.default_rng(0).standard_normal(TRACE_SAMPLES, np.float32))
+    inputs = make_chunk_inputs(graph.cache_shape, samples, TRACE_CACHED_FRAMES)
+    dynamic_shapes: list[Any] = [{0: "samples"}, None, {2: "cached_frames"}]
+    input_names, output_names = ["input_values", "position", "kv_cache"], ["logits", "new_kv"]
     if graph.cache_shape.conv_frames:
-        axes, names, made = [*axes, None], [*names, "low"], [*made, "below"]
+        dynamic_shapes.append(None)
+        input_names.append("conv_cache")
+        output_names.append("new_conv")
     torch.onnx.export(
         graph,
-        given,
+        inputs,
         str(file),
-        input_names=names,
-        output_names=made,
+        input_names=input_names,
+        output_names=output_names,
         dynamo=True,
         opset_version=opset,
-        dynamic_shapes=tuple(axes),
+        dynamic_shapes=tuple(dynamic_shapes),
         verbose=False,
     )
 
 
 @torch.inference_mode()
 def compare_chunked(net: Any, session: Any, speech: np.ndarray, chunks: ChunkConfig) -> tuple[float, float]:
-    """`compare.apart` of what the graph says of `speech`, float32 [n], chunk by chunk, and the net under `chunked`."""
-    stride, far = math.prod(net.config.conv_stride), receptive_field(net.config)
+    """Compare the graph, chunk by chunk over `speech` (float32 [n]), with the net under `apply_chunk_mask`.
+
+    Returns the values of `verify.compare_logits`.
+    """
+    stride, receptive = math.prod(net.config.conv_stride), receptive_field(net.config)
     speech, _ = running_norm.normalize_running(speech, running_norm.RunningStats.prior())
     with apply_chunk_mask(net, chunks):
-        truth = verify.compute_logits(net, [speech])
-    _, _, cache, *low = (one.numpy() for one in make_chunk_inputs(streaming.cache_shape(net), torch.zeros(0), 0))
-    said = []
-    for first in range(0, len(speech) - far + 1, chunks.size * stride):
-        piece = speech[first : first + (chunks.size + chunks.lookahead) * stride + far - stride]
-        given = [
-            piece,
-            np.array([first // stride]),
-            cache[:, :, -chunks.left_context :] if chunks.left_context else cache,
-            *low,
-        ]
-        feed = dict(zip((one.name for one in session.get_inputs()), given, strict=True))
-        logits, made, *below = session.run(None, feed)
-        cache = np.concatenate([cache, made[:, :, : chunks.size]], 2)
-        low = [np.concatenate([a, b[: chunks.size]])[-len(a) :] for a, b in zip(low, below, strict=True)]
-        said.append(torch.from_numpy(logits[: chunks.size]))
-    return verify.compare_logits([torch.cat(said)], truth)
+        reference = verify.compute_logits(net, [speech])
+    empty = make_chunk_inputs(streaming.cache_shape(net), torch.zeros(0), 0)
+    _, _, kv_cache, *conv_cache = (tensor.numpy() for tensor in empty)
+    names = [one.name for one in session.get_inputs()]
+    parts = []
+    for start in range(0, len(speech) - receptive + 1, chunks.size * stride):
+        samples = speech[start : start + (chunks.size + chunks.lookahead) * stride + receptive - stride]
+        visible = kv_cache[:, :, -chunks.left_context :] if chunks.left_context else kv_cache
+        inputs = (samples, np.array([start // stride]), visible, *conv_cache)
+        logits, new_kv, *new_conv = session.run(None, dict(zip(names, inputs, strict=True)))
+        kv_cache = np.concatenate([kv_cache, new_kv[:, :, : chunks.size]], 2)
+        caches = zip(conv_cache, new_conv, strict=True)
+        conv_cache = [np.concatenate([old, new[: chunks.size]])[-len(old) :] for old, new in caches]
+        parts.append(torch.from_numpy(logits[: chunks.size]))
+    return verify.compare_logits([torch.cat(parts)], reference)

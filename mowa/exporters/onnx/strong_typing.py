@@ -1,8 +1,7 @@
-"""ONNX graphs in which every tensor has the type it is to be computed in, as runtimes want them that choose none.
+"""Give every tensor of an ONNX graph the dtype that it is computed in, for runtimes that choose none themselves.
 
-Products (`PRODUCTS`) are made of half-precision inputs and give half precision; all else, LayerNormalization and
-Softmax among it, stays float32. Quantised products have symmetric int8 on both sides and give float32. It knows graphs
-in memory; it refuses to know files, nets and who runs them.
+Products (`MATMUL_OPS`) compute in half precision; everything else, including LayerNormalization and Softmax, stays
+float32. Quantized products have symmetric int8 inputs and weights and return float32. Graphs are changed in memory.
 """
 
 from __future__ import annotations
@@ -17,106 +16,115 @@ MATMUL_OPS = ("MatMul", "Gemm", "Conv")
 
 
 def cast_to_half(graph: Any, dtype: str) -> None:
-    """Make the products of a float32 `graph` in `kind`, float16 or bfloat16: constants are rounded, all else is cast.
-    Quantised products stay as they are."""
+    """Compute the products of a float32 `graph` in `dtype`, float16 or bfloat16, except quantized ones.
+
+    Constant inputs are stored in `dtype`; other inputs and the outputs are cast.
+    """
     from onnx import TensorProto
 
     half = TensorProto.DataType.Value(dtype.upper())
     constants = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
-    quantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    narrowed: dict[str, str] = {}
+    quantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    half_names: dict[str, str] = {}
     nodes: list[Any] = []
     for node in list(graph.node):
-        if node.op_type not in MATMUL_OPS or quantised & set(node.input):
+        if node.op_type not in MATMUL_OPS or quantized & set(node.input):
             nodes.append(node)
             continue
         for index, name in enumerate(node.input):
-            if name and name not in narrowed:
-                narrowed[name] = f"{name}.{dtype}"
+            if name and name not in half_names:
+                half_names[name] = f"{name}.{dtype}"
                 if name in constants:
-                    graph.initializer.append(_rounded(constants[name], narrowed[name], dtype, half))
+                    graph.initializer.append(_round_tensor(constants[name], half_names[name], dtype, half))
                 else:
-                    nodes.append(_cast(name, narrowed[name], half))
-            node.input[index] = narrowed[name] if name else ""
-        out = node.output[0]
-        node.output[0] = f"{out}.{dtype}"
-        nodes += [node, _cast(f"{out}.{dtype}", out, TensorProto.FLOAT)]
-    _put(graph, nodes)
+                    nodes.append(_cast(name, half_names[name], half))
+            node.input[index] = half_names[name] if name else ""
+        output = node.output[0]
+        node.output[0] = f"{output}.{dtype}"
+        nodes += [node, _cast(f"{output}.{dtype}", output, TensorProto.FLOAT)]
+    _replace_nodes(graph, nodes)
 
 
-def _cast(name: str, out: str, to: int) -> Any:
+def _cast(name: str, output: str, to: int) -> Any:
     from onnx import helper
 
-    return helper.make_node("Cast", [name], [out], f"{name} to {out}", to=to)
+    return helper.make_node("Cast", [name], [output], f"{name} to {output}", to=to)
 
 
-def _rounded(tensor: Any, name: str, kind: str, half: int) -> Any:
+def _round_tensor(tensor: Any, name: str, dtype: str, half: int) -> Any:
     from onnx import TensorProto, numpy_helper
 
-    wide = torch.from_numpy(np.array(numpy_helper.to_array(tensor), order="C"))
-    raw = wide.to(getattr(torch, kind)).view(torch.int16).numpy().tobytes()
+    values = torch.from_numpy(np.array(numpy_helper.to_array(tensor), order="C"))
+    raw = values.to(getattr(torch, dtype)).view(torch.int16).numpy().tobytes()
     return TensorProto(name=name, data_type=half, dims=tensor.dims, raw_data=raw)
 
 
 def make_symmetric(graph: Any) -> None:
-    """Let every uint8 input of a product be int8 around 0, in steps that cover the same range: up to twice as wide."""
+    """Convert uint8 inputs of quantized products to symmetric int8 that covers the same range.
+
+    Scales grow by a factor of up to two.
+    """
     from onnx import TensorProto, numpy_helper
 
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    made: dict[tuple[str, str], tuple[str, str]] = {}
+    symmetric: dict[tuple[str, str], tuple[str, str]] = {}
     for node in graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 3:
             continue
-        scale, zero = node.input[1], node.input[2]
-        if constants[zero].data_type != TensorProto.UINT8:
+        scale, zero_point = node.input[1], node.input[2]
+        if constants[zero_point].data_type != TensorProto.UINT8:
             continue
-        if (scale, zero) not in made:
-            names = f"step.{len(made)}.around_zero", f"middle.{len(made)}.around_zero"
-            middle = numpy_helper.to_array(constants[zero]).astype(np.float32)
-            step = numpy_helper.to_array(constants[scale]) * np.maximum(middle, 255 - middle) / 127
-            graph.initializer.append(numpy_helper.from_array(np.asarray(step, np.float32), names[0]))
-            graph.initializer.append(numpy_helper.from_array(np.zeros(middle.shape, np.int8), names[1]))
-            made[scale, zero] = names
-        node.input[1], node.input[2] = made[scale, zero]
-    _put(graph, list(graph.node))
+        if (scale, zero_point) not in symmetric:
+            count = len(symmetric)
+            names = f"input_scale.{count}.symmetric", f"input_zero_point.{count}.symmetric"
+            zero = numpy_helper.to_array(constants[zero_point]).astype(np.float32)
+            new_scale = numpy_helper.to_array(constants[scale]) * np.maximum(zero, 255 - zero) / 127
+            graph.initializer.append(numpy_helper.from_array(np.asarray(new_scale, np.float32), names[0]))
+            graph.initializer.append(numpy_helper.from_array(np.zeros(zero.shape, np.int8), names[1]))
+            symmetric[scale, zero_point] = names
+        node.input[1], node.input[2] = symmetric[scale, zero_point]
+    _replace_nodes(graph, list(graph.node))
 
 
 def emulate_half(graph: Any) -> None:
-    """The graph that `in_halves` made, for a runtime without such products: their inputs and outputs are rounded as
-    they would be, and their sums are made in float32."""
+    """Change a graph from `cast_to_half` for runtimes without half-precision products.
+
+    Inputs and outputs of products are rounded to half precision, and sums are computed in float32.
+    """
     from onnx import TensorProto
 
     halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    found = {tensor.name: tensor.data_type for tensor in graph.initializer if tensor.data_type in halves}
-    found |= {
+    data_types = {tensor.name: tensor.data_type for tensor in graph.initializer if tensor.data_type in halves}
+    data_types |= {
         node.output[0]: node.attribute[0].i
         for node in graph.node
         if node.op_type == "Cast" and node.attribute[0].i in halves
     }
-    widened: dict[str, str] = {}
+    float_names: dict[str, str] = {}
     nodes: list[Any] = []
     for node in list(graph.node):
-        half = found.get(node.input[0]) if node.op_type in MATMUL_OPS else None
+        half = data_types.get(node.input[0]) if node.op_type in MATMUL_OPS else None
         if half is None:
             nodes.append(node)
             continue
         for index, name in enumerate(node.input):
-            if name and name not in widened:
-                widened[name] = f"{name}.wide"
-                nodes.append(_cast(name, widened[name], TensorProto.FLOAT))
-            node.input[index] = widened[name] if name else ""
-        out = node.output[0]
-        node.output[0] = f"{out}.wide"
-        nodes += [node, _cast(f"{out}.wide", out, half)]
-    _put(graph, nodes)
+            if name and name not in float_names:
+                float_names[name] = f"{name}.float32"
+                nodes.append(_cast(name, float_names[name], TensorProto.FLOAT))
+            node.input[index] = float_names[name] if name else ""
+        output = node.output[0]
+        node.output[0] = f"{output}.float32"
+        nodes += [node, _cast(f"{output}.float32", output, half)]
+    _replace_nodes(graph, nodes)
 
 
 def list_operators(graph: Any) -> set[str]:
+    """Return the operators of a graph, with their domain if it is not ONNX's own."""
     return {f"{node.domain}::{node.op_type}".removeprefix("::") for node in graph.node}
 
 
-def _put(graph: Any, nodes: Iterable[Any]) -> None:
-    """These nodes, and of the constants those that are used."""
+def _replace_nodes(graph: Any, nodes: Iterable[Any]) -> None:
+    """Replace the nodes of a graph, and remove initializers that are not used any more."""
     nodes = list(nodes)
     used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
     constants = [tensor for tensor in graph.initializer if tensor.name in used]

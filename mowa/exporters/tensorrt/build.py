@@ -1,12 +1,11 @@
-"""Makes `model.engine` of `model.onnx` with TensorRT, and keeps it only if it says what the net says.
+"""Build `model.engine` from `model.onnx` with TensorRT, and save it only if its outputs match the model's.
 
-    python build.py                     build, compare, keep
-    python build.py unchecked.engine    compare what trtexec made (see build.sh), keep
+    python build.py                     build, compare and save
+    python build.py unchecked.engine    compare and save an engine that trtexec built (see build.sh)
 
-Every tensor of the graph has the type it is to be computed in, so the network is strongly typed and no precision is
-chosen here. An engine is for the GPU and the version of TensorRT that it was built with. `build.json` says which shapes
-it takes and how far it may be from `reference.npz`, in which inputs and the net's own logits are. Needs TensorRT 10 or
-11, torch with CUDA, and numpy.
+The graph is strongly typed, so TensorRT chooses no precision. An engine works only on the GPU model and TensorRT
+version that it was built with. `build.json` holds the input shapes and tolerances, `reference.npz` inputs and the
+model's logits. Needs TensorRT 10 or 11, torch with CUDA, and numpy.
 """
 
 from __future__ import annotations
@@ -20,131 +19,136 @@ from pathlib import Path
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-MIN_LOG_PROB = -50.0  # nats: what is less likely than this is not compared
-MIN_LOG_PROB_RMS = -10.0  # nor by `rms`, where it would drown what is likely
+MIN_LOG_PROB = -50.0  # nats: log-probabilities are clamped to this
+MIN_LOG_PROB_RMS = -10.0  # nats: the same for `rms`, which improbable tokens would dominate
 
 
 def build_engine(folder: Path) -> bytes:
-    """The engine of the graph in `folder`, serialised. RuntimeError, with TensorRT's own words, where there is none."""
+    """Build and serialize the engine of the graph in `folder`. Raises RuntimeError with TensorRT's message."""
     import tensorrt as trt  # type: ignore[import-not-found, unused-ignore]
 
-    how = json.loads((folder / "build.json").read_text())
+    settings = json.loads((folder / "build.json").read_text())
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(folder / how["graph"])):
-        said = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
-        raise RuntimeError(f"TensorRT {trt.__version__} cannot read {how['graph']}: {said}")
+    if not parser.parse_from_file(str(folder / settings["graph"])):
+        errors = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
+        raise RuntimeError(f"TensorRT {trt.__version__} cannot read {settings['graph']}: {errors}")
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # what is float32 is to be float32
+    config.clear_flag(trt.BuilderFlag.TF32)
     profile = builder.create_optimization_profile()
-    for name, (least, best, most) in how["profile"].items():
-        profile.set_shape(name, tuple(least), tuple(best), tuple(most))
+    for name, (smallest, usual, largest) in settings["profile"].items():
+        profile.set_shape(name, tuple(smallest), tuple(usual), tuple(largest))
     config.add_optimization_profile(profile)
-    made = builder.build_serialized_network(network, config)
-    if made is None:
-        raise RuntimeError(f"TensorRT {trt.__version__} cannot build {how['graph']}: its log above says why")
-    return bytes(made)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise RuntimeError(f"TensorRT {trt.__version__} cannot build {settings['graph']}: see its log above")
+    return bytes(engine)
 
 
 def run_engine(engine: bytes, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
-    """What an engine says: inputs by name → logits float32 [B, T, V], of each."""
+    """Run an engine on inputs by name. Returns logits, float32 [B, T, V], for each."""
     import tensorrt as trt  # type: ignore[import-not-found, unused-ignore]
     import torch
 
     runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
     loaded = runtime.deserialize_cuda_engine(engine)
     if loaded is None:
-        raise RuntimeError("this engine cannot be loaded here: it is of another GPU or version of TensorRT")
+        raise RuntimeError("the engine cannot be loaded: it was built for another GPU or version of TensorRT")
     context, stream = loaded.create_execution_context(), torch.cuda.Stream()
     names = {loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)}
-    said = []
+    outputs = []
     for feed in feeds:
-        given = {name: torch.from_numpy(np.ascontiguousarray(value)).cuda() for name, value in feed.items()}
-        for name in names & set(given):
-            context.set_input_shape(name, tuple(given[name].shape))
-            context.set_tensor_address(name, given[name].data_ptr())
-        out = torch.empty(tuple(context.get_tensor_shape("logits")), dtype=torch.float32, device="cuda")
-        context.set_tensor_address("logits", out.data_ptr())
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(value)).cuda() for name, value in feed.items()}
+        for name in names & set(inputs):
+            context.set_input_shape(name, tuple(inputs[name].shape))
+            context.set_tensor_address(name, inputs[name].data_ptr())
+        logits = torch.empty(tuple(context.get_tensor_shape("logits")), dtype=torch.float32, device="cuda")
+        context.set_tensor_address("logits", logits.data_ptr())
         torch.cuda.synchronize()
         if not context.execute_async_v3(stream.cuda_stream):
-            raise RuntimeError(f"the engine does not run with inputs of {feed['input_values'].shape}")
+            raise RuntimeError(f"the engine failed on an input of shape {feed['input_values'].shape}")
         stream.synchronize()
-        said.append(out.cpu().numpy())
-    return said
+        outputs.append(logits.cpu().numpy())
+    return outputs
 
 
 def read_references(folder: Path) -> list[Arrays]:
-    """What was asked of the net and what it said: inputs by name, `logits` and `frames` (of each row), of each case."""
+    """Read the reference cases: inputs by name, the model's `logits`, and `frames`, the valid frames of each row."""
     cases: dict[str, Arrays] = {}
-    with np.load(folder / "reference.npz") as kept:
-        for key in kept.files:
+    with np.load(folder / "reference.npz") as arrays:
+        for key in arrays.files:
             number, _, name = key.partition(".")
-            cases.setdefault(number, {})[name] = kept[key]
+            cases.setdefault(number, {})[name] = arrays[key]
     return [cases[number] for number in sorted(cases)]
 
 
 def select_inputs(case: Mapping[str, np.ndarray]) -> Arrays:
+    """Return the inputs of a case."""
     return {name: value for name, value in case.items() if name not in ("logits", "frames")}
 
 
 def compare_logits(logits: Sequence[np.ndarray], cases: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """How far logits are from the net's, in log-probabilities of frames where there is sound: `farthest` and `rms`
-    (nats), and `agreeing`, the share of frames with the same likeliest output. Infinitely far where one is not a
-    number."""
+    """Compare logits with the model's over the valid frames.
+
+    Returns `max_abs_diff` and `rms` of the log-probabilities in nats, infinite if one is NaN, and `agreement`, the
+    fraction of frames with the same top token.
+    """
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     for ours, case in zip(logits, cases, strict=True):
         for row, theirs, frames in zip(ours, case["logits"], case["frames"], strict=True):
             parts.append((row[:frames], theirs[:frames]))
-    found, truth = (_log_probabilities(np.concatenate(side)) for side in zip(*parts, strict=True))
+    found, reference = (_log_softmax(np.concatenate(side)) for side in zip(*parts, strict=True))
     if not np.isfinite(found).all():
-        return {"farthest": np.inf, "rms": np.inf, "agreeing": 0.0}
-    likely = np.maximum(found, MIN_LOG_PROB_RMS) - np.maximum(truth, MIN_LOG_PROB_RMS)
+        return {"max_abs_diff": np.inf, "rms": np.inf, "agreement": 0.0}
+    diff = np.maximum(found, MIN_LOG_PROB_RMS) - np.maximum(reference, MIN_LOG_PROB_RMS)
     return {
-        "farthest": float(np.abs(found - truth).max()),
-        "rms": float(np.sqrt(np.square(likely).mean())),
-        "agreeing": float((found.argmax(-1) == truth.argmax(-1)).mean()),
+        "max_abs_diff": float(np.abs(found - reference).max()),
+        "rms": float(np.sqrt(np.square(diff).mean())),
+        "agreement": float((found.argmax(-1) == reference.argmax(-1)).mean()),
     }
 
 
-def _log_probabilities(logits: np.ndarray) -> np.ndarray:
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         logits = logits.astype(np.float64)
         logits = logits - logits.max(-1, keepdims=True)
-        made: np.ndarray = np.maximum(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), MIN_LOG_PROB)
-    return made
+        clamped: np.ndarray = np.maximum(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), MIN_LOG_PROB)
+    return clamped
 
 
 def check_tolerances(measured: Mapping[str, float], tolerances: Mapping[str, float]) -> str:
-    """Why an engine is not kept; empty where it is."""
-    for name, bound in tolerances.items():
-        inside = measured[name] >= bound if name == "agreeing" else measured[name] <= bound
-        if not inside:
-            return f"{name} is {measured[name]:.3g}, and {bound:.3g} is allowed"
+    """Return which tolerance is violated; empty if none is. `agreement` has a lower limit, the others upper ones."""
+    for name, limit in tolerances.items():
+        within = measured[name] >= limit if name == "agreement" else measured[name] <= limit
+        if not within:
+            return f"{name} is {measured[name]:.3g} (limit {limit:.3g})"
     return ""
 
 
 def main(folder: Path, engine_file: str = "") -> int:
-    how = json.loads((folder / "build.json").read_text())
+    """Build an engine, or read `engine_file`, and save it if it is within the tolerances. Returns the exit status."""
+    settings = json.loads((folder / "build.json").read_text())
     cases = read_references(folder)
     try:
         engine = (folder / engine_file).read_bytes() if engine_file else build_engine(folder)
-        found = compare_logits(run_engine(engine, [select_inputs(case) for case in cases]), cases)
+        measured = compare_logits(run_engine(engine, [select_inputs(case) for case in cases]), cases)
     except (ImportError, OSError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
     finally:
         if engine_file:
             (folder / engine_file).unlink(missing_ok=True)
-    print(", ".join(f"{name} {value:.3g}" for name, value in found.items()))
-    if why := check_tolerances(found, how["allowed"]):
-        print(f"the engine does not say what the net says: {why}; nothing is kept", file=sys.stderr)
+    print(", ".join(f"{name} {value:.3g}" for name, value in measured.items()))
+    if reason := check_tolerances(measured, settings["tolerances"]):
+        print(f"the engine differs from the model: {reason}; it was not saved", file=sys.stderr)
         return 1
-    unfinished = folder / f".{how['engine']}.{os.getpid()}"
+    out = folder / settings["engine"]
+    unfinished = folder / f".{out.name}.{os.getpid()}"
     unfinished.write_bytes(engine)
-    os.replace(unfinished, folder / how["engine"])
-    print(f"{folder / how['engine']}: {len(engine) / 1e6:.1f} MB")
+    os.replace(unfinished, out)
+    print(f"{out}: {len(engine) / 1e6:.1f} MB")
     return 0
 
 

@@ -1,17 +1,16 @@
-"""A CTC net for TensorRT: a typed ONNX graph, and the engine of it, or all that builds and checks one where it can be.
+"""Export CTC models to TensorRT: a strongly typed ONNX graph, and an engine or the files to build one elsewhere.
 
-A folder holds `model.onnx` and its weights; `build.py` with `build.json` and `reference.npz`, which make the engine on
-a machine with a GPU and keep it only if it says what the net says; `build.sh`, the same by trtexec; and `model.engine`,
-where TensorRT and a GPU are here.
+The folder holds `model.onnx` with its weights; `build.py`, `build.json` and `reference.npz`, which build the engine on
+a machine with a GPU and save it only if it matches the model; `build.sh`, the same with trtexec; and `model.engine`,
+if TensorRT and a GPU are available at export.
 
-- inputs: `input_values` float32 [B, N], normalised as the audio settings say; where front ends let a mask keep padding
-  out, `attention_mask` int64 [B, N], 1 where there is sound.
+- inputs: `input_values` float32 [B, N], normalized as the audio settings say; for models with layer norm in the feature
+  extractor also `attention_mask` int64 [B, N], 1 for samples and 0 for padding.
 - output: `logits` float32 [B, T, V].
 
-Nothing is left to TensorRT to choose. Half precision is in the graph's own types and in products alone, so that
-LayerNormalization and Softmax are float32: in float16 they overflow after attention, and what comes of it may be finite
-and wrong (github.com/NVIDIA/TensorRT, issues 4111 and 4493). int8 is symmetric on both sides of a product, as TensorRT
-has no other, and products beside it are float16. Who runs the folder is not known here.
+TensorRT chooses no precision itself. Only products are in half precision, while LayerNormalization and Softmax stay
+float32: in float16 they overflow after attention, and the result may be finite and wrong (github.com/NVIDIA/TensorRT,
+issues 4111 and 4493). int8 is symmetric for inputs and weights, as TensorRT requires, with other products in float16.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -40,8 +38,9 @@ from mowa.exporters.onnx.exporter import DEFAULT_OPSET, GRAPH_FILE
 from mowa.exporters.prepare import dequantize_linear, prepare_for_export
 from mowa.exporters.tensorrt import build as building
 from mowa.exporters.verify import MAX_ABS_DIFF, MIN_AGREEMENT
+from mowa.io.hub import SAMPLE_CLIP
 from mowa.kernels.quant.linear import QuantizedLinear
-from mowa.models.ctc_encoder.chunk_mask import receptive_field
+from mowa.models.ctc_encoder.geometry import frame_geometry, receptive_field
 from mowa.types import FLOAT32, Model
 
 log = logging.getLogger("mowa")
@@ -49,20 +48,20 @@ log = logging.getLogger("mowa")
 ENGINE_FILE = "model.engine"
 Profile = Sequence[Sequence[int]]
 DEFAULT_PROFILE: Profile = ((1, 16_000), (1, 160_000), (4, 480_000))
-MAX_VERIFY_S = 5  # the longest that is compared but for the profile's own
-TOLERANCE_FACTOR = 2.0  # times the error that such arithmetic was seen to make here
+MAX_VERIFY_S = 5  # limit for the length of compared inputs, except for the largest of the profile
+TOLERANCE_FACTOR = 2.0  # relative to the error of the same arithmetic in torch or ONNX Runtime
 MASKABLE_NETS = ("Wav2Vec2ForCTC", "HubertForCTC")
-HALF_DTYPES = {"float16": "float16", "bfloat16": "bfloat16", "int8": "float16"}  # of what is not quantised
-MASK_VALUE = -1e9  # added to the scores of what is not there
+HALF_DTYPES = {"float16": "float16", "bfloat16": "bfloat16", "int8": "float16"}  # scheme → unquantized products
+MASK_VALUE = -1e9  # added to attention scores of padding
 SUPPORTED_SCHEMES = (("float32", "none"), ("float16", "none"), ("bfloat16", "none"), ("int8", "static"))
 UNSUPPORTED_SCHEMES = {
     ("int8", "dynamic"): "TensorRT's ONNX parser has no DynamicQuantizeLinear",
-    ("int8", "none"): "TensorRT multiplies int8 weights with int8 inputs alone",
-    ("int4", "none"): "its int4 is ONNX Runtime's MatMulNBits, which TensorRT has not",
-    ("nf4", "none"): "nf4 is ONNX Runtime's MatMulBnb4, which TensorRT has not",
-    ("mixed", "dynamic"): "it has operators that TensorRT has not",
+    ("int8", "none"): "TensorRT multiplies int8 weights by int8 inputs only",
+    ("int4", "none"): "TensorRT does not support ONNX Runtime's MatMulNBits",
+    ("nf4", "none"): "TensorRT does not support ONNX Runtime's MatMulBnb4",
+    ("mixed", "dynamic"): "TensorRT does not support the operators of mixed schemes",
 }
-# Operators of nets like these that onnx-tensorrt reads in the types they come in (its docs/operators.md, 10.15).
+# Operators of these models that onnx-tensorrt supports in the dtypes used (its docs/operators.md, 10.15).
 SUPPORTED_OPS = frozenset(
     "Abs Add And Cast Clip Concat Constant ConstantOfShape Conv DequantizeLinear Div Equal Expand Floor Gather"
     " GatherND Gelu Gemm Greater GreaterOrEqual Identity InstanceNormalization LayerNormalization Less LessOrEqual Log"
@@ -72,58 +71,61 @@ SUPPORTED_OPS = frozenset(
 
 
 def unsupported_reason(model: Model) -> str:
-    """As `Exporter.can`."""
-    kind = model.scheme.weights, model.scheme.activations
-    return (
-        ""
-        if kind in SUPPORTED_SCHEMES
-        else f"{UNSUPPORTED_SCHEMES.get(kind, 'TensorRT has no such products')}; use int8-static, or bf16"
-    )
+    """See `Exporter.unsupported_reason`."""
+    storage = model.scheme.weights, model.scheme.activations
+    if storage in SUPPORTED_SCHEMES:
+        return ""
+    return f"{UNSUPPORTED_SCHEMES.get(storage, 'TensorRT does not support this scheme')}; use int8-static, or bf16"
 
 
 def require_packages() -> None:
-    """MissingPart where what exporting needs is not installed; TensorRT itself need not be."""
+    """See `Exporter.require_packages`; TensorRT itself is not required."""
     graphs.require_packages()
 
 
-def write(model: Model, folder: Path, *, profile: Profile = DEFAULT_PROFILE) -> tuple[Any, ExportResult]:
-    """As `Exporter.write`. `profile`: batch and samples of the smallest, the usual and the largest input.
+def write(model: Model, folder: Path, *, optimization_profile: Profile = DEFAULT_PROFILE) -> tuple[Any, ExportResult]:
+    """See `Exporter.write`. `optimization_profile`: (batch, samples) of the smallest, the usual and the largest input.
 
-    What the graph says is compared in ONNX Runtime, in its own types, and what the engine says where there can be one.
-    float32 must say what the net says in float64, to 1e-3 nats or twice what its own float32 is away; anything narrower
-    must find the same output likeliest in 80 % of frames, and an engine may be twice as far from the net as the graph.
+    The graph is run in ONNX Runtime with its own dtypes emulated, and the engine if it can be built. In float32,
+    log-probabilities may differ from the net's in float64 by 1e-3 nats, or twice as much as the net's own in float32;
+    else the top token must be the same in 80 % of frames. An engine may differ from the net by twice as much as the
+    graph does.
     """
-    wide = prepare_for_export(model, dequantize=True)
-    _check(profile, receptive_field(wide.config))
-    masked = _masked(wide)
-    _trace(model, wide, folder, masked)
-    files = initializers.rewrite_graphs(folder, [GRAPH_FILE], FLOAT32, graphs.collect_metadata(model, masked))
-    cases, own = _cases(model, wide, profile, masked, exact=model.scheme.weights == "float32")
-    found = building.compare_logits(_said(folder / GRAPH_FILE, cases), cases)
-    if model.scheme.weights == "float32":
-        allowed = {"farthest": max(TOLERANCE_FACTOR * own["farthest"], MAX_ABS_DIFF)}
+    net = prepare_for_export(model, dequantize=True)
+    _validate_profile(optimization_profile, receptive_field(net.config))
+    takes_mask = _supports_mask(net)
+    _trace(model, net, folder, takes_mask)
+    files = initializers.rewrite_graphs(folder, [GRAPH_FILE], FLOAT32, graphs.collect_metadata(model, takes_mask))
+    exact = model.scheme.weights == "float32"
+    cases, float32_error = _reference_cases(model, net, optimization_profile, takes_mask, exact=exact)
+    measured = building.compare_logits(_run_graph(folder / GRAPH_FILE, cases), cases)
+    if exact:
+        tolerances = {"max_abs_diff": max(TOLERANCE_FACTOR * float32_error["max_abs_diff"], MAX_ABS_DIFF)}
     else:
-        allowed = {"rms": max(TOLERANCE_FACTOR * found["rms"], MAX_ABS_DIFF), "agreeing": MIN_AGREEMENT}
-    _judge(model, found, allowed)
-    names = ["input_values", *(["attention_mask"] if masked else [])]
-    shapes = {name: [list(shape) for shape in profile] for name in names}
-    how = {"graph": GRAPH_FILE, "engine": ENGINE_FILE, "profile": shapes, "allowed": allowed}
-    _kit(folder, how, cases)
-    engine, unchecked = ENGINE_FILE if _here() else None, ""
+        tolerances = {"rms": max(TOLERANCE_FACTOR * measured["rms"], MAX_ABS_DIFF), "agreement": MIN_AGREEMENT}
+    _verify_graph(model, measured, tolerances)
+    names = ["input_values", *(["attention_mask"] if takes_mask else [])]
+    shapes = {name: [list(shape) for shape in optimization_profile] for name in names}
+    settings = {"graph": GRAPH_FILE, "engine": ENGINE_FILE, "profile": shapes, "tolerances": tolerances}
+    _write_build_files(folder, settings, cases)
+    engine, unverified_reason = ENGINE_FILE if _can_build() else None, ""
     if engine is not None:
-        found = _built(model, folder, allowed, cases)
+        measured = _build_and_verify(model, folder, tolerances, cases)
         files = (*files, engine)
     else:
-        unchecked = (
-            "TensorRT itself was not run: compared is model.onnx in ONNX Runtime, its products rounded as its types"
-            " say; build.py compares the engine where it is built"
+        unverified_reason = (
+            "TensorRT was not run: model.onnx was compared in ONNX Runtime, with its half precision emulated; build.py"
+            " compares the engine when it builds it"
         )
-    details = how | {"engine": engine, "masked": masked, "opset": DEFAULT_OPSET}
-    made_by = ("onnx", "onnxscript", "onnxruntime", *(["tensorrt"] if engine else []))
-    return wide, ExportResult(files, details, found["farthest"], found["agreeing"], unchecked, made_by)
+    details = settings | {"engine": engine, "attention_mask": takes_mask, "opset": DEFAULT_OPSET}
+    packages = ("onnx", "onnxscript", "onnxruntime", *(["tensorrt"] if engine else []))
+    result = ExportResult(
+        files, details, measured["max_abs_diff"], measured["agreement"], unverified_reason, packages=packages
+    )
+    return net, result
 
 
-def _check(profile: Profile, least: int) -> None:
+def _validate_profile(profile: Profile, min_samples: int) -> None:
     try:
         ascending = all(1 <= a <= b <= c for a, b, c in zip(*profile, strict=True))
         fits = len(profile) == 3 and all(len(shape) == 2 for shape in profile) and ascending
@@ -131,29 +133,32 @@ def _check(profile: Profile, least: int) -> None:
         fits = False
     if not fits:
         raise ModelError(
-            f"a profile is batch and samples of the smallest, the usual and the largest input, as {DEFAULT_PROFILE};"
-            f" not {profile}"
+            "the optimization profile must be (batch, samples) of the smallest, the usual and the largest input, such"
+            f" as {DEFAULT_PROFILE}; got {profile}"
         )
-    if profile[0][1] < least:
-        raise ModelError(f"the net needs {least} samples for a frame, and the profile begins at {profile[0][1]}")
+    if profile[0][1] < min_samples:
+        raise ModelError(
+            f"the model needs {min_samples} samples for a frame, and the profile begins at {profile[0][1]}"
+        )
 
 
-def _masked(net: Any) -> bool:
-    """Whether padding can be kept out, by a net that is computed part by part."""
+def _supports_mask(net: Any) -> bool:
     config = net.config
-    stock = type(net).__name__ in MASKABLE_NETS and not getattr(config, "add_adapter", False)
-    return stock and config.feat_extract_norm == "layer"
+    is_maskable = type(net).__name__ in MASKABLE_NETS and not getattr(config, "add_adapter", False)
+    return is_maskable and config.feat_extract_norm == "layer"
 
 
-class _Net(nn.Module):
-    """A net as a function of tensors. With a mask its encoder's parts are called one by one, and frame t of a row is
-    there where its samples are: t · hop + reach ≤ n. transformers' own mask is the same, but made of operators that
-    TensorRT has not in these types (NonZero of booleans, CumSum of integers)."""
+class _LogitsNet(nn.Module):
+    """A transformers model that returns only its logits.
+
+    With a mask, its modules are called one by one, and frame t of a row is valid if t · hop + receptive_field ≤ n.
+    transformers computes the same mask with operators that TensorRT lacks for these dtypes (NonZero, CumSum).
+    """
 
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
-        self.hop, self.reach = math.prod(net.config.conv_stride), receptive_field(net.config)
+        self.geometry = frame_geometry(net.config)
 
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         if attention_mask is None:
@@ -162,38 +167,40 @@ class _Net(nn.Module):
         base, stable = self.net.base_model, self.net.config.do_stable_layer_norm
         states = base.feature_projection(base.feature_extractor(input_values).transpose(1, 2))
         states = states[0] if isinstance(states, tuple) else states
-        ends = torch.arange(states.shape[1]) * self.hop + self.reach
-        there = (ends[None] <= attention_mask.sum(-1, keepdim=True)).to(states.dtype)
-        states = states * there[..., None]
+        ends = torch.arange(states.shape[1]) * self.geometry.hop + self.geometry.receptive_field
+        valid = (ends[None] <= attention_mask.sum(-1, keepdim=True)).to(states.dtype)
+        states = states * valid[..., None]
         states = states + base.encoder.pos_conv_embed(states)
         states = states if stable else base.encoder.layer_norm(states)
         for layer in base.encoder.layers:
-            made = layer(states, attention_mask=(1 - there[:, None, None]) * MASK_VALUE)
-            states = made[0] if isinstance(made, tuple) else made
+            output = layer(states, attention_mask=(1 - valid[:, None, None]) * MASK_VALUE)
+            states = output[0] if isinstance(output, tuple) else output
         states = base.encoder.layer_norm(states) if stable else states
-        out: Tensor = self.net.lm_head(states)
-        return out
+        masked_logits: Tensor = self.net.lm_head(states)
+        return masked_logits
 
 
-def _trace(model: Model, wide: Any, folder: Path, masked: bool) -> None:
-    """`model.onnx` in `folder`, every tensor in its type. ModelError: an operator has no equal in ONNX or TensorRT."""
+def _trace(model: Model, net: Any, folder: Path, takes_mask: bool) -> None:
+    """Write the strongly typed `model.onnx`. Raises ModelError for an operator that ONNX or TensorRT lacks."""
     import onnx
 
     scheme = model.scheme.weights
-    net = _quantised(model) if scheme == "int8" else wide
-    with graphs.translate_export_errors(model.origin.name), TemporaryDirectory(dir=folder.parent) as place:
-        graphs.export_graph(_Net(net), Path(place) / GRAPH_FILE, masked, DEFAULT_OPSET)
-        made = onnx.load(f"{place}/{GRAPH_FILE}")
-    if unknown := sorted(strong_typing.list_operators(made.graph) - SUPPORTED_OPS):
-        raise ModelError(f"TensorRT does not read {', '.join(unknown)}, which {model.origin.name} needs: use onnx")
-    strong_typing.make_symmetric(made.graph)
+    traced = _replace_static_linears(model) if scheme == "int8" else net
+    with graphs.translate_export_errors(model.origin.name), TemporaryDirectory(dir=folder.parent) as temporary:
+        graphs.export_graph(_LogitsNet(traced), Path(temporary) / GRAPH_FILE, takes_mask, DEFAULT_OPSET)
+        graph = onnx.load(f"{temporary}/{GRAPH_FILE}")
+    if unsupported := sorted(strong_typing.list_operators(graph.graph) - SUPPORTED_OPS):
+        raise ModelError(
+            f"TensorRT does not support {', '.join(unsupported)}, which {model.origin.name} needs: use onnx"
+        )
+    strong_typing.make_symmetric(graph.graph)
     if scheme in HALF_DTYPES:
-        strong_typing.cast_to_half(made.graph, HALF_DTYPES[scheme])
-    _save(made, folder)
+        strong_typing.cast_to_half(graph.graph, HALF_DTYPES[scheme])
+    _save(graph, folder)
 
 
-def _quantised(model: Model) -> Any:
-    """The net with products of int8 where inputs have a range, and wide linears elsewhere."""
+def _replace_static_linears(model: Model) -> Any:
+    """Return the net with int8 operators for layers with static input ranges, and the others dequantized."""
     net = prepare_for_export(model)
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantizedLinear) and module.activations != "static":
@@ -209,96 +216,103 @@ def _save(model: Any, folder: Path) -> None:
     )
 
 
-def _cases(
-    model: Model, net: Any, profile: Profile, masked: bool, *, exact: bool
+def _reference_cases(
+    model: Model, net: Any, profile: Profile, takes_mask: bool, *, exact: bool
 ) -> tuple[list[building.Arrays], dict[str, float]]:
-    """Inputs at the corners of the profile and between them, what the net says, in float64 where it is to be `exact`,
-    and how far from that it is in float32. Speech and noise by turns; where there is a mask, the rows of a batch are of
-    many lengths. Engines were seen to be right in the usual shape alone (github.com/NVIDIA/TensorRT, issue 4450)."""
-    (few, least), (usual, best), (many, most) = profile
-    speech, rng = audio.load_audio(verify.SAMPLE), np.random.default_rng(1)
-    enough = max(least, MAX_VERIFY_S * model.preprocessing.rate_hz)
-    shapes = [(few, least), (usual, min(best, enough)), (many, min(most, enough)), (few, most)]
-    cases, plainly, truth = [], [], copy.deepcopy(net).double() if exact else net
+    """Return inputs with the shapes of the profile, the net's logits for them, and the error of float32.
+
+    With `exact` the logits are computed in float64. Rows are speech and noise in turn, and of different lengths if
+    there is a mask. All shapes are needed: engines have been wrong in all but the usual one
+    (github.com/NVIDIA/TensorRT, issue 4450).
+    """
+    (min_batch, min_samples), (usual_batch, usual_samples), (max_batch, max_samples) = profile
+    speech, rng, geometry = audio.load_audio(SAMPLE_CLIP), np.random.default_rng(1), frame_geometry(net.config)
+    limit = max(min_samples, MAX_VERIFY_S * model.preprocessing.rate_hz)
+    shapes = [
+        (min_batch, min_samples),
+        (usual_batch, min(usual_samples, limit)),
+        (max_batch, min(max_samples, limit)),
+        (min_batch, max_samples),
+    ]
+    cases, float32_logits, exact_net = [], [], copy.deepcopy(net).double() if exact else net
     for batch, longest in dict.fromkeys(shapes):
-        lengths = np.linspace(longest, least, batch).astype(int) if masked else np.full(batch, longest)
+        lengths = np.linspace(longest, min_samples, batch).astype(int) if takes_mask else np.full(batch, longest)
         values = np.full((batch, longest), model.preprocessing.padding_value, np.float32)
         for index, length in enumerate(lengths):
             row = rng.standard_normal(length, np.float32) if index % 2 else np.resize(speech, length)
             values[index, :length] = verify.preprocess(model, row)
         mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
-        case = {"input_values": values} | ({"attention_mask": mask} if masked else {})
-        given = {name: torch.from_numpy(value) for name, value in case.items()}
+        case = {"input_values": values} | ({"attention_mask": mask} if takes_mask else {})
+        inputs = {name: torch.from_numpy(value) for name, value in case.items()}
         with torch.inference_mode():
-            plainly.append(net(**given).logits.numpy())
-            said = plainly[-1]
+            float32_logits.append(net(**inputs).logits.numpy())
+            logits = float32_logits[-1]
             if exact:
-                said = truth(**given | {"input_values": given["input_values"].double()}).logits.float().numpy()
-        frames = [_frames(net.config, length) if masked else said.shape[1] for length in lengths]
-        cases.append(case | {"logits": said, "frames": np.array(frames)})
-    return cases, building.compare_logits(plainly, cases)
+                double = inputs | {"input_values": inputs["input_values"].double()}
+                logits = exact_net(**double).logits.float().numpy()
+        frames = [geometry.num_frames(int(n)) if takes_mask else logits.shape[1] for n in lengths]
+        cases.append(case | {"logits": logits, "frames": np.array(frames)})
+    return cases, building.compare_logits(float32_logits, cases)
 
 
-def _frames(config: Any, samples: int) -> int:
-    return (int(samples) - receptive_field(config)) // math.prod(config.conv_stride) + 1
-
-
-def _said(graph: Path, cases: Sequence[building.Arrays]) -> list[np.ndarray]:
-    """What the graph says in ONNX Runtime, which has no such halves on processors, so they are emulated; nothing is
-    optimised, as roundings would be dropped."""
+def _run_graph(graph_file: Path, cases: Sequence[building.Arrays]) -> list[np.ndarray]:
+    """Run the graph in ONNX Runtime, with half precision emulated and without optimizations, which skip roundings."""
     import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    with TemporaryDirectory() as place:
-        made = onnx.load(graph)
-        strong_typing.emulate_half(made.graph)
-        _save(made, Path(place))
-        session = onnxruntime.InferenceSession(f"{place}/{GRAPH_FILE}", options, providers=["CPUExecutionProvider"])
+    with TemporaryDirectory() as folder:
+        graph = onnx.load(graph_file)
+        strong_typing.emulate_half(graph.graph)
+        _save(graph, Path(folder))
+        session = onnxruntime.InferenceSession(f"{folder}/{GRAPH_FILE}", options, providers=["CPUExecutionProvider"])
         return [session.run(["logits"], building.select_inputs(case))[0] for case in cases]
 
 
-def _judge(model: Model, found: dict[str, float], allowed: dict[str, float]) -> None:
+def _verify_graph(model: Model, measured: dict[str, float], tolerances: dict[str, float]) -> None:
     name, scheme = model.origin.name, model.scheme
     if scheme.weights == "float32":
-        if why := building.check_tolerances(found, allowed):
-            raise ModelError(f"the graph of {name} is not what the net is: {why}")
+        if reason := building.check_tolerances(measured, tolerances):
+            raise ModelError(f"the TensorRT graph of {name} differs from the model: {reason}")
     else:
-        instead = "bf16" if scheme.weights == "float16" else "float32"
-        verify.verify_tolerance(model, "TensorRT", found["farthest"], found["agreeing"], alternative=instead)
+        alternative = "bf16" if scheme.weights == "float16" else "float32"
+        verify.verify_tolerance(
+            model, "TensorRT", measured["max_abs_diff"], measured["agreement"], alternative=alternative
+        )
 
 
-def _kit(folder: Path, how: dict[str, Any], cases: Sequence[building.Arrays]) -> None:
-    """All that builds the engine elsewhere."""
-    (folder / "build.json").write_text(json.dumps(how, indent=1))
+def _write_build_files(folder: Path, settings: dict[str, Any], cases: Sequence[building.Arrays]) -> None:
+    """Write the files that build and verify the engine on another machine."""
+    (folder / "build.json").write_text(json.dumps(settings, indent=1))
     (folder / "build.py").write_text(Path(building.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    kept: dict[str, Any] = {f"{index}.{name}": of for index, case in enumerate(cases) for name, of in case.items()}
-    np.savez_compressed(folder / "reference.npz", **kept)
+    arrays: dict[str, Any] = {f"{index}.{name}": v for index, case in enumerate(cases) for name, v in case.items()}
+    np.savez_compressed(folder / "reference.npz", **arrays)
     shapes = []
-    for index, word in enumerate(("min", "opt", "max")):
-        each = (f"{name}:{'x'.join(map(str, of[index]))}" for name, of in how["profile"].items())
-        shapes.append(f"  --{word}Shapes={','.join(each)}")
-    line = [
+    for index, prefix in enumerate(("min", "opt", "max")):
+        inputs = (f"{name}:{'x'.join(map(str, shape[index]))}" for name, shape in settings["profile"].items())
+        shapes.append(f"  --{prefix}Shapes={','.join(inputs)}")
+    command = [
         "trtexec",
         f"  --onnx={GRAPH_FILE}",
         "  --saveEngine=unchecked.engine",
         "  --stronglyTyped",
         "  --skipInference",
+        "  --noTF32",
+        *shapes,
     ]
-    line += ["  --noTF32", *shapes]
     script = folder / "build.sh"
     script.write_text(
         "#!/bin/sh\n"
-        "# The engine by trtexec; build.py keeps it as model.engine only if it says what the net says.\n"
-        'set -e\ncd "$(dirname "$0")"\n' + " \\\n".join(line) + "\npython3 build.py unchecked.engine\n"
+        "# Build the engine with trtexec; build.py saves it as model.engine if it matches the model.\n"
+        'set -e\ncd "$(dirname "$0")"\n' + " \\\n".join(command) + "\npython3 build.py unchecked.engine\n"
     )
     script.chmod(0o755)
 
 
-def _here() -> bool:
-    """Whether an engine can be built on this machine."""
+def _can_build() -> bool:
+    """Return whether TensorRT and a GPU are available."""
     try:
         import_module("tensorrt")
     except (ImportError, OSError):
@@ -306,15 +320,16 @@ def _here() -> bool:
     return torch.cuda.is_available()
 
 
-def _built(model: Model, folder: Path, allowed: dict[str, float], cases: Sequence[building.Arrays]) -> dict[str, float]:
+def _build_and_verify(
+    model: Model, folder: Path, tolerances: dict[str, float], cases: Sequence[building.Arrays]
+) -> dict[str, float]:
     try:
         engine = building.build_engine(folder)
-        found = building.compare_logits(
-            building.run_engine(engine, [building.select_inputs(case) for case in cases]), cases
-        )
+        logits = building.run_engine(engine, [building.select_inputs(case) for case in cases])
     except RuntimeError as error:
         raise ModelError(f"{model.origin.name}: {error}") from error
-    if why := building.check_tolerances(found, allowed):
-        raise ModelError(f"TensorRT's engine of {model.origin.name} does not say what the net says: {why}")
+    measured = building.compare_logits(logits, cases)
+    if reason := building.check_tolerances(measured, tolerances):
+        raise ModelError(f"the TensorRT engine of {model.origin.name} differs from the model: {reason}")
     (folder / ENGINE_FILE).write_bytes(engine)
-    return found
+    return measured
