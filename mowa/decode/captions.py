@@ -1,8 +1,7 @@
-"""A transcript, written for people and programs: text, json, srt, vtt, tsv, textgrid.
+"""Write transcripts as text, JSON, SRT, WebVTT, TSV and Praat TextGrid, and read the JSON back.
 
-It knows files and their rules; it refuses to know how the words were found. Words are never broken or re-spelt: only
-white space inside one becomes a single space where the format is built of lines. Times are rounded to the millisecond
-and confidences to four decimals here and nowhere earlier.
+Words are not split or changed, except that white space inside a word becomes a single space in formats made of lines.
+Times are rounded to milliseconds and confidences to four decimals here, and nowhere before.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ FORMAT_SUFFIXES: Mapping[str, str] = {
     "tsv": ".tsv",
     "textgrid": ".TextGrid",
 }
-"""Format → the suffix its files carry."""
+"""Output format → file suffix."""
 
 
 def render(transcript: Transcript, output_format: str, *, char_times: bool = False) -> str:
-    """Write the transcript as the content of one file (UTF-8), ending in a newline unless it is empty.
+    """Return the transcript as the contents of a file, ending in a newline unless it is empty.
 
-        text       the text alone
-        json       one object on one line, keys as the fields of Transcript; `parse` reads it back
-        srt, vtt   subtitles, see `cues`; times 00:00:00,000 and 00:00:00.000, hours always
-        tsv        a header, then one line a word: start_s, end_s, confidence, word; tabs between, no quoting
-        textgrid   Praat's long text format, see `tier`
+        text       the text
+        json       one object on one line, with the fields of Transcript as keys; `parse_json` reads it
+        srt, vtt   subtitles, see `build_cues`; times 00:00:00,000 and 00:00:00.000
+        tsv        a header, then a line per word: start_s, end_s, confidence, word; tab-separated, without quoting
+        textgrid   Praat's long text format, see `build_tier`
 
-    `characters` adds each word's characters to json, and a second tier of them to textgrid; the others have no place
-    for them. Raises DataError for an unknown format. Sources: https://www.w3.org/TR/webvtt1/ and
+    `char_times` adds the characters of each word to json, and a second tier of them to textgrid. Raises DataError for
+    an unknown format. Sources: https://www.w3.org/TR/webvtt1/ and
     https://www.fon.hum.uva.nl/praat/manual/TextGrid_file_formats.html
     """
     match output_format:
@@ -55,24 +54,24 @@ def render(transcript: Transcript, output_format: str, *, char_times: bool = Fal
         case "textgrid":
             return _textgrid(transcript, char_times)
     close = difflib.get_close_matches(output_format.lower(), FORMAT_SUFFIXES, n=1)
-    meant = f" Did you mean {close[0]}?" if close else ""
-    raise DataError(f"unknown format {output_format!r}.{meant} Known: {', '.join(FORMAT_SUFFIXES)}.")
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise DataError(f"unknown format {output_format!r}.{hint} Formats: {', '.join(FORMAT_SUFFIXES)}.")
 
 
 def parse_json(line: str) -> Transcript:
-    """Read back what `render(transcript, "json")` wrote: the same transcript, up to rounding and characters left out.
+    """Parse what `render(transcript, "json")` returned: the same transcript, up to rounding and omitted characters.
 
-    Unknown keys are passed over. Raises DataError if the line is not JSON or not a transcript.
+    Unknown keys are ignored. Raises DataError if the line is not JSON or not a transcript.
     """
     try:
-        found = json.loads(line)
+        fields = json.loads(line)
     except ValueError as error:
         raise DataError(f"not a transcript: {error}.") from None
-    return transcript_from_dict(found)
+    return transcript_from_dict(fields)
 
 
 def transcript_from_dict(row: Any) -> Transcript:
-    """The transcript that `row` gave these keys and values for. DataError if they are none's."""
+    """Return the transcript of the keys and values of `transcript_to_dict`. Raises DataError if they are not one."""
     try:
         if not isinstance(row, dict):
             raise TypeError(f"a JSON object was expected, this is a {type(row).__name__}")
@@ -94,17 +93,13 @@ def transcript_from_dict(row: Any) -> Transcript:
 
 
 def _json(transcript: Transcript, characters: bool) -> str:
-    # Settings may hold paths and the like: their text will do. NaN is no JSON, and would be a bug of ours.
-    return (
-        json.dumps(
-            transcript_to_dict(transcript, char_times=characters), ensure_ascii=False, allow_nan=False, default=str
-        )
-        + "\n"
-    )
+    # default=str: settings may hold paths. allow_nan=False: NaN is not JSON, and would be a bug.
+    fields = transcript_to_dict(transcript, char_times=characters)
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def transcript_to_dict(transcript: Transcript, *, char_times: bool = False) -> dict[str, Any]:
-    """A transcript as keys and values that JSON knows, rounded."""
+    """Return a transcript as JSON-serializable keys and values, rounded."""
     return {
         "file": transcript.file,
         "text": transcript.text,
@@ -119,7 +114,7 @@ def transcript_to_dict(transcript: Transcript, *, char_times: bool = False) -> d
 def _segment_row(segment: Segment, characters: bool) -> dict[str, Any]:
     row = _timed_row(segment)
     if not segment.is_final:
-        row["final"] = False
+        row["is_final"] = False
     if segment.channel is not None:
         row["channel"] = segment.channel
     row["words"] = [_word_row(word, characters) for word in segment.words]
@@ -144,7 +139,7 @@ def _timed_row(item: Segment | Word | Character) -> dict[str, Any]:
 
 def _segment_from(row: Mapping[str, Any]) -> Segment:
     words = tuple(_word_from(word) for word in row["words"])
-    return Segment(**_timed_from(row), words=words, is_final=row.get("final", True), channel=row.get("channel"))
+    return Segment(**_timed_from(row), words=words, is_final=row.get("is_final", True), channel=row.get("channel"))
 
 
 def _word_from(row: Mapping[str, Any]) -> Word:
@@ -167,7 +162,7 @@ def _string(row: Mapping[str, Any], key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """One subtitle: one or two lines, shown from `start_s` to `end_s`, whole milliseconds, and the channel heard."""
+    """A subtitle of one or two lines, shown from `start_s` to `end_s` (whole milliseconds), and its audio channel."""
 
     start_s: float
     end_s: float
@@ -182,39 +177,39 @@ def build_cues(
     max_gap_s: float = 0.8,
     min_duration_s: float = 1.0,
 ) -> tuple[Cue, ...]:
-    """Group the words into subtitles of at most two lines of `widest` / 2 characters.
+    """Group the words into subtitles of at most two lines of `max_chars` / 2 characters.
 
-    A cue ends with its segment, before a pause longer than `gap_s`, before it would last longer than `longest_s`, and
-    before it would not fit in its lines. One word alone may break the last two rules, since words are never broken.
-    A cue shown for less than `shortest_s` stays on while there is room before the next; the last one may outlive the
-    recording. Cues start in strictly rising order, last at least 1 ms and never overlap. Segments without words give
-    none. 42 characters a line and 7 s are the limits of the Netflix Timed Text Style Guide.
+    A cue ends with its segment, before a pause longer than `max_gap_s`, before it would last longer than
+    `max_duration_s`, and before it would exceed its lines; a single word may exceed the last two limits, since words
+    are not split. A cue shorter than `min_duration_s` is extended up to the next one; the last cue may end after the
+    recording. Cues have strictly increasing starts, last at least 1 ms and do not overlap. Segments without words give
+    none. 42 characters per line and 7 s are the limits of the Netflix Timed Text Style Guide.
     """
     groups: list[list[Word]] = []
     channels: list[int | None] = []
     for segment in transcript.segments:
-        spoken = [word for word in segment.words if _label(word)]  # an empty line would end a cue early
-        groups += _groups(spoken, max_duration_s, max_chars // 2, max_gap_s)
+        words = [word for word in segment.words if _label(word)]  # an empty line would end a cue
+        groups += _group_words(words, max_duration_s, max_chars // 2, max_gap_s)
         channels += [segment.channel] * (len(groups) - len(channels))
-    # Strictly rising, even where two segments overlap.
+    # strictly increasing, even if segments overlap
     starts = list(accumulate((_ms(group[0].start_s) for group in groups), lambda before, at: max(at, before + 1)))
-    wanted = [
+    preferred_ends = [
         max(_ms(group[-1].end_s), at + _ms(min_duration_s), at + 1) for group, at in zip(groups, starts, strict=True)
     ]
-    ends = [*map(min, wanted, starts[1:]), *wanted[-1:]]
+    ends = [*map(min, preferred_ends, starts[1:]), *preferred_ends[-1:]]
     return tuple(
-        Cue(start / 1000, end / 1000, _lines(group, max_chars // 2), channel)
+        Cue(start / 1000, end / 1000, _break_lines(group, max_chars // 2), channel)
         for start, end, group, channel in zip(starts, ends, groups, channels, strict=True)
     )
 
 
-def _groups(words: Sequence[Word], longest_s: float, width: int, gap_s: float) -> Iterator[list[Word]]:
+def _group_words(words: Sequence[Word], max_duration_s: float, max_line: int, max_gap_s: float) -> Iterator[list[Word]]:
     group: list[Word] = []
     for word in words:
         if group and (
-            word.start_s - group[-1].end_s > gap_s
-            or word.end_s - group[0].start_s > longest_s
-            or max(map(len, _lines([*group, word], width))) > width
+            word.start_s - group[-1].end_s > max_gap_s
+            or word.end_s - group[0].start_s > max_duration_s
+            or max(map(len, _break_lines([*group, word], max_line))) > max_line
         ):
             yield group
             group = []
@@ -223,40 +218,40 @@ def _groups(words: Sequence[Word], longest_s: float, width: int, gap_s: float) -
         yield group
 
 
-def _lines(words: Sequence[Word], width: int) -> tuple[str, ...]:
-    """One line if all fits, else two as even as can be."""
+def _break_lines(words: Sequence[Word], max_line: int) -> tuple[str, ...]:
+    """Return one line if the words fit, else the two that differ least in length."""
     labels = [_label(word) for word in words]
     whole = " ".join(labels)
-    if len(whole) <= width or len(labels) == 1:
+    if len(whole) <= max_line or len(labels) == 1:
         return (whole,)
     splits = [(" ".join(labels[:at]), " ".join(labels[at:])) for at in range(1, len(labels))]
     return min(splits, key=lambda lines: max(map(len, lines)))
 
 
-def _srt(shown: Sequence[Cue]) -> str:
+def _srt(cues: Sequence[Cue]) -> str:
     return "".join(
-        f"{number}\n{_clock(cue.start_s, ',')} --> {_clock(cue.end_s, ',')}\n"
+        f"{number}\n{_format_time(cue.start_s, ',')} --> {_format_time(cue.end_s, ',')}\n"
         + ("" if cue.channel is None else f"[{cue.channel}] ")
         + "\n".join(cue.lines)
         + "\n\n"
-        for number, cue in enumerate(shown, start=1)
+        for number, cue in enumerate(cues, start=1)
     )
 
 
-def _vtt(shown: Sequence[Cue]) -> str:
+def _vtt(cues: Sequence[Cue]) -> str:
     escapes = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
     blocks = ["WEBVTT\n"] + [
-        f"{_clock(cue.start_s, '.')} --> {_clock(cue.end_s, '.')}\n"
+        f"{_format_time(cue.start_s, '.')} --> {_format_time(cue.end_s, '.')}\n"
         + ("" if cue.channel is None else f"<v channel {cue.channel}>")
         + "\n".join(cue.lines).translate(escapes)
         + "\n"
-        for cue in shown
+        for cue in cues
     ]
     return "\n".join(blocks)
 
 
-def _clock(seconds: float, mark: str) -> str:
-    """Hours, minutes, seconds and milliseconds after `mark`, as 01:02:03,004."""
+def _format_time(seconds: float, mark: str) -> str:
+    """Format as hours, minutes, seconds and milliseconds after `mark`, such as 01:02:03,004."""
     whole_s, ms = divmod(_ms(seconds), 1000)
     minutes, s = divmod(whole_s, 60)
     hours, minutes = divmod(minutes, 60)
@@ -276,7 +271,7 @@ def _tsv(words: Sequence[Word]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A stretch of a Praat tier in whole milliseconds; `label` is empty where nothing was said."""
+    """An interval of a Praat tier in whole milliseconds; `label` is empty between words."""
 
     start_ms: int
     end_ms: int
@@ -284,46 +279,46 @@ class Interval:
 
 
 def build_tier(items: Sequence[Word | Character], duration_s: float) -> tuple[Interval, ...]:
-    """Tile 0 … duration_s with one interval per item and empty ones between, each at least 1 ms long.
+    """Tile 0 to duration_s with an interval per item and empty ones between, each at least 1 ms long.
 
-    Praat allows neither gaps, nor overlaps, nor intervals of no length: an item that starts before the one ahead of it
-    has ended starts there, and one of no length gets 1 ms. The tier outlasts `duration_s` only where its items do.
+    Praat allows neither gaps nor overlaps nor empty intervals: an item that starts before the previous one has ended
+    starts at that end, and one of zero length gets 1 ms. The tier is longer than `duration_s` only if its items are.
     """
-    tiles: list[Interval] = []
-    reached = 0
+    intervals: list[Interval] = []
+    position = 0
     for item in items:
-        start = max(_ms(item.start_s), reached)
+        start = max(_ms(item.start_s), position)
         end = max(_ms(item.end_s), start + 1)
-        if start > reached:
-            tiles.append(Interval(reached, start, ""))
-        tiles.append(Interval(start, end, _label(item)))
-        reached = end
-    if (rest := max(_ms(duration_s), 1)) > reached:
-        tiles.append(Interval(reached, rest, ""))
-    return tuple(tiles)
+        if start > position:
+            intervals.append(Interval(position, start, ""))
+        intervals.append(Interval(start, end, _label(item)))
+        position = end
+    if (end_ms := max(_ms(duration_s), 1)) > position:
+        intervals.append(Interval(position, end_ms, ""))
+    return tuple(intervals)
 
 
 def _textgrid(transcript: Transcript, characters: bool) -> str:
     items: dict[str, Sequence[Word | Character]] = {}
     for channel in sorted({segment.channel for segment in transcript.segments}, key=str) or [None]:
         words = [word for segment in transcript.segments if segment.channel == channel for word in segment.words]
-        of = "" if channel is None else f" of channel {channel}"
-        items[f"words{of}"] = words
+        suffix = "" if channel is None else f" of channel {channel}"
+        items[f"words{suffix}"] = words
         if characters:
-            items[f"characters{of}"] = [character for word in words for character in word.characters]
-    # All tiers end together: at the end of the recording, or of the tier that outlasts it.
+            items[f"characters{suffix}"] = [character for word in words for character in word.characters]
+    # all tiers end together: with the recording, or with the longest tier
     end_ms = max(build_tier(each, transcript.duration_s)[-1].end_ms for each in items.values())
     lines = ['File type = "ooTextFile"', 'Object class = "TextGrid"', ""]
     lines += ["xmin = 0", f"xmax = {end_ms / 1000:.3f}", "tiers? <exists>", f"size = {len(items)}", "item []:"]
     for number, (name, each) in enumerate(items.items(), start=1):
-        tiles = build_tier(each, end_ms / 1000)
+        intervals = build_tier(each, end_ms / 1000)
         lines += [f"    item [{number}]:", '        class = "IntervalTier"', f'        name = "{name}"']
         lines += ["        xmin = 0", f"        xmax = {end_ms / 1000:.3f}"]
-        lines += [f"        intervals: size = {len(tiles)}"]
-        for index, tile in enumerate(tiles, start=1):
-            doubled = tile.label.replace('"', '""')
-            lines += [f"        intervals [{index}]:", f"            xmin = {tile.start_ms / 1000:.3f}"]
-            lines += [f"            xmax = {tile.end_ms / 1000:.3f}", f'            text = "{doubled}"']
+        lines += [f"        intervals: size = {len(intervals)}"]
+        for index, interval in enumerate(intervals, start=1):
+            quoted = interval.label.replace('"', '""')
+            lines += [f"        intervals [{index}]:", f"            xmin = {interval.start_ms / 1000:.3f}"]
+            lines += [f"            xmax = {interval.end_ms / 1000:.3f}", f'            text = "{quoted}"']
     return "\n".join(lines) + "\n"
 
 
@@ -332,5 +327,5 @@ def _ms(seconds: float) -> int:
 
 
 def _label(item: Word | Character) -> str:
-    """The text on one line: white space of any kind, line breaks included, becomes one space."""
+    """Return the text on one line: white space, including line breaks, becomes single spaces."""
     return " ".join(item.text.split())

@@ -1,15 +1,12 @@
-"""The numbers of a CTC head, read as words with times and confidence.
+"""Decode CTC log-probabilities greedily into words with times and confidences. numpy only.
 
-It knows frames, ids and a vocabulary; it refuses to know which net or engine made the numbers, and how a long recording
-was cut into windows. numpy only.
+Times: a character on frames a to b (inclusive) lasts from a · frame_s to (b + 1) · frame_s. CTC outputs are short and
+late: compared with a forced alignment these times are off by 20 to 60 ms. They are not rounded here.
 
-Times. A character that holds the frames a..b, both included, lasts from a · frame_s to (b + 1) · frame_s. CTC peaks are
-narrow and late: against a forced alignment these bounds are off by 20 to 60 ms. Nothing is rounded here.
+Confidences: of a character, the mean probability of its frames; of a word, the geometric mean of its characters, so
+that one uncertain character shows and the length of a word does not matter; of a segment, the mean of its words.
 
-Confidence. Of a character: the mean probability of its frames. Of a word: the geometric mean of its characters, so that
-one doubtful letter shows and a long word is not punished for its length. Of a segment: the mean of its words.
-
-A. Graves, S. Fernández, F. Gomez, J. Schmidhuber, "Connectionist Temporal Classification", ICML 2006.
+Source: A. Graves, S. Fernández, F. Gomez, J. Schmidhuber, "Connectionist Temporal Classification", ICML 2006.
 """
 
 from __future__ import annotations
@@ -29,14 +26,14 @@ from mowa.errors import ModelError
 from mowa.types import Character, Segment, Vocabulary, Word
 
 FRAME_S = 0.02
-"""One step of every wav2vec2-style encoder: 320 samples at 16 kHz."""
+"""Duration of a frame of wav2vec2-style encoders: 320 samples at 16 kHz."""
 
 _SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenPath:
-    """One token per frame: `ids` int32 [T] and `probabilities` float32 [T], how sure the head was of each."""
+    """One token per frame: `ids` int32 [T] and `probabilities` float32 [T]."""
 
     ids: NDArray[np.int32]
     probabilities: NDArray[np.float32]
@@ -46,19 +43,23 @@ class TokenPath:
 
 
 def best_path(log_probs: NDArray[np.float32], vocabulary: Vocabulary) -> TokenPath:
-    """Take the likeliest token of every frame, special tokens left out.
+    """Decode greedily: take the most probable token of every frame, except special tokens.
 
         ids[t] = argmax_v log_probs[t, v],  v not special;    probabilities[t] = exp log_probs[t, ids[t]]
 
-    log_probs float32 [T, V], V = len(vocabulary)  →  T frames. The probabilities are not renormalised over the tokens
-    that were left in: mass the head gave to a special token is doubt, and stays visible as such.
-    Raises ModelError if the width is not the vocabulary's or a number is NaN. Graves et al. 2006, section 3.2.
+    log_probs float32 [T, V], V = len(vocabulary)  →  T frames. The probabilities are not renormalized without the
+    special tokens, so that probability mass on these lowers the confidence.
+    Raises ModelError if V is not the size of the vocabulary or a value is NaN. Graves et al. 2006, section 3.2.
     """
     if log_probs.ndim != 2 or log_probs.shape[1] != len(vocabulary):
-        raise ModelError(f"the model gave numbers of shape {log_probs.shape} for {len(vocabulary)} tokens.")
-    if broken := np.isnan(log_probs).any(axis=1).sum():
-        raise ModelError(f"the model gave NaN in {broken} of {len(log_probs)} frames; try float32 or another engine.")
-    # Chosen from, not masked to -inf: a special token must not win even where every other one is -inf.
+        raise ModelError(
+            f"the model output has shape {log_probs.shape}, but the vocabulary has {len(vocabulary)} tokens."
+        )
+    if num_nan := np.isnan(log_probs).any(axis=1).sum():
+        raise ModelError(
+            f"the model output is NaN in {num_nan} of {len(log_probs)} frames. Try float32 or another engine."
+        )
+    # Indexed instead of masked with -inf: a special token must not win even if every other one is -inf.
     textual = np.array([token for token in range(len(vocabulary)) if token not in vocabulary.specials], dtype=np.int32)
     ids = textual[log_probs[:, textual].argmax(axis=1)]
     chosen = np.take_along_axis(log_probs, ids[:, None], axis=1)[:, 0]
@@ -67,7 +68,7 @@ def best_path(log_probs: NDArray[np.float32], vocabulary: Vocabulary) -> TokenPa
 
 
 def concat_paths(paths: Iterable[TokenPath]) -> TokenPath:
-    """Put the paths of windows that follow one another without gap or overlap end to end. No windows, no frames."""
+    """Concatenate the paths of consecutive windows. No paths give an empty one."""
     parts = tuple(paths)
     return TokenPath(
         np.concatenate([np.empty(0, np.int32), *(part.ids for part in parts)]),
@@ -78,35 +79,35 @@ def concat_paths(paths: Iterable[TokenPath]) -> TokenPath:
 def path_to_words(
     path: TokenPath, vocabulary: Vocabulary, *, frame_s: float = FRAME_S, end_s: float = math.inf
 ) -> tuple[Word, ...]:
-    """Collapse repeats, drop blanks, and part what is left into words with their characters.
+    """Collapse repeats, remove blanks, and split into words with their characters.
 
-    `end_s` is the duration of the audio: no time exceeds it. The delimiter reads as a space, and spaces part words
-    whichever token they stand in; so a vocabulary with neither delimiter nor spaces gives all text as one word.
-    A token of several letters is one character; one with a space inside gives each side the token's whole time.
-    Words come in order of time and are never empty; 0 ≤ start_s ≤ end_s for each.
+    `end_s` is the duration of the audio, which no time exceeds. The delimiter is a space, and spaces inside tokens
+    separate words too; a vocabulary without both gives one word. A token of several letters is one `Character`; of one
+    with a space inside, each part has the times of the token.
+    Words are in order and not empty; 0 ≤ start_s ≤ end_s.
     """
     words: list[Word] = []
-    letters: list[Character] = []
-    for character in _characters(path, vocabulary, frame_s, end_s):
-        for index, piece in enumerate(_SPACE.split(character.text)):
-            if index > 0 and letters:
-                words.append(_word(letters))
-                letters = []
+    characters: list[Character] = []
+    for token in _collapse(path, vocabulary, frame_s, end_s):
+        for index, piece in enumerate(_SPACE.split(token.text)):
+            if index > 0 and characters:
+                words.append(_join_characters(characters))
+                characters = []
             if piece:
-                letters.append(Character(piece, character.start_s, character.end_s, character.confidence))
-    if letters:
-        words.append(_word(letters))
+                characters.append(Character(piece, token.start_s, token.end_s, token.confidence))
+    if characters:
+        words.append(_join_characters(characters))
     return tuple(words)
 
 
 def group_segments(words: Sequence[Word], boundaries_s: Sequence[float] = ()) -> tuple[Segment, ...]:
-    """Group words, given in order of time, by the interval between cuts in which each starts.
+    """Group words, given in order, by the interval between boundaries in which each starts.
 
-    A word that starts on a cut belongs to what follows it. Intervals without words give no segment; without cuts there
-    is one interval. A segment lasts from its first word's start to its last word's end.
+    A word that starts on a boundary belongs to the interval after it. Intervals without words give no segment. A
+    segment lasts from the start of its first word to the end of its last word.
     """
-    cuts = sorted(boundaries_s)
-    groups = (tuple(group) for _, group in groupby(words, key=lambda word: bisect_right(cuts, word.start_s)))
+    boundaries = sorted(boundaries_s)
+    groups = (tuple(group) for _, group in groupby(words, key=lambda word: bisect_right(boundaries, word.start_s)))
     return tuple(
         Segment(
             text=join_words(group),
@@ -120,19 +121,19 @@ def group_segments(words: Sequence[Word], boundaries_s: Sequence[float] = ()) ->
 
 
 def join_words(words: Iterable[Word]) -> str:
-    """The words, one space between them."""
+    """Return the text of the words, separated by single spaces."""
     return " ".join(word.text for word in words)
 
 
-def _characters(path: TokenPath, vocabulary: Vocabulary, frame_s: float, end_s: float) -> Iterator[Character]:
-    """Each run of one id as a character, in order; runs of the blank and of special tokens are silent."""
-    silent = vocabulary.specials | {vocabulary.blank}
+def _collapse(path: TokenPath, vocabulary: Vocabulary, frame_s: float, end_s: float) -> Iterator[Character]:
+    """Yield each run of one id as a character, except runs of the blank and of special tokens."""
+    skipped = vocabulary.specials | {vocabulary.blank}
     bounds = np.flatnonzero(np.diff(path.ids, prepend=-1, append=-1))
     starts, ends = bounds[:-1], bounds[1:]
     means = np.add.reduceat(path.probabilities.astype(np.float64), starts) / (ends - starts)
     for start, end, mean in zip(starts.tolist(), ends.tolist(), means.tolist(), strict=True):
         token = int(path.ids[start])
-        if token not in silent:
+        if token not in skipped:
             yield Character(
                 text=" " if token == vocabulary.delimiter else vocabulary.tokens[token],
                 start_s=min(start * frame_s, end_s),
@@ -141,7 +142,7 @@ def _characters(path: TokenPath, vocabulary: Vocabulary, frame_s: float, end_s: 
             )
 
 
-def _word(characters: Sequence[Character]) -> Word:
+def _join_characters(characters: Sequence[Character]) -> Word:
     confidences = [character.confidence for character in characters]
     return Word(
         text="".join(character.text for character in characters),

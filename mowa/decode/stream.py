@@ -1,14 +1,12 @@
-"""Live speech as words: samples in, in any pieces, and segments out, of which nothing final ever changes.
+"""Transcribe a live stream: samples in, in pieces of any length, and segments out, whose final words never change.
 
-A `Stream` finds speech (`Detector`), hands it to what hears (`Listener`), and reads frames as words as they come. A
-word is final when what ends it has been heard in frames that no later sound can change: the space after it, or a
+A `TranscriptionStream` detects speech (`VoiceActivityDetector`), encodes it (`StreamingEncoder`) and decodes frames
+into words. A word is final when frames that later audio cannot change have ended it: with the space after it, or with a
 pause. Partial segments hold what follows the last final word, and may change.
 
-All that a stream is at a moment is in its `State`, a plain value: `Stream.save` gives it as bytes, and any process
-with the same model goes on from them. What is fed is taken in steps of `STEP` samples, so that the same sound gives
-the same words, however it is cut.
-
-Nothing is computed while nobody speaks, but for the detector.
+The whole state of a stream is a `StreamState`; `TranscriptionStream.save` returns it as bytes, from which any process
+with the same model can continue. Audio is processed in steps of `STEP_SAMPLES`, so that the words do not depend on how
+it is split. Nothing but the detector runs while nobody speaks.
 """
 
 from __future__ import annotations
@@ -33,15 +31,13 @@ Samples = NDArray[np.float32]
 LogProbs = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
 
-STEP_SAMPLES = 512  # samples taken at a time: 32 ms, what the detector judges at once
-SPEECH_THRESHOLD, SILENCE_THRESHOLD = (
-    0.5,
-    0.35,
-)  # an utterance begins at the one, and may end below the other, as in Silero's own segmenter
+STEP_SAMPLES = 512  # 32 ms, one frame of the voice activity detector (data.audio.vad.FRAME_SAMPLES)
+# speech begins at the first probability and may end below the second, as in Silero's own segmenter
+SPEECH_THRESHOLD, SILENCE_THRESHOLD = 0.5, 0.35
 
 
 class VoiceActivityDetector(Protocol):
-    """Says how likely each STEP of samples is speech. Its memory is `state`, which may be set."""
+    """Returns the speech probability of each `STEP_SAMPLES` samples. Its state can be read and set."""
 
     state: Arrays
 
@@ -49,9 +45,9 @@ class VoiceActivityDetector(Protocol):
 
 
 class StreamingEncoder(Protocol):
-    """A net that hears one utterance after another. All it remembers is in arrays, which are handed back to it.
+    """A model that encodes one utterance after another. Its state is passed in and returned as arrays.
 
-    `latency_s`: how much later than its sound a frame can be final at worst, computing left aside.
+    latency_s  the longest time between audio and the frames for it becoming final, without computing time
     """
 
     rate_hz: int
@@ -60,19 +56,25 @@ class StreamingEncoder(Protocol):
     latency_s: float
 
     def start_utterance(self, state: Arrays | None) -> Arrays:
-        """An utterance begins; `memory` is what was left after the last one, None at the beginning of a stream."""
+        """Return the state at the start of an utterance. `state` is that of the previous one, None for the first."""
 
     def step(self, state: Arrays, samples: Samples, *, is_last: bool) -> tuple[Arrays, LogProbs, LogProbs]:
-        """→ memory, log-probabilities [T, V] of the next frames, and [U, V] of frames after them that may yet change.
+        """Encode samples [n] → new state, log-probabilities [T, V] of final frames, and [U, V] of frames after them.
 
-        After `last` the utterance is over; all its frames have come then. `memory` itself is not changed.
+        The latter may still change. With `is_last` the utterance ends and all its frames are final. `state` is not
+        modified.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointConfig:
-    """Where utterances begin and end, in seconds. `pause_s` of quiet ends one, after `longest_s` a segment ends at
-    the next word; `lead_s` before speech was noticed is heard too. Without `detect` all is one utterance."""
+    """Where utterances start and end, in seconds.
+
+    min_silence_s  silence that ends an utterance
+    max_segment_s  duration after which a segment ends at the next word
+    speech_pad_s   audio before detected speech that is transcribed too
+    vad            whether to detect speech; otherwise the stream is one utterance
+    """
 
     min_silence_s: float = 0.6
     max_segment_s: float = 20.0
@@ -83,37 +85,49 @@ class EndpointConfig:
 DEFAULT_ENDPOINTING = EndpointConfig()
 
 
+def _no_samples() -> Samples:
+    return np.zeros(0, np.float32)
+
+
 @dataclass(slots=True)
 class StreamState:
-    """A stream at a moment. Positions are samples from its beginning."""
+    """State of a stream between two feeds. Positions are samples from its beginning.
 
-    num_samples: int = 0  # samples that were taken in steps
-    pending: Samples = field(default_factory=lambda: np.zeros(0, np.float32))  # not a step yet
-    pre_speech: Samples = field(
-        default_factory=lambda: np.zeros(0, np.float32)
-    )  # what led up to now, while nobody speaks
+    num_samples      samples processed
+    pending          samples that do not fill a step yet
+    pre_speech       the last samples before speech, while there is none
+    vad_state, encoder_state  state of the detector and of the encoder
+    utterance_start  first sample of the utterance; -1 while there is no speech
+    silence_start    first sample of the silence in the utterance; -1 if there is none
+    frames_decoded   frames of the utterance whose words were returned
+    stable_ids, stable_probs  token ids and probabilities of the final frames after those
+    segment_start_s  start of the first word of the segment; -1 if it has none
+    last_partial     text of the last partial segment
+    closed           whether the stream was closed
+    """
+
+    num_samples: int = 0
+    pending: Samples = field(default_factory=_no_samples)
+    pre_speech: Samples = field(default_factory=_no_samples)
     vad_state: Arrays = field(default_factory=dict)
-    encoder_state: Arrays | None = None  # the listener's
-    utterance_start: int = -1  # where the utterance began; -1: nobody speaks
-    silence_start: int = -1  # since where it is quiet in the utterance; -1: it is not
-    frames_decoded: int = 0  # frames of the utterance that are read for good
-    stable_ids: NDArray[np.int32] = field(
-        default_factory=lambda: np.zeros(0, np.int32)
-    )  # and those after them, sure too
-    stable_probs: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
-    segment_start_s: float = -1.0  # where the first word of the segment began; -1: it has none
-    last_partial: str = ""  # the last partial text
+    encoder_state: Arrays | None = None
+    utterance_start: int = -1
+    silence_start: int = -1
+    frames_decoded: int = 0
+    stable_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    stable_probs: NDArray[np.float32] = field(default_factory=_no_samples)
+    segment_start_s: float = -1.0
+    last_partial: str = ""
     closed: bool = False
 
 
 class TranscriptionStream:
-    """One live stream. May be fed from any thread, from one at a time; streams of one listener do not disturb each
-    other.
+    """One live stream. It may be fed from any thread, but from one at a time; streams can share a model.
 
-    Final segments hold the words that became final with this feed, a few at a time; `ends` says that a segment is over,
-    and the words since the last one that ended are its text. An ending one may be empty. At most one partial comes with
-    a feed, the last thing in it: what may follow the final words, until the next segment of either kind. `stability` is
-    the share of its letters that stay.
+    Final segments hold the words that became final with a feed. One with `is_endpoint` completes a text: that of all
+    final segments since the previous endpoint; it may be empty itself. A feed returns at most one partial segment, as
+    its last: what may follow the final words, until the next segment of either kind. Its `stability` is the fraction of
+    its characters that are final.
     """
 
     def __init__(
@@ -128,190 +142,198 @@ class TranscriptionStream:
 
     @property
     def received_s(self) -> float:
+        """Audio fed so far, in seconds."""
         return (self.state.num_samples + len(self.state.pending)) / self.encoder.rate_hz
 
     def feed(self, samples: Any, rate_hz: int | None = None) -> list[Segment]:
-        """Samples [n] as they come (float32 of full scale ±1, or int16), any n → what they brought.
+        """Process samples [n] (float32 of full scale ±1, or int16) and return the new segments.
 
-        AudioError, and nothing is taken: closed; another rate or shape; NaN or infinite samples; a feed in another
-        thread that is not over.
+        Raises AudioError, without taking any sample, if the stream is closed, if the rate or the shape is wrong, if a
+        sample is NaN or infinite, or if another thread is feeding.
         """
         if self.state.closed:
-            raise AudioError("this stream is closed: begin another")
+            raise AudioError("this stream is closed; open a new one")
         if rate_hz is not None and rate_hz != self.encoder.rate_hz:
-            raise AudioError(f"this stream hears {self.encoder.rate_hz} Hz, not {rate_hz} Hz: resample what is fed")
-        sound = _sound(samples)
+            raise AudioError(f"this stream needs {self.encoder.rate_hz} Hz, not {rate_hz} Hz. Resample the audio.")
+        converted = _to_float32(samples)
         if not self._feeding.acquire(blocking=False):
-            raise AudioError("this stream is fed from another thread at this moment: give each thread its own")
+            raise AudioError("another thread is feeding this stream; use one stream per thread")
         try:
             state = self.state
-            state.pending = np.concatenate([state.pending, sound])
-            found: list[Segment] = []
+            state.pending = np.concatenate([state.pending, converted])
+            segments: list[Segment] = []
             whole = len(state.pending) // STEP_SAMPLES * STEP_SAMPLES
             steps, state.pending = state.pending[:whole], state.pending[whole:].copy()
             for start in range(0, whole, STEP_SAMPLES):
-                found += self._step(steps[start : start + STEP_SAMPLES])
-            return _last_partial(found)
+                segments += self._step(steps[start : start + STEP_SAMPLES])
+            return _drop_outdated_partials(segments)
         finally:
             self._feeding.release()
 
     def flush(self) -> list[Segment]:
-        """Read what was heard so far as if a pause followed. What is fed afterwards is another utterance."""
+        """Transcribe the rest as if a pause followed. Audio fed afterwards is another utterance."""
         if self.state.closed:
-            raise AudioError("this stream is closed: begin another")
+            raise AudioError("this stream is closed; open a new one")
         with self._feeding:
             state = self.state
-            rest, state.pending = state.pending, np.zeros(0, np.float32)
+            rest, state.pending = state.pending, _no_samples()
             state.num_samples += len(rest)
             if state.utterance_start < 0 and (self.endpointing.vad or not len(rest)):
                 return []
-            return _last_partial(self._decode(rest, last=True))
+            return _drop_outdated_partials(self._decode(rest, is_last=True))
 
     def close(self) -> list[Segment]:
-        """`flush`, and nothing can be fed any more. Closing twice is no mistake."""
+        """Flush the stream and close it. Closing it again returns nothing."""
         if self.state.closed:
             return []
-        found = self.flush()
+        segments = self.flush()
         self.state.closed = True
-        return found
+        return segments
 
     def save(self) -> bytes:
-        """All that the stream is at this moment; `restore` of another stream over the same model takes it."""
+        """Return the state as bytes, for `restore` of another stream with the same model."""
         with self._feeding:
-            return _packed(self.state)
+            return _serialize(self.state)
 
     def restore(self, saved: bytes) -> None:
-        """Go on from where the stream that was saved stood. ModelError where that heard with another kind of memory."""
-        state = _unpacked(saved)
+        """Continue where the saved stream was. Raises ModelError if it was saved with another model or mode."""
+        state = _deserialize(saved)
         if state.encoder_state is not None:
-            ours = self.encoder.start_utterance(None)
-            if ours.keys() != state.encoder_state.keys():
-                raise ModelError("this stream was saved with another model or mode: restore it with the same one")
+            expected = self.encoder.start_utterance(None)
+            if expected.keys() != state.encoder_state.keys():
+                raise ModelError("this stream was saved with another model or mode; restore it with the same one")
         with self._feeding:
             self.state = state
 
     def _step(self, block: Samples) -> list[Segment]:
-        state, rules, rate_hz = self.state, self.endpointing, self.encoder.rate_hz
-        speech = 1.0
-        if rules.vad and self.vad is not None:
+        state, config, rate_hz = self.state, self.endpointing, self.encoder.rate_hz
+        speech_prob = 1.0
+        if config.vad and self.vad is not None:
             self.vad.state = state.vad_state
-            speech = float(self.vad.feed(block)[0])
+            speech_prob = float(self.vad.feed(block)[0])
             state.vad_state = self.vad.state
         state.num_samples += len(block)
-        if state.utterance_start < 0 and speech < SPEECH_THRESHOLD:
-            lead = round(rules.speech_pad_s * rate_hz)
-            state.pre_speech = np.concatenate([state.pre_speech, block])[-lead:] if lead else state.pre_speech
+        if state.utterance_start < 0 and speech_prob < SPEECH_THRESHOLD:
+            padding = round(config.speech_pad_s * rate_hz)
+            state.pre_speech = np.concatenate([state.pre_speech, block])[-padding:] if padding else state.pre_speech
             return []
-        if speech >= SPEECH_THRESHOLD:
+        if speech_prob >= SPEECH_THRESHOLD:
             state.silence_start = -1
-        elif speech < SILENCE_THRESHOLD and state.silence_start < 0:
+        elif speech_prob < SILENCE_THRESHOLD and state.silence_start < 0:
             state.silence_start = state.num_samples - len(block)
-        paused = state.silence_start >= 0 and state.num_samples - state.silence_start >= rules.min_silence_s * rate_hz
-        return self._decode(block, last=paused)
+        paused = state.silence_start >= 0 and state.num_samples - state.silence_start >= config.min_silence_s * rate_hz
+        return self._decode(block, is_last=paused)
 
-    def _decode(self, sound: Samples, *, last: bool) -> list[Segment]:
-        state, listener = self.state, self.encoder
+    def _decode(self, samples: Samples, *, is_last: bool) -> list[Segment]:
+        state, encoder = self.state, self.encoder
         if state.utterance_start < 0:
-            sound, state.pre_speech = np.concatenate([state.pre_speech, sound]), np.zeros(0, np.float32)
-            state.utterance_start = state.num_samples - len(sound)
-            state.encoder_state = listener.start_utterance(state.encoder_state)
+            samples, state.pre_speech = np.concatenate([state.pre_speech, samples]), _no_samples()
+            state.utterance_start = state.num_samples - len(samples)
+            state.encoder_state = encoder.start_utterance(state.encoder_state)
         assert state.encoder_state is not None
-        state.encoder_state, sure, unsure = listener.step(state.encoder_state, sound, is_last=last)
-        if not (len(sure) or len(unsure) or last):
+        state.encoder_state, final, provisional = encoder.step(state.encoder_state, samples, is_last=is_last)
+        if not (len(final) or len(provisional) or is_last):
             return []
         path = ctc.concat_paths(
-            [ctc.TokenPath(state.stable_ids, state.stable_probs), ctc.best_path(sure, listener.vocabulary)]
+            [ctc.TokenPath(state.stable_ids, state.stable_probs), ctc.best_path(final, encoder.vocabulary)]
         )
-        end = len(path) if last else _after_last_space(path.ids, listener.vocabulary)
+        end = len(path) if is_last else _after_last_space(path.ids, encoder.vocabulary)
         words = self._words(ctc.TokenPath(path.ids[:end], path.probabilities[:end]))
         state.frames_decoded += end
         state.stable_ids, state.stable_probs = path.ids[end:], path.probabilities[end:]
-        found = []
-        if words or last:
-            found.append(self._final(words, last))
-        rest = ctc.TokenPath(state.stable_ids, state.stable_probs)
-        open_words = () if last else self._words(ctc.concat_paths([rest, ctc.best_path(unsure, listener.vocabulary)]))
-        partial = ctc.join_words(open_words)
-        if (partial or not found) and (words or partial != state.last_partial):
-            staying = len(ctc.join_words(self._words(rest))) / len(partial) if partial else 1.0
-            found.append(_segment(open_words, final=False, ends=False, stability=min(1.0, staying)))
+        segments = []
+        if words or is_last:
+            segments.append(self._final_segment(words, is_last))
+        stable = ctc.TokenPath(state.stable_ids, state.stable_probs)
+        partial_words: tuple[Word, ...] = ()
+        if not is_last:
+            partial_words = self._words(ctc.concat_paths([stable, ctc.best_path(provisional, encoder.vocabulary)]))
+        partial = ctc.join_words(partial_words)
+        if (partial or not segments) and (words or partial != state.last_partial):
+            stability = len(ctc.join_words(self._words(stable))) / len(partial) if partial else 1.0
+            segments.append(
+                _to_segment(partial_words, is_final=False, is_endpoint=False, stability=min(1.0, stability))
+            )
         state.last_partial = partial
-        if last:
+        if is_last:
             state.utterance_start, state.silence_start, state.frames_decoded = -1, -1, 0
-        return found
+        return segments
 
     def _words(self, path: ctc.TokenPath) -> tuple[Word, ...]:
-        """The words of frames that follow those that are read, with times of the stream."""
-        state, listener = self.state, self.encoder
-        frame_s = listener.hop_length / listener.rate_hz
-        begun_s = state.utterance_start / listener.rate_hz + state.frames_decoded * frame_s
-        words = ctc.path_to_words(path, listener.vocabulary, frame_s=frame_s, end_s=self._now_s() - begun_s)
-        return tuple(_later(word, begun_s) for word in words)
+        """Return the words of the frames after `frames_decoded`, with times from the start of the stream."""
+        state, encoder = self.state, self.encoder
+        frame_s = encoder.hop_length / encoder.rate_hz
+        start_s = state.utterance_start / encoder.rate_hz + state.frames_decoded * frame_s
+        words = ctc.path_to_words(path, encoder.vocabulary, frame_s=frame_s, end_s=self._now_s() - start_s)
+        return tuple(_shift(word, start_s) for word in words)
 
     def _now_s(self) -> float:
         return self.state.num_samples / self.encoder.rate_hz
 
-    def _final(self, words: tuple[Word, ...], last: bool) -> Segment:
+    def _final_segment(self, words: tuple[Word, ...], is_last: bool) -> Segment:
         state = self.state
         if words and state.segment_start_s < 0:
             state.segment_start_s = words[0].start_s
-        long = state.segment_start_s >= 0 and self._now_s() - state.segment_start_s >= self.endpointing.max_segment_s
-        if last or long:
+        now_s = self._now_s()
+        too_long = state.segment_start_s >= 0 and now_s - state.segment_start_s >= self.endpointing.max_segment_s
+        if is_last or too_long:
             state.segment_start_s = -1.0
-        return _segment(words, final=True, ends=last or long, at_s=self._now_s())
+        return _to_segment(words, is_final=True, is_endpoint=is_last or too_long, at_s=now_s)
 
 
-def _sound(samples: Any) -> Samples:
-    """What was fed as float32 [n]."""
+def _to_float32(samples: Any) -> Samples:
+    """Convert samples to float32 [n], or raise AudioError."""
     array = np.asarray(samples)
     if array.ndim != 1:
-        raise AudioError(f"a stream is fed one channel, samples [n], not an array of shape {array.shape}")
+        raise AudioError(f"samples must have one channel, shape [n], not {array.shape}")
     if array.dtype == np.int16:
         return array.astype(np.float32) / np.float32(32768)
     if array.dtype.kind != "f":
-        raise AudioError(f"a stream is fed float32 of full scale ±1 or int16, not {array.dtype}")
-    sound: Samples = array.astype(np.float32)
-    if not np.isfinite(sound).all():
-        at = int(np.flatnonzero(~np.isfinite(sound))[0])
-        raise AudioError(f"sample {at} of {len(sound)} is {sound[at]}: nothing of this piece was taken")
-    return sound
+        raise AudioError(f"samples must be float32 of full scale ±1, or int16, not {array.dtype}")
+    converted: Samples = array.astype(np.float32)
+    if not np.isfinite(converted).all():
+        at = int(np.flatnonzero(~np.isfinite(converted))[0])
+        raise AudioError(f"sample {at} of {len(converted)} is {converted[at]}; none of them was processed")
+    return converted
 
 
 def _after_last_space(ids: NDArray[np.int32], vocabulary: Vocabulary) -> int:
-    """The frame after the last one that holds nothing but a space; 0 where there is none."""
+    """Return the index after the last frame that is only a space, or 0."""
     spaces = [
         at for at, token in enumerate(vocabulary.tokens) if at == vocabulary.delimiter or (token and not token.strip())
     ]
-    found = np.flatnonzero(np.isin(ids, spaces))
-    return int(found[-1]) + 1 if len(found) else 0
+    frames = np.flatnonzero(np.isin(ids, spaces))
+    return int(frames[-1]) + 1 if len(frames) else 0
 
 
-def _later(word: Word, by_s: float) -> Word:
+def _shift(word: Word, by_s: float) -> Word:
     characters = tuple(replace(one, start_s=one.start_s + by_s, end_s=one.end_s + by_s) for one in word.characters)
     return replace(word, start_s=word.start_s + by_s, end_s=word.end_s + by_s, characters=characters)
 
 
-def _segment(words: Sequence[Word], *, final: bool, ends: bool, stability: float = 1.0, at_s: float = 0.0) -> Segment:
+def _to_segment(
+    words: Sequence[Word], *, is_final: bool, is_endpoint: bool, stability: float = 1.0, at_s: float = 0.0
+) -> Segment:
     return Segment(
         text=ctc.join_words(words),
         start_s=words[0].start_s if words else at_s,
         end_s=words[-1].end_s if words else at_s,
         words=tuple(words),
         confidence=fmean(word.confidence for word in words) if words else 0.0,
-        is_final=final,
-        is_endpoint=ends,
+        is_final=is_final,
+        is_endpoint=is_endpoint,
         stability=stability,
     )
 
 
-def _last_partial(found: list[Segment]) -> list[Segment]:
-    """Partials that something followed are past."""
-    return [one for at, one in enumerate(found) if one.is_final or at == len(found) - 1]
+def _drop_outdated_partials(segments: list[Segment]) -> list[Segment]:
+    """Remove partial segments that another segment follows."""
+    return [segment for index, segment in enumerate(segments) if segment.is_final or index == len(segments) - 1]
 
 
-def _packed(state: StreamState) -> bytes:
-    """The arrays of a state and, as JSON, what else there is: a .npz without pickle."""
-    plain = {
+def _serialize(state: StreamState) -> bytes:
+    """Return a .npz (without pickle) of the arrays of a state, and of its other fields as JSON."""
+    scalars = {
         name: value
         for name in StreamState.__slots__
         if not isinstance(value := getattr(state, name), np.ndarray | dict)
@@ -319,22 +341,24 @@ def _packed(state: StreamState) -> bytes:
     arrays: Arrays = {
         name: value for name in StreamState.__slots__ if isinstance(value := getattr(state, name), np.ndarray)
     }
-    for group in ("detector", "memory"):
+    for group in ("vad_state", "encoder_state"):
         arrays |= {f"{group}.{name}": value for name, value in (getattr(state, group) or {}).items()}
     out = BytesIO()
-    np.savez(out, plain=np.frombuffer(json.dumps(plain).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+    np.savez(out, scalars=np.frombuffer(json.dumps(scalars).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
     return out.getvalue()
 
 
-def _unpacked(saved: bytes) -> StreamState:
+def _deserialize(saved: bytes) -> StreamState:
     try:
         with np.load(BytesIO(saved), allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-        plain = json.loads(bytes(found.pop("plain")))
-        groups: dict[str, Arrays] = {"detector": {}, "memory": {}}
-        for name in [name for name in found if "." in name]:
+            arrays = {name: file[name] for name in file.files}
+        scalars = json.loads(bytes(arrays.pop("scalars")))
+        groups: dict[str, Arrays] = {"vad_state": {}, "encoder_state": {}}
+        for name in [name for name in arrays if "." in name]:
             group, _, key = name.partition(".")
-            groups[group][key] = found.pop(name)
-        return StreamState(**plain | found | {"detector": groups["detector"], "memory": groups["memory"] or None})
-    except (ValueError, KeyError, TypeError, OSError, EOFError, BadZipFile) as wrong:
-        raise ModelError(f"this is no saved stream, or a damaged one ({wrong})") from None
+            groups[group][key] = arrays.pop(name)
+        return StreamState(
+            **scalars | arrays | {"vad_state": groups["vad_state"], "encoder_state": groups["encoder_state"] or None}
+        )
+    except (ValueError, KeyError, TypeError, OSError, EOFError, BadZipFile) as error:
+        raise ModelError(f"this is not a saved stream, or it is damaged ({error})") from None

@@ -15,7 +15,7 @@ from mowa.decode import captions
 from mowa.errors import DataError
 from mowa.types import Character, Segment, Transcript, Word
 
-# No digits, braces or backslashes: pysubs2 reads SubStation markup out of them. The hand-written cases have them.
+# no digits, braces or backslashes, which pysubs2 takes for SubStation markup; the cases below have them
 LABELS = st.text("aąbcćzżó&<>\"'-?", min_size=1, max_size=60)
 CONFIDENCES = st.integers(0, 10_000).map(lambda parts: parts / 10_000)
 EMPTY = Transcript(file="silence.wav", text="", duration_s=1.5)
@@ -23,16 +23,16 @@ EMPTY = Transcript(file="silence.wav", text="", duration_s=1.5)
 
 @st.composite
 def transcripts(draw, in_order=True):
-    """Transcripts with times in whole milliseconds; not in order, words may overlap and come before earlier ones."""
+    """Draw transcripts with times in whole milliseconds; without `in_order` words may overlap and be out of order."""
     rows = draw(st.lists(st.tuples(LABELS, st.integers(0, 2000), st.integers(0, 9000), CONFIDENCES), max_size=30))
-    words, reached = [], 0
+    words, position = [], 0
     for label, gap, length, confidence in rows:
-        start = reached + gap if in_order else gap
+        start = position + gap if in_order else gap
         letters = Character(label[0], start / 1000, (start + length) / 1000, confidence)
         words.append(Word(label, start / 1000, (start + length) / 1000, confidence, (letters,)))
-        reached = start + length
-    cuts = sorted(draw(st.sets(st.integers(1, max(1, len(words) - 1))))) if words else []
-    parts = [tuple(words[a:b]) for a, b in pairwise([0, *cuts, len(words)]) if words[a:b]]
+        position = start + length
+    bounds = sorted(draw(st.sets(st.integers(1, max(1, len(words) - 1))))) if words else []
+    parts = [tuple(words[a:b]) for a, b in pairwise([0, *bounds, len(words)]) if words[a:b]]
     segments = tuple(
         Segment(" ".join(word.text for word in part), part[0].start_s, part[-1].end_s, part, part[0].confidence)
         for part in parts
@@ -47,12 +47,12 @@ def transcript(*words, duration_s=10.0):
     return Transcript("a.wav", whole.text, duration_s, (whole,))
 
 
-# ── what other people's readers make of our files ─────────────────────────────────────────────────────────────────────
+# ── other programs ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @settings(deadline=None)
 @given(spoken=transcripts())
-def test_pysubs2_reads_every_word_in_order_and_no_cue_overlaps(spoken):
+def test_pysubs2_reads_the_words_and_no_cue_overlaps(spoken):
     read = pysubs2.SSAFile.from_string(captions.render(spoken, "srt"), format_="srt", keep_html_tags=True)
     assert [label for cue in read for label in cue.plaintext.split()] == [word.text for word in spoken.words]
     assert all(cue.start < cue.end for cue in read)
@@ -99,11 +99,11 @@ def test_csv_reads_one_word_a_row(spoken):
     ]
 
 
-# ── laws ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── properties ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @given(spoken=transcripts())
-def test_json_reads_back_as_what_was_written(spoken):
+def test_json_round_trip(spoken):
     line = captions.render(spoken, "json", char_times=True)
     assert line.count("\n") == 1
     assert captions.parse_json(line) == spoken
@@ -111,10 +111,13 @@ def test_json_reads_back_as_what_was_written(spoken):
 
 
 @given(
-    spoken=transcripts(in_order=False), longest_s=st.floats(0, 20), widest=st.integers(2, 100), gap_s=st.floats(0, 2)
+    spoken=transcripts(in_order=False),
+    max_duration_s=st.floats(0, 20),
+    max_chars=st.integers(2, 100),
+    max_gap_s=st.floats(0, 2),
 )
-def test_cues_keep_their_limits_unless_one_word_breaks_them(spoken, longest_s, widest, gap_s):
-    shown = captions.build_cues(spoken, longest_s, widest, gap_s)
+def test_cues_keep_their_limits_except_for_single_words(spoken, max_duration_s, max_chars, max_gap_s):
+    shown = captions.build_cues(spoken, max_duration_s, max_chars, max_gap_s)
     assert [label for cue in shown for line in cue.lines for label in line.split()] == [
         word.text for word in spoken.words
     ]
@@ -123,12 +126,12 @@ def test_cues_keep_their_limits_unless_one_word_breaks_them(spoken, longest_s, w
     for cue in shown:
         several = len(" ".join(cue.lines).split()) > 1
         assert len(cue.lines) <= 2
-        assert not several or all(len(line) <= widest // 2 for line in cue.lines)
-        assert not several or cue.end_s - cue.start_s <= max(longest_s, 1.0) + 0.001
+        assert not several or all(len(line) <= max_chars // 2 for line in cue.lines)
+        assert not several or cue.end_s - cue.start_s <= max(max_duration_s, 1.0) + 0.001
 
 
 @given(spoken=transcripts(in_order=False))
-def test_textgrid_tiers_tile_even_where_words_overlap(spoken):
+def test_textgrid_tiers_tile_even_if_words_overlap(spoken):
     tiles = captions.build_tier(spoken.words, spoken.duration_s)
     assert tiles[0].start_ms == 0
     assert all(tile.start_ms < tile.end_ms for tile in tiles)
@@ -140,7 +143,7 @@ def test_textgrid_tiers_tile_even_where_words_overlap(spoken):
 # ── cases ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_empty_transcript_in_every_format():
+def test_an_empty_transcript_in_every_format():
     assert {format: captions.render(EMPTY, format) for format in captions.FORMAT_SUFFIXES} == {
         "text": "",
         "json": '{"file": "silence.wav", "text": "", "duration_s": 1.5, "confidence": 0.0, "segments": [], '
@@ -155,7 +158,7 @@ def test_the_empty_transcript_in_every_format():
     }
 
 
-def test_subtitles_by_hand():
+def test_subtitles():
     words = (Word("R&D", 3599.9996, 3600.5, 1), Word("<b>", 3600.6, 3600.9, 1), Word("po", 3602.0, 3602.1, 1))
     spoken = transcript(*words, duration_s=3602.2)
     assert captions.render(spoken, "srt") == (
@@ -166,31 +169,31 @@ def test_subtitles_by_hand():
     )
 
 
-def test_two_lines_are_as_even_as_can_be():
+def test_two_lines_are_of_similar_length():
     (cue,) = captions.build_cues(transcript(*(Word("słowo", at / 10, at / 10 + 0.1, 1) for at in range(8))))
     assert cue.lines == ("słowo słowo słowo słowo", "słowo słowo słowo słowo")
 
 
-def test_a_cue_may_last_seven_seconds_and_pause_eight_tenths_but_no_more():
+def test_cue_duration_and_gap_limits():
     shown = captions.build_cues(transcript(*(Word("a", second, second + 1, 1) for second in range(8))))
     assert [(cue.start_s, cue.end_s) for cue in shown] == [(0, 7), (7, 8)]
     shown = captions.build_cues(transcript(Word("a", 0, 0.2, 1), Word("b", 1.0, 1.2, 1), Word("c", 2.001, 2.2, 1)))
     assert [cue.lines for cue in shown] == [("a b",), ("c",)]
 
 
-def test_a_word_wider_than_a_line_stands_alone_and_whole():
+def test_a_word_longer_than_a_line_is_not_split():
     long = "x" * 63
     shown = captions.build_cues(transcript(Word("a", 0, 1, 1), Word(long, 1, 2, 1), Word("b", 2, 3, 1)))
     assert [cue.lines for cue in shown] == [("a",), (long,), ("b",)]
 
 
-def test_a_short_cue_stays_on_only_while_there_is_room():
+def test_short_cues_are_extended_up_to_the_next():
     words = (Word("raz", 0, 0.1, 1), Word("dwa", 0.95, 1.0, 1), Word("trzy", 5.0, 5.1, 1))
     shown = captions.build_cues(transcript(*words))
     assert [(cue.start_s, cue.end_s) for cue in shown] == [(0, 0.95), (0.95, 1.95), (5.0, 6.0)]
 
 
-def test_white_space_in_a_word_breaks_no_line():
+def test_white_space_in_a_word_becomes_a_space():
     spoken = transcript(Word("a\tb\n\nc\u2028d", 0, 1, 1), Word(" \n", 1, 2, 1))
     assert captions.render(spoken, "srt") == "1\n00:00:00,000 --> 00:00:01,000\na b c d\n\n"
     assert captions.render(spoken, "tsv").splitlines()[1:] == [
@@ -200,11 +203,11 @@ def test_white_space_in_a_word_breaks_no_line():
     assert 'text = "a b c d"\n' in captions.render(spoken, "textgrid")
 
 
-def test_quotes_are_doubled_for_praat():
+def test_quotes_are_escaped_for_praat():
     assert 'text = "1""2"\n' in captions.render(transcript(Word('1"2', 0, 1, 1)), "textgrid")
 
 
-def test_json_rounds_and_leaves_characters_out_unless_asked():
+def test_json_rounds_and_has_characters_only_with_char_times():
     word = Word("ła", 0.12345, 0.6789, 0.123456, (Character("ł", 0.12345, 0.2, 1), Character("a", 0.2, 0.6789, 1)))
     row = json.loads(captions.render(transcript(word), "json"))
     (written,) = row["segments"][0]["words"]
@@ -217,13 +220,13 @@ def test_json_rounds_and_leaves_characters_out_unless_asked():
     }  # fmt: skip
 
 
-def test_a_live_segment_stays_live():
+def test_partial_segments_round_trip():
     live = Transcript("mic", "a", 1.0, (Segment("a", 0, 1, is_final=False),))
     assert captions.parse_json(captions.render(live, "json")) == live
 
 
-def test_an_unknown_format_is_refused_with_the_nearest():
-    with pytest.raises(DataError, match=r"^unknown format 'SRTT'\. Did you mean srt\? Known: text, json, srt"):
+def test_an_unknown_format_raises_with_the_closest():
+    with pytest.raises(DataError, match=r"^unknown format 'SRTT'\. Did you mean srt\? Formats: text, json, srt"):
         captions.render(EMPTY, "SRTT")
 
 
@@ -239,6 +242,6 @@ def test_an_unknown_format_is_refused_with_the_nearest():
         ('{"file": "a.wav", "text": "a", "duration_s": 1, "segments": [{"text": "a"}]}', "the key 'words' is missing"),
     ],
 )
-def test_what_is_no_transcript_is_refused(line, reason):
+def test_invalid_transcripts_raise(line, reason):
     with pytest.raises(DataError, match=f"^not a transcript: .*{reason}"):
         captions.parse_json(line)

@@ -18,7 +18,7 @@ CHINESE = Vocabulary(("<pad>", "你", "好"), blank=0, delimiter=None)
 SPACED = Vocabulary(("<pad>", "a", " b", "c ", "d e", "\u00a0"), blank=0, delimiter=None)
 
 TEXTUAL = [token for token in range(len(TOKENS)) if token not in POLISH.specials]
-# Runs, because a frame rarely differs from the one before it; blanks and delimiters as common as all letters together.
+# runs of frames; blanks and delimiters are as frequent as all other tokens together
 RUNS = st.lists(st.tuples(st.sampled_from([0, 4] * 4 + TEXTUAL), st.integers(1, 5)), max_size=30)
 
 
@@ -45,7 +45,7 @@ def tokenizer(tmp_path_factory):
 
 @settings(deadline=None)
 @given(runs=RUNS.filter(bool))
-def test_words_characters_and_times_are_those_of_the_transformers_tokenizer(tokenizer, runs):
+def test_words_characters_and_times_equal_the_transformers_tokenizer(tokenizer, runs):
     theirs = tokenizer.decode(
         ids_of(runs), output_word_offsets=True, output_char_offsets=True, clean_up_tokenization_spaces=False
     )
@@ -60,11 +60,11 @@ def test_words_characters_and_times_are_those_of_the_transformers_tokenizer(toke
     assert [(letter.text, letter.start_s, letter.end_s) for letter in letters] == seconds(theirs.char_offsets, "char")
 
 
-# ── laws ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── properties ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @given(runs=RUNS, end_s=st.floats(0, 3), data=st.data())
-def test_times_rise_within_the_recording_and_confidences_are_probabilities(runs, end_s, data):
+def test_times_are_ordered_and_confidences_are_probabilities(runs, end_s, data):
     ids = ids_of(runs)
     probabilities = data.draw(arrays(np.float32, len(ids), elements=st.floats(0, 1, width=32)))
     words = ctc.path_to_words(path_of(ids, probabilities), POLISH, end_s=end_s)
@@ -80,33 +80,33 @@ def test_times_rise_within_the_recording_and_confidences_are_probabilities(runs,
 
 
 @given(ids=st.lists(st.integers(0, len(SPACED) - 1)), vocabulary=st.sampled_from([POLISH, SPACED]))
-def test_there_are_as_many_words_as_the_text_has(ids, vocabulary):
+def test_words_equal_the_split_text(ids, vocabulary):
     words = ctc.path_to_words(path_of(ids), vocabulary)
     assert [word.text for word in words] == ctc.join_words(words).split()
 
 
-@given(runs=RUNS, cuts=st.lists(st.integers(0, 150)))
-def test_windows_joined_read_as_the_whole(runs, cuts):
+@given(runs=RUNS, boundaries=st.lists(st.integers(0, 150)))
+def test_concatenated_windows_equal_the_whole(runs, boundaries):
     ids = ids_of(runs)
     probabilities = np.linspace(0.1, 1, len(ids))
-    bounds = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    bounds = [0, *sorted(min(at, len(ids)) for at in boundaries), len(ids)]
     windows = [path_of(ids[a:b], probabilities[a:b]) for a, b in pairwise(bounds)]
     joined = ctc.concat_paths(windows)
     assert (joined.ids.dtype, joined.probabilities.dtype) == (np.int32, np.float32)
     assert ctc.path_to_words(joined, POLISH) == ctc.path_to_words(path_of(ids, probabilities), POLISH)
 
 
-@given(runs=RUNS, cuts_s=st.lists(st.floats(0, 3)))
-def test_segments_hold_every_word_once_and_no_segment_crosses_a_cut(runs, cuts_s):
+@given(runs=RUNS, boundaries_s=st.lists(st.floats(0, 3)))
+def test_segments_hold_every_word_once_and_cross_no_boundary(runs, boundaries_s):
     words = ctc.path_to_words(path_of(ids_of(runs)), POLISH)
-    segments = ctc.group_segments(words, cuts_s)
+    segments = ctc.group_segments(words, boundaries_s)
     assert tuple(word for segment in segments for word in segment.words) == words
     for segment in segments:
         assert segment.words
         assert segment.text == ctc.join_words(segment.words)
-        assert not any(segment.words[0].start_s < cut <= segment.words[-1].start_s for cut in cuts_s)
+        assert not any(segment.words[0].start_s < at <= segment.words[-1].start_s for at in boundaries_s)
     for before, after in pairwise(segments):
-        assert any(before.words[-1].start_s < cut <= after.start_s for cut in cuts_s)
+        assert any(before.words[-1].start_s < at <= after.start_s for at in boundaries_s)
 
 
 @pytest.mark.parametrize("frames", [0, 1, 63, 4097])
@@ -131,20 +131,20 @@ def test_a_special_token_that_has_all_the_mass_does_not_win():
     assert path.probabilities.tolist() == [0]
 
 
-def test_nan_is_refused_in_one_line():
+def test_nan_raises():
     log_probs = np.full((4, len(TOKENS)), -1, np.float32)
     log_probs[2, 5] = np.nan
-    with pytest.raises(ModelError, match=r"^the model gave NaN in 1 of 4 frames[^\n]*$"):
+    with pytest.raises(ModelError, match=r"^the model output is NaN in 1 of 4 frames[^\n]*$"):
         ctc.best_path(log_probs, POLISH)
 
 
-def test_a_head_of_another_width_than_the_vocabulary_is_refused():
-    with pytest.raises(ModelError, match=r"\(4, 11\) for 12 tokens"):
+def test_a_shape_other_than_the_vocabulary_raises():
+    with pytest.raises(ModelError, match=r"shape \(4, 11\), but the vocabulary has 12 tokens"):
         ctc.best_path(np.zeros((4, 11), np.float32), POLISH)
 
 
-def test_a_word_by_hand():
-    # a a _ a | | b: the blank parts two a's; the mean over two frames and the geometric mean over two letters.
+def test_a_word_with_times_and_confidence():
+    # a a _ a | | b: the blank separates two a's; mean over two frames, geometric mean over two characters
     path = path_of([5, 5, 0, 5, 4, 4, 6], [0.2, 0.6, 0.9, 0.9, 1, 1, 0.5])
     first, second = ctc.path_to_words(path, POLISH, end_s=0.13)
     assert (first.text, first.start_s, first.end_s) == ("aa", 0, 4 * 0.02)
@@ -153,14 +153,14 @@ def test_a_word_by_hand():
     assert (second.text, second.start_s, second.end_s) == ("b", 6 * 0.02, 0.13)
 
 
-def test_a_long_word_of_doubtful_letters_keeps_a_confidence():
-    # 4097 letters at 0.1: their product would be 0 in float64.
+def test_a_long_word_of_low_probabilities_has_a_confidence():
+    # 4097 characters of 0.1, whose product is 0 in float64
     (word,) = ctc.path_to_words(path_of([1, 2] * 2048 + [1], [0.1] * 4097), CHINESE)
     assert word.confidence == pytest.approx(0.1)
     assert len(word.characters) == 4097
 
 
-def test_specials_in_a_path_made_elsewhere_are_silent():
+def test_special_tokens_in_a_path_are_skipped():
     assert ctc.join_words(ctc.path_to_words(path_of([1, 5, 3, 6, 2]), POLISH)) == "ab"
 
 
@@ -168,21 +168,21 @@ def test_specials_in_a_path_made_elsewhere_are_silent():
     ("ids", "expected"),
     [([1, 2], "a b"), ([3, 1], "c a"), ([1, 4, 1], "ad ea"), ([5, 1, 5, 5, 1], "a a"), ([0, 5, 0], "")],
 )
-def test_without_a_delimiter_spaces_in_tokens_part_words(ids, expected):
+def test_without_a_delimiter_spaces_in_tokens_separate_words(ids, expected):
     assert ctc.join_words(ctc.path_to_words(path_of(ids), SPACED)) == expected
 
 
-def test_without_delimiter_and_spaces_all_is_one_word():
+def test_without_delimiter_and_spaces_there_is_one_word():
     assert [word.text for word in ctc.path_to_words(path_of([1, 0, 2]), CHINESE)] == ["你好"]
 
 
-def test_silence_and_nothing_give_no_words():
+def test_silence_and_no_frames_give_no_words():
     assert ctc.path_to_words(path_of([0, 0, 4, 0]), POLISH) == ()
     assert ctc.path_to_words(ctc.concat_paths([]), POLISH) == ()
     assert ctc.group_segments(()) == ()
 
 
-def test_a_word_on_a_cut_belongs_to_what_follows():
+def test_a_word_on_a_boundary_belongs_to_what_follows():
     words = [Word("a", 0, 1, 0.5), Word("b", 1, 2, 1.0), Word("c", 2, 3, 0.5)]
     first, second = ctc.group_segments(words, (5, 1))
     assert (first.text, first.start_s, first.end_s, first.confidence) == ("a", 0, 1, 0.5)

@@ -1,4 +1,4 @@
-"""A live stream over a listener that can be seen through: every 10 samples are a frame that says a letter."""
+"""A live stream with a fake encoder, in which the samples of each frame spell a token."""
 
 import threading
 
@@ -16,31 +16,31 @@ WORDS = Vocabulary(TOKENS, blank=0, delimiter=1, specials=frozenset())
 HOP = 64
 
 
-class Spelled:
-    """Frame t says the token that its first sample names (sample · 10); `unsure` frames at the end may yet change."""
+class FakeEncoder:
+    """The first sample of frame t is its token id / 10; the last `provisional` frames may still change."""
 
-    rate_hz, hop, vocabulary, latency_s = 16_000, HOP, WORDS, 0.0
+    rate_hz, hop_length, vocabulary, latency_s = 16_000, HOP, WORDS, 0.0
 
-    def __init__(self, unsure=0):
-        self.unsure, self.begun, self.heard = unsure, 0, 0
+    def __init__(self, provisional=0):
+        self.provisional, self.num_utterances, self.num_samples = provisional, 0, 0
 
-    def begin(self, memory):
-        self.begun += 1
-        return {"sound": np.zeros(0, np.float32)}
+    def start_utterance(self, state):
+        self.num_utterances += 1
+        return {"samples": np.zeros(0, np.float32)}
 
-    def hear(self, memory, samples, *, last):
-        self.heard += len(samples)
-        sound = np.concatenate([memory["sound"], samples])
-        count = len(sound) // HOP
-        sure = count if last else max(0, count - self.unsure)
-        ids = np.rint(sound[: count * HOP : HOP] * 10).astype(int).clip(0, len(TOKENS) - 1)
-        scores = np.log(np.full((count, len(TOKENS)), 1e-3, np.float32))
-        scores[np.arange(count), ids] = np.log(0.9)
-        return {"sound": sound[sure * HOP :]}, scores[:sure], scores[sure:]
+    def step(self, state, samples, *, is_last):
+        self.num_samples += len(samples)
+        samples = np.concatenate([state["samples"], samples])
+        count = len(samples) // HOP
+        final = count if is_last else max(0, count - self.provisional)
+        ids = np.rint(samples[: count * HOP : HOP] * 10).astype(int).clip(0, len(TOKENS) - 1)
+        log_probs = np.log(np.full((count, len(TOKENS)), 1e-3, np.float32))
+        log_probs[np.arange(count), ids] = np.log(0.9)
+        return {"samples": samples[final * HOP :]}, log_probs[:final], log_probs[final:]
 
 
-class Loud:
-    """Speech is what is not zero."""
+class FakeVAD:
+    """Classifies samples other than zero as speech."""
 
     def __init__(self):
         self.state = {"blocks": np.zeros(1)}
@@ -50,8 +50,8 @@ class Loud:
         return np.array([float(np.abs(samples).max() > 0)], np.float32)
 
 
-def said(text, frames=8):
-    """`text` as sound: each letter lasts `frames` frames, a pause of as many between equal ones."""
+def spell(text, frames=8):
+    """Return samples of `text`: `frames` frames per letter, and as many blanks between equal letters."""
     ids = []
     for letter in text:
         token = TOKENS.index("|" if letter == " " else letter)
@@ -59,167 +59,172 @@ def said(text, frames=8):
     return np.repeat(np.array(ids, np.float32) / 10, HOP)
 
 
-QUIET = np.zeros(16_000, np.float32)
+SILENCE = np.zeros(16_000, np.float32)
 
 
-def heard(stream, sound, cuts):
+def transcribe(stream, samples, boundaries):
     events, start = [], 0
-    for cut in (*cuts, len(sound)):
-        events += stream.feed(sound[start:cut])
-        start = max(start, cut)
+    for end in (*boundaries, len(samples)):
+        events += stream.feed(samples[start:end])
+        start = max(start, end)
     return [*events, *stream.close()]
 
 
 def finals(events):
-    return " ".join(event.text for event in events if event.final and event.text)
+    return " ".join(event.text for event in events if event.is_final and event.text)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_however_it_is_cut_the_same_words_become_final_in_the_same_order(data):
-    sound = np.concatenate([QUIET, said("ab cab a bc"), QUIET, said("cc ab"), QUIET[:700], said("b"), QUIET])
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(sound)), max_size=30)))
-    unsure = data.draw(st.integers(0, 20))
-    whole = heard(TranscriptionStream(Spelled(unsure), Loud()), sound, [])
-    events = heard(TranscriptionStream(Spelled(unsure), Loud()), sound, cuts)
-    final = [event for event in events if event.final]
+def test_final_words_do_not_depend_on_how_the_audio_is_split(data):
+    samples = np.concatenate(
+        [SILENCE, spell("ab cab a bc"), SILENCE, spell("cc ab"), SILENCE[:700], spell("b"), SILENCE]
+    )
+    boundaries = sorted(data.draw(st.lists(st.integers(0, len(samples)), max_size=30)))
+    provisional = data.draw(st.integers(0, 20))
+    whole = transcribe(TranscriptionStream(FakeEncoder(provisional), FakeVAD()), samples, [])
+    events = transcribe(TranscriptionStream(FakeEncoder(provisional), FakeVAD()), samples, boundaries)
+    final = [event for event in events if event.is_final]
     assert finals(events) == finals(whole) == "ab cab a bc cc abb"
     words = [word for event in final for word in event.words]
-    assert words == [word for event in whole if event.final for word in event.words]
+    assert words == [word for event in whole if event.is_final for word in event.words]
     assert [e.start_s for e in final] == sorted(e.start_s for e in final)
-    assert [event.ends for event in final if event.ends] == [True, True]
+    assert [event.is_endpoint for event in final if event.is_endpoint] == [True, True]
 
 
 @given(st.integers(0, 30))
 @settings(max_examples=15, deadline=None)
-def test_partials_come_last_and_say_what_stays(unsure):
-    stream, sound = TranscriptionStream(Spelled(unsure), Loud()), said("abc ab cab abcab")
-    for start in range(0, len(sound), STEP_SAMPLES):
-        events = stream.feed(sound[start : start + STEP_SAMPLES])
+def test_partials_come_last_with_their_stability(provisional):
+    stream, samples = TranscriptionStream(FakeEncoder(provisional), FakeVAD()), spell("abc ab cab abcab")
+    for start in range(0, len(samples), STEP_SAMPLES):
+        events = stream.feed(samples[start : start + STEP_SAMPLES])
         assert all(event.is_final for event in events[:-1])
         for event in events:
             assert 0 <= event.stability <= 1
             assert event.is_final or not event.is_endpoint
-        if events and not events[-1].is_final and not unsure:
+        if events and not events[-1].is_final and not provisional:
             assert events[-1].stability == 1
 
 
-def test_words_have_the_times_of_the_stream():
-    sound = np.concatenate([QUIET, said("ab c"), QUIET])
-    events = heard(TranscriptionStream(Spelled(), Loud(), EndpointConfig(speech_pad_s=0.1)), sound, [])
-    one, two = (word for event in events if event.final for word in event.words)
-    lasts = 8 * HOP / 16_000
+def test_word_times_are_those_of_the_stream():
+    samples = np.concatenate([SILENCE, spell("ab c"), SILENCE])
+    events = transcribe(TranscriptionStream(FakeEncoder(), FakeVAD(), EndpointConfig(speech_pad_s=0.1)), samples, [])
+    one, two = (word for event in events if event.is_final for word in event.words)
+    letter_s = 8 * HOP / 16_000
     assert one.start_s == pytest.approx(1, abs=STEP_SAMPLES / 16_000)
-    assert one.end_s - one.start_s == pytest.approx(2 * lasts)
-    assert two.start_s - one.start_s == pytest.approx(3 * lasts)
-    assert one.characters[1].start_s == pytest.approx(one.start_s + lasts)
+    assert one.end_s - one.start_s == pytest.approx(2 * letter_s)
+    assert two.start_s - one.start_s == pytest.approx(3 * letter_s)
+    assert one.characters[1].start_s == pytest.approx(one.start_s + letter_s)
 
 
-def test_nothing_is_heard_while_nobody_speaks():
-    listener = Spelled()
-    stream = TranscriptionStream(listener, Loud(), EndpointConfig(speech_pad_s=0.2))
+def test_the_encoder_does_not_run_without_speech():
+    encoder = FakeEncoder()
+    stream = TranscriptionStream(encoder, FakeVAD(), EndpointConfig(speech_pad_s=0.2))
     for _ in range(60):
-        assert stream.feed(QUIET) == []
-    assert listener.begun == listener.heard == 0
+        assert stream.feed(SILENCE) == []
+    assert encoder.num_utterances == encoder.num_samples == 0
     assert len(stream.state.pre_speech) <= 0.2 * 16_000
-    stream.feed(said("ab"))
-    assert listener.begun == 1
+    stream.feed(spell("ab"))
+    assert encoder.num_utterances == 1
 
 
-def test_a_long_segment_ends_at_a_word_and_the_next_begins():
-    rules = EndpointConfig(max_segment_s=1.0)
-    events = heard(TranscriptionStream(Spelled(), Loud(), rules), said("ab cab " * 30), [])
-    ended = [event for event in events if event.ends]
+def test_long_segments_end_at_a_word():
+    config = EndpointConfig(max_segment_s=1.0)
+    events = transcribe(TranscriptionStream(FakeEncoder(), FakeVAD(), config), spell("ab cab " * 30), [])
+    ended = [event for event in events if event.is_endpoint]
     assert len(ended) >= 5
     assert finals(events) == ("ab cab " * 30).strip()
 
 
-def test_without_detection_all_is_one_utterance():
-    listener = Spelled()
-    stream = TranscriptionStream(listener, None, EndpointConfig(vad=False))
-    events = heard(stream, np.concatenate([QUIET, said("ab"), QUIET, said("c")]), [])
-    assert (finals(events), listener.begun) == ("abc", 1)
+def test_without_vad_the_stream_is_one_utterance():
+    encoder = FakeEncoder()
+    stream = TranscriptionStream(encoder, None, EndpointConfig(vad=False))
+    events = transcribe(stream, np.concatenate([SILENCE, spell("ab"), SILENCE, spell("c")]), [])
+    assert (finals(events), encoder.num_utterances) == ("abc", 1)
 
 
-def test_flush_reads_what_was_heard_and_goes_on():
-    stream = TranscriptionStream(Spelled(5), Loud())
-    first = [*stream.feed(said("ab c")), *stream.flush()]
+def test_flush_transcribes_the_rest_and_continues():
+    stream = TranscriptionStream(FakeEncoder(5), FakeVAD())
+    first = [*stream.feed(spell("ab c")), *stream.flush()]
     assert finals(first) == "ab c"
     assert first[-1].is_endpoint
     assert stream.flush() == []
-    assert finals([*stream.feed(said("b")), *stream.close()]) == "b"
+    assert finals([*stream.feed(spell("b")), *stream.close()]) == "b"
     assert stream.close() == []
 
 
-def test_saved_and_restored_elsewhere_it_goes_on():
-    sound = np.concatenate([QUIET[:3000], said("ab cab a bc"), QUIET, said("cc ab")])
-    whole = finals(heard(TranscriptionStream(Spelled(4), Loud()), sound, []))
-    for at in (0, 1, 2999, 5000, 9000, 20_000, len(sound)):
-        one, other = TranscriptionStream(Spelled(4), Loud()), TranscriptionStream(Spelled(4), Loud())
-        before = one.feed(sound[:at])
+def test_a_saved_stream_continues_in_another():
+    samples = np.concatenate([SILENCE[:3000], spell("ab cab a bc"), SILENCE, spell("cc ab")])
+    whole = finals(transcribe(TranscriptionStream(FakeEncoder(4), FakeVAD()), samples, []))
+    for at in (0, 1, 2999, 5000, 9000, 20_000, len(samples)):
+        one, other = TranscriptionStream(FakeEncoder(4), FakeVAD()), TranscriptionStream(FakeEncoder(4), FakeVAD())
+        before = one.feed(samples[:at])
         other.restore(one.save())
-        assert finals([*before, *heard(other, sound[at:], [])]) == whole
+        assert finals([*before, *transcribe(other, samples[at:], [])]) == whole
 
 
-@pytest.mark.parametrize("damage", [b"", b"no stream", "cut"])
-def test_what_is_no_saved_stream_is_refused(damage):
-    stream = TranscriptionStream(Spelled(), Loud())
-    stream.feed(said("ab"))
+@pytest.mark.parametrize("damage", [b"", b"no stream", "truncated"])
+def test_invalid_saved_streams_raise(damage):
+    stream = TranscriptionStream(FakeEncoder(), FakeVAD())
+    stream.feed(spell("ab"))
     saved = stream.save()
-    with pytest.raises(ModelError, match="no saved stream"):
-        stream.restore(saved[: len(saved) // 2] if damage == "cut" else damage)
-    assert finals([*stream.feed(said(" c")), *stream.close()]) in ("ab c", "c")
+    with pytest.raises(ModelError, match="not a saved stream"):
+        stream.restore(saved[: len(saved) // 2] if damage == "truncated" else damage)
+    assert finals([*stream.feed(spell(" c")), *stream.close()]) in ("ab c", "c")
 
 
 @pytest.mark.parametrize(
-    ("samples", "rate_hz", "said"),
+    ("samples", "rate_hz", "message"),
     [
         (np.zeros((2, 5), np.float32), None, "one channel"),
-        (np.zeros(5, np.float32), 8000, "16000 Hz, not 8000 Hz"),
+        (np.zeros(5, np.float32), 8000, "needs 16000 Hz, not 8000 Hz"),
         (np.array([0, np.nan], np.float32), None, "sample 1 of 2 is nan"),
         (np.array([np.inf], np.float32), None, "sample 0 of 1 is inf"),
         (np.zeros(5, np.int32), None, "int32"),
         (["a"], None, "float32"),
     ],
 )
-def test_bad_samples_are_refused_and_nothing_is_taken(samples, rate_hz, said):
-    stream = TranscriptionStream(Spelled(), Loud())
-    with pytest.raises(AudioError, match=said):
+def test_invalid_samples_raise_and_are_not_taken(samples, rate_hz, message):
+    stream = TranscriptionStream(FakeEncoder(), FakeVAD())
+    with pytest.raises(AudioError, match=message):
         stream.feed(samples, rate_hz)
     assert stream.received_s == 0
-    assert stream.feed(QUIET[:100], 16_000) == []
+    assert stream.feed(SILENCE[:100], 16_000) == []
 
 
-def test_int16_and_float64_are_full_scale():
-    events = heard(
-        TranscriptionStream(Spelled(), Loud()), (said("ab c").astype(np.float64) * 32768).astype(np.int16), []
+def test_int16_and_float64_samples():
+    events = transcribe(
+        TranscriptionStream(FakeEncoder(), FakeVAD()), (spell("ab c").astype(np.float64) * 32768).astype(np.int16), []
     )
     assert finals(events) == "ab c"
-    assert finals(heard(TranscriptionStream(Spelled(), Loud()), said("ab c").astype(np.float64), [])) == "ab c"
+    assert (
+        finals(transcribe(TranscriptionStream(FakeEncoder(), FakeVAD()), spell("ab c").astype(np.float64), []))
+        == "ab c"
+    )
 
 
-def test_closed_is_closed():
-    stream = TranscriptionStream(Spelled(), Loud())
+def test_a_closed_stream_raises():
+    stream = TranscriptionStream(FakeEncoder(), FakeVAD())
     stream.close()
-    for verb in (lambda: stream.feed(QUIET), stream.flush):
+    for call in (lambda: stream.feed(SILENCE), stream.flush):
         with pytest.raises(AudioError, match="closed"):
-            verb()
+            call()
 
 
 def test_two_threads_may_not_feed_at_once():
     inside, go = threading.Event(), threading.Event()
 
-    class Slow(Spelled):
-        def hear(self, memory, samples, *, last):
+    class Slow(FakeEncoder):
+        def step(self, state, samples, *, is_last):
             inside.set()
             go.wait(10)
-            return super().hear(memory, samples, last=last)
+            return super().step(state, samples, is_last=is_last)
 
-    stream = TranscriptionStream(Slow(), Loud())
-    thread = threading.Thread(target=stream.feed, args=(said("ab"),))
+    stream = TranscriptionStream(Slow(), FakeVAD())
+    thread = threading.Thread(target=stream.feed, args=(spell("ab"),))
     thread.start()
     assert inside.wait(10)
     with pytest.raises(AudioError, match="another thread"):
-        stream.feed(said("c"))
+        stream.feed(spell("c"))
     go.set()
     thread.join()

@@ -1,8 +1,8 @@
-"""Read recordings of any format and rate as mono float32, and find speech in them.
+"""Read recordings of any format and sample rate as mono float32, detect speech in them, and augment them.
 
-Start with `reader` (`load_audio`, `stream_audio`, `probe_audio`), which this package re-exports; `decoders` picks
-libsndfile or FFmpeg, `headers` checks how long a file claims to be, `vad` finds speech and splits long recordings at
-silences, `running_norm` normalizes live audio, `augment` degrades training audio.
+Start with `reader` (`load_audio`, `stream_audio`, `probe_audio`), which this package re-exports; `decoders` chooses
+between libsndfile and FFmpeg, `headers` reads the durations that containers state, `vad` detects speech and splits long
+recordings at silences, `running_norm` normalizes live audio, `augment` degrades training audio.
 """
 
 from mowa.data.audio.decoders import AudioBytes, AudioInfo, Samples
@@ -12,6 +12,7 @@ from mowa.data.audio.reader import (
     SILENCE_DBFS,
     find_audio_files,
     find_distinct_channels,
+    is_audio_file,
     is_silent,
     load_audio,
     normalize,
@@ -28,6 +29,7 @@ __all__ = [
     "Samples",
     "find_audio_files",
     "find_distinct_channels",
+    "is_audio_file",
     "is_silent",
     "load_audio",
     "normalize",

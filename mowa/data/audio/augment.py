@@ -1,7 +1,7 @@
-"""Clean recordings → rough ones: speed, room, equalisation, telephone band, noise, gaps, loudness.
+"""Augment speech recordings in the waveform: speed, reverberation, equalization, telephone band, noise, gaps, loudness.
 
-Every function takes float32 [n] at `rate_hz` and a numpy Generator, and gives float32; nothing here knows a model.
-`roughen` draws from all of them; the same generator state gives the same sound.
+Every function takes float32 samples [n] and returns float32. `augment_audio` applies a random selection of them; the
+same generator state gives the same result.
 """
 
 from __future__ import annotations
@@ -11,96 +11,98 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-Samples = np.ndarray
+from mowa.data.audio.decoders import Samples
 
 
 @dataclass(frozen=True, slots=True)
 class AugmentConfig:
-    """How often (probability) and how strongly each change is drawn."""
+    """Probability and strength of each augmentation."""
 
-    speed: tuple[float, float] = field(default=(0.9, 1.1), metadata={"help": "slowest and fastest"})
-    reverb: float = field(default=0.3, metadata={"help": "how often in a synthetic room"})
-    equalize: float = field(default=0.4, metadata={"help": "how often through another microphone"})
-    telephone: float = field(default=0.15, metadata={"help": "how often through a telephone (300 to 3400 Hz, G.711)"})
-    noise: float = field(default=0.7, metadata={"help": "how often in noise"})
-    snr_db: tuple[float, float] = field(default=(3.0, 30.0), metadata={"help": "the recording over the noise, in dB"})
+    speed: tuple[float, float] = field(default=(0.9, 1.1), metadata={"help": "lowest and highest speed factor"})
+    reverb: float = field(default=0.3, metadata={"help": "probability of synthetic reverberation"})
+    equalize: float = field(default=0.4, metadata={"help": "probability of a random frequency response"})
+    telephone: float = field(default=0.15, metadata={"help": "probability of telephone audio (300-3400 Hz, G.711)"})
+    noise: float = field(default=0.7, metadata={"help": "probability of added noise"})
+    snr_db: tuple[float, float] = field(default=(3.0, 30.0), metadata={"help": "range of signal-to-noise ratios, dB"})
     gaps: float = field(
-        default=0.05, metadata={"help": "share of a recording that is silenced, in ten times that share of them"}
+        default=0.05, metadata={"help": "share of the samples set to zero; 10 x this is the probability of doing so"}
     )
-    loudness_db: tuple[float, float] = field(
-        default=(-30.0, -6.0), metadata={"help": "mean power, in dB of full scale"}
-    )
+    loudness_db: tuple[float, float] = field(default=(-30.0, -6.0), metadata={"help": "range of RMS levels, dBFS"})
 
 
 @dataclass(frozen=True, slots=True)
 class SpecAugmentConfig:
-    """SpecAugment (arXiv:1904.08779) on the frames below the blocks, as wav2vec 2.0 does it."""
+    """SpecAugment on the features that enter the transformer, as in wav2vec 2.0.
 
-    mask_time_prob: float = field(default=0.05, metadata={"help": "share of the frames that is hidden"})
-    mask_time_length: int = field(default=10, metadata={"help": "frames hidden together"})
-    mask_feature_prob: float = field(
-        default=0.0, metadata={"help": "share of the channels that is silenced, of each recording"}
-    )
-    mask_feature_length: int = field(default=64, metadata={"help": "channels silenced together"})
+    Sources: https://arxiv.org/abs/1904.08779 and https://arxiv.org/abs/2006.11477 (section 4).
+    """
+
+    mask_time_prob: float = field(default=0.05, metadata={"help": "share of frames masked"})
+    mask_time_length: int = field(default=10, metadata={"help": "frames per time mask"})
+    mask_feature_prob: float = field(default=0.0, metadata={"help": "share of feature channels masked, per recording"})
+    mask_feature_length: int = field(default=64, metadata={"help": "feature channels per mask"})
 
 
 def change_speed(samples: Samples, factor: float) -> Samples:
-    """Played `factor` times faster (pitch moves with it), by linear interpolation."""
+    """Resample [n] to [n / factor] by linear interpolation, which changes speed and pitch."""
     count = max(1, round(len(samples) / factor))
     return np.interp(np.arange(count) * factor, np.arange(len(samples)), samples).astype(np.float32)
 
 
 def add_reverb(samples: Samples, rng: np.random.Generator, rate_hz: int = 16_000) -> Samples:
-    """Convolved with a synthetic room: a direct path, then noise that decays by 60 dB in 0.15 to 0.7 s."""
+    """Convolve with a synthetic room response: a direct path, then noise with a random RT60 of 0.15 to 0.7 s."""
     rt60 = rng.uniform(0.15, 0.7)
     length = int(rt60 * rate_hz * 0.6)
     tail = rng.standard_normal(length).astype(np.float32) * np.exp(-6.9 * np.arange(length) / (rt60 * rate_hz))
     tail[: int(rng.uniform(0.002, 0.01) * rate_hz)] = 0
     tail *= rng.uniform(0.2, 0.8) / (np.sqrt(np.sum(tail**2)) + 1e-9)
     tail[0] = 1.0
-    size = _fast_length(len(samples) + length)
+    size = _fft_length(len(samples) + length)
     wet = np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(tail, size), size)[: len(samples)]
     return wet.astype(np.float32)
 
 
 def equalize(samples: Samples, rng: np.random.Generator, rate_hz: int = 16_000, strength_db: float = 9.0) -> Samples:
-    """A smooth random frequency response of up to ± `strength_db`: microphones and loudspeakers differ."""
+    """Apply a smooth random frequency response within ±`strength_db`, as microphones and loudspeakers do."""
     gains_db = rng.uniform(-strength_db, strength_db, 8)
     corners_hz = np.geomspace(60, rate_hz / 2, 8)
-    return _filtered(samples, rate_hz, lambda hz: 10 ** (np.interp(hz, corners_hz, gains_db) / 20))
+    return _filter(samples, rate_hz, lambda hz: 10 ** (np.interp(hz, corners_hz, gains_db) / 20))
 
 
 def simulate_telephone(samples: Samples, rate_hz: int = 16_000) -> Samples:
-    """Band-limited to 300–3400 Hz and companded with 8-bit µ-law (ITU-T G.711)."""
-    narrow = _filtered(samples, rate_hz, lambda hz: 1 / (1 + (300 / np.maximum(hz, 1)) ** 6) / (1 + (hz / 3400) ** 16))
-    peak = float(np.max(np.abs(narrow))) + 1e-9
-    x = narrow / peak
+    """Limit the band to 300-3400 Hz and quantize with 8-bit µ-law (ITU-T G.711)."""
+    band = _filter(samples, rate_hz, lambda hz: 1 / (1 + (300 / np.maximum(hz, 1)) ** 6) / (1 + (hz / 3400) ** 16))
+    peak = float(np.max(np.abs(band))) + 1e-9
+    x = band / peak
     coded = np.round(np.sign(x) * np.log1p(255 * np.abs(x)) / np.log(256) * 127) / 127
     return (np.sign(coded) * (256 ** np.abs(coded) - 1) / 255 * peak).astype(np.float32)
 
 
 def add_noise(samples: Samples, rng: np.random.Generator, snr_db: float, rate_hz: int = 16_000) -> Samples:
-    """Coloured noise added at `snr_db` below the recording's mean power: from rumble (1/f²) to hiss (white)."""
+    """Add noise of a random color, from brown (1/f²) to white, `snr_db` below the mean power of the recording."""
     slope = rng.uniform(0, 1)
-    hiss = rng.standard_normal(len(samples)).astype(np.float32)
-    hiss = _filtered(hiss, rate_hz, lambda hz: np.maximum(hz, 30.0) ** -slope)
-    power = np.mean(samples**2) / (np.mean(hiss**2) + 1e-12)
-    return (samples + hiss * np.sqrt(power * 10 ** (-snr_db / 10))).astype(np.float32)
+    noise = rng.standard_normal(len(samples)).astype(np.float32)
+    noise = _filter(noise, rate_hz, lambda hz: np.maximum(hz, 30.0) ** -slope)
+    power = np.mean(samples**2) / (np.mean(noise**2) + 1e-12)
+    return (samples + noise * np.sqrt(power * 10 ** (-snr_db / 10))).astype(np.float32)
 
 
 def add_gaps(
     samples: Samples, rng: np.random.Generator, ratio: float, gap_s: float = 0.12, rate_hz: int = 16_000
 ) -> Samples:
-    """Silences of `span_s` over about `share` of the recording: SpecAugment's time masks, in the waveform."""
-    span = int(gap_s * rate_hz)
-    holed = samples.copy()
-    for start in rng.integers(0, max(1, len(samples) - span), rng.poisson(ratio * len(samples) / span)):
-        holed[start : start + span] = 0
-    return holed
+    """Set random gaps of `gap_s` to zero, about `ratio` of the samples: SpecAugment's time masks in the waveform."""
+    length = int(gap_s * rate_hz)
+    out = samples.copy()
+    for start in rng.integers(0, max(1, len(samples) - length), rng.poisson(ratio * len(samples) / length)):
+        out[start : start + length] = 0
+    return out
 
 
 def augment_audio(samples: Samples, rng: np.random.Generator, config: AugmentConfig, strength: float = 1.0) -> Samples:
-    """One random draw of everything; `amount` in [0, 1] scales how often and how strong."""
+    """Apply a random selection of all augmentations to a 16 kHz recording.
+
+    `strength` in [0, 1] scales probabilities and ranges. float32 [n] → [n / speed factor], clipped to ±1.
+    """
     slowest, fastest = (1 + (edge - 1) * strength for edge in config.speed)
     out = change_speed(samples, rng.uniform(slowest, fastest))
     if rng.random() < config.reverb * strength:
@@ -119,23 +121,27 @@ def augment_audio(samples: Samples, rng: np.random.Generator, config: AugmentCon
 
 
 def sample_span_mask(length: int, mask_prob: float, mask_length: int, rng: np.random.Generator) -> np.ndarray:
-    """Bool [length]: about `share` of it in spans that may overlap; their number is rounded up as often as down."""
-    hidden = np.zeros(length, bool)
+    """Sample a bool mask [length] with about `mask_prob` of it set, in spans of `mask_length` that may overlap.
+
+    The expected number of spans is mask_prob · length / mask_length, rounded up or down at random.
+    """
+    mask = np.zeros(length, bool)
     mask_length = min(mask_length, length)
     count = int(mask_prob * length / max(1, mask_length) + rng.random()) if mask_prob else 0
     for start in rng.integers(0, length - mask_length + 1, count):
-        hidden[start : start + mask_length] = True
-    return hidden
+        mask[start : start + mask_length] = True
+    return mask
 
 
-def _filtered(samples: Samples, rate_hz: int, response: Callable[[np.ndarray], np.ndarray]) -> Samples:
-    size = _fast_length(len(samples))
+def _filter(samples: Samples, rate_hz: int, response: Callable[[np.ndarray], np.ndarray]) -> Samples:
+    """Multiply the spectrum by `response(frequencies in Hz)`."""
+    size = _fft_length(len(samples))
     spectrum = np.fft.rfft(samples, size)
     spectrum *= response(np.fft.rfftfreq(size, 1 / rate_hz))
     return np.fft.irfft(spectrum, size)[: len(samples)].astype(np.float32)
 
 
-def _fast_length(n: int) -> int:
-    """The next length made of small primes: a power of two, or three quarters of one."""
+def _fft_length(n: int) -> int:
+    """Return the smallest length ≥ n that is a power of two or three quarters of one."""
     power = 1 << max(n - 1, 1).bit_length()
     return 3 * power // 4 if 3 * power // 4 >= n else power

@@ -1,10 +1,8 @@
-"""Which decoder reads a recording, and its sound as that decoder gives it: float32 pieces at its own rate.
+"""Decode recordings with libsndfile or FFmpeg (PyAV): float32 chunks at the file's own sample rate.
 
-Two share the work. libsndfile reads WAV and FLAC; FFmpeg (through PyAV) reads everything else, and what libsndfile
-refuses. MP3 and Ogg are FFmpeg's because libsndfile guesses the length of an MP3 without a Xing header and stops at its
-guess, and reads only the first of several chained Ogg streams: both end early without a word.
-
-What is missing at the end is not judged here, but by `audio`.
+libsndfile decodes WAV and FLAC; FFmpeg decodes everything else and whatever libsndfile rejects. MP3 and Ogg go to
+FFmpeg because libsndfile ends both early without an error: it estimates the length of an MP3 without a Xing header, and
+decodes only the first of several chained Ogg streams. Whether the end of a recording is missing is checked in `reader`.
 """
 
 from __future__ import annotations
@@ -27,18 +25,18 @@ Samples = npt.NDArray[np.float32]
 
 RATE_RANGE_HZ = (100, 768_000)
 MAX_CHANNELS = 1024
+DURATION_TOLERANCE_S = 0.25  # encoder delay and padding: a lossy file may be this much shorter than its header states
 
-_PIECE = 2**13  # values decoded at once, over all channels; what a failing decoder loses of the seconds it reports
-DURATION_TOLERANCE_S = 0.25  # encoder delay and padding: a lossy file may hold this much less than its header counts
-_FORMATS = "aac,ac3,aiff,amr,amrnb,amrwb,asf,au,avi,caf,flac,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav"
-_PLANES_MAX = 8  # PyAV 18 reads memory that is not its own where each of more channels has its own plane
-_TORN = "its last page does not end the stream"
+_CHUNK_VALUES = 2**13  # values decoded at once, over all channels; bounds the error of "decoded s" in error messages
+_FFMPEG_FORMATS = "aac,ac3,aiff,amr,amrnb,amrwb,asf,au,avi,caf,flac,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav"
+_MAX_PLANES = 8  # PyAV 18 reads out of bounds if more channels have planes of their own
+_OGG_TRUNCATED = "its last page does not end the stream"
 _ADVICE = "Copy the file again, or cut it with ffmpeg."
 
 
 @dataclass(frozen=True, slots=True)
 class AudioBytes:
-    """A recording that is no file: its bytes, and what to call it."""
+    """An encoded recording in memory. `name` is used in error messages."""
 
     name: str
     data: bytes
@@ -52,7 +50,7 @@ AudioInput = Path | AudioBytes
 
 @dataclass(frozen=True, slots=True)
 class AudioInfo:
-    """What the header says. `duration_s` is None where the container does not say; `format` is the container's name."""
+    """Header of a recording. `duration_s` is None if the container does not state it; `format` is the container."""
 
     duration_s: float | None
     rate_hz: int
@@ -62,9 +60,10 @@ class AudioInfo:
 
 @dataclass(frozen=True, slots=True)
 class AudioDecoder:
-    """An opened one: its header, and its sound in pieces of any length at `info.rate_hz`, from frame `begins` on.
+    """An open recording.
 
-    `pieces` takes what to make of the channels: float [n, C] → float [n] or [n, K], before it is scaled to ±1.
+    `chunks(mixer)` decodes from frame `start_frame` on, in chunks of any length at `info.rate_hz`. The mixer maps the
+    decoded values [n, C] to [n] or [n, K], before they are scaled to ±1.
     """
 
     info: AudioInfo
@@ -76,71 +75,75 @@ ChannelMixer = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 
 class DecodingError(Exception):
-    """The decoder gave up here; how bad that is depends on what the container promised."""
+    """The decoder failed at this point; what was decoded before it may be complete."""
 
 
 def mix_to_mono(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The average of all channels."""
+    """Average the channels: [n, C] → [n]."""
     return values.mean(axis=1)
 
 
 def audio_error(source: AudioInput, message: str) -> AudioError:
+    """Return an AudioError on one line that begins with the name of the recording."""
     name = str(source)
     return AudioError(f"{name if name.isprintable() else repr(name)}: {' '.join(message.split())}")
 
 
 def truncated_error(source: AudioInput, reason: str, decoded_s: float) -> AudioError:
+    """Return the error for a recording that ends before its header says it does."""
     return audio_error(source, f"is cut off: {reason}, {decoded_s:.1f} s could be decoded. {_ADVICE}")
 
 
 def decode_error(source: AudioInput, reason: str, decoded_s: float) -> AudioError:
+    """Return the error for a recording whose decoder failed after `decoded_s`."""
     return audio_error(source, f"cannot be decoded after {decoded_s:.1f} s ({reason}). {_ADVICE}")
 
 
 @contextmanager
 def open_audio(source: AudioInput, start_s: float = 0.0) -> Iterator[AudioDecoder]:
-    """Choose the decoder by the first bytes, never by the name, and refuse what the header shows to be wrong.
+    """Open a recording with the decoder for its first bytes; its name is ignored.
 
-    Where the decoder can, it begins at `begin_s`; where not, at 0.
+    Decoding starts at `start_s` if the decoder can seek exactly, else at 0 (see `AudioDecoder.start_frame`).
+    Raises AudioError if the recording cannot be opened or its header shows that it is invalid or cut off.
     """
     with ExitStack() as closing:
-        file = closing.enter_context(_bytes(source))
+        file = closing.enter_context(_open_bytes(source))
         magic = file.read(4)
         if not magic:
             raise audio_error(source, "is empty (0 bytes). Copy the file again.")
-        recording = _sndfile(source, file, closing, start_s) if magic in (b"RIFF", b"RF64", b"fLaC") else None
-        recording = recording or _ffmpeg(source, file, closing)
-        _refuse_absurd(source, recording.info.rate_hz, recording.info.channels)
-        yield recording
+        decoder = _open_sndfile(source, file, closing, start_s) if magic in (b"RIFF", b"RF64", b"fLaC") else None
+        decoder = decoder or _open_ffmpeg(source, file, closing)
+        _validate_header(source, decoder.info.rate_hz, decoder.info.channels)
+        yield decoder
 
 
-def _bytes(source: AudioInput) -> BinaryIO:
+def _open_bytes(source: AudioInput) -> BinaryIO:
     if isinstance(source, AudioBytes):
         return io.BytesIO(source.data)
     if source.is_dir():
-        raise audio_error(source, "is a folder, not a recording. Name a file in it.")
+        raise audio_error(source, "is a folder, not a recording. Pass a file in it.")
     try:
         return source.open("rb")
     except FileNotFoundError:
         raise audio_error(source, "does not exist. Check the spelling.") from None
-    except OSError as refusal:
-        raise audio_error(source, f"cannot be opened ({refusal.strerror}). Check who may read it.") from None
+    except OSError as error:
+        raise audio_error(source, f"cannot be opened ({error.strerror}). Check its permissions.") from None
 
 
-def _refuse_absurd(source: AudioInput, rate_hz: int, channels: int) -> None:
+def _validate_header(source: AudioInput, rate_hz: int, channels: int) -> None:
     low, high = RATE_RANGE_HZ
     if not (low <= rate_hz <= high and 1 <= channels <= MAX_CHANNELS):
         raise audio_error(
             source,
-            f"has an absurd header: {rate_hz} Hz, {channels} channels (a recording has {low} to {high} Hz and "
+            f"has an invalid header: {rate_hz} Hz, {channels} channels (expected {low} to {high} Hz and "
             f"1 to {MAX_CHANNELS} channels). Export it again.",
         )
 
 
-def _sndfile(source: AudioInput, file: BinaryIO, closing: ExitStack, begin_s: float) -> AudioDecoder | None:
-    """WAV or FLAC; None where FFmpeg should try: another format in RIFF, a strange codec, a header without a length."""
+def _open_sndfile(source: AudioInput, file: BinaryIO, closing: ExitStack, start_s: float) -> AudioDecoder | None:
+    """Open WAV or FLAC; return None if FFmpeg should try: another format in RIFF, an unsupported codec, no length."""
     if wav := headers.read_wav_header(file):
-        _refuse_absurd(source, wav.rate_hz, wav.channels)
+        _validate_header(source, wav.rate_hz, wav.channels)
     try:
         file.seek(0)
         sound = closing.enter_context(soundfile.SoundFile(file if isinstance(source, AudioBytes) else source))
@@ -148,58 +151,58 @@ def _sndfile(source: AudioInput, file: BinaryIO, closing: ExitStack, begin_s: fl
         return None
     if not 0 < sound.frames < 2**62:
         return None
-    have_s = sound.frames / sound.samplerate
+    duration_s = sound.frames / sound.samplerate
     if wav and wav.size_ratio > 1:
-        raise truncated_error(source, f"its header promises {have_s * wav.size_ratio:.1f} s", have_s)
-    begins = min(round(begin_s * sound.samplerate), sound.frames) if begin_s and sound.seekable() else 0
-    info = AudioInfo(have_s, sound.samplerate, sound.channels, sound.format.lower())
-    return AudioDecoder(info, lambda pick: _sndfile_pieces(sound, begins, pick), begins)
+        raise truncated_error(source, f"its header promises {duration_s * wav.size_ratio:.1f} s", duration_s)
+    start = min(round(start_s * sound.samplerate), sound.frames) if start_s and sound.seekable() else 0
+    info = AudioInfo(duration_s, sound.samplerate, sound.channels, sound.format.lower())
+    return AudioDecoder(info, lambda mixer: _decode_sndfile(sound, start, mixer), start)
 
 
-def _sndfile_pieces(sound: soundfile.SoundFile, begins: int, pick: ChannelMixer) -> Iterator[Samples]:
-    frames = max(1, _PIECE // sound.channels)
+def _decode_sndfile(sound: soundfile.SoundFile, start: int, mixer: ChannelMixer) -> Iterator[Samples]:
+    frames = max(1, _CHUNK_VALUES // sound.channels)
     try:
-        if begins:
-            sound.seek(begins)
-        while len(piece := sound.read(frames, dtype="float32", always_2d=True)):
-            yield pick(piece)
-    except soundfile.LibsndfileError as wrong:
-        raise DecodingError(wrong.error_string) from None
+        if start:
+            sound.seek(start)
+        while len(chunk := sound.read(frames, dtype="float32", always_2d=True)):
+            yield mixer(chunk)
+    except soundfile.LibsndfileError as error:
+        raise DecodingError(error.error_string) from None
 
 
-def _ffmpeg(source: AudioInput, file: BinaryIO, closing: ExitStack) -> AudioDecoder:
+def _open_ffmpeg(source: AudioInput, file: BinaryIO, closing: ExitStack) -> AudioDecoder:
     import av
 
-    torn, mp3_frames = headers.is_ogg_truncated(file), headers.read_mp3_frame_count(file)
-    # Of FFmpeg's formats some, playlists above all, open other files and addresses: only these, and only this file.
-    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    truncated, num_frames = headers.is_ogg_truncated(file), headers.read_mp3_frame_count(file)
+    # Some of FFmpeg's formats, playlists above all, open other files and URLs: allow only these, and only this file.
+    options = {"protocol_whitelist": "file", "format_whitelist": _FFMPEG_FORMATS}
     file.seek(0)
-    what = file if isinstance(source, AudioBytes) else f"file:{source}"
+    target = file if isinstance(source, AudioBytes) else f"file:{source}"
     try:
-        container = closing.enter_context(av.open(what, "r", metadata_errors="ignore", options=options))
-    except (av.FFmpegError, ValueError) as wrong:
-        if torn:
-            raise truncated_error(source, _TORN, 0.0) from None
-        raise audio_error(source, f"is not audio, or its index is cut off ({_reason(wrong)}). Copy it again.") from None
-    if torn:
-        raise truncated_error(source, _TORN, (container.duration or 0) / 1e6)
+        container = closing.enter_context(av.open(target, "r", metadata_errors="ignore", options=options))
+    except (av.FFmpegError, ValueError) as error:
+        if truncated:
+            raise truncated_error(source, _OGG_TRUNCATED, 0.0) from None
+        reason = _error_reason(error)
+        raise audio_error(source, f"is not audio, or its index is cut off ({reason}). Copy it again.") from None
+    if truncated:
+        raise truncated_error(source, _OGG_TRUNCATED, (container.duration or 0) / 1e6)
     track = container.streams.audio[0] if container.streams.audio else None
     if track is None or track.codec_context is None:
-        what = "has no audio stream" if track is None else "is in a codec that FFmpeg cannot decode"
-        raise audio_error(source, f"{what} ({container.format.long_name}). Name a recording with sound.")
+        problem = "has no audio stream" if track is None else "uses a codec that FFmpeg cannot decode"
+        raise audio_error(source, f"{problem} ({container.format.long_name}). Choose a recording with audio.")
     rate_hz, channels = track.codec_context.sample_rate, track.codec_context.channels
-    if channels > _PLANES_MAX and track.codec_context.format.is_planar:
+    if channels > _MAX_PLANES and track.codec_context.format.is_planar:
         raise audio_error(
-            source, f"has {channels} channels in a codec of which {_PLANES_MAX} can be read. Convert it to WAV."
+            source, f"has {channels} channels; at most {_MAX_PLANES} are supported for its codec. Convert it to WAV."
         )
-    info = AudioInfo(
-        headers.read_duration_s(container, mp3_frames), rate_hz, channels, container.format.name.split(",")[0]
-    )
-    return AudioDecoder(info, lambda pick: _ffmpeg_pieces(container, rate_hz, pick))
+    duration_s = headers.read_duration_s(container, num_frames)
+    info = AudioInfo(duration_s, rate_hz, channels, container.format.name.split(",")[0])
+    return AudioDecoder(info, lambda mixer: _decode_ffmpeg(container, rate_hz, mixer))
 
 
-def _ffmpeg_pieces(container: Any, rate_hz: int, pick: ChannelMixer) -> Iterator[Samples]:
-    """The first audio stream. A packet that fails is passed over where sound follows it and little is lost in all."""
+def _decode_ffmpeg(container: Any, rate_hz: int, mixer: ChannelMixer) -> Iterator[Samples]:
+    """Decode the first audio stream. Skip damaged packets if audio follows and they last less than the tolerance."""
     import av
 
     failure, lost_s = "", 0.0
@@ -207,8 +210,8 @@ def _ffmpeg_pieces(container: Any, rate_hz: int, pick: ChannelMixer) -> Iterator
         for packet in container.demux(container.streams.audio[0]):
             try:
                 frames = packet.decode()
-            except av.FFmpegError as wrong:
-                failure = _reason(wrong)
+            except av.FFmpegError as error:
+                failure = _error_reason(error)
                 lost_s += float((packet.duration or 0) * packet.time_base)
                 if lost_s > DURATION_TOLERANCE_S:
                     break
@@ -216,26 +219,26 @@ def _ffmpeg_pieces(container: Any, rate_hz: int, pick: ChannelMixer) -> Iterator
             for frame in frames:
                 if frame.sample_rate != rate_hz:
                     raise DecodingError(f"its sample rate changes from {rate_hz} to {frame.sample_rate} Hz")
-                if frame.format.is_planar and frame.layout.nb_channels > _PLANES_MAX:
+                if frame.format.is_planar and frame.layout.nb_channels > _MAX_PLANES:
                     raise DecodingError(f"its channels grow to {frame.layout.nb_channels}")
-                yield _picked(frame, pick)
+                yield _mix_frame(frame, mixer)
             if frames and packet.size:
                 failure = ""
-    except av.FFmpegError as wrong:
-        failure = _reason(wrong)
+    except av.FFmpegError as error:
+        failure = _error_reason(error)
     if failure:
         raise DecodingError(failure)
 
 
-def _picked(frame: Any, pick: ChannelMixer) -> Samples:
-    """An FFmpeg frame, planar or interleaved, integer or float, as what is picked of its channels, in ±1."""
+def _mix_frame(frame: Any, mixer: ChannelMixer) -> Samples:
+    """Mix an FFmpeg frame (planar or interleaved, integer or float) and scale it to ±1."""
     values = frame.to_ndarray()
     values = values.T if frame.format.is_planar else values.reshape(-1, frame.layout.nb_channels)
     if values.dtype == np.uint8:
-        return (pick(values.astype(np.float32) - 128) / 128).astype(np.float32)
+        return (mixer(values.astype(np.float32) - 128) / 128).astype(np.float32)
     scale = 1 if values.dtype.kind == "f" else 2.0 ** (8 * values.dtype.itemsize - 1)
-    return (pick(values.astype(np.float64)) / scale).astype(np.float32)
+    return (mixer(values.astype(np.float64)) / scale).astype(np.float32)
 
 
-def _reason(wrong: Exception) -> str:
-    return getattr(wrong, "strerror", None) or type(wrong).__name__
+def _error_reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or type(error).__name__

@@ -1,7 +1,6 @@
-"""What the containers of audio promise: how much sound there should be, read from their bytes.
+"""Read from container headers how much audio a file should hold, without decoding it.
 
-Decoders tell how much they found, and some shorten the promise to match; this is the other side of the comparison.
-It reads headers and nothing else: it decodes no sound, and leaves it to the caller what to refuse.
+Decoders report how much they found, and some correct the stated duration to match; comparing both reveals truncation.
 """
 
 from __future__ import annotations
@@ -11,26 +10,17 @@ import struct
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-WAV_TOLERANCE_BYTES = 64  # sloppy writers count the header as data
-WAV_STREAMING_SIZES = (
-    range(1),
-    range(0x7FFF_F000, 0x8000_0001),
-    range(0xFFFF_F000, 0x1_0000_0000),
-)  # sizes written to pipes
+WAV_TOLERANCE_BYTES = 64  # some writers count the header as data
+# data sizes that programs write when they write to a pipe
+WAV_STREAMING_SIZES = (range(1), range(0x7FFF_F000, 0x8000_0001), range(0xFFFF_F000, 0x1_0000_0000))
 OGG_MAX_PAGE_BYTES = 27 + 255 + 255 * 255
-FORMATS_WITH_DURATION = (
-    "aiff",
-    "au",
-    "matroska,webm",
-    "mov,mp4,m4a,3gp,3g2,mj2",
-    "mp3",
-    "ogg",
-)  # FFmpeg estimates all other lengths
+# PyAV format names; FFmpeg estimates the durations of all others
+FORMATS_WITH_DURATION = ("aiff", "au", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "mp3", "ogg")
 
 
 @dataclass(frozen=True, slots=True)
 class WavHeader:
-    """`claim` is how many times more samples the header counts than the file holds: 1 where it is whole or streamed."""
+    """WAV header. `size_ratio` is samples stated / samples present: 1 if the file is complete or was streamed."""
 
     rate_hz: int
     channels: int
@@ -38,9 +28,10 @@ class WavHeader:
 
 
 def read_wav_header(file: BinaryIO) -> WavHeader | None:
-    """Read RIFF or RF64 up to its data chunk; None where the file is no WAV or ends before it.
+    """Read RIFF or RF64 up to the data chunk; return None if the file is not WAV or ends before that chunk.
 
-    https://www.mmsp.ece.mcgill.ca/Documents/AudioFormats/WAVE/WAVE.html; RF64: EBU Tech 3306.
+    The file is left at the first sample. Sources: https://www.mmsp.ece.mcgill.ca/Documents/AudioFormats/WAVE/WAVE.html
+    and, for RF64, EBU Tech 3306.
     """
     file_size = file.seek(0, 2)
     file.seek(0)
@@ -53,8 +44,9 @@ def read_wav_header(file: BinaryIO) -> WavHeader | None:
         if name == b"data":
             streamed = any(size in sizes for sizes in WAV_STREAMING_SIZES)
             size = long_size or (0 if streamed else size)
-            there = file_size - file.tell()
-            return WavHeader(rate_hz, channels, size / max(1, there) if size > there + WAV_TOLERANCE_BYTES else 1.0)
+            present = file_size - file.tell()
+            ratio = size / max(1, present) if size > present + WAV_TOLERANCE_BYTES else 1.0
+            return WavHeader(rate_hz, channels, ratio)
         body = file.read(min(size, 24))
         if name == b"ds64" and len(body) == 24:
             long_size = int.from_bytes(body[8:16], "little")
@@ -65,7 +57,7 @@ def read_wav_header(file: BinaryIO) -> WavHeader | None:
 
 
 def is_ogg_truncated(file: BinaryIO) -> bool:
-    """Whether this is Ogg whose last page is torn or lacks the end-of-stream flag. RFC 3533, section 6."""
+    """Return whether this is Ogg whose last page is incomplete or lacks the end-of-stream flag (RFC 3533, §6)."""
     file.seek(0)
     if file.read(4) != b"OggS":
         return False
@@ -79,7 +71,7 @@ def is_ogg_truncated(file: BinaryIO) -> bool:
 
 
 def read_mp3_frame_count(file: BinaryIO) -> int | None:
-    """The frame count in the Xing or Info header of an MP3, if there is one: it follows the ID3v2 tag."""
+    """Return the frame count of the Xing or Info header of an MP3, which follows the ID3v2 tag; None if absent."""
     file.seek(0)
     head = file.read(10)
     if head[:3] == b"ID3" and len(head) == 10:
@@ -92,9 +84,9 @@ def read_mp3_frame_count(file: BinaryIO) -> int | None:
 
 
 def read_duration_s(container: Any, frames: int | None) -> float | None:
-    """The seconds of sound an open PyAV container states, or None where FFmpeg only estimates them from the bit rate.
+    """Return the duration that an open PyAV container states; None if FFmpeg only estimates it from the bit rate.
 
-    `frames` is what `mp3_frames` found in the file.
+    `frames` is the result of `read_mp3_frame_count`.
     """
     track, name = container.streams.audio[0], container.format.name
     if name not in FORMATS_WITH_DURATION or (name == "mp3" and frames is None):
@@ -103,7 +95,7 @@ def read_duration_s(container: Any, frames: int | None) -> float | None:
     if name == "matroska,webm":
         if stated := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", track.metadata.get("DURATION", "")):
             return float(stated[1]) * 3600 + float(stated[2]) * 60 + float(stated[3]) - start_s
-        # The length of the longest track, which may be a video that runs on after the sound.
+        # The duration of the longest track, which may be video and outlast the audio.
         return container.duration / 1e6 - start_s if container.duration and len(container.streams) == 1 else None
     if track.duration is None:
         return None
@@ -111,5 +103,5 @@ def read_duration_s(container: Any, frames: int | None) -> float | None:
     if name != "mp3" or frames is None:
         return duration_s
     rate_hz = track.codec_context.sample_rate
-    # Where two MP3s were joined FFmpeg estimates after all, and the count is the first one's.
+    # For two joined MP3s FFmpeg estimates the duration, and the count is that of the first.
     return min(duration_s, frames * (1152 if rate_hz >= 32_000 else 576) / rate_hz)

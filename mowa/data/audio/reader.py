@@ -1,20 +1,18 @@
-"""Any recording, as a stream of mono float32 blocks at the rate a model asks for.
+"""Read any recording as a stream of mono float32 blocks at the sample rate a model expects.
 
-A three-hour file never sits in memory: decode → check → resample → cut into equal blocks, piece by piece. Which
-decoder reads what is `decoders`' affair. Channels are averaged, or one is heard; a part of a recording is a stream too.
+Decoding, validation, resampling and blocking run chunk by chunk, so that memory does not grow with the recording. The
+channels are averaged, or one is selected; an excerpt of a recording can be streamed too.
 
-A damaged recording is refused, never half read: what was decoded is held against what the container promised. Those
-that promise nothing (MP3 without a Xing header, ADTS AAC, CAF, W64, live WebM, a WAV from a pipe) can be refused only
-where they break inside a frame.
-
-This file knows nothing of models, speech or text, and it mends nothing: no repair, trimming, denoising or volume.
+Damaged recordings raise an error instead of being read in part: the decoded duration is compared with the one that the
+container states. Containers that state none (MP3 without a Xing header, ADTS AAC, CAF, W64, live WebM, WAV written to a
+pipe) can only be rejected if they end inside a frame. The audio is not trimmed, denoised or changed in volume.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import numpy as np
@@ -35,14 +33,14 @@ from mowa.data.audio.decoders import (
     truncated_error,
 )
 
-MIN_SAMPLES = 400  # the receptive field of wav2vec2: fewer samples than this give no frame
+MIN_SAMPLES = 400  # receptive field of wav2vec2: fewer samples give no frame
 SILENCE_DBFS = -80.0
 AUDIO_SUFFIXES = frozenset(
     {".3gp", ".aac", ".aif", ".aifc", ".aiff", ".amr", ".au", ".flac", ".m4a", ".mka", ".mkv"}
     | {".mov", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".wav", ".webm", ".wma"}
 )
 
-# "fast" is LQ and not QQ: QQ only interpolates, so what lies above the new Nyquist folds back onto speech.
+# "fast" is LQ, not QQ: QQ only interpolates, which aliases what lies above the new Nyquist frequency onto speech.
 RESAMPLE_QUALITY = {"best": "VHQ", "fast": "LQ"}
 
 
@@ -56,30 +54,32 @@ def stream_audio(
     offset_s: float = 0.0,
     duration_s: float | None = None,
 ) -> Iterator[Samples]:
-    """Yield a recording as 1-D float32 blocks at `rate_hz`, full scale ±1: its channels averaged, or one `channel`.
+    """Yield a recording as float32 blocks [n] at `rate_hz`, full scale ±1.
 
-    Every block but the last is `block_s` long (never under `SAMPLE_MIN` samples). `resample` picks soxr's quality and
-    costs nothing when the rates agree. `begin_s` and `length_s` choose a part; what comes after it is not looked at.
-    `AudioError` comes before the first block where the header shows the fault, and at the end of the stream where only
-    decoding does (a recording cut off or ending inside the part, no samples, under `SAMPLE_MIN` samples).
+    resample    quality of soxr's resampler; unused if the rates are equal
+    block_s     length of every block but the last, at least `MIN_SAMPLES` samples
+    channel     channel to read; None averages all channels
+    offset_s, duration_s  excerpt to read; what follows it is not decoded
+
+    Raises AudioError before the first block if the header shows that the recording cannot be read, and at the end if
+    only decoding shows it: the recording is cut off, ends inside the excerpt, or has fewer than `MIN_SAMPLES` samples.
     """
-    source = _named(source)
+    source = _to_input(source)
     length = 0
-    with decoders.open_audio(source, offset_s) as recording:
-        _refuse_channel(source, recording.info, channel)
-        mono = _checked(source, recording, mix_to_mono if channel is None else lambda values: values[:, channel])
+    with decoders.open_audio(source, offset_s) as decoder:
+        _validate_channel(source, decoder.info, channel)
+        mono = _decode(source, decoder, mix_to_mono if channel is None else lambda values: values[:, channel])
         if offset_s or duration_s is not None:
-            mono = _part(source, mono, recording, offset_s, duration_s)
-        at_rate = _resampled(mono, recording.info.rate_hz, rate_hz, RESAMPLE_QUALITY[resample])
-        for block in _blocks(at_rate, max(MIN_SAMPLES, round(block_s * rate_hz))):
+            mono = _excerpt(source, mono, decoder, offset_s, duration_s)
+        resampled = _resample(mono, decoder.info.rate_hz, rate_hz, RESAMPLE_QUALITY[resample])
+        for block in _rechunk(resampled, max(MIN_SAMPLES, round(block_s * rate_hz))):
             length += len(block)
             if length >= MIN_SAMPLES:
                 yield block
     if length < MIN_SAMPLES:
         raise audio_error(
             source,
-            f"is too short: {length} samples at {rate_hz} Hz, and {MIN_SAMPLES} are the least that can be heard. "
-            "Record longer, or leave it out.",
+            f"is too short: {length} samples at {rate_hz} Hz; at least {MIN_SAMPLES} are needed. Leave it out.",
         )
 
 
@@ -92,44 +92,45 @@ def load_audio(
     offset_s: float = 0.0,
     duration_s: float | None = None,
 ) -> Samples:
-    """A whole recording as one float32 array [samples]. For short ones; see `stream` for the terms and the errors."""
-    how = {"channel": channel, "begin_s": offset_s, "length_s": duration_s}
-    return np.concatenate(list(stream_audio(source, rate_hz, resample=resample, **how)))  # type: ignore[arg-type]
+    """Return a whole, short recording as float32 [n]. Arguments and errors are those of `stream_audio`."""
+    blocks = stream_audio(source, rate_hz, resample=resample, channel=channel, offset_s=offset_s, duration_s=duration_s)
+    return np.concatenate(list(blocks))
 
 
 def probe_audio(source: str | Path | AudioBytes) -> AudioInfo:
-    """The header of a recording, undecoded. `AudioError` where `stream` would raise before its first block."""
-    with decoders.open_audio(_named(source)) as recording:
-        return recording.info
+    """Read the header of a recording. Raises AudioError where `stream_audio` would before its first block."""
+    with decoders.open_audio(_to_input(source)) as decoder:
+        return decoder.info
 
 
 def find_distinct_channels(source: str | Path | AudioBytes, candidates: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Those of the channels (all, or `among`) that say something of their own: of twins, to the bit, only the first.
+    """Return the channels (of all, or of `candidates`) without those that equal an earlier one bit for bit.
 
-    A recording whose channels differ is read only up to where they do.
+    A recording is decoded only until all its channels differ.
     """
-    source = _named(source)
-    with decoders.open_audio(source) as recording:
+    source = _to_input(source)
+    with decoders.open_audio(source) as decoder:
         for channel in candidates or ():
-            _refuse_channel(source, recording.info, channel)
-        channels = sorted(set(range(recording.info.channels) if candidates is None else candidates))
-        twins = set(combinations(channels, 2))
-        if twins:
-            for piece in _checked(source, recording, lambda values: values):
-                twins = {(one, other) for one, other in twins if np.array_equal(piece[:, one], piece[:, other])}
-                if not twins:
+            _validate_channel(source, decoder.info, channel)
+        channels = sorted(set(range(decoder.info.channels) if candidates is None else candidates))
+        equal = set(combinations(channels, 2))
+        if equal:
+            for chunk in _decode(source, decoder, lambda values: values):
+                equal = {(one, other) for one, other in equal if np.array_equal(chunk[:, one], chunk[:, other])}
+                if not equal:
                     break
-    return tuple(sorted(set(channels) - {late for _, late in twins}))
+    return tuple(sorted(set(channels) - {later for _, later in equal}))
 
 
-def _named(source: str | Path | AudioBytes) -> AudioInput:
-    return source if isinstance(source, AudioBytes) else Path(source)
+def is_audio_file(path: str | PurePath) -> bool:
+    """Return whether the suffix of `path` is in `AUDIO_SUFFIXES`; the file is not opened."""
+    return PurePath(path).suffix.lower() in AUDIO_SUFFIXES
 
 
 def find_audio_files(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as given, folders replaced by the audio files under them, sorted; each file once, hidden ones left out.
+    """Replace folders by the audio files under them, sorted, without hidden ones; other paths stay as they are.
 
-    `AudioError` for a path that does not exist and for a folder without a file in `AUDIO_SUFFIXES`.
+    Each file is listed once. Raises AudioError for a path that does not exist and a folder without audio files.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -138,71 +139,72 @@ def find_audio_files(paths: Iterable[str | Path]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(
-            file for file in path.rglob("[!.]*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file()
-        )
+        inside = sorted(file for file in path.rglob("[!.]*") if is_audio_file(file) and file.is_file())
         if not inside:
-            raise audio_error(
-                path, "holds no audio file. Name a folder with " + ", ".join(sorted(AUDIO_SUFFIXES)) + "."
-            )
+            suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
+            raise audio_error(path, f"holds no audio file. Supported suffixes: {suffixes}.")
         found += inside
     return list(dict.fromkeys(found))
 
 
 def normalize(samples: Samples) -> Samples:
-    """Zero mean, unit variance: (x - mean) / sqrt(var + 1e-7), float32 [samples] in and out.
+    """Scale float32 [n] to zero mean and unit variance: (x - mean) / sqrt(var + 1e-7).
 
-    Bit for bit what transformers' `Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm` gives for one recording.
+    Equal bit for bit to transformers' `Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm` for one recording.
     """
     return (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
 
 
 def is_silent(samples: Samples) -> bool:
-    """Whether the RMS around the mean is below `SILENCE_DBFS` (full scale is 1). No samples are silent."""
+    """Return whether the RMS around the mean is below `SILENCE_DBFS`. No samples are silent."""
     return samples.size == 0 or float(samples.std(dtype=np.float64)) < 10 ** (SILENCE_DBFS / 20)
 
 
-# --- the stations of the stream ---------------------------------------------------------------------------------------
+# --- stages of the stream ---------------------------------------------------------------------------------------------
 
 
-def _refuse_channel(source: AudioInput, info: AudioInfo, channel: int | None) -> None:
+def _to_input(source: str | Path | AudioBytes) -> AudioInput:
+    return source if isinstance(source, AudioBytes) else Path(source)
+
+
+def _validate_channel(source: AudioInput, info: AudioInfo, channel: int | None) -> None:
     if channel is not None and not 0 <= channel < info.channels:
-        there = f"{info.channels} channels, 0 to {info.channels - 1}" if info.channels > 1 else "one channel, 0"
-        raise audio_error(source, f"has no channel {channel}: it has {there}. Name one of those.")
+        available = f"{info.channels} channels, 0 to {info.channels - 1}" if info.channels > 1 else "one channel, 0"
+        raise audio_error(source, f"has no channel {channel}: it has {available}. Choose one of those.")
 
 
-def _checked(source: AudioInput, recording: AudioDecoder, pick: ChannelMixer) -> Iterator[Samples]:
-    """Pass the pieces on; refuse NaN and infinity where they stand, and at the end what is missing."""
-    rate_hz, promised_s = recording.info.rate_hz, recording.info.duration_s
-    length, failure = recording.start_frame, ""
+def _decode(source: AudioInput, decoder: AudioDecoder, mixer: ChannelMixer) -> Iterator[Samples]:
+    """Yield the decoded chunks. Raises AudioError at a NaN or infinity, and at the end if audio is missing."""
+    rate_hz, stated_s = decoder.info.rate_hz, decoder.info.duration_s
+    length, failure = decoder.start_frame, ""
     try:
-        for piece in recording.chunks(pick):
-            if not np.isfinite(piece).all():
-                at_s = (length + int(np.argmin(np.isfinite(piece).reshape(len(piece), -1).all(1)))) / rate_hz
+        for chunk in decoder.chunks(mixer):
+            if not np.isfinite(chunk).all():
+                at_s = (length + int(np.argmin(np.isfinite(chunk).reshape(len(chunk), -1).all(1)))) / rate_hz
                 raise audio_error(source, f"holds a sample that is not a number at {at_s:.2f} s. Export it again.")
-            length += len(piece)
-            yield piece
-    except DecodingError as reason:
-        failure = str(reason)
-    have_s = length / rate_hz
-    if promised_s is not None and have_s < promised_s - DURATION_TOLERANCE_S:
-        raise truncated_error(source, f"its header promises {promised_s:.1f} s", have_s)
+            length += len(chunk)
+            yield chunk
+    except DecodingError as error:
+        failure = str(error)
+    decoded_s = length / rate_hz
+    if stated_s is not None and decoded_s < stated_s - DURATION_TOLERANCE_S:
+        raise truncated_error(source, f"its header promises {stated_s:.1f} s", decoded_s)
     if failure:
-        raise decoders.decode_error(source, failure, have_s)
+        raise decoders.decode_error(source, failure, decoded_s)
     if not length:
         raise audio_error(source, "holds no samples. Record it again, or leave it out.")
 
 
-def _part(
-    source: AudioInput, pieces: Iterator[Samples], recording: AudioDecoder, begin_s: float, length_s: float | None
+def _excerpt(
+    source: AudioInput, chunks: Iterator[Samples], decoder: AudioDecoder, offset_s: float, duration_s: float | None
 ) -> Iterator[Samples]:
-    """The samples from `begin_s` on, as many as `length_s` has; refused where the recording ends before them."""
-    rate_hz = recording.info.rate_hz
-    skip = round(begin_s * rate_hz) - recording.start_frame
-    left = None if length_s is None else round(length_s * rate_hz)
-    for piece in pieces:
-        kept = piece[max(0, skip) : None if left is None else max(0, skip) + left]
-        skip -= len(piece)
+    """Yield the samples of the excerpt. Raises AudioError if the recording ends inside it."""
+    rate_hz = decoder.info.rate_hz
+    skip = round(offset_s * rate_hz) - decoder.start_frame
+    left = None if duration_s is None else round(duration_s * rate_hz)
+    for chunk in chunks:
+        kept = chunk[max(0, skip) : None if left is None else max(0, skip) + left]
+        skip -= len(chunk)
         if left is not None:
             left -= len(kept)
         if len(kept):
@@ -210,34 +212,32 @@ def _part(
         if left == 0:
             return
     if skip > 0 or (left or 0) > DURATION_TOLERANCE_S * rate_hz:
-        asked = f"{begin_s:.1f} s" + ("" if length_s is None else f" to {begin_s + length_s:.1f} s")
-        raise audio_error(
-            source, f"ends inside the part from {asked} that was asked for. Check where the part should be."
-        )
+        excerpt = f"from {offset_s:.1f} s" + ("" if duration_s is None else f" to {offset_s + duration_s:.1f} s")
+        raise audio_error(source, f"ends inside the excerpt {excerpt}. Check the offset and the duration.")
 
 
-def _resampled(pieces: Iterator[Samples], from_hz: int, to_hz: int, quality: str) -> Iterator[Samples]:
+def _resample(chunks: Iterator[Samples], from_hz: int, to_hz: int, quality: str) -> Iterator[Samples]:
     if from_hz == to_hz:
-        yield from pieces
+        yield from chunks
         return
     resampler = soxr.ResampleStream(from_hz, to_hz, 1, dtype="float32", quality=quality)
-    for piece in pieces:
-        yield resampler.resample_chunk(piece)
+    for chunk in chunks:
+        yield resampler.resample_chunk(chunk)
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def _blocks(pieces: Iterator[Samples], size: int) -> Iterator[Samples]:
-    """The same samples in blocks of exactly `size`; the last may be shorter, and is never empty."""
-    held: list[Samples] = []
+def _rechunk(chunks: Iterator[Samples], size: int) -> Iterator[Samples]:
+    """Yield the same samples in blocks of exactly `size`; the last may be shorter, but is not empty."""
+    buffer: list[Samples] = []
     count = 0
-    for piece in pieces:
-        held.append(piece)
-        count += len(piece)
+    for chunk in chunks:
+        buffer.append(chunk)
+        count += len(chunk)
         if count < size:
             continue
-        joined = np.concatenate(held)
+        joined = np.concatenate(buffer)
         whole = count - count % size
         yield from joined[:whole].reshape(-1, size)
-        held, count = [joined[whole:]], count - whole
+        buffer, count = [joined[whole:]], count - whole
     if count:
-        yield np.concatenate(held)
+        yield np.concatenate(buffer)

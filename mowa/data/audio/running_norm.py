@@ -1,10 +1,10 @@
-"""Loudness of a stream: normalised by what was heard so far, for nobody knows the rest of a live recording.
+"""Normalize a live stream with running statistics, since the rest of the recording is not available yet.
 
     y[i] = (x[i] − m) / √(v + 10⁻⁷)
 
-with m and v the mean and variance of the samples before the block of `BLOCK` that i lies in, older ones counting less
-and less, and `Level` itself counting as `WEIGHT_S` of sound at the beginning. `audio.normalize` (over all of a
-recording) is what it stands for. It knows samples at one rate, and no models.
+m and v are the exponentially weighted mean and variance of the samples before the block of `BLOCK_SAMPLES` that holds
+i; a prior counts as `PRIOR_S` of audio at the start. This approximates `reader.normalize`, which uses the statistics of
+a whole recording.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 from mowa.data.audio.decoders import Samples
 
 BLOCK_SAMPLES = 320
-HALF_LIFE_S = 10.0  # after which a sound counts half
+HALF_LIFE_S = 10.0  # after which a sample has half its weight
 PRIOR_S = 0.3
-SPEECH_VARIANCE = 0.0025  # variance of speech at -26 dB of full scale (ITU-T P.56's usual level)
+SPEECH_VARIANCE = 0.0025  # variance of speech at -26 dBFS, the usual level of ITU-T P.56
 
 
 @dataclass(frozen=True, slots=True)
 class RunningStats:
-    """What was heard so far: `count` samples (older ones less), the sums of them and of their squares."""
+    """Weighted number of samples, their weighted sum and their weighted sum of squares."""
 
     count: float
     total: float
@@ -32,14 +32,16 @@ class RunningStats:
 
     @classmethod
     def prior(cls, variance: float = SPEECH_VARIANCE, rate_hz: int = 16_000) -> RunningStats:
+        """Return the statistics at the start of a stream: mean 0 and `variance` over `PRIOR_S` seconds."""
         count = PRIOR_S * rate_hz
         return cls(count, 0.0, count * variance)
 
 
 def normalize_running(samples: Samples, stats: RunningStats, rate_hz: int = 16_000) -> tuple[Samples, RunningStats]:
-    """Samples float32 [n], n a multiple of BLOCK but at the end of a stream → the same many, and the level after them.
+    """Normalize float32 [n] and return it with the updated statistics.
 
-    Cut into calls anywhere between blocks, a stream gives the same numbers.
+    n is a multiple of `BLOCK_SAMPLES`, except at the end of a stream. The result does not depend on where between
+    blocks a stream is split into calls.
     """
     keep = 0.5 ** (BLOCK_SAMPLES / (HALF_LIFE_S * rate_hz))
     out = np.empty(len(samples), np.float32)
@@ -47,8 +49,8 @@ def normalize_running(samples: Samples, stats: RunningStats, rate_hz: int = 16_0
     for start in range(0, len(samples), BLOCK_SAMPLES):
         block = samples[start : start + BLOCK_SAMPLES].astype(np.float64)
         mean = total / count
-        spread = max(0.0, squares / count - mean * mean)
-        out[start : start + BLOCK_SAMPLES] = (block - mean) / math.sqrt(spread + 1e-7)
+        variance = max(0.0, squares / count - mean * mean)
+        out[start : start + BLOCK_SAMPLES] = (block - mean) / math.sqrt(variance + 1e-7)
         count, total = count * keep + len(block), total * keep + float(block.sum())
         squares = squares * keep + float(block @ block)
     return out, RunningStats(count, total, squares)

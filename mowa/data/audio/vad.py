@@ -1,10 +1,7 @@
-"""Where people speak, and where a long recording may be cut so that no word is.
+"""Detect speech, and split long recordings at silences so that no word is cut.
 
-Speech is found by Silero VAD (github.com/snakers4/silero-vad, MIT), its ONNX for whole sequences run by onnxruntime
-without torch. `windows` tiles a stream with cores that end in silence, each with sound around it for the model to see
-past its edges.
-
-This file knows nothing of files, models or text: it takes samples and gives probabilities and cuts.
+`SileroVAD` runs the ONNX model of Silero VAD (https://github.com/snakers4/silero-vad, MIT) in onnxruntime, without
+torch. `split_windows` tiles a stream with windows: cores that end in silence, each with context on both sides.
 """
 
 from __future__ import annotations
@@ -22,20 +19,21 @@ from mowa.errors import AudioError, MissingDependency
 
 RATE_HZ = 16_000
 FRAME_SAMPLES = 512  # samples per probability: 32 ms
-CONTEXT_SAMPLES = 64  # samples of the block before that the network sees again
-SILENCE_THRESHOLD = 0.35  # below this Silero's own segmenter lets a stretch of speech end
-MIN_TAIL_S = 1.0  # less than this after a cut is no window of its own
+CONTEXT_SAMPLES = 64  # samples of the previous frame that the network takes again
+SILENCE_THRESHOLD = 0.35  # Silero's own segmenter ends speech below this probability (decode.stream has the same)
+MIN_TAIL_S = 1.0  # a shorter rest of the recording is added to the last window
 
 Probabilities = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A stretch of a recording to decode at once.
+    """Part of a recording to transcribe at once: a core with context around it.
 
-    `samples` float32 [n] begins at sample `start` of the recording. What belongs to this window alone is the core, from
-    `core_start` to before `core_end`; around it lies context that the neighbours decode. `speech` is the highest
-    probability of speech inside the core, and `last` says that the recording ends with it.
+    samples      float32 [n], beginning at sample `start` of the recording
+    core_start, core_end  the core [core_start, core_end); the rest is context that other windows transcribe
+    is_last      whether the recording ends with this window
+    speech_prob  highest speech probability inside the core
     """
 
     samples: Samples
@@ -47,140 +45,137 @@ class Window:
 
 
 class SileroVAD:
-    """Silero VAD over one 16 kHz stream. It keeps the network's state and the unfinished block between calls.
+    """Silero VAD over one 16 kHz stream. Keeps the network's state and the incomplete frame between calls.
 
-    `MissingPart` where silero-vad's model file is not installed.
+    Raises MissingDependency if the model file of silero-vad is not installed.
     """
 
     def __init__(self) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1  # blocks are tiny: threads only cost
+        options.intra_op_num_threads = options.inter_op_num_threads = 1  # frames are too small for threads
         self._net = onnxruntime.InferenceSession(_model_file(), options, providers=["CPUExecutionProvider"])
         self._state = [np.zeros((1, 1, 128), np.float32)] * 2
-        self._buffer = np.zeros(CONTEXT_SAMPLES, np.float32)  # context, then the samples that do not fill a block yet
+        self._buffer = np.zeros(CONTEXT_SAMPLES, np.float32)  # context, then the samples of the incomplete frame
 
     @property
     def state(self) -> dict[str, npt.NDArray[np.float32]]:
-        """All that it remembers, which another detector may be given."""
-        return {"h": self._state[0], "c": self._state[1], "heard": self._buffer}
+        """The state as arrays, which can be assigned to another detector."""
+        return {"h": self._state[0], "c": self._state[1], "buffer": self._buffer}
 
     @state.setter
     def state(self, state: dict[str, npt.NDArray[np.float32]]) -> None:
-        self._state, self._buffer = [state["h"], state["c"]], state["heard"]
+        self._state, self._buffer = [state["h"], state["c"]], state["buffer"]
 
     def feed(self, samples: Samples) -> Probabilities:
-        """The probability of speech in each block that these samples fill: float32 [blocks], in order, of 32 ms each.
+        """Return the speech probability of each frame of 32 ms that these samples complete: [n] → [frames].
 
-        However a stream is split between calls, the same blocks get the same probabilities, up to rounding.
+        How a stream is split into calls changes the probabilities by rounding only.
         """
-        heard = np.concatenate([self._buffer, samples])
-        count = (len(heard) - CONTEXT_SAMPLES) // FRAME_SAMPLES
+        buffered = np.concatenate([self._buffer, samples])
+        count = (len(buffered) - CONTEXT_SAMPLES) // FRAME_SAMPLES
         if not count:
-            self._buffer = heard
+            self._buffer = buffered
             return np.zeros(0, np.float32)
-        blocks = np.lib.stride_tricks.sliding_window_view(heard, CONTEXT_SAMPLES + FRAME_SAMPLES)[::FRAME_SAMPLES][
-            :count
-        ]
-        inputs = {"input": np.ascontiguousarray(blocks), "h": self._state[0], "c": self._state[1]}
-        speech, *self._state = self._net.run(None, inputs)
-        self._buffer = heard[count * FRAME_SAMPLES :].copy()
-        return np.asarray(speech, np.float32)
+        frames = np.lib.stride_tricks.sliding_window_view(buffered, CONTEXT_SAMPLES + FRAME_SAMPLES)
+        frames = frames[::FRAME_SAMPLES][:count]
+        inputs = {"input": np.ascontiguousarray(frames), "h": self._state[0], "c": self._state[1]}
+        probabilities, *self._state = self._net.run(None, inputs)
+        self._buffer = buffered[count * FRAME_SAMPLES :].copy()
+        return np.asarray(probabilities, np.float32)
 
 
 def split_windows(
     blocks: Iterable[Samples], rate_hz: int, *, max_window_s: float = 20.0, context_s: float = 2.0, hop: int = 320
 ) -> Iterator[Window]:
-    """Tile a stream of 1-D float32 blocks with windows, in order; none for a stream without samples.
+    """Tile a stream of float32 blocks [n] with windows, in order. A stream without samples gives none.
 
-    Cores lie end to end from sample 0 to the last one. Each is at most `longest_s` long (the last one `TAIL_S` more)
-    and ends in the middle of the longest silence among the last half of that. Context is `context_s` on both sides,
-    never under one hop and one receptive field, and less only where the recording ends. `start`, `core_start` and
-    `core_end` are multiples of `hop` (but for the end of the recording): frame t of a window is frame start/hop + t of
-    the recording. Holds about `longest_s` + 2 `context_s` and one block in memory, however long the stream.
+    The cores tile the recording. Each is at most `max_window_s` long (the last one `MIN_TAIL_S` more) and ends in the
+    middle of the longest silence in its second half. The context on both sides is `context_s`, at least one hop and one
+    receptive field, and shorter only at the ends of the recording. `start`, `core_start` and `core_end` are multiples
+    of `hop` (except the end of the recording), so that frame t of a window is frame start/hop + t of the recording.
+    Memory: about `max_window_s` + 2 `context_s` of audio and one block.
 
-    `AudioError` unless `rate_hz` is 16000, the rate Silero VAD hears at; `ValueError` for `longest_s` under 1.
+    Raises AudioError unless `rate_hz` is 16000, the sample rate of Silero VAD, and ValueError if `max_window_s` < 1.
     """
     if rate_hz != RATE_HZ:
         raise AudioError(
-            f"speech is found at {RATE_HZ} Hz, and this stream is {rate_hz} Hz. Stream it at {RATE_HZ} Hz."
+            f"voice activity detection needs {RATE_HZ} Hz, and this stream has {rate_hz} Hz. Resample it first."
         )
     if max_window_s < 1:
-        raise ValueError(f"longest_s is {max_window_s}: a window holds 1 s or more")
+        raise ValueError(f"max_window_s is {max_window_s}: it must be at least 1 s")
     longest = round(max_window_s * rate_hz) // hop * hop
     context = max(round(context_s * rate_hz), hop + MIN_SAMPLES)
     context += -context % hop
     tail = max(round(MIN_TAIL_S * rate_hz), hop + MIN_SAMPLES)
 
-    tape = _Tape()
+    buffer = _Buffer()
     core = 0
 
     def cut(core_end: int, last: bool = False) -> Window:
         start = max(0, core - context)
-        samples = tape.samples(start, min(core_end + context, tape.end))
-        return Window(samples, start, core, core_end, last, float(tape.speech(core, core_end).max()))
+        samples = buffer.samples(start, min(core_end + context, buffer.end))
+        return Window(samples, start, core, core_end, last, float(buffer.speech(core, core_end).max()))
 
     def cut_all(ahead: int) -> Iterator[Window]:
-        """Cut while more than the longest core and `ahead` samples are on the tape."""
+        """Yield windows while more than the longest core and `ahead` samples are buffered."""
         nonlocal core
-        while tape.end - core > longest + ahead:
-            core_end = _quietest(tape, core + longest // 2, core + longest, hop)
+        while buffer.end - core > longest + ahead:
+            core_end = _quietest(buffer, core + longest // 2, core + longest, hop)
             yield cut(core_end)
             core = core_end
-            tape.forget(core - context)
+            buffer.forget(core - context)
 
     for block in blocks:
-        tape.add(block)
+        buffer.add(block)
         yield from cut_all(max(tail, context))
-    tape.finish()
+    buffer.finish()
     yield from cut_all(tail)
-    if tape.end > core:
-        yield cut(tape.end, last=True)
+    if buffer.end > core:
+        yield cut(buffer.end, last=True)
 
 
-class _Tape:
-    """The stretch of a recording in memory: samples, and the probability of speech in each block of them.
-
-    Positions are samples from the start of the recording. `start` and `end` bound what is held.
-    """
+class _Buffer:
+    """The part [start, end) of a recording in memory, in samples, with the speech probability of each frame."""
 
     def __init__(self) -> None:
         self.start = self.end = 0
-        self._pieces: list[Samples] = []
+        self._chunks: list[Samples] = []
         self._speech = np.zeros(0, np.float32)
-        self._first_block = 0
+        self._first_frame = 0
         self._detector = SileroVAD()
 
-    def add(self, piece: Samples) -> None:
-        self._pieces.append(piece)
-        self.end += len(piece)
-        self._speech = np.concatenate([self._speech, self._detector.feed(piece)])
+    def add(self, chunk: Samples) -> None:
+        self._chunks.append(chunk)
+        self.end += len(chunk)
+        self._speech = np.concatenate([self._speech, self._detector.feed(chunk)])
 
     def finish(self) -> None:
-        """Judge the last, unfinished block as if silence followed."""
+        """Complete the last frame with silence."""
         silence = np.zeros(-self.end % FRAME_SAMPLES, np.float32)
         self._speech = np.concatenate([self._speech, self._detector.feed(silence)])
 
     def samples(self, start: int, end: int) -> Samples:
-        self._pieces = [np.concatenate(self._pieces)]
-        return self._pieces[0][start - self.start : end - self.start].copy()
+        self._chunks = [np.concatenate(self._chunks)]
+        return self._chunks[0][start - self.start : end - self.start].copy()
 
     def speech(self, start: int, end: int) -> Probabilities:
-        """Of every block that touches the samples from `start` to before `end`."""
-        return self._speech[start // FRAME_SAMPLES - self._first_block : -(-end // FRAME_SAMPLES) - self._first_block]
+        """Return the speech probabilities of the frames that overlap [start, end)."""
+        first, last = start // FRAME_SAMPLES, -(-end // FRAME_SAMPLES)
+        return self._speech[first - self._first_frame : last - self._first_frame]
 
     def forget(self, before: int) -> None:
         before = max(before, self.start)
-        self._pieces = [self.samples(before, self.end)]
+        self._chunks = [self.samples(before, self.end)]
         self.start = before
-        self._speech = self._speech[before // FRAME_SAMPLES - self._first_block :]
-        self._first_block = before // FRAME_SAMPLES
+        self._speech = self._speech[before // FRAME_SAMPLES - self._first_frame :]
+        self._first_frame = before // FRAME_SAMPLES
 
 
-def _quietest(tape: _Tape, start: int, end: int, hop: int) -> int:
-    """The multiple of `hop` in (start, end] in the middle of the longest quiet run, or of the quietest block."""
-    speech = tape.speech(start, end)
+def _quietest(buffer: _Buffer, start: int, end: int, hop: int) -> int:
+    """Return the multiple of `hop` in (start, end] in the middle of the longest silence, or of the quietest frame."""
+    speech = buffer.speech(start, end)
     quiet = speech < SILENCE_THRESHOLD
     if not quiet.any():
         quiet = speech == speech.min()
@@ -196,4 +191,4 @@ def _model_file() -> Path:
     for folder in (package.submodule_search_locations or ()) if package else ():
         if (file := Path(folder) / "data" / "silero_vad_16k_sequence.onnx").is_file():
             return file
-    raise MissingDependency("Silero VAD's model file is not installed. Install it: pip install 'silero-vad>=6.2.3'")
+    raise MissingDependency("the Silero VAD model is not installed. Install it: pip install 'silero-vad>=6.2.3'")

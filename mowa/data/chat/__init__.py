@@ -1,5 +1,5 @@
-"""Conversations and texts for language models: read, rendered with the chat template, tokenized, checked.
+"""Read conversations and texts for language models, render them with the chat template, tokenize and check them.
 
-Start with `conversations` (rows of any usual shape → `Conversation`), then `template` (which characters the assistant
-writes) and `tokenize` (token ids and the loss mask). `files` reads the rows, `checks` lists what looks wrong.
+Start with `conversations` (rows of any usual format → `Conversation`), then `template` (text and the spans written by
+the assistant) and `tokenize` (token ids and the loss mask). `files` reads rows, `checks` reports likely mistakes.
 """

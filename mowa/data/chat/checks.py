@@ -1,7 +1,4 @@
-"""What would be learnt wrongly from tokenised examples, one finding a line, with what to do.
-
-It looks at ids and at which are learnt; texts and templates are not known here.
-"""
+"""Check tokenized samples for mistakes in training data, such as missing EOS tokens or a wrong vocabulary size."""
 
 from __future__ import annotations
 
@@ -12,10 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-_SLACK = 0.05  # tables of embeddings are rounded up by so much at most, or by a thousand
+_MAX_PADDING = 0.05  # embedding tables are rounded up by at most this ratio, or by 1000 rows
 
 
 class Tokenized(Protocol):
+    """A tokenized sample: input_ids int32 [n], loss_mask bool [n]."""
+
     @property
     def id(self) -> str: ...
 
@@ -30,7 +29,7 @@ class Tokenized(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenizationIssue:
-    """What was seen, with its numbers, and what to do. A fatal one leaves nothing sensible to learn."""
+    """A likely mistake with its numbers and advice. After a fatal one the data cannot be trained on."""
 
     name: str
     detail: str
@@ -38,7 +37,7 @@ class TokenizationIssue:
     fatal: bool = False
 
     def __str__(self) -> str:
-        return f"{'wrong' if self.fatal else 'warning'}: {self.name}: {self.detail}. {self.advice}"
+        return f"{'error' if self.fatal else 'warning'}: {self.name}: {self.detail}. {self.advice}"
 
 
 def check_samples(
@@ -53,88 +52,97 @@ def check_samples(
     conversations_with_specials: int,
     num_dropped: int,
 ) -> list[TokenizationIssue]:
-    """Everything there is to say of `rows`.
+    """Return all issues of tokenized samples.
 
-    stops: tokens that end an answer; vocab_size: rows of the embeddings; passages: ids of plain texts; cut: ids of rows
-    that end where they had to; spelt, unguarded: how many texts, how many conversations hold words that were read as
-    special tokens; empty: how many items there were, where none is left.
+    eos_token_ids  tokens that end the model's answers
+    vocab_size     rows of the model's embeddings
+    document_ids   ids of the samples that are plain texts
+    truncated_ids  ids of the samples that were cut at the maximum length
+    documents_with_specials, conversations_with_specials  how many spell special tokens that were tokenized as such
+    num_dropped    number of samples that were read, if none is left; else 0
     """
     if num_dropped:
-        advice = "Look at why each was left out, at data.learn, data.length and the chat template"
-        return [
-            TokenizationIssue(
-                "all labels masked", f"no token is learnt in any of {num_dropped} examples", advice, fatal=True
-            )
-        ]
-    asked = [row for row in samples if row.id not in document_ids]
-    found = [*_sizes(samples, tokenizer, vocab_size), *_twice(samples, tokenizer), *_unknown(samples, tokenizer)]
-    found += _ends([row for row in asked if row.id not in truncated_ids], tokenizer, eos_token_ids)
-    if asked and tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        seen = f"the tokenizer pads with its EOS ({tokenizer.eos_token})"
-        found.append(
-            TokenizationIssue("pad is EOS", seen, "Here labels are masked by place, so EOS is learnt; others may not")
-        )
+        detail = f"no trained tokens in any of {num_dropped} samples"
+        advice = "See why each was dropped; check data.train_on, data.max_length and the chat template"
+        return [TokenizationIssue("all labels masked", detail, advice, fatal=True)]
+    conversations = [sample for sample in samples if sample.id not in document_ids]
+    issues = [
+        *_check_vocabulary(samples, tokenizer, vocab_size),
+        *_check_bos(samples, tokenizer),
+        *_check_unknown(samples, tokenizer),
+        *_check_eos([one for one in conversations if one.id not in truncated_ids], tokenizer, eos_token_ids),
+    ]
+    if conversations and tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        detail = f"the tokenizer pads with its EOS token ({tokenizer.eos_token})"
+        advice = "mowa masks padding by position, so EOS is trained; other trainers may not"
+        issues.append(TokenizationIssue("pad is EOS", detail, advice))
     if documents_with_specials:
-        seen = f"{documents_with_specials} texts spell special tokens, which are read as such"
-        found.append(
-            TokenizationIssue("special tokens in texts", seen, "If these are conversations, give them as messages")
+        detail = f"{documents_with_specials} texts spell special tokens, which are tokenized as such"
+        issues.append(
+            TokenizationIssue("special tokens in texts", detail, "If they are conversations, store them as messages")
         )
     if conversations_with_specials:
-        seen = f"in {conversations_with_specials} conversations somebody spells a special token, and this tokenizer reads it as one"
-        found.append(TokenizationIssue("special tokens in turns", seen, "Take them out of the texts"))
-    return found
+        detail = (
+            f"{conversations_with_specials} conversations spell special tokens in a message, and this tokenizer "
+            "cannot tokenize them as text"
+        )
+        issues.append(TokenizationIssue("special tokens in turns", detail, "Remove them from the messages"))
+    return issues
 
 
-def _sizes(rows: Sequence[Tokenized], tokenizer: Any, vocab_size: int | None) -> Iterator[TokenizationIssue]:
+def _check_vocabulary(
+    samples: Sequence[Tokenized], tokenizer: Any, vocab_size: int | None
+) -> Iterator[TokenizationIssue]:
     if vocab_size is None:
         return
-    highest = max((int(row.input_ids.max()) for row in rows), default=0)
-    advice = "Another model's tokenizer, or one that tokens were added to: load the model's own, or resize the model"
+    highest = max((int(sample.input_ids.max()) for sample in samples), default=0)
+    advice = "The tokenizer is of another model or has added tokens: load the model's own, or resize the embeddings"
     if highest >= vocab_size:
-        seen = (
-            f"token {highest} ({tokenizer.convert_ids_to_tokens(highest)}), and the model has {vocab_size} embeddings"
-        )
-        yield TokenizationIssue("vocabulary", seen, advice, fatal=True)
-    elif len(tokenizer) > vocab_size or vocab_size - len(tokenizer) > max(1_000, _SLACK * vocab_size):
-        seen = f"the tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings"
-        yield TokenizationIssue("vocabulary", seen, advice)
+        token = tokenizer.convert_ids_to_tokens(highest)
+        detail = f"token {highest} ({token}) is outside the model's {vocab_size} embeddings"
+        yield TokenizationIssue("vocabulary", detail, advice, fatal=True)
+    elif len(tokenizer) > vocab_size or vocab_size - len(tokenizer) > max(1_000, _MAX_PADDING * vocab_size):
+        detail = f"the tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings"
+        yield TokenizationIssue("vocabulary", detail, advice)
 
 
-def _twice(rows: Sequence[Tokenized], tokenizer: Any) -> Iterator[TokenizationIssue]:
+def _check_bos(samples: Sequence[Tokenized], tokenizer: Any) -> Iterator[TokenizationIssue]:
     bos = tokenizer.bos_token_id
-    twice = [row.id for row in rows if bos is not None and len(row) > 1 and row.input_ids[0] == row.input_ids[1] == bos]
-    if twice:
-        advice = "Mend the chat template: nothing but it writes BOS here"
-        yield TokenizationIssue(
-            "double BOS", f"{len(twice)} examples begin with BOS twice ({twice[0]})", advice, fatal=True
-        )
+    doubled = [one.id for one in samples if bos is not None and len(one) > 1 and (one.input_ids[:2] == bos).all()]
+    if doubled:
+        detail = f"{len(doubled)} samples begin with BOS twice ({doubled[0]})"
+        advice = "Correct the chat template, which is the only source of BOS"
+        yield TokenizationIssue("double BOS", detail, advice, fatal=True)
 
 
-def _unknown(rows: Sequence[Tokenized], tokenizer: Any) -> Iterator[TokenizationIssue]:
+def _check_unknown(samples: Sequence[Tokenized], tokenizer: Any) -> Iterator[TokenizationIssue]:
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown == tokenizer.eos_token_id:
         return
-    counts = {row.id: int((row.input_ids == unknown).sum()) for row in rows}
+    counts = {sample.id: int((sample.input_ids == unknown).sum()) for sample in samples}
     if total := sum(counts.values()):
-        share, first = total / sum(map(len, rows)), next(name for name, count in counts.items() if count)
-        seen = f"{total} tokens ({share:.1%}) are {tokenizer.unk_token}, which stands for anything ({first})"
-        yield TokenizationIssue("unknown tokens", seen, "Take another checkpoint, or leave those texts out")
+        ratio, first = total / sum(map(len, samples)), next(name for name, count in counts.items() if count)
+        detail = f"{total} tokens ({ratio:.1%}) are {tokenizer.unk_token} (first in {first})"
+        yield TokenizationIssue("unknown tokens", detail, "Use another checkpoint, or remove those texts")
 
 
-def _ends(rows: Sequence[Tokenized], tokenizer: Any, stops: set[int]) -> Iterator[TokenizationIssue]:
-    """Of the learnt stretches, those that do not end with a token that stops generation."""
+def _check_eos(samples: Sequence[Tokenized], tokenizer: Any, eos_token_ids: set[int]) -> Iterator[TokenizationIssue]:
+    """Find trained spans whose last token does not stop generation."""
     last: Counter[int] = Counter()
-    for row in rows:
-        if not row.loss_mask.all():
-            last.update(row.input_ids[row.loss_mask & ~np.append(row.loss_mask[1:], False)].tolist())
-    others = Counter({token: count for token, count in last.items() if token not in stops})
+    for sample in samples:
+        mask = sample.loss_mask
+        if not mask.all():
+            last.update(sample.input_ids[mask & ~np.append(mask[1:], False)].tolist())
+    others = Counter({token: count for token, count in last.items() if token not in eos_token_ids})
     if not others:
         return
-    token, _ = others.most_common(1)[0]
-    word = tokenizer.convert_ids_to_tokens(token)
-    seen = f"{others.total()} of {last.total()} answers end with {word!r}, which does not stop generation"
-    if token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder:
-        advice = f"Add {token} to eos_token_id in generation_config.json, or answers will run on"
+    token_id, _ = others.most_common(1)[0]
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    detail = f"{others.total()} of {last.total()} answers end with {token!r}, which does not stop generation"
+    if token_id in tokenizer.all_special_ids or token_id in tokenizer.added_tokens_decoder:
+        advice = f"Add {token_id} to eos_token_id in generation_config.json, or generation will not stop"
     else:
-        advice = "The model will not learn to stop: take a template that ends answers with EOS (data.template: plain)"
-    yield TokenizationIssue("EOS is not learnt", seen, advice)
+        advice = (
+            "The model will not learn to stop: use a template that ends answers with EOS (data.chat_template: plain)"
+        )
+    yield TokenizationIssue("EOS is not trained", detail, advice)

@@ -1,7 +1,7 @@
-"""Rows of every usual shape → conversations and passages, and a count of what is neither.
+"""Parse rows of any usual dataset format into conversations and documents, and count the invalid ones.
 
-This room knows how others write conversations down; it knows no tokenizer and no template (`chat`), and no file
-(`texts`). Nothing is mended silently: what a row lacks is said, with where it stands.
+`files` reads the rows, `template` and `tokenize` use the result. Rows are not repaired: an invalid row is reported with
+its position and the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mowa.data.chat import files
 from mowa.errors import DataError
 
 ON_INVALID = ("drop", "stop")
-MAX_INVALID_RATIO = 0.5  # a larger share of bad rows says that the data set is not what it was taken for
+MAX_INVALID_RATIO = 0.5  # with more invalid rows the format was probably detected wrongly
 ID_COLUMNS = ("id", "uid", "uuid", "conversation_id", "prompt_id", "key")
 ROLE_ALIASES = {
     "system": "system",
@@ -27,10 +27,10 @@ ROLE_ALIASES = {
     **dict.fromkeys(("user", "human", "prompter", "question"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai", "answer"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), "call"),  # the assistant's, as ShareGPT has them
+    **dict.fromkeys(("function_call", "tool_call"), "call"),  # the assistant's tool calls in ShareGPT
 }
 _ANSWERS = ("output", "response", "completion", "answer", "answers", "target")
-# Shape → the columns that it needs, each under one of these names, then those it may have. The first that fits is it.
+# Format → names of its required and of its optional columns. The first format whose required columns exist is used.
 DATASET_FORMATS: dict[str, tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]] = {
     "messages": (
         {"turns": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")},
@@ -52,7 +52,7 @@ DATASET_FORMATS: dict[str, tuple[dict[str, tuple[str, ...]], dict[str, tuple[str
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role`: system, developer, user, assistant or tool. `thinking` is what an assistant thought before."""
+    """One turn. `role` is system, developer, user, assistant or tool."""
 
     role: str
     content: str
@@ -64,6 +64,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
+    """Messages in order, and the tools that the assistant may call, as JSON schemas."""
+
     id: str
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -71,7 +73,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document of plain text."""
+    """A plain text."""
 
     id: str
     text: str
@@ -79,19 +81,19 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class DatasetFormat:
-    """How a data set writes its texts: a key of SHAPES, or sharegpt; `columns`: part → the column that plays it."""
+    """Format of a data set: a key of `DATASET_FORMATS` or sharegpt, and the column of each of its roles."""
 
     name: str
     columns: Mapping[str, str]
 
     def __str__(self) -> str:
-        played = ", ".join(part if part == name else f"{part} in {name}" for part, name in self.columns.items())
-        return f"{self.name} ({played})"
+        columns = ", ".join(role if role == name else f"{role} in {name}" for role, name in self.columns.items())
+        return f"{self.name} ({columns})"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatDataset:
-    """What was read. `dropped` and `noted`: reason → (how many rows, the first one in a line)."""
+    """Samples of a data set. `dropped` and `warnings` map a reason to (number of rows, the first one)."""
 
     samples: tuple[Conversation | Document, ...]
     dataset_format: DatasetFormat
@@ -107,7 +109,7 @@ class ChatDataset:
 
 
 class InvalidSample(Exception):
-    """Why a row is no conversation: a reason to count, and this row's own detail."""
+    """A row that is not a conversation: a reason to count by, and the detail of this row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason + (f" ({detail})" if detail else ""))
@@ -115,10 +117,10 @@ class InvalidSample(Exception):
 
 
 def read_conversations(path: str | Path, split: str = "", *, on_invalid: str = "drop") -> ChatDataset:
-    """The conversations or passages at `path`, in order; `texts.UNDERSTOOD` says what may be there.
+    """Read the conversations and documents at `path`, in order; `files.SUPPORTED_FILES` lists what it may be.
 
-    `bad` rows: drop (and count, by reason), or stop at the first. DataError for what cannot be read, for two shapes in
-    one data set, for more than half of the rows bad, and where there is no row at all.
+    `on_invalid` is drop (and count by reason) or stop (raise at the first invalid row). Raises DataError if the data
+    cannot be read, mixes two formats, has no rows, or if more than half of the rows are invalid.
     """
     return parse_rows(
         ((where, fields) for where, _, fields in files.read_rows(path, split)), str(path), on_invalid=on_invalid
@@ -126,47 +128,49 @@ def read_conversations(path: str | Path, split: str = "", *, on_invalid: str = "
 
 
 def detect_format(rows: Iterable[Mapping[str, Any]]) -> DatasetFormat:
-    """The one shape that all rows have. DataError where there is none, or two."""
-    shape: DatasetFormat | None = None
+    """Return the format that all rows have. Raises DataError if there is none or more than one."""
+    detected: DatasetFormat | None = None
     for number, fields in enumerate(rows, 1):
-        shape = _same(shape, "row 1", _shape(fields), f"row {number}", fields)
-    if shape is None:
-        raise DataError("there is no row to tell the shape of")
-    return shape
+        detected = _agree(detected, "row 1", _row_format(fields), f"row {number}", fields)
+    if detected is None:
+        raise DataError("no rows, so the dataset format cannot be detected")
+    return detected
 
 
 def parse_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], source: str, *, on_invalid: str = "drop") -> ChatDataset:
-    """Rows, each with where it stands → conversations or passages. Rules and errors as in `read`."""
+    """Parse rows, given with their positions, into conversations and documents. Errors as `read_conversations`."""
     if on_invalid not in ON_INVALID:
-        raise DataError(f"bad rows: {on_invalid!r} is none of {', '.join(ON_INVALID)}")
-    shape: DatasetFormat | None = None
+        raise DataError(f"on_invalid: {on_invalid!r} is none of {', '.join(ON_INVALID)}")
+    detected: DatasetFormat | None = None
     first, number = "", 0
-    items: list[Conversation | Document] = []
+    samples: list[Conversation | Document] = []
     dropped: dict[str, tuple[int, str]] = {}
-    noted: dict[str, tuple[int, str]] = {}
-    taken: Counter[str] = Counter()
+    warnings: dict[str, tuple[int, str]] = {}
+    ids: Counter[str] = Counter()
     for number, (where, fields) in enumerate(rows, 1):
-        found = _shape(fields)
-        shape, first = _same(shape, first, found, where, fields), first or where
+        row_format = _row_format(fields)
+        detected, first = _agree(detected, first, row_format, where, fields), first or where
         try:
-            item = _item(_name(fields, number, taken), found or shape, fields)
-        except InvalidSample as wrong:
+            sample = _parse_row(_unique_id(fields, number, ids), row_format or detected, fields)
+        except InvalidSample as error:
             if on_invalid == "stop":
-                raise DataError(f"{where}: {wrong}. Mend the row, or leave bad rows out (bad: drop).") from None
-            _count(dropped, wrong.reason, f"{where}: {wrong}")
+                raise DataError(
+                    f"{where}: {error}. Correct the row, or drop invalid rows (on_invalid: drop)."
+                ) from None
+            _count(dropped, error.reason, f"{where}: {error}")
             continue
-        items.append(item)
-        for note in _notes(item):
-            _count(noted, note, where)
-    if shape is None:
-        raise DataError(f"{source}: is empty, there is no row to read. Check that it was written to its end.")
-    if number - len(items) > MAX_INVALID_RATIO * number:
-        worst, (count, example) = max(dropped.items(), key=lambda entry: entry[1][0])
+        samples.append(sample)
+        for warning in _warnings(sample):
+            _count(warnings, warning, where)
+    if detected is None:
+        raise DataError(f"{source}: is empty: it has no rows. Check that it was written completely.")
+    if number - len(samples) > MAX_INVALID_RATIO * number:
+        reason, (count, example) = max(dropped.items(), key=lambda entry: entry[1][0])
         raise DataError(
-            f"{source}: {number - len(items)} of {number} rows cannot be used, read as {shape}; {count} because of: "
-            f"{worst}, as {example}. Mend them, or name the columns otherwise."
+            f"{source}: {number - len(samples)} of {number} rows are invalid as {detected}; {count} of them because "
+            f"of: {reason} ({example}). Correct them, or rename the columns."
         )
-    return ChatDataset(tuple(items), shape, number, dropped, noted)
+    return ChatDataset(tuple(samples), detected, number, dropped, warnings)
 
 
 def _count(counts: dict[str, tuple[int, str]], reason: str, example: str) -> None:
@@ -174,178 +178,177 @@ def _count(counts: dict[str, tuple[int, str]], reason: str, example: str) -> Non
     counts[reason] = (count + 1, first)
 
 
-def _name(fields: Mapping[str, Any], number: int, taken: Counter[str]) -> str:
+def _unique_id(fields: Mapping[str, Any], number: int, ids: Counter[str]) -> str:
     name = next((str(fields[key]) for key in ID_COLUMNS if fields.get(key) not in (None, "")), str(number))
-    taken[name] += 1
-    return name if taken[name] == 1 else f"{name}-{taken[name]}"
+    ids[name] += 1
+    return name if ids[name] == 1 else f"{name}-{ids[name]}"
 
 
-# --- which shape ------------------------------------------------------------------------------------------------------
+# --- dataset format ---------------------------------------------------------------------------------------------------
 
 
-def _shape(fields: Mapping[str, Any]) -> DatasetFormat | None:
-    """The shape that a row's filled columns have; else the one its columns would have; else None."""
+def _row_format(fields: Mapping[str, Any]) -> DatasetFormat | None:
+    """Return the format of a row by its columns that are not None, else by all its columns, else None."""
     filled = tuple(name for name, value in fields.items() if value is not None and name is not None)
-    shape = _of_columns(filled) or _of_columns(tuple(name for name in fields if name is not None))
-    if shape and shape.name == "messages":
-        turns = _parsed(fields[shape.columns["turns"]])
+    row_format = _format_of(filled) or _format_of(tuple(name for name in fields if name is not None))
+    if row_format and row_format.name == "messages":
+        turns = _parse_json(fields[row_format.columns["turns"]])
         if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and {"from", "value"} <= set(turns[0]):
-            return _sharegpt(shape)
-    return shape
+            return _sharegpt_format(tuple(row_format.columns.items()))
+    return row_format
 
 
 @lru_cache(maxsize=64)
-def _sharegpt_of(columns: tuple[tuple[str, str], ...]) -> DatasetFormat:
+def _sharegpt_format(columns: tuple[tuple[str, str], ...]) -> DatasetFormat:
     return DatasetFormat("sharegpt", dict(columns))
 
 
-def _sharegpt(shape: DatasetFormat) -> DatasetFormat:
-    return _sharegpt_of(tuple(shape.columns.items()))
-
-
 @lru_cache(maxsize=256)
-def _of_columns(names: tuple[str, ...]) -> DatasetFormat | None:
-    there = {str(name).strip().lower(): name for name in reversed(names)}
-    for shape, (needed, welcome) in DATASET_FORMATS.items():
-        found = {part: there[name] for part, known in needed.items() for name in reversed(known) if name in there}
-        if len(found) == len(needed):
-            more = {part: there[name] for part, known in welcome.items() for name in reversed(known) if name in there}
-            return DatasetFormat(
-                shape, {**found, **{part: name for part, name in more.items() if name not in found.values()}}
-            )
+def _format_of(names: tuple[str, ...]) -> DatasetFormat | None:
+    by_lower = {str(name).strip().lower(): name for name in reversed(names)}
+
+    def find(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+        return {role: by_lower[name] for role, known in aliases.items() for name in reversed(known) if name in by_lower}
+
+    for format_name, (required_aliases, optional_aliases) in DATASET_FORMATS.items():
+        required = find(required_aliases)
+        if len(required) == len(required_aliases):
+            optional = {role: name for role, name in find(optional_aliases).items() if name not in required.values()}
+            return DatasetFormat(format_name, {**required, **optional})
     return None
 
 
-def _same(
-    known: DatasetFormat | None, first: str, found: DatasetFormat | None, where: str, fields: Mapping[str, Any]
+def _agree(
+    detected: DatasetFormat | None, first: str, row_format: DatasetFormat | None, where: str, fields: Mapping[str, Any]
 ) -> DatasetFormat:
-    """The data set's shape; that of the first row, which every other must have too."""
-    if found is None and known is None:
+    """Return the format of the data set, which is that of its first row. Raises DataError if this row has another."""
+    if row_format is None and detected is None:
         columns = ", ".join(repr(str(name)[:40]) for name in fields) or "none"
-        pairs = " Pairs of better and worse answers are not for this task." if "chosen" in fields else ""
+        preference = " Preference pairs (chosen, rejected) are not supported." if "chosen" in fields else ""
         raise DataError(
-            f"{where}: no known shape has these columns: {columns}.{pairs} Call them messages; instruction and output; "
-            "prompt and completion; question and answer; or text."
+            f"{where}: no known dataset format has these columns: {columns}.{preference} Name them messages; "
+            "instruction and output; prompt and completion; question and answer; or text."
         )
-    if known is None or found is None or found.name == known.name:
-        return known or found  # type: ignore[return-value]
+    if detected is None or row_format is None or row_format.name == detected.name:
+        return detected or row_format  # type: ignore[return-value]
     raise DataError(
-        f"two shapes in one data set: {known} as in {first}, and {found} as in {where}. Part them into two files and "
-        "name both."
+        f"two formats in one data set: {detected} in {first}, and {row_format} in {where}. Split it into two files."
     )
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def _item(name: str, shape: DatasetFormat | None, fields: Mapping[str, Any]) -> Conversation | Document:
-    if shape is None or not set(shape.columns.values()) & set(fields):
-        raise InvalidSample("the columns are missing", ", ".join(map(str, fields)) or "none")
-    part = {role: fields.get(column) for role, column in shape.columns.items()}
-    if shape.name == "text":
-        return Document(name, _text(part["text"], "text"))
-    if shape.name in ("messages", "sharegpt"):
-        turns = _turns(part["turns"])
+def _parse_row(name: str, row_format: DatasetFormat | None, fields: Mapping[str, Any]) -> Conversation | Document:
+    if row_format is None or not set(row_format.columns.values()) & set(fields):
+        raise InvalidSample("missing columns", ", ".join(map(str, fields)) or "none")
+    values = {role: fields.get(column) for role, column in row_format.columns.items()}
+    if row_format.name == "text":
+        return Document(name, _parse_text(values["text"], "text"))
+    if row_format.name in ("messages", "sharegpt"):
+        messages = _parse_messages(values["turns"])
     else:
-        turns = [*_history(part.get("history")), *_asked(part["prompt"], part.get("input")), *_answered(part["answer"])]
-    if part.get("system") and turns[0].role != "system":
-        turns.insert(0, Message("system", _text(part["system"], "system")))
-    if not any(turn.role == "assistant" for turn in turns):
-        raise InvalidSample("no turn of the assistant", f"roles: {', '.join(turn.role for turn in turns)}")
-    tools = _parsed(part.get("tools")) or []
+        messages = _parse_history(values.get("history"))
+        messages += _parse_prompt(values["prompt"], values.get("input"))
+        messages += _parse_answer(values["answer"])
+    if values.get("system") and messages[0].role != "system":
+        messages.insert(0, Message("system", _parse_text(values["system"], "system")))
+    if not any(message.role == "assistant" for message in messages):
+        raise InvalidSample("no assistant message", f"roles: {', '.join(message.role for message in messages)}")
+    tools = _parse_json(values.get("tools")) or []
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise InvalidSample("tools that are no list of objects")
-    return Conversation(name, tuple(turns), tuple(tools))
+        raise InvalidSample("tools is not a list of objects")
+    return Conversation(name, tuple(messages), tuple(tools))
 
 
-def _turns(value: Any) -> list[Message]:
-    value = _parsed(value)
+def _parse_messages(value: Any) -> list[Message]:
+    value = _parse_json(value)
     if not isinstance(value, list | tuple):
-        raise InvalidSample("turns that are no list", type(value).__name__)
+        raise InvalidSample("messages is not a list", type(value).__name__)
     if not value:
-        raise InvalidSample("no turns")
-    return [_turn(turn, number) for number, turn in enumerate(value, 1)]
+        raise InvalidSample("no messages")
+    return [_parse_message(one, number) for number, one in enumerate(value, 1)]
 
 
-def _turn(turn: Any, number: int) -> Message:
-    if not isinstance(turn, Mapping):
-        raise InvalidSample("a turn that is no object", f"turn {number} is {type(turn).__name__}")
-    said = turn.get("role", turn.get("from"))
-    role = ROLE_ALIASES.get(str(said).strip().lower())
+def _parse_message(value: Any, number: int) -> Message:
+    if not isinstance(value, Mapping):
+        raise InvalidSample("a message is not an object", f"message {number} is {type(value).__name__}")
+    given = value.get("role", value.get("from"))
+    role = ROLE_ALIASES.get(str(given).strip().lower())
     if role is None:
-        raise InvalidSample("unknown role", f"turn {number} is by {said!r}; known: {', '.join(ROLE_ALIASES)}")
-    content = turn.get("content", turn.get("value"))
-    calls = _calls(content if role == "call" else turn.get("tool_calls"), number)
-    thinking = turn.get("reasoning_content") or turn.get("thinking") or ""
-    if role == "call" or (calls and content is None):
+        raise InvalidSample("unknown role", f"message {number} has {given!r}; known: {', '.join(ROLE_ALIASES)}")
+    content = value.get("content", value.get("value"))
+    tool_calls = _parse_tool_calls(content if role == "call" else value.get("tool_calls"), number)
+    reasoning = value.get("reasoning_content") or value.get("thinking") or ""
+    if role == "call" or (tool_calls and content is None):
         content = ""
     return Message(
         role="assistant" if role == "call" else role,
-        content=_text(content, f"turn {number}", empty=bool(calls) or role == "tool"),
-        tool_calls=calls,
-        name=str(turn.get("name") or ""),
-        tool_call_id=str(turn.get("tool_call_id") or ""),
-        reasoning_content=_text(thinking, f"turn {number}", empty=True),
+        content=_parse_text(content, f"message {number}", allow_empty=bool(tool_calls) or role == "tool"),
+        tool_calls=tool_calls,
+        name=str(value.get("name") or ""),
+        tool_call_id=str(value.get("tool_call_id") or ""),
+        reasoning_content=_parse_text(reasoning, f"message {number}", allow_empty=True),
     )
 
 
-def _text(value: Any, what: str, *, empty: bool = False) -> str:
-    """A string, or a list of pieces of text, as one string. Unusable where it is another thing, or says nothing."""
-    if isinstance(value, list) and all(isinstance(piece, Mapping) and piece.get("type") == "text" for piece in value):
-        value = "".join(str(piece.get("text") or "") for piece in value)
-    if value is None and empty:
+def _parse_text(value: Any, source: str, *, allow_empty: bool = False) -> str:
+    """Return a string, or the joined parts of a list of text parts. Raises InvalidSample for others and empty ones."""
+    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
+        value = "".join(str(part.get("text") or "") for part in value)
+    if value is None and allow_empty:
         return ""
     if value is not None and not isinstance(value, str):
-        raise InvalidSample("content that is no text", f"{what} is {type(value).__name__} {str(value)[:40]!r}")
-    if not empty and not (value and value.strip()):
-        raise InvalidSample("empty text" if what == "text" else "empty turn", what)
-    if not str(value).isascii() and any("\ud800" <= letter <= "\udfff" for letter in str(value)):
-        raise InvalidSample("broken Unicode", f"{what} has half of a surrogate pair")
+        raise InvalidSample("content is not text", f"{source} is {type(value).__name__} {str(value)[:40]!r}")
+    if not allow_empty and not (value and value.strip()):
+        raise InvalidSample("empty text" if source == "text" else "empty message", source)
+    if not str(value).isascii() and any("\ud800" <= c <= "\udfff" for c in str(value)):
+        raise InvalidSample("invalid Unicode", f"{source} has half of a surrogate pair")
     return value or ""
 
 
-def _calls(value: Any, number: int) -> tuple[Mapping[str, Any], ...]:
-    """Calls of tools, their arguments as objects: templates write those, and a string of JSON would be quoted twice."""
-    value = _parsed(value)
-    found = []
+def _parse_tool_calls(value: Any, number: int) -> tuple[Mapping[str, Any], ...]:
+    """Return tool calls with arguments as objects: templates serialize them, which would escape strings twice."""
+    value = _parse_json(value)
+    tool_calls = []
     for call in value if isinstance(value, list) else [value] if value else []:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise InvalidSample("a tool call without a function's name", f"turn {number}")
-        arguments = _parsed(function.get("arguments", function.get("parameters", {})))
+            raise InvalidSample("a tool call without a function name", f"message {number}")
+        arguments = _parse_json(function.get("arguments", function.get("parameters", {})))
         extra = {"id": call["id"]} if call.get("id") else {}
-        found.append({**extra, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return tuple(found)
+        tool_calls.append({**extra, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return tuple(tool_calls)
 
 
-def _asked(prompt: Any, context: Any) -> list[Message]:
+def _parse_prompt(prompt: Any, context: Any) -> list[Message]:
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping) and "type" not in prompt[0]:
-        return _turns(prompt)
-    asked = _text(prompt, "prompt")
-    more = _text(context, "input", empty=True)
-    return [Message("user", f"{asked}\n\n{more}" if more.strip() else asked)]
+        return _parse_messages(prompt)
+    text = _parse_text(prompt, "prompt")
+    context_text = _parse_text(context, "input", allow_empty=True)
+    return [Message("user", f"{text}\n\n{context_text}" if context_text.strip() else text)]
 
 
-def _answered(answer: Any) -> list[Message]:
+def _parse_answer(answer: Any) -> list[Message]:
     if isinstance(answer, list) and answer and isinstance(answer[0], Mapping) and "type" not in answer[0]:
-        return _turns(answer)
-    return [Message("assistant", _text(answer, "answer"))]
+        return _parse_messages(answer)
+    return [Message("assistant", _parse_text(answer, "answer"))]
 
 
-def _history(value: Any) -> list[Message]:
-    """Alpaca's: pairs of what was said before by the user and by the assistant."""
-    pairs = _parsed(value) or []
+def _parse_history(value: Any) -> list[Message]:
+    """Parse Alpaca's history: pairs of previous user and assistant messages."""
+    pairs = _parse_json(value) or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise InvalidSample("a history that is no list of pairs")
+        raise InvalidSample("history is not a list of pairs")
     return [
-        Message(role, _text(said, "history"))
+        Message(role, _parse_text(text, "history"))
         for pair in pairs
-        for role, said in zip(("user", "assistant"), pair, strict=True)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
 
 
-def _parsed(value: Any) -> Any:
-    """A list or object that stands in a column as JSON, as tables have them."""
+def _parse_json(value: Any) -> Any:
+    """Parse a column that holds a JSON list or object as a string; convert numpy arrays to lists."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -354,17 +357,17 @@ def _parsed(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _notes(item: Conversation | Document) -> Iterator[str]:
-    """What is allowed, and rarely meant."""
-    if isinstance(item, Document):
+def _warnings(sample: Conversation | Document) -> Iterator[str]:
+    """Yield what is valid but rarely intended."""
+    if isinstance(sample, Document):
         return
-    roles = [turn.role for turn in item.messages]
+    roles = [message.role for message in sample.messages]
     pairs = list(pairwise(roles))
     if ("assistant", "assistant") in pairs:
-        yield "two turns of the assistant in a row"
+        yield "two assistant messages in a row"
     if ("user", "user") in pairs:
-        yield "two turns of the user in a row"
+        yield "two user messages in a row"
     if roles[-1] in ("user", "system"):
         yield "ends without an answer"
     if "system" in roles[1:]:
-        yield "a system turn that is not the first"
+        yield "a system message that is not the first"

@@ -1,13 +1,12 @@
-"""A conversation and a chat template → text, and which characters of it are the assistant's to say.
+"""Render conversations with a chat template, and find the spans that the assistant writes.
 
-Templates with {% generation %} say so themselves. Of any other, a turn begins where the prompt for it ends
-(`add_generation_prompt`) and ends where the conversation up to it ends, both by rendering, so that no marker has to be
-known. Where later turns change how earlier ones are written (thoughts that are taken out, a system turn that moves to
-the last question), each answer becomes a text of its own, which is what the model will be asked with.
+Templates with {% generation %} mark these spans themselves. For others, an answer begins where the generation prompt
+for it ends (`add_generation_prompt`) and ends where the conversation up to it ends; both are rendered, so that no
+markers have to be known. If later messages change how earlier ones are rendered (reasoning that is removed, a system
+message that moves to the last question), each answer becomes a sample of its own, as the model will be prompted.
 
-What a text's tokens are is not known here (`chat`). Words of a person that spell a special token are replaced by single
-characters that occur nowhere else before a template sees them, and stay so in `Rendered.text`: `Template.restored`
-puts them back.
+Text in messages that spells a special token is replaced by private-use characters before rendering and stays so in
+`RenderedConversation.text`; `ChatTemplate.unescape` restores it. `tokenize` turns the text into tokens.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ BUILTIN_TEMPLATES = {
         "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
-    "plain": (  # for a tokenizer without <|im_end|>: answers end with the token that ends every text
+    "plain": (  # for tokenizers without <|im_end|>: answers end with EOS
         "{% for message in messages %}{{ message['role'] | capitalize + ': ' }}"
         "{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
     ),
 }
-"""Templates of our own, by name, for tokenizers that have none."""
+"""Templates for tokenizers that have none, by name."""
 
-_PLANE = 0xF0000  # private use: a character for each special token
+_PRIVATE_USE = 0xF0000  # Unicode plane whose characters stand for special tokens
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "\ue010"
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedConversation:
-    """`text`, and the spans [begin, end) of its characters that are learnt. `guarded`: it holds stand-ins."""
+    """Rendered text, and the spans [start, end) of its characters to train on. `escaped`: it holds placeholders."""
 
     id: str
     text: str
@@ -52,10 +51,14 @@ class RenderedConversation:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template, or one given, and what was found out about it.
+    """A chat template and its properties.
 
-    marker: what it writes after an answer, without the space after that; marks: it has {% generation %};
-    lists: it wants contents as lists of pieces, as those of models that see do.
+    source                 Jinja text; None for the default of a tokenizer with several
+    has_generation_blocks  whether it contains {% generation %}
+    turn_end               what it writes after an answer, without trailing white space
+    special_tokens         tokens that messages must not be able to write
+    placeholder_base       code point of the placeholder of the first special token
+    content_as_parts       whether message contents are lists of parts, as for vision-language models
     """
 
     tokenizer: Any
@@ -64,34 +67,34 @@ class ChatTemplate:
     turn_end: str
     special_tokens: tuple[str, ...]
     special_pattern: re.Pattern[str] = field(repr=False)
-    placeholder_base: int = _PLANE
+    placeholder_base: int = _PRIVATE_USE
     content_as_parts: bool = False
 
     def apply(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, add_generation_prompt: bool = False
     ) -> str:
-        """The text of these messages. Unusable where the template refuses them."""
+        """Return the text of these messages. Raises InvalidSample if the template raises an error."""
         try:
-            written: str = self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 self.format_messages(messages),
                 tools=list(tools) or None,
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
-        except Exception as wrong:  # whatever a template raises is of its own making
-            line = next((line for line in str(wrong).splitlines() if line.strip()), type(wrong).__name__)
-            raise InvalidSample("the chat template refuses it", line[:120]) from None
-        return written
+        except Exception as error:  # templates raise errors of any kind
+            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InvalidSample("the chat template raises an error", line[:120]) from None
+        return text
 
     def format_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Messages with their contents as the template wants them."""
+        """Return messages whose contents are strings or lists of parts, as the template expects."""
         if not self.content_as_parts:
             return [dict(one) for one in messages]
         return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
 
     def unescape(self, text: str) -> str:
-        """`text` with the words in it that spell special tokens."""
+        """Replace placeholders by the special tokens that the messages spelled."""
         last = chr(self.placeholder_base + len(self.special_tokens) - 1)
         return re.sub(
             f"[{chr(self.placeholder_base)}-{last}]",
@@ -100,7 +103,7 @@ class ChatTemplate:
         )
 
     def escape(self, value: Any) -> Any:
-        """`value`, a text or anything with texts in it, with a character for each special token that it spells."""
+        """Replace special tokens by placeholders in a string, or in all strings of a nested value."""
         if isinstance(value, str):
             return self.special_pattern.sub(
                 lambda found: chr(self.placeholder_base + self.special_tokens.index(found[0])), value
@@ -111,78 +114,83 @@ class ChatTemplate:
 
 
 def resolve_chat_template(tokenizer: Any, chat_template: str | None = None) -> ChatTemplate:
-    """The template to use: `given` (Jinja text), else the tokenizer's. DataError where there is none."""
+    """Return `chat_template` (Jinja text) or the tokenizer's. Raises DataError if there is none."""
     if not chat_template and not tokenizer.chat_template:
         raise DataError(
-            "the tokenizer has no chat template, so nothing says how a conversation is written: give data.template "
-            f"({', '.join(BUILTIN_TEMPLATES)}, or a .jinja file), or take the instruction-tuned checkpoint's tokenizer"
+            f"the tokenizer has no chat template: set data.chat_template ({', '.join(BUILTIN_TEMPLATES)}, or a .jinja "
+            "file), or use the tokenizer of the instruction-tuned checkpoint"
         )
     several = chat_template is None and isinstance(tokenizer.chat_template, Mapping)
     source = chat_template or (None if several else tokenizer.chat_template)
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    words = {str(token) for token in added.values() if token.special}
-    specials = tuple(sorted({*words, *map(str, tokenizer.all_special_tokens)}, key=len, reverse=True))
+    added_specials = {str(token) for token in added.values() if token.special}
+    specials = tuple(sorted({*added_specials, *map(str, tokenizer.all_special_tokens)}, key=len, reverse=True))
     pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
     found = ChatTemplate(tokenizer, source, bool(source and _GENERATION.search(source)), "", specials, pattern)
     try:
-        asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        if _PROBE not in found.apply(asked):
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+        if _PROBE not in found.apply(messages):
             found = replace(found, content_as_parts=True)
-        written = found.apply(asked)
+        text = found.apply(messages)
     except InvalidSample:
         return found
-    if _PROBE not in written:
-        raise DataError("the chat template leaves out what the assistant says: give another with data.template")
-    return replace(found, turn_end=written.rpartition(_PROBE)[2].rstrip())
+    if _PROBE not in text:
+        raise DataError("the chat template omits the assistant's messages: set another with data.chat_template")
+    return replace(found, turn_end=text.rpartition(_PROBE)[2].rstrip())
 
 
 def render_conversation(
     template: ChatTemplate, conversation: Conversation, train_on: str
 ) -> list[RenderedConversation]:
-    """The text or texts to learn from. `learn`: responses, last, or all. Unusable where the template refuses."""
-    messages = [_plain(message) for message in conversation.messages]
+    """Return the text or texts to train on. `train_on` is responses, last or all.
+
+    Raises InvalidSample if the template raises an error.
+    """
+    messages = [_to_dict(message) for message in conversation.messages]
     tools: Sequence[Any] = conversation.tools
-    guarded = template.escape([messages, list(tools)])
-    changed = guarded != [messages, list(tools)]
-    if changed:
-        messages, tools = guarded
+    with_placeholders = template.escape([messages, list(tools)])
+    escaped = with_placeholders != [messages, list(tools)]
+    if escaped:
+        messages, tools = with_placeholders
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "last":
         answers = answers[-1:]
     if template.has_generation_blocks and train_on != "all":
-        text, marked = _marked(template, messages, tools)
+        text, marked = _generation_spans(template, messages, tools)
         return [
-            RenderedConversation(conversation.id, text, tuple(marked[-1:] if train_on == "last" else marked), changed)
+            RenderedConversation(conversation.id, text, tuple(marked[-1:] if train_on == "last" else marked), escaped)
         ]
     whole = template.apply(messages, tools)
     if train_on == "all":
-        return [RenderedConversation(conversation.id, whole, ((0, len(whole)),), changed)]
+        return [RenderedConversation(conversation.id, whole, ((0, len(whole)),), escaped)]
     spans: list[tuple[int, int]] = []
-    notes: list[str] = []
+    warnings: list[str] = []
     for index in answers:
-        found, note = _span(template, messages, tools, index, whole)
-        notes += [note] if note else []
-        if found is None:
-            return _unrolled(template, conversation.id, messages, tools, answers, changed)
-        spans.append(found)
-    return [RenderedConversation(conversation.id, whole, tuple(spans), changed, tuple(notes))]
+        span, warning = _find_span(template, messages, tools, index, whole)
+        warnings += [warning] if warning else []
+        if span is None:
+            return _render_separately(template, conversation.id, messages, tools, answers, escaped)
+        spans.append(span)
+    return [RenderedConversation(conversation.id, whole, tuple(spans), escaped, tuple(warnings))]
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    """A message as templates read it."""
-    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+def _to_dict(message: Message) -> dict[str, Any]:
+    """Return a message as templates read it; they use either name of the reasoning."""
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        plain["tool_calls"] = [dict(call) for call in message.tool_calls]
+        fields["tool_calls"] = [dict(call) for call in message.tool_calls]
     for name in ("name", "tool_call_id"):
         if getattr(message, name):
-            plain[name] = getattr(message, name)
+            fields[name] = getattr(message, name)
     if message.reasoning_content:
-        plain |= {"reasoning_content": message.reasoning_content, "thinking": message.reasoning_content}
-    return plain
+        fields |= {"reasoning_content": message.reasoning_content, "thinking": message.reasoning_content}
+    return fields
 
 
-def _marked(template: ChatTemplate, messages: Sequence[Any], tools: Sequence[Any]) -> tuple[str, list[tuple[int, int]]]:
-    """What {% generation %} marks, by transformers' own rendering."""
+def _generation_spans(
+    template: ChatTemplate, messages: Sequence[Any], tools: Sequence[Any]
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text and the spans of its {% generation %} blocks, rendered by transformers."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokenizer = template.tokenizer
@@ -194,34 +202,39 @@ def _marked(template: ChatTemplate, messages: Sequence[Any], tools: Sequence[Any
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-        texts, marked = rendered
-    except Exception as wrong:  # as in `write`
-        raise InvalidSample("the chat template refuses it", str(wrong)[:120]) from None
-    return str(texts[0]), [(begin, end) for begin, end in marked[0]]
+        texts, spans = rendered
+    except Exception as error:  # as in ChatTemplate.apply
+        raise InvalidSample("the chat template raises an error", str(error)[:120]) from None
+    return str(texts[0]), [(start, end) for start, end in spans[0]]
 
 
-def _span(
+def _find_span(
     template: ChatTemplate, messages: Sequence[Any], tools: Sequence[Any], index: int, whole: str
 ) -> tuple[tuple[int, int] | None, str]:
-    """Where answer `index` lies in the whole text, None where that is not how it would be asked for; and a note."""
+    """Return the span of answer `index` in the whole text, and a warning.
+
+    The span is None if the text before the answer is not the prompt with which the model would be asked for it.
+    """
     through = whole if index == len(messages) - 1 else template.apply(messages[: index + 1], tools)
-    begin, note = _begin(template, messages, tools, index, through)
-    if not whole.startswith(begin):
-        return None, note
-    end = _end(template, through)
+    prompt, warning = _prompt_before(template, messages, tools, index, through)
+    if not whole.startswith(prompt):
+        return None, warning
+    end = _answer_end(template, through)
     if not whole.startswith(through[:end]):
-        end = _agreed(template, through, whole)
+        end = _common_end(template, through, whole)
         content = str(messages[index]["content"]).strip()
-        if end <= len(begin) or content not in through[len(begin) : end]:
-            return None, note
-    return (len(begin), end), note
+        if end <= len(prompt) or content not in through[len(prompt) : end]:
+            return None, warning
+    return (len(prompt), end), warning
 
 
-def _begin(
+def _prompt_before(
     template: ChatTemplate, messages: Sequence[Any], tools: Sequence[Any], index: int, through: str
 ) -> tuple[str, str]:
-    """What is written before answer `index`: the prompt for it; where the template writes no such, what stands before
-    its content however that begins."""
+    """Return the text before answer `index`, and a warning.
+
+    It is the generation prompt if the answer begins with it, else what two different contents have in common.
+    """
     try:
         prompt = template.apply(messages[:index], tools, add_generation_prompt=True) if index else ""
     except InvalidSample:
@@ -229,50 +242,50 @@ def _begin(
     if prompt and through.startswith(prompt):
         return prompt, ""
     probes = (_PROBE, chr(ord(_PROBE) + 1))
-    turns = [template.apply([*messages[:index], {**messages[index], "content": one}], tools) for one in probes]
-    same = next((place for place, (a, b) in enumerate(zip(turns[0], turns[1], strict=False)) if a != b), 0)
-    return turns[0][:same], "the generation prompt is not how the answer begins"
+    texts = [template.apply([*messages[:index], {**messages[index], "content": one}], tools) for one in probes]
+    return texts[0][: _first_difference(*texts, default=0)], "answers do not begin with the generation prompt"
 
 
-def _end(template: ChatTemplate, through: str) -> int:
-    """The length of a text that ends with an answer, without the space after the marker that ends it."""
-    short = through.rstrip()
-    if template.turn_end and short.endswith(template.turn_end):
-        return len(short)
-    if any(short.endswith(special) for special in template.special_tokens):
-        return len(short)
+def _answer_end(template: ChatTemplate, through: str) -> int:
+    """Return the length of a text that ends with an answer, without white space after the token that ends it."""
+    stripped = through.rstrip()
+    if template.turn_end and stripped.endswith(template.turn_end):
+        return len(stripped)
+    if any(stripped.endswith(special) for special in template.special_tokens):
+        return len(stripped)
     return len(through)
 
 
-def _agreed(template: ChatTemplate, through: str, whole: str) -> int:
-    """As far as both texts are the same and what follows in the first is special tokens and space only, or 0."""
-    same = next(
-        (place for place, (a, b) in enumerate(zip(through, whole, strict=False)) if a != b),
-        min(len(through), len(whole)),
-    )
-    for found in template.special_pattern.finditer(through):
-        if found.start() < same < found.end():
-            same = found.start()
+def _common_end(template: ChatTemplate, through: str, whole: str) -> int:
+    """Return the length of the common prefix if only special tokens and white space follow it in `through`, else 0."""
+    same = _first_difference(through, whole, default=min(len(through), len(whole)))
+    for match in template.special_pattern.finditer(through):
+        if match.start() < same < match.end():
+            same = match.start()
     rest = template.special_pattern.sub("", through[same:])
     return len(through[:same].rstrip()) if not rest.strip() else 0
 
 
-def _unrolled(
+def _first_difference(one: str, other: str, *, default: int) -> int:
+    return next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), default)
+
+
+def _render_separately(
     template: ChatTemplate,
     name: str,
     messages: Sequence[Any],
     tools: Sequence[Any],
     answers: Sequence[int],
-    changed: bool,
+    escaped: bool,
 ) -> list[RenderedConversation]:
-    """Each answer as the end of a text of its own."""
-    found: list[RenderedConversation] = []
+    """Render each answer as the end of a text of its own."""
+    rendered: list[RenderedConversation] = []
     for index in answers:
         text = template.apply(messages[: index + 1], tools)
-        begin, note = _begin(template, messages, tools, index, text)
-        notes = ("the template rewrites earlier turns", *([note] if note else []))
-        label = name if len(answers) == 1 else f"{name}#{len(found) + 1}"
-        if text.startswith(begin):
-            text = text[: _end(template, text)]
-            found.append(RenderedConversation(label, text, ((len(begin), len(text)),), changed, notes))
-    return found
+        prompt, warning = _prompt_before(template, messages, tools, index, text)
+        warnings = ("the template rewrites earlier messages", *([warning] if warning else []))
+        label = name if len(answers) == 1 else f"{name}#{len(rendered) + 1}"
+        if text.startswith(prompt):
+            text = text[: _answer_end(template, text)]
+            rendered.append(RenderedConversation(label, text, ((len(prompt), len(text)),), escaped, warnings))
+    return rendered

@@ -1,4 +1,4 @@
-"""Sources of live audio: files, network addresses, standard input and microphones.
+"""Live audio sources: files, network streams, standard input and microphones.
 
-Start with `source` (`AudioSource`, `BufferedSource`), which the others build on.
+Start with `source` (`AudioSource`, `BufferedSource`), which `network`, `stdin` and `microphone` build on.
 """

@@ -1,10 +1,7 @@
-"""Live sound, and the moments when it was recorded: of a file, an address, or what `piped` and `microphones` open.
+"""Buffer live audio from a source that runs in its own thread, with the time at which each block was recorded.
 
-`Bounded` stands between a source, which runs in a thread of its own, and who hears it. A source that can wait stands
-still while nobody takes its blocks: files, pipes, HTTP. One that cannot, as a microphone, goes on; where too much is
-held then it is dropped, and counted.
-
-This file knows nothing of models or text, and it mends nothing.
+`AudioSource` describes a source, `BufferedSource` runs it. A source that can pause (file, pipe, HTTP) waits while its
+buffer is full; one that cannot, such as a microphone, drops the audio in the buffer and counts what was lost.
 """
 
 from __future__ import annotations
@@ -25,24 +22,20 @@ from mowa.data import audio
 from mowa.data.audio.decoders import Samples
 from mowa.errors import AudioError
 
-BLOCK_S = 0.032  # at most; what the speech detector judges at once
-FILE_BUFFER_S, LIVE_BUFFER_S = 2.0, 60.0  # how much is held of a source that waits, and of one that does not
+BLOCK_S = 0.032  # longest block: one frame of the voice activity detector
+FILE_BUFFER_S, LIVE_BUFFER_S = 2.0, 60.0  # buffers of sources that can pause, and of those that cannot
+RESAMPLE_QUALITY = "HQ"  # of soxr: delays 48 kHz audio by 37 ms, VHQ by 77 ms
 
-
-RESAMPLE_QUALITY = "HQ"  # of soxr: what it makes of 48 kHz comes 37 ms late, VHQ's 77 ms
-
-
-# A playlist, or the description of a session, may name other addresses, but no file of this machine.
-
-
-_POLL_S = 0.1  # whoever waits looks up so often: `finish` wakes nobody
+_POLL_S = 0.1  # a waiting thread wakes this often, since `stop` notifies nobody
 
 
 @dataclass(frozen=True, slots=True)
 class AudioBlock:
-    """float32 [n] of full scale ±1. `recorded_s`: when the last sample was recorded, or came, by `time.monotonic`.
+    """Mono audio at the sample rate of its `BufferedSource`.
 
-    `lost_s` is how much sound there was between the block before and this one, which nobody can hear any more.
+    samples        float32 [n], full scale ±1
+    captured_at_s  `time.monotonic()` when the last sample was recorded or arrived
+    lost_s         audio lost between the previous block and this one
     """
 
     samples: Samples
@@ -51,7 +44,7 @@ class AudioBlock:
 
 
 class AudioChunk(NamedTuple):
-    """As a `Block`, of any length and at a rate of its own."""
+    """Mono audio of any length, at its own sample rate. Fields as in `AudioBlock`."""
 
     samples: Samples
     rate_hz: int
@@ -60,6 +53,7 @@ class AudioChunk(NamedTuple):
 
     @property
     def duration_s(self) -> float:
+        """Duration in seconds."""
         return len(self.samples) / self.rate_hz
 
 
@@ -68,10 +62,12 @@ AudioChunks = Generator[AudioChunk, None, None]
 
 @dataclass(frozen=True, slots=True)
 class AudioSource:
-    """`pieces(rate_hz)` opens it, and gives its sound, at that rate where it can. AudioError for what goes wrong.
+    """A live source that has not been opened.
 
-    waits  it stands still while nobody takes its pieces
-    ends   it ends by itself, so that whoever stops it earlier has not heard all
+    open_stream  called with the wanted sample rate, opens the source and yields its audio, at that rate if it can;
+                 raises AudioError if that fails
+    pausable     whether the source waits while nothing is taken from it
+    finite       whether the source ends by itself
     """
 
     name: str
@@ -81,26 +77,29 @@ class AudioSource:
 
 
 class BufferedSource:
-    """A source that runs in a thread of its own from `with` on, of which at most `limit_s` are held.
+    """Run a source in a thread, from entering the context manager, and iterate over its audio as blocks at `rate_hz`.
 
-    Iterating gives it as blocks of `rate_hz`, and at the end raises what the source raised. `finish` may be called from
-    a signal handler: nothing more is taken of the source, and what is held still comes. `dropped_s` is how much never
-    came.
+    At most `max_buffer_s` of audio is buffered. Iteration ends by raising what the source raised, if anything. `stop`
+    may be called from a signal handler: nothing more is read, and what is buffered is still yielded.
+
+    buffered_s  audio in the buffer, in seconds
+    dropped_s   audio dropped so far, in seconds
     """
 
     def __init__(self, source: AudioSource, rate_hz: int = 16_000, max_buffer_s: float | None = None) -> None:
         self.source, self.rate_hz = source, rate_hz
         self.buffered_s = self.dropped_s = 0.0
-        self._limit_s = max_buffer_s or (FILE_BUFFER_S if source.pausable else LIVE_BUFFER_S)
-        self._held: deque[AudioChunk] = deque()
-        self._gap_s = 0.0  # dropped before the first one that is held
+        self._max_buffer_s = max_buffer_s or (FILE_BUFFER_S if source.pausable else LIVE_BUFFER_S)
+        self._buffer: deque[AudioChunk] = deque()
+        self._gap_s = 0.0  # audio dropped before the first chunk of the buffer
         self._failure: BaseException | None = None
-        self._over = self._finished = False
-        self._change = Condition()
+        self._ended = self._stopped = False
+        self._changed = Condition()
         self._thread = Thread(target=self._read, name=f"mowa {source.name}", daemon=True)
 
     def stop(self) -> None:
-        self._finished = True
+        """Stop reading from the source."""
+        self._stopped = True
 
     def __enter__(self) -> BufferedSource:
         self._thread.start()
@@ -108,130 +107,131 @@ class BufferedSource:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self._thread.join(1.0)  # one that waits for a pipe or a network may go on, and ends with the program
+        self._thread.join(1.0)  # a thread that waits for a pipe or a network ends with the program
 
     def __iter__(self) -> Iterator[AudioBlock]:
-        return _blocks(self._pieces(), self.rate_hz)  # here and not in the thread, which may be left with what it holds
+        return _to_blocks(self._chunks(), self.rate_hz)  # not in the thread, whose last chunks may be abandoned
 
-    def _pieces(self) -> Iterator[AudioChunk]:
-        while (piece := self._take()) is not None:
-            yield piece
+    def _chunks(self) -> Iterator[AudioChunk]:
+        while (chunk := self._take()) is not None:
+            yield chunk
         if self._failure is not None:
             raise self._failure
 
     def _take(self) -> AudioChunk | None:
-        with self._change:
-            while not self._held:
-                if self._over or self._finished:
+        with self._changed:
+            while not self._buffer:
+                if self._ended or self._stopped:
                     return None
-                self._change.wait(_POLL_S)
-            piece, gap_s = self._held.popleft(), self._gap_s
-            self.buffered_s = self.buffered_s - piece.duration_s if self._held else 0.0
+                self._changed.wait(_POLL_S)
+            chunk, gap_s = self._buffer.popleft(), self._gap_s
+            self.buffered_s = self.buffered_s - chunk.duration_s if self._buffer else 0.0
             self._gap_s = 0.0
-            self._change.notify_all()
-        return piece._replace(lost_s=piece.lost_s + gap_s)
+            self._changed.notify_all()
+        return chunk._replace(lost_s=chunk.lost_s + gap_s)
 
     def _read(self) -> None:
         failure: BaseException | None = None
         try:
-            with closing(self.source.open_stream(self.rate_hz)) as pieces:
-                for piece in pieces:
-                    if not self._put(piece):
+            with closing(self.source.open_stream(self.rate_hz)) as chunks:
+                for chunk in chunks:
+                    if not self._put(chunk):
                         break
-        except OSError as wrong:
-            failure = AudioError(f"{self.source.name}: cannot be read ({wrong.strerror or wrong})")
-        except BaseException as wrong:  # whoever hears is told
-            failure = wrong
-        with self._change:
-            self._failure, self._over = None if self._finished else failure, True  # what is stopped may end badly
-            self._change.notify_all()
+        except OSError as error:
+            failure = AudioError(f"{self.source.name}: cannot be read ({error.strerror or error})")
+        except BaseException as error:  # raised again where the blocks are iterated
+            failure = error
+        with self._changed:
+            self._failure, self._ended = None if self._stopped else failure, True  # stopping may cause errors
+            self._changed.notify_all()
 
-    def _put(self, piece: AudioChunk) -> bool:
-        """False: nobody wants any more."""
-        with self._change:
-            while self._held and self.buffered_s + piece.duration_s > self._limit_s and not self._finished:
+    def _put(self, chunk: AudioChunk) -> bool:
+        """Append a chunk to the buffer. Return False if the source was stopped."""
+        with self._changed:
+            while self._buffer and self.buffered_s + chunk.duration_s > self._max_buffer_s and not self._stopped:
                 if self.source.pausable:
-                    self._change.wait(_POLL_S)
-                else:  # all at once, so that what follows is heard in one piece
+                    self._changed.wait(_POLL_S)
+                else:  # drop the whole buffer: one long gap instead of many short ones
                     self.dropped_s += self.buffered_s
-                    self._gap_s += self.buffered_s + sum(one.lost_s for one in self._held)
-                    self._held.clear()
+                    self._gap_s += self.buffered_s + sum(one.lost_s for one in self._buffer)
+                    self._buffer.clear()
                     self.buffered_s = 0.0
-            if self._finished:
+            if self._stopped:
                 return False
-            self._held.append(piece)
-            self.buffered_s += piece.duration_s
-            self._change.notify_all()
+            self._buffer.append(chunk)
+            self.buffered_s += chunk.duration_s
+            self._changed.notify_all()
         return True
 
 
 def open_file(path: Path | str) -> AudioSource:
-    """A file, as fast as it is heard. AudioError at once where its header is wrong."""
+    """Return a source that reads a file as fast as it is consumed. Raises AudioError if its header is invalid."""
     audio.probe_audio(path)
 
-    def pieces(rate_hz: int) -> AudioChunks:
+    def open_stream(rate_hz: int) -> AudioChunks:
         for samples in audio.stream_audio(path, rate_hz, block_s=BLOCK_S):
             yield AudioChunk(samples, rate_hz, time.monotonic())
 
-    return AudioSource(str(path), pieces)
+    return AudioSource(str(path), open_stream)
 
 
 def open_realtime_file(path: Path | str, speed: float = 1.0) -> AudioSource:
-    """A file as if it were said now: a piece comes when its last sample would have been recorded.
+    """Return a source that plays a file in real time, `speed` times faster.
 
-    Moments are counted from the beginning, so that they do not drift. Who hears too slowly finds pieces waiting, with
-    the moments when they should have come. `speed` 2 says it in half the time.
+    Each chunk comes when its last sample would have been recorded, counted from the start, so that the times do not
+    drift. For a consumer that is too slow, chunks wait and keep the times at which they were due. Raises AudioError if
+    the header of the file is invalid.
     """
     audio.probe_audio(path)
 
-    def pieces(rate_hz: int) -> AudioChunks:
-        begun_s, position = time.monotonic(), 0
+    def open_stream(rate_hz: int) -> AudioChunks:
+        start_s, position = time.monotonic(), 0
         for samples in audio.stream_audio(path, rate_hz, block_s=BLOCK_S):
             position += len(samples)
-            due_s = begun_s + position / (rate_hz * speed)
+            due_s = start_s + position / (rate_hz * speed)
             if (early_s := due_s - time.monotonic()) > 0:
                 time.sleep(early_s)
             yield AudioChunk(samples, rate_hz, due_s)
 
-    return AudioSource(str(path), pieces)
+    return AudioSource(str(path), open_stream)
 
 
-# --- the stations of a stream -----------------------------------------------------------------------------------------
+# --- stages of the stream ---------------------------------------------------------------------------------------------
 
 
-def _blocks(pieces: Iterable[AudioChunk], rate_hz: int) -> Iterator[AudioBlock]:
-    """Pieces as blocks of `BLOCK_S` at most, all at `rate_hz`."""
+def _to_blocks(chunks: Iterable[AudioChunk], rate_hz: int) -> Iterator[AudioBlock]:
+    """Resample chunks to `rate_hz` and split them into blocks of at most `BLOCK_S`."""
     size = round(BLOCK_S * rate_hz)
     lost_s = 0.0
-    for piece in _at_rate(pieces, rate_hz):
-        lost_s += piece.lost_s
-        for start in range(0, len(piece.samples), size):
-            yield AudioBlock(piece.samples[start : start + size], piece.captured_at_s, lost_s)
+    for chunk in _resample(chunks, rate_hz):
+        lost_s += chunk.lost_s
+        for start in range(0, len(chunk.samples), size):
+            yield AudioBlock(chunk.samples[start : start + size], chunk.captured_at_s, lost_s)
             lost_s = 0.0
     if lost_s:
         yield AudioBlock(np.zeros(0, np.float32), time.monotonic(), lost_s)
 
 
-def _at_rate(pieces: Iterable[AudioChunk], rate_hz: int) -> Iterator[AudioChunk]:
-    """The same sound at one rate. That of the pieces may change, or they fail: what a resampler holds comes before."""
+def _resample(chunks: Iterable[AudioChunk], rate_hz: int) -> Iterator[AudioChunk]:
+    """Resample to one rate. The input rate may change; the resampler is flushed then, and before an AudioError."""
     resampler: soxr.ResampleStream | None = None
-    from_hz, none, last_s = rate_hz, np.zeros(0, np.float32), time.monotonic()
+    from_hz, empty, last_s = rate_hz, np.zeros(0, np.float32), time.monotonic()
     failure = None
     try:
-        for piece in pieces:
-            if piece.rate_hz != from_hz:
+        for chunk in chunks:
+            if chunk.rate_hz != from_hz:
                 if resampler is not None:
-                    yield AudioChunk(resampler.resample_chunk(none, last=True), rate_hz, last_s)
+                    yield AudioChunk(resampler.resample_chunk(empty, last=True), rate_hz, last_s)
                     resampler = None
-                from_hz = piece.rate_hz
+                from_hz = chunk.rate_hz
                 if from_hz != rate_hz:
                     resampler = soxr.ResampleStream(from_hz, rate_hz, 1, dtype="float32", quality=RESAMPLE_QUALITY)
-            last_s = piece.captured_at_s
-            samples = piece.samples if resampler is None else resampler.resample_chunk(piece.samples)
-            yield AudioChunk(samples, rate_hz, last_s, piece.lost_s)
-    except AudioError as wrong:
-        failure = wrong
+            last_s = chunk.captured_at_s
+            samples = chunk.samples if resampler is None else resampler.resample_chunk(chunk.samples)
+            yield AudioChunk(samples, rate_hz, last_s, chunk.lost_s)
+    except AudioError as error:
+        failure = error
     if resampler is not None:
-        yield AudioChunk(resampler.resample_chunk(none, last=True), rate_hz, last_s)
+        yield AudioChunk(resampler.resample_chunk(empty, last=True), rate_hz, last_s)
     if failure is not None:
         raise failure

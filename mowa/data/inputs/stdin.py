@@ -1,7 +1,6 @@
-"""Standard input as a source of live sound: a recording in any container that can be read from its beginning, or raw
-samples. Which of both it is, its first bytes say.
+"""Open standard input as a live audio source: any streamable container, or raw 16-bit PCM, detected by its first bytes.
 
-It knows how containers begin, and leaves what they hold to FFmpeg; but for plain WAV, which FFmpeg would keep back.
+Containers are decoded by FFmpeg, except 16-bit WAV, whose first two seconds FFmpeg would delay.
 """
 
 from __future__ import annotations
@@ -24,106 +23,113 @@ from mowa.errors import AudioError
 RAW_RATE_HZ = 16_000
 STDIN_NAME = "standard input"
 
-_PIECE = 4096  # bytes that are read at a time, at most
-_HEAD = 2048  # bytes that are looked at: two frames of any MP3, ten packets of MPEG-TS
+_READ_BYTES = 4096  # at most, per read
+_HEAD_BYTES = 2048  # examined: two frames of any MP3, ten packets of MPEG-TS
 _MAGIC = (b"RIFF", b"RF64", b"OggS", b"fLaC", b"\x1aE\xdf\xa3", b"ID3", b"FORM", b"caff", b".snd", b"#!AMR", b"FLV\x01")
 _ASF = bytes.fromhex("3026b2758e66cf11")
 _MPEG_TS, _MPEG_TS_PACKET = 0x47, 188
-_KBITS = {  # of MPEG audio, layer III, by its version as the header has it
+_KBITS = {  # bit rates of MPEG audio layer III, by the version bits of the frame header
     3: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 
 
 def open_stdin(raw_rate_hz: int | None = None) -> AudioSource:
-    """What is piped in. Raw samples are 16 bits, little-endian, one channel, at `raw_hz` (None: `RAW_HZ`).
+    """Return a source that reads standard input. Raw samples are 16-bit little-endian mono PCM at `raw_rate_hz`.
 
-    AudioError at once where nothing is piped in; later where nothing comes, where a recording is not of `raw_hz`, and
-    where it is damaged.
+    `raw_rate_hz` defaults to `RAW_RATE_HZ`; a container of another rate is an error if it is given.
+    Raises AudioError if standard input is a terminal. The stream raises AudioError if nothing comes, if the rate
+    differs, and if the recording is damaged.
     """
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         raise AudioError(
             f"{STDIN_NAME}: nothing is piped in. Try: ffmpeg -i … -ac 1 -ar {RAW_RATE_HZ} -f s16le - | mowa listen -"
         )
-    file = sys.stdin.fileno()
+    descriptor = sys.stdin.fileno()
 
-    def pieces(rate_hz: int) -> AudioChunks:
-        pipe = PipeReader(file)
-        head = pipe.peek(_HEAD)
+    def open_stream(rate_hz: int) -> AudioChunks:
+        pipe = PipeReader(descriptor)
+        head = pipe.peek(_HEAD_BYTES)
         if not head:
-            raise AudioError(f"{STDIN_NAME}: ended before any sound came. Does what is before the pipe run?")
+            raise AudioError(f"{STDIN_NAME}: ended before any audio. Is the program before the pipe running?")
         if not is_container(head):
-            return _raw(pipe, raw_rate_hz or RAW_RATE_HZ, 1, None)
-        if (plain := _plain_wav(head)) is None:
-            return _of_rate(decode_stream(pipe, STDIN_NAME), raw_rate_hz)
-        begins, from_hz, channels, size = plain
-        pipe.read(begins)
-        return _of_rate(_raw(pipe, from_hz, channels, size), raw_rate_hz)
+            return _read_raw(pipe, raw_rate_hz or RAW_RATE_HZ, 1, None)
+        if (wav := _parse_pcm_wav(head)) is None:
+            return _validate_rate(decode_stream(pipe, STDIN_NAME), raw_rate_hz)
+        start, from_hz, channels, size = wav
+        pipe.read(start)
+        return _validate_rate(_read_raw(pipe, from_hz, channels, size), raw_rate_hz)
 
-    return AudioSource(STDIN_NAME, pieces)
+    return AudioSource(STDIN_NAME, open_stream)
 
 
 class PipeReader:
-    """A file descriptor as PyAV reads files: `read` gives what there is, as soon as there is anything."""
+    """A file descriptor as the file object that PyAV expects: `read` returns what is available, without waiting."""
 
     def __init__(self, descriptor: int) -> None:
-        self._file, self._seen = descriptor, b""
+        self._descriptor, self._peeked = descriptor, b""
 
     def peek(self, size: int) -> bytes:
-        """The first `size` bytes, which will be read again; fewer where it ends before."""
-        while len(self._seen) < size and (data := os.read(self._file, size - len(self._seen))):
-            self._seen += data
-        return self._seen
+        """Return the first `size` bytes without consuming them; fewer if the input ends before."""
+        while len(self._peeked) < size and (data := os.read(self._descriptor, size - len(self._peeked))):
+            self._peeked += data
+        return self._peeked
 
     def read(self, size: int) -> bytes:
-        if self._seen:
-            given, self._seen = self._seen[:size], self._seen[size:]
-            return given
-        return os.read(self._file, size)
+        """Return up to `size` bytes; none at the end of the input."""
+        if self._peeked:
+            data, self._peeked = self._peeked[:size], self._peeked[size:]
+            return data
+        return os.read(self._descriptor, size)
 
 
-def _raw(pipe: PipeReader, from_hz: int, channels: int, size: int | None) -> AudioChunks:
-    """16-bit samples; `size` bytes of them, None: all that come."""
-    rest, come, width = b"", 0, 2 * channels
-    while (size is None or come < size) and (data := pipe.read(min(_PIECE, (size or sys.maxsize) - come))):
-        come += len(data)
+def _read_raw(pipe: PipeReader, from_hz: int, channels: int, size: int | None) -> AudioChunks:
+    """Yield 16-bit PCM, `size` bytes of it or (None) until the input ends."""
+    rest, received, width = b"", 0, 2 * channels
+    while (size is None or received < size) and (data := pipe.read(min(_READ_BYTES, (size or sys.maxsize) - received))):
+        received += len(data)
         data = rest + data
         whole = len(data) - len(data) % width
         rest = data[whole:]
         values = np.frombuffer(data[:whole], "<i2").reshape(-1, channels).astype(np.float64)
         yield AudioChunk((mix_to_mono(values) / 2**15).astype(np.float32), from_hz, time.monotonic())
-    if size is not None and size - come > DURATION_TOLERANCE_S * width * from_hz:
-        promised_s, have_s = (count / (width * from_hz) for count in (size, come))
-        raise AudioError(f"{STDIN_NAME}: is cut off: its header promises {promised_s:.1f} s, {have_s:.1f} s came")
+    if size is not None and size - received > DURATION_TOLERANCE_S * width * from_hz:
+        stated_s, received_s = (count / (width * from_hz) for count in (size, received))
+        raise AudioError(
+            f"{STDIN_NAME}: is cut off: its header promises {stated_s:.1f} s, {received_s:.1f} s were received"
+        )
 
 
-def _of_rate(pieces: Iterable[AudioChunk], wanted_hz: int | None) -> AudioChunks:
-    """What a container gives, refused where it is not of the rate that somebody said."""
-    for piece in pieces:
-        if wanted_hz not in (None, piece.rate_hz):
+def _validate_rate(chunks: Iterable[AudioChunk], expected_hz: int | None) -> AudioChunks:
+    """Pass chunks of a container on. Raises AudioError if their rate differs from the one given for raw input."""
+    for chunk in chunks:
+        if expected_hz not in (None, chunk.rate_hz):
             raise AudioError(
-                f"{STDIN_NAME}: is a recording of {piece.rate_hz} Hz, not {wanted_hz} Hz. Leave out --rate: it is for raw"
-                " samples, and recordings say their rate."
+                f"{STDIN_NAME}: is a recording of {chunk.rate_hz} Hz, not {expected_hz} Hz. Omit --sample-rate: it is "
+                "for raw samples, and recordings state their rate."
             )
-        yield piece
+        yield chunk
 
 
-# --- how recordings begin ---------------------------------------------------------------------------------------------
+# --- container detection ----------------------------------------------------------------------------------------------
 
 
 def is_container(head: bytes) -> bool:
-    """Whether bytes begin as a recording does; else they are samples."""
+    """Return whether the first bytes are those of an audio container; otherwise they are raw samples."""
     synced = [head[at : at + 1] for at in range(0, 3 * _MPEG_TS_PACKET, _MPEG_TS_PACKET)]
     return (
         head.startswith((*_MAGIC, _ASF))
         or head[4:8] == b"ftyp"
         or synced == [bytes([_MPEG_TS])] * 3
-        or any((size := length(head)) > 0 and length(head[size:]) > 0 for length in (_mp3, _adts))
+        or any(
+            (size := frame_bytes(head)) > 0 and frame_bytes(head[size:]) > 0
+            for frame_bytes in (_mp3_frame_bytes, _adts_frame_bytes)
+        )
     )
 
 
-def _mp3(head: bytes) -> int:
-    """The bytes of the frame of MPEG audio, layer III, that begins here; 0 where none does. ISO 11172-3, 2.4.1.3."""
+def _mp3_frame_bytes(head: bytes) -> int:
+    """Return the size of the MPEG audio layer III frame at the start of `head`, or 0 (ISO 11172-3, 2.4.1.3)."""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2:
         return 0
     version, bits, rate = head[1] >> 3 & 3, head[2] >> 4, head[2] >> 2 & 3
@@ -134,18 +140,18 @@ def _mp3(head: bytes) -> int:
     return (144_000 if version == 3 else 72_000) * kbits // rate_hz + (head[2] >> 1 & 1)
 
 
-def _adts(head: bytes) -> int:
-    """The bytes of the ADTS frame of AAC that begins here; 0 where none does. ISO 13818-7, 6.2."""
+def _adts_frame_bytes(head: bytes) -> int:
+    """Return the size of the ADTS AAC frame at the start of `head`, or 0 (ISO 13818-7, 6.2)."""
     if len(head) < 6 or head[0] != 0xFF or head[1] & 0xF6 != 0xF0:
         return 0
     size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
-    return size if size > 6 else 0  # of which 7 are its header
+    return size if size > 6 else 0  # its header alone has 7
 
 
-def _plain_wav(head: bytes) -> tuple[int, int, int, int | None] | None:
-    """Of a WAV of 16-bit samples: the byte where they begin, rate, channels, how many bytes (None: until it ends).
+def _parse_pcm_wav(head: bytes) -> tuple[int, int, int, int | None] | None:
+    """Parse the header of 16-bit WAV: offset of the samples, rate, channels, bytes of samples (None: until the end).
 
-    FFmpeg gives none of them before it has seen 64 kB: two seconds.
+    Return None for other containers. FFmpeg decodes nothing before it has 64 kB, which are two seconds.
     """
     if not re.match(rb"RIFF....WAVEfmt ....\x01\x00.{12}\x10\x00", head, re.DOTALL):
         return None
@@ -154,11 +160,7 @@ def _plain_wav(head: bytes) -> tuple[int, int, int, int | None] | None:
     low, high = RATE_RANGE_HZ
     if header is None or not header.channels or not low <= header.rate_hz <= high:
         return None
-    begins = file.tell()
-    size = int.from_bytes(head[begins - 4 : begins], "little")
-    return (
-        begins,
-        header.rate_hz,
-        header.channels,
-        None if any(size in all for all in headers.WAV_STREAMING_SIZES) else size,
-    )
+    start = file.tell()
+    size = int.from_bytes(head[start - 4 : start], "little")
+    streamed = any(size in sizes for sizes in headers.WAV_STREAMING_SIZES)
+    return start, header.rate_hz, header.channels, None if streamed else size

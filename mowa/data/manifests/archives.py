@@ -1,7 +1,6 @@
-"""Tar archives of recordings, read front to back as they lie: Common Voice as Mozilla ships it, WebDataset shards, any.
+"""Read tar archives of recordings sequentially: Common Voice as Mozilla distributes it, WebDataset shards, and others.
 
-Nothing is unpacked and nothing but the table of one split is held. Memory: about 250 bytes a row of that table.
-This room refuses to know what stands in the sound it passes on, and what columns mean beyond their names (`rows`).
+Archives are not unpacked. Memory: about 250 bytes per row of the table of one split.
 """
 
 from __future__ import annotations
@@ -15,51 +14,54 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from mowa.data.audio import AUDIO_SUFFIXES
+from mowa.data.audio import is_audio_file
 from mowa.data.manifests.tables import COLUMN_ALIASES, TableRow, decode_lines, guess_columns, parse_table
 from mowa.errors import DataError
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+NON_SPLIT_TABLES = frozenset(  # tables of Common Voice that are not splits
+    {"clip_durations", "reported", "times", "unvalidated_sentences", "validated_sentences"}
+)
 
-_NO_SPLITS = {"clip_durations", "reported", "times", "unvalidated_sentences", "validated_sentences"}
-_WORDS = {".txt", ".text", ".lab", ".transcript"}  # what stands beside a recording and is its text
-_BROKEN = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError)
-_PIECE = 2**20  # bytes read at once: a damaged header may promise more than there is memory
+_TEXT_SUFFIXES = {".txt", ".text", ".lab", ".transcript"}  # of the transcript next to a recording
+_READ_ERRORS = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError)
+_READ_BYTES = 2**20  # per read: a damaged header may state more than there is memory
 
 SplitChooser = Callable[[Iterable[str]], str]
 
 
 def is_archive(path: Path) -> bool:
+    """Return whether the name ends in one of `ARCHIVE_SUFFIXES`."""
     return path.name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 def read_archive(path: Path, split: str, choose_split: SplitChooser, columns: Mapping[str, str]) -> Iterator[TableRow]:
-    """Every recording of an archive, in the archive's order, its bytes under "audio".
+    """Yield the recordings of an archive in its order, their bytes under "audio".
 
-    Where the archive has tables ({split}.tsv beside the recordings or beside `clips`, before or after them), those of
-    the split that `choose` picks: with what the table says, and at the end, without bytes, those that the table lists
-    and the archive has not. Else all, with the .txt and .json of the same name that stand next to them.
+    If the archive has tables ({split}.tsv beside the recordings or beside `clips`, before or after them), the rows are
+    those of the split that `choose_split` returns; rows whose recording is missing come last, without bytes. Otherwise
+    every recording is yielded, with the .txt and .json of the same name.
 
-    named: role → column, where that is not to be guessed. DataError for an archive that is damaged or cut off (after
-    everything before that was given), has no recordings, or no such split.
+    `columns` overrides role → column. Raises DataError if the archive has no recordings or no such split, or is damaged
+    or cut off, after yielding the recordings before the damage.
     """
-    found = _table(path, split, choose_split, columns)
-    if found is not None:
-        yield from _listed(path, found)
+    table = _read_split_table(path, split, choose_split, columns)
+    if table is not None:
+        yield from _read_listed(path, table)
         return
     if split:
-        raise DataError(f"{path}: split {split} was asked for, and there are no tables in it. Leave the split out.")
-    number = 0
-    for number, sample in enumerate(_samples(path), 1):  # noqa: B007
+        raise DataError(f"{path}: split {split} was requested, but the archive has no tables. Omit the split.")
+    count = 0
+    for count, sample in enumerate(_read_samples(path), 1):  # noqa: B007
         yield sample["audio"]["path"], path.parent, sample
-    if not number:
-        raise DataError(f"{path}: holds no recording. They are told by their names: .wav, .flac, .mp3, .opus, ….")
+    if not count:
+        raise DataError(f"{path}: contains no recordings. They are recognized by suffix: .wav, .flac, .mp3, .opus, ….")
 
 
 def list_splits(path: Path) -> list[str]:
-    """The names of the tables of a corpus in an archive; none where it has none. DataError for a damaged one."""
-    places, corpus = _places(path, "")
-    return sorted(places) if corpus else []
+    """Return the names of the tables in an archive, if it has any. Raises DataError if it is damaged."""
+    tables, is_corpus = _find_tables(path, "")
+    return sorted(tables) if is_corpus else []
 
 
 # --- members ----------------------------------------------------------------------------------------------------------
@@ -67,14 +69,17 @@ def list_splits(path: Path) -> list[str]:
 
 @dataclass(slots=True)
 class _Archive:
-    """An opened one. `members` can be gone through once; a member is read before the next is asked for."""
+    """An open archive. `members` can be iterated once; read a member before advancing to the next."""
 
     path: Path
     raw: IO[bytes]
     tar: tarfile.TarFile
 
     def members(self) -> Iterator[tarfile.TarInfo]:
-        """Files that are not hidden. tarfile's own loop keeps all it saw, and takes a damaged header for the end."""
+        """Yield the files that are not hidden.
+
+        tarfile's own iteration keeps all members in memory and takes a damaged header for the end.
+        """
         member = self.tar.next()
         while member is not None:
             self.tar.members.clear()  # type: ignore[attr-defined]
@@ -91,25 +96,23 @@ class _Archive:
         try:
             if member.issparse():
                 opened = self.tar.extractfile(member)
-                data = opened.read() if opened else b""
-            else:
-                self.raw.seek(member.offset_data)
-                data = b"".join(self._pieces(member))
-        except _BROKEN as wrong:
-            raise _damaged(self.path, wrong) from None
-        return data
+                return opened.read() if opened else b""
+            self.raw.seek(member.offset_data)
+            return b"".join(self._read_pieces(member))
+        except _READ_ERRORS as error:
+            raise _damaged_error(self.path, error) from None
 
-    def _pieces(self, member: tarfile.TarInfo) -> Iterator[bytes]:
+    def _read_pieces(self, member: tarfile.TarInfo) -> Iterator[bytes]:
         left = member.size
         while left > 0:
-            piece = self.raw.read(min(left, _PIECE))
+            piece = self.raw.read(min(left, _READ_BYTES))
             if not piece:
                 raise EOFError(f"it ends inside {member.name}")
             left -= len(piece)
             yield piece
 
     def lines(self, offset: int, size: int) -> Iterator[bytes]:
-        """The lines of the member whose bytes begin there."""
+        """Yield the lines of the member whose `size` bytes begin at `offset`."""
         self.raw.seek(offset)
         while size > 0:
             line = self.raw.readline(size)
@@ -120,176 +123,184 @@ class _Archive:
 
 
 def _walk(path: Path) -> Iterator[tuple[_Archive, tarfile.TarInfo]]:
-    """Every member with its archive. DataError where that is no archive, damaged or cut off."""
+    """Yield every member with its archive. Raises DataError if the file is not a tar archive, damaged or cut off."""
     try:
-        with gzip.open(path) if _packed(path) else path.open("rb") as raw:
+        with gzip.open(path) if _is_gzip(path) else path.open("rb") as raw:
             tar = tarfile.TarFile(fileobj=raw, mode="r")
             archive = _Archive(path, raw, tar)  # type: ignore[arg-type]
             for member in archive.members():
                 yield archive, member
-    except _BROKEN as wrong:
-        raise _damaged(path, wrong) from None
+    except _READ_ERRORS as error:
+        raise _damaged_error(path, error) from None
 
 
-def _packed(path: Path) -> bool:
+def _is_gzip(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
 
-def _damaged(path: Path, wrong: Exception) -> DataError:
-    reason = str(wrong).strip().rstrip(".") or type(wrong).__name__
-    return DataError(f"{path}: is no tar archive, damaged or cut off ({reason}). Copy or download it again.")
+def _damaged_error(path: Path, error: Exception) -> DataError:
+    if isinstance(error, PermissionError):
+        return DataError(f"{path}: cannot be read ({error.strerror}). Check its permissions.")
+    reason = str(error).strip().rstrip(".") or type(error).__name__
+    return DataError(f"{path}: is not a tar archive, damaged or cut off ({reason}). Copy or download it again.")
 
 
-def _name(member: tarfile.TarInfo) -> str:
+def _member_name(member: tarfile.TarInfo) -> str:
     return member.name.removeprefix("./")
 
 
-def _is_recording(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in AUDIO_SUFFIXES
-
-
-# --- with tables, as Common Voice -------------------------------------------------------------------------------------
+# --- archives with tables, as Common Voice ----------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Table:
-    """The rows of one split by what they call their recording. What many rows share (speaker, accent, …) is kept once,
-    and what is their own as the bytes of a line."""
+class _SplitTable:
+    """The table of one split, compressed: columns that repeat (speaker, accent, …) are stored once per combination.
+
+    own_columns, shared_columns  columns stored per row, and per combination
+    lines         recording → index of the combination and the own columns, separated by tabs
+    combinations  distinct values of the shared columns
+    """
 
     name: str
     folder: str
-    audio: str = ""
-    own: list[str] = field(default_factory=list)
-    shared: list[str] = field(default_factory=list)
+    audio_column: str = ""
+    own_columns: list[str] = field(default_factory=list)
+    shared_columns: list[str] = field(default_factory=list)
     lines: dict[bytes, bytes] = field(default_factory=dict)
-    kinds: list[tuple[str, ...]] = field(default_factory=list)
+    combinations: list[tuple[str, ...]] = field(default_factory=list)
 
     def fields(self, line: bytes) -> dict[str, Any]:
-        kind, *own = line.decode().split("\t")
-        return dict(zip(self.shared, self.kinds[int(kind)], strict=True)) | dict(zip(self.own, own, strict=True))
+        index, *own = line.decode().split("\t")
+        shared = dict(zip(self.shared_columns, self.combinations[int(index)], strict=True))
+        return shared | dict(zip(self.own_columns, own, strict=True))
 
 
-def _table(path: Path, split: str, choose: SplitChooser, named: Mapping[str, str]) -> _Table | None:
-    """The table of the split; None where the archive is no corpus with tables."""
-    places, corpus = _places(path, split or "train")
-    if not corpus:
+def _read_split_table(
+    path: Path, split: str, choose_split: SplitChooser, columns: Mapping[str, str]
+) -> _SplitTable | None:
+    """Return the table of the split, or None if the archive has no tables."""
+    tables, is_corpus = _find_tables(path, split or "train")
+    if not is_corpus:
         return None
-    name = choose(places)
-    folder, offset, size = places[name]
+    name = choose_split(tables)
+    folder, offset, size = tables[name]
     try:
-        with gzip.open(path) if _packed(path) else path.open("rb") as raw:
+        with gzip.open(path) if _is_gzip(path) else path.open("rb") as raw:
             archive = _Archive(path, raw, None)  # type: ignore[arg-type]
-            return _read(
-                "/".join(filter(None, (str(path), folder, f"{name}.tsv"))), folder, archive.lines(offset, size), named
-            )
-    except _BROKEN as wrong:
-        raise _damaged(path, wrong) from None
+            full_name = "/".join(filter(None, (str(path), folder, f"{name}.tsv")))
+            return _parse_split_table(full_name, folder, archive.lines(offset, size), columns)
+    except _READ_ERRORS as error:
+        raise _damaged_error(path, error) from None
 
 
-def _places(path: Path, wanted: str) -> tuple[dict[str, tuple[str, int, int]], bool]:
-    """Split → folder, first byte and size of its table; and whether this is a corpus with tables.
+def _find_tables(path: Path, wanted: str) -> tuple[dict[str, tuple[str, int, int]], bool]:
+    """Return split → (folder, offset, bytes) of its table, and whether the archive is a corpus with tables.
 
-    Where the table of `wanted` stands before the recordings, no more than that is looked at.
+    Stops at the table of `wanted` if it comes before the recordings.
     """
-    places: dict[str, tuple[str, int, int]] = {}
+    tables: dict[str, tuple[str, int, int]] = {}
     for _, member in _walk(path):
-        folder, _, name = _name(member).rpartition("/")
-        if name.endswith(".tsv") and (stem := name.removesuffix(".tsv")) not in _NO_SPLITS:
-            places.setdefault(stem, (folder, member.offset_data, member.size))
+        folder, _, name = _member_name(member).rpartition("/")
+        if name.endswith(".tsv") and (stem := name.removesuffix(".tsv")) not in NON_SPLIT_TABLES:
+            tables.setdefault(stem, (folder, member.offset_data, member.size))
             if stem == wanted:
-                return places, True
-        elif _is_recording(name) and folder.rpartition("/")[2] != "clips" and not places:
+                return tables, True
+        elif is_audio_file(name) and folder.rpartition("/")[2] != "clips" and not tables:
             return {}, False
-    return places, bool(places)
+    return tables, bool(tables)
 
 
-def _read(name: str, folder: str, lines: Iterator[bytes], named: Mapping[str, str]) -> _Table:
-    read = _Table(name, folder)
-    known = {known for names in COLUMN_ALIASES.values() for known in names}
+def _parse_split_table(name: str, folder: str, lines: Iterator[bytes], columns: Mapping[str, str]) -> _SplitTable:
+    table = _SplitTable(name, folder)
+    aliases = {alias for names in COLUMN_ALIASES.values() for alias in names}
     index: dict[tuple[str, ...], int] = {}
     for where, fields in parse_table(decode_lines(lines, name), name, tab_separated=True):
-        if not read.lines:
-            roles = guess_columns(tuple(fields)) | {role: column for role, column in named.items() if column in fields}
+        if not table.lines:
+            roles = guess_columns(tuple(fields)) | {
+                role: column for role, column in columns.items() if column in fields
+            }
             if "audio" not in roles:
-                raise DataError(f"{where}: no column holds the recording. Say which: --column audio=NAME.")
-            read.audio = roles["audio"]
-            kept = [key for key in fields if key.strip().lower() in known or key in named.values()]
-            read.own = [key for key in kept if key in {roles.get("text"), roles.get("id")}]
-            read.shared = [key for key in kept if key not in (*read.own, read.audio)]
-        kind = tuple(fields.get(key, "") for key in read.shared)
-        if kind not in index:
-            index[kind] = len(read.kinds)
-            read.kinds.append(kind)
-        own = (str(index[kind]), *(fields.get(key, "") for key in read.own))
-        if read.audio in fields:
-            read.lines[fields[read.audio].encode()] = "\t".join(own).encode()
-    if not read.lines:
-        raise DataError(f"{name}: is empty, there is no row to read. Check that it was written to its end.")
-    return read
+                raise DataError(f"{where}: no column of recordings. Specify it with --column audio=NAME.")
+            table.audio_column = roles["audio"]
+            kept = [key for key in fields if key.strip().lower() in aliases or key in columns.values()]
+            table.own_columns = [key for key in kept if key in {roles.get("text"), roles.get("id")}]
+            table.shared_columns = [key for key in kept if key not in (*table.own_columns, table.audio_column)]
+        combination = tuple(fields.get(key, "") for key in table.shared_columns)
+        if combination not in index:
+            index[combination] = len(table.combinations)
+            table.combinations.append(combination)
+        own = (str(index[combination]), *(fields.get(key, "") for key in table.own_columns))
+        if table.audio_column in fields:
+            table.lines[fields[table.audio_column].encode()] = "\t".join(own).encode()
+    if not table.lines:
+        raise DataError(f"{name}: is empty: it has no rows. Check that it was written completely.")
+    return table
 
 
-def _listed(path: Path, found: _Table) -> Iterator[TableRow]:
-    given = 0
+def _read_listed(path: Path, table: _SplitTable) -> Iterator[TableRow]:
+    found = 0
     for archive, member in _walk(path):
-        name = _name(member)
-        if not _is_recording(name):
+        name = _member_name(member)
+        if not is_audio_file(name):
             continue
-        inside = name.removeprefix(f"{found.folder}/") if found.folder else name
-        if found.folder and inside == name and "/clips/" in name:
-            raise DataError(f"{path}: holds more corpora than {found.folder}: {name}. Unpack it, and name one of them.")
-        clip = next((key for key in (inside, inside.removeprefix("clips/")) if key.encode() in found.lines), None)
+        inside = name.removeprefix(f"{table.folder}/") if table.folder else name
+        if table.folder and inside == name and "/clips/" in name:
+            raise DataError(f"{path}: contains other corpora than {table.folder}: {name}. Unpack it and pass one.")
+        clip = next((key for key in (inside, inside.removeprefix("clips/")) if key.encode() in table.lines), None)
         if clip is not None:
-            given += 1
-            yield _row(path, found, clip.encode(), {"bytes": archive.read(member), "path": f"{path}/{name}"})
-    if not given:
-        raise DataError(f"{found.name}: none of its {len(found.lines)} recordings is in {path}. Check its column path.")
-    for clip_name in list(found.lines):
-        missing = "/".join(part for part in (str(path), found.folder, "clips", clip_name.decode()) if part)
-        yield _row(path, found, clip_name, missing)
+            found += 1
+            yield _to_row(path, table, clip.encode(), {"bytes": archive.read(member), "path": f"{path}/{name}"})
+    if not found:
+        raise DataError(f"{table.name}: none of its {len(table.lines)} recordings is in {path}. Check its column path.")
+    for clip_name in list(table.lines):
+        missing = "/".join(part for part in (str(path), table.folder, "clips", clip_name.decode()) if part)
+        yield _to_row(path, table, clip_name, missing)
 
 
-def _row(path: Path, found: _Table, clip: bytes, audio: Any) -> TableRow:
-    fields = found.fields(found.lines.pop(clip)) | {found.audio: audio}
-    return f"{found.name}: {clip.decode()}", path.parent, fields
+def _to_row(path: Path, table: _SplitTable, clip: bytes, audio: Any) -> TableRow:
+    fields = table.fields(table.lines.pop(clip)) | {table.audio_column: audio}
+    return f"{table.name}: {clip.decode()}", path.parent, fields
 
 
-# --- without tables, as WebDataset ------------------------------------------------------------------------------------
+# --- archives without tables, as WebDataset ---------------------------------------------------------------------------
 
 
-def _samples(path: Path) -> Iterator[dict[str, Any]]:
-    """Recordings with what stands next to them under the same name but for the last suffix."""
-    key, beside, sounds = "", dict[str, Any](), list[dict[str, Any]]()
+def _read_samples(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield recordings with the text and JSON members next to them that differ only in the last suffix."""
+    key, fields, recordings = "", dict[str, Any](), list[dict[str, Any]]()
 
-    def finished() -> Iterator[dict[str, Any]]:
-        for sound in sounds:
-            yield {**beside, "id": key, "audio": sound}
+    def complete() -> Iterator[dict[str, Any]]:
+        for recording in recordings:
+            yield {**fields, "id": key, "audio": recording}
 
     try:
         for archive, member in _walk(path):
-            name = _name(member)
-            ending = PurePosixPath(name).suffix
-            if name.removesuffix(ending) != key:
-                yield from finished()
-                key, beside, sounds = name.removesuffix(ending), {}, []
-            ending = ending.lower()
-            if ending in AUDIO_SUFFIXES:
-                sounds.append({"bytes": archive.read(member), "path": f"{path}/{name}"})
-            elif ending in _WORDS:
-                beside["text"] = "".join(decode_lines([archive.read(member)], f"{path}/{name}")).strip()
-            elif ending == ".json":
-                beside = _described(archive.read(member), f"{path}/{name}") | beside
+            name = _member_name(member)
+            suffix = PurePosixPath(name).suffix
+            if name.removesuffix(suffix) != key:
+                yield from complete()
+                key, fields, recordings = name.removesuffix(suffix), {}, []
+            suffix = suffix.lower()
+            if is_audio_file(name):
+                recordings.append({"bytes": archive.read(member), "path": f"{path}/{name}"})
+            elif suffix in _TEXT_SUFFIXES:
+                fields["text"] = "".join(decode_lines([archive.read(member)], f"{path}/{name}")).strip()
+            elif suffix == ".json":
+                fields = _parse_sample_json(archive.read(member), f"{path}/{name}") | fields
     except DataError:
-        yield from finished()  # whole recordings before the damage
+        yield from complete()  # recordings before the damage
         raise
-    yield from finished()
+    yield from complete()
 
 
-def _described(data: bytes, name: str) -> dict[str, Any]:
-    """What a .json says of the recording beside it. Where that was once, and where in a longer one, is not asked."""
+def _parse_sample_json(data: bytes, name: str) -> dict[str, Any]:
+    """Parse the .json of a recording, without the path, id and offset that the recording once had elsewhere."""
     try:
         fields = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as wrong:
-        raise DataError(f"{name}: broken JSON ({wrong}). Write one whole object.") from None
-    aside = {*COLUMN_ALIASES["audio"], *COLUMN_ALIASES["id"], *COLUMN_ALIASES["offset"]}
-    return {key: value for key, value in fields.items() if key.lower() not in aside} if isinstance(fields, dict) else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: broken JSON ({error}). Write one JSON object.") from None
+    ignored = {*COLUMN_ALIASES["audio"], *COLUMN_ALIASES["id"], *COLUMN_ALIASES["offset"]}
+    return (
+        {key: value for key, value in fields.items() if key.lower() not in ignored} if isinstance(fields, dict) else {}
+    )

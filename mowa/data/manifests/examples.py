@@ -1,9 +1,8 @@
-"""Recordings, manifests, folders, archives and data sets of every usual shape → Examples, one at a time.
+"""Turn recordings, manifests, folders, archives and Hub data sets into Examples, one at a time.
 
-This room makes Examples of rows; it refuses to know what is learnt from them (`sift` says which can be), where tables
-and recordings are kept (`layouts`) and how they are read (`rows`, `archives`, `kaldi`, `cuts`). `entries` lists and
-opens no recording; `read` sees to it that each is a file that is there. The hub is reached only for a source named
-`hub:`.
+`list_examples` lists without opening recordings; `read_examples` ensures that each recording is an existing file with a
+duration. `discover` detects layouts, which `tables`, `archives`, `kaldi` and `lhotse` read. The Hub is contacted only
+for sources that begin with `hub:`.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from typing import Any
 from mowa.data import audio
 from mowa.data.manifests import archives, kaldi, lhotse
 from mowa.data.manifests.discover import (
-    SUPPORTED_DATASETS,
-    SUPPORTED_SOURCES,
     SourceLayout,
     choose_split,
     detect_layout,
@@ -47,22 +44,10 @@ from mowa.hardware import cache_folder
 from mowa.io.atomic import atomic_write
 from mowa.types import Example
 
-__all__ = [
-    "SUPPORTED_DATASETS",
-    "SUPPORTED_SOURCES",
-    "SourceLayout",
-    "choose_split",
-    "detect_layout",
-    "filter_split",
-    "list_examples",
-    "list_splits",
-    "read_examples",
-]
-
 _TAGS = ("speaker", "gender", "age", "accent", "voice", "language")
-_MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
-_DOUBTFUL_S = 300.0  # longer than this, a duration is compared with the recording: it may be in milliseconds
-_MUTE = 100  # so many rows without a text, and the column has none
+_MAGIC_SUFFIXES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
+_DOUBTFUL_S = 300.0  # longer stated durations are compared with the recording: they may be milliseconds
+_EMPTY_TEXTS = 100  # rows without text before the column is considered empty
 
 
 def list_examples(
@@ -72,204 +57,211 @@ def list_examples(
     columns: Mapping[str, str] | None = None,
     require_text: bool = False,
 ) -> Iterator[Example]:
-    """What is at `names` (`LISTED` says what that may be), one after the other, listed and not opened.
+    """Yield the Examples of `sources` (see `discover.SUPPORTED_SOURCES`) in order, without opening recordings.
 
-    `split` names one of several; "" is train, or the only one there is; dev and validation are the same. In a single
-    table it picks rows by their column `split`. `columns` (role → column) overrides what is guessed from names
-    (`rows.ROLES`). With `texts` every source must have some.
+    split    one of several splits; "" is train or the only one; dev and validation are the same. In a single table it
+             selects rows by their column `split`
+    columns  role → column, overriding what is guessed from the names (`tables.COLUMN_ALIASES`)
+    require_text  raise DataError if a source has no texts
 
-    An Example's audio is absolute, whether it is there or not: what is relative is looked for beside the table, in
-    `clips` beside it, and in the working directory. Bytes in tables and archives come in `sound`, undecoded;
-    addresses (s3://…) stay addresses, but for what a hub: source lists, which is fetched. Durations are those stated,
-    else 0. A row with `offset` and a duration is that part of its recording. Ids are the row's, else the file's stem;
-    of bare recordings the path without its suffix, as given or below the named folder; a second one of the same name
-    becomes name-2. Tags, where given: speaker, gender, age, accent, voice, language. Texts are left as they are.
+    Example.audio is an absolute path, whether the file exists or not. Relative paths are searched beside the table, in
+    `clips` beside it, and in the working directory. Audio stored in tables and archives is in Example.audio_bytes,
+    encoded; URLs (s3://…) stay URLs, except those listed by a `hub:` source, which are fetched. Durations are those
+    stated, else 0. A row with `offset` and a duration is an excerpt. Ids are those of the rows, else the stem of the
+    file; of recordings without a table, the path without suffix, as given or relative to the given folder. A repeated
+    id gets a suffix: name-2. Texts are not changed.
 
-    Memory: the ids given, the names in one directory, the table of one split of an archive; no corpus. DataError, with
-    file and line, for what cannot be listed, after all before it was given; MissingPart without `datasets`;
-    HubUnreachable.
+    Memory: the ids, the names in one directory, the table of one split of an archive. Raises DataError with file and
+    line for what cannot be listed, after the Examples before it; MissingDependency without `datasets`; HubUnreachable.
     """
     listed = [sources] if isinstance(sources, str | Path) else list(sources)
-    for found in _found(listed, split, columns or {}, texts=require_text, recordings=True):
-        example = found.example
-        if found.remote and "://" in example.audio:
-            with suppress(Exception):  # every protocol has its own; whoever opens the address will meet them
-                example = replace(example, audio_bytes=_fetched(example.audio))
+    for entry in _list_entries(listed, split, columns or {}, require_text=require_text, allow_audio=True):
+        example = entry.example
+        if entry.on_hub and "://" in example.audio:
+            with suppress(Exception):  # protocols raise various errors; opening the URL later will report them
+                example = replace(example, audio_bytes=_fetch(example.audio))
         yield example
 
 
 def read_examples(
     path: str | Path, split: str = "", *, cache_dir: Path | None = None, require_text: bool = True
 ) -> Iterator[Example]:
-    """The recordings and texts at one place, in order, lazily, each recording a file that is there.
+    """Yield the Examples of one source, in order and lazily; each recording is an existing file with a duration.
 
-    As `entries`, and: durations are the row's, else the header's, and bytes become files under `cache` (default: mowa's
-    own), named after their sha256. With `texts=False` rows need none (it is then ""), and bare recordings will do.
+    As `list_examples`, and: durations are those of the rows, else of the headers; bytes are written to files under
+    `cache_dir` (default: mowa's cache), named after their SHA-256. Without `require_text` texts may be missing (""),
+    and recordings without a table are allowed.
 
-    Raises DataError, with file and line, for what cannot be used: no such split, no column for recording or text,
-    no text in any row, broken JSON, not UTF-8, no rows, no such recording, a part of a recording (`offset`); AudioError
-    for a recording whose length has to be read and cannot be; MissingPart without `datasets`; HubUnreachable.
+    Raises DataError with file and line for what cannot be used: no such split, no column of recordings or texts, no
+    text in any row, broken JSON, not UTF-8, no rows, no such recording, an excerpt (`offset`); AudioError if a duration
+    is needed and cannot be read; MissingDependency without `datasets`; HubUnreachable.
     """
     cache_dir = cache_dir or cache_folder() / "audio"
-    for found in _found([path], split, {}, texts=require_text, recordings=not require_text):
-        example = found.example
+    for entry in _list_entries([path], split, {}, require_text=require_text, allow_audio=not require_text):
+        example = entry.example
         if example.offset_s:
-            raise DataError(f"{found.where}: is a part of a recording (offset). Cut the recordings into files first.")
-        file = _file(found, cache_dir)
-        length_s = _duration(found.where, example.duration_s, file)
-        yield replace(example, audio=str(file), duration_s=length_s, is_excerpt=False, audio_bytes=None)
+            raise DataError(
+                f"{entry.where}: is an excerpt of a recording (offset). Cut the recording into files first."
+            )
+        file = _audio_file(entry, cache_dir)
+        duration_s = _read_duration(entry.where, example.duration_s, file)
+        yield replace(example, audio=str(file), duration_s=duration_s, is_excerpt=False, audio_bytes=None)
 
 
 def list_splits(source: str | Path) -> list[str]:
-    """The splits that `entries` can tell apart at a place, sorted; none where there is but one, or it has no name.
+    """Return the splits of a source, sorted; none if it has only one, or one without a name.
 
-    Of a single table they are the values of its column `split`. Errors as `entries`.
+    For a single table they are the values of its column `split`. Errors as `list_examples`.
     """
     if str(source).startswith("hub:"):
         return list_hub_splits(str(source))
-    here = detect_layout(source, allow_audio=True)
-    if set(here.splits) != {""}:
-        return sorted(here.splits)
-    (first, *others) = here.splits[""]
-    if here.kind == "archive":
+    layout = detect_layout(source, allow_audio=True)
+    if set(layout.splits) != {""}:
+        return sorted(layout.splits)
+    (first, *others) = layout.splits[""]
+    if layout.kind == "archive":
         return archives.list_splits(first)
     if others or full_suffix(first) not in READERS:
         return []
     found: set[str] = set()
     for _, _, fields in READERS[full_suffix(first)](first):
-        column = _guessed(fields, {}).get("split")
+        column = _assign_columns(fields, {}).get("split")
         if column is None:
             return []
         found.add(str(fields[column]))
     return sorted(found)
 
 
-# --- rows, and what they say ------------------------------------------------------------------------------------------
+# --- rows to Examples -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """An example, where it was listed, the folder its path starts from, its name there, and whether off the hub."""
+class _Entry:
+    """An Example, its position for error messages, the folder of relative paths, its path there, whether on the Hub."""
 
     example: Example
     where: str
     folder: Path
     name: str
-    remote: bool
+    on_hub: bool
 
 
-def _found(
-    names: Sequence[str | Path], split: str, named: Mapping[str, str], *, texts: bool, recordings: bool
-) -> Iterator[_Found]:
-    if unknown := next((role for role in named if role not in COLUMN_ALIASES), None):
-        raise DataError(f"there is no role {unknown} for a column. Roles are {', '.join(COLUMN_ALIASES)}.")
+def _list_entries(
+    sources: Sequence[str | Path], split: str, columns: Mapping[str, str], *, require_text: bool, allow_audio: bool
+) -> Iterator[_Entry]:
+    if unknown := next((role for role in columns if role not in COLUMN_ALIASES), None):
+        raise DataError(f"unknown column role {unknown}. Roles: {', '.join(COLUMN_ALIASES)}.")
     taken: set[str] = set()
-    again: Counter[str] = Counter()
-    for name in (place for listed in names for place in expand_pattern(str(listed))):
-        remote, number, spoken, column = name.startswith("hub:"), 0, False, dict[str, str]()
-        for number, (where, folder, fields) in enumerate(_rows(name, split, named, recordings), 1):
+    repeats: Counter[str] = Counter()
+    for source in (expanded for listed in sources for expanded in expand_pattern(str(listed))):
+        on_hub, number, has_text, column = source.startswith("hub:"), 0, False, dict[str, str]()
+        for number, (where, folder, fields) in enumerate(_read_rows(source, split, columns, allow_audio), 1):
             if lhotse.is_cut(fields):
                 fields = lhotse.parse_cut(where, fields)
-            column = _guessed(fields, named)
-            for role, asked in named.items() if number == 1 else ():
+            column = _assign_columns(fields, columns)
+            for role, requested in columns.items() if number == 1 else ():
                 if role not in column:
-                    raise _no_column(where, role, fields, asked)
-            for role in ("audio", "text") if texts else ("audio",):
+                    raise _missing_column_error(where, role, fields, requested)
+            for role in ("audio", "text") if require_text else ("audio",):
                 if role not in column:
-                    raise _no_column(where, role, fields, named.get(role))
-            example, called = _example(where, folder, fields, column, str(number))
-            spoken = spoken or bool(example.text.strip())
-            if texts and not spoken and number == _MUTE:
+                    raise _missing_column_error(where, role, fields, columns.get(role))
+            example, name = _to_example(where, folder, fields, column, str(number))
+            has_text = has_text or bool(example.text.strip())
+            if require_text and not has_text and number == _EMPTY_TEXTS:
                 break
-            example = replace(example, id=_unique(example.id, taken, again))
-            yield _Found(example, where, folder, called, remote)
+            example = replace(example, id=_unique_id(example.id, taken, repeats))
+            yield _Entry(example, where, folder, name, on_hub)
         if not number:
-            raise DataError(f"{name}: is empty, there is no row to read. Check that it was written to its end.")
-        if texts and not spoken:
-            told = column.get("text", "text")
-            raise DataError(f"{name}: {told} is empty in all {number} rows read. Name a source with texts.")
+            raise DataError(f"{source}: is empty: it has no rows. Check that it was written completely.")
+        if require_text and not has_text:
+            name = column.get("text", "text")
+            raise DataError(f"{source}: {name} is empty in all {number} rows read. Pass a source with texts.")
 
 
-def _rows(name: str, split: str, named: Mapping[str, str], recordings: bool) -> Iterator[TableRow]:
-    choose = partial(choose_split, split, name)
-    if name.startswith("hub:"):
-        yield from stream_hub_dataset(name, choose, named.values())
+def _read_rows(source: str, split: str, columns: Mapping[str, str], allow_audio: bool) -> Iterator[TableRow]:
+    choose = partial(choose_split, split, source)
+    if source.startswith("hub:"):
+        yield from stream_hub_dataset(source, choose, columns.values())
         return
-    here = detect_layout(name, allow_audio=recordings)
-    if set(here.splits) != {""}:
-        for child in here.splits[choose(here.splits)]:
-            yield from _rows(str(child), "", named, recordings)
+    layout = detect_layout(source, allow_audio=allow_audio)
+    if set(layout.splits) != {""}:
+        for child in layout.splits[choose(layout.splits)]:
+            yield from _read_rows(str(child), "", columns, allow_audio)
         return
-    for file in here.splits[""]:
-        if here.kind in ("recording", "folder of recordings"):
+    for file in layout.splits[""]:
+        if layout.kind in ("audio file", "audio folder"):
             if split:
-                raise DataError(f"{name}: has no split {split}, but bare recordings. Leave the split out.")
-            yield from _bare(name, file)
+                raise DataError(
+                    f"{source}: has no split {split}: recordings without a table have none. Omit the split."
+                )
+            yield from _read_recordings(source, file)
         elif archives.is_archive(file):
-            yield from archives.read_archive(file, split, choose, named)
+            yield from archives.read_archive(file, split, choose, columns)
         else:
-            rows = READERS[full_suffix(file)](file, named.values()) if file.is_file() else _directory(here, file, named)
-            yield from filter_split(rows, split, name, named.get("split")) if split else rows
+            rows = (
+                READERS[full_suffix(file)](file, columns.values())
+                if file.is_file()
+                else _read_directory(layout, file, columns)
+            )
+            yield from filter_split(rows, split, source, columns.get("split")) if split else rows
 
 
-def _directory(here: SourceLayout, folder: Path, named: Mapping[str, str]) -> Iterator[TableRow]:
-    return kaldi.read_kaldi(folder) if here.kind == "Kaldi directory" else read_saved_dataset(folder, named.values())
+def _read_directory(layout: SourceLayout, folder: Path, columns: Mapping[str, str]) -> Iterator[TableRow]:
+    if layout.kind == "Kaldi directory":
+        return kaldi.read_kaldi(folder)
+    return read_saved_dataset(folder, columns.values())
 
 
-def _bare(name: str, place: Path) -> Iterator[TableRow]:
-    """A recording, called as it was given, or those under a folder, called as they are below it."""
-    if not place.is_dir():
-        yield name, Path(), {"audio": str(place), "id": os.path.splitext(name)[0]}
+def _read_recordings(source: str, path: Path) -> Iterator[TableRow]:
+    """Yield a recording, whose id is its path as given, or those under a folder, with paths relative to it."""
+    if not path.is_dir():
+        yield source, Path(), {"audio": str(path), "id": os.path.splitext(source)[0]}
         return
-    for file in walk_audio_files(place):
-        yield str(file), Path(), {"audio": str(file), "id": str(file.relative_to(place).with_suffix(""))}
+    for file in walk_audio_files(path):
+        yield str(file), Path(), {"audio": str(file), "id": str(file.relative_to(path).with_suffix(""))}
 
 
-def _guessed(fields: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, str]:
-    """Role → column, those that were named first; of the others, none that was named for another role."""
-    there = {role: name for role, name in named.items() if name in fields}
-    guessed = {role: name for role, name in guess_columns(tuple(fields)).items() if role not in named}
-    return {role: name for role, name in guessed.items() if name not in there.values()} | there
+def _assign_columns(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Return role → column: first those of `columns`, then guessed ones that `columns` does not use."""
+    assigned = {role: name for role, name in columns.items() if name in fields}
+    guessed = {role: name for role, name in guess_columns(tuple(fields)).items() if role not in columns}
+    return {role: name for role, name in guessed.items() if name not in assigned.values()} | assigned
 
 
-def _example(
+def _to_example(
     where: str, folder: Path, fields: Mapping[str, Any], column: Mapping[str, str], number: str
 ) -> tuple[Example, str]:
-    """The Example of one row, and what the row calls its recording."""
+    """Return the Example of a row, and its recording as named in the row."""
     text = fields[column["text"]] if "text" in column else ""
     if not isinstance(text, str | None):
-        raise DataError(f"{where}: {column['text']} is {text!r}, which is no text. Write it in quotes.")
-    place, name, sound = _recording(where, folder, fields[column["audio"]])
-    named, offset = fields.get(column.get("id", "")), fields.get(column.get("offset", ""))
-    length_s, begin_s = _number(fields.get(column.get("duration", ""))), _number(offset)
-    if begin_s < 0 or (begin_s and length_s <= 0):
-        raise DataError(
-            f"{where}: is a part of a recording (offset {offset}) without a duration. Give both, in seconds."
-        )
+        raise DataError(f"{where}: {column['text']} is {text!r}, not a string. Write it in quotes.")
+    path, name, audio_bytes = _locate_audio(where, folder, fields[column["audio"]])
+    given_id, offset = fields.get(column.get("id", "")), fields.get(column.get("offset", ""))
+    duration_s, offset_s = _to_number(fields.get(column.get("duration", ""))), _to_number(offset)
+    if offset_s < 0 or (offset_s and duration_s <= 0):
+        raise DataError(f"{where}: has an offset ({offset}) without a duration. Write both, in seconds.")
     return Example(
-        id=str(named) if named not in (None, "") else Path(name).stem or number,
-        audio=place,
+        id=str(given_id) if given_id not in (None, "") else Path(name).stem or number,
+        audio=path,
         text=text or "",
-        duration_s=max(0.0, length_s),
+        duration_s=max(0.0, duration_s),
         tags={tag: str(value) for tag in _TAGS if (value := fields.get(column.get(tag, ""))) not in (None, "")},
-        offset_s=begin_s,
-        is_excerpt=offset not in (None, "") and length_s > 0,
-        audio_bytes=sound,
+        offset_s=offset_s,
+        is_excerpt=offset not in (None, "") and duration_s > 0,
+        audio_bytes=audio_bytes,
     ), name
 
 
-def _no_column(where: str, role: str, fields: Mapping[str, Any], asked: str | None = None) -> DataError:
+def _missing_column_error(where: str, role: str, fields: Mapping[str, Any], requested: str | None = None) -> DataError:
     found = ", ".join(repr(str(name)[:40]) for name in fields) or "none"
-    if asked is not None:
-        return DataError(f"{where}: there is no column {asked}, which is to be the {role}. Found: {found}.")
-    what = {"audio": "recording", "text": "text"}[role]
-    return DataError(
-        f"{where}: no column holds the {what}. Call one of them {', '.join(COLUMN_ALIASES[role])}; found: {found}."
-    )
+    if requested is not None:
+        return DataError(f"{where}: there is no column {requested}, requested as {role}. Columns: {found}.")
+    names = ", ".join(COLUMN_ALIASES[role])
+    return DataError(f"{where}: no column for {role}. Recognized names: {names}. Columns: {found}.")
 
 
-def _number(value: Any) -> float:
-    """A finite number, or 0 where there is none."""
+def _to_number(value: Any) -> float:
+    """Convert to a finite float, or 0."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -277,78 +269,84 @@ def _number(value: Any) -> float:
     return number if math.isfinite(number) else 0.0
 
 
-def _unique(name: str, taken: set[str], again: Counter[str]) -> str:
-    free = name
-    while free in taken:
-        again[name] += 1
-        free = f"{name}-{again[name] + 1}"
-    taken.add(free)
-    return free
+def _unique_id(name: str, taken: set[str], repeats: Counter[str]) -> str:
+    unique = name
+    while unique in taken:
+        repeats[name] += 1
+        unique = f"{name}-{repeats[name] + 1}"
+    taken.add(unique)
+    return unique
 
 
-def _recording(where: str, folder: Path, value: Any) -> tuple[str, str, bytes | None]:
-    """What stands in the audio column → its place, the name it has there, and its bytes where it is no file."""
+def _locate_audio(where: str, folder: Path, value: Any) -> tuple[str, str, bytes | None]:
+    """Return the path of the recording in an audio column, its name in the row, and its bytes if it is not a file."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if isinstance(data, bytes):
         return name or where, name or "", data
     name = name or data
     if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: names no recording. Fill in its path, or delete the row.")
+        raise DataError(f"{where}: has no recording. Add its path, or delete the row.")
     if "://" in name:
         return name, name, None
-    bases = (folder, folder / "clips", Path())
-    place = next((there for base in bases if os.path.isfile(there := os.path.join(base, name))), None)
-    return os.path.abspath(place or os.path.join(folder, name)), name, None
+    candidates = (os.path.join(base, name) for base in (folder, folder / "clips", Path()))
+    path = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
+    return os.path.abspath(path or os.path.join(folder, name)), name, None
 
 
-# --- files that are there ---------------------------------------------------------------------------------------------
+# --- audio files and durations ----------------------------------------------------------------------------------------
 
 
-def _file(found: _Found, cache: Path) -> Path:
-    example = found.example
+def _audio_file(entry: _Entry, cache_dir: Path) -> Path:
+    example = entry.example
     if example.audio_bytes is not None:
-        return _kept(example.audio_bytes, found.name, cache)
+        return _cache_audio(example.audio_bytes, entry.name, cache_dir)
     if "://" in example.audio:
-        if not found.remote:
-            told = f"{example.audio} is an address, and none is opened from a manifest. Download it first."
-            raise DataError(f"{found.where}: {told}")
-        return _kept(_fetched(example.audio), example.audio, cache)
+        if not entry.on_hub:
+            raise DataError(
+                f"{entry.where}: {example.audio} is a URL, and URLs in manifests are not read. Download it."
+            )
+        return _cache_audio(_fetch(example.audio), example.audio, cache_dir)
     if os.path.isfile(example.audio):
         return Path(example.audio)
-    looked = " or ".join(map(str, dict.fromkeys((found.folder.absolute(), Path.cwd()))))
-    raise DataError(f"{found.where}: there is no recording {found.name} in {looked}. Mend the path, or delete the row.")
+    folders = " or ".join(map(str, dict.fromkeys((entry.folder.absolute(), Path.cwd()))))
+    raise DataError(f"{entry.where}: no recording {entry.name} in {folders}. Correct the path, or delete the row.")
 
 
-def _fetched(address: str) -> bytes:
-    with import_optional("fsspec").open(address, "rb") as file:
+def _fetch(url: str) -> bytes:
+    with import_optional("fsspec").open(url, "rb") as file:
         data: bytes = file.read()
     return data
 
 
-def _kept(data: bytes, name: str, cache: Path) -> Path:
-    """The file under `cache` that holds these bytes; by its first bytes, else its name, it gets its suffix."""
-    suffix = next((suffix for magic, suffix in _MAGIC.items() if data.startswith(magic)), Path(name).suffix.lower())
+def _cache_audio(data: bytes, name: str, cache_dir: Path) -> Path:
+    """Write bytes to a file under `cache_dir`; its suffix follows from the first bytes, else from `name`."""
+    suffixes = (suffix for magic, suffix in _MAGIC_SUFFIXES.items() if data.startswith(magic))
+    suffix = next(suffixes, Path(name).suffix.lower())
     digest = hashlib.sha256(data).hexdigest()[:32]
-    file = cache / digest[:2] / f"{digest}{suffix if suffix in audio.AUDIO_SUFFIXES else '.audio'}"
+    file = cache_dir / digest[:2] / f"{digest}{suffix if suffix in audio.AUDIO_SUFFIXES else '.audio'}"
     if not file.is_file():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(file, data)
-        except OSError as wrong:
-            raise DataError(f"{cache}: recordings cannot be kept there ({wrong.strerror}). Name another.") from None
+        except OSError as error:
+            raise DataError(
+                f"{cache_dir}: cannot be written ({error.strerror}). Choose another cache folder."
+            ) from None
     return Path(os.path.abspath(file))
 
 
-def _duration(where: str, stated_s: float, file: Path) -> float:
-    """The row's, if it can be right; else the header's; else, where that is silent, decoded and counted."""
+def _read_duration(where: str, stated_s: float, file: Path) -> float:
+    """Return the stated duration if plausible, else that of the header, else that of the decoded audio."""
     if 0 < stated_s <= _DOUBTFUL_S:
         return stated_s
     try:
-        length_s = audio.probe_audio(file).duration_s
-        if length_s is None:
-            length_s = sum(map(len, audio.stream_audio(file, 16_000))) / 16_000
-    except AudioError as wrong:
-        raise AudioError(f"{where}: {wrong}") from None
-    if stated_s > 20 * length_s:
-        raise DataError(f"{where}: duration {stated_s:g}, and the recording has {length_s:.2f} s. Give it in seconds.")
-    return stated_s if stated_s > 0 else length_s
+        duration_s = audio.probe_audio(file).duration_s
+        if duration_s is None:
+            duration_s = sum(map(len, audio.stream_audio(file, 16_000))) / 16_000
+    except AudioError as error:
+        raise AudioError(f"{where}: {error}") from None
+    if stated_s > 20 * duration_s:
+        raise DataError(
+            f"{where}: duration is {stated_s:g}, but the recording has {duration_s:.2f} s. Write it in seconds."
+        )
+    return stated_s if stated_s > 0 else duration_s

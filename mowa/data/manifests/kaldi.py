@@ -1,8 +1,8 @@
-"""Kaldi data directories → rows: wav.scp, segments, text, utt2spk, utt2dur, reco2dur.
+"""Read Kaldi data directories row by row: wav.scp, segments, text, utt2spk, utt2dur, reco2dur.
 
-Files that are sorted, as Kaldi wants them, are read side by side and not held; wav.scp is, where there are segments:
-one path a recording. Commands in wav.scp are refused: nothing is run here that a file says.
-https://kaldi-asr.org/doc/data_prep.html
+Files that are sorted, as Kaldi requires, are read side by side and not kept in memory, except wav.scp if there are
+segments. Commands in wav.scp are rejected, since no command from a file is run.
+Source: https://kaldi-asr.org/doc/data_prep.html
 """
 
 from __future__ import annotations
@@ -15,75 +15,75 @@ from typing import Any
 from mowa.data.manifests.tables import TableRow, read_lines
 from mowa.errors import DataError
 
-_INSIDE = re.compile(r".*\.ark:\d+(\[.*\])?")
+_ARK_PATH = re.compile(r".*\.ark:\d+(\[.*\])?")
 
 
 def read_kaldi(folder: Path) -> Iterator[TableRow]:
-    """The utterances of a directory, in the order of segments, or of wav.scp where there are none.
+    """Yield the utterances of a directory in the order of segments, or of wav.scp without segments.
 
-    Fields: id, audio, text, and where given speaker, duration, offset (seconds; the utterance is a part of the
-    recording then). DataError, with file and line, for commands and archives in wav.scp, and for broken lines.
+    Columns: id, audio, text, speaker, duration, and offset for utterances that are an excerpt of their recording
+    (seconds). Raises DataError, with file and line, for commands and archives in wav.scp and for invalid lines.
     """
-    text, speaker = _beside(folder / "text"), _beside(folder / "utt2spk")
-    for where, fields in _segments(folder) if (folder / "segments").is_file() else _recordings(folder):
+    text, speaker = _open_lookup(folder / "text"), _open_lookup(folder / "utt2spk")
+    for where, fields in _read_segments(folder) if (folder / "segments").is_file() else _read_recordings(folder):
         name = fields["id"]
         yield where, folder, {**fields, "text": text(name), "speaker": speaker(name)}
 
 
-def _recordings(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    stated = ("utt2dur", "reco2dur")
-    length = _beside(next((folder / name for name in stated if (folder / name).is_file()), folder / stated[0]))
-    for where, name, path in _paths(folder):
-        yield where, {"id": name, "audio": path, "duration": length(name)}
+def _read_recordings(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    names = ("utt2dur", "reco2dur")
+    duration = _open_lookup(next((folder / name for name in names if (folder / name).is_file()), folder / names[0]))
+    for where, name, path in _read_paths(folder):
+        yield where, {"id": name, "audio": path, "duration": duration(name)}
 
 
-def _segments(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    paths = {name: path for _, name, path in _paths(folder)}
-    lengths = {name: _seconds(where, value) for where, name, value in _pairs(folder / "reco2dur")}
-    for where, name, rest in _pairs(folder / "segments"):
+def _read_segments(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    paths = {name: path for _, name, path in _read_paths(folder)}
+    durations = {name: _parse_seconds(where, value) for where, name, value in _read_pairs(folder / "reco2dur")}
+    for where, name, rest in _read_pairs(folder / "segments"):
         recording, *times = rest.split() or [""]
         if len(times) < 2:
-            raise DataError(f"{where}: is no segment. Write: utterance, recording, start and end in seconds.")
-        begin_s, end_s = (_seconds(where, time) for time in times[:2])
+            raise DataError(f"{where}: is not a segment. Expected: utterance, recording, start and end in seconds.")
+        start_s, end_s = (_parse_seconds(where, time) for time in times[:2])
         if recording not in paths:
             raise DataError(f"{where}: recording {recording} is not in wav.scp. Add it, or delete the segment.")
-        if end_s == -1:  # to the end of the recording
-            if begin_s == 0:
-                yield where, {"id": name, "audio": paths[recording], "duration": lengths.get(recording, 0)}
+        if end_s == -1:  # the end of the recording
+            if start_s == 0:
+                yield where, {"id": name, "audio": paths[recording], "duration": durations.get(recording, 0)}
                 continue
-            if recording not in lengths:
+            if recording not in durations:
                 raise DataError(
-                    f"{where}: ends with its recording (-1), whose length is not in reco2dur. Write its end."
+                    f"{where}: ends with its recording (-1), whose duration is not in reco2dur. Write the end."
                 )
-            end_s = lengths[recording]
-        if not 0 <= begin_s < end_s:
-            raise DataError(f"{where}: from {begin_s:g} to {end_s:g} s is no segment. Start and end are in seconds.")
-        yield where, {"id": name, "audio": paths[recording], "offset": begin_s, "duration": round(end_s - begin_s, 6)}
+            end_s = durations[recording]
+        if not 0 <= start_s < end_s:
+            raise DataError(f"{where}: {start_s:g} to {end_s:g} s is not a segment. Start and end are in seconds.")
+        yield where, {"id": name, "audio": paths[recording], "offset": start_s, "duration": round(end_s - start_s, 6)}
 
 
-def _seconds(where: str, value: str) -> float:
+def _parse_seconds(where: str, value: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise DataError(f"{where}: {value[:40]} is no time. Write seconds, such as 12.5.") from None
+        raise DataError(f"{where}: {value[:40]} is not a number of seconds. Write seconds, such as 12.5.") from None
 
 
-def _paths(folder: Path) -> Iterator[tuple[str, str, str]]:
-    for where, name, path in _pairs(folder / "wav.scp"):
+def _read_paths(folder: Path) -> Iterator[tuple[str, str, str]]:
+    for where, name, path in _read_pairs(folder / "wav.scp"):
         if path.endswith("|") or path.startswith("|"):
             raise DataError(
-                f"{where}: is a command ({path[:60]}), and none is run here. "
-                "Run it once into a file, and write the file's path in its place."
+                f"{where}: is a command ({path[:60]}), and commands are not run. "
+                "Write its output to a file once, and put the path of that file here."
             )
-        if _INSIDE.fullmatch(path):
-            raise DataError(f"{where}: {path} lies inside a Kaldi archive. Take it out with wav-copy, as files.")
+        if _ARK_PATH.fullmatch(path):
+            raise DataError(f"{where}: {path} is inside a Kaldi archive. Extract files with wav-copy.")
         if not path:
-            raise DataError(f"{where}: names no recording. Fill in its path, or delete the line.")
+            raise DataError(f"{where}: has no recording. Add its path, or delete the line.")
         yield where, name, path
 
 
-def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Where each line stands, its first word, and the rest of it; none where there is no such file."""
+def _read_pairs(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield the position, the first word and the rest of each line; nothing if there is no such file."""
     if path.is_file():
         for number, line in enumerate(read_lines(path), 1):
             name, _, rest = line.strip().replace("\t", " ", 1).partition(" ")
@@ -91,26 +91,28 @@ def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
                 yield f"{path}:{number}", name, rest.strip()
 
 
-def _beside(path: Path) -> Callable[[str], str]:
-    """Look-up in a file of pairs, "" for what is not there. Where it is sorted, it is read as far as it is asked, and
-    what was passed over is kept; else all of it is held."""
-    before, ordered = "", True
-    for _, name, _ in _pairs(path):
-        before, ordered = name, ordered and before <= name
-        if not ordered:
+def _open_lookup(path: Path) -> Callable[[str], str]:
+    """Return a function from the first word of a line to its rest, "" if absent.
+
+    A sorted file is read as far as needed, and lines that were passed over are kept; an unsorted one is kept whole.
+    """
+    previous, is_sorted = "", True
+    for _, name, _ in _read_pairs(path):
+        previous, is_sorted = name, is_sorted and previous <= name
+        if not is_sorted:
             break
-    held: dict[str, str] = {}
-    pairs = _pairs(path)
+    kept: dict[str, str] = {}
+    pairs = _read_pairs(path)
     ahead: tuple[str, str, str] | None = None
 
-    def found(wanted: str) -> str:
+    def look_up(wanted: str) -> str:
         nonlocal ahead
-        while wanted not in held:
+        while wanted not in kept:
             ahead = ahead or next(pairs, None)
-            if ahead is None or (ordered and ahead[1] > wanted):
+            if ahead is None or (is_sorted and ahead[1] > wanted):
                 return ""
-            held[ahead[1]] = ahead[2]
+            kept[ahead[1]] = ahead[2]
             ahead = None
-        return held.pop(wanted)
+        return kept.pop(wanted)
 
-    return found
+    return look_up

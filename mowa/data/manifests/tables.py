@@ -1,7 +1,6 @@
-"""One table, wherever it is kept → its rows, one at a time: JSON lines, CSV, TSV, parquet, Arrow, a stream off the hub.
+"""Read one table row by row: JSON Lines, CSV, TSV, parquet, Arrow, or a data set streamed from the Hub.
 
-This room knows containers and what their columns may be called; it refuses to know what a recording is, and decodes
-none: sound comes as a path, or as the bytes that the table holds. `sources` puts the tables of a folder together.
+Audio is not decoded: a row holds its path or the bytes in the table. `examples` combines the tables of a corpus.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any
 
 from mowa.errors import DataError, HubUnreachable, MissingDependency
 
-# What a column may be called, the likelier name first; letter case does not matter.
+# Role → names of columns that have it, in order of preference, in lower case.
 COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
     "audio": tuple("audio audio_filepath audio_path audio_file file_name filename file path wav flac mp3".split()),
     "text": tuple("text sentence transcription transcript normalized_text raw_transcription raw_text txt".split()),
@@ -39,80 +38,94 @@ COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
 }
 HUB_PATTERN = re.compile(r"hub:(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<config>.+))?")
 
-TableRow = tuple[str, Path, Mapping[str, Any]]  # where it stands, the folder its paths start from, its columns
+TableRow = tuple[str, Path, Mapping[str, Any]]  # position for error messages, folder of relative paths, columns
 
 
 @lru_cache(maxsize=256)
 def guess_columns(names: tuple[str, ...]) -> dict[str, str]:
-    """Role → the column that plays it, of those with these names."""
-    there = {str(name).strip().lower(): name for name in reversed(names)}
-    return {role: there[name] for role, known in COLUMN_ALIASES.items() for name in reversed(known) if name in there}
+    """Return role → column for the roles that some of these columns have by `COLUMN_ALIASES`."""
+    by_lower = {str(name).strip().lower(): name for name in reversed(names)}
+    return {
+        role: by_lower[name]
+        for role, aliases in COLUMN_ALIASES.items()
+        for name in reversed(aliases)
+        if name in by_lower
+    }
 
 
-def _useful(names: list[str], sounding: list[str], also: Collection[str]) -> dict[str, str]:
-    """Columns to read → what to call them: those with a role, sound under any name; all, where a role is missing.
-    `also` are columns that were asked for by name."""
-    known = {name for names in COLUMN_ALIASES.values() for name in names}
-    useful = {name: name for name in names if name.strip().lower() in known or name in also}
-    if "audio" not in guess_columns(tuple(useful)) and sounding and sounding[0] not in also:
-        useful[sounding[0]] = "audio"
-    if {"audio", "text"} <= set(guess_columns(tuple(useful.values()))):
-        return useful
-    return {name: useful.get(name, name) for name in names}  # so that an error can name them all
+def _select_columns(names: list[str], audio_columns: list[str], extra_columns: Collection[str]) -> dict[str, str]:
+    """Return column → its new name, for the columns to read.
+
+    These are columns with a role, `extra_columns`, and the first of `audio_columns` (columns of audio bytes) if no
+    column is called audio. If audio or text are not among them, all columns are read, so that an error can list them.
+    """
+    aliases = {name for names in COLUMN_ALIASES.values() for name in names}
+    selected = {name: name for name in names if name.strip().lower() in aliases or name in extra_columns}
+    if "audio" not in guess_columns(tuple(selected)) and audio_columns and audio_columns[0] not in extra_columns:
+        selected[audio_columns[0]] = "audio"
+    if {"audio", "text"} <= set(guess_columns(tuple(selected.values()))):
+        return selected
+    return {name: selected.get(name, name) for name in names}
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text tables ------------------------------------------------------------------------------------------------------
 
 
 def decode_lines(lines: Iterable[bytes], name: object) -> Iterator[str]:
-    """Lines with their ends, a byte order mark left out; split at line feeds only, as U+2028 may stand in a text."""
+    """Decode UTF-8 lines, which keep their ends, without a byte order mark. Raises DataError for other encodings.
+
+    Lines are split at line feeds only, since U+2028 may occur in texts.
+    """
     for number, line in enumerate(lines, 1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as wrong:
+        except UnicodeDecodeError as error:
             raise DataError(
-                f"{name}:{number}: is not UTF-8 (byte 0x{wrong.object[wrong.start]:02x}). Save it as UTF-8, or "
+                f"{name}:{number}: is not UTF-8 (byte 0x{error.object[error.start]:02x}). Save it as UTF-8, or "
                 "convert it: iconv -f ITS-ENCODING -t UTF-8."
             ) from None
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file as `decoded` gives them, unpacked where it is a .gz. DataError, as there."""
+    """Yield the lines of a text file or .gz as `decode_lines` does. Raises DataError if it cannot be read."""
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             yield from decode_lines(file, path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as wrong:
-        raise DataError(f"{path}: is damaged, or cut off ({_reason(wrong)}). Copy it again.") from None
-    except OSError as wrong:
-        raise DataError(f"{path}: cannot be read ({wrong.strerror}). Check who may read it.") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: is damaged or cut off ({_first_line(error)}). Copy it again.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from None
 
 
-def _objects(path: Path, also: Collection[str] = ()) -> Iterator[TableRow]:
+def _read_json_lines(path: Path, extra_columns: Collection[str] = ()) -> Iterator[TableRow]:
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as wrong:
+        except json.JSONDecodeError as error:
             raise DataError(
-                f"{path}:{number}: broken JSON ({wrong.msg}, column {wrong.colno}). Write one whole object a line."
+                f"{path}:{number}: broken JSON ({error.msg}, column {error.colno}). Write one JSON object per line."
             ) from None
         if not isinstance(fields, dict):
-            raise DataError(f"{path}:{number}: is JSON, but no object with columns. Write one object a line.")
+            raise DataError(f"{path}:{number}: is not a JSON object. Write one JSON object per line.")
         yield f"{path}:{number}", path.parent, fields
 
 
-def _table(path: Path, also: Collection[str] = ()) -> Iterator[TableRow]:
-    """CSV with its usual quotes, its delimiter told by the header; TSV with none, as Common Voice's quotes are text."""
-    lengths = _clip_lengths(path.parent)
+def _read_text_table(path: Path, extra_columns: Collection[str] = ()) -> Iterator[TableRow]:
+    durations = _read_clip_durations(path.parent)
     for where, fields in parse_table(read_lines(path), path, tab_separated=full_suffix(path).startswith(".tsv")):
-        if (length_s := lengths.get(fields.get("path", ""))) is not None:
-            fields["duration_s"] = length_s
+        if (duration_s := durations.get(fields.get("path", ""))) is not None:
+            fields["duration_s"] = duration_s
         yield where, path.parent, fields
 
 
 def parse_table(lines: Iterator[str], name: object, *, tab_separated: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a table with a header: where each stands, and its columns. `tabs`: as a TSV, quotes being text."""
+    """Yield the position and the columns of each row of a table with a header.
+
+    TSV has no quoting: quotes are text, as in Common Voice. CSV has the usual quoting, and the delimiter (comma,
+    semicolon, tab or bar) that its header has most of. Raises DataError for a broken table.
+    """
     first = next(lines, "")
     if tab_separated:
         reader = csv.reader(chain([first], lines), delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -125,137 +138,166 @@ def parse_table(lines: Iterator[str], name: object, *, tab_separated: bool) -> I
                 continue
             where = f"{name}:{reader.line_num}"
             if len(values) > len(header):
-                counted = f"{len(values)} columns, the header {len(header)}"
-                raise DataError(f"{where}: has {counted}. Quote texts that hold the delimiter.")
+                counts = f"{len(values)} columns, the header {len(header)}"
+                raise DataError(f"{where}: has {counts}. Quote texts that contain the delimiter.")
             yield where, dict(zip(header, values, strict=False))
-    except csv.Error as wrong:
-        raise DataError(f"{name}:{reader.line_num}: broken table ({wrong}). Check the quotes before it.") from None
+    except csv.Error as error:
+        raise DataError(f"{name}:{reader.line_num}: broken table ({error}). Check the quotes before it.") from None
 
 
-def _clip_lengths(folder: Path) -> dict[str, float]:
-    """Seconds by clip, where Common Voice lists them: a header less to read for each of a million clips."""
-    listed = folder / "clip_durations.tsv"
-    if not listed.is_file():
+def _read_clip_durations(folder: Path) -> dict[str, float]:
+    """Return clip → seconds from Common Voice's clip_durations.tsv, which saves reading a header per clip."""
+    file = folder / "clip_durations.tsv"
+    if not file.is_file():
         return {}
-    rows = (line.rstrip("\r\n").split("\t") for line in read_lines(listed))
+    rows = (line.rstrip("\r\n").split("\t") for line in read_lines(file))
     return {row[0]: float(row[1]) / 1000 for row in rows if len(row) == 2 and row[1].isdecimal()}
 
 
-# --- tables that hold bytes -------------------------------------------------------------------------------------------
+# --- binary tables ----------------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path, also: Collection[str] = ()) -> Iterator[TableRow]:
+def read_parquet_rows(
+    path: Path, batch_size: int, select_columns: Callable[[Any], Mapping[str, str]] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the position and the columns of each row of a parquet file.
+
+    `select_columns` maps the Arrow schema to column → new name, for the columns to read. Raises DataError if the file
+    is not parquet or damaged, and MissingDependency without pyarrow.
+    """
     pq, arrow = import_optional("pyarrow.parquet"), import_optional("pyarrow")
     try:
         with pq.ParquetFile(path) as file:
-            structs = [field for field in file.schema_arrow if arrow.types.is_struct(field.type)]
-            sounding = [field.name for field in structs if field.type.get_field_index("bytes") >= 0]
-            useful = _useful(file.schema_arrow.names, sounding, also)
+            names = (
+                select_columns(file.schema_arrow) if select_columns else {key: key for key in file.schema_arrow.names}
+            )
             number = 0
-            for batch in file.iter_batches(batch_size=16, columns=list(useful)):
+            for batch in file.iter_batches(batch_size=batch_size, columns=list(names) if select_columns else None):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", path.parent, {useful[key]: value for key, value in fields.items()}
-    except (arrow.ArrowException, OSError) as wrong:
-        raise DataError(f"{path}: is no parquet file, or damaged ({_reason(wrong)}). Copy it again.") from wrong
+                    yield f"{path}: row {number}", {names[key]: value for key, value in fields.items()}
+    except (arrow.ArrowException, OSError) as error:
+        reason = _first_line(error)
+        raise DataError(f"{path}: is not a parquet file, or is damaged ({reason}). Copy it again.") from error
 
 
-def _arrow(path: Path, also: Collection[str] = ()) -> Iterator[TableRow]:
+def _read_parquet(path: Path, extra_columns: Collection[str] = ()) -> Iterator[TableRow]:
+    def select_columns(schema: Any) -> dict[str, str]:
+        structs = [field for field in schema if import_optional("pyarrow").types.is_struct(field.type)]
+        audio_columns = [field.name for field in structs if field.type.get_field_index("bytes") >= 0]
+        return _select_columns(schema.names, audio_columns, extra_columns)
+
+    for where, fields in read_parquet_rows(path, 16, select_columns):
+        yield where, path.parent, fields
+
+
+def _read_arrow(path: Path, extra_columns: Collection[str] = ()) -> Iterator[TableRow]:
     datasets = import_optional("datasets")
     try:
-        yield from _mapped(datasets.Dataset.from_file(str(path)), path, path.parent, also)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as wrong:
+        yield from _read_dataset(datasets.Dataset.from_file(str(path)), path, path.parent, extra_columns)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        reason = _first_line(error)
         raise DataError(
-            f"{path}: is no Arrow file of datasets, or damaged ({_reason(wrong)}). Copy it again."
-        ) from wrong
+            f"{path}: is not an Arrow file of datasets, or is damaged ({reason}). Copy it again."
+        ) from error
 
 
 READERS: dict[str, Callable[..., Iterator[TableRow]]] = {
-    ".jsonl": _objects,
-    ".json": _objects,
-    ".csv": _table,
-    ".tsv": _table,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-    ".jsonl.gz": _objects,
-    ".csv.gz": _table,
-    ".tsv.gz": _table,
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_lines,
+    ".csv": _read_text_table,
+    ".tsv": _read_text_table,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".jsonl.gz": _read_json_lines,
+    ".csv.gz": _read_text_table,
+    ".tsv.gz": _read_text_table,
 }
-"""By `suffix`: one file, and columns that are wanted whatever they are called → its rows."""
+"""`full_suffix` → function of a path, and of columns to read whatever they are called, that yields rows."""
 
 
 def full_suffix(path: Path) -> str:
-    """In small letters, with what a .gz holds: `.jsonl.gz`."""
+    """Return the suffix in lower case; for .gz both suffixes, such as `.jsonl.gz`."""
     last = path.suffix.lower()
     return path.with_suffix("").suffix.lower() + last if last == ".gz" else last
 
 
 def read_saved_dataset(folder: Path, extra_columns: Collection[str] = ()) -> Iterator[TableRow]:
-    """The rows of a `Dataset` that `save_to_disk` wrote, straight from its mapped files."""
+    """Yield the rows of a `datasets.Dataset` saved with `save_to_disk`, memory-mapped. Raises DataError if damaged."""
     datasets = import_optional("datasets")
     try:
-        yield from _mapped(datasets.load_from_disk(str(folder)), folder, folder, extra_columns)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as wrong:
-        raise DataError(f"{folder}: is damaged ({_reason(wrong)}). Save it again with save_to_disk.") from wrong
+        yield from _read_dataset(datasets.load_from_disk(str(folder)), folder, folder, extra_columns)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise DataError(f"{folder}: is damaged ({_first_line(error)}). Save it again with save_to_disk.") from error
 
 
-def _mapped(data: Any, name: Path, folder: Path, also: Collection[str]) -> Iterator[TableRow]:
-    """The rows of a `Dataset`, its sound undecoded."""
+def _read_dataset(data: Any, name: Path, folder: Path, extra_columns: Collection[str]) -> Iterator[TableRow]:
+    """Yield the rows of a `datasets.Dataset` without decoding audio."""
     datasets = import_optional("datasets")
-    data = data.with_format(None)  # a format is saved with it
-    sounding = [name for name, feature in data.features.items() if isinstance(feature, datasets.Audio)]
-    for column in sounding:
+    data = data.with_format(None)  # a format is saved with the data
+    audio_columns = [name for name, feature in data.features.items() if isinstance(feature, datasets.Audio)]
+    for column in audio_columns:
         data = data.cast_column(column, datasets.Audio(decode=False))
-    useful = _useful(data.column_names, sounding, also)
-    for number, fields in enumerate(data.select_columns(list(useful)), 1):
-        yield f"{name}: row {number}", folder, {useful[key]: value for key, value in fields.items()}
+    names = _select_columns(data.column_names, audio_columns, extra_columns)
+    for number, fields in enumerate(data.select_columns(list(names)), 1):
+        yield f"{name}: row {number}", folder, {names[key]: value for key, value in fields.items()}
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
 
 
 def stream_hub_dataset(
     source: str, choose_split: Callable[[Iterable[str]], str], extra_columns: Collection[str] = ()
 ) -> Iterator[TableRow]:
-    """`hub:owner/name[@revision][:config]`, streamed; `choose` picks one of the splits. HubUnreachable, DataError."""
-    with _reached(source) as (datasets, builder, splits):
+    """Stream `hub:owner/name[@revision][:config]`; `choose_split` returns one of the available splits.
+
+    Raises HubUnreachable, DataError if it cannot be streamed, and MissingDependency without datasets.
+    """
+    with _open_hub_dataset(source) as (datasets, builder, splits):
         data = splits[choose_split(splits)]
-        kinds = data.features or {}
-        sounding = [name for name, feature in kinds.items() if isinstance(feature, datasets.Audio)]
-        for name in sounding:
-            data = data.cast_column(name, _undecoded(datasets, builder))
-        if useful := _useful(list(kinds), sounding, extra_columns):
-            data = data.select_columns(list(useful))
+        features = data.features or {}
+        audio_columns = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+        for name in audio_columns:
+            data = data.cast_column(name, _undecoded_feature(datasets, builder))
+        if names := _select_columns(list(features), audio_columns, extra_columns):
+            data = data.select_columns(list(names))
         for number, fields in enumerate(data, 1):
-            yield f"{source}: row {number}", Path(), {useful.get(key, key): value for key, value in fields.items()}
+            yield f"{source}: row {number}", Path(), {names.get(key, key): value for key, value in fields.items()}
 
 
 def list_hub_splits(source: str) -> list[str]:
-    """The splits of a data set on the hub, sorted. Errors as `hub`."""
-    with _reached(source) as (_, _, splits):
+    """Return the splits of a Hub data set, sorted. Errors as `stream_hub_dataset`."""
+    with _open_hub_dataset(source) as (_, _, splits):
         return sorted(map(str, splits))
 
 
 @contextmanager
-def _reached(source: str) -> Iterator[tuple[ModuleType, Any, Any]]:
-    """datasets, the builder of a data set on the hub, and its streams by split."""
-    named = HUB_PATTERN.fullmatch(source)
-    if named is None:
-        raise DataError(f"{source}: is no data set's name. Say hub:owner/name, or hub:owner/name:config.")
-    if Path(named["repo"]).exists():  # datasets would read that instead, without a word
-        raise DataError(f"{source}: a folder {named['repo']} stands here. For it, leave out hub:; else work elsewhere.")
+def _open_hub_dataset(source: str) -> Iterator[tuple[ModuleType, Any, Any]]:
+    """Yield the datasets module, the builder of a Hub data set, and its streams by split."""
+    match = HUB_PATTERN.fullmatch(source)
+    if match is None:
+        raise DataError(f"{source}: is not a Hub data set. Write hub:owner/name or hub:owner/name:config.")
+    if Path(match["repo"]).exists():  # datasets would read the folder instead
+        raise DataError(
+            f"{source}: the folder {match['repo']} exists here. Omit hub: to read it, or work in another folder."
+        )
     datasets, errors = import_optional("datasets"), import_optional("huggingface_hub.errors")
     try:
-        builder = datasets.load_dataset_builder(named["repo"], named["config"], revision=named["revision"])
+        builder = datasets.load_dataset_builder(match["repo"], match["config"], revision=match["revision"])
         if hasattr(builder.config, "decode_num_threads"):
             builder.config.decode_num_threads = 0  # decoding ahead in threads needs torchcodec
         yield datasets, builder, builder.as_streaming_dataset()
-    except (ConnectionError, errors.HTTPError) as wrong:
-        raise HubUnreachable(f"{source}: the hub does not give it ({_reason(wrong)}). Try again later.") from wrong
-    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as wrong:
-        raise DataError(f"{source}: cannot be streamed ({_reason(wrong)}). Check its page on the hub.") from wrong
+    except (ConnectionError, errors.HTTPError) as error:
+        raise HubUnreachable(f"{source}: the Hub cannot be reached ({_first_line(error)}). Try again later.") from error
+    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
+        raise DataError(f"{source}: cannot be streamed ({_first_line(error)}). Check its page on the Hub.") from error
 
 
-def _undecoded(datasets: ModuleType, builder: Any) -> Any:
-    """The feature that leaves sound as the builder has it. Where rows are made one by one, `Audio` would not do: it
-    wants torchcodec even to pass a path on (datasets 5.2, Audio.encode_example)."""
+def _undecoded_feature(datasets: ModuleType, builder: Any) -> Any:
+    """Return the feature that keeps audio as the builder stores it.
+
+    For builders that encode row by row, `Audio` needs torchcodec even for paths (datasets 5.2, Audio.encode_example).
+    """
     if isinstance(builder, datasets.ArrowBasedBuilder):
         return datasets.Audio(decode=False)
     if builder.info.builder_name == "audiofolder":
@@ -264,12 +306,13 @@ def _undecoded(datasets: ModuleType, builder: Any) -> Any:
 
 
 def import_optional(name: str) -> ModuleType:
-    """A module of what `mowa[data]` brings. MissingPart where it is not installed."""
+    """Import a module of the extra `mowa[data]`. Raises MissingDependency if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
         raise MissingDependency(f"{name.partition('.')[0]} is needed to read this: pip install 'mowa[data]'") from None
 
 
-def _reason(wrong: Exception) -> str:
-    return next((line.strip() for line in str(wrong).splitlines() if line.strip()), type(wrong).__name__).rstrip(".")
+def _first_line(error: Exception) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__).rstrip(".")

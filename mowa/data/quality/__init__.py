@@ -1,5 +1,5 @@
-"""What is wrong with a corpus, and which recordings can be trained on.
+"""Report what is wrong with a corpus, and filter the recordings that can be trained on.
 
-`corpus_report` decodes everything and reports (`mowa data check`); `filter` looks at texts and durations alone and is
-what training runs use.
+`corpus_report` decodes every recording (`mowa data check`); `filter` uses only texts, durations and ids, and is what
+training runs apply.
 """

@@ -1,10 +1,8 @@
-"""The letters of a vocabulary: made from texts, and texts rewritten into them.
+"""Build the alphabet of a vocabulary from texts, and map texts to the characters of a vocabulary.
 
-Unicode is all that is known here, and what may stand for what; no language, and nothing of recordings.
-
-What counts as a letter: every character of Unicode's categories L (letters), M (marks) and N (numbers). All others are
-punctuation, and go unless the vocabulary has them. Texts are compared in composed form (NFC), one apostrophe (') for
-’ ‘ ʼ ʻ ′ ` ´ and one hyphen (-) for ‐ and ‑; what cannot be seen is not there.
+Word characters are those of Unicode categories L (letters), M (marks) and N (numbers). All others are punctuation and
+are removed unless the vocabulary has them. Texts are normalized to NFC, with one apostrophe (') for ’ ‘ ʼ ʻ ′ ` ´, one
+hyphen (-) for ‐ and ‑, and without invisible characters. Nothing here depends on a language.
 """
 
 from __future__ import annotations
@@ -21,74 +19,79 @@ SUBSTITUTES: dict[str, tuple[str, ...]] = {
     **{"ł": ("l",), "ø": ("ö", "o"), "đ": ("d",), "ð": ("d",), "þ": ("th",), "ħ": ("h",), "ŧ": ("t",), "ı": ("i",)},
     **{"ß": ("ss",), "æ": ("ä", "ae", "e"), "œ": ("ö", "oe"), "ŋ": ("ng", "n"), "ĸ": ("k",), "ə": ("e",)},
     **{"ɓ": ("b",), "ɗ": ("d",), "ƙ": ("k",), "ƴ": ("y",), "ɲ": ("ny", "n"), "ɔ": ("o",), "ʒ": ("z",), "ʃ": ("sh",)},
-    # Kabyle is also typed in Greek letters that look alike
+    # Kabyle is also typed with Greek letters that look alike
     **{"ɣ": ("γ", "g"), "γ": ("ɣ", "g"), "ɛ": ("ε", "e"), "ε": ("ɛ", "e")},
     **{"ґ": ("г",), "є": ("е",), "і": ("и",), "ј": ("й",), "ә": ("а",), "ғ": ("г",), "қ": ("к",), "ң": ("н",)},
     **{"ө": ("о",), "ү": ("у",), "ұ": ("у",), "һ": ("х",)},
 }
-"""What to write for letters that NFKD does not take apart, the likeliest first: the first that a vocabulary has."""
+"""Substitutes of characters that NFKD does not decompose, in order of preference."""
 
 _VARIANTS = {"'": "’‘ʼʻ′`´", "-": "‐‑"}
-_ONE = str.maketrans(
+_UNIFY = str.maketrans(
     {variant: one for one, variants in _VARIANTS.items() for variant in variants}
-    | {unseen: None for unseen in "\u00ad\u200b\u200c\u200d\u2060\ufeff"}
+    | {invisible: None for invisible in "\u00ad\u200b\u200c\u200d\u2060\ufeff"}
 )
-_STRESS = re.compile("(?<=[аеёиоуыэюяіїєАЕЁИОУЫЭЮЯІЇЄ])[\u0300\u0301]+")  # how it is read, not how it is written
+_STRESS = re.compile("(?<=[аеёиоуыэюяіїєАЕЁИОУЫЭЮЯІЇЄ])[\u0300\u0301]+")  # marks pronunciation, is not spelling
 _EDGE = r"\s!-/:-@\[-`{-~\u00a1-\u00bf\u2010-\u206f\u3000-\u303f"
 _LOOSE = re.compile(rf"(?<![^{_EDGE}])-|-(?![^{_EDGE}])|(?<![^{_EDGE}])'(?![^{_EDGE}])")
-_APOSTROPHES, _HYPHENS = 1 / 200, 1 / 100  # in so many words they stand, or are left out of a new vocabulary
+_MIN_APOSTROPHES, _MIN_HYPHENS = 1 / 200, 1 / 100  # per word, to be part of a new alphabet
 
 
 def build_alphabet(texts: Iterable[str], *, min_count: int = 1, char_map: Mapping[str, str] | None = None) -> str:
-    """The letters of a new vocabulary: lower case, composed (NFC), by code point; each is there `least` times.
+    """Return the characters of a new vocabulary: lower case, NFC, sorted, each at least `min_count` times in `texts`.
 
-    `letters` are written otherwise first, as `sift.Rules` does it.
+    `char_map` is applied first, as by `quality.filter.FilterConfig`.
 
-    No space, no punctuation and no digits: numbers are words, and have to be written out to be learnt. A mark that
-    composes with its letter is no letter of its own (Polish ż, Kabyle ẓ, Russian й); one that does not is, since a
-    token is one character (Yoruba ẹ̀, Hindi vowel signs), save the accents over Cyrillic vowels of textbooks. The
-    apostrophe is a letter where it touches one and stands in one word of 200 (Hausa 'yan and sana'a, English), the
-    hyphen where it stands between two in one word of 100 (Kabyle d-yusa): in Polish neither is heard, nor frequent.
+    Spaces, punctuation and digits are left out: numbers have to be written as words to be trained on. A mark that NFC
+    composes with its letter is not a character of its own (Polish ż, Kabyle ẓ, Russian й); one that it does not compose
+    is, since a token is one character (Yoruba ẹ̀, Hindi vowel signs), except stress marks on Cyrillic vowels. The
+    apostrophe is included if it touches a letter in at least one of 200 words (Hausa 'yan and sana'a, English), the
+    hyphen if it is between two letters in at least one of 100 words (Kabyle d-yusa); in Polish neither is.
     """
-    otherwise = compile_char_map(char_map or {})
+    map_characters = compile_char_map(char_map or {})
     seen: Counter[str] = Counter()
     words = 0
     for text in texts:
-        clean = normalize_characters(otherwise(text))
-        seen.update(clean)
-        words += len(clean.split())
+        normalized = normalize_characters(map_characters(text))
+        seen.update(normalized)
+        words += len(normalized.split())
     counted: Counter[str] = Counter()
     for c, count in seen.items():
-        counted[_lowered(c)] += count
-    frequent = {"'": counted["'"] >= _APOSTROPHES * words, "-": counted["-"] >= _HYPHENS * words}
+        counted[_lower(c)] += count
+    frequent = {"'": counted["'"] >= _MIN_APOSTROPHES * words, "-": counted["-"] >= _MIN_HYPHENS * words}
     kept = (c for c in counted if (frequent[c] if c in frequent else is_word_char(c) and not _is_number(c)))
     return "".join(sorted(c for c in kept if counted[c] >= max(1, min_count)))
 
 
 def normalize_characters(text: str) -> str:
-    """One way to write the same: composed, one apostrophe and hyphen, and these only where they touch a letter."""
-    text = _STRESS.sub("", unicodedata.normalize("NFC", text.translate(_ONE)))
-    text = unicodedata.normalize("NFC", text).translate(_ONE)  # what was taken out may have parted a letter and a mark
+    """Normalize to NFC, unify apostrophes and hyphens, and keep these only where they touch a letter."""
+    text = _STRESS.sub("", unicodedata.normalize("NFC", text.translate(_UNIFY)))
+    # again, since a removed character may have been between a letter and its mark
+    text = unicodedata.normalize("NFC", text).translate(_UNIFY)
     return _LOOSE.sub(" ", text.replace("i\u0307", "i"))
 
 
-def _lowered(text: str) -> str:
-    """Lower case, the dot of a Turkish İ not left behind as a mark."""
+def _lower(text: str) -> str:
+    """Convert to lower case without the combining dot that a Turkish İ leaves."""
     return text.lower().replace("i\u0307", "i")
 
 
 def compile_char_map(char_map: Mapping[str, str]) -> Callable[[str], str]:
-    """What writes letters otherwise, in one pass, the longest first: {"ё": "е"} does Ё too. Texts become NFC."""
-    given = {unicodedata.normalize("NFC", key): value for key, value in char_map.items() if key}
-    raised = {key.upper(): value.upper() for key, value in given.items() if len(key.upper()) == len(key)}
-    known = raised | given
-    if not known:
+    """Return a function that replaces the keys in one pass, longest first, and normalizes to NFC.
+
+    A key in lower case also applies to its upper case: {"ё": "е"} replaces Ё by Е.
+    """
+    lower = {unicodedata.normalize("NFC", key): value for key, value in char_map.items() if key}
+    upper = {key.upper(): value.upper() for key, value in lower.items() if len(key.upper()) == len(key)}
+    replacements = upper | lower
+    if not replacements:
         return partial(unicodedata.normalize, "NFC")
-    pattern = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))))
-    return lambda text: pattern.sub(lambda found: known[found[0]], unicodedata.normalize("NFC", text))
+    pattern = re.compile("|".join(map(re.escape, sorted(replacements, key=len, reverse=True))))
+    return lambda text: pattern.sub(lambda match: replacements[match[0]], unicodedata.normalize("NFC", text))
 
 
 def is_word_char(c: str) -> bool:
+    """Return whether a character is a letter, a mark or a number."""
     return unicodedata.category(c)[0] in "LMN"
 
 
@@ -97,56 +100,57 @@ def _is_number(c: str) -> bool:
 
 
 class VocabularyMapper:
-    """Texts in a vocabulary's letters. What becomes of a character is decided once, at its first sight.
+    """Map texts to the characters of a vocabulary. What each character becomes is decided once and cached.
 
-    `strange` (of STRANGE) and `otherwise` are `strange` and `letters` of `sift.Rules`.
+    `oov` (one of `OOV_POLICIES`) and `char_map` are those of `quality.filter.FilterConfig`.
     """
 
     def __init__(self, vocabulary: frozenset[str], oov: str, char_map: Mapping[str, str]) -> None:
         self._vocabulary, self._oov = vocabulary, oov
-        self._known: dict[str, tuple[str, str]] = {}
-        self._char_map = compile_char_map(char_map)
+        self._decisions: dict[str, tuple[str, str]] = {}
+        self._map_characters = compile_char_map(char_map)
         variants = ((one, variant) for one, many in _VARIANTS.items() if one not in vocabulary for variant in many)
-        self._signs = {ord(one): variant for one, variant in variants if variant in vocabulary}
+        self._variants = {ord(one): variant for one, variant in variants if variant in vocabulary}
 
     def map_text(self, text: str) -> tuple[str, list[tuple[str, str, int]], frozenset[str]]:
-        """→ the text, (letter, what was written, how often) of each one changed, and the letters to reject it for."""
-        text = normalize_characters(self._char_map(text))
-        odd: dict[str, set[str]] = {"changed": set(), "outside": set()}
-        written = []
+        """Return the mapped text, (character, replacement, count) of mapped characters, and the rejected characters."""
+        text = normalize_characters(self._map_characters(text))
+        characters: dict[str, set[str]] = {"mapped": set(), "rejected": set()}
+        out = []
         for c in text:
-            spelt, verdict = self._known.get(c) or self._known.setdefault(c, self._decide(c))
-            written.append(spelt)
+            replacement, verdict = self._decisions.get(c) or self._decisions.setdefault(c, self._decide(c))
+            out.append(replacement)
             if verdict:
-                odd[verdict].add(c)
-        mapped = [(c.lower(), self._known[c][0], text.count(c)) for c in sorted(odd["changed"])]
-        spaced = _LOOSE.sub(" ", _STRESS.sub("", "".join(written)))  # a hyphen may have lost its letter
-        return " ".join(spaced.translate(self._signs).split()), mapped, frozenset(c.lower() for c in odd["outside"])
+                characters[verdict].add(c)
+        mapped = [(c.lower(), self._decisions[c][0], text.count(c)) for c in sorted(characters["mapped"])]
+        joined = _LOOSE.sub(" ", _STRESS.sub("", "".join(out)))  # a hyphen may have lost its letter
+        rejected = frozenset(c.lower() for c in characters["rejected"])
+        return " ".join(joined.translate(self._variants).split()), mapped, rejected
 
     def _decide(self, c: str) -> tuple[str, str]:
-        """→ what to write for a character, and whether that is another letter ("changed") or none ("outside")."""
-        if c in self._vocabulary or ord(c) in self._signs:
+        """Return the replacement of a character, and "mapped" or "rejected" if it is not the same character."""
+        if c in self._vocabulary or ord(c) in self._variants:
             return c, ""
         if not is_word_char(c):
             return ("" if c == "'" else " "), ""
-        if (same := self._fit(c) or self._fit(unicodedata.normalize("NFD", c))) is not None:
+        if (same := self._match_case(c) or self._match_case(unicodedata.normalize("NFD", c))) is not None:
             return same, ""
         if self._oov == "map":
-            for near in _near(c):
-                if (found := self._fit(near)) is not None:
-                    return found, "changed"
+            for substitute in _substitutes(c):
+                if (found := self._match_case(substitute)) is not None:
+                    return found, "mapped"
         if self._oov == "reject" or (self._oov == "map" and _is_number(c)):
-            return "", "outside"
-        return "", "changed"
+            return "", "rejected"
+        return "", "mapped"
 
-    def _fit(self, text: str) -> str | None:
-        """The text in the case that the vocabulary has, if it has all of it."""
-        return next((form for form in (text, _lowered(text), text.upper()) if self._vocabulary.issuperset(form)), None)
+    def _match_case(self, text: str) -> str | None:
+        """Return the text in the case that the vocabulary has, or None if it lacks a character."""
+        return next((form for form in (text, _lower(text), text.upper()) if self._vocabulary.issuperset(form)), None)
 
 
 @lru_cache(maxsize=4096)
-def _near(c: str) -> tuple[str, ...]:
-    """What may stand for a letter: the table's, its base letter, and the table's for that."""
+def _substitutes(c: str) -> tuple[str, ...]:
+    """Return the substitutes of a character: those of the table, its base letter, and those of the base letter."""
     lower = c.lower()
     base = "".join(part for part in unicodedata.normalize("NFKD", lower) if not unicodedata.combining(part))
     return (*SUBSTITUTES.get(lower, ()), *((base, *SUBSTITUTES.get(base, ())) if base and base != lower else ()))

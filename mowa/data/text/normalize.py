@@ -1,4 +1,4 @@
-"""The form of a text in which error rates are counted and texts are compared."""
+"""Normalize texts to the form in which they are compared and error rates are computed."""
 
 from __future__ import annotations
 

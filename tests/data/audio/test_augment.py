@@ -7,7 +7,7 @@ from tests.checkpoints import clip
 RATE = 16_000
 
 
-def test_same_seed_same_sound():
+def test_same_seed_same_result():
     x = clip(0, 20_000)
     one, two, other = (augment.augment_audio(x, np.random.default_rng(s), augment.AugmentConfig()) for s in (1, 1, 2))
     np.testing.assert_array_equal(one, two)
@@ -25,20 +25,20 @@ def test_shape_dtype_and_range(length):
         assert 0.9 * length - 2 <= len(y) <= length / 0.9 + 2
 
 
-def test_nothing_at_amount_zero_but_loudness():
+def test_strength_zero_changes_loudness_only():
     x = clip(1, 16_000)
     y = augment.augment_audio(x, np.random.default_rng(0), augment.AugmentConfig(), 0.0)
     assert np.corrcoef(x, y)[0, 1] > 0.9999
 
 
 @pytest.mark.parametrize("snr_db", [0.0, 10.0, 30.0])
-def test_noise_is_as_loud_as_asked(snr_db):
+def test_noise_has_the_requested_snr(snr_db):
     x = clip(2, 32_000)
     added = augment.add_noise(x, np.random.default_rng(0), snr_db) - x
     assert 10 * np.log10(np.mean(x**2) / np.mean(added**2)) == pytest.approx(snr_db, abs=0.01)
 
 
-def test_telephone_keeps_the_band_and_no_more():
+def test_telephone_limits_the_band():
     seconds = np.arange(RATE) / RATE
     for hz, kept in ((60, False), (1000, True), (6000, False)):
         tone = (np.sin(2 * np.pi * hz * seconds) + np.sin(2 * np.pi * 1500 * seconds)).astype(np.float32)
@@ -46,14 +46,14 @@ def test_telephone_keeps_the_band_and_no_more():
         assert (spectrum[hz] > 0.5 * spectrum[1500]) == kept
 
 
-def test_speed_moves_pitch():
+def test_speed_changes_pitch():
     tone = np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE).astype(np.float32)
     fast = augment.change_speed(tone, 1.1)
     assert len(fast) == round(RATE / 1.1)
     assert np.argmax(np.abs(np.fft.rfft(fast, RATE))) == pytest.approx(484, abs=2)
 
 
-def test_room_keeps_the_direct_path():
+def test_reverb_keeps_the_direct_path():
     click = np.zeros(8000, np.float32)
     click[1000] = 1
     wet = augment.add_reverb(click, np.random.default_rng(0))

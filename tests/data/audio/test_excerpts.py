@@ -1,4 +1,4 @@
-"""Parts and channels of a recording, and recordings that are no file: what is heard is what numpy cuts out."""
+"""Excerpts, single channels and recordings in memory equal the same slices taken with numpy."""
 
 import io
 
@@ -17,58 +17,58 @@ def noise(seconds, channels=1, rate_hz=16_000):
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac"])
-@pytest.mark.parametrize(("begin_s", "length_s"), [(0.0, 0.5), (0.25, 1.0), (1.7, 0.3), (1.0, None), (0.0, 2.0)])
-def test_a_part_is_what_numpy_cuts_out(tmp_path, name, begin_s, length_s):
+@pytest.mark.parametrize(("offset_s", "duration_s"), [(0.0, 0.5), (0.25, 1.0), (1.7, 0.3), (1.0, None), (0.0, 2.0)])
+def test_an_excerpt_equals_a_numpy_slice(tmp_path, name, offset_s, duration_s):
     sound = noise(2.0)
     soundfile.write(tmp_path / name, sound, 16_000, **({"subtype": "FLOAT"} if name == "a.wav" else {}))
     whole = audio.load_audio(tmp_path / name)
-    end = None if length_s is None else round((begin_s + length_s) * 16_000)
-    part = audio.load_audio(tmp_path / name, offset_s=begin_s, duration_s=length_s)
-    np.testing.assert_array_equal(part, whole[round(begin_s * 16_000) : end])
+    end = None if duration_s is None else round((offset_s + duration_s) * 16_000)
+    part = audio.load_audio(tmp_path / name, offset_s=offset_s, duration_s=duration_s)
+    np.testing.assert_array_equal(part, whole[round(offset_s * 16_000) : end])
 
 
-def test_a_part_of_what_cannot_be_sought_in(tmp_path):
+def test_an_excerpt_without_seeking(tmp_path):
     soundfile.write(tmp_path / "a.ogg", noise(2.0, rate_hz=48_000), 48_000)
     whole = audio.load_audio(tmp_path / "a.ogg", 48_000)
     part = audio.load_audio(tmp_path / "a.ogg", 48_000, offset_s=0.5, duration_s=1.25)
     np.testing.assert_array_equal(part, whole[24_000:84_000])
 
 
-@pytest.mark.parametrize(("begin_s", "length_s"), [(1.5, 1.0), (2.5, 0.5), (3.0, None)])
+@pytest.mark.parametrize(("offset_s", "duration_s"), [(1.5, 1.0), (2.5, 0.5), (3.0, None)])
 @pytest.mark.parametrize("name", ["a.wav", "a.ogg"])
-def test_a_part_that_is_not_there_is_refused(tmp_path, name, begin_s, length_s):
+def test_an_excerpt_past_the_end_raises(tmp_path, name, offset_s, duration_s):
     soundfile.write(tmp_path / name, noise(2.0), 16_000)
-    with pytest.raises(AudioError, match="ends inside the part from"):
-        audio.load_audio(tmp_path / name, offset_s=begin_s, duration_s=length_s)
+    with pytest.raises(AudioError, match="ends inside the excerpt from"):
+        audio.load_audio(tmp_path / name, offset_s=offset_s, duration_s=duration_s)
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
-def test_bytes_are_heard_as_the_file_is(tmp_path, name):
+def test_bytes_are_decoded_like_the_file(tmp_path, name):
     soundfile.write(tmp_path / name, noise(1.0, 2, 44_100), 44_100)
-    blob = AudioBytes(f"corpus.tar/{name}", (tmp_path / name).read_bytes())
-    np.testing.assert_array_equal(audio.load_audio(blob), audio.load_audio(tmp_path / name))
-    assert audio.probe_audio(blob) == audio.probe_audio(tmp_path / name)
+    recording = AudioBytes(f"corpus.tar/{name}", (tmp_path / name).read_bytes())
+    np.testing.assert_array_equal(audio.load_audio(recording), audio.load_audio(tmp_path / name))
+    assert audio.probe_audio(recording) == audio.probe_audio(tmp_path / name)
 
 
 @pytest.mark.parametrize("data", [b"", b"RIFF", b"RIFF\0\0\0\0WAVEfmt ", b"fLaC", b"OggS", b"ID3", b"nothing"])
-def test_bytes_that_are_no_recording_are_refused_by_their_name(data):
+def test_errors_of_bytes_begin_with_their_name(data):
     with pytest.raises(AudioError, match=r"corpus\.tar/x"):
         audio.load_audio(AudioBytes("corpus.tar/x", data))
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
-def test_one_channel_is_that_channel(tmp_path, name):
-    soundfile.write(tmp_path / name, noise(1.0, 2), 16_000)  # of more, Vorbis has an order of its own
-    there = soundfile.read(tmp_path / name, dtype="float32")[0]
+def test_one_channel_is_selected(tmp_path, name):
+    soundfile.write(tmp_path / name, noise(1.0, 2), 16_000)  # Vorbis reorders more channels
+    expected = soundfile.read(tmp_path / name, dtype="float32")[0]
     for channel in range(2):
         one = audio.load_audio(tmp_path / name, channel=channel)
-        np.testing.assert_allclose(one, there[: len(one), channel], atol=1e-4 if name == "a.ogg" else 0)
+        np.testing.assert_allclose(one, expected[: len(one), channel], atol=1e-4 if name == "a.ogg" else 0)
     with pytest.raises(AudioError, match="no channel 2: it has 2 channels, 0 to 1"):
         audio.load_audio(tmp_path / name, channel=2)
 
 
 @pytest.mark.parametrize(
-    ("layout", "among", "distinct"),
+    ("layout", "candidates", "distinct"),
     [
         ([0], None, (0,)),
         ([0, 1], None, (0, 1)),
@@ -78,10 +78,10 @@ def test_one_channel_is_that_channel(tmp_path, name):
         ([0, 0], [1], (1,)),
     ],
 )
-def test_twins_are_told(tmp_path, layout, among, distinct):
+def test_equal_channels_are_found(tmp_path, layout, candidates, distinct):
     voices = noise(1.0, 2)
     soundfile.write(tmp_path / "a.wav", voices[:, layout], 16_000)
-    assert audio.find_distinct_channels(tmp_path / "a.wav", among) == distinct
+    assert audio.find_distinct_channels(tmp_path / "a.wav", candidates) == distinct
 
 
 def test_channels_that_differ_only_at_the_end_differ(tmp_path):
@@ -91,7 +91,7 @@ def test_channels_that_differ_only_at_the_end_differ(tmp_path):
     assert audio.find_distinct_channels(tmp_path / "a.wav") == (0, 1)
 
 
-def test_a_blob_owns_no_file():
+def test_audio_bytes_need_no_file():
     buffer = io.BytesIO()
     soundfile.write(buffer, noise(0.5), 16_000, format="WAV")
     assert len(audio.load_audio(AudioBytes("nowhere", buffer.getvalue()))) == 8_000

@@ -1,4 +1,4 @@
-"""What headers promise, byte by byte."""
+"""Durations and sizes stated in container headers, byte by byte."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ import soundfile
 from mowa.data.audio.headers import WavHeader, is_ogg_truncated, read_mp3_frame_count, read_wav_header
 
 
-def wav(claimed: int, there: int, chunks: bytes = b"") -> io.BytesIO:
-    """16-bit mono at 8 kHz: a data chunk that claims so many bytes and has so many."""
+def wav(stated: int, present: int, chunks: bytes = b"") -> io.BytesIO:
+    """Return 16-bit mono at 8 kHz whose data chunk states `stated` bytes and holds `present`."""
     fmt = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8_000, 16_000, 2, 16)
-    return io.BytesIO(b"RIFF\0\0\0\0WAVE" + chunks + fmt + b"data" + struct.pack("<I", claimed) + bytes(there))
+    return io.BytesIO(b"RIFF\0\0\0\0WAVE" + chunks + fmt + b"data" + struct.pack("<I", stated) + bytes(present))
 
 
 @pytest.mark.parametrize(
-    ("claimed", "there", "claim"),
+    ("stated", "present", "size_ratio"),
     [
         (1000, 1000, 1),
         (1000, 1200, 1),  # other chunks follow
         (1044, 1000, 1),  # the header counted as data
         (2000, 1000, 2),
         (4000, 0, 4000),
-        (0, 1000, 1),  # from here on: written to a pipe
+        (0, 1000, 1),  # this and the following: written to a pipe
         (0x7FFF_F000, 1000, 1),
         (0x8000_0000, 1000, 1),
         (0xFFFF_FFFF, 1000, 1),
     ],
 )
-def test_wav_claims(claimed, there, claim):
-    assert read_wav_header(wav(claimed, there)) == WavHeader(8_000, 1, claim)
+def test_wav_size_ratio(stated, present, size_ratio):
+    assert read_wav_header(wav(stated, present)) == WavHeader(8_000, 1, size_ratio)
 
 
 def test_wav_chunks_of_odd_length_are_padded():
     assert read_wav_header(wav(2000, 1000, chunks=b"LIST\3\0\0\0abc\0")) == WavHeader(8_000, 1, 2)
 
 
-def test_rf64_has_its_length_in_another_chunk():
+def test_rf64_states_its_length_in_the_ds64_chunk():
     ds64 = b"ds64" + struct.pack("<IQQQI", 28, 0, 3000, 0, 0)
     assert read_wav_header(wav(0xFFFF_FFFF, 1000, chunks=ds64)) == WavHeader(8_000, 1, 3)
 
 
 @pytest.mark.parametrize("data", [b"", b"RIFF", b"RIFF\0\0\0\0AVI ", b"RIFF\0\0\0\0WAVEfmt ", b"fLaC" + bytes(100)])
-def test_what_is_no_wav_has_no_wav_header(data):
+def test_other_files_have_no_wav_header(data):
     assert read_wav_header(io.BytesIO(data)) is None
 
 
-def test_ogg_ends_with_a_flagged_whole_page():
+def test_ogg_ends_with_a_complete_page_and_the_end_flag():
     file = io.BytesIO()
     soundfile.write(file, np.zeros(32_000), 16_000, format="OGG")
     whole = file.getvalue()
@@ -66,7 +66,7 @@ def test_mp3_frames_follow_the_id3_tag(tag, id3):
     assert read_mp3_frame_count(io.BytesIO(id3 + frame)) == 4321
 
 
-def test_mp3_without_a_count_promises_nothing():
+def test_mp3_without_a_frame_count():
     assert read_mp3_frame_count(io.BytesIO(b"\xff\xfb\x90\x00" + bytes(400))) is None
     assert read_mp3_frame_count(io.BytesIO(b"\xff\xfb\x90\x00" + bytes(32) + b"Info" + bytes(200))) is None
     assert read_mp3_frame_count(io.BytesIO(b"")) is None

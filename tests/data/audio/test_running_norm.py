@@ -1,4 +1,4 @@
-"""Loudness as it is known so far: the same however a stream is cut, and in the end what a whole recording gives."""
+"""Running normalization does not depend on how a stream is split, and converges to that of the whole recording."""
 
 import numpy as np
 import pytest
@@ -11,19 +11,19 @@ from tests.checkpoints import clip
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(0, BLOCK_SAMPLES - 1))
-def test_cut_between_blocks_it_gives_the_same(blocks, rest):
+def test_splitting_between_blocks_changes_nothing(blocks, rest):
     sound = clip(0, sum(blocks) * BLOCK_SAMPLES + rest)
     whole, after = normalize_running(sound, RunningStats.prior())
-    level, parts, start = RunningStats.prior(), [], 0
+    stats, parts, start = RunningStats.prior(), [], 0
     for end in (*np.cumsum(blocks) * BLOCK_SAMPLES, len(sound)):
-        part, level = normalize_running(sound[start:end], level)
+        part, stats = normalize_running(sound[start:end], stats)
         parts.append(part)
         start = end
     assert np.array_equal(np.concatenate(parts), whole)
-    assert level == after
+    assert stats == after
 
 
-def test_of_steady_sound_it_becomes_what_the_whole_gives():
+def test_steady_audio_is_normalized_like_the_whole():
     sound = (np.random.default_rng(0).standard_normal(320_000) * 0.01 + 0.005).astype(np.float32)
     out, _ = normalize_running(sound, RunningStats.prior(0.0001))
     assert out.dtype == np.float32
@@ -33,7 +33,7 @@ def test_of_steady_sound_it_becomes_what_the_whole_gives():
     assert late.mean() == pytest.approx(0, abs=0.6)
 
 
-def test_nothing_later_changes_it():
+def test_later_samples_change_nothing():
     sound = clip(1, 10 * BLOCK_SAMPLES)
     early, _ = normalize_running(sound[: 4 * BLOCK_SAMPLES], RunningStats.prior())
     assert np.array_equal(normalize_running(sound, RunningStats.prior())[0][: 4 * BLOCK_SAMPLES], early)
@@ -41,8 +41,8 @@ def test_nothing_later_changes_it():
 
 @pytest.mark.parametrize("samples", [0, 1, BLOCK_SAMPLES - 1, BLOCK_SAMPLES + 1])
 def test_odd_lengths_and_silence(samples):
-    out, level = normalize_running(np.zeros(samples, np.float32), RunningStats.prior())
+    out, stats = normalize_running(np.zeros(samples, np.float32), RunningStats.prior())
     assert np.array_equal(out, np.zeros(samples))
     for _ in range(3000):
-        _, level = normalize_running(np.zeros(BLOCK_SAMPLES, np.float32), level)
-    assert np.isfinite(normalize_running(clip(2, BLOCK_SAMPLES), level)[0]).all()
+        _, stats = normalize_running(np.zeros(BLOCK_SAMPLES, np.float32), stats)
+    assert np.isfinite(normalize_running(clip(2, BLOCK_SAMPLES), stats)[0]).all()

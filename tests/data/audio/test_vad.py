@@ -1,4 +1,4 @@
-"""Silero without torch gives what Silero gives; windows tile any stream, and cut where nobody speaks."""
+"""Silero VAD without torch equals the silero package; windows tile any stream and end in silence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOP = 320
 
 
 def voice(seconds: float, seed: int = 0) -> np.ndarray:
-    """Something Silero takes for speech: harmonics of a gliding pitch under moving formants, in syllables."""
+    """Synthesize audio that Silero classifies as speech: harmonics of a gliding pitch, moving formants, syllables."""
     t = np.arange(round(seconds * RATE_HZ)) / RATE_HZ
     draw = np.random.default_rng(seed)
     pitch = 120 + 25 * np.sin(2 * np.pi * 0.7 * t)
@@ -42,32 +42,32 @@ def hush(seconds: float) -> np.ndarray:
 
 
 def split(samples: np.ndarray, sizes: list[int]) -> Iterator[np.ndarray]:
-    """The samples in blocks of these sizes, over and over."""
-    at = turn = 0
+    """Yield the samples in blocks of these sizes, cycling through them."""
+    at = number = 0
     while at < len(samples):
-        yield samples[at : at + sizes[turn % len(sizes)]]
-        at += sizes[turn % len(sizes)]
-        turn += 1
+        yield samples[at : at + sizes[number % len(sizes)]]
+        at += sizes[number % len(sizes)]
+        number += 1
 
 
 # --- the detector -----------------------------------------------------------------------------------------------------
 
 
-def test_detector_gives_what_the_silero_package_gives():
+def test_detector_equals_the_silero_package():
     import torch
     from silero_vad.utils_vad import OnnxWrapper
 
     sound = np.concatenate([hush(0.5), voice(2.0), hush(0.5)])[: 93 * FRAME_SAMPLES]
-    one_by_one = vad._model_file().with_name("silero_vad.onnx")
-    reference = OnnxWrapper(str(one_by_one), force_onnx_cpu=True)
+    single_frame = vad._model_file().with_name("silero_vad.onnx")
+    reference = OnnxWrapper(str(single_frame), force_onnx_cpu=True)
     expected = [reference(torch.from_numpy(block), RATE_HZ).item() for block in sound.reshape(-1, FRAME_SAMPLES)]
     np.testing.assert_allclose(SileroVAD().feed(sound), expected, atol=1e-5)
 
 
-def test_detector_needs_neither_torch_nor_the_silero_package():
+def test_detector_imports_neither_torch_nor_silero():
     script = (
-        "import sys, numpy; from mowa.data.audio.vad import SpeechDetector;"
-        "assert len(SpeechDetector().feed(numpy.zeros(16000, 'float32'))) == 31;"
+        "import sys, numpy; from mowa.data.audio.vad import SileroVAD;"
+        "assert len(SileroVAD().feed(numpy.zeros(16000, 'float32'))) == 31;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'torchaudio', 'silero_vad')))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
@@ -84,20 +84,20 @@ def test_detector_needs_neither_torch_nor_the_silero_package():
     ],
     ids=["voice", "hush", "noise", "silence", "tone"],
 )
-def test_detector_tells_a_voice_from_what_is_none(sound, low, high):
+def test_detector_separates_speech_from_other_audio(sound, low, high):
     assert low <= SileroVAD().feed(sound).max() <= high
 
 
 @given(sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=8).filter(any))
 @settings(max_examples=15, deadline=None)
-def test_detector_hears_the_same_however_the_stream_is_split(sizes):
+def test_splitting_the_stream_changes_nothing(sizes):
     sound = np.concatenate([voice(0.5), hush(0.3)])
     detector = SileroVAD()
     parts = [detector.feed(block) for block in split(sound, sizes)]
     np.testing.assert_array_equal(np.concatenate(parts), SileroVAD().feed(sound))
 
 
-def test_a_missing_model_file_is_named(monkeypatch):
+def test_a_missing_model_file_raises(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingDependency, match="pip install"):
         SileroVAD()
@@ -107,10 +107,10 @@ def test_a_missing_model_file_is_named(monkeypatch):
 
 
 def check_laws(
-    found: list[Window], sound: np.ndarray, longest_s: float = 20.0, context_s: float = 2.0, hop: int = HOP
+    found: list[Window], sound: np.ndarray, max_window_s: float = 20.0, context_s: float = 2.0, hop: int = HOP
 ) -> None:
-    """What holds for every stream: tiling, alignment, content, bounds."""
-    longest, tail = longest_s * RATE_HZ, MIN_TAIL_S * RATE_HZ
+    """Check what holds for every stream: tiling, alignment, content, bounds."""
+    longest, tail = max_window_s * RATE_HZ, MIN_TAIL_S * RATE_HZ
     assert [window.is_last for window in found] == [False] * (len(found) - 1) + [True]
     edges = [0, *(window.core_end for window in found)]
     assert [window.core_start for window in found] == edges[:-1]
@@ -138,23 +138,23 @@ def check_laws(
     count=st.integers(1, 6 * RATE_HZ),
     spoken=st.lists(st.floats(0, 6), max_size=4),
     sizes=st.lists(st.integers(1, 40_000), min_size=1, max_size=4),
-    longest_s=st.floats(1.0, 3.0),
+    max_window_s=st.floats(1.0, 3.0),
     context_s=st.floats(0.0, 1.5),
     hop=st.sampled_from([1, 160, 320, 640]),
 )
 @settings(max_examples=40, deadline=None)
-def test_windows_tile_any_stream(count, spoken, sizes, longest_s, context_s, hop):
+def test_windows_tile_any_stream(count, spoken, sizes, max_window_s, context_s, hop):
     sound = hush(6.0)
     for at in spoken:
         piece = voice(0.4)[: len(sound) - round(at * RATE_HZ)]
         sound[round(at * RATE_HZ) :][: len(piece)] += piece
     sound = sound[:count]
     sizes = [max(size, 200) for size in sizes]
-    found = list(split_windows(split(sound, sizes), RATE_HZ, max_window_s=longest_s, context_s=context_s, hop=hop))
-    check_laws(found, sound, longest_s, context_s, hop)
+    found = list(split_windows(split(sound, sizes), RATE_HZ, max_window_s=max_window_s, context_s=context_s, hop=hop))
+    check_laws(found, sound, max_window_s, context_s, hop)
     for window, same in zip(
         found,
-        split_windows([sound], RATE_HZ, max_window_s=longest_s, context_s=context_s, hop=hop),
+        split_windows([sound], RATE_HZ, max_window_s=max_window_s, context_s=context_s, hop=hop),
         strict=True,
     ):
         np.testing.assert_array_equal(window.samples, same.samples)
@@ -164,7 +164,7 @@ def test_windows_tile_any_stream(count, spoken, sizes, longest_s, context_s, hop
 
 
 @pytest.mark.parametrize("count", [1, 63, 399, 400, 512, 513, 4097, 20 * RATE_HZ - 1, 20 * RATE_HZ])
-def test_up_to_the_longest_is_one_window(count):
+def test_short_recordings_are_one_window(count):
     sound = np.tile(hush(1.0), 20)[:count]
     (window,) = split_windows([sound], RATE_HZ)
     assert (window.start, window.core_start, window.core_end, window.is_last) == (0, 0, count, True)
@@ -172,44 +172,44 @@ def test_up_to_the_longest_is_one_window(count):
 
 
 @pytest.mark.parametrize("blocks", [[], [np.zeros(0, np.float32)]])
-def test_nothing_gives_nothing(blocks):
+def test_no_samples_no_windows(blocks):
     assert list(split_windows(blocks, RATE_HZ)) == []
 
 
 @pytest.mark.parametrize("beyond_s", [0.0, 0.01, 0.5, 1.0, 1.01, 2.0, 2.5])
-def test_no_short_tail_is_left(beyond_s):
+def test_the_last_window_is_not_short(beyond_s):
     sound = np.tile(hush(1.0), 23)[: round((20 + beyond_s) * RATE_HZ)]
     found = list(split_windows([sound], RATE_HZ))
     check_laws(found, sound)
     assert len(found) == (1 if beyond_s <= MIN_TAIL_S else 2)
 
 
-def test_the_cut_is_in_the_middle_of_the_longest_silence():
-    # 2 s of voice, then silences of 0.3 s and 0.8 s inside the second half of a 6 s window.
+def test_the_cut_is_in_the_middle_of_the_max_window_silence():
+    # silences of 0.3 s and 0.8 s in the second half of a 6 s window
     sound = np.concatenate([voice(3.5), hush(0.3), voice(0.7), hush(0.8), voice(4.0)])
     first, *_ = split_windows([sound], RATE_HZ, max_window_s=6.0)
     assert first.core_end / RATE_HZ == pytest.approx(3.5 + 0.3 + 0.7 + 0.4, abs=0.15)
     assert first.speech_prob > 0.9
 
 
-def test_without_silence_the_cut_is_at_the_least_speech(monkeypatch):
-    sure = np.full(1000, 0.9, np.float32)
-    sure[150] = 0.6
-    monkeypatch.setattr(SileroVAD, "feed", lambda self, samples: sure[: len(samples) // FRAME_SAMPLES])
+def test_without_silence_windows_end_at_the_lowest_probability(monkeypatch):
+    probabilities = np.full(1000, 0.9, np.float32)
+    probabilities[150] = 0.6
+    monkeypatch.setattr(SileroVAD, "feed", lambda self, samples: probabilities[: len(samples) // FRAME_SAMPLES])
     first, *_ = split_windows([hush(512 * 1000 / RATE_HZ)], RATE_HZ, max_window_s=6.0)
     assert abs(first.core_end - (150 * FRAME_SAMPLES + FRAME_SAMPLES // 2)) <= HOP / 2
 
 
-def test_speech_is_measured_in_the_core_alone():
+def test_speech_probability_is_that_of_the_core():
     sound = np.concatenate([voice(4.0), hush(8.0)])
     found = list(split_windows([sound], RATE_HZ, max_window_s=6.0, context_s=3.0))
     check_laws(found, sound, 6.0, 3.0)
     assert found[0].speech_prob > 0.9
     assert found[-1].speech_prob < 0.2
-    assert found[-1].start < 4.0 * RATE_HZ  # its context holds the voice
+    assert found[-1].start < 4.0 * RATE_HZ  # its context includes speech
 
 
-def test_a_long_stream_is_held_a_window_at_a_time():
+def test_memory_is_bounded_by_the_window():
     block = hush(1.0)
     tracemalloc.start()
     try:
@@ -218,11 +218,11 @@ def test_a_long_stream_is_held_a_window_at_a_time():
     finally:
         tracemalloc.stop()
     assert ends[-1] == 150 * RATE_HZ
-    assert peak < 3 * (20 + 2 * 2 + 1) * RATE_HZ * 4  # three copies of what is held: the tape, joined, and the window
+    assert peak < 3 * (20 + 2 * 2 + 1) * RATE_HZ * 4  # three copies: the buffer, the joined buffer, the window
 
 
-def test_other_rates_are_refused():
-    with pytest.raises(AudioError, match="16000 Hz, and this stream is 8000 Hz"):
+def test_other_sample_rates_raise():
+    with pytest.raises(AudioError, match="needs 16000 Hz, and this stream has 8000 Hz"):
         next(split_windows([hush(1.0)], 8_000))
-    with pytest.raises(ValueError, match="longest_s"):
+    with pytest.raises(ValueError, match="max_window_s"):
         next(split_windows([hush(1.0)], RATE_HZ, max_window_s=0.5))

@@ -1,4 +1,4 @@
-"""Rows of every shape become the same conversation, and what is none is said with where it stands."""
+"""Rows of every dataset format become the same conversation; invalid rows are reported with their position."""
 
 import csv
 import json
@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from mowa.data.chat import conversations, files
 from mowa.data.chat.conversations import Conversation, Document, Message
 from mowa.errors import DataError
+from tests.unprivileged import unprivileged
 
 WHAT, WARSAW = Message("user", "What?"), Message("assistant", "Warsaw")
-SHAPES = {
+FORMATS = {
     "messages": {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Warsaw"}]},
     "sharegpt": {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Warsaw"}]},
     "alpaca": {"instruction": "What?", "input": "", "output": "Warsaw"},
@@ -22,8 +23,8 @@ SHAPES = {
 }
 
 
-def gather(*rows, **how):
-    return conversations.parse_rows(((f"row {number}", row) for number, row in enumerate(rows, 1)), "data", **how)
+def parse(*rows, **kwargs):
+    return conversations.parse_rows(((f"row {number}", row) for number, row in enumerate(rows, 1)), "data", **kwargs)
 
 
 def messages(*turns):
@@ -33,21 +34,21 @@ def messages(*turns):
 GOOD = messages(("user", "What?"), ("assistant", "Warsaw"))
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_shape_says_the_same(name):
-    found = gather(SHAPES[name])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_dataset_format(name):
+    found = parse(FORMATS[name])
     assert found.samples == (Conversation("1", (WHAT, WARSAW)),)
-    assert found.dataset_format.name == conversations.detect_format([SHAPES[name]]).name == name
+    assert found.dataset_format.name == conversations.detect_format([FORMATS[name]]).name == name
     assert str(found.dataset_format).startswith(f"{name} (")
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_every_container(tmp_path, name, suffix):
-    file, row = tmp_path / f"train{suffix}", SHAPES[name]
+    file, row = tmp_path / f"train{suffix}", FORMATS[name]
     if suffix == ".csv":
-        with file.open("w", newline="") as there:
-            writer = csv.DictWriter(there, list(row))
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, list(row))
             writer.writeheader()
             writer.writerow({key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()})
     elif suffix == ".parquet":
@@ -64,11 +65,11 @@ def test_splits_of_a_folder(tmp_path):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"id": split, **GOOD}))
     assert conversations.read_conversations(tmp_path).samples[0].id == "train"
     assert conversations.read_conversations(tmp_path, "dev").samples[0].id == "validation"
-    with pytest.raises(DataError, match="no split test"):
+    with pytest.raises(DataError, match="has no split test"):
         conversations.read_conversations(tmp_path, "test")
 
 
-def test_text_files_are_passages(tmp_path):
+def test_text_files_are_documents(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b.md").write_text("# Zażółć\n")
     (tmp_path / "a.txt").write_bytes("\ufeffgęślą\r\njaźń".encode())
@@ -80,29 +81,36 @@ def test_text_files_are_passages(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.json", '[{"text": "x"},', "broken JSON"),
-        ("a.json", '["x"]', "row 1: is JSON, but no object"),
+        ("a.json", '["x"]', "row 1 is not a JSON object"),
         ("a.jsonl", '{"text": "x"}\n{"text": ', "a.jsonl:2: broken JSON"),
         ("a.jsonl", "\n", "is empty"),
-        ("a.parquet", "x", "no parquet file"),
-        ("a.pdf", "x", "nothing that can be read"),
+        ("a.parquet", "x", "not a parquet file"),
+        ("a.pdf", "x", "not a supported file"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path, name, content, said):
+def test_unreadable_files_raise(tmp_path, name, content, message):
     pytest.importorskip("pyarrow")
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
+        conversations.read_conversations(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt", "a.csv", "a.parquet"])
+def test_files_without_read_permission_raise(tmp_path, name):
+    (tmp_path / name).touch(0)
+    with unprivileged(), pytest.raises(DataError, match=r"Permission denied"):
         conversations.read_conversations(tmp_path / name)
 
 
 def test_no_such_file():
-    with pytest.raises(DataError, match="say hub:owner/name"):
+    with pytest.raises(DataError, match="or write hub:owner/name"):
         next(files.read_rows("owner/name"))
 
 
-def test_everything_a_row_may_hold():
+def test_tools_reasoning_and_text_parts():
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     row = {
         "id": "one",
@@ -114,7 +122,7 @@ def test_everything_a_row_may_hold():
             {"role": "assistant", "content": "Warsaw", "reasoning_content": "hm"},
         ],
     }
-    (found,) = gather(row)
+    (found,) = parse(row)
     assert found.tools == tuple(row["tools"])
     assert found.messages == (
         WHAT,
@@ -124,9 +132,9 @@ def test_everything_a_row_may_hold():
     )
 
 
-def test_alpaca_with_everything():
+def test_alpaca_with_all_columns():
     row = {"instruction": "Add", "input": "1 2", "output": "3", "system": "Count.", "history": [["a", "b"]]}
-    (found,) = gather(row)
+    (found,) = parse(row)
     assert [(turn.role, turn.content) for turn in found.messages] == [
         ("system", "Count."),
         ("user", "a"),
@@ -138,59 +146,59 @@ def test_alpaca_with_everything():
 
 def test_prompt_and_completion_as_messages():
     turns = GOOD["messages"]
-    assert gather({"prompt": turns[:1], "completion": turns[1:]}).samples[0].messages == (WHAT, WARSAW)
+    assert parse({"prompt": turns[:1], "completion": turns[1:]}).samples[0].messages == (WHAT, WARSAW)
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
         (messages(("narrator", "x"), ("assistant", "y")), "unknown role"),
-        (messages(("user", " \n"), ("assistant", "y")), "empty turn"),
-        (messages(("user", "x"), ("assistant", None)), "empty turn"),
-        (messages(("user", "x")), "no turn of the assistant"),
-        (messages(("user", "x"), ("assistant", 7)), "content that is no text"),
-        (messages(("user", [{"type": "image"}]), ("assistant", "x")), "content that is no text"),
-        (messages(("user", "\ud83d"), ("assistant", "x")), "broken Unicode"),
-        ({"messages": []}, "no turns"),
-        ({"messages": "Hello"}, "turns that are no list"),
-        ({"messages": ["Hello"]}, "a turn that is no object"),
-        ({"id": 5}, "the columns are missing"),
+        (messages(("user", " \n"), ("assistant", "y")), "empty message"),
+        (messages(("user", "x"), ("assistant", None)), "empty message"),
+        (messages(("user", "x")), "no assistant message"),
+        (messages(("user", "x"), ("assistant", 7)), "content is not text"),
+        (messages(("user", [{"type": "image"}]), ("assistant", "x")), "content is not text"),
+        (messages(("user", "\ud83d"), ("assistant", "x")), "invalid Unicode"),
+        ({"messages": []}, "no messages"),
+        ({"messages": "Hello"}, "messages is not a list"),
+        ({"messages": ["Hello"]}, "a message is not an object"),
+        ({"id": 5}, "missing columns"),
     ],
 )
-def test_bad_rows_are_counted_or_stop(row, reason):
-    found = gather(GOOD, GOOD, row)
+def test_invalid_rows_are_counted_or_raise(row, reason):
+    found = parse(GOOD, GOOD, row)
     assert len(found) == 2
     assert found.num_rows == 3
-    (told, (count, first)), *more = found.dropped.items()
-    assert (told, count, more) == (reason, 1, [])
+    (found_reason, (count, first)), *more = found.dropped.items()
+    assert (found_reason, count, more) == (reason, 1, [])
     assert first.startswith("row 3: ")
-    with pytest.raises(DataError, match=f"row 3: {reason}.*bad: drop"):
-        gather(GOOD, GOOD, row, bad="stop")
-    with pytest.raises(DataError, match="2 of 3 rows cannot be used"):
-        gather(GOOD, row, row)
+    with pytest.raises(DataError, match=f"row 3: {reason}.*on_invalid: drop"):
+        parse(GOOD, GOOD, row, on_invalid="stop")
+    with pytest.raises(DataError, match="2 of 3 rows are invalid"):
+        parse(GOOD, row, row)
 
 
-@pytest.mark.parametrize("other", [name for name in SHAPES if name != "messages"])
-def test_two_shapes_are_named_with_a_row_of_each(other):
-    with pytest.raises(DataError, match=r"two shapes.*messages .* in row 1, .* as in row 3"):
-        gather(GOOD, GOOD, SHAPES[other])
-    merged = {key: None for row in (GOOD, SHAPES[other]) for key in row}
-    with pytest.raises(DataError, match="two shapes"):
-        conversations.detect_format([merged | GOOD, merged | SHAPES[other]])
+@pytest.mark.parametrize("other", [name for name in FORMATS if name != "messages"])
+def test_two_formats_raise_with_a_row_of_each(other):
+    with pytest.raises(DataError, match=r"two formats.*messages .* in row 1, .* in row 3"):
+        parse(GOOD, GOOD, FORMATS[other])
+    merged = {key: None for row in (GOOD, FORMATS[other]) for key in row}
+    with pytest.raises(DataError, match="two formats"):
+        conversations.detect_format([merged | GOOD, merged | FORMATS[other]])
 
 
 def test_unknown_columns_are_listed():
-    with pytest.raises(DataError, match=r"'prompt', 'chosen', 'rejected'.*Pairs of better and worse"):
-        gather({"prompt": "x", "chosen": "y", "rejected": "z"})
+    with pytest.raises(DataError, match=r"'prompt', 'chosen', 'rejected'.*Preference pairs"):
+        parse({"prompt": "x", "chosen": "y", "rejected": "z"})
 
 
-def test_what_is_allowed_is_noted():
+def test_warnings():
     twice = messages(("user", "x"), ("assistant", "y"), ("assistant", "z"), ("user", "bye"))
-    assert set(gather(twice).warnings) == {"two turns of the assistant in a row", "ends without an answer"}
+    assert set(parse(twice).warnings) == {"two assistant messages in a row", "ends without an answer"}
 
 
-def test_ids_are_told_apart():
-    assert [item.id for item in gather({"id": "a", **GOOD}, {"id": "a", **GOOD}, GOOD)] == ["a", "a-2", "3"]
+def test_ids_are_unique():
+    assert [item.id for item in parse({"id": "a", **GOOD}, {"id": "a", **GOOD}, GOOD)] == ["a", "a-2", "3"]
 
 
 JSON = st.recursive(
@@ -203,12 +211,12 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # how busy the machine is proves nothing
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # depends on how busy the machine is
 @given(st.dictionaries(st.sampled_from(["messages", "conversations", "tools", "text", "prompt", "completion"]), JSON))
-def test_whatever_stands_in_a_row_is_read_or_refused_in_words(row):
-    said = ""
+def test_any_row_is_parsed_or_raises_data_error(row):
+    message = ""
     try:
-        assert len(gather(row)) == 1
-    except DataError as wrong:
-        said = str(wrong)
-    assert not said or "row 1" in said
+        assert len(parse(row)) == 1
+    except DataError as error:
+        message = str(error)
+    assert not message or "row 1" in message

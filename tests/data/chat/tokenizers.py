@@ -1,4 +1,4 @@
-"""Small real tokenizers with the chat templates that the families have, trained here on a few words."""
+"""Small fast tokenizers, trained on a few words, with the chat templates of common model families."""
 
 from functools import cache
 
@@ -34,11 +34,11 @@ MISTRAL = (
     "{% elif message.role == 'assistant' %} {{ message.content }}{{ eos_token }}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-PHI = (  # ends the whole conversation, not the turn, with EOS
+PHI = (  # ends the conversation, not each answer, with EOS
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
-THINKING = (  # takes the thoughts out of every answer but the last, and writes empty ones there
+THINKING = (  # removes the reasoning of all answers but the last, which gets an empty one
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' and loop.last %}"
     "<think>\n{{ message.reasoning_content | default('') }}\n</think>\n\n{% endif %}{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -71,7 +71,7 @@ FAMILIES = {  # template, special tokens, BOS, EOS, the token that ends a turn
 @cache
 def _trained(family):
     _, specials, bos, _, _ = FAMILIES[family]
-    if family == "spaced":  # SentencePiece's way: a space before every text, bytes for what it has not seen
+    if family == "spaced":  # as SentencePiece: a space before every text, bytes for unknown characters
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         tokenizer.decoder = decoders.Sequence(
@@ -105,7 +105,7 @@ def _trained(family):
 
 @cache
 def tokenizer(family):
-    """A fast tokenizer of transformers with the template of a family."""
+    """Return a fast tokenizer with the chat template of a family."""
     template, specials, bos, eos, _ = FAMILIES[family]
     made = PreTrainedTokenizerFast(
         tokenizer_object=_trained(family),
@@ -119,5 +119,5 @@ def tokenizer(family):
 
 
 def turn_end(family):
-    """The word that ends an answer."""
+    """Return the token that ends an answer."""
     return FAMILIES[family][-1]

@@ -13,11 +13,10 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mowa.data.manifests import examples as sources
-from mowa.data.manifests import tables
+from mowa.data.manifests import discover, tables
+from mowa.data.manifests.examples import list_examples, list_splits, read_examples
 from mowa.errors import AudioError, DataError, HubUnreachable, MissingDependency
 from mowa.types import Example
-from projects.pl_tiny import synth
 
 LAW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 RATE_HZ = 8_000
@@ -51,13 +50,13 @@ def text(path, content, encoding="utf-8"):
     return path
 
 
-def read(path, split="", **settings):
-    return list(sources.read_examples(path, split, **settings))
+def read(path, split="", **kwargs):
+    return list(read_examples(path, split, **kwargs))
 
 
-def refusal(path, split="", **settings):
+def read_error(path, split="", **kwargs):
     with pytest.raises(DataError) as caught:
-        read(path, split, **settings)
+        read(path, split, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -77,7 +76,7 @@ def refusal(path, split="", **settings):
         {"utt_id": "a", "path": "elsewhere.wav", "audio": "a.wav", "text": "tak", "sentence": "nie", "duration": 0.25},
     ],
 )
-def test_what_columns_are_called(tmp_path, row):
+def test_column_names(tmp_path, row):
     file = recording(tmp_path / "clips/a.wav")
     assert read(lines(tmp_path / "m.jsonl", row)) == [Example("a", str(file), "tak", 0.25, {})]
 
@@ -87,8 +86,8 @@ def test_our_own_manifests(tmp_path, monkeypatch):
     manifest = lines(tmp_path / "train.jsonl", row)
     recording(tmp_path / "audio/1.wav")
     (ours,) = read(manifest)
-    assert [ours] == list(synth.read_manifest(manifest))
-    elsewhere = lines(tmp_path / "elsewhere/train.jsonl", row)  # its paths are from the working directory
+    assert ours == Example("x-1", str(tmp_path / "audio/1.wav"), "tak", 0.5, {"voice": "pl+f1"})
+    elsewhere = lines(tmp_path / "elsewhere/train.jsonl", row)  # its paths are relative to the working directory
     monkeypatch.chdir(tmp_path)
     assert read(elsewhere) == [ours]
     assert read("train.jsonl") == [ours]
@@ -127,7 +126,7 @@ def test_ids_are_unique(tmp_path):
 
 @LAW
 @given(st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=5).filter(lambda t: any(map(str.strip, t))))
-def test_texts_stay_as_they_are(tmp_path, texts):
+def test_texts_are_not_changed(tmp_path, texts):
     recording(tmp_path / "a.wav")
     given = [{"path": "a.wav", "sentence": text, "duration": 0.5} for text in texts]
     assert [example.text for example in read(lines(tmp_path / "m.jsonl", *given))] == texts
@@ -142,17 +141,17 @@ def test_texts_stay_as_they_are(tmp_path, texts):
 def test_splits_are_listed(tmp_path):
     recording(tmp_path / "a.wav")
     manifest = text(tmp_path / "m.csv", "path,text,split\na.wav,tak,train\na.wav,nie,validation\n")
-    assert sources.list_splits(manifest) == ["train", "validation"]
-    assert sources.list_splits(text(tmp_path / "n.csv", "path,text\na.wav,tak\n")) == []
-    assert sources.list_splits(tmp_path) == ["m", "n"]
-    assert sources.list_splits(tmp_path / "a.wav") == []
+    assert list_splits(manifest) == ["train", "validation"]
+    assert list_splits(text(tmp_path / "n.csv", "path,text\na.wav,tak\n")) == []
+    assert list_splits(tmp_path) == ["m", "n"]
+    assert list_splits(tmp_path / "a.wav") == []
 
 
-def test_rows_are_read_one_by_one(tmp_path):
+def test_rows_are_read_lazily(tmp_path):
     recording(tmp_path / "a.wav")
     manifest = lines(tmp_path / "m.jsonl", *[{"audio": "a.wav", "text": "tak"}] * 3)
     manifest.write_text(manifest.read_text() + "{broken\n")
-    examples = sources.read_examples(manifest)
+    examples = read_examples(manifest)
     assert [example.id for example in islice(examples, 3)] == ["a", "a-2", "a-3"]
     with pytest.raises(DataError, match=r"m\.jsonl:4: broken JSON \(.*, column 2\)"):
         next(examples)
@@ -177,16 +176,16 @@ def test_tables(tmp_path, name, content):
     assert read(text(tmp_path / name, content)) == [Example("a", str(file), 'on rzekł: "tak", i już', 0.5, {})]
 
 
-def test_a_quote_in_a_tsv_opens_nothing(tmp_path):
+def test_quotes_in_a_tsv_are_text(tmp_path):
     recording(tmp_path / "a.wav")
     manifest = text(tmp_path / "m.tsv", 'path\tsentence\na.wav\t"tak\na.wav\tnie\u2028wiem\n')
     assert [example.text for example in read(manifest)] == ['"tak', "nie\u2028wiem"]
 
 
-def test_the_row_of_a_table_is_named(tmp_path):
+def test_errors_name_the_line_of_a_table(tmp_path):
     recording(tmp_path / "a.wav")
     manifest = text(tmp_path / "m.csv", 'path,text\na.wav,"dwie\nlinie"\nb.wav,tak\n')
-    assert f"{manifest}:4: there is no recording b.wav" in refusal(manifest)
+    assert f"{manifest}:4: no recording b.wav" in read_error(manifest)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -214,14 +213,14 @@ def test_common_voice(common_voice):
     assert read(common_voice / "dev.tsv") == read(common_voice, "dev")
     text(common_voice / "clip_durations.tsv", "clip\tduration[ms]\ntrain.mp3\t4321\n")
     assert read(common_voice)[0].duration_s == 4.321
-    told = refusal(common_voice, "test")
-    assert told == f"{common_voice}: there is no split test. Name one of those there are: dev, train, validated."
-    assert sources.detect_layout(common_voice).kind == "Common Voice"
+    message = read_error(common_voice, "test")
+    assert message == f"{common_voice}: has no split test. Available splits: dev, train, validated."
+    assert discover.detect_layout(common_voice).kind == "Common Voice"
     assert read(common_voice.parent) == read(common_voice)
 
 
 def test_a_folder_with_transcripts(tmp_path):
-    """nEMO's shape: several texts, of which one is to be scored against."""
+    """The layout of nEMO: several text columns, of which the normalized one is used."""
     file = recording(tmp_path / "audio/EB0_1.flac")
     content = (
         "file\traw_text\tnormalized_text\tspeaker\tgender\tage\naudio/EB0_1.flac\tTak, tak.\ttak tak\tEB0\tfemale\t27\n"
@@ -229,8 +228,8 @@ def test_a_folder_with_transcripts(tmp_path):
     text(tmp_path / "transcripts.tsv", content)
     expected = Example("EB0_1", str(file), "tak tak", 0.5, {"speaker": "EB0", "gender": "female", "age": "27"})
     assert read(tmp_path) == [expected]
-    assert sources.detect_layout(tmp_path).kind == "folder with transcripts"
-    assert "transcripts.tsv:2: split test was asked for, and there is no column split" in refusal(tmp_path, "test")
+    assert discover.detect_layout(tmp_path).kind == "folder with transcripts"
+    assert "transcripts.tsv:2: split test was requested, but there is no column split" in read_error(tmp_path, "test")
 
 
 def test_an_audiofolder(tmp_path):
@@ -240,8 +239,8 @@ def test_an_audiofolder(tmp_path):
     assert [example.text for example in read(tmp_path)] == ["train"]
     assert [example.text for example in read(tmp_path, "test")] == ["test"]
     assert [example.text for example in read(tmp_path / "test")] == ["test"]
-    assert sources.detect_layout(tmp_path / "test").kind == "audiofolder"
-    assert "no split dev. Name one of those there are: test, train" in refusal(tmp_path, "dev")
+    assert discover.detect_layout(tmp_path / "test").kind == "audiofolder"
+    assert "has no split dev. Available splits: test, train" in read_error(tmp_path, "dev")
 
 
 def test_a_folder_of_manifests(tmp_path):
@@ -249,7 +248,7 @@ def test_a_folder_of_manifests(tmp_path):
     for split in ("seen", "unseen"):
         lines(tmp_path / f"{split}.jsonl", {"audio": "a.wav", "text": split})
     assert [example.text for example in read(tmp_path, "unseen")] == ["unseen"]
-    assert "no split train. Name one of those there are: seen, unseen" in refusal(tmp_path)
+    assert "has no split train. Available splits: seen, unseen" in read_error(tmp_path)
     lines(tmp_path / "train.jsonl", {"audio": "a.wav", "text": "train"})
     assert [example.text for example in read(tmp_path)] == ["train"]
 
@@ -259,16 +258,16 @@ def test_a_column_that_names_the_split(tmp_path):
     manifest = text(tmp_path / "m.csv", "path,text,split\na.wav,tak,train\na.wav,nie,validation\n")
     assert [example.text for example in read(manifest, "dev")] == ["nie"]
     assert [example.text for example in read(manifest)] == ["tak", "nie"]
-    assert "there is no split test. Name one of those there are: train, validation" in refusal(manifest, "test")
+    assert "has no split test. Available splits: train, validation" in read_error(manifest, "test")
 
 
-# --- what the datasets library writes ---------------------------------------------------------------------------------
+# --- files of the datasets library -----------------------------------------------------------------------------------
 
 TEXTS = ["tak", "nie", "może"]
 
 
 def table(audio="audio", **columns):
-    """Three recordings as bytes, two in one format, with names that do not tell it."""
+    """Return three recordings as bytes, and a data set of them whose names do not show the format."""
     import datasets
 
     sounds = [encoded(0.5), encoded(0.75, format="FLAC"), encoded(1.0, 500)]
@@ -296,11 +295,11 @@ def test_parquet(tmp_path, audio):
     sounds, data = table(audio, client_id=["a", "b", "b"], unused=[1, 2, 3])
     data.to_parquet(tmp_path / "x.parquet")
     cache = tmp_path / "cache"
-    examples = read(tmp_path / "x.parquet", cache=cache)
+    examples = read(tmp_path / "x.parquet", cache_dir=cache)
     check(examples, sounds, cache)
     assert [example.tags for example in examples] == [{"speaker": "a"}, {"speaker": "b"}, {"speaker": "b"}]
     before = {file: file.stat().st_mtime_ns for file in cache.rglob("*.*")}
-    assert read(tmp_path / "x.parquet", cache=cache) == examples
+    assert read(tmp_path / "x.parquet", cache_dir=cache) == examples
     assert {file: file.stat().st_mtime_ns for file in cache.rglob("*.*")} == before
 
 
@@ -313,10 +312,10 @@ def test_a_folder_of_parquet(tmp_path):
         data.select([at]).to_parquet(tmp_path / f"parts/part-{at}.parquet")
     data.select([1]).to_parquet(tmp_path / "hub/data/validation-00000-of-00001.parquet")
     for folder in ("hub", "parts"):
-        examples = read(tmp_path / folder, cache=tmp_path / folder / "cache")
+        examples = read(tmp_path / folder, cache_dir=tmp_path / folder / "cache")
         assert [example.text for example in examples] == TEXTS
         assert [Path(example.audio).read_bytes() for example in examples] == sounds
-    assert [example.text for example in read(tmp_path / "hub", "dev", cache=tmp_path)] == ["nie"]
+    assert [example.text for example in read(tmp_path / "hub", "dev", cache_dir=tmp_path)] == ["nie"]
 
 
 @pytest.mark.parametrize("kept_as", ["bytes", "files"])
@@ -331,61 +330,61 @@ def test_saved_to_disk(tmp_path, kept_as):
         cells = {"audio": [str(tmp_path / name) for name in names], "sentence": TEXTS}
         data = datasets.Dataset.from_dict(cells).cast_column("audio", datasets.Audio(sampling_rate=16_000))
     data.with_format("pandas").save_to_disk(tmp_path / "one")
-    check(read(tmp_path / "one", cache=tmp_path / "cache"), sounds, tmp_path / "cache")
+    check(read(tmp_path / "one", cache_dir=tmp_path / "cache"), sounds, tmp_path / "cache")
     datasets.DatasetDict({"train": data, "test": data.select([2])}).save_to_disk(tmp_path / "several")
-    check(read(tmp_path / "several", cache=tmp_path / "cache"), sounds, tmp_path / "cache")
-    assert [example.text for example in read(tmp_path / "several", "test", cache=tmp_path / "cache")] == ["może"]
-    assert "there is no split dev. Name one of those there are: test, train" in refusal(tmp_path / "several", "dev")
+    check(read(tmp_path / "several", cache_dir=tmp_path / "cache"), sounds, tmp_path / "cache")
+    assert [example.text for example in read(tmp_path / "several", "test", cache_dir=tmp_path / "cache")] == ["może"]
+    assert "has no split dev. Available splits: test, train" in read_error(tmp_path / "several", "dev")
     (file,) = (tmp_path / "one").glob("*.arrow")
     file.write_bytes(file.read_bytes()[:100])
-    assert f"{tmp_path / 'one'}: is damaged (" in refusal(tmp_path / "one")
+    assert f"{tmp_path / 'one'}: is damaged (" in read_error(tmp_path / "one")
 
 
-# --- the hub, which here is a folder ----------------------------------------------------------------------------------
+# --- the Hub, replaced by a folder ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder that datasets is sent to instead of the hub's owner/name; nothing is stood in for but the address."""
+    """Return a folder that datasets reads instead of owner/name on the Hub, and the calls of the builder."""
     import datasets
 
-    repo, asked = tmp_path / "repo", []
+    repo, calls = tmp_path / "repo", []
     build = datasets.load_dataset_builder
 
-    def there(name, config=None, *, revision=None):
-        asked.append((name, config, revision))
+    def load_dataset_builder(name, config=None, *, revision=None):
+        calls.append((name, config, revision))
         return build(str(repo), config, cache_dir=str(tmp_path / "hf"))
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", there)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     monkeypatch.chdir(tmp_path)
     (repo / "data").mkdir(parents=True)
-    return repo, asked
+    return repo, calls
 
 
 def test_a_stream_of_parquet(hub, tmp_path):
-    repo, asked = hub
+    repo, calls = hub
     sounds, data = table(unused=[1, 2, 3])
     data.to_parquet(repo / "data/train-00000-of-00001.parquet")
     data.select([1]).to_parquet(repo / "data/validation-00000-of-00001.parquet")
-    check(read("hub:owner/name", cache=tmp_path / "cache"), sounds, tmp_path / "cache")
-    assert [example.text for example in read("hub:owner/name@v1.0:default", "dev", cache=tmp_path)] == ["nie"]
-    assert asked == [("owner/name", None, None), ("owner/name", "default", "v1.0")]
-    told = refusal("hub:owner/name", "test")
-    assert told == "hub:owner/name: there is no split test. Name one of those there are: train, validation."
-    assert refusal("hub:owner/name:pl").startswith(
+    check(read("hub:owner/name", cache_dir=tmp_path / "cache"), sounds, tmp_path / "cache")
+    assert [example.text for example in read("hub:owner/name@v1.0:default", "dev", cache_dir=tmp_path)] == ["nie"]
+    assert calls == [("owner/name", None, None), ("owner/name", "default", "v1.0")]
+    message = read_error("hub:owner/name", "test")
+    assert message == "hub:owner/name: has no split test. Available splits: train, validation."
+    assert read_error("hub:owner/name:pl").startswith(
         "hub:owner/name:pl: cannot be streamed (BuilderConfig 'pl' not found"
     )
 
 
 def test_a_stream_of_an_audiofolder(hub, tmp_path):
-    """What datasets makes of an audiofolder is what is read here without it."""
+    """An audiofolder read through datasets equals the same folder read directly."""
     repo, _ = hub
-    told = []
+    rows = []
     for at, word in enumerate(TEXTS):
         recording(repo / f"data/{at}.wav", 0.5 + at)
-        told.append({"file_name": f"{at}.wav", "transcription": word, "speaker_id": at})
-    lines(repo / "data/metadata.jsonl", *told)
-    examples = read("hub:owner/name", cache=tmp_path / "cache")
+        rows.append({"file_name": f"{at}.wav", "transcription": word, "speaker_id": at})
+    lines(repo / "data/metadata.jsonl", *rows)
+    examples = read("hub:owner/name", cache_dir=tmp_path / "cache")
     assert [example.text for example in examples] == TEXTS
     assert examples == read(repo / "data")
 
@@ -399,12 +398,12 @@ def test_a_stream_of_tars(hub, tmp_path):
                 member = tarfile.TarInfo(f"s{at}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    examples = read("hub:owner/name", cache=tmp_path / "cache")
+    examples = read("hub:owner/name", cache_dir=tmp_path / "cache")
     assert [(example.id, example.text) for example in examples] == [("s0", "tak"), ("s1", "nie")]
     assert [Path(example.audio).read_bytes() for example in examples] == sounds
 
 
-def test_a_recording_that_is_far_away(hub, tmp_path):
+def test_a_remote_recording(hub, tmp_path):
     import datasets
     import fsspec
 
@@ -413,51 +412,51 @@ def test_a_recording_that_is_far_away(hub, tmp_path):
     memory.pipe("/mowa-test/a.wav", encoded())
     data = datasets.Dataset.from_dict({"audio": ["memory://mowa-test/a.wav"], "text": ["tak"]})
     data.to_parquet(repo / "data/train-00000-of-00001.parquet")
-    (example,) = read("hub:owner/name", cache=tmp_path / "cache")
+    (example,) = read("hub:owner/name", cache_dir=tmp_path / "cache")
     assert (example.id, Path(example.audio).read_bytes()) == ("a", encoded())
-    told = refusal(repo / "data/train-00000-of-00001.parquet")
-    assert "memory://mowa-test/a.wav is an address, and none is opened from a manifest" in told
+    message = read_error(repo / "data/train-00000-of-00001.parquet")
+    assert "memory://mowa-test/a.wav is a URL, and URLs in manifests are not read" in message
     memory.rm("/mowa-test", recursive=True)
 
 
-def test_entries_of_the_hub(hub, tmp_path):
-    """Bytes come as they are, undecoded and kept nowhere; an address is fetched, and where it cannot be, passed on."""
+def test_listing_the_hub(hub, tmp_path):
+    """Bytes are listed undecoded and not cached; URLs are fetched, or kept if that fails."""
     import datasets
     import fsspec
 
     repo, _ = hub
     sounds, data = table()
     data.to_parquet(repo / "data/train-00000-of-00001.parquet")
-    found = list(sources.list_examples("hub:owner/name"))
+    found = list(list_examples("hub:owner/name"))
     assert [(example.id, example.text, example.audio_bytes) for example in found] == list(
         zip(("one", "two", "3"), TEXTS, sounds, strict=True)
     )
     assert [example.audio for example in found] == ["x/one.wav", "two.wav", "hub:owner/name: row 3"]
     fsspec.filesystem("memory").pipe("/mowa-test/a.wav", encoded())
     addresses = ["memory://mowa-test/a.wav", "memory://mowa-test/gone.wav"]
-    far = datasets.Dataset.from_dict({"audio": addresses, "sentence": ["tak", "nie"]})
-    far.to_parquet(repo / "data/test-00000-of-00001.parquet")
-    assert sources.list_splits("hub:owner/name") == ["test", "train"]
-    found = list(sources.list_examples("hub:owner/name", "test"))
+    remote = datasets.Dataset.from_dict({"audio": addresses, "sentence": ["tak", "nie"]})
+    remote.to_parquet(repo / "data/test-00000-of-00001.parquet")
+    assert list_splits("hub:owner/name") == ["test", "train"]
+    found = list(list_examples("hub:owner/name", "test"))
     assert [(example.audio, example.audio_bytes) for example in found] == [
         (addresses[0], encoded()),
         (addresses[1], None),
     ]
-    local = list(sources.list_examples(repo / "data/test-00000-of-00001.parquet"))
+    local = list(list_examples(repo / "data/test-00000-of-00001.parquet"))
     assert [(example.audio, example.audio_bytes) for example in local] == [(address, None) for address in addresses]
     fsspec.filesystem("memory").rm("/mowa-test", recursive=True)
 
 
-def test_a_hub_that_cannot_be_asked(tmp_path, monkeypatch):
+def test_an_unreachable_hub(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubUnreachable, match="hub:owner/name-of-nothing: the hub does not give it"):
+    with pytest.raises(HubUnreachable, match="hub:owner/name-of-nothing: the Hub cannot be reached"):
         read("hub:owner/name-of-nothing")
-    assert "is no data set's name. Say hub:owner/name" in refusal("hub:a/b/c")
+    assert "is not a Hub data set. Write hub:owner/name" in read_error("hub:a/b/c")
     (tmp_path / "owner/name").mkdir(parents=True)
-    assert "hub:owner/name: a folder owner/name stands here" in refusal("hub:owner/name")
+    assert "hub:owner/name: the folder owner/name exists here" in read_error("hub:owner/name")
 
 
 @pytest.mark.parametrize(("missing", "name"), [("datasets", "hub:owner/name"), ("pyarrow.parquet", "x.parquet")])
@@ -469,7 +468,7 @@ def test_the_library_is_optional(tmp_path, monkeypatch, missing, name):
         read(name)
 
 
-# --- lengths ----------------------------------------------------------------------------------------------------------
+# --- durations --------------------------------------------------------------------------------------------------------
 
 
 def test_durations(tmp_path):
@@ -478,11 +477,11 @@ def test_durations(tmp_path):
     manifest = lines(tmp_path / "m.jsonl", *({"audio": "a.wav", "text": "tak"} | row for row in given))
     assert [example.duration_s for example in read(manifest)] == [0.5, 1.25, 1.25, 1.25, 1.25, 1.25]
     lines(manifest, {"audio": "a.wav", "text": "tak", "duration": 1250})
-    told = refusal(manifest)
-    assert told == f"{manifest}:1: duration 1250, and the recording has 1.25 s. Give it in seconds."
+    message = read_error(manifest)
+    assert message == f"{manifest}:1: duration is 1250, but the recording has 1.25 s. Write it in seconds."
 
 
-def test_a_header_that_says_no_length(tmp_path):
+def test_a_header_without_duration(tmp_path):
     import av
 
     with av.open(str(tmp_path / "a.aac"), "w", format="adts") as container:
@@ -496,94 +495,92 @@ def test_a_header_that_says_no_length(tmp_path):
     assert example.duration_s == pytest.approx(1.5, abs=0.3)
 
 
-def test_a_recording_that_is_none(tmp_path):
+def test_a_recording_that_is_not_audio(tmp_path):
     text(tmp_path / "a.wav", "to nie jest dźwięk")
     manifest = lines(tmp_path / "m.jsonl", {"audio": "a.wav", "text": "tak"})
     with pytest.raises(AudioError, match=r"m\.jsonl:1: .*a\.wav: is not audio"):
         read(manifest)
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        ("", ": is empty, there is no row to read"),
-        ("\n\n", ": is empty, there is no row to read"),
-        ("[1]\n", ":1: is JSON, but no object"),
+        ("", ": is empty: it has no rows"),
+        ("\n\n", ": is empty: it has no rows"),
+        ("[1]\n", ":1: is not a JSON object"),
         ('{"audio": "a.wav"', ":1: broken JSON"),
-        ('{"sound": "a.wav", "text": "tak"}', ":1: no column holds the recording. Call one of them audio, audio_fil"),
-        ('{"sound": "a.wav", "text": "tak"}', "found: 'sound', 'text'."),
-        ('{"audio": "a.wav", "words": "tak"}', ":1: no column holds the text. Call one of them text, sentence, tran"),
-        ('{"audio": "a.wav", "text": 5}', ":1: text is 5, which is no text"),
+        ('{"sound": "a.wav", "text": "tak"}', ":1: no column for audio. Recognized names: audio, audio_fil"),
+        ('{"sound": "a.wav", "text": "tak"}', "Columns: 'sound', 'text'."),
+        ('{"audio": "a.wav", "words": "tak"}', ":1: no column for text. Recognized names: text, sentence, tran"),
+        ('{"audio": "a.wav", "text": 5}', ":1: text is 5, not a string"),
         ('{"audio": "a.wav", "text": ""}\n{"audio": "a.wav", "text": null}', ": text is empty in all 2 rows read"),
         ('{"audio": "a.wav", "text": " "}\n' * 200, ": text is empty in all 100 rows read"),
-        ('{"audio": "b.wav", "text": "tak"}', ":1: there is no recording b.wav in "),
-        ('{"audio": "", "text": "tak"}', ":1: names no recording"),
-        ('{"audio": ["a.wav"], "text": "tak"}', ":1: names no recording"),
-        ('{"audio": "https://x.org/a.wav", "text": "tak"}', ":1: https://x.org/a.wav is an address"),
-        ('{"audio": "a.wav", "text": "tak", "offset": 2.5}', ":1: is a part of a recording"),
+        ('{"audio": "b.wav", "text": "tak"}', ":1: no recording b.wav in "),
+        ('{"audio": "", "text": "tak"}', ":1: has no recording"),
+        ('{"audio": ["a.wav"], "text": "tak"}', ":1: has no recording"),
+        ('{"audio": "https://x.org/a.wav", "text": "tak"}', ":1: https://x.org/a.wav is a URL"),
+        ('{"audio": "a.wav", "text": "tak", "offset": 2.5}', ":1: has an offset (2.5) without a duration"),
     ],
 )
-def test_lines_that_cannot_be_used(tmp_path, content, told):
+def test_invalid_lines_raise(tmp_path, content, message):
     recording(tmp_path / "a.wav")
-    assert told in refusal(text(tmp_path / "m.jsonl", content))
+    assert message in read_error(text(tmp_path / "m.jsonl", content))
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        ("", ": is empty, there is no row to read"),
-        ("path,text\n", ": is empty, there is no row to read"),
+        ("", ": is empty: it has no rows"),
+        ("path,text\n", ": is empty: it has no rows"),
         ("path,text\na.wav,tak, tak\n", ":2: has 3 columns, the header 2. Quote texts"),
-        ("path,text\na.wav\n", ":2: no column holds the text"),
-        ("a.wav,tak\na.wav,nie\n", "found: 'a.wav', 'tak'"),
+        ("path,text\na.wav\n", ":2: no column for text"),
+        ("a.wav,tak\na.wav,nie\n", "Columns: 'a.wav', 'tak'"),
         ("path,text\na.wav," + "a" * 200_000 + "\n", ":2: broken table (field larger than field limit"),
     ],
 )
-def test_tables_that_cannot_be_used(tmp_path, content, told):
+def test_invalid_tables_raise(tmp_path, content, message):
     recording(tmp_path / "a.wav")
-    assert told in refusal(text(tmp_path / "m.csv", content))
+    assert message in read_error(text(tmp_path / "m.csv", content))
 
 
 def test_text_that_is_not_utf8(tmp_path):
     recording(tmp_path / "a.wav")
     manifest = text(tmp_path / "m.tsv", "path\tsentence\na.wav\ttak\na.wav\tżółw\n", "cp1250")
-    assert f"{manifest}:3: is not UTF-8 (byte 0xbf). Save it as UTF-8" in refusal(manifest)
+    assert f"{manifest}:3: is not UTF-8 (byte 0xbf). Save it as UTF-8" in read_error(manifest)
     manifest = text(tmp_path / "m.csv", "path,sentence\na.wav,tak\n", "utf-16")
-    assert f"{manifest}:1: is not UTF-8 (byte 0xff)" in refusal(manifest)
+    assert f"{manifest}:1: is not UTF-8 (byte 0xff)" in read_error(manifest)
 
 
-def test_texts_may_be_left_out_where_none_is_needed(tmp_path):
+def test_texts_are_optional_without_require_text(tmp_path):
     recording(tmp_path / "a.wav")
     manifest = lines(tmp_path / "m.jsonl", {"audio": "a.wav"}, {"audio": "a.wav", "text": None})
-    assert [example.text for example in read(manifest, texts=False)] == ["", ""]
+    assert [example.text for example in read(manifest, require_text=False)] == ["", ""]
     some = lines(tmp_path / "some.jsonl", {"audio": "a.wav", "text": ""}, {"audio": "a.wav", "text": "tak"})
     assert [example.text for example in read(some)] == ["", "tak"]
 
 
-def test_places_that_are_nothing(tmp_path, monkeypatch):
+def test_unsupported_sources_raise(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert refusal("gone.jsonl") == "gone.jsonl: no such file or folder. Check the spelling."
-    assert "or say hub:owner/name if it is there" in refusal("owner/name")
+    assert read_error("gone.jsonl") == "gone.jsonl: no such file or folder. Check the spelling."
+    assert "or write hub:owner/name if it is on the Hub" in read_error("owner/name")
     recording(tmp_path / "sounds/a.wav")
-    for place in ("sounds", "sounds/a.wav", "."):
-        assert f"{place}: is nothing that can be read here. Understood are {sources.SUPPORTED_DATASETS}" in refusal(
-            place
-        )
+    for source in ("sounds", "sounds/a.wav", "."):
+        assert f"{source}: is not a supported source. Supported: {discover.SUPPORTED_DATASETS}" in read_error(source)
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
-    assert "x.parquet: is no parquet file, or damaged" in refusal("x.parquet")
+    assert "x.parquet: is not a parquet file, or is damaged" in read_error("x.parquet")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     _, data = table()
     data.to_parquet(tmp_path / "x.parquet")
     (tmp_path / "cache").touch()
-    assert "cache: recordings cannot be kept there" in refusal(tmp_path / "x.parquet", cache=tmp_path / "cache")
+    assert "cache: cannot be written" in read_error(tmp_path / "x.parquet", cache_dir=tmp_path / "cache")
 
 
-def test_every_role_has_names_of_its_own():
+def test_column_aliases_are_distinct():
     names = [name for known in tables.COLUMN_ALIASES.values() for name in known]
     assert len(names) == len(set(names))
     assert all(name == name.strip().lower() for name in names)
