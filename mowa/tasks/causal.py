@@ -1,7 +1,4 @@
-"""The next token: rows of token ids as batches, packed end to end or padded, and the loss over those that are learnt.
-
-What a row says, and why some of it is not learnt, is not known here.
-"""
+"""Next-token prediction: collate token ids to packed or padded batches, and evaluate the loss over trained tokens."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from torch import Tensor
 
 from mowa.types import IGNORE_INDEX
 
-PAD_MULTIPLE = 64  # rows are padded to multiples of this, so that a processor meets few shapes
+PAD_MULTIPLE = 64  # batches are padded to multiples of this, so that a CPU sees few shapes
 
 
 class TokenizedExample(Protocol):
-    """One example. ids int [n]; learnt bool [n]: whether the token is to be said after those before it."""
+    """One sample. input_ids int [n]; loss_mask bool [n]: whether the token is predicted from those before it."""
 
     @property
     def input_ids(self) -> Any: ...
@@ -30,60 +27,62 @@ class TokenizedExample(Protocol):
 
 
 def pack(examples: Sequence[TokenizedExample]) -> dict[str, Tensor]:
-    """Rows end to end: input_ids, labels, position_ids, int64 [1, T], T the sum of their lengths.
+    """Concatenate samples to input_ids, labels, position_ids, int64 [1, T], T the sum of their lengths.
 
-    Positions begin anew with each row. The first token of a row is nobody's to say, so its label is IGNORED.
+    Positions restart with each sample. The first token of a sample has no prediction, so its label is IGNORE_INDEX.
     """
-    ids = np.concatenate([row.input_ids for row in examples])
+    ids = np.concatenate([example.input_ids for example in examples])
     return {
-        "input_ids": _whole(ids),
-        "labels": _whole(np.concatenate([_labels(row) for row in examples])),
-        "position_ids": _whole(np.concatenate([np.arange(len(row)) for row in examples])),
+        "input_ids": _batch_of_one(ids),
+        "labels": _batch_of_one(np.concatenate([_labels(example) for example in examples])),
+        "position_ids": _batch_of_one(np.concatenate([np.arange(len(example)) for example in examples])),
     }
 
 
 def pad(
     examples: Sequence[TokenizedExample], pad_token_id: int, *, pad_to_multiple_of: int = PAD_MULTIPLE
 ) -> dict[str, Tensor]:
-    """Rows side by side: input_ids, labels, attention_mask, int64 [B, N], N the longest, in multiples of `grid`."""
+    """Pad samples to input_ids, labels, attention_mask, int64 [B, N], N a multiple of `pad_to_multiple_of`."""
     longest = -(-max(map(len, examples)) // pad_to_multiple_of) * pad_to_multiple_of
     shape = (len(examples), longest)
     ids, labels, mask = np.full(shape, pad_token_id), np.full(shape, IGNORE_INDEX), np.zeros(shape, np.int64)
-    for place, row in enumerate(examples):
-        ids[place, : len(row)], labels[place, : len(row)], mask[place, : len(row)] = row.input_ids, _labels(row), 1
-    named = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in named.items()}
+    for row, example in enumerate(examples):
+        length = len(example)
+        ids[row, :length], labels[row, :length], mask[row, :length] = example.input_ids, _labels(example), 1
+    arrays = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in arrays.items()}
 
 
-def _labels(row: TokenizedExample) -> np.ndarray:
-    labels = np.where(row.loss_mask, row.input_ids, IGNORE_INDEX)
+def _labels(example: TokenizedExample) -> np.ndarray:
+    labels = np.where(example.loss_mask, example.input_ids, IGNORE_INDEX)
     labels[:1] = IGNORE_INDEX
     return labels
 
 
-def _whole(values: np.ndarray) -> Tensor:
+def _batch_of_one(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))[None]
 
 
 def count_trained_tokens(examples: Iterable[TokenizedExample]) -> int:
-    """How many tokens are learnt: those with a label after the first of their row."""
-    return sum(int(np.asarray(row.loss_mask)[1:].sum()) for row in examples)
+    """Return the number of tokens in the loss: those with a label after the first token of their sample."""
+    return sum(int(np.asarray(example.loss_mask)[1:].sum()) for example in examples)
 
 
 @torch.inference_mode()
 def evaluate(net: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-    """Over every learnt token of the batches: `loss` (mean −log p, nats), `accuracy` (it was the likeliest), `tokens`.
+    """Evaluate `net` over all trained tokens of `batches`, by its stock forward pass.
 
-    The stock forward is asked for logits, so this says what anybody's inference would see.
+    Returns:
+        loss (mean −log p, nats), accuracy (of the most likely token), tokens (their number).
     """
     device = next(net.parameters()).device
-    lost, right, count = 0.0, 0, 0
+    loss, correct, count = 0.0, 0, 0
     for batch in batches:
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         targets = batch["labels"][:, 1:].to(device)
-        known = targets != IGNORE_INDEX
-        logits = net(**inputs, use_cache=False).logits[:, :-1][known].float()
-        lost += float(torch.nn.functional.cross_entropy(logits, targets[known], reduction="sum"))
-        right += int((logits.argmax(-1) == targets[known]).sum())
-        count += int(known.sum())
-    return {"loss": lost / max(1, count), "accuracy": right / max(1, count), "tokens": count}
+        trained = targets != IGNORE_INDEX
+        logits = net(**inputs, use_cache=False).logits[:, :-1][trained].float()
+        loss += float(torch.nn.functional.cross_entropy(logits, targets[trained], reduction="sum"))
+        correct += int((logits.argmax(-1) == targets[trained]).sum())
+        count += int(trained.sum())
+    return {"loss": loss / max(1, count), "accuracy": correct / max(1, count), "tokens": count}

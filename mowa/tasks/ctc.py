@@ -1,8 +1,4 @@
-"""Letters from sound with CTC: what a batch looks like and how a hypothesis is scored.
-
-The loss is the net's own (`Wav2Vec2ForCTC` and its siblings, blank = pad id). This room refuses to know where clips
-come from and how a training run is arranged.
-"""
+"""CTC speech recognition: vocabularies, labels, collation and losses; the blank is the pad token."""
 
 from __future__ import annotations
 
@@ -21,22 +17,26 @@ WORD_DELIMITER = "|"
 
 
 def build_vocabulary(alphabet: str) -> Vocabulary:
-    """The vocabulary of a new head: special tokens, the delimiter, then the letters."""
+    """Return the vocabulary of a new head: special tokens, the word delimiter, then the characters of `alphabet`."""
     tokens = (*SPECIAL_TOKENS.values(), WORD_DELIMITER, *alphabet)
     return Vocabulary(tokens, blank=0, delimiter=tokens.index(WORD_DELIMITER), specials=frozenset({1, 2, 3}))
 
 
 def encode_labels(text: str, vocabulary: Vocabulary) -> list[int]:
-    """The ids of a transcript; spaces become the delimiter. A letter outside the vocabulary is a DataError."""
+    """Return the token ids of a transcript, one per character; spaces become the word delimiter.
+
+    Raises:
+        DataError: the text has a character outside the vocabulary.
+    """
     delimiter = vocabulary.tokens[vocabulary.delimiter] if vocabulary.delimiter is not None else " "
-    known = {token: index for index, token in enumerate(vocabulary.tokens)}
-    spelt = text.replace(" ", delimiter)
-    strange = sorted(set(spelt) - known.keys())
-    if strange:
+    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+    characters = text.replace(" ", delimiter)
+    unknown = sorted(set(characters) - ids.keys())
+    if unknown:
         raise DataError(
-            f"{text[:40]!r}: {' '.join(strange)} not in the model's alphabet; map or drop such letters first."
+            f"{text[:40]!r}: {' '.join(unknown)} not in the model's vocabulary; map or drop such characters first"
         )
-    return [known[letter] for letter in spelt]
+    return [ids[character] for character in characters]
 
 
 def collate(
@@ -46,14 +46,16 @@ def collate(
     *,
     pad_to_multiple_of: int = 1,
 ) -> dict[str, torch.Tensor]:
-    """Normalised clips (float32 [n]) and label ids → input_values [B, N], attention_mask [B, N], labels [B, L].
+    """Pad normalized clips, float32 [n] each, and label ids to a batch.
 
-    N is a multiple of `grid`.
+    Returns:
+        input_values float32 [B, N], N a multiple of `pad_to_multiple_of`; attention_mask int64 [B, N]; labels int64
+        [B, L], padded with IGNORE_INDEX.
     """
-    longest, widest = -(-max(map(len, clips)) // pad_to_multiple_of) * pad_to_multiple_of, max(1, *map(len, targets))
-    values = np.full((len(clips), longest), preprocessing.padding_value, np.float32)
-    mask = np.zeros((len(clips), longest), np.int64)
-    ids = np.full((len(clips), widest), IGNORE_INDEX, np.int64)
+    samples = -(-max(map(len, clips)) // pad_to_multiple_of) * pad_to_multiple_of
+    values = np.full((len(clips), samples), preprocessing.padding_value, np.float32)
+    mask = np.zeros((len(clips), samples), np.int64)
+    ids = np.full((len(clips), max(1, *map(len, targets))), IGNORE_INDEX, np.int64)
     for row, (clip, target) in enumerate(zip(clips, targets, strict=True)):
         values[row, : len(clip)], mask[row, : len(clip)], ids[row, : len(target)] = clip, 1, target
     return {
@@ -64,31 +66,43 @@ def collate(
 
 
 def mean_ctc_loss(logits: torch.Tensor, num_frames: torch.Tensor, labels: torch.Tensor, blank: int) -> torch.Tensor:
-    """The mean CTC loss a letter, over the clips that have labels (Graves et al. 2006).
+    """Return the mean CTC loss per token over the clips that have labels, in nats: float32 [].
 
-    logits [B, T, V], frames [B] true ones of each clip, labels [B, L] padded with IGNORED → float32 []. A clip with
-    fewer frames than its letters need counts as zero.
+    A clip with fewer frames than its labels need counts as zero.
+
+    Args:
+        logits: [B, T, V].
+        num_frames: [B], frames of each clip without padding.
+        labels: [B, L], padded with IGNORE_INDEX.
+        blank: id of the blank.
+
+    Source: Graves et al., "Connectionist Temporal Classification", ICML 2006.
     """
     lengths = (labels != IGNORE_INDEX).sum(1)
     rows = lengths > 0
     if not rows.any():
         return logits.float().sum() * 0
-    scores = logits[rows].float().log_softmax(-1).transpose(0, 1)
+    log_probs = logits[rows].float().log_softmax(-1).transpose(0, 1)
     targets = labels[rows].clamp(min=0)
-    return F.ctc_loss(scores, targets, num_frames[rows], lengths[rows], blank, reduction="mean", zero_infinity=True)
+    return F.ctc_loss(log_probs, targets, num_frames[rows], lengths[rows], blank, reduction="mean", zero_infinity=True)
 
 
 def ctc_losses(logits: torch.Tensor, num_frames: torch.Tensor, labels: torch.Tensor, blank: int) -> torch.Tensor:
-    """−log p(labels) of each clip (Graves et al. 2006), in nats: float32 [B].
+    """Return −log p(labels) of each clip, in nats: float32 [B]; infinite where a clip has fewer than `min_frames`.
 
-    logits [B, T, V], frames [B] true ones of each clip, labels [B, L] padded with IGNORED. Infinite where a clip has
-    fewer frames than its letters need (`needed`).
+    Args:
+        logits: [B, T, V].
+        num_frames: [B], frames of each clip without padding.
+        labels: [B, L], padded with IGNORE_INDEX.
+        blank: id of the blank.
+
+    Source: Graves et al., "Connectionist Temporal Classification", ICML 2006.
     """
-    scores = logits.float().log_softmax(-1).transpose(0, 1)
+    log_probs = logits.float().log_softmax(-1).transpose(0, 1)
     lengths = (labels != IGNORE_INDEX).sum(1)
-    return F.ctc_loss(scores, labels.clamp(min=0), num_frames, lengths, blank, reduction="none")
+    return F.ctc_loss(log_probs, labels.clamp(min=0), num_frames, lengths, blank, reduction="none")
 
 
 def min_frames(ids: Sequence[int]) -> int:
-    """The fewest frames that can say these labels: one each, and a blank between two of the same."""
+    """Return the fewest frames that can output these labels: one each, and a blank between two equal ones."""
     return len(ids) + sum(a == b for a, b in pairwise(ids))

@@ -6,8 +6,8 @@ from typing import Any
 
 
 def set_gradient_checkpointing(net: Any, enabled: bool = True) -> None:
-    """Recompute the blocks of `net` in the backward pass, or no longer: less memory, more time."""
-    renamed = hasattr(net, "activation_checkpointing_enable")  # since transformers 5.2x
+    """Turn gradient checkpointing of `net` on or off: less memory, about a third more time."""
+    renamed = hasattr(net, "activation_checkpointing_enable")  # newer transformers renamed these methods
     verb = "activation_checkpointing" if renamed else "gradient_checkpointing"
     if enabled:
         getattr(net, f"{verb}_enable")({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""How the weights of a fine-tuning run move: AdamW with a rate for the head and for each block, over a schedule."""
+"""AdamW with a learning rate per block and for the head, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -11,30 +11,34 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from mowa.training.config.ctc import CTCRecipe, OptimizerConfig
+from mowa.training.config.ctc import CTCRecipe
+from mowa.training.config.shared import OptimizerConfig
 from mowa.types import Family
 
-PRETRAINED_LR, NEW_WEIGHTS_LR = 3e-5, 5e-4  # for weights that were trained already, and for new ones
+PRETRAINED_LR, NEW_WEIGHTS_LR = 3e-5, 5e-4  # default peak rates of pretrained and of new weights
 BLOCK_PATTERN = re.compile(r"\.layers\.(\d+)\.")
-FINAL_LR_RATIO = (
-    0.05  # of the full rate, where tri-stage ends (arXiv:1904.08779 ends at a hundredth, wav2vec 2.0 at 0.05)
-)
+FINAL_LR_RATIO = 0.05  # of the peak, at the end of tri-stage; as wav2vec 2.0 (arXiv:1904.08779 ends at 0.01)
 
 
 def resolve_learning_rate(recipe: CTCRecipe) -> float:
-    """The learning rate below the head, as given or as suits what learns."""
-    gentle = recipe.method in ("full", "encoder") or recipe.top_n is not None
+    """Return the peak learning rate below the head: the recipe's, or the default of its method."""
+    pretrained = recipe.method in ("full", "encoder") or recipe.top_n is not None
     return recipe.optimizer.learning_rate or (
-        PRETRAINED_LR if gentle and not recipe.distillation.student_layers else NEW_WEIGHTS_LR
+        PRETRAINED_LR if pretrained and not recipe.distillation.student_layers else NEW_WEIGHTS_LR
     )
 
 
 def build_param_groups(
     net: nn.Module, family: Family, config: OptimizerConfig, learning_rate: float, *, new_head: bool = False
 ) -> list[dict[str, Any]]:
-    """Parameter groups of what learns in `net`: matrices are decayed and vectors not, and each group has its rate.
+    """Group the trainable parameters of `net` by learning rate and weight decay; only matrices are decayed.
 
-    base: the learning rate below the head.
+    Args:
+        net: the net, with requires_grad set.
+        family: its family, which names the head.
+        config: multipliers and weight decay.
+        learning_rate: peak learning rate below the head.
+        new_head: whether the head starts from random weights, which selects the automatic multiplier.
     """
     head = config.head_lr_multiplier or (10.0 if new_head and learning_rate <= 1e-4 else 1.0)
     blocks = 1 + max(
@@ -45,36 +49,40 @@ def build_param_groups(
         if not parameter.requires_grad:
             continue
         if f"{family.head}." in f"{name}.":
-            times = head
+            multiplier = head
         else:
             block = BLOCK_PATTERN.search(name)
             depth = blocks - 1 - int(block[1]) if block else blocks
-            times = config.layerwise_lr_decay**depth
-        members.setdefault((times, parameter.ndim > 1), []).append(parameter)
+            multiplier = config.layerwise_lr_decay**depth
+        members.setdefault((multiplier, parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": group, "lr": learning_rate * times, "weight_decay": config.weight_decay if decayed else 0.0}
-        for (times, decayed), group in members.items()
+        {"params": group, "lr": learning_rate * multiplier, "weight_decay": config.weight_decay if decayed else 0.0}
+        for (multiplier, decayed), group in members.items()
     ]
 
 
 def lr_lambda(config: OptimizerConfig, num_training_steps: int) -> Callable[[int], float]:
-    """Step → share of the full rate. Tri-stage: up, hold, and down exponentially to LAST (arXiv:1904.08779)."""
-    rising = max(1, round(config.warmup_ratio * num_training_steps))
-    held = rising + round(config.hold_ratio * num_training_steps)
+    """Return the schedule as a function of the step, relative to the peak learning rate.
 
-    def share(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        gone = (step - rising) / max(1, num_training_steps - rising)
+    Source: tri-stage (warmup, hold, exponential decay to FINAL_LR_RATIO) is from arXiv:1904.08779.
+    """
+    warmup = max(1, round(config.warmup_ratio * num_training_steps))
+    hold_end = warmup + round(config.hold_ratio * num_training_steps)
+
+    def ratio(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, num_training_steps - warmup)
         if config.lr_scheduler == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, gone)))
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         if config.lr_scheduler == "linear":
-            return max(0.0, 1 - gone)
-        if config.lr_scheduler == "tri-stage" and step > held:
-            return math.exp(math.log(FINAL_LR_RATIO) * min(1.0, (step - held) / max(1, num_training_steps - held)))
+            return max(0.0, 1 - progress)
+        if config.lr_scheduler == "tri-stage" and step > hold_end:
+            decay = min(1.0, (step - hold_end) / max(1, num_training_steps - hold_end))
+            return math.exp(math.log(FINAL_LR_RATIO) * decay)
         return 1.0
 
-    return share
+    return ratio
 
 
 def create_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimizerConfig, num_training_steps: int) -> LambdaLR:
@@ -82,33 +90,34 @@ def create_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimizerConfi
 
 
 class OptimizerMixin:
-    """What a stock Trainer is given besides: our optimiser, made when (and over the parameters) the strategy wants it.
+    """Give a stock Trainer our optimizer and schedule, created when the distributed strategy asks for them.
 
-    Stands before the Trainer among a class's bases, which says in `groups` what learns how fast.
+    Put it before the Trainer among the bases; the class defines `param_groups(net)`.
     """
 
-    recipe: Any  # a recipe with `optimise`
+    recipe: Any  # a recipe with an `optimizer` section
     param_groups: Callable[[nn.Module], list[dict[str, Any]]]
 
     def __init__(self, **settings: Any) -> None:
         from accelerate.utils import AutocastKwargs
 
         super().__init__(**settings)
-        # every weight is used once a pass: a cache of their casts would hold memory and save nothing
+        # every weight is used once per pass, so a cache of their casts would hold memory and save nothing
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)  # type: ignore[attr-defined]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         trainer: Any = self
         if trainer.optimizer is None:
             groups = self.param_groups(trainer.model if model is None else model)
-            fused = not trainer.is_deepspeed_enabled  # one pass over the weights instead of ten
-            trainer.optimizer = torch.optim.AdamW(groups, betas=self.recipe.optimise.betas, fused=fused)
+            fused = not trainer.is_deepspeed_enabled
+            trainer.optimizer = torch.optim.AdamW(groups, betas=self.recipe.optimizer.betas, fused=fused)
         optimizer: torch.optim.Optimizer = trainer.optimizer
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         trainer: Any = self
         if trainer.lr_scheduler is None:
-            moved = optimizer or trainer.optimizer
-            trainer.lr_scheduler = create_lr_scheduler(moved, self.recipe.optimise, num_training_steps)
+            trainer.lr_scheduler = create_lr_scheduler(
+                optimizer or trainer.optimizer, self.recipe.optimizer, num_training_steps
+            )
         return trainer.lr_scheduler

@@ -1,54 +1,41 @@
-"""What every stock Trainer of ours is told, and who listens to it, whatever it trains."""
+"""Build the TrainingArguments and callbacks that the trainers of both tasks share."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from mowa.errors import RecipeError
 from mowa.training import checkpoints
-from mowa.training.config import schema
-from mowa.training.ctc.setup import is_main_process
-from mowa.training.distributed import launch
+from mowa.training.distributed import strategy
 from mowa.training.monitor import callbacks
-from mowa.training.monitor import progress as view
+from mowa.training.monitor import progress as reporting
+
+MIN_EVAL_STEPS = 20  # steps between evaluations, unless the recipe sets eval_steps
 
 
-def lock_run_dir(recipe: Any, recipe_file: Path) -> None:
-    """This folder is this recipe's (a Tuning, or an Instruction), or a RecipeError says what of it is another's."""
-    if recipe_file.is_file():
-        before, now = (
-            asdict(schema.from_dict(type(recipe), schema.read_yaml(recipe_file), str(recipe_file))),
-            asdict(recipe),
-        )
-        if before != now:
-            different = ", ".join(key for key in now if now[key] != before[key])
-            raise RecipeError(
-                f"{recipe_file.parent} holds a run by another recipe ({different}): choose another folder, or delete it"
-            )
-    elif is_main_process():
-        recipe_file.parent.mkdir(parents=True, exist_ok=True)
-        schema.write_yaml(recipe, recipe_file)
+def resolve_eval_steps(recipe: Any, max_steps: int) -> int:
+    """Return the steps between evaluations: the recipe's, or a tenth of the run but at least MIN_EVAL_STEPS."""
+    return min(recipe.evaluation.eval_steps or max(MIN_EVAL_STEPS, -(-max_steps // 10)), max_steps)
 
 
 def training_arguments(recipe: Any, output_dir: Path, net: Any, *, max_steps: int, eval_steps: int) -> dict[str, Any]:
-    """TrainingArguments of a run whose batches are planned, one to a step and device, measured and kept `every` steps.
+    """Return keyword arguments of TrainingArguments for a run whose batches are planned, one per step and device.
 
-    Those of devices among them, as `parallel` has it. What a run picks its best checkpoint by is left to say.
+    Evaluates and saves every `eval_steps`. Includes what `strategy.distributed_arguments` returns, but not how the best
+    checkpoint is selected.
     """
-    how = recipe.optimise
+    config = recipe.optimizer
     settings: dict[str, Any] = {
         "output_dir": str(output_dir / "run"),
         "max_steps": max_steps,
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": recipe.batch.accumulate,
+        "gradient_accumulation_steps": recipe.batch.gradient_accumulation_steps,
         "train_sampling_strategy": "sequential",
-        "max_grad_norm": how.clip,
-        "seed": how.seed,
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
         "eval_strategy": "steps",
         "eval_steps": eval_steps,
         "save_steps": eval_steps,
@@ -59,28 +46,29 @@ def training_arguments(recipe: Any, output_dir: Path, net: Any, *, max_steps: in
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,
-        "report_to": view.validate_report_to(recipe.evaluate.trackers) or "none",
+        "report_to": reporting.validate_report_to(recipe.evaluation.report_to) or "none",
     }
-    return settings | launch.distributed_arguments(recipe, net, recipe.parallel.devices)
+    return settings | strategy.distributed_arguments(recipe, net, recipe.distributed.devices)
 
 
 def attach_callbacks(
-    trainer: Any, recipe: Any, monitor: callbacks.Monitor, progress: view.ProgressReporter, *others: TrainerCallback
+    trainer: Any,
+    recipe: Any,
+    monitor: callbacks.Monitor,
+    progress: reporting.ProgressReporter,
+    *others: TrainerCallback,
 ) -> None:
-    """Our callbacks in place of those that print: sentinels, progress, patience, `others`; whole checkpoints last."""
-    for spoken in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(spoken)
-    patience = (
-        [EarlyStopping(trainer.args.metric_for_best_model, recipe.evaluate.patience)]
-        if recipe.evaluate.patience
-        else []
-    )
-    for callback in (monitor.callback(), progress, *patience, *others, checkpoints.MarkCompleteCallback()):
+    """Replace the stock printing callbacks by ours: monitor, progress, early stopping, `others`, completion marker."""
+    for stock in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(stock)
+    patience = recipe.evaluation.early_stopping_patience
+    stopping = [EarlyStopping(trainer.args.metric_for_best_model, patience)] if patience else []
+    for callback in (monitor.callback(), progress, *stopping, *others, checkpoints.MarkCompleteCallback()):
         trainer.add_callback(callback)
 
 
 class EarlyStopping(TrainerCallback):
-    """Ends a run whose measure was not the best one for so many measurements. It looks back, and remembers nothing."""
+    """Stop when the metric has not improved for `patience` evaluations. Stateless: it reads the log history."""
 
     def __init__(self, metric: str, patience: int) -> None:
         self.metric, self.patience = metric, patience

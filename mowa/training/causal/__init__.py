@@ -1,4 +1,5 @@
 """Fine-tune causal language models with TRL's SFTTrainer.
 
-Start with `trainer`; `dataset` tokenizes and splits, `batches` plans packed batches, `save` writes and verifies.
+Start with `trainer`, which calls `setup` (net, data, batches), trains, and calls `save`. `dataset` tokenizes and
+splits, `batches` plans packed batches.
 """

@@ -1,7 +1,8 @@
-"""Which rows of text share a batch, step by step. The whole run is planned before it starts, so it can be resumed.
+"""Plan the batches of a language-model run: which samples share a batch, step by step.
 
-First-fit: rows are shuffled, and each goes into the first open batch that has room for it. Among the rows of one pass
-over the data nothing is split, nothing padded, and little room is left.
+The whole run is planned before it starts, so a resumed run has the same batches. Packing is first-fit: samples are
+shuffled, and each goes into the first open batch with enough space. Within a pass nothing is split or padded, and
+little space is left.
 """
 
 from __future__ import annotations
@@ -11,34 +12,34 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-OPEN_BINS = 64  # batches that may still be filled: a row is put into one of the next ones, never far from its place
+OPEN_BINS = 64  # batches that may still be filled, so that a sample stays near its place in the shuffled order
 
 
 def first_fit(lengths: Sequence[int], order: Iterable[int], max_tokens: int) -> list[list[int]]:
-    """Indices in `order`, put into bins whose lengths sum to at most `room`. A longer row is a bin of its own.
+    """Pack sample indices, in `order`, into bins of at most `max_tokens`; a longer sample is a bin of its own.
 
-    Of the bins begun last, OPEN are tried, the oldest first.
+    Of the OPEN_BINS newest bins, the oldest with enough space is taken.
     """
     bins: list[list[int]] = []
-    left: list[int] = []
+    free: list[int] = []
     first = 0
     for index in order:
         length = lengths[index]
         for place in range(first, len(bins)):
-            if left[place] >= length:
+            if free[place] >= length:
                 break
         else:
             place = len(bins)
             bins.append([])
-            left.append(max_tokens)
+            free.append(max_tokens)
             first = max(first, place + 1 - OPEN_BINS)
         bins[place].append(int(index))
-        left[place] -= length
+        free[place] -= length
     return bins
 
 
 def group_by_length(lengths: Sequence[int], order: Iterable[int], max_tokens: int) -> list[list[int]]:
-    """Indices for padded batches: neighbours in length share one, and count × longest stays within `room`."""
+    """Group sample indices of similar length for padded batches, so that count × longest is at most `max_tokens`."""
     bins: list[list[int]] = []
     for index in sorted(order, key=lambda index: lengths[index]):
         if not bins or lengths[index] * (len(bins[-1]) + 1) > max_tokens:
@@ -57,16 +58,23 @@ def plan_batches(
     multiple_of: int,
     seed: int,
 ) -> list[list[int]]:
-    """Batches of row indices for a whole run: `count` of them, or as many as `epochs` passes have, in whole multiples.
+    """Plan the batches of a run, as lists of sample indices; each epoch is shuffled and packed anew.
 
-    Each pass is shuffled and packed anew; its bins are shuffled too.
+    Args:
+        lengths: tokens of each sample.
+        max_tokens: tokens per batch at most, including padding.
+        packing: whether batches are packed or padded.
+        epochs: passes over the samples, where `num_batches` is 0.
+        num_batches: number of batches; 0: as many as `epochs` passes have.
+        multiple_of: with `epochs`, the number of batches is a multiple of this (the batches in a step).
+        seed: random seed.
     """
     rng = np.random.default_rng(seed)
-    fill = first_fit if packing else group_by_length
+    group = first_fit if packing else group_by_length
     bins: list[list[int]] = []
     passes = 0
     while not num_batches or len(bins) < num_batches:
-        drawn = fill(lengths, rng.permutation(len(lengths)).tolist(), max_tokens)
+        drawn = group(lengths, rng.permutation(len(lengths)).tolist(), max_tokens)
         drawn = [drawn[place] for place in rng.permutation(len(drawn))]
         left = epochs - passes
         if not num_batches and left < 1:
@@ -78,11 +86,11 @@ def plan_batches(
     if not num_batches:
         num_batches = max(multiple_of, round(len(bins) / multiple_of) * multiple_of)
         while len(bins) < num_batches:
-            bins += fill(lengths, rng.permutation(len(lengths)).tolist(), max_tokens)
+            bins += group(lengths, rng.permutation(len(lengths)).tolist(), max_tokens)
     return bins[:num_batches]
 
 
 def plan_eval_batches(lengths: Sequence[int], max_tokens: int, packing: bool) -> list[list[int]]:
-    """Every row once, the longest first, to be measured on."""
+    """Group every sample once, the longest first."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return (first_fit if packing else group_by_length)(lengths, order, max_tokens)

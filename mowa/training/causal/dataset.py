@@ -1,4 +1,4 @@
-"""What a language model learns from and is measured on: read, told apart, turned into tokens, and shown."""
+"""Read, tokenize and split the samples of a language-model run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from mowa.errors import DataError
 from mowa.tasks import causal
 from mowa.training.causal import batches
 from mowa.training.config.causal import CausalData, CausalRecipe
-from mowa.training.config.ctc import DataSource
-from mowa.training.ctc.dataset import name_sources, subsample
+from mowa.training.config.shared import DataSource
 from mowa.training.monitor.sentinels import Finding
+from mowa.training.sources import name_sources, subsample
 from mowa.types import LanguageModel
 
-EVAL_BATCH_TOKENS = 1024  # tokens whose logits are there at once, where a set is measured by the stock net
+EVAL_BATCH_TOKENS = 1024  # tokens whose logits are in memory at once, where the stock net evaluates a set
 
 
 @dataclass(frozen=True, slots=True)
 class CausalSplits:
-    """Tokenised examples. `dev` and `test` by name; `notes` say what was left out and why; `shown` is a few of them,
-    with the learnt words marked; `findings` are what the first sentinels saw."""
+    """Tokenized samples; `dev` and `test` by name.
+
+    `notes` say what was left out and why, `preview` shows samples with the trained tokens highlighted, and `findings`
+    are the problems that the tokenizer's checks and the overlap check found.
+    """
 
     train: list[TokenizedSample]
     dev: dict[str, list[TokenizedSample]]
@@ -38,10 +41,10 @@ class CausalSplits:
 
 
 def load_splits(recipe: CausalRecipe, model: LanguageModel) -> CausalSplits:
-    """Everything that `plan.data` names, as `model`'s tokenizer has it, which takes the template that `data` names.
+    """Read and tokenize what the recipe's `data` section names; sets the tokenizer's chat template where it names one.
 
-    DataError where nothing is left to learn from or to measure on, or a check of the tokens says that it would be
-    learnt wrongly.
+    Raises:
+        DataError: no sample is left to train or evaluate on, or a check of the tokens found a fatal problem.
     """
     data = recipe.data
     if data.chat_template:
@@ -49,102 +52,103 @@ def load_splits(recipe: CausalRecipe, model: LanguageModel) -> CausalSplits:
     notes: list[str] = []
     findings: list[Finding] = []
 
-    def tokens(name: str, part: DataSource) -> list[TokenizedSample]:
-        items = conversations.read_conversations(part.path, part.split, on_invalid=data.on_invalid)
-        found, report = _encoded(items, data, model)
-        notes.append(f"{name}: {report.text()}")
-        findings.extend(Finding(f"{name}: {one.name}", 0, one.seen, one.advice) for one in report.findings)
-        if not found:
-            raise DataError(f"{name}: nothing is left to learn from\n{report.text()}")
-        return found
+    def load(name: str, source: DataSource) -> list[TokenizedSample]:
+        items = conversations.read_conversations(source.path, source.split, on_invalid=data.on_invalid)
+        samples, report = _tokenize(items, data, model)
+        notes.append(f"{name}: {report.summary()}")
+        findings.extend(Finding(f"{name}: {one.name}", 0, one.detail, one.advice) for one in report.findings)
+        if not samples:
+            raise DataError(f"{name}: no usable sample\n{report.summary()}")
+        return samples
 
-    train = [row for part in data.train for row in tokens(part.path, part)]
-    dev = {name: tokens(name, part) for name, part in name_sources(data.dev, "dev").items()}
-    test = {name: tokens(name, part) for name, part in name_sources(data.test, "test").items()}
+    train = [sample for source in data.train for sample in load(source.path, source)]
+    dev = {name: load(name, source) for name, source in name_sources(data.dev, "dev").items()}
+    test = {name: load(name, source) for name, source in name_sources(data.test, "test").items()}
     if not dev:
-        train, held_out = _held_out(train, data.hold_out, recipe.optimizer.seed)
+        train, held_out = _hold_out(train, data.hold_out, recipe.optimizer.seed)
         dev = {"dev": held_out}
-    dev = {name: subsample(rows, data.max_eval_samples) for name, rows in dev.items()}
-    shown = "\n\n".join(
-        tokenize.format_sample(row, model.tokenizer, color=sys.stderr.isatty()) for row in train[: data.preview]
+    dev = {name: subsample(samples, data.max_eval_samples) for name, samples in dev.items()}
+    preview = "\n\n".join(
+        tokenize.format_sample(sample, model.tokenizer, color=sys.stderr.isatty()) for sample in train[: data.preview]
     )
-    if leak := find_leakage(train, dev | test):
-        findings.append(leak)
-    return CausalSplits(train, dev, test, tuple(notes), shown, tuple(findings))
+    if overlap := find_leakage(train, dev | test):
+        findings.append(overlap)
+    return CausalSplits(train, dev, test, tuple(notes), preview, tuple(findings))
 
 
-def _encoded(items: Any, data: CausalData, model: LanguageModel) -> Any:
+def _tokenize(items: Any, data: CausalData, model: LanguageModel) -> Any:
     config = model.net.config.get_text_config()
-    reads = getattr(config, "max_position_embeddings", None) or data.max_length
+    context = getattr(config, "max_position_embeddings", None) or data.max_length
     return tokenize.tokenize_conversations(
         items,
         model.tokenizer,
         train_on=data.train_on,
         on_overflow=data.on_overflow,
-        max_length=min(data.max_length, reads),
+        max_length=min(data.max_length, context),
         eos_token_ids=eos_token_ids(model),
         vocab_size=model.net.get_input_embeddings().num_embeddings,
     )
 
 
 def load_chat_template(name: str) -> str:
-    """The text of a chat template: one of ours by its name, or a file's."""
+    """Return the text of a built-in chat template or of a .jinja file. DataError where `name` is neither."""
     if name in tokenize.BUILTIN_TEMPLATES:
         return tokenize.BUILTIN_TEMPLATES[name]
     if Path(name).is_file():
         return Path(name).read_text(encoding="utf-8")
-    raise DataError(f"data: template: {name} is no file, and none of {', '.join(tokenize.BUILTIN_TEMPLATES)}")
+    known = ", ".join(tokenize.BUILTIN_TEMPLATES)
+    raise DataError(f"data: chat_template: {name} is neither a file nor one of {known}")
 
 
 def eos_token_ids(model: LanguageModel) -> tuple[int, ...]:
-    """The tokens that end an answer, as the model's generation settings and its tokenizer have them."""
-    said = getattr(model.net.generation_config, "eos_token_id", None)
-    several = list(said) if isinstance(said, list | tuple) else [said]
+    """Return the tokens that end a response, by the generation config and the tokenizer."""
+    configured = getattr(model.net.generation_config, "eos_token_id", None)
+    several = list(configured) if isinstance(configured, list | tuple) else [configured]
     return tuple({one for one in (*several, model.tokenizer.eos_token_id) if one is not None})
 
 
-def _held_out(
-    rows: list[TokenizedSample], share: float, seed: int
+def _hold_out(
+    samples: list[TokenizedSample], fraction: float, seed: int
 ) -> tuple[list[TokenizedSample], list[TokenizedSample]]:
-    """Whole conversations: of one that became several examples, all are on the same side."""
-    names = list(dict.fromkeys(_conversation(row) for row in rows))
-    count = round(share * len(names))
+    """Split off a fraction of the conversations; samples of the same conversation stay together."""
+    names = list(dict.fromkeys(_conversation(sample) for sample in samples))
+    count = round(fraction * len(names))
     if not 0 < count < len(names):
         raise DataError(
-            f"no texts to measure on: {share:.0%} of {len(names)} held out leave nothing on one side; give data.dev, "
-            "or another data.hold_out"
+            f"no texts to evaluate on: holding out {fraction:.0%} of {len(names)} leaves one side empty; set "
+            "data.dev or another data.hold_out"
         )
     taken = {names[index] for index in np.random.default_rng(seed).permutation(len(names))[:count]}
-    kept = [row for row in rows if _conversation(row) not in taken]
-    return kept, [row for row in rows if _conversation(row) in taken]
+    kept = [sample for sample in samples if _conversation(sample) not in taken]
+    return kept, [sample for sample in samples if _conversation(sample) in taken]
 
 
-def _conversation(row: TokenizedSample) -> str:
-    return row.id.partition("#")[0]
+def _conversation(sample: TokenizedSample) -> str:
+    return sample.id.partition("#")[0]
 
 
 def find_leakage(train: Sequence[TokenizedSample], unseen: dict[str, list[TokenizedSample]]) -> Finding | None:
-    """Texts that are measured and learnt from too, word for word: losses on them will look better than they are."""
-    known = {np.asarray(row.input_ids).tobytes() for row in train}
-    shared = [row.id for rows in unseen.values() for row in rows if np.asarray(row.input_ids).tobytes() in known]
+    """Return a finding where dev or test samples are in train too, token for token."""
+    known = {np.asarray(sample.input_ids).tobytes() for sample in train}
+    evaluated = [sample for samples in unseen.values() for sample in samples]
+    shared = [sample.id for sample in evaluated if np.asarray(sample.input_ids).tobytes() in known]
     if not shared:
         return None
-    some = ", ".join(shared[:3]) + (", …" if len(shared) > 3 else "")
+    names = ", ".join(shared[:3]) + (", …" if len(shared) > 3 else "")
     return Finding(
-        "leakage",
+        "train/test overlap",
         0,
-        f"{len(shared)} of {sum(map(len, unseen.values()))} examples to measure on are learnt from too ({some})",
-        "Losses will look better than they are: take them out of train, or measure on others",
+        f"{len(shared)} of {len(evaluated)} samples in dev and test are in train as well ({names})",
+        "Losses will be too low: remove these from train, or evaluate on other samples",
     )
 
 
 def evaluate(net: Any, samples: Sequence[TokenizedSample]) -> dict[str, float]:
-    """Loss and accuracy over the learnt tokens of `rows`, by the stock forward."""
+    """Return loss, accuracy and number of trained tokens of `samples`, by the stock forward pass."""
     training = net.training
     net.eval()
-    groups = batches.group_by_length([len(row) for row in samples], range(len(samples)), EVAL_BATCH_TOKENS)
-    found = causal.evaluate(
-        net, (causal.pad([samples[index] for index in group], 0, pad_to_multiple_of=1) for group in groups)
-    )
+    groups = batches.group_by_length([len(sample) for sample in samples], range(len(samples)), EVAL_BATCH_TOKENS)
+    padded = (causal.pad([samples[index] for index in group], 0, pad_to_multiple_of=1) for group in groups)
+    metrics = causal.evaluate(net, padded)
     net.train(training)
-    return found
+    return metrics

@@ -1,4 +1,4 @@
-"""What the tuning of a language model ends with: the net measured, written, read again and compared, with a report."""
+"""Write the fine-tuned language model, load it again, compare its loss, and report."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from mowa.io.hub import silence_transformers
 from mowa.io.weights import ensure_safetensors
 from mowa.training.causal.dataset import CausalSplits, evaluate
 from mowa.training.config.causal import CausalRecipe
-from mowa.training.ctc.save import atomic_output_dir, finalize_run, replace_parameters
-from mowa.training.ctc.setup import is_main_process
-from mowa.training.distributed import launch
+from mowa.training.distributed import strategy
+from mowa.training.distributed.process import is_main_process, is_worker_process
+from mowa.training.save import atomic_output_dir, finalize_run, replace_parameters
 from mowa.types import LanguageModel
 
-FLOAT32_TOLERANCE, HALF_TOLERANCE = (
-    1e-3,
-    3e-2,
-)  # share by which what was written may lose more or less: in float32, and in half precision
+# Relative difference allowed between the loss before saving and after loading again.
+FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2
 
 
 def save_run(
@@ -37,70 +35,84 @@ def save_run(
     baseline: Mapping[str, Mapping[str, float]],
     eval_loss: float,
 ) -> None:
-    """Write what came of `model`, read it again, and measure that: what is reported is what anybody will find.
+    """Write checkpoint or adapter, load it with transformers and PEFT, evaluate that, and write the report.
 
-    lost: nats a token on the first dev set, as it was trained; TrainingStopped where what was written loses otherwise.
+    Args:
+        recipe: the recipe.
+        model: the trained model; its net is moved to the CPU.
+        splits: the data; dev and test are evaluated.
+        trainer: the trainer, after training.
+        output_dir: folder of the run.
+        train_time_s: seconds of the run.
+        baseline: metrics of the original checkpoint by set.
+        eval_loss: loss of the trained net on the first dev set, nats per token.
+
+    Raises:
+        TrainingStopped: the loaded model has another loss than the trained one.
     """
-    state = launch.gather_state_dict(trainer) if launch.is_worker_process() else None
+    state = strategy.gather_state_dict(trainer) if is_worker_process() else None
     if not is_main_process():
         return
     net = model.net
     if state is not None:
         replace_parameters(net, state)
-    counts = [sum(p.numel() for p in net.parameters() if every or p.requires_grad) for every in (True, False)]
+    parameters = sum(p.numel() for p in net.parameters())
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     device, dtype = net.device, next((p.dtype for p in net.parameters() if not p.requires_grad), torch.float32)
-    net.to("cpu")  # makes room for what is read again
+    net.to("cpu")  # frees memory for the copy that is loaded
     if recipe.method == "lora":
         causal.save_adapter(net, output_dir, base=model.origin, tokenizer=model.tokenizer, metrics={})
-        again = lora.load_peft_model(_load_stock(model.origin.folder, dtype), output_dir)
+        loaded = lora.load_peft_model(_load_stock(model.origin.folder, dtype), output_dir)
     else:
         net.to(causal.stored_dtype(model.origin.folder))
-        with atomic_output_dir(output_dir) as finished:
-            causal.write_checkpoint(model, finished)
-        again = _load_stock(output_dir, dtype)
-    again = again.to(device).eval()
-    after = {name: evaluate(again, rows) for name, rows in (splits.dev | splits.test).items()}
+        with atomic_output_dir(output_dir) as folder:
+            causal.write_checkpoint(model, folder)
+        loaded = _load_stock(output_dir, dtype)
+    loaded = loaded.to(device).eval()
+    metrics = {name: evaluate(loaded, samples) for name, samples in (splits.dev | splits.test).items()}
     exact = recipe.optimizer.precision == "float32" and net.dtype == torch.float32
-    _verify_loss(eval_loss, after[next(iter(splits.dev))]["loss"], FLOAT32_TOLERANCE if exact else HALF_TOLERANCE)
+    tolerance = FLOAT32_TOLERANCE if exact else HALF_TOLERANCE
+    _verify_loss(eval_loss, metrics[next(iter(splits.dev))]["loss"], tolerance)
     report = {
         "model": recipe.model,
-        "train": recipe.method,
-        "steps": trainer.state.global_step,
-        "minutes": train_time_s / 60,
-        "parameters": counts[0],
-        "learning": counts[1],
-        "before": baseline,
-        "results": after,
+        "method": recipe.method,
+        "global_step": trainer.state.global_step,
+        "train_runtime_s": train_time_s,
+        "num_parameters": parameters,
+        "num_trainable_parameters": trainable,
+        "baseline_metrics": baseline,
+        "metrics": metrics,
         "versions": {name: version(name) for name in ("mowa", "torch", "transformers", "trl", "peft")},
     }
     if recipe.method == "lora":
-        causal.write_metrics(output_dir, metrics=after)
+        causal.write_metrics(output_dir, metrics=metrics)
     finalize_run(recipe, trainer, output_dir, report, best_step=trainer.state.best_global_step)
-    print(format_table(baseline, after), file=sys.stderr)
+    print(format_table(baseline, metrics), file=sys.stderr)
 
 
-def _verify_loss(lost: float, found: float, room: float) -> None:
-    """What was written, read by transformers and PEFT, must lose what was lost before it was written."""
-    if abs(found - lost) > room * max(1.0, lost):
+def _verify_loss(trained: float, loaded: float, tolerance: float) -> None:
+    """Raise TrainingStopped where the loaded model's loss differs from that of the trained one."""
+    if abs(loaded - trained) > tolerance * max(1.0, trained):
         raise TrainingStopped(
-            f"what was written is not what was trained: read again, it loses {found:.4f} nats a token, and lost "
-            f"{lost:.4f} before.\n  The checkpoint in run/ is kept; please tell us which model this is"
+            f"the saved model differs from the trained one: loaded again, its loss is {loaded:.4f} nats per token; "
+            f"before saving it was {trained:.4f}.\n  The checkpoint in run/ is kept; please report this model"
         )
 
 
 def _load_stock(folder: Path, dtype: torch.dtype) -> Any:
-    """The net in `folder` as transformers reads it."""
+    """Load the net in `folder` with transformers alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()  # under ZeRO-3 it would be shared out as it is read
+    unset_hf_deepspeed_config()  # under ZeRO-3 it would be sharded while it is loaded
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with silence_transformers():
         return AutoModelForCausalLM.from_pretrained(ensure_safetensors(folder), config=config, dtype=dtype)
 
 
 def format_table(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> str:
-    rows = ["texts            tokens     loss before → after     likeliest token right"]
+    """Format losses and accuracies before and after training, one set per line."""
+    rows = ["texts            tokens     loss before → after     accuracy before → after"]
     for name, row in after.items():
         old = before.get(name)
         rows.append(

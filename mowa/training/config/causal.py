@@ -1,7 +1,4 @@
-"""Tuning of a language model as one value: a checkpoint, texts or conversations, what of it learns, and how.
-
-What both kinds of tuning have (LoRA, how weights move, sentinels, devices) is `tuning`'s; here is what texts want.
-"""
+"""The recipe of a language-model fine-tuning run: a checkpoint, texts or conversations, what is trained and how."""
 
 from __future__ import annotations
 
@@ -10,7 +7,8 @@ from typing import Any
 
 from mowa.errors import RecipeError
 from mowa.training.config import schema
-from mowa.training.config.ctc import (
+from mowa.training.config.schema import option
+from mowa.training.config.shared import (
     FRACTION,
     DataSource,
     DistributedConfig,
@@ -21,84 +19,85 @@ from mowa.training.config.ctc import (
     parse_top_n,
     validate_common,
 )
-from mowa.training.config.schema import option
 
 METHODS = ("lora", "top-N", "full")
 
 
 @dataclass(frozen=True, slots=True)
 class CausalData:
-    """What is learnt from, which words of it, and what is measured on."""
+    """Texts or conversations to train and evaluate on, and which of their tokens are trained."""
 
     train: tuple[DataSource, ...] = field(
-        metadata={"help": "texts or conversations to learn from; one path, or a list of parts"}
+        metadata={"help": "texts or conversations to train on; a path, or a list of sources"}
     )
-    dev: tuple[DataSource, ...] = option((), "measured during training; none: `hold_out` is taken from train")
-    test: tuple[DataSource, ...] = option((), "measured once, in the end")
-    hold_out: float = option(0.05, "share of train to measure on where dev is empty", **FRACTION)
+    dev: tuple[DataSource, ...] = option((), "evaluated during training; none: `hold_out` is taken from train")
+    test: tuple[DataSource, ...] = option((), "evaluated once, at the end")
+    hold_out: float = option(0.05, "fraction of train to evaluate on where dev is empty", **FRACTION)
     train_on: str = option(
         "auto",
-        "the words that are learnt: responses, the last one, or all; auto: responses of conversations, all of a text",
+        "tokens in the loss: responses, the last response, or all; auto: responses of conversations, all of texts",
         choices=("auto", "responses", "last", "all"),
     )
     chat_template: str = option("", "chat template where the tokenizer has none: chatml, or a .jinja file")
-    max_length: int = option(2048, "tokens of the longest example; at most what the model reads", minimum=8)
+    max_length: int = option(2048, "tokens of the longest sample; at most the model's context length", minimum=8)
     on_overflow: str = option(
-        "drop", "longer examples: drop, truncate at the end, or split texts", choices=("drop", "truncate", "split")
+        "drop",
+        "samples longer than max_length: drop, truncate at the end, or split (texts only)",
+        choices=("drop", "truncate", "split"),
     )
     on_invalid: str = option(
-        "drop", "rows that are no conversation: drop and count them, or stop", choices=("drop", "stop")
+        "drop", "rows that are not conversations: drop and count them, or stop", choices=("drop", "stop")
     )
     max_eval_samples: int = option(
-        300, "at most so many examples of each dev set, the same each time; 0: all", minimum=0
+        300, "samples of each dev set to evaluate at most, always the same ones; 0: all", minimum=0
     )
-    preview: int = option(3, "examples whose learnt words are shown before training", minimum=0)
+    preview: int = option(3, "samples to print before training, with the trained tokens highlighted", minimum=0)
 
 
 @dataclass(frozen=True, slots=True)
 class CausalBatch:
-    """How examples are put together."""
+    """Batch size and layout."""
 
-    tokens: int = option(4096, "tokens a step and device", minimum=8)
-    packing: bool = option(True, "concatenate samples without padding")
+    tokens: int = option(4096, "tokens per step and device", minimum=8)
+    packing: bool = option(True, "concatenate samples without padding; false: pad")
     gradient_accumulation_steps: int = option(1, "batches whose gradients are summed before a step", minimum=1)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryConfig:
-    """What is given up for memory, or for time."""
+    """Memory savings, and mowa's kernels."""
 
-    accelerate: bool = option(True, "mowa's attention, norms, MLPs, LoRA and loss in place of the stock ones")
+    accelerate: bool = option(True, "use mowa's attention, norms, MLPs, LoRA and loss instead of the stock ones")
     base_scheme: str = option(
         "auto",
-        "weights that do not learn are held in this precision; auto: as the run computes",
+        "precision of frozen weights; auto: the compute dtype",
         choices=("auto", "float32", "bf16"),
     )
     activation_offload: bool = option(
-        False, "with checkpointing: what is kept of each block waits in the host's memory (GPU)"
+        False, "keep checkpointed block inputs in host memory (GPU, with gradient_checkpointing)"
     )
-    mlp_tiles: int = option(0, "MLPs go over the sequence in so many pieces; 0: in one", minimum=0)
+    mlp_tiles: int = option(0, "split the sequence into this many tiles in each MLP; 0: no tiling", minimum=0)
 
 
 @dataclass(frozen=True, slots=True)
 class CausalEvaluation:
-    """When the dev sets are measured."""
+    """When the dev sets are evaluated."""
 
-    eval_steps: int = option(0, "steps between measurements; 0: ten in the run, at least 20 steps apart", minimum=0)
+    eval_steps: int = option(0, "steps between evaluations; 0: ten in the run, at least 20 steps apart", minimum=0)
     early_stopping_patience: int = option(
-        0, "stop after so many measurements without a better loss; 0: never", minimum=0
+        0, "stop after this many evaluations without improvement; 0: never", minimum=0
     )
-    report_to: tuple[str, ...] = option((), "also write to these", choices=("tensorboard", "wandb"))
+    report_to: tuple[str, ...] = option((), "also log to these trackers", choices=("tensorboard", "wandb"))
 
 
 @dataclass(frozen=True, slots=True)
 class CausalRecipe:
-    """A run that tunes a language model. `train` says what learns; everything else is frozen."""
+    """A fine-tuning run of a language model. `method` selects what is trained; everything else is frozen."""
 
     model: str = field(metadata={"help": "checkpoint to start from: a folder, or a hub id owner/name[@revision]"})
     data: CausalData
-    task: str = option("causal", "what is learnt: causal (the next token)", choices=("causal",))
-    method: str = option("lora", "what learns: lora | top-N (blocks, and the final norm) | all")
+    task: str = option("causal", "what is trained for: causal (next-token prediction)", choices=("causal",))
+    method: str = option("lora", "what is trained: lora | top-N (blocks, and the final norm) | full")
     batch: CausalBatch = field(default_factory=CausalBatch)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(
@@ -111,27 +110,33 @@ class CausalRecipe:
 
     @property
     def top_n(self) -> int | None:
-        """How many of the topmost blocks learn, where `train` is top-N."""
+        """Number of trained blocks of method top-N, else None."""
         return parse_top_n(self.method)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches that make up one optimizer step, over all devices."""
+        return self.batch.gradient_accumulation_steps * self.distributed.devices * self.distributed.nodes
 
 
 def parse(tree: Any, where: str) -> CausalRecipe:
-    """A tree of plain values → Instruction. A plain path under data stands for a list of one part."""
-    plan = schema.from_dict(CausalRecipe, expand_sources(tree), where)
-    validate_common(plan, where, METHODS)
-    if plan.batch.tokens < plan.data.max_length:
+    """Build and validate a recipe from a tree of plain values; under `data` a path stands for a list of one source.
+
+    Raises:
+        RecipeError: a key or value is wrong; the message starts with `where` and its path.
+    """
+    recipe = schema.from_dict(CausalRecipe, expand_sources(tree), where)
+    validate_common(recipe, where, METHODS)
+    if recipe.batch.tokens < recipe.data.max_length:
         raise RecipeError(
-            f"{where}: batch: tokens is {plan.batch.tokens} and data: length {plan.data.max_length}: an example of that "
-            "length fits into no batch; raise the one or lower the other"
+            f"{where}: batch: tokens ({recipe.batch.tokens}) is less than data: max_length ({recipe.data.max_length}), "
+            "so the longest samples fit into no batch; raise tokens or lower max_length"
         )
-    shares = [part.share for part in plan.data.train]
-    if any(shares):
-        raise RecipeError(
-            f"{where}: data: train: shares are for recordings; texts are learnt as often as they are there"
-        )
-    for knob_of_recordings in ("ema", "head_times"):
-        if getattr(plan.optimizer, knob_of_recordings):
-            raise RecipeError(f"{where}: optimise: {knob_of_recordings} is for recordings; leave it at 0")
-    if plan.memory.activation_offload and not plan.optimizer.gradient_checkpointing:
-        raise RecipeError(f"{where}: memory: offload is of use only with optimise: checkpointing; turn that on too")
-    return plan
+    if any(source.share for source in recipe.data.train):
+        raise RecipeError(f"{where}: data: train: share is for task: ctc only; texts are used in proportion to length")
+    for name in ("ema_decay", "head_lr_multiplier"):
+        if getattr(recipe.optimizer, name):
+            raise RecipeError(f"{where}: optimizer: {name} is for task: ctc only; leave it at 0")
+    if recipe.memory.activation_offload and not recipe.optimizer.gradient_checkpointing:
+        raise RecipeError(f"{where}: memory: activation_offload needs optimizer: gradient_checkpointing: true")
+    return recipe

@@ -1,4 +1,4 @@
-"""Whatever a recipe may be for: read as what its keys say it is, and followed by the part that knows how."""
+"""Read a recipe of any task, and run it with the trainer of that task."""
 
 from __future__ import annotations
 
@@ -11,51 +11,69 @@ from mowa.training.config import causal, ctc, schema
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.config.ctc import CTCRecipe
 from mowa.types import LanguageModel, Model
-from projects.pl_tiny import recipe
-from projects.pl_tiny.recipe import Recipe
 
-Plan = Recipe | CTCRecipe | CausalRecipe
+Recipe = CTCRecipe | CausalRecipe
 CONFIG_MODULES = {"ctc": ctc, "causal": causal}
+NO_LEAF_NAME = {"data.train"}  # keys whose last part does not stand alone: `train` reads like a switch
 
 
-def is_staged_recipe(tree: Any) -> bool:
-    """Recipes from nothing have stages, others a model; of one with neither, whose keys it has more of."""
-    if not isinstance(tree, dict) or "model" in tree or "stages" in tree:
-        return isinstance(tree, dict) and "stages" in tree
-    fresh, tuned = ({field.name for field in dataclasses.fields(kind)} & set(tree) for kind in (Recipe, CTCRecipe))
-    return len(fresh) > len(tuned)
-
-
-def parse(tree: Any, where: str) -> CTCRecipe | CausalRecipe:
-    """A tree of plain values → the plan that its `task` is (ctc, which is the default, or causal)."""
+def parse(tree: Any, where: str) -> Recipe:
+    """Build the recipe of the tree's `task` (ctc, the default, or causal). RecipeError names the path of a bad key."""
     task = tree.get("task", "ctc") if isinstance(tree, dict) else "ctc"
     if task not in CONFIG_MODULES:
-        raise RecipeError(f"{where}: task: {task!r} is none of {', '.join(CONFIG_MODULES)}")
-    plan: CTCRecipe | CausalRecipe = CONFIG_MODULES[task].checked(tree, where)
-    return plan
+        raise RecipeError(f"{where}: task: {task!r} is not one of {', '.join(CONFIG_MODULES)}")
+    recipe: Recipe = CONFIG_MODULES[task].parse(tree, where)
+    return recipe
 
 
-def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Plan:
-    """A recipe file → the plan it is, with `settings` (dotted paths) turned. RecipeError names the wrong key's path."""
-    found = schema.read_yaml(path)
-    if is_staged_recipe(found):
-        return recipe.read(path)
-    return parse(schema.apply_overrides(found, overrides or {}) if isinstance(found, dict) else found, str(path))
+def expand_leaf_names(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return `overrides` with keys in full: `mask_time_prob` → `spec_augment.mask_time_prob`, where it is unique."""
+    sections = {field.name for kind in (CTCRecipe, CausalRecipe) for field in dataclasses.fields(kind)}
+    dotted: dict[str, set[str]] = {}
+    for leaf in (leaf for kind in (CTCRecipe, CausalRecipe) for leaf in schema.iter_options(kind)):
+        if leaf.dotted not in NO_LEAF_NAME:
+            dotted.setdefault(leaf.path[-1], set()).add(leaf.dotted)
+    unique = {name: found.pop() for name, found in dotted.items() if len(found) == 1 and name not in sections}
+    return {unique.get(key, key): value for key, value in overrides.items()}
 
 
-def train(recipe: CTCRecipe | CausalRecipe, model: Any, output_dir: Path, *, threads: int | None = None) -> Path:
-    """Tune `model`, a `Model` that hears or a `LanguageModel`, as `plan` says, into the folder `out`. → out.
+def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe file of any task and apply `overrides` (key → value).
 
-    Raises as `tune.tune` and `sft.instruct` do; RecipeError where the plan is for another kind of model.
+    A key is a dotted path, or its last part where that is unique.
+
+    Raises:
+        RecipeError: the file is not YAML, a key or value is wrong, or it is a staged recipe of projects/pl_tiny.
+    """
+    tree = schema.read_yaml(path)
+    if isinstance(tree, dict):
+        if "stages" in tree and "model" not in tree:
+            command = f"python -m projects.pl_tiny train {path}"
+            raise RecipeError(f"{path}: stages are not supported by mowa train; run `{command} -o FOLDER`")
+        tree = schema.apply_overrides(tree, expand_leaf_names(overrides or {}))
+    return parse(tree, str(path))
+
+
+def train(recipe: Recipe, model: Any, output_dir: Path, *, threads: int | None = None) -> Path:
+    """Fine-tune `model` by `recipe` and return `output_dir`, which then holds the checkpoint or adapter.
+
+    Args:
+        recipe: the recipe; its class selects the trainer.
+        model: a `Model` for a CTC recipe, a `LanguageModel` for a causal one; its net is changed in place.
+        output_dir: folder of the run. Called again with the same recipe, an interrupted run resumes.
+        threads: CPU threads; None: all cores.
+
+    Raises:
+        RecipeError: the recipe is for another kind of model; and what `train_ctc` and `train_causal` raise.
     """
     if isinstance(recipe, CausalRecipe):
         if not isinstance(model, LanguageModel):
-            raise RecipeError(f"task: causal: {recipe.model} is no language model")
-        from mowa.training.causal.trainer import train_causal as follow
+            raise RecipeError(f"{recipe.model} is not a language model; task: causal needs one (speech: task: ctc)")
+        from mowa.training.causal.trainer import train_causal
 
-        return follow(recipe, model, output_dir, threads=threads)
+        return train_causal(recipe, model, output_dir, threads=threads)
     if not isinstance(model, Model):
-        raise RecipeError(f"task: ctc: {recipe.model} is a language model; say task: causal")
-    from mowa.training.ctc.trainer import train_ctc as adapt
+        raise RecipeError(f"{recipe.model} is a language model; set task: causal")
+    from mowa.training.ctc.trainer import train_ctc
 
-    return adapt(recipe, model, output_dir, threads=threads)
+    return train_ctc(recipe, model, output_dir, threads=threads)

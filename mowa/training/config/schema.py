@@ -1,6 +1,7 @@
-"""A tree of plain values ⇄ frozen dataclasses, checked key by key; and the same knobs as flags and as a reference page.
+"""Convert YAML to frozen dataclasses, key by key, and list a dataclass's options for the CLI and the reference page.
 
-What the knobs mean is not known here: `recipe` and `tuning` say it, each knob once, beside its default.
+The options themselves are declared in `ctc`, `causal` and `shared`, each once, beside its default. `from_dict` reads a
+tree of plain values, `to_yaml` writes one, `iter_options` lists the leaves.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mowa.errors import MissingDependency, RecipeError
 from mowa.io.atomic import atomic_write
 
 Kind = TypeVar("Kind")
-UNLIMITED = "full"  # how a number without an end is written
+UNLIMITED = "full"  # how YAML spells an infinite number
 _NEEDED = "recipes need pyyaml: pip install 'mowa[train]'"
 
 
@@ -33,41 +34,46 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
 ) -> Any:
-    """A dataclass field with its default, one line of help, the words it takes if they are few, and its range.
+    """Declare a dataclass field with its default, one line of help, its choices and its range.
 
-    Of a list or pair, choices and range are those of each of its members.
+    For lists and pairs, choices and range apply to each member.
     """
     about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
     return dataclasses.field(default=default, metadata=about)
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. RecipeError where it is none, or says a key twice; MissingPart without pyyaml."""
+    """Read a YAML file.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or repeats a key.
+        MissingDependency: pyyaml is not installed.
+    """
     try:
         import yaml
     except ImportError:
         raise MissingDependency(_NEEDED) from None
 
-    class Once(yaml.SafeLoader):  # the stock one takes the last of two equal keys and says nothing
+    class UniqueKeyLoader(yaml.SafeLoader):  # the stock loader silently keeps the last of two equal keys
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set()
             for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
                 if key.value in seen:
-                    raise RecipeError(f"{path}: {key.value} stands twice (line {key.start_mark.line + 1}): keep one")
+                    raise RecipeError(f"{path}: duplicate key {key.value} (line {key.start_mark.line + 1}); keep one")
                 if isinstance(key, yaml.ScalarNode):
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe")
+        raise RecipeError(f"{path}: no such recipe file")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Once)
-    except (yaml.YAMLError, UnicodeDecodeError) as wrong:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(wrong).split())})") from None
+        return yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: invalid YAML ({' '.join(str(error).split())})") from None
 
 
 def to_yaml(value: Any) -> str:
-    """A dataclass → YAML that `tree` and `build` give it back from, every knob spelt out."""
+    """Return a dataclass as YAML with every option spelled out; `from_dict` reads it back to an equal value."""
     try:
         import yaml
     except ImportError:
@@ -76,32 +82,41 @@ def to_yaml(value: Any) -> str:
     class Dumper(yaml.SafeDumper):
         pass
 
-    def word(dumper: Any, data: str) -> Any:  # unquoted, the line ends of Unicode would be read back as others
-        odd = any(sign in data for sign in "\x85\u2028\u2029")
-        return dumper.represent_scalar("tag:yaml.org,2002:str", data, style='"' if odd else None)
+    def represent_str(dumper: Any, data: str) -> Any:  # unquoted Unicode line breaks do not survive a round trip
+        quoted = any(sign in data for sign in "\x85\u2028\u2029")
+        return dumper.represent_scalar("tag:yaml.org,2002:str", data, style='"' if quoted else None)
 
-    Dumper.add_representer(str, word)
+    def represent_float(dumper: Any, data: float) -> Any:
+        if data == math.inf:
+            return dumper.represent_scalar("tag:yaml.org,2002:str", UNLIMITED)
+        return yaml.SafeDumper.represent_float(dumper, data)
+
+    Dumper.add_representer(str, represent_str)
+    Dumper.add_representer(float, represent_float)
     plain = json.loads(json.dumps(dataclasses.asdict(value)))  # tuples become lists
     written: str = yaml.dump(plain, Dumper=Dumper, allow_unicode=True, sort_keys=False, width=120)
     return written
 
 
 def write_yaml(value: Any, path: Path) -> None:
-    """`text` into a file, whole or not at all: several processes of a run may read it while it is written again."""
+    """Write `to_yaml(value)` to a file atomically; other processes of a run may be reading it."""
     atomic_write(path, to_yaml(value))
 
 
 def from_dict(cls: type[Kind], tree: Any, where: str, *, defaults: Any = None) -> Kind:
-    """A tree of plain values → `kind`. A wrong key or value: RecipeError with its path and the nearest right key.
+    """Build the dataclass `cls` from a tree of plain values.
 
-    What the tree leaves out stands as in `standing`, or else as the class says.
+    Keys that the tree omits take their value from `defaults`, or else the default of the class.
+
+    Raises:
+        RecipeError: a key is unknown, missing or has a bad value; the message holds its path and the closest valid key.
     """
     if not isinstance(tree, dict):
         raise RecipeError(f"{where}: expected keys and values, found {tree!r}")
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
-            raise RecipeError(f"{where}: {key} is no key here; {_nearest(str(key), cls)}")
+            raise RecipeError(f"{where}: unknown key {key}; {_nearest(str(key), cls)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {name: field_default(field, defaults) for name, field in fields.items()}
     missing = [name for name, value in values.items() if value is dataclasses.MISSING and name not in tree]
@@ -110,21 +125,21 @@ def from_dict(cls: type[Kind], tree: Any, where: str, *, defaults: Any = None) -
     for key, found in tree.items():
         value = _value(hints[key], found, f"{where}: {key}", values[key])
         if value == () and values[key] is dataclasses.MISSING:
-            raise RecipeError(f"{where}: {key}: at least one is needed, found none")
+            raise RecipeError(f"{where}: {key}: empty; at least one is required")
         _validate(fields[key], value, f"{where}: {key}")
         values[key] = value
     return cls(**values)
 
 
 def field_default(field: Any, defaults: Any = None) -> Any:
-    """Where a dataclass's field stands unless it is turned: as in the value `within`, or else at its default."""
+    """Return a field's value in `defaults`, or else its own default (dataclasses.MISSING where it has none)."""
     if defaults is not None:
         return getattr(defaults, field.name)
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
 def _nearest(key: str, kind: Any) -> str:
-    """The key that was meant: one of these, or one of the same name further down."""
+    """Suggest the key that was probably meant, here or in a nested section."""
     hints = typing.get_type_hints(kind)
     if near := difflib.get_close_matches(key, hints, 1):
         return f"did you mean {near[0]}?"
@@ -135,32 +150,35 @@ def _nearest(key: str, kind: Any) -> str:
 
 
 def _validate(field: Any, value: Any, where: str) -> None:
-    """Choices and range, of each member where there are several."""
-    choices, least, most = (field.metadata.get(key) for key in ("choices", "minimum", "maximum"))
+    """Check choices and range, for each member of a tuple."""
+    choices, minimum, maximum = (field.metadata.get(key) for key in ("choices", "minimum", "maximum"))
     for one in value if isinstance(value, tuple) else (value,):
         if choices and one not in choices:
             near = difflib.get_close_matches(str(one), choices, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(choices)}"
-            raise RecipeError(f"{where}: {one!r} is none of them; {hint}")
-        if least is not None and one < least:
-            raise RecipeError(f"{where} is {one}; it must be at least {least}")
-        if most is not None and one > most:
-            raise RecipeError(f"{where} is {one}; it must be at most {most}")
+            raise RecipeError(f"{where}: {one!r} is not a valid choice; {hint}")
+        if minimum is not None and one < minimum:
+            raise RecipeError(f"{where} is {one}; it must be at least {minimum}")
+        if maximum is not None and one > maximum:
+            raise RecipeError(f"{where} is {one}; it must be at most {maximum}")
 
 
-def _value(hint: Any, value: Any, where: str, standing: Any = dataclasses.MISSING) -> Any:
+def _value(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING) -> Any:
+    """Convert one YAML value to the type `hint`."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is UnionType or origin is typing.Union:
         if value is None and type(None) in parts:
             return None
         (hint,) = (part for part in parts if part is not type(None))
-        return _value(hint, value, where, standing)
+        return _value(hint, value, where, default)
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
-        known = dataclasses.is_dataclass(standing)
-        tree = {} if value is None and known else value  # a group whose keys are all commented out
-        return from_dict(typing.cast(type, hint), tree, where, defaults=standing if known else None)
+        known = dataclasses.is_dataclass(default)
+        tree = {} if value is None and known else value  # a section whose keys are all commented out
+        return from_dict(typing.cast(type, hint), tree, where, defaults=default if known else None)
+    if hint == tuple[float, ...] and (value == UNLIMITED or _is_number(value)):
+        value = [value]  # a list of one number may be written without brackets
     if origin is tuple and parts[-1] is Ellipsis and isinstance(value, list | tuple):
         return tuple(_value(parts[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(parts):
@@ -171,23 +189,27 @@ def _value(hint: Any, value: Any, where: str, standing: Any = dataclasses.MISSIN
     wanted = origin or hint
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
-            value = math.inf if value == UNLIMITED else float(value)  # YAML 1.1 reads 1e-4 as a word
-    right = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
-    if right and origin is None and not (wanted is float and math.isnan(value)):
+            value = math.inf if value == UNLIMITED else float(value)  # YAML 1.1 reads 1e-4 as a string
+    valid = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
+    if valid and origin is None and not (wanted is float and math.isnan(value)):
         return value
     advice = "; write it as a list: [ ]" if origin is tuple and isinstance(value, str) else ""
     if wanted is str and isinstance(value, bool | int | float):
-        advice = "; write it in quotes"  # no, on, 1: words in a language or a folder, but not in YAML
+        advice = "; put it in quotes"  # YAML reads no, on and 1 as other types
     raise RecipeError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r}{advice}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
 class OptionSpec:
-    """One knob: its dotted path, what it takes, where it stands unless it is turned, and what it is for."""
+    """One recipe option: its path, type, default, help, choices and range."""
 
     path: tuple[str, ...]
     hint: Any
-    default: Any  # dataclasses.MISSING where it must be given
+    default: Any  # dataclasses.MISSING where the option is required
     help: str
     choices: tuple[str, ...] = ()
     minimum: float | None = None
@@ -199,7 +221,7 @@ class OptionSpec:
 
 
 def iter_options(cls: Any, *, prefix: tuple[str, ...] = (), defaults: Any = None) -> Iterator[OptionSpec]:
-    """Every knob of a dataclass and of the dataclasses in it, in order. Defaults are those of `standing`, if given."""
+    """Yield the options of a dataclass and of its nested dataclasses, in order; `defaults` overrides their defaults."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         path, hint, default = (*prefix, field.name), hints[field.name], field_default(field, defaults)
@@ -219,7 +241,11 @@ def iter_options(cls: Any, *, prefix: tuple[str, ...] = (), defaults: Any = None
 
 
 def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `tree` in which each dotted path of `settings` has its value. RecipeError where a group is none."""
+    """Return a copy of `tree` with each dotted path of `overrides` set to its value.
+
+    Raises:
+        RecipeError: a path goes through a value that is not a section.
+    """
     out = dict(tree)
     for dotted, value in overrides.items():
         first, _, rest = dotted.partition(".")

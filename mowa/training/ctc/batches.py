@@ -1,7 +1,8 @@
-"""Recordings → the batches of a fine-tuning run, planned before it starts: batch i is the same whenever it is made.
+"""Plan and collate the batches of a CTC fine-tuning run.
 
-Packed batches are rows without padding (`tasks.packing`), padded ones are rows of recordings of like length. What a
-batch is for is not known here.
+The whole run is planned before it starts, and batch i depends on (seed, i) alone, so a resumed run sees the same
+batches. Packed batches concatenate recordings without padding (`models.ctc_encoder.packing`); padded batches hold
+recordings of similar length.
 """
 
 from __future__ import annotations
@@ -18,29 +19,32 @@ from mowa.data import audio
 from mowa.data.audio import augment
 from mowa.data.audio.augment import AugmentConfig, SpecAugmentConfig
 from mowa.models.ctc_encoder import packing
-from mowa.models.ctc_encoder.packing import FrameGeometry
+from mowa.models.ctc_encoder.geometry import FrameGeometry
 from mowa.tasks import ctc
+from mowa.training.ctc.streaming import ChunkSchedule
 from mowa.types import IGNORE_INDEX, Example, Preprocessing, Vocabulary
 
-PAD_MULTIPLE_S = 0.5
+PAD_MULTIPLE_S = 0.5  # few distinct shapes: CPU kernels are prepared for each
+POOL_SIZE = 1024  # recordings sorted by length together: little padding, yet no two epochs share their batches
 
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """What every batch of a run has in common. `width` is the net's, for masks."""
+    """What all batches of a run, or of an evaluation, have in common; `hidden_size` is the net's, for feature masks."""
 
     vocabulary: Vocabulary
     preprocessing: Preprocessing
     frames: FrameGeometry
     hidden_size: int
     packing: bool
-    augment: AugmentConfig | None = None  # None: as recorded
+    augment: AugmentConfig | None = None
     spec_augment: SpecAugmentConfig | None = None
+    chunks: ChunkSchedule | None = None
     seed: int = 0
 
 
 def plan_eval_batches(examples: Sequence[Example], max_seconds: float, packing: bool) -> list[list[Example]]:
-    """Every recording once, in batches of at most `seconds` (padding counted, where there is any)."""
+    """Group every recording once into batches of at most `max_seconds`, including padding."""
     ordered = sorted(examples, key=lambda example: example.duration_s)
     return list(
         group_by_total_duration(ordered, max_seconds) if packing else group_by_padded_duration(ordered, max_seconds)
@@ -57,34 +61,40 @@ def plan_batches(
     multiple_of: int,
     seed: int,
 ) -> list[list[Example]]:
-    """Shuffled batches of at most `seconds`: `count` of them, or if that is 0 as many as make `epochs` passes.
+    """Plan the shuffled batches of a run.
 
-    Their number is a multiple of `multiple` (batches in a step). `parts` are recordings and their shares of the
-    seconds; where no share is given, they are shuffled together.
+    Args:
+        sources: recordings with their share of the seconds; where no source has a share, all are shuffled together.
+        max_seconds: seconds per batch at most, including padding; a longer recording is a batch of its own.
+        packing: whether batches are packed or padded.
+        epochs: passes over the recordings, where `num_batches` is 0.
+        num_batches: number of batches; 0: as many as `epochs` passes have.
+        multiple_of: with `epochs`, the number of batches is a multiple of this (the batches in a step).
+        seed: random seed.
     """
     if not any(share for _, share in sources):
         sources = [([example for examples, _ in sources for example in examples], 1.0)]
     total = epochs * sum(example.duration_s for examples, _ in sources for example in examples)
     rng = np.random.default_rng(seed)
-    drawn, batches, heard = sample_pools(sources, rng), list[list[Example]](), 0.0
-    while len(batches) < num_batches if num_batches else heard < total:
-        pool = next(drawn)
-        heard += sum(example.duration_s for example in pool)
+    pools, batches, seconds = sample_pools(sources, rng), list[list[Example]](), 0.0
+    while len(batches) < num_batches if num_batches else seconds < total:
+        pool = next(pools)
+        seconds += sum(example.duration_s for example in pool)
         if packing:
             batches.extend(group_by_total_duration([pool[index] for index in rng.permutation(len(pool))], max_seconds))
         else:
-            filled = list(group_by_padded_duration(sorted(pool, key=lambda example: example.duration_s), max_seconds))
-            batches.extend(filled[index] for index in rng.permutation(len(filled)))
-    if not num_batches:
-        if heard > total:  # the last pool goes beyond a broken number of epochs
-            batches = batches[: max(1, round(len(batches) * total / heard))]
-        batches.extend(batches[: -len(batches) % multiple_of])
-        return batches
-    return batches[:num_batches]
+            groups = list(group_by_padded_duration(sorted(pool, key=lambda example: example.duration_s), max_seconds))
+            batches.extend(groups[index] for index in rng.permutation(len(groups)))
+    if num_batches:
+        return batches[:num_batches]
+    if seconds > total:  # the last pool exceeds a fractional number of epochs
+        batches = batches[: max(1, round(len(batches) * total / seconds))]
+    batches.extend(batches[: -len(batches) % multiple_of])
+    return batches
 
 
 def group_by_total_duration(examples: Sequence[Example], max_seconds: float) -> Iterator[list[Example]]:
-    """Consecutive recordings grouped so that their sum stays within `seconds` (a longer one stands alone)."""
+    """Group consecutive recordings so that their sum is at most `max_seconds`; a longer one is a group of its own."""
     group: list[Example] = []
     total = 0.0
     for example in examples:
@@ -98,7 +108,7 @@ def group_by_total_duration(examples: Sequence[Example], max_seconds: float) -> 
 
 
 class BatchDataset(Dataset[dict[str, Any]]):
-    """One item = one ready batch. Batch i is made from (seed, i) alone."""
+    """A map-style dataset whose item i is the collated batch i, made from (seed, i) alone."""
 
     def __init__(self, batches: Sequence[Sequence[Example]], options: BatchOptions) -> None:
         self.batches, self.options = batches, options
@@ -107,45 +117,56 @@ class BatchDataset(Dataset[dict[str, Any]]):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """→ tensors of one batch of U recordings; F is the sum of their frames.
+        """Return the tensors of one batch of U recordings with F frames in all.
 
-        input_values [1, N] (packed) or [U, N] (padded); lengths [U] in samples; labels [U, L]; index [1]; in training
-        hidden bool [F] and silenced bool [U, width], what SpecAugment takes away.
+        input_values float32 [1, N] (packed) or [U, N] (padded); lengths int64 [U] in samples; labels int64 [U, L],
+        padded with IGNORE_INDEX; batch_index [1]. With SpecAugment, mask_time_indices bool [F] and
+        mask_feature_indices bool [U, hidden_size]. With chunks, chunk_frames [1] and lookahead_frames [1].
         """
-        how, group = self.options, self.batches[index]
-        rng = np.random.default_rng((how.seed, index))
-        ids = [ctc.encode_labels(example.text, how.vocabulary) for example in group]
-        sounds = [self._sound(example, ctc.min_frames(target), rng) for example, target in zip(group, ids, strict=True)]
+        options, group = self.options, self.batches[index]
+        rng = np.random.default_rng((options.seed, index))
+        chunk, lookahead = options.chunks.draw(rng) if options.chunks else (0, 0)
+        ids = [ctc.encode_labels(example.text, options.vocabulary) for example in group]
+        clips = [
+            self._load(example, ctc.min_frames(target), rng, live=chunk > 0)
+            for example, target in zip(group, ids, strict=True)
+        ]
         batch = {
-            "input_values": self._laid(sounds),
-            "lengths": torch.tensor([len(sound) for sound in sounds]),
-            "labels": _labels(ids),
-            "index": torch.tensor([index]),
+            "input_values": self._collate(clips),
+            "lengths": torch.tensor([len(clip) for clip in clips]),
+            "labels": _pad_labels(ids),
+            "batch_index": torch.tensor([index]),
         }
-        if how.spec_augment is not None:
-            counts = [how.frames.num_frames(len(sound)) for sound in sounds]
-            batch |= _draw_masks(counts, how.hidden_size, how.spec_augment, rng)
+        if options.spec_augment is not None:
+            counts = [options.frames.num_frames(len(clip)) for clip in clips]
+            batch |= _draw_masks(counts, options.hidden_size, options.spec_augment, rng)
+        if options.chunks is not None:
+            batch |= {"chunk_frames": torch.tensor([chunk]), "lookahead_frames": torch.tensor([lookahead])}
         return batch
 
-    def _sound(self, example: Example, frames: int, rng: np.random.Generator) -> np.ndarray:
-        how = self.options
-        samples = audio.load_audio(example.audio, how.preprocessing.rate_hz)
-        if how.augment is not None:
-            rough = augment.augment_audio(samples, rng, how.augment)
-            samples = (
-                rough if how.frames.num_frames(len(rough)) >= frames else samples
-            )  # played faster, it may be too short
-        return audio.normalize(samples) if how.preprocessing.normalize else samples
+    def _load(self, example: Example, min_frames: int, rng: np.random.Generator, *, live: bool) -> np.ndarray:
+        options = self.options
+        samples = audio.load_audio(example.audio, options.preprocessing.rate_hz)
+        if options.augment is not None:
+            augmented = augment.augment_audio(samples, rng, options.augment)
+            if options.frames.num_frames(len(augmented)) >= min_frames:  # sped up, it may be too short for its text
+                samples = augmented
+        if not options.preprocessing.normalize:
+            return samples
+        if live and options.chunks is not None:
+            return options.chunks.normalize(samples, rng, options.preprocessing.rate_hz)
+        return audio.normalize(samples)
 
-    def _laid(self, sounds: Sequence[np.ndarray]) -> torch.Tensor:
-        how = self.options
-        grid = int(PAD_MULTIPLE_S * how.preprocessing.rate_hz)
-        if how.packing:
-            return torch.from_numpy(packing.pack_samples(sounds, how.frames, pad_to_multiple_of=grid))[None]
-        return ctc.collate(sounds, [[] for _ in sounds], how.preprocessing, pad_to_multiple_of=grid)["input_values"]
+    def _collate(self, clips: Sequence[np.ndarray]) -> torch.Tensor:
+        options = self.options
+        multiple = int(PAD_MULTIPLE_S * options.preprocessing.rate_hz)
+        if options.packing:
+            return torch.from_numpy(packing.pack_samples(clips, options.frames, pad_to_multiple_of=multiple))[None]
+        labels: list[list[int]] = [[] for _ in clips]
+        return ctc.collate(clips, labels, options.preprocessing, pad_to_multiple_of=multiple)["input_values"]
 
 
-def _labels(ids: Sequence[Sequence[int]]) -> torch.Tensor:
+def _pad_labels(ids: Sequence[Sequence[int]]) -> torch.Tensor:
     labels = torch.full((len(ids), max(1, *map(len, ids))), IGNORE_INDEX)
     for row, target in enumerate(ids):
         labels[row, : len(target)] = torch.tensor(target)
@@ -153,21 +174,19 @@ def _labels(ids: Sequence[Sequence[int]]) -> torch.Tensor:
 
 
 def _draw_masks(
-    counts: Sequence[int], width: int, how: SpecAugmentConfig, rng: np.random.Generator
+    counts: Sequence[int], hidden_size: int, config: SpecAugmentConfig, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    out = {}
-    if how.mask_time_prob:
-        hidden = [augment.sample_span_mask(count, how.mask_time_prob, how.mask_time_length, rng) for count in counts]
-        out["hidden"] = torch.from_numpy(np.concatenate(hidden))
-    if how.mask_feature_prob:
-        silenced = [
-            augment.sample_span_mask(width, how.mask_feature_prob, how.mask_feature_length, rng) for _ in counts
+    masks = {}
+    if config.mask_time_prob:
+        times = [augment.sample_span_mask(n, config.mask_time_prob, config.mask_time_length, rng) for n in counts]
+        masks["mask_time_indices"] = torch.from_numpy(np.concatenate(times))
+    if config.mask_feature_prob:
+        features = [
+            augment.sample_span_mask(hidden_size, config.mask_feature_prob, config.mask_feature_length, rng)
+            for _ in counts
         ]
-        out["silenced"] = torch.from_numpy(np.stack(silenced))
-    return out
-
-
-POOL_SIZE = 1024  # clips sorted by length together: little padding, yet no two epochs share their batches
+        masks["mask_feature_indices"] = torch.from_numpy(np.stack(features))
+    return masks
 
 
 class Timed(Protocol):
@@ -178,36 +197,36 @@ class Timed(Protocol):
 Item = TypeVar("Item", bound=Timed)
 
 
-def group_by_padded_duration(clips: Sequence[Item], budget_s: float) -> Iterator[list[Item]]:
-    """Consecutive clips grouped so that count × longest stays within the budget (a longer clip stands alone)."""
+def group_by_padded_duration(clips: Sequence[Item], max_seconds: float) -> Iterator[list[Item]]:
+    """Group consecutive clips so that count × longest is at most `max_seconds`; a longer clip is a group of its own."""
     group: list[Item] = []
     longest = 0.0
     for clip in clips:
-        widened = max(longest, clip.duration_s)
-        if group and widened * (len(group) + 1) > budget_s:
+        duration = max(longest, clip.duration_s)
+        if group and duration * (len(group) + 1) > max_seconds:
             yield group
-            group, widened = [], clip.duration_s
+            group, duration = [], clip.duration_s
         group.append(clip)
-        longest = widened
+        longest = duration
     if group:
         yield group
 
 
 def sample_pools(sources: Sequence[tuple[Sequence[Item], float]], rng: np.random.Generator) -> Iterator[list[Item]]:
-    """Endless pools of up to POOL_SIZE clips, in each of which every source has its share of the seconds."""
+    """Yield endless pools of up to POOL_SIZE clips, in each of which every source has its share of the seconds."""
     clips_per_s = [share / np.mean([clip.duration_s for clip in clips]) for clips, share in sources]
     if len(sources) == 1:
         (clips, _) = sources[0]
         while True:
             shuffled = [clips[index] for index in rng.permutation(len(clips))]
             yield from (shuffled[start : start + POOL_SIZE] for start in range(0, len(shuffled), POOL_SIZE))
-    endless = [_shuffled_for_ever(clips, rng) for clips, _ in sources]
+    endless = [_shuffle_forever(clips, rng) for clips, _ in sources]
     while True:
-        parts = [max(1, round(POOL_SIZE * pace / sum(clips_per_s))) for pace in clips_per_s]
-        yield [next(clips) for clips, part in zip(endless, parts, strict=True) for _ in range(part)]
+        counts = [max(1, round(POOL_SIZE * rate / sum(clips_per_s))) for rate in clips_per_s]
+        yield [next(clips) for clips, count in zip(endless, counts, strict=True) for _ in range(count)]
 
 
-def _shuffled_for_ever(clips: Sequence[Item], rng: np.random.Generator) -> Iterator[Item]:
+def _shuffle_forever(clips: Sequence[Item], rng: np.random.Generator) -> Iterator[Item]:
     while True:
         for index in rng.permutation(len(clips)):
             yield clips[index]

@@ -1,10 +1,12 @@
-"""A smaller net that says what a larger one says: fewer blocks, begun from some of the larger one's, and held to it.
+"""Knowledge distillation: a student made of some of the teacher's layers, trained to match it.
 
-    loss = letters · CTC + emissions · τ² KL(teacher ‖ student) + hidden · mean over pairs of blocks of d(h, h′)
-    d(a, b) = mean over frames of |a − b|² / (variance of b),   b the teacher's features after the paired block
+    loss = ctc_weight · CTC + logit_weight · τ² KL(teacher ‖ student) + hidden_weight · mean over layers of d(h, h′)
+    d(a, b) = mean over frames of |a − b|² / (variance of b),   b the teacher's hidden states after the paired layer
 
-KL is over frames and at temperature τ (Hinton et al. 2015, arXiv:1503.02531); blocks as DistilHuBERT and
-DistilBERT take them, evenly (arXiv:2110.01900, arXiv:1910.01108). No transcript is needed for the last two terms.
+KL is per frame at temperature τ; no transcript is needed for the last two terms.
+
+Sources: Hinton et al. 2015 (arXiv:1503.02531); evenly selected layers as in DistilBERT (arXiv:1910.01108) and
+DistilHuBERT (arXiv:2110.01900).
 """
 
 from __future__ import annotations
@@ -25,42 +27,56 @@ from mowa.types import Model
 
 
 def select_layers(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
-    """Which of the teacher's blocks the student's begin from: evenly, the first and the last among them."""
+    """Return the teacher layers that initialize the student: evenly spaced, with the first and the last.
+
+    Raises:
+        RecipeError: the student has no layers, or more than the teacher.
+    """
     if not 1 <= student_layers <= teacher_layers:
-        raise RecipeError(f"distil: layers is {student_layers}; the teacher has {teacher_layers} blocks")
+        raise RecipeError(
+            f"distillation: student_layers is {student_layers}; it must be between 1 and the teacher's {teacher_layers}"
+        )
     if student_layers == 1:
         return (teacher_layers - 1,)
     return tuple(round(index * (teacher_layers - 1) / (student_layers - 1)) for index in range(student_layers))
 
 
 def init_student(teacher: Model, student_layers: int) -> Model:
-    """A net of `layers` blocks that begins as those blocks of the teacher, with its front end and its head."""
+    """Return a copy of `teacher` with `student_layers` of its layers, and its front end and head."""
     kept = select_layers(teacher.net.config.num_hidden_layers, student_layers)
-    blocks = teacher.net.base_model.encoder.layers
-    spare, teacher.net.base_model.encoder.layers = blocks, nn.ModuleList()
+    layers = teacher.net.base_model.encoder.layers
+    teacher.net.base_model.encoder.layers = nn.ModuleList()  # copy no layer twice
     try:
         net = copy.deepcopy(teacher.net)
     finally:
-        teacher.net.base_model.encoder.layers = spare
-    shared = {id(teacher.net.config): net.config}  # blocks look things up in it, and it is one for the whole net
-    net.base_model.encoder.layers = nn.ModuleList(copy.deepcopy(blocks[index], shared) for index in kept)
+        teacher.net.base_model.encoder.layers = layers
+    shared = {id(teacher.net.config): net.config}  # layers refer to the config, of which the net has one
+    net.base_model.encoder.layers = nn.ModuleList(copy.deepcopy(layers[index], shared) for index in kept)
     net.config.num_hidden_layers = student_layers
     return replace(teacher, net=net)
 
 
 def kl_loss(student_logits: Tensor, teacher_logits: Tensor, num_frames: Sequence[int], temperature: float) -> Tensor:
-    """τ² KL(teacher ‖ student) a frame, in nats: logits [U, T, V] of both, true frames of each recording → []."""
-    true = (
-        torch.arange(student_logits.shape[1], device=student_logits.device)
-        < torch.tensor(num_frames, device=student_logits.device)[:, None]
-    )
-    said = (student_logits[true].float() / temperature).log_softmax(-1)
-    taught = (teacher_logits[true].float() / temperature).log_softmax(-1)
-    return temperature**2 * F.kl_div(said, taught, log_target=True, reduction="batchmean")
+    """Return τ² KL(teacher ‖ student) per frame, in nats.
+
+    Args:
+        student_logits: [U, T, V].
+        teacher_logits: [U, T, V].
+        num_frames: frames of each recording without padding.
+        temperature: τ.
+
+    Returns:
+        float32 [].
+    """
+    counts = torch.tensor(num_frames, device=student_logits.device)
+    valid = torch.arange(student_logits.shape[1], device=student_logits.device) < counts[:, None]
+    student = (student_logits[valid].float() / temperature).log_softmax(-1)
+    teacher = (teacher_logits[valid].float() / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
 def hidden_state_loss(student_states: Sequence[Tensor], teacher_states: Sequence[Tensor]) -> Tensor:
-    """d of the loss: the mean over pairs of features [F, width] → []; 1 is as far as the teacher's frames differ."""
+    """Return the mean of d over pairs of hidden states [F, hidden_size], float32 []; 1 is the teacher's variance."""
     distances = [
         (a.float() - b.float()).square().mean() / b.float().var(0, unbiased=False).mean().clamp(min=1e-8)
         for a, b in zip(student_states, teacher_states, strict=True)
@@ -69,7 +85,7 @@ def hidden_state_loss(student_states: Sequence[Tensor], teacher_states: Sequence
 
 
 class DistillationLoss:
-    """A teacher that listens to the student's batches. It is given up to that, and no part of the checkpoints."""
+    """Run a frozen teacher on the student's batches and compare. The teacher is not a submodule, so it is not saved."""
 
     def __init__(
         self, teacher: Any, student_layers: int, *, logit_weight: float, hidden_weight: float, temperature: float
@@ -88,12 +104,19 @@ class DistillationLoss:
         hidden_states: Sequence[Tensor],
         num_frames: Sequence[int],
     ) -> Tensor:
-        """The last two terms, over one packed batch [1, N] that the student has heard (with its masks)."""
+        """Return the last two terms of the loss, float32 [], over one packed batch [1, N] of U recordings.
+
+        Args:
+            input_values: the batch.
+            lengths: samples of each recording.
+            logits: the student's, [U, T, V].
+            hidden_states: the student's after each of its layers, [F, hidden_size].
+            num_frames: frames of each recording.
+        """
         self.teacher.to(input_values.device)
         with torch.no_grad():
-            theirs, taught = packing.forward_packed(
+            teacher_logits, teacher_states = packing.forward_packed(
                 self.teacher, input_values, lengths, hidden_layers=self.teacher_layers
             )
-        return self.logit_weight * kl_loss(
-            logits, theirs, num_frames, self.temperature
-        ) + self.hidden_weight * hidden_state_loss(hidden_states, taught)
+        kl = kl_loss(logits, teacher_logits, num_frames, self.temperature)
+        return self.logit_weight * kl + self.hidden_weight * hidden_state_loss(hidden_states, teacher_states)

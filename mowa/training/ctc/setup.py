@@ -1,124 +1,163 @@
-"""What a fine-tuning run needs before its first step: the net as it is to learn, its data, its batches."""
+"""Prepare a CTC fine-tuning run: load data, adapt the net, plan batches."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mowa.adapters import bottleneck, freeze, head, lora
 from mowa.errors import RecipeError
 from mowa.kernels.quant.linear import QuantizedLinear
-from mowa.models.ctc_encoder import packing
+from mowa.models.ctc_encoder import chunk_mask, packing
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.quantization import qat
-from mowa.training.config.ctc import CTCRecipe
-from mowa.training.ctc import batches as packs
-from mowa.training.ctc import distillation as distill
-from mowa.training.ctc.batches import BatchDataset, BatchOptions
+from mowa.training.config.ctc import ADAPTER_METHODS, CTCRecipe, validate_streaming
+from mowa.training.ctc.batches import BatchDataset, BatchOptions, plan_batches, plan_eval_batches
 from mowa.training.ctc.dataset import CTCSplits, load_splits
+from mowa.training.ctc.distillation import DistillationLoss, init_student
+from mowa.training.ctc.streaming import ChunkSchedule, resolve_schedule
 from mowa.training.gradient_checkpointing import set_gradient_checkpointing
+from mowa.training.trainer_args import resolve_eval_steps
 from mowa.types import Example, Model
 
-MIN_EVAL_STEPS = 20  # steps between two measurements, unless the recipe says otherwise
+STREAMING_SUFFIX = "-streaming"  # of the name under which a data set is evaluated in chunks
 
 
 @dataclass(frozen=True, slots=True)
 class CTCRun:
-    """What `tune` made ready: everything the Trainer is given."""
+    """All that the Trainer is built from. `model` has the net as it is trained, and the vocabulary of its new head."""
 
     recipe: CTCRecipe
-    model: Model  # its net as it learns, its vocabulary as the head will say it
+    model: Model
     data: CTCSplits
     max_steps: int
     eval_steps: int
     batches: list[list[Example]]
     new_head: bool
-    distillation: distill.DistillationLoss | None
+    distillation: DistillationLoss | None
+    chunks: ChunkSchedule | None
+    notes: tuple[str, ...]
 
 
 def prepare(recipe: CTCRecipe, model: Model, output_dir: Path) -> CTCRun:
+    """Load the data and change `model.net` in place: head, adapters, quantizers, requires_grad.
+
+    Raises:
+        RecipeError: the checkpoint does not support the recipe.
+        DataError: no recording is left to train or evaluate on.
+    """
     net, family = model.net, model.family
     if any(isinstance(module, QuantizedLinear) for module in net.modules()):
         raise RecipeError(
-            f"model: {model.origin.name} is in {model.scheme.name}, in which nothing is learnt: name the checkpoint"
-            " that it was shrunk from, and shrink what comes of it"
+            f"model: {model.origin.name} is quantized ({model.scheme.name}) and cannot be fine-tuned; start from the "
+            "full-precision checkpoint"
         )
-    if recipe.batch.packing and (why := packing.unsupported_reason(family.name, net.config)):
-        raise RecipeError(f"batch: layout: packed: {why}; use padded")
-    frames = packing.frame_geometry(net.config)
-    rate = model.preprocessing.rate_hz
-    words = model.vocabulary if len(model.vocabulary) else None
-    data = load_splits(recipe, words, lambda seconds: frames.num_frames(int(seconds * rate)), output_dir / "audio")
-    vars(net.config).pop(qat.CONFIG_KEY, None)  # what learns is on no grid any more
-    model, lessons = _init_student(recipe, model)
+    if recipe.batch.packing and (reason := packing.unsupported_reason(family.name, net.config)):
+        raise RecipeError(f"batch: packing: this model does not support it: {reason}; set packing: false")
+    validate_streaming(recipe, "streaming")
+    rate_hz = model.preprocessing.rate_hz
+    chunks = resolve_schedule(recipe.streaming, net, rate_hz)
+    frames = frame_geometry(net.config)
+    vocabulary = model.vocabulary if len(model.vocabulary) else None
+    data = load_splits(
+        recipe, vocabulary, lambda seconds: frames.num_frames(int(seconds * rate_hz)), output_dir / "audio"
+    )
+    vars(net.config).pop(qat.CONFIG_KEY, None)  # the weights leave the quantization grid
+    notes = _drop_stale_streaming(recipe, model)
+    model, distillation = _init_student(recipe, model)
     net = model.net
-    new_head = head.resize_head(net, family, words, data.vocabulary)
+    new_head = head.resize_head(net, family, vocabulary, data.vocabulary)
     net.config.ctc_zero_infinity, net.config.ctc_loss_reduction = True, "mean"
     if recipe.method == "lora":
-        low = recipe.lora
+        config = recipe.lora
         lora.add(
             net,
             family,
-            rank=low.rank,
-            alpha=low.alpha,
-            dropout=low.dropout,
-            target_modules=low.target_modules,
-            variant=low.variant,
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            target_modules=config.target_modules,
+            variant=config.variant,
         )
     elif recipe.method == "bottleneck":
-        bottleneck.add(net, family, recipe.adapters.width)
+        bottleneck.add(net, family, recipe.bottleneck_dim)
     if recipe.qat != "none":
         qat.prepare(net, family, recipe.qat, recipe.qat_group_size)
     freeze.set_trainable(net, family, recipe.method)
     if recipe.optimizer.gradient_checkpointing:
         set_gradient_checkpointing(net)
-    moving = recipe.optimizer
-    together = recipe.batch.gradient_accumulation_steps * recipe.distributed.devices * recipe.distributed.nodes
-    batches = packs.plan_batches(
+    batches = plan_batches(
         data.train,
         max_seconds=recipe.batch.seconds,
         packing=recipe.batch.packing,
-        epochs=moving.epochs,
-        num_batches=moving.max_steps * together,
-        multiple_of=together,
-        seed=moving.seed,
+        epochs=recipe.optimizer.epochs,
+        num_batches=recipe.optimizer.max_steps * recipe.batches_per_step,
+        multiple_of=recipe.batches_per_step,
+        seed=recipe.optimizer.seed,
     )
-    steps = len(batches) // together
-    every = recipe.evaluation.eval_steps or max(MIN_EVAL_STEPS, -(-steps // 10))
-    tuned = Model(net, family, model.origin, data.vocabulary, model.preprocessing)
-    return CTCRun(recipe, tuned, data, steps, min(every, steps), batches, new_head, lessons)
+    max_steps = len(batches) // recipe.batches_per_step
+    trained = Model(net, family, model.origin, data.vocabulary, model.preprocessing)
+    eval_steps = resolve_eval_steps(recipe, max_steps)
+    return CTCRun(recipe, trained, data, max_steps, eval_steps, batches, new_head, distillation, chunks, notes)
 
 
-def _init_student(plan: CTCRecipe, model: Model) -> tuple[Model, distill.DistillationLoss | None]:
-    """What learns, and the checkpoint as it was to teach it, where the plan has a teacher."""
-    if not plan.uses_teacher:
+def _drop_stale_streaming(recipe: CTCRecipe, model: Model) -> tuple[str, ...]:
+    """Remove the mark of a streaming checkpoint where the encoder is about to be trained at full context."""
+    config = model.net.config
+    if recipe.streaming.chunk_s or chunk_mask.get_trained_chunking(config) is None or recipe.method == "head":
+        return ()
+    if recipe.method in ADAPTER_METHODS:
+        return (f"{recipe.model} can stream, but this adapter is trained at full context: check its live error rate",)
+    chunk_mask.set_trained_chunking(config, None)
+    return (
+        f"{recipe.model} was trained for streaming, and this run trains it at full context, so the result will not be "
+        "marked as streamable; set streaming: chunk_s to keep it",
+    )
+
+
+def _init_student(recipe: CTCRecipe, model: Model) -> tuple[Model, DistillationLoss | None]:
+    """Return the model to train and, where the recipe uses a teacher, the loss against the original checkpoint."""
+    if not recipe.uses_teacher:
         return model, None
-    how = plan.distillation
-    layers = how.student_layers or model.net.config.num_hidden_layers
-    student = distill.init_student(model, layers)
-    weights = {"emissions": how.logit_weight, "hidden": how.hidden_weight, "temperature": how.temperature}
-    return student, distill.DistillationLoss(model.net, layers, **weights)
+    config = recipe.distillation
+    layers = config.student_layers or model.net.config.num_hidden_layers
+    student = init_student(model, layers)
+    loss = DistillationLoss(
+        model.net,
+        layers,
+        logit_weight=config.logit_weight,
+        hidden_weight=config.hidden_weight,
+        temperature=config.temperature,
+    )
+    return student, loss
 
 
-def eval_batch_options(run: CTCRun) -> BatchOptions:
-    """How recordings are put together where they are measured: as recorded, nothing hidden."""
+def eval_batch_options(run: CTCRun, *, streaming: bool = False) -> BatchOptions:
+    """Return the options of evaluation batches: no augmentation, no masks; with `streaming`, the smallest chunk."""
     config = run.model.net.config
     return BatchOptions(
         run.model.vocabulary,
         run.model.preprocessing,
-        packing.frame_geometry(config),
+        frame_geometry(config),
         config.hidden_size,
         run.recipe.batch.packing,
+        chunks=run.chunks.for_evaluation() if run.chunks and streaming else None,
     )
 
 
-def build_eval_dataset(run: CTCRun, examples: list[Example]) -> BatchDataset:
-    """Every recording once, to be measured on. Of several processes each hears one at a time: they gather by rows."""
-    how = run.recipe.distributed
-    alone = how.devices * how.nodes > 1
-    seconds = 0.0 if alone else run.recipe.batch.seconds
-    return BatchDataset(packs.plan_eval_batches(examples, seconds, run.recipe.batch.packing), eval_batch_options(run))
+def build_eval_dataset(run: CTCRun, examples: list[Example], *, streaming: bool = False) -> BatchDataset:
+    """Return every recording once, in batches; with several processes in batches of one, as they gather by sample."""
+    distributed = run.recipe.distributed
+    seconds = 0.0 if distributed.devices * distributed.nodes > 1 else run.recipe.batch.seconds
+    batches = plan_eval_batches(examples, seconds, run.recipe.batch.packing)
+    return BatchDataset(batches, eval_batch_options(run, streaming=streaming))
 
 
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def build_eval_datasets(run: CTCRun, splits: dict[str, list[Example]]) -> dict[str, BatchDataset]:
+    """Return the evaluation sets of `splits`; with streaming each also in chunks, as NAME-streaming, but for replay."""
+    datasets = {}
+    for name, examples in splits.items():
+        datasets[name] = build_eval_dataset(run, examples)
+        if run.chunks and not name.startswith("replay"):
+            datasets[name + STREAMING_SUFFIX] = build_eval_dataset(run, examples, streaming=True)
+    return datasets

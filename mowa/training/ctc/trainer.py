@@ -1,7 +1,7 @@
-"""A checkpoint, made somebody's own: fine-tuning as a `Tuning` says, with the stock `transformers.Trainer`.
+"""Fine-tune a CTC checkpoint by a `CTCRecipe`, with the stock `transformers.Trainer`.
 
-A run that was broken off, at whatever moment, goes on from the last whole checkpoint in the output folder with the very
-batches, masks and dropout it would have had; on a CPU it ends in the same bits.
+A run that was interrupted at any moment resumes from the last complete checkpoint in its folder with the same batches,
+masks and dropout; on a CPU it ends with bit-identical weights.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mowa.adapters import freeze
 from mowa.errors import MissingDependency
 from mowa.models.ctc_encoder import packing, positions
 from mowa.models.ctc_encoder.fast_training import channels_last_front_end, fast_dropout
+from mowa.models.ctc_encoder.geometry import max_absolute_position
 from mowa.training import checkpoints, optimizer, trainer_args
 from mowa.training.config.ctc import NO_AUGMENT, CTCRecipe
 from mowa.training.ctc.batches import BatchDataset
@@ -34,79 +35,94 @@ from mowa.training.ctc.module import (
     decode_frames,
     decode_labels,
 )
-from mowa.training.ctc.save import DONE_MARKER, save_run
-from mowa.training.ctc.setup import CTCRun, build_eval_dataset, eval_batch_options, is_main_process, prepare
+from mowa.training.ctc.save import save_run
+from mowa.training.ctc.setup import STREAMING_SUFFIX, CTCRun, build_eval_datasets, eval_batch_options, prepare
+from mowa.training.distributed.process import is_main_process
 from mowa.training.monitor import callbacks, progress
 from mowa.training.optimizer import OptimizerMixin
+from mowa.training.run_dir import lock_run_dir
 from mowa.types import Family, Model
 
 REQUIRED_PACKAGES = ("accelerate", "jiwer", "matplotlib")
 
 
 class CTCTrainer(OptimizerMixin, Trainer):
-    """The stock Trainer with our optimiser."""
+    """The stock Trainer with our optimizer."""
 
     def __init__(self, *, recipe: CTCRecipe, family: Family, new_head: bool, **settings: Any) -> None:
         super().__init__(**settings)
         self.recipe, self.family, self.new_head = recipe, family, new_head
 
     def param_groups(self, net: nn.Module) -> list[dict[str, Any]]:
-        how, base = self.recipe.optimise, optimizer.resolve_learning_rate(self.recipe)
-        return optimizer.build_param_groups(net, self.family, how, base, new_head=self.new_head)
+        learning_rate = optimizer.resolve_learning_rate(self.recipe)
+        return optimizer.build_param_groups(
+            net, self.family, self.recipe.optimizer, learning_rate, new_head=self.new_head
+        )
 
 
 def train_ctc(recipe: CTCRecipe, model: Model, output_dir: Path, *, threads: int | None = None) -> Path:
-    """Fine-tune `model` as `plan` says; the finished checkpoint, or the adapter's folder, is `out`. → out.
+    """Fine-tune `model` and return `output_dir`, which then holds the checkpoint or adapter.
 
-    `model.net` is float32 and is changed in place. RecipeError where `out` holds a run by another recipe; DataError
-    where nothing is left to learn from; TrainingStopped where a sentinel saw that nothing would come of it.
+    Args:
+        recipe: the recipe.
+        model: a float32 model; its net is changed in place.
+        output_dir: folder of the run. An interrupted run resumes; a finished one returns at once.
+        threads: CPU threads; None: all cores.
+
+    Raises:
+        RecipeError: `output_dir` holds another run, or the checkpoint does not support the recipe.
+        DataError: no recording is left to train or evaluate on.
+        TrainingStopped: a monitor found that the run will not succeed.
+        MissingDependency: a package for training is not installed.
     """
     installed = hardware.optional_package_versions()
     if missing := [name for name in REQUIRED_PACKAGES if installed[name] is None]:
         raise MissingDependency(f"training needs {', '.join(missing)}: pip install 'mowa[train]'")
     torch.set_num_threads(threads or hardware.cpu_count())
     set_seed(recipe.optimizer.seed)
-    trainer_args.lock_run_dir(recipe, output_dir / "run" / "recipe.yaml")
-    if (output_dir / "run" / DONE_MARKER).is_file():
-        print(f"{output_dir}: finished before", file=sys.stderr)
+    if lock_run_dir(recipe, output_dir):
+        print(f"{output_dir}: this run is already finished", file=sys.stderr)
         return output_dir
     run = prepare(recipe, model, output_dir)
-    resumed = checkpoints.find_last_checkpoint(output_dir / "run")
-    began = time.time()
+    resume_from = checkpoints.find_last_checkpoint(output_dir / "run")
+    started = time.time()
     with training_patches(run.model.net, run):
-        _log_plan(run, resumed)
-        trainer, live, average = build_trainer(run, output_dir, resumed)
+        _log_plan(run, resume_from)
+        trainer, reporter, ema = build_trainer(run, output_dir, resume_from)
+        module: Any = trainer.model
         try:
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         finally:
-            live.close()
-        if average is not None:
-            average.copy_to_model()
-        save_run(run, trainer, output_dir, time.time() - began)
+            reporter.close()
+            module.remove_chunk_mask()
+        if ema is not None:
+            ema.copy_to_model()
+        save_run(run, trainer, output_dir, time.time() - started)
     return output_dir
 
 
-def _log_plan(run: CTCRun, resumed: Path | None) -> None:
-    """What will happen, before it does: what was left out, what learns, for how long."""
+def _log_plan(run: CTCRun, resume_from: Path | None) -> None:
+    """Print what was left out of the data, what is trained, and for how long."""
     if not is_main_process():
         return
-    lines = [*run.data.notes, freeze.format_table(freeze.count_parameters(run.model.net, run.model.family))]
+    parameters = freeze.format_table(freeze.count_parameters(run.model.net, run.model.family))
+    lines = [*run.data.notes, parameters, *run.notes]
     hours = sum(example.duration_s for batch in run.batches for example in batch) / 3600
-    lines.append(f"{run.max_steps} steps over {hours:.1f} h of sound, measured every {run.eval_steps}")
-    if resumed:
-        lines.append(f"going on from {resumed.name}")
+    lines.append(f"{run.max_steps} steps over {hours:.1f} h of audio, evaluated every {run.eval_steps} steps")
+    if resume_from:
+        lines.append(f"resuming from {resume_from.name}")
     print("\n".join(lines), file=sys.stderr)
 
 
 @contextmanager
 def training_patches(net: Any, run: CTCRun) -> Iterator[None]:
-    """Swaps that hold while the net learns, all of which are undone: speed, packed attention, held positions."""
+    """Apply reversible changes for training: faster front end and dropout, packed attention, frozen positions."""
     with ExitStack() as stack:
         stack.enter_context(channels_last_front_end(net))
         stack.enter_context(fast_dropout(net))
         if run.recipe.batch.packing:
             stack.enter_context(packing.packed_attention(net))
-        if getattr(net.config, "absolute_positions", None) is not None:
+        if max_absolute_position(net.config) is not None:
             stack.enter_context(positions.freeze_absolute_positions(net))
         yield
 
@@ -114,77 +130,82 @@ def training_patches(net: Any, run: CTCRun) -> Iterator[None]:
 def build_trainer(
     run: CTCRun, output_dir: Path, resume_from: Path | None
 ) -> tuple[Trainer, progress.ProgressReporter, checkpoints.EMACallback | None]:
-    plan, model = run.recipe, run.model
-    words, net = model.vocabulary, model.net
-    learning = replace(
+    """Build the Trainer with its data sets, loss, metrics and callbacks."""
+    recipe, model = run.recipe, run.model
+    vocabulary, net = model.vocabulary, model.net
+    train_options = replace(
         eval_batch_options(run),
-        augment=None if plan.augment == NO_AUGMENT else plan.augment,
-        spec_augment=plan.spec_augment,
-        seed=plan.optimizer.seed,
+        augment=None if recipe.augment == NO_AUGMENT else recipe.augment,
+        spec_augment=recipe.spec_augment,
+        chunks=run.chunks,
+        seed=recipe.optimizer.seed,
     )
-    watched = {name: build_eval_dataset(run, part) for name, part in run.data.dev.items()}
-    pupil = CTCModule(
+    module = CTCModule(
         net,
-        packing=plan.batch.packing,
+        packing=recipe.batch.packing,
         use_attention_mask=model.preprocessing.attention_mask,
         distillation=run.distillation,
+        chunks=run.chunks,
     )
     arguments = _arguments(run, output_dir, resume_from)
-    sentinels = callbacks.Monitor(plan.monitors, output_dir, pupil, tokens=words.tokens)
-    live = progress.ProgressReporter(
-        plan.evaluation.log_examples, [sum(e.duration_s for e in batch) for batch in run.batches]
-    )
+    monitor = callbacks.Monitor(recipe.monitors, output_dir, module, tokens=vocabulary.tokens)
+    durations = [sum(example.duration_s for example in batch) for batch in run.batches]
+    reporter = progress.ProgressReporter(recipe.evaluation.log_examples, durations)
 
-    def seen(losses: torch.Tensor, ids: torch.Tensor, index: int) -> None:
+    def on_batch(losses: torch.Tensor, ids: torch.Tensor, index: int) -> None:
         batch = run.batches[index]
-        names, letters = [example.id for example in batch], sum(len(example.text) for example in batch)
-        sentinels.on_ctc_batch(trainer.state.global_step, losses, names, ids, words.blank, num_tokens=letters)
+        names, num_tokens = [example.id for example in batch], sum(len(example.text) for example in batch)
+        step = trainer.state.global_step
+        monitor.on_ctc_batch(step, losses, names, ids, vocabulary.blank, num_tokens=num_tokens)
 
-    def scored(prediction: Any) -> dict[str, float]:
-        said, heard = decode_labels(prediction.label_ids, words), decode_frames(prediction.predictions, words)
-        live.set_texts(said, heard)
-        return compute_metrics(said, heard, prediction.predictions, words.blank)
+    def evaluate(prediction: Any) -> dict[str, float]:
+        references = decode_labels(prediction.label_ids, vocabulary)
+        hypotheses = decode_frames(prediction.predictions, vocabulary)
+        reporter.set_texts(references, hypotheses)
+        return compute_metrics(references, hypotheses, prediction.predictions, vocabulary.blank)
 
-    parts = plan.batch.gradient_accumulation_steps * plan.distributed.devices * plan.distributed.nodes
     trainer = CTCTrainer(
-        recipe=plan,
+        recipe=recipe,
         family=model.family,
         new_head=run.new_head,
-        model=pupil,
+        model=module,
         args=arguments,
         data_collator=_single_item,
-        train_dataset=BatchDataset(run.batches, learning),
-        eval_dataset=watched,
+        train_dataset=BatchDataset(run.batches, train_options),
+        eval_dataset=build_eval_datasets(run, run.data.dev),
         compute_loss_func=build_compute_loss(
-            words.blank,
-            seen,
-            ctc_weight=plan.distillation.ctc_weight if run.distillation else 1.0,
-            batches_per_step=parts,
+            vocabulary.blank,
+            on_batch,
+            ctc_weight=recipe.distillation.ctc_weight if run.distillation else 1.0,
+            batches_per_step=recipe.batches_per_step,
         ),
-        compute_metrics=scored,
+        compute_metrics=evaluate,
         preprocess_logits_for_metrics=argmax_frames,
     )
-    average = checkpoints.EMACallback(net, plan.optimizer.ema_decay, resume_from) if plan.optimizer.ema_decay else None
-    trainer_args.attach_callbacks(trainer, plan, sentinels, live, *([average] if average else []))
+    decay = recipe.optimizer.ema_decay
+    ema = checkpoints.EMACallback(net, decay, resume_from) if decay else None
+    trainer_args.attach_callbacks(trainer, recipe, monitor, reporter, *([ema] if ema else []))
     if is_main_process():
-        sentinels.report_overlap(run.data.overlap)
-    return trainer, live, average
+        monitor.report_overlap(run.data.overlap)
+    return trainer, reporter, ema
 
 
-def _arguments(run: CTCRun, out: Path, resumed: Path | None) -> TrainingArguments:
-    plan = run.recipe
+def _arguments(run: CTCRun, output_dir: Path, resume_from: Path | None) -> TrainingArguments:
+    recipe = run.recipe
+    selected = next(iter(run.data.dev)) + (STREAMING_SUFFIX if run.chunks else "")
     settings = trainer_args.training_arguments(
-        plan, out, run.model.net, max_steps=run.max_steps, eval_steps=run.eval_steps
+        recipe, output_dir, run.model.net, max_steps=run.max_steps, eval_steps=run.eval_steps
     )
     settings |= {
-        "eval_on_start": resumed is None and not run.new_head,
-        "load_best_model_at_end": not plan.optimizer.ema_decay,
-        "metric_for_best_model": f"eval_{next(iter(run.data.dev))}_{plan.evaluation.metric_for_best_model}",
+        "eval_on_start": resume_from is None and not run.new_head,
+        "load_best_model_at_end": not recipe.optimizer.ema_decay,
+        "metric_for_best_model": f"eval_{selected}_{recipe.evaluation.metric_for_best_model}",
         "dataloader_num_workers": min(4, max(1, hardware.cpu_count() // 2)),
     }
     return TrainingArguments(**settings)
 
 
 def _single_item(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the only item of a batch; the dataset's items are already collated."""
     (batch,) = items
     return batch

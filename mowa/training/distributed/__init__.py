@@ -1,4 +1,5 @@
 """Train on several devices: start processes, choose how weights are sharded, estimate memory.
 
-Start with `launch`; `memory` estimates bytes per device for each strategy, `zero_config` writes DeepSpeed's settings.
+Start with `launch`, which starts the processes; in each of them `strategy` builds the TrainingArguments. `memory`
+estimates bytes per device for each strategy, `zero_config` writes DeepSpeed's settings, `process` tells ranks.
 """

@@ -1,7 +1,4 @@
-"""What DeepSpeed is told about a fine-tuning run, and how its processes meet where there are no GPUs.
-
-Which strategy a run takes is not known here: `memory` weighs them and `parallel` settles it.
-"""
+"""Write DeepSpeed's configuration of a run, and initialize gloo where there are no GPUs."""
 
 from __future__ import annotations
 
@@ -12,17 +9,23 @@ from typing import Any
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.config.ctc import CTCRecipe
 
-PERSISTENCE_THRESHOLD = 10_000  # parameters: smaller ones (norms, biases) stay whole on every process under ZeRO-3
+PERSISTENCE_THRESHOLD = 10_000  # elements; smaller parameters (norms, biases) are not sharded under ZeRO-3
 
 
 def deepspeed_config(
     strategy: str, recipe: CTCRecipe | CausalRecipe, *, bucket_parameters: int, precision: str
 ) -> dict[str, Any]:
-    """What DeepSpeed is told. `block`: parameters of one block, which every bucket holds.
+    """Return DeepSpeed's configuration.
 
-    Only the sizes of batches are left to the Trainer ("auto"); what it would look up in the model's config it would not
-    find, for it is given a wrapper. bf16 is autocast, as without DeepSpeed: weights, sound and what processes tell each
-    other stay float32. fp16 is DeepSpeed's own, with its loss scale: only that undoes the scale before it clips.
+    Only batch sizes are left to the Trainer ("auto"): other automatic values come from the model's config, which the
+    wrapper that is trained does not have. bf16 is autocast, as without DeepSpeed, so weights, inputs and communication
+    stay float32. fp16 is DeepSpeed's own, with its loss scale, which it undoes before it clips gradients.
+
+    Args:
+        strategy: zero2, zero3 or zero3-offload.
+        recipe: the recipe.
+        bucket_parameters: elements of a communication bucket; the parameters of one block.
+        precision: float32, bf16 or fp16.
     """
     import torch
 
@@ -39,8 +42,8 @@ def deepspeed_config(
         zero |= {
             "stage3_prefetch_bucket_size": bucket_parameters,
             "stage3_max_live_parameters": 3 * bucket_parameters,
-            "stage3_max_reuse_distance": 2
-            * bucket_parameters,  # DeepSpeed's own, 10⁹, would never let go of a net of this size
+            # DeepSpeed's default of 10⁹ would never release the weights of a net of this size
+            "stage3_max_reuse_distance": 2 * bucket_parameters,
             "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
@@ -49,7 +52,7 @@ def deepspeed_config(
     config: dict[str, Any] = {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would have to be compiled on the user's machine
+        "zero_force_ds_cpu_optimizer": False,  # would need a compiler on the user's machine
         "train_micro_batch_size_per_gpu": "auto",
         "train_batch_size": "auto",
         "gradient_accumulation_steps": recipe.batch.gradient_accumulation_steps,
@@ -64,10 +67,10 @@ def deepspeed_config(
 
 
 def init_gloo() -> None:
-    """Let DeepSpeed's processes find each other over gloo.
+    """Initialize the process group of DeepSpeed with gloo, for machines without GPUs.
 
-    Without a GPU accelerate looks for a backend only for use_cpu, which in turn leaves DeepSpeed out; told the backend,
-    it counts the processes rightly. (accelerate 1.15: PartialState, `use_configured_state`.)
+    Without a GPU accelerate selects a backend only with use_cpu, which in turn disables DeepSpeed (accelerate 1.15:
+    PartialState, `use_configured_state`); so name the backend here.
     """
     from accelerate import PartialState
 

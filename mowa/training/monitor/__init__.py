@@ -1,4 +1,4 @@
-"""Watch a training run: progress, metrics, and sentinels that stop runs which would waste a night.
+"""Watch a training run: progress, metrics, and checks that stop a run which cannot succeed.
 
-Start with `callbacks`; `sentinels` holds the rules as pure values, `progress` draws the bar and the curve.
+Start with `callbacks`; `sentinels` holds the checks as pure values, `progress` prints progress and draws the curve.
 """

@@ -1,7 +1,8 @@
-"""The sentinels of a fine-tuning run, on duty: fed by its loss function and its Trainer, heard on the terminal.
+"""Feed the sentinels of a run from its loss function and its Trainer, and report what they find.
 
-Every finding stands in watch.jsonl, a warning is printed once, and a fatal one ends the run before its weights are
-spoilt. What counts as a finding is `sentinels`' own; here are only the numbers' ways to them, and the weights.
+Every finding is written to monitor.jsonl, a warning is printed once, and a fatal one stops the run before the weights
+are updated. `sentinels` decides what counts as a finding; this module collects losses, gradients, frozen weights and
+metrics.
 """
 
 from __future__ import annotations
@@ -23,28 +24,32 @@ from transformers import TrainerCallback
 
 from mowa.data.quality.filter import Overlap
 from mowa.errors import TrainingStopped
-from mowa.training.config.ctc import MonitorConfig
+from mowa.training.config.shared import MonitorConfig
+from mowa.training.distributed.process import is_main_process
 from mowa.training.monitor import sentinels
 from mowa.training.monitor.sentinels import Finding
 
-FINDINGS_FILE = "watch.jsonl"
-TOKENS_PER_FRAME = 0.25  # of ordinary speech, at 50 frames a second: where nobody counted the letters
-DENSE_CHECK_STEPS, SPARSE_CHECK_INTERVAL = (
-    2 * sentinels.ZERO_GRAD_CHECKS,
-    50,
-)  # each parameter's gradient is looked at in the first steps, then every 50 steps
+FINDINGS_FILE = "monitor.jsonl"
+TOKENS_PER_FRAME = 0.25  # of ordinary speech at 50 frames per second, where the number of tokens is not given
+# The gradient of each parameter is checked in each of the first steps, then at intervals.
+DENSE_CHECK_STEPS, SPARSE_CHECK_INTERVAL = 2 * sentinels.ZERO_GRAD_CHECKS, 50
 
 
 class Monitor:
-    """All of them. What they find is kept in `out`/watch.jsonl, said once, and if it is fatal raised: TrainingStopped.
+    """All sentinels of a run. Findings go to `output_dir`/monitor.jsonl; fatal ones raise TrainingStopped.
 
-    `net` is what is trained; what is frozen of it is looked up when training begins. `tokens` are the head's, to name
-    them. Of several processes the first one speaks and writes, and each raises what it sees itself.
+    Of several processes only the main one prints and writes, and each raises its own findings.
+
+    Args:
+        config: thresholds, from the recipe.
+        output_dir: folder of the run.
+        net: the module that is trained; its frozen weights are recorded when training begins.
+        tokens: the head's vocabulary, to name tokens in messages.
     """
 
     def __init__(self, config: MonitorConfig, output_dir: Path, net: nn.Module, *, tokens: Sequence[str] = ()) -> None:
         self.config, self.out, self.net = config, output_dir, net
-        self.is_main, self.reported = os.environ.get("RANK", "0") == "0", set[str]()
+        self.is_main, self.reported = is_main_process(), set[str]()
         patience = config.collapse_patience
         self.collapse = (
             sentinels.BlankCollapse(config.blank_ratio, patience) if config.blank_ratio and patience else None
@@ -61,11 +66,20 @@ class Monitor:
     def on_ctc_batch(
         self, step: int, losses: Tensor, ids: Sequence[str], frames: Tensor, blank: int, *, num_tokens: int = 0
     ) -> None:
-        """After a forward pass, before the backward one. TrainingStopped where it should go no further.
+        """Check a batch after its forward pass and before the backward pass.
 
-        losses [U] float, −log p of each utterance in nats; ids [U] their names; frames [F] int, the likeliest token of
-        every true frame; letters: how many the texts have (0: a quarter of the frames). One copy from the device, which
-        the check that losses are finite needs anyway; every SELDOM batches the frames too.
+        Copies from the device once; every TOKEN_CHECK_INTERVAL batches the frames as well.
+
+        Args:
+            step: optimizer step.
+            losses: float [U], −log p of each recording in nats.
+            ids: names of the recordings [U].
+            frames: int [F], the predicted id of every frame without padding.
+            blank: id of the blank.
+            num_tokens: tokens of all texts; 0: estimated from the frames.
+
+        Raises:
+            TrainingStopped: a finding is fatal.
         """
         silent = (frames == blank).sum().float().reshape(1)
         *each, blanks = torch.cat([losses.detach().float().flatten(), silent]).tolist()
@@ -83,7 +97,7 @@ class Monitor:
         self.batches += 1
 
     def on_causal_batch(self, step: int, loss: float, ids: Sequence[str]) -> None:
-        """After a forward pass over examples of text: `loss`, nats a learnt token of the batch; `ids`, their names."""
+        """Check a batch of texts after its forward pass: `loss` in nats per trained token, `ids` names the samples."""
         self.report(sentinels.check_loss(step, loss, ids))
         if self.divergence:
             self.report(self.divergence.update(step, loss))
@@ -91,39 +105,41 @@ class Monitor:
             self.report(self.no_learning.update(step, loss, warming=self.warming_up))
 
     def on_evaluation(self, name: str, metrics: Mapping[str, float], step: int) -> None:
-        """After a measurement of one set: loss, cer, wer. Sets whose names begin with replay are there to be kept."""
+        """Check the metrics of one evaluation set; names that begin with replay are checked for forgetting."""
         self.report(self.check_evaluation(name, metrics, step))
 
     def check_evaluation(self, name: str, metrics: Mapping[str, float], step: int) -> Finding | None:
+        """Update the sentinels of evaluations, and return a finding without reporting it."""
         if name.startswith("replay"):
             return self.forgetting.update(step, name, metrics) if self.forgetting else None
         return self.overfitting.update(step, name, metrics, self.train_loss)
 
     def report_overlap(self, overlap: Overlap) -> None:
-        """What is measured and is known from training already; said before the first step."""
+        """Report what train shares with the evaluation sets."""
         self.report(find_leakage(overlap))
 
     def report(self, finding: Finding | None) -> None:
+        """Write a finding to monitor.jsonl; print a warning the first time, raise TrainingStopped for a fatal one."""
         if finding is None:
             return
         if self.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
-            with (self.out / FINDINGS_FILE).open("a", encoding="utf-8") as journal:
-                journal.write(json.dumps(asdict(finding), ensure_ascii=False) + "\n")
+            with (self.out / FINDINGS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(finding), ensure_ascii=False) + "\n")
         if finding.fatal:
             raise TrainingStopped(str(finding))
-        if self.is_main and finding.name not in self.reported:
-            self.reported.add(finding.name)
-            tqdm.write(str(finding), file=sys.stderr)  # beside a progress bar, not through it
+        if self.is_main and finding.monitor not in self.reported:
+            self.reported.add(finding.monitor)
+            tqdm.write(str(finding), file=sys.stderr)  # keeps a progress bar intact
 
     def callback(self) -> TrainerCallback:
         return MonitorCallback(self)
 
 
 class MonitorCallback(TrainerCallback):
-    """Feeds the sentinels what only the Trainer knows: gradients, frozen weights, measurements, the learning rate.
+    """Feed a Monitor from the Trainer: gradients, frozen weights, metrics, warmup.
 
-    Under DeepSpeed and FSDP gradients are in parts, or gone; there only the Trainer's own gradient norm is looked at.
+    Under DeepSpeed and FSDP gradients are sharded or freed, so only the Trainer's own gradient norm is checked.
     """
 
     def __init__(self, monitor: Monitor) -> None:
@@ -133,26 +149,26 @@ class MonitorCallback(TrainerCallback):
         self.first, self.rate, self.sees_full_gradients = 0, 0.0, True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        of = self.monitor
+        monitor = self.monitor
         self.first, self.sees_full_gradients = state.global_step, not _is_sharded(args)
         self.gradients = sentinels.GradientMonitor(scaled=args.fp16)
-        self.frozen = FrozenWeights(of.net) if of.config.check_frozen else None
-        for row in state.log_history:  # a run that goes on is measured against its beginning, not its middle
-            of.train_loss = row.get("loss", of.train_loss)
+        self.frozen = FrozenWeights(monitor.net) if monitor.config.check_frozen else None
+        for row in state.log_history:  # compare a resumed run with its start
+            monitor.train_loss = row.get("loss", monitor.train_loss)
             if found := parse_eval_metrics(row):
-                of.check_evaluation(*found, row["step"])
+                monitor.check_evaluation(*found, row["step"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not (self.monitor.config.check_frozen and self.sees_full_gradients):
             return
         step = state.global_step
-        learning = {name: p.grad for name, p in self.monitor.net.named_parameters() if p.requires_grad and p.numel()}
-        there = {name: gradient for name, gradient in learning.items() if gradient is not None}
-        self.monitor.report(self.gradients.check_norm(step, float(get_total_norm(list(there.values())))))
+        trainable = {name: p.grad for name, p in self.monitor.net.named_parameters() if p.requires_grad and p.numel()}
+        gradients = {name: gradient for name, gradient in trainable.items() if gradient is not None}
+        self.monitor.report(self.gradients.check_norm(step, float(get_total_norm(list(gradients.values())))))
         if step - self.first < DENSE_CHECK_STEPS or step % SPARSE_CHECK_INTERVAL == 0:
-            known = dict(zip(there, _gradient_norms(list(there.values())), strict=True))
+            norms = dict(zip(gradients, _gradient_norms(list(gradients.values())), strict=True))
             self.monitor.report(
-                self.gradients.check_parameters(step, {name: known.get(name, 0.0) for name in learning})
+                self.gradients.check_parameters(step, {name: norms.get(name, 0.0) for name in trainable})
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
@@ -172,10 +188,10 @@ class MonitorCallback(TrainerCallback):
 
 
 def _gradient_norms(gradients: list[Tensor]) -> list[float]:
-    """Of each, in float32 or wider: in half precision a small gradient has the length 0. One copy from the device."""
-    wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
-    each = [torch.linalg.vector_norm(gradient, dtype=kind) for gradient, kind in zip(gradients, wide, strict=True)]
-    return torch.stack([length.to(each[0]) for length in each]).tolist() if each else []
+    """Return the norm of each gradient, in float32 (half precision underflows), with one copy from the device."""
+    dtypes = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
+    norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)]
+    return torch.stack([norm.to(norms[0]) for norm in norms]).tolist() if norms else []
 
 
 def _is_sharded(args: Any) -> bool:
@@ -184,29 +200,33 @@ def _is_sharded(args: Any) -> bool:
 
 
 def find_leakage(overlap: Overlap) -> Finding | None:
-    """Recordings that are both learnt from and measured make error rates too good, and so do known sentences."""
+    """Return a finding where dev and test share recordings, sentences or speakers with train."""
     kinds = {
-        "are learnt from too": overlap.recordings,
-        "say sentences that are learnt": overlap.sentences,
-        "are of speakers that are learnt": overlap.speakers,
+        "are in train as well": overlap.recordings,
+        "have a sentence of train": overlap.sentences,
+        "have a speaker of train": overlap.speakers,
     }
-    found = {said: shared for said, shared in kinds.items() if shared.count}
+    found = {kind: shared for kind, shared in kinds.items() if shared.count}
     if not found:
         return None
     parts = (
-        f"{shared.count} {said} ({', '.join(shared.ids)}{', …' if shared.count > len(shared.ids) else ''})"
-        for said, shared in found.items()
+        f"{shared.count} {kind} ({', '.join(shared.ids)}{', …' if shared.count > len(shared.ids) else ''})"
+        for kind, shared in found.items()
     )
-    known = overlap.recordings.count or overlap.sentences.count
-    advice = "Error rates will look better than they are: take them out of train, or measure on others"
-    voices = "Error rates will hold for these voices only: to know how it hears others, measure on others"
+    if overlap.recordings.count or overlap.sentences.count:
+        suggestion = "Error rates will be too low: remove these from train, or evaluate on other recordings"
+    else:
+        suggestion = "Error rates will hold for these speakers only: evaluate on other speakers as well"
     return Finding(
-        "leakage", 0, f"of {overlap.total} recordings to measure on " + ", ".join(parts), advice if known else voices
+        "train/test overlap", 0, f"of {overlap.total} recordings in dev and test, " + ", ".join(parts), suggestion
     )
 
 
 def parse_eval_metrics(metrics: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """What the Trainer measured, as eval_NAME_wer or eval_wer → NAME (or dev), {wer, cer, loss, blank, …}."""
+    """Split the Trainer's metrics (eval_NAME_wer or eval_wer) into NAME (or dev) and {wer, cer, loss, blank_ratio, …}.
+
+    None where they are not those of an evaluation.
+    """
     for key in metrics:
         if key.startswith("eval_") and key.endswith("_runtime"):
             prefix = key.removesuffix("runtime")
@@ -216,35 +236,36 @@ def parse_eval_metrics(metrics: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
 
 
 class FrozenWeights:
-    """Frozen weights, and buffers of modules that are frozen whole (batch norm's statistics), must not move.
+    """Detect changes of frozen weights, and of buffers of frozen modules such as batch norm statistics.
 
-    Each is told by the sum of its bits, taken as integers: cheap, exact, the same in any memory format.
+    Compares the sum of the bits as integers, which is fast, exact, and the same in any memory format.
     """
 
     def __init__(self, net: nn.Module) -> None:
         self.net, self.before = net, weight_checksums(net)
 
     def check(self, step: int) -> Finding | None:
+        """Return a fatal finding where a frozen weight has changed since the start."""
         now = weight_checksums(self.net)
-        # What has another size now is another part: some strategies share weights out anew.
-        moved = [
+        # Under some strategies the shard of this process changes; another size is another shard.
+        changed = [
             name
             for name, (size, total) in self.before.items()
             if name in now and now[name][0] == size and now[name][1] != total
         ]
-        if not moved:
+        if not changed:
             return None
         return Finding(
-            "frozen moved",
+            "frozen weights changed",
             step,
-            f"{len(moved)} of {len(self.before)} frozen weights have moved: {sentinels.format_names(moved)}",
-            "Find what writes to them: an optimiser over all parameters, tied weights, batch norm in train mode",
+            f"{len(changed)} of {len(self.before)} frozen weights changed: {sentinels.format_names(changed)}",
+            "Look for an optimizer over all parameters, tied weights, or batch norm in training mode",
             fatal=True,
         )
 
 
 def weight_checksums(net: nn.Module) -> dict[str, tuple[int, int]]:
-    """(elements, sum of bits) of whatever is frozen and lies on this process."""
+    """Return (elements, sum of bits) of every frozen weight and buffer on this process, by name."""
     found: dict[str, Tensor] = {name: p for name, p in net.named_parameters() if not p.requires_grad}
     for prefix, module in net.named_modules():
         own = list(module.parameters(recurse=False))
@@ -255,7 +276,7 @@ def weight_checksums(net: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _bits(tensor: Tensor) -> int:
-    own = tensor.detach()
-    own = own.to_local() if hasattr(own, "to_local") else own  # a DTensor's share of this process
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[own.element_size()]
-    return int(own.contiguous().view(width).sum(dtype=torch.int64))
+    local = tensor.detach()
+    local = local.to_local() if hasattr(local, "to_local") else local  # the shard of a DTensor
+    dtype = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+    return int(local.contiguous().view(dtype).sum(dtype=torch.int64))

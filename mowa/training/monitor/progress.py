@@ -1,6 +1,6 @@
-"""What a person sees of a fine-tuning run: progress, what was measured, examples, and in the end a picture.
+"""Print the progress, metrics and example outputs of a fine-tuning run, and draw its curve.
 
-It looks on and changes nothing. On a terminal there is a bar; elsewhere one plain line for each log and measurement.
+On a terminal there is a progress bar; elsewhere one line for each log entry and evaluation.
 """
 
 from __future__ import annotations
@@ -26,31 +26,34 @@ from mowa.training.monitor.callbacks import parse_eval_metrics
 
 TRACKERS = ("tensorboard", "wandb")
 BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
-GAP = "·"  # where one text has a letter and the other none
-SPEED_WINDOW = 50  # steps over which the speed is taken
+GAP = "·"  # stands for a missing character in aligned texts
+SPEED_WINDOW = 50  # steps over which the speed is averaged
 
 
 class ProgressReporter(TrainerCallback):
-    """Progress to standard error. `count` examples are shown at each measurement of a set; give their texts to `heard`.
+    """Print progress to standard error.
 
-    `sizes` of each batch of the run, in `unit`s and in the order in which they are learnt; without, no speed is shown.
+    Args:
+        log_examples: examples to print at each evaluation of a set, from the texts given to `set_texts`.
+        sizes: size of each batch of the run, in order; without, no speed is printed.
+        unit: unit of `sizes`.
     """
 
-    def __init__(self, log_examples: int = 3, sizes: Sequence[float] = (), *, unit: str = "s of sound") -> None:
+    def __init__(self, log_examples: int = 3, sizes: Sequence[float] = (), *, unit: str = "s of audio") -> None:
         self.log_examples, self.sizes, self.unit = log_examples, sizes, unit
         self.texts: tuple[Sequence[str], Sequence[str]] | None = None
         self.bar: Any = None
         self.metric_texts: dict[str, str] = {}
         self.loss = ""
-        self.step_times: deque[tuple[float, float]] = deque(maxlen=SPEED_WINDOW)  # size, seconds it took
+        self.step_times: deque[tuple[float, float]] = deque(maxlen=SPEED_WINDOW)  # size of a step, and its seconds
         self.began_s, self.since_s, self.first, self.batch = 0.0, 0.0, 0, 0
 
     def set_texts(self, references: Sequence[str], hypotheses: Sequence[str]) -> None:
-        """The texts of the measurement that is about to be reported."""
+        """Set the texts of the evaluation that is reported next."""
         self.texts = (references, hypotheses)
 
     def close(self) -> None:
-        """Leaves the terminal in order, however the run ended."""
+        """Close the progress bar, however the run ended."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -62,7 +65,7 @@ class ProgressReporter(TrainerCallback):
             self.bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
-                desc="learning",
+                desc="training",
                 bar_format=BAR_FORMAT,
                 dynamic_ncols=True,
                 file=sys.stderr,
@@ -70,9 +73,9 @@ class ProgressReporter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.monotonic()
-        together = args.gradient_accumulation_steps * args.world_size
-        sound = self.sizes[(state.global_step - 1) * together : state.global_step * together]
-        self.step_times.append((sum(sound), now - self.since_s))
+        per_step = args.gradient_accumulation_steps * args.world_size
+        sizes = self.sizes[(state.global_step - 1) * per_step : state.global_step * per_step]
+        self.step_times.append((sum(sizes), now - self.since_s))
         self.since_s = now
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
@@ -80,19 +83,19 @@ class ProgressReporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" not in logs or not state.is_world_process_zero:
             return
-        self.loss = f"loss {logs['loss']:.3g} · rate {logs['learning_rate']:.2g}{self._speed()}"
+        self.loss = f"loss {logs['loss']:.3g} · lr {logs['learning_rate']:.2g}{self._speed()}"
         if self.bar is not None:
             self.bar.set_postfix_str(" · ".join([self.loss, *self.metric_texts.values()]))
         else:
-            self._say(f"step {state.global_step}/{state.max_steps} · {self.loss} · {self._left(state)} left")
+            self._print(f"step {state.global_step}/{state.max_steps} · {self.loss} · {self._left(state)} left")
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         if self.bar is not None:
             self.batch += 1
-            self.bar.set_description_str(f"measuring {self.batch}/{len(eval_dataloader)}")
+            self.bar.set_description_str(f"evaluating {self.batch}/{len(eval_dataloader)}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        self.since_s, self.batch = time.monotonic(), 0  # measuring is no learning
+        self.since_s, self.batch = time.monotonic(), 0  # do not count evaluation as training time
         texts, self.texts = self.texts, None
         found = parse_eval_metrics(metrics)
         if found is None or not state.is_world_process_zero:
@@ -102,11 +105,11 @@ class ProgressReporter(TrainerCallback):
             self.metric_texts[name] = f"{name} WER {values['wer']:.1%}"
         elif "accuracy" in values:
             self.metric_texts[name] = f"{name} loss {values['loss']:.3g}"
-        self._say(f"step {state.global_step}/{state.max_steps} · {name}: {_format_metrics(values)}")
+        self._print(f"step {state.global_step}/{state.max_steps} · {name}: {_format_metrics(values)}")
         if texts is not None and self.log_examples:
-            self._say(format_examples(*texts, self.log_examples))
+            self._print(format_examples(*texts, self.log_examples))
         if self.bar is not None:
-            self.bar.set_description_str("learning")
+            self.bar.set_description_str("training")
             self.bar.set_postfix_str(" · ".join([*([self.loss] if self.loss else []), *self.metric_texts.values()]))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -115,12 +118,12 @@ class ProgressReporter(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
     def _speed(self) -> str:
-        sound, took = (sum(part) for part in zip(*self.step_times, strict=True)) if self.step_times else (0.0, 0.0)
-        return f" · {sound / took:.0f} {self.unit} a second" if sound and took else ""
+        size, seconds = (sum(part) for part in zip(*self.step_times, strict=True)) if self.step_times else (0.0, 0.0)
+        return f" · {size / seconds:.0f} {self.unit} per second" if size and seconds else ""
 
     def _left(self, state: Any) -> str:
         done = max(1, state.global_step - self.first)
@@ -129,18 +132,22 @@ class ProgressReporter(TrainerCallback):
 
 
 def _format_metrics(values: Mapping[str, float]) -> str:
-    """One measurement in words."""
+    """Format the metrics of one evaluation in a line."""
     parts = [f"{kind.upper()} {values[kind]:.1%}" for kind in ("wer", "cer") if kind in values]
     parts += [f"loss {values['loss']:.3g}"] if "loss" in values else []
-    parts += [f"right {values['accuracy']:.1%}"] if "accuracy" in values else []
-    parts += [f"blank {values['blank']:.0%}"] if "blank" in values else []
+    parts += [f"accuracy {values['accuracy']:.1%}"] if "accuracy" in values else []
+    parts += [f"blank {values['blank_ratio']:.0%}"] if "blank_ratio" in values else []
     return " · ".join(parts)
 
 
 def format_examples(references: Sequence[str], hypotheses: Sequence[str], count: int, *, width: int = 100) -> str:
-    """`count` of the texts, spread evenly, letter under letter, with a mark under each difference (jiwer's alignment).
+    """Align references and hypotheses character by character, with a mark under each difference (jiwer's alignment).
 
-    The same ones every time, so that one sees them get better. Lines of at most `width` columns.
+    Args:
+        references: the true texts.
+        hypotheses: the outputs.
+        count: examples to format; evenly spaced, so the same ones every time.
+        width: columns of a line at most.
     """
     shown = min(count, len(references))
     chosen = [(2 * number + 1) * len(references) // (2 * shown) for number in range(shown)]
@@ -150,44 +157,44 @@ def format_examples(references: Sequence[str], hypotheses: Sequence[str], count:
 def _aligned(reference: str, hypothesis: str, width: int) -> str:
     import jiwer
 
-    seen = jiwer.process_characters(reference, hypothesis)
-    (said,), (heard,) = seen.references, seen.hypotheses
+    alignment = jiwer.process_characters(reference, hypothesis)
+    (ref,), (hyp,) = alignment.references, alignment.hypotheses
     cells: list[tuple[str, str, str]] = []
-    for chunk in seen.alignments[0]:
-        parts = (said[chunk.ref_start_idx : chunk.ref_end_idx], heard[chunk.hyp_start_idx : chunk.hyp_end_idx])
+    for chunk in alignment.alignments[0]:
+        parts = (ref[chunk.ref_start_idx : chunk.ref_end_idx], hyp[chunk.hyp_start_idx : chunk.hyp_end_idx])
         for first, second in itertools.zip_longest(*parts, fillvalue=GAP):
-            across = max(_columns(first), _columns(second))
-            first, second = (letter + " " * (across - _columns(letter)) for letter in (first, second))
-            cells.append((first, second, (" " if chunk.type == "equal" else "^") * across))
+            columns = max(_columns(first), _columns(second))
+            first, second = (character + " " * (columns - _columns(character)) for character in (first, second))
+            cells.append((first, second, (" " if chunk.type == "equal" else "^") * columns))
     lines = []
-    for row in _rows(cells, max(10, width - len("  heard  "))):
+    for row in _wrap(cells, max(10, width - len("  ref  "))):
         above, below, marks = ("".join(part) for part in zip(*row, strict=True)) if row else ("", "", "")
-        lines += [f"  said   {above}", f"  heard  {below}", *([f"         {marks}"] if marks.strip() else [])]
+        lines += [f"  ref  {above}", f"  hyp  {below}", *([f"       {marks}"] if marks.strip() else [])]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _rows(cells: list[tuple[str, str, str]], room: int) -> list[list[tuple[str, str, str]]]:
-    """Cut so that each row takes at most `room` columns. At least one row, be it empty."""
+def _wrap(cells: list[tuple[str, str, str]], max_columns: int) -> list[list[tuple[str, str, str]]]:
+    """Wrap cells to rows of at most `max_columns`; at least one row, which may be empty."""
     rows: list[list[tuple[str, str, str]]] = [[]]
-    taken = 0
+    columns = 0
     for cell in cells:
-        if taken + len(cell[2]) > room:
+        if columns + len(cell[2]) > max_columns:
             rows.append([])
-            taken = 0
+            columns = 0
         rows[-1].append(cell)
-        taken += len(cell[2])
+        columns += len(cell[2])
     return rows
 
 
-def _columns(letter: str) -> int:
-    """How many columns of a terminal it takes: none if it is put over another, two if it is wide."""
-    if unicodedata.combining(letter):
+def _columns(character: str) -> int:
+    """Return the columns that a character takes in a terminal: 0 if it combines, 2 if it is wide."""
+    if unicodedata.combining(character):
         return 0
-    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def write_history(log_history: Sequence[Mapping[str, Any]], output_dir: Path, *, best_step: int | None = None) -> None:
-    """The Trainer's log (`state.log_history`) as history.jsonl and curve.png; `best`: the step whose weights stay."""
+    """Write the Trainer's log (`state.log_history`) as history.jsonl and curve.png, with `best_step` marked."""
     plain = [{key: None if _is_non_finite(value) else value for key, value in row.items()} for row in log_history]
     (output_dir / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
     from matplotlib.figure import Figure
@@ -207,17 +214,16 @@ def write_history(log_history: Sequence[Mapping[str, Any]], output_dir: Path, *,
         _draw(losses, points, "loss", "o-", label=name, color=color)
         _draw(errors, points, "wer", "o-", label=f"{name} WER", color=color, times=100)
         _draw(errors, points, "cer", "o--", label=f"{name} CER", color=color, times=100)
-        _draw(errors, points, "accuracy", "o-", label=f"{name}, likeliest token right", color=color, times=100)
-        _draw(blanks, points, "blank", "o-", color=color, times=100)
-    reads = any("accuracy" in points[0] for points in sets.values())
-    what, share = ("token", "tokens, %") if reads else ("letter", "error rate, %")
-    losses.set(ylabel=f"loss a {what}, nats", yscale="log" if losses.lines else "linear")
-    errors.set(ylabel=share, ylim=(0, None))
+        _draw(errors, points, "accuracy", "o-", label=f"{name} accuracy", color=color, times=100)
+        _draw(blanks, points, "blank_ratio", "o-", color=color, times=100)
+    causal = any("accuracy" in points[0] for points in sets.values())
+    losses.set(ylabel="loss per token, nats", yscale="log" if losses.lines else "linear")
+    errors.set(ylabel="accuracy, %" if causal else "error rate, %", ylim=(0, None))
     rates.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
     blanks.set(ylabel="blank frames, %", xlabel="step", ylim=(0, 100))
     blanks.set_visible(bool(blanks.lines))
     for axis in axes.flat if best_step is not None else ():
-        axis.axvline(best_step, color="black", linewidth=0.8, linestyle=":", label="kept" if axis is errors else None)
+        axis.axvline(best_step, color="black", linewidth=0.8, linestyle=":", label="best" if axis is errors else None)
     for axis in (losses, errors):
         if axis.lines:
             axis.legend(fontsize=8)
@@ -235,13 +241,18 @@ def _is_non_finite(value: Any) -> bool:
 
 
 def validate_report_to(report_to: Sequence[str]) -> list[str]:
-    """For TrainingArguments' `report_to`. RecipeError for an unknown name; MissingPart where it is not there."""
+    """Return tracker names for TrainingArguments' `report_to`.
+
+    Raises:
+        RecipeError: a name is unknown.
+        MissingDependency: a tracker is not installed.
+    """
     for name in report_to:
         if name not in TRACKERS:
             near = difflib.get_close_matches(name, TRACKERS, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(TRACKERS)}"
-            raise RecipeError(f"evaluate: trackers: {name!r} is none of them; {hint}")
-        there = (name, "tensorboardX") if name == "tensorboard" else (name,)  # transformers writes with either
-        if not any(importlib.util.find_spec(package) for package in there):
-            raise MissingDependency(f"evaluate: trackers: {name} is not installed: pip install {name}, or leave it out")
+            raise RecipeError(f"evaluation: report_to: {name!r} is not a valid choice; {hint}")
+        packages = (name, "tensorboardX") if name == "tensorboard" else (name,)  # transformers uses either
+        if not any(importlib.util.find_spec(package) for package in packages):
+            raise MissingDependency(f"evaluation: report_to: {name} is not installed: pip install {name}, or remove it")
     return list(report_to)

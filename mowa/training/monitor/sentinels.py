@@ -1,11 +1,11 @@
-"""What tells, from numbers alone, that a fine-tuning run would waste a night. One sentinel for each way to waste it.
+"""Detect from losses, outputs and gradients that a fine-tuning run cannot succeed; one class for each failure.
 
-A sentinel is fed step by step (`see`) and answers with a Finding or None. It knows no Trainer, no files, no terminal:
-`watch` feeds them, keeps what they find, and speaks or ends the run.
+Each sentinel is updated step by step and returns a Finding or None. `callbacks` feeds them, logs what they find, and
+stops the run.
 
-Losses are in nats a letter: guessing letters by their frequency comes to about three, and CTC's first plateau, on which
-every frame is blank, is near that. The plateau is no fault: it ends by itself, mostly within some hundred steps, and
-all the while the loss falls a little. So nothing counts as stuck before the loss has stopped falling.
+Losses are in nats per token. Guessing characters by their frequency costs about 3, and the initial plateau of CTC,
+where every frame is blank, is near that. The plateau is normal: it ends by itself, mostly within some hundred steps,
+and the loss decreases a little meanwhile. So nothing counts as stuck before the loss has stopped decreasing.
 """
 
 from __future__ import annotations
@@ -16,41 +16,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-UNTRAINED_LOSS = 1.5  # nats a letter: half of what guessing costs; above it a text can hardly be read
-IMPROVEMENT_RATIO = 0.995  # of the lowest loss so far: at or above it, the loss has not fallen
-MIN_LOSS = 0.1  # nats a letter: divergence is measured from here where the loss is lower still
-CONSTANT_TOKENS, CONSTANT_SHARE = 3, 0.95  # constant output: so many tokens are this share of all that is heard
-TOKEN_CHECK_INTERVAL = 10  # batches between two looks at the tokens themselves
-ZERO_GRAD_CHECKS = (
-    10  # looks in a row. LoRA's A gets no gradient until its B has moved, and dropped layers get none now and then
-)
-MAX_SKIPPED_STEPS = 20  # steps in a row that fp16's loss scaling may skip while it looks for its scale
-# Of these nothing is learnt by design: SpecAugment's filler where nothing is masked, biases that softmax cancels.
+UNTRAINED_LOSS = 1.5  # nats per token: half of the cost of guessing; above it, transcripts are unreadable
+IMPROVEMENT_RATIO = 0.995  # a loss below this multiple of the lowest one so far counts as a decrease
+MIN_LOSS = 0.1  # nats per token: floor of the loss that divergence is measured from
+CONSTANT_TOKENS, CONSTANT_SHARE = 3, 0.95  # constant output: this many tokens make up this share of the output
+TOKEN_CHECK_INTERVAL = 10  # batches between checks of the output tokens
+# Consecutive checks: LoRA's A has no gradient until its B has changed, and layerdrop skips layers now and then.
+ZERO_GRAD_CHECKS = 10
+MAX_SKIPPED_STEPS = 20  # consecutive steps that fp16's loss scaling may skip while it searches for its scale
+# Parameters with zero gradient by design: SpecAugment's embedding without masks, biases that softmax cancels.
 EXPECTED_ZERO_GRAD = ("masked_spec_embed", "k_proj.bias", "linear_k.bias", "key.bias")
+NON_FINITE_SUGGESTION = (
+    "If it is always these, leave them out; else try a lower optimizer.learning_rate, or optimizer.precision: bf16 or "
+    "float32"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a sentinel saw at a step, with its numbers, and what to try. A fatal one ends the run."""
+    """What a sentinel found at a step, with its numbers, and what to try. A fatal finding stops the run."""
 
-    name: str
+    monitor: str
     step: int
     message: str
-    advice: str
+    suggestion: str
     fatal: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} at step {self.step}: {self.message}\n  {self.advice}"
+        return f"{self.monitor} at step {self.step}: {self.message}\n  {self.suggestion}"
 
 
-def format_names(names: Sequence[str], most: int = 4) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def format_names(names: Sequence[str], max_names: int = 4) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + more
 
 
 class RunningMean:
-    """An exponential running mean over about `span` values, unbiased from the first one on."""
+    """Exponential moving average over about `span` values, with bias correction."""
 
     def __init__(self, span: float) -> None:
         self.decay, self.total, self.weight = 1 - 1 / span, 0.0, 0.0
@@ -62,9 +65,9 @@ class RunningMean:
 
 
 class PlateauTracker:
-    """For how many steps a bad state has lasted in which the loss did not fall by half a per cent.
+    """Count the steps for which a bad state has lasted without the loss decreasing by 0.5 %.
 
-    0 in the first `patience` steps, 0 while the learning rate still rises; counted anew whenever the state ends.
+    0 in the first `patience` steps and during warmup; the count restarts when the state ends.
     """
 
     def __init__(self, patience: int) -> None:
@@ -82,42 +85,37 @@ class PlateauTracker:
 
 
 class BlankCollapse:
-    """Nothing but blanks, a share of at least `share` of the frames, for `patience` steps after the loss stopped."""
+    """Detect an output of almost only blanks for `patience` steps after the loss stopped decreasing."""
 
     def __init__(self, blank_ratio: float, patience: int) -> None:
         self.blank_ratio, self.patience, self.plateau = blank_ratio, patience, PlateauTracker(patience)
-        self.blanks, self.losses, self.warned = (
-            RunningMean(max(5, patience / 4)),
-            RunningMean(max(5, patience / 2)),
-            False,
-        )
+        self.blanks, self.losses = RunningMean(max(5, patience / 4)), RunningMean(max(5, patience / 2))
+        self.warned = False
 
     def update(self, step: int, blank_ratio: float, loss: float, *, warming: bool = False) -> Finding | None:
-        """`blank`: share of blank frames in a batch. A warning at half of the patience, the end at all of it."""
+        """Update with the fraction of blank frames in a batch: warn after half of the patience, then stop the run."""
         blank_ratio, loss = self.blanks.update(blank_ratio), self.losses.update(loss)
         lasted = self.plateau.update(step, blank_ratio >= self.blank_ratio, loss, warming)
-        seen = (
-            f"{blank_ratio:.1%} of the frames are blank, and in {lasted} steps the loss has not fallen below {loss:.3g}"
-        )
+        message = f"{blank_ratio:.1%} of the frames are blank, and the loss has stayed at {loss:.3g} for {lasted} steps"
         if lasted >= self.patience:
             return Finding(
                 "blank collapse",
                 step,
-                seen,
-                "CTC begins so, but goes on. Try optimise.learning_rate three times higher (or lower, if it had once "
-                f"learnt), more that learns (train: all), weaker masks; or wait longer: watch.patience: "
+                message,
+                "Try optimizer.learning_rate 3 times higher (lower, if the loss had decreased before), method: full, a "
+                "lower spec_augment.mask_time_prob; or wait longer: monitors.collapse_patience: "
                 f"{2 * self.patience}",
                 fatal=True,
             )
         if lasted >= self.patience / 2 and not self.warned:
             self.warned = True
-            advice = f"CTC's first plateau looks like this; the run ends if it stays so for {self.patience} steps"
-            return Finding("plateau", step, seen, advice)
+            suggestion = f"This is normal at the start of CTC training; the run stops if it lasts {self.patience} steps"
+            return Finding("blank plateau", step, message, suggestion)
         return None
 
 
 class ConstantOutput:
-    """Whatever is said, the same few tokens are heard, for `patience` steps after the loss stopped falling."""
+    """Detect the same few output tokens for all inputs, for `patience` steps after the loss stopped decreasing."""
 
     def __init__(self, patience: int, tokens: Sequence[str] = ()) -> None:
         self.patience, self.plateau, self.tokens = patience, PlateauTracker(patience), tokens
@@ -126,27 +124,27 @@ class ConstantOutput:
     def update(
         self, step: int, frames: Sequence[int], blank: int, loss: float, *, warming: bool = False
     ) -> Finding | None:
-        """`frames`: the likeliest token of every frame of a batch of several utterances. For every SELDOMth batch."""
-        heard = Counter(now for before, now in pairwise([blank, *frames]) if now not in (before, blank))
-        common = [token for token, _ in heard.most_common(CONSTANT_TOKENS)]
-        few = bool(heard) and sum(heard[token] for token in common) >= CONSTANT_SHARE * heard.total()
+        """Update with the predicted ids of all frames of a batch; call it for every TOKEN_CHECK_INTERVAL-th batch."""
+        counts = Counter(now for before, now in pairwise([blank, *frames]) if now not in (before, blank))
+        common = [token for token, _ in counts.most_common(CONSTANT_TOKENS)]
+        few = bool(counts) and sum(counts[token] for token in common) >= CONSTANT_SHARE * counts.total()
         loss = self.losses.update(loss)
         lasted = self.plateau.update(step, few and loss > UNTRAINED_LOSS, loss, warming)
         if lasted < self.patience:
             return None
-        spelt = ", ".join(repr(self.tokens[token]) if self.tokens else str(token) for token in common)
+        names = ", ".join(repr(self.tokens[token]) if self.tokens else str(token) for token in common)
         return Finding(
             "constant output",
             step,
-            f"whatever was said, only {spelt} was heard; in {lasted} steps the loss has not fallen below {loss:.3g}",
-            "Check that the texts belong to their recordings; then try a learning rate three times lower, a longer "
-            "optimise.warmup, or more that learns (train: all)",
+            f"the output is only {names} for all inputs, and the loss has stayed at {loss:.3g} for {lasted} steps",
+            "Check that the texts belong to their recordings; then try optimizer.learning_rate 3 times lower, a higher "
+            "optimizer.warmup_ratio, or method: full",
             fatal=True,
         )
 
 
 class Divergence:
-    """The running loss stays above `times` its best for `lasting` steps. A few bad batches are no divergence."""
+    """Detect a moving average of the loss above `factor` times its best for `patience` steps."""
 
     def __init__(self, factor: float, patience: int) -> None:
         self.factor, self.patience, self.losses = factor, patience, RunningMean(10)
@@ -156,7 +154,7 @@ class Divergence:
     def update(self, step: int, loss: float) -> Finding | None:
         now, self.count = self.losses.update(loss), self.count + 1
         self.best = min(self.best, now)
-        mark = max(now, MIN_LOSS) * (1 if self.count >= 5 else 2)  # the first batches may have been easy ones
+        mark = max(now, MIN_LOSS) * (1 if self.count >= 5 else 2)  # the first batches may have been easy
         self.limit = min(self.limit, self.factor * mark)
         if now <= self.limit:
             self.since = step
@@ -165,17 +163,18 @@ class Divergence:
         return Finding(
             "divergence",
             step,
-            f"for {step - self.since} steps the loss has been over {self.limit:.3g}; its best was {self.best:.3g}, and "
-            f"now it is {now:.3g}",
-            "Try optimise.learning_rate three to ten times lower, a longer optimise.warmup, a smaller optimise.clip",
+            f"the loss has been above {self.limit:.3g} for {step - self.since} steps; it is {now:.3g}, its best was "
+            f"{self.best:.3g}",
+            "Try optimizer.learning_rate 3 to 10 times lower, a higher optimizer.warmup_ratio, or a lower "
+            "optimizer.max_grad_norm",
             fatal=True,
         )
 
 
 class NoLearning:
-    """From the first step on the loss is flat: looked at after each `patience` steps at the full learning rate.
+    """Detect a loss that does not decrease from the first step on; checked after each `patience` steps after warmup.
 
-    It ends the run only where the loss is that of guessing; a checkpoint that was good at this before may stay flat.
+    Fatal only where the loss is that of guessing: the loss of a checkpoint that is already good may stay flat.
     """
 
     def __init__(self, patience: int) -> None:
@@ -186,7 +185,7 @@ class NoLearning:
 
     def update(self, step: int, loss: float, *, warming: bool = False) -> Finding | None:
         if not self.early:
-            self.done = step > 0  # a run that goes on has learnt before
+            self.done = step > 0  # a resumed run was checked before
         if self.done:
             return None
         if len(self.early) < self.window:
@@ -198,48 +197,46 @@ class NoLearning:
         self.since = step
         first, last = (sum(part) / len(part) for part in (self.early, self.late))
         if last < 0.97 * first:
-            self.done = last < 0.9 * first  # in between, it may be chance
+            self.done = last < 0.9 * first  # a smaller decrease may be noise
             return None
         self.done = True
         guessing = last > UNTRAINED_LOSS
         return Finding(
-            "no learning",
+            "loss not decreasing",
             step,
-            f"the loss was {first:.3g} in the beginning and is {last:.3g} after {step} steps",
-            "Check that the texts belong to their recordings, or answers to their questions; then try "
-            "optimise.learning_rate ten times higher, or more that learns (train: lora, top-6, all)"
+            f"the loss was {first:.3g} at the start and is {last:.3g} after {step} steps",
+            "Check that texts belong to their recordings, or responses to their prompts; then try "
+            "optimizer.learning_rate 10 times higher, or a method that trains more (lora, top-6, full)"
             if guessing
-            else "If the checkpoint was as good as it can be at this, all is well; else try a higher "
-            "optimise.learning_rate",
+            else "Ignore this if the checkpoint is already good on it; else try a higher optimizer.learning_rate",
             fatal=guessing,
         )
 
 
 class GradientMonitor:
-    """Gradients that are no numbers, and parameters that should learn but get no gradient."""
+    """Detect non-finite gradients, and trainable parameters that get no gradient."""
 
     def __init__(self, *, scaled: bool = False) -> None:
-        self.allowed = (
-            MAX_SKIPPED_STEPS if scaled else 0
-        )  # fp16 skips steps with infinite gradients while it finds its scale
+        self.allowed = MAX_SKIPPED_STEPS if scaled else 0  # fp16 skips such steps while it searches for its loss scale
         self.non_finite_steps, self.zero_counts, self.warned = 0, Counter[str](), False
 
     def check_norm(self, step: int, norm: float) -> Finding | None:
-        """`norm`: the length of the whole gradient, at every step."""
+        """Check the norm of the whole gradient; call it at every step."""
         self.non_finite_steps = 0 if math.isfinite(norm) else self.non_finite_steps + 1
         if self.non_finite_steps <= self.allowed:
             return None
         return Finding(
-            "broken gradient",
+            "non-finite gradient",
             step,
-            f"the loss is finite, but the gradient's length is {norm}"
-            + (f", {self.non_finite_steps} steps in a row" if self.allowed else ""),
-            "Try optimise.precision: bf16 or float32, a lower optimise.learning_rate, a longer optimise.warmup",
+            f"the loss is finite, but the gradient norm is {norm}"
+            + (f" for {self.non_finite_steps} consecutive steps" if self.allowed else ""),
+            "Try optimizer.precision: bf16 or float32, a lower optimizer.learning_rate, or a higher "
+            "optimizer.warmup_ratio",
             fatal=True,
         )
 
     def check_parameters(self, step: int, norms: Mapping[str, float]) -> Finding | None:
-        """`norms`: the length of the gradient of each parameter that should learn, 0 where there is none."""
+        """Check the gradient norm of each trainable parameter by name; 0 where there is none."""
         if not all(map(math.isfinite, norms.values())):
             return None
         for name, norm in norms.items():
@@ -253,16 +250,17 @@ class GradientMonitor:
         return Finding(
             "no gradient",
             step,
-            f"{len(dead)} of {len(norms)} parameters that should learn got no gradient {ZERO_GRAD_CHECKS} times: {format_names(dead)}",
-            "The loss does not depend on what learns: look for a detach() or no_grad(), or train something else"
+            f"{len(dead)} of {len(norms)} trainable parameters got no gradient in {ZERO_GRAD_CHECKS} checks in a row: "
+            f"{format_names(dead)}",
+            "The loss does not depend on what is trained: look for a detach() or no_grad(), or use another method"
             if everything
-            else "Freeze them if the net does not use them (train); else look for a detach() on their way to the loss",
+            else "Freeze them if the net does not use them (method); else look for a detach() before the loss",
             fatal=everything,
         )
 
 
 class Forgetting:
-    """A set that the checkpoint was good at: its error rate is `times` what it was when it was first measured."""
+    """Detect that the error rate on a replay set exceeds `factor` times its initial value."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -273,24 +271,24 @@ class Forgetting:
         if kind not in metrics:
             return None
         start, rate = self.baseline.setdefault(name, metrics[kind]), metrics[kind]
-        if rate <= max(self.factor * start, start + 0.01):  # one letter more is a multiple of nearly none
+        if rate <= max(self.factor * start, start + 0.01):  # a single error is a large multiple of almost none
             return None
         return Finding(
             f"forgetting {name}",
             step,
-            f"its {kind.upper()} was {start:.1%} in the beginning and is {rate:.1%}",
-            "Mix recordings of that kind into data.train (with a share); or try train: lora, or a lower learning rate",
+            f"{kind.upper()} on this set was {start:.1%} at the start and is {rate:.1%}",
+            "Add such recordings to data.train (with a share), or try method: lora or a lower optimizer.learning_rate",
         )
 
 
 class Overfitting:
-    """The dev loss rises, three times in a row, while the training loss falls and the error rate gets no better."""
+    """Detect a dev loss that rises three times in a row while the training loss falls and the error rate does not."""
 
     def __init__(self) -> None:
         self.history: dict[str, list[tuple[float, float, float]]] = {}
 
     def update(self, step: int, name: str, metrics: Mapping[str, float], train_loss: float) -> Finding | None:
-        """`learnt`: the loss in training, about this step."""
+        """Update with the metrics of one evaluation and the recent training loss."""
         loss = metrics.get("loss", math.nan)
         if not (math.isfinite(loss) and math.isfinite(train_loss)):
             return None
@@ -306,26 +304,25 @@ class Overfitting:
         return Finding(
             f"overfitting {name}",
             step,
-            f"the loss on it rose from {best[0]:.3g} to {loss:.3g}, while in training it fell from {best[2]:.3g} to "
-            f"{train_loss:.3g}",
-            "The best checkpoint is kept. Next time try less that learns (train: lora), fewer epochs, with recordings "
-            "more augment and masks, evaluate.patience: 3",
+            f"loss on this set rose from {best[0]:.3g} to {loss:.3g}, while the training loss fell from {best[2]:.3g} "
+            f"to {train_loss:.3g}",
+            "The best checkpoint is kept. Next time try method: lora, fewer optimizer.epochs, more augmentation, or "
+            "evaluation.early_stopping_patience: 3",
         )
 
 
 def check_losses(step: int, losses: Sequence[float], ids: Sequence[str]) -> Finding | None:
-    """Losses that are no numbers, before anything is learnt from them.
+    """Check the CTC losses [U] of a batch, in nats, before the backward pass; `ids` names the recordings.
 
-    A CTC loss is NaN where the net's output is, and infinite where an utterance has fewer frames than its text needs.
+    A CTC loss is NaN where the net's output is, and infinite where a recording has fewer frames than its text needs.
     """
-    wrong = [name for name, loss in zip(ids, losses, strict=True) if math.isnan(loss)]
-    if wrong:
+    nan = [name for name, loss in zip(ids, losses, strict=True) if math.isnan(loss)]
+    if nan:
         return Finding(
-            "broken loss",
+            "non-finite loss",
             step,
-            f"the loss of {len(wrong)} of {len(losses)} recordings in the batch is no number: {format_names(wrong)}",
-            "If it is always these, leave them out; else try a lower optimise.learning_rate, or optimise.precision: "
-            "bf16 or float32",
+            f"the loss of {len(nan)} of {len(losses)} recordings in the batch is NaN: {format_names(nan)}",
+            NON_FINITE_SUGGESTION,
             fatal=True,
         )
     short = [name for name, loss in zip(ids, losses, strict=True) if math.isinf(loss)]
@@ -334,22 +331,21 @@ def check_losses(step: int, losses: Sequence[float], ids: Sequence[str]) -> Find
     return Finding(
         "too few frames",
         step,
-        f"the loss of {len(short)} of {len(losses)} recordings in the batch is infinite, as their sound has fewer "
-        f"frames than their text needs: {format_names(short)}",
-        "Check that these texts belong to these recordings, and leave them out if not",
+        f"the loss of {len(short)} of {len(losses)} recordings in the batch is infinite, since they have fewer frames "
+        f"than their texts need: {format_names(short)}",
+        "Check that these texts belong to these recordings, or leave them out",
         fatal=True,
     )
 
 
 def check_loss(step: int, loss: float, ids: Sequence[str]) -> Finding | None:
-    """A loss over examples of text that is no number, before anything is learnt from it."""
+    """Check the loss of a batch of texts, in nats per token, before the backward pass; `ids` names the samples."""
     if math.isfinite(loss):
         return None
     return Finding(
-        "broken loss",
+        "non-finite loss",
         step,
         f"the loss of a batch is {loss}: {format_names(ids)}",
-        "If it is always these, leave them out; else try a lower optimise.learning_rate, or optimise.precision: "
-        "bf16 or float32",
+        NON_FINITE_SUGGESTION,
         fatal=True,
     )

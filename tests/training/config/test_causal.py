@@ -1,4 +1,4 @@
-"""Recipes for texts: the schema of recordings, with keys of their own; wrong ones are named, the right ones near."""
+"""Causal recipes: parsing, and the errors for wrong keys and values."""
 
 import dataclasses
 from pathlib import Path
@@ -9,52 +9,57 @@ from mowa.errors import RecipeError
 from mowa.training.config import causal, ctc, dispatch, schema
 from mowa.training.config.causal import CausalRecipe
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 LEAST = {"model": "someone/chat", "task": "causal", "data": {"train": "chats.jsonl"}}
 
 
-def test_a_recipe_is_what_its_task_says():
+def test_the_task_selects_the_recipe_class():
     assert isinstance(dispatch.parse(LEAST, "here"), CausalRecipe)
     assert isinstance(dispatch.parse({"model": "pl-tiny", "data": {"train": "a.jsonl"}}, "here"), ctc.CTCRecipe)
-    with pytest.raises(RecipeError, match="here: task: 'speech' is none of ctc, causal"):
+    with pytest.raises(RecipeError, match="here: task: 'speech' is not one of ctc, causal"):
         dispatch.parse(LEAST | {"task": "speech"}, "here")
 
 
-def test_what_is_written_is_read_again(tmp_path):
-    plan = causal.parse(LEAST | {"train": "top-3", "batch": {"tokens": 9000}}, "here")
-    schema.write_yaml(plan, tmp_path / "recipe.yaml")
-    assert dispatch.read_recipe(tmp_path / "recipe.yaml") == plan
-    assert plan.top_n == 3
-    assert dispatch.read_recipe(tmp_path / "recipe.yaml", {"optimise.steps": 7}).optimizer.max_steps == 7
+def test_a_written_recipe_is_read_back(tmp_path):
+    recipe = causal.parse(LEAST | {"method": "top-3", "batch": {"tokens": 9000}}, "here")
+    schema.write_yaml(recipe, tmp_path / "recipe.yaml")
+    assert dispatch.read_recipe(tmp_path / "recipe.yaml") == recipe
+    assert recipe.top_n == 3
+    assert dispatch.read_recipe(tmp_path / "recipe.yaml", {"optimizer.max_steps": 7}).optimizer.max_steps == 7
 
 
 @pytest.mark.parametrize(
-    ("turned", "said"),
+    ("tree", "message"),
     [
-        ({"train": "head"}, "train: 'head' is none of lora, top-N, all"),
-        ({"data": {"train": "a", "lern": "all"}}, "data: lern is no key here; did you mean learn?"),
-        ({"data": {"train": "a", "learn": "answers"}}, "data: learn: 'answers' is none of them"),
-        ({"batch": {"tokens": 1000}}, "batch: tokens is 1000 and data: length 2048"),
-        ({"batch": {"seconds": 40}}, "batch: seconds is no key here"),
-        ({"optimise": {"epochs": 0}}, "steps and epochs are both 0"),
-        ({"optimise": {"ema": 0.9}}, "ema is for recordings"),
-        ({"optimise": {"head_times": 3}}, "head_times is for recordings"),
-        ({"data": {"train": [{"path": "a", "share": 0.5}]}}, "shares are for recordings"),
-        ({"memory": {"offload": True}}, "offload is of use only with optimise: checkpointing"),
-        ({"lora": {"where": []}}, "lora: where: at least one"),
+        ({"method": "head"}, "method: 'head' is not one of lora, top-N, full"),
+        ({"data": {"train": "a", "trian_on": "all"}}, "data: unknown key trian_on; did you mean train_on?"),
+        ({"data": {"train": "a", "train_on": "answers"}}, "data: train_on: 'answers' is not a valid choice"),
+        ({"batch": {"tokens": 1000}}, r"batch: tokens \(1000\) is less than data: max_length \(2048\)"),
+        ({"batch": {"seconds": 40}}, "batch: unknown key seconds"),
+        ({"optimizer": {"epochs": 0}}, "max_steps and epochs are both 0"),
+        ({"optimizer": {"ema_decay": 0.9}}, "ema_decay is for task: ctc only"),
+        ({"optimizer": {"head_lr_multiplier": 3}}, "head_lr_multiplier is for task: ctc only"),
+        ({"data": {"train": [{"path": "a", "share": 0.5}]}}, "share is for task: ctc only"),
+        ({"memory": {"activation_offload": True}}, "activation_offload needs optimizer: gradient_checkpointing"),
+        ({"lora": {"target_modules": []}}, "lora: target_modules: empty"),
     ],
 )
-def test_what_is_wrong_is_said(turned, said):
-    with pytest.raises(RecipeError, match=said):
-        causal.parse(LEAST | turned, "here")
+def test_errors(tree, message):
+    with pytest.raises(RecipeError, match=message):
+        causal.parse(LEAST | tree, "here")
 
 
-def test_knobs_that_recordings_have_too_are_the_same_ones():
+def test_shared_sections_have_the_classes_of_ctc_recipes():
     shared = {field.name: field.type for field in dataclasses.fields(CausalRecipe)}
     theirs = {field.name: field.type for field in dataclasses.fields(ctc.CTCRecipe)}
-    assert {name for name in shared if shared[name] == theirs.get(name)} >= {"lora", "optimise", "watch", "parallel"}
+    assert {name for name in shared if shared[name] == theirs.get(name)} >= {
+        "lora",
+        "optimizer",
+        "monitors",
+        "distributed",
+    }
 
 
 @pytest.mark.parametrize("name", ["chat-lora", "chat-cpu", "chat-small-gpu", "chat-big-gpu", "continue-text"])
-def test_shipped_recipes_are_instructions(name):
+def test_shipped_recipes_are_causal(name):
     assert isinstance(dispatch.read_recipe(RECIPES / f"{name}.yaml"), CausalRecipe)

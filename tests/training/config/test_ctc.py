@@ -1,4 +1,4 @@
-"""The recipe of fine-tuning: YAML and Python say the same, and every wrong key or value is named."""
+"""CTC recipes: YAML and Python agree, and errors name every wrong key or value by its path."""
 
 from dataclasses import replace
 from functools import reduce
@@ -13,146 +13,164 @@ from mowa.data.audio.augment import AugmentConfig
 from mowa.errors import RecipeError
 from mowa.training.config import ctc, schema
 from mowa.training.config.ctc import CTCRecipe, DataSource
-from tests.data.chat.templates import LEAVES, another, trees
+from tests.training.config.strategies import LEAVES, another, trees
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-STORIES = ("head", "adapters", "lora", "top-layers", "full", "new-language", "continue", "qat")
+RECIPES = Path(__file__).parents[3] / "recipes"
+SHIPPED = ("head", "bottleneck", "lora", "top-layers", "full", "new-language", "continue", "qat", "streaming")
 LEAST = {"model": "m", "data": {"train": "a.jsonl"}}
 
 
-def at(plan, leaf):
-    return reduce(getattr, leaf.path, plan)
+def at(recipe, leaf):
+    return reduce(getattr, leaf.path, recipe)
 
 
-def checked(**turns):
-    return ctc.parse(schema.apply_overrides(LEAST, turns), "r")
+def parse(**overrides):
+    return ctc.parse(schema.apply_overrides(LEAST, overrides), "r")
 
 
 @settings(max_examples=20, deadline=None)
 @given(trees())
-def test_round_trip(tmp_path_factory, turns):
-    plan = ctc.parse(schema.apply_overrides({}, turns), "drawn")
-    written = yaml.safe_load(schema.to_yaml(plan))
+def test_round_trip(tmp_path_factory, tree):
+    recipe = ctc.parse(schema.apply_overrides({}, tree), "drawn")
+    written = yaml.safe_load(schema.to_yaml(recipe))
     for leaf in LEAVES:
-        assert reduce(getitem, leaf.path, written) == turns[leaf.dotted]
+        assert reduce(getitem, leaf.path, written) == tree[leaf.dotted]
     path = tmp_path_factory.mktemp("recipe") / "r.yaml"
-    schema.write_yaml(plan, path)
-    assert ctc.read_recipe(path) == plan
+    schema.write_yaml(recipe, path)
+    assert ctc.read_recipe(path) == recipe
 
 
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.dotted)
-def test_a_wrong_key_is_named_by_its_path_with_the_right_one(leaf):
+def test_a_misspelt_key_is_named_with_the_closest_one(leaf):
     *groups, key = leaf.path
-    with pytest.raises(RecipeError) as wrong:
-        checked(**{".".join([*groups, f"{key}x"]): 1})
-    assert str(wrong.value) == f"{': '.join(['r', *groups])}: {key}x is no key here; did you mean {key}?"
+    with pytest.raises(RecipeError) as error:
+        parse(**{".".join([*groups, f"{key}x"]): 1})
+    assert str(error.value) == f"{': '.join(['r', *groups])}: unknown key {key}x; did you mean {key}?"
 
 
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.dotted)
-def test_a_value_of_another_kind_is_named_by_its_path(leaf):
+def test_a_value_of_another_type_is_named_by_its_path(leaf):
     with pytest.raises(RecipeError, match=f"^r: {': '.join(leaf.path)}"):
-        checked(**{leaf.dotted: [[]]})
+        parse(**{leaf.dotted: [[]]})
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.minimum is not None], ids=lambda leaf: leaf.dotted)
 def test_ranges(leaf):
     pair = isinstance(leaf.default, tuple)
-    beyond = [leaf.least - 1] + ([leaf.most + 1] if leaf.most is not None else [])
+    beyond = [leaf.minimum - 1] + ([leaf.maximum + 1] if leaf.maximum is not None else [])
     for value in beyond:
         with pytest.raises(RecipeError, match=f"^r: {': '.join(leaf.path)} is .*it must be at "):
-            checked(**{leaf.dotted: [value, value] if pair else value})
+            parse(**{leaf.dotted: [value, value] if pair else value})
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.dotted != "task"], ids=lambda leaf: leaf.dotted)
-def test_every_default_is_allowed_and_every_knob_turns(leaf):
+def test_every_default_is_valid_and_every_option_changes_one_value(leaf):
     value = another(leaf)
-    before = checked()
-    after = checked(**{leaf.dotted: value})
+    others = {"streaming.chunk_s": [1.28], "batch.packing": False} if leaf.path[0] == "streaming" else {}
+    before = parse(**others)
+    after = parse(**others | {leaf.dotted: value})
     assert at(after, leaf) != at(before, leaf)
     assert {one.dotted for one in LEAVES if at(after, one) != at(before, one)} == {leaf.dotted}
 
 
 @pytest.mark.parametrize(
-    ("turns", "says"),
+    ("overrides", "message"),
     [
-        ({"train": "top-N"}, "train: 'top-N' is none of head, adapters, lora, top-N"),
-        ({"train": "top-0"}, "train: 'top-0' is none of"),
-        ({"train": "everything"}, "train: 'everything' is none of"),
-        ({"optimise.warmup": 0.7, "optimise.hold": 0.4}, "optimise: warmup and hold"),
-        ({"optimise.epochs": 0}, "optimise: steps and epochs are both 0"),
-        ({"data.longest_s": 0.1}, "data: longest_s and shortest_s"),
-        ({"data.train": [{"path": "a", "share": 0.5}, "b"]}, "data: train: some parts have a share"),
-        ({"data.train": None}, "data: train: at least one is needed"),
-        ({"data.train": [{"pth": "a"}]}, "data: train[0]: pth is no key here; did you mean path?"),
+        ({"method": "top-N"}, "method: 'top-N' is not one of head, bottleneck, lora, top-N"),
+        ({"method": "top-0"}, "method: 'top-0' is not one of"),
+        ({"method": "everything"}, "method: 'everything' is not one of"),
+        ({"optimizer.warmup_ratio": 0.7, "optimizer.hold_ratio": 0.4}, "optimizer: warmup_ratio and hold_ratio"),
+        ({"optimizer.epochs": 0}, "optimizer: max_steps and epochs are both 0"),
+        ({"data.max_duration_s": 0.1}, "data: max_duration_s must be greater than min_duration_s"),
+        ({"data.train": [{"path": "a", "share": 0.5}, "b"]}, "data: train: some sources have a share"),
+        ({"data.train": None}, "data: train: empty; at least one is required"),
+        ({"data.train": [{"pth": "a"}]}, "data: train[0]: unknown key pth; did you mean path?"),
         ({"data.dev": [3]}, "data: dev[0]: expected keys and values, found 3"),
-        ({"data.letters": {"": "a"}}, "data: letters: there is nothing"),
-        ({"lora.where": []}, "lora: where: at least one is needed"),
-        ({"augment.room": 1.5}, "augment: room is 1.5; it is a share"),
-        ({"augment.speed": [1.1, 0.9]}, "augment: speed: 1.1 is more than 0.9"),
+        ({"data.char_map": {"": "a"}}, "data: char_map: the empty string"),
+        ({"lora.target_modules": []}, "lora: target_modules: empty"),
+        ({"augment.reverb": 1.5}, "augment: reverb is 1.5; it must be between 0 and 1"),
+        ({"augment.speed": [1.1, 0.9]}, "augment: speed: 1.1 is greater than 0.9"),
         ({"augment.speed": [0, 1]}, "augment: speed is 0.0; it must be at least 0.1"),
-        ({"masks.time": -0.1}, "masks: time is -0.1; it is a share"),
-        ({"masks.time_span": 0}, "masks: time_span is 0; it must be at least 1"),
-        ({"distil.layers": 3, "train": "lora"}, "distil: a student learns all"),
+        ({"spec_augment.mask_time_prob": -0.1}, "spec_augment: mask_time_prob is -0.1; it must be between"),
+        ({"spec_augment.mask_time_length": 0}, "spec_augment: mask_time_length is 0; it must be at least 1"),
+        ({"distillation.student_layers": 3, "method": "lora"}, "distillation: a student needs method: full"),
         (
-            {"qat": "int4", "train": "lora"},
-            "qat: with train: lora the checkpoint's own weights stay as",
+            {"qat": "int4", "method": "lora"},
+            "qat: method: lora does not train the quantized weights",
         ),
-        ({"qat": "int4", "train": "head"}, "qat: the head is not rounded"),
-        ({"qat": "int4", "vocabulary": "extend"}, "qat: a new head comes first"),
-        ({"qat": "int8", "batch.layout": "padded"}, "qat: the teacher is fed packed batches"),
-        ({"qat": "int4", "qat_group": 48}, "qat_group is 48; it must be one of 32, 64, 128"),
-        ({"qat": "int3"}, "qat: 'int3' is none of them; did you mean int8?"),
-        ({"learning_rate": 1}, "learning_rate is no key here; did you mean optimise: learning_rate?"),
-        ({"language": False}, "language: expected str, found False; write it in quotes"),
+        ({"qat": "int4", "method": "head"}, "qat: the head is not quantized"),
+        ({"qat": "int4", "vocabulary": "extend"}, "qat: needs vocabulary: keep"),
+        ({"qat": "int8", "batch.packing": False}, "qat: the teacher needs packed batches"),
+        ({"qat": "int4", "qat_group_size": 48}, "qat_group_size is 48; it must be one of 32, 64, 128"),
+        ({"qat": "int3"}, "qat: 'int3' is not a valid choice; did you mean int8?"),
+        ({"learning_rate": 1}, "unknown key learning_rate; did you mean optimizer: learning_rate?"),
+        ({"language": False}, "language: expected str, found False; put it in quotes"),
+        ({"streaming.lookahead_s": 0.3}, "streaming: chunk_s is empty, so nothing is chunked"),
+        ({"streaming.left_context_s": 2}, "streaming: chunk_s is empty, so nothing is chunked"),
+        ({"streaming.chunk_s": "full"}, "streaming: chunk_s holds only full"),
+        ({"streaming.chunk_s": 0.01}, "streaming: chunk_s is 0.01; it must be at least 0.02"),
+        ({"streaming.chunk_s": 1, "streaming.lookahead_s": []}, "streaming: lookahead_s: empty"),
+        ({"streaming.chunk_s": 1, "batch.packing": True}, "streaming: chunks are not applied to packed batches"),
+        ({"streaming.chunk_s": 1, "method": "head"}, "streaming: method: head freezes the encoder"),
+        ({"streaming.chunk_s": 1, "method": "lora"}, "streaming: method: lora freezes the encoder"),
+        ({"streaming.chunk_s": 1, "qat": "int8"}, "streaming: cannot be combined with distillation or qat"),
     ],
 )
-def test_what_cannot_be_meant(turns, says):
-    with pytest.raises(RecipeError) as wrong:
-        checked(**turns)
-    assert str(wrong.value).startswith(f"r: {says}")
-    assert "\n" not in str(wrong.value)
+def test_errors(overrides, message):
+    with pytest.raises(RecipeError) as error:
+        parse(**overrides)
+    assert str(error.value).startswith(f"r: {message}")
+    assert "\n" not in str(error.value)
 
 
-def test_a_constant_schedule_holds_nothing():
-    assert checked(**{"optimise.schedule": "cosine", "optimise.warmup": 0.7}).optimizer.warmup_ratio == 0.7
-    assert checked(**{"optimise.warmup": 0.7, "optimise.hold": 0.3}).optimizer.hold_ratio == 0.3
+def test_only_tri_stage_uses_the_hold_ratio():
+    cosine = {"optimizer.lr_scheduler": "cosine", "optimizer.warmup_ratio": 0.7}
+    assert parse(**cosine).optimizer.warmup_ratio == 0.7
+    assert parse(**{"optimizer.warmup_ratio": 0.7, "optimizer.hold_ratio": 0.3}).optimizer.hold_ratio == 0.3
 
 
-def test_plain_paths_stand_for_parts():
-    parts = (DataSource("a.jsonl"),)
-    assert checked().data.train == parts
-    assert checked(**{"data.train": ["a.jsonl"]}).data.train == parts
-    assert checked(**{"data.train": {"path": "a.jsonl", "split": "test"}}).data.train == (
-        DataSource("a.jsonl", "test"),
-    )
-    assert checked(**{"data.dev": None}).data.dev == ()
+def test_streaming_pads_unless_packing_is_set():
+    assert not parse(**{"streaming.chunk_s": [0.32, "full"]}).batch.packing
+    assert not parse(**{"streaming.chunk_s": 0.32, "batch.seconds": 9.0}).batch.packing
+    assert parse(**{"streaming.chunk_s": 0.32}).streaming.chunk_s == (0.32,)
+    assert parse(streaming=None).batch.packing
 
 
-def test_one_roughness_brings_no_other():
-    assert checked(**{"augment.noise": 0.5}).augment == replace(ctc.DEFAULT_AUGMENT, noise=0.5)
-    assert checked().augment == ctc.DEFAULT_AUGMENT != AugmentConfig()
+def test_paths_become_sources():
+    sources = (DataSource("a.jsonl"),)
+    assert parse().data.train == sources
+    assert parse(**{"data.train": ["a.jsonl"]}).data.train == sources
+    assert parse(**{"data.train": {"path": "a.jsonl", "split": "test"}}).data.train == (DataSource("a.jsonl", "test"),)
+    assert parse(**{"data.dev": None}).data.dev == ()
 
 
-@pytest.mark.parametrize("name", STORIES)
+def test_one_augmentation_does_not_turn_on_others():
+    assert parse(**{"augment.noise": 0.5}).augment == replace(ctc.DEFAULT_AUGMENT, noise=0.5)
+    assert parse().augment == ctc.DEFAULT_AUGMENT != AugmentConfig()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_read_and_round_trip(name, tmp_path):
-    plan = ctc.read_recipe(RECIPES / f"{name}.yaml")
-    schema.write_yaml(plan, tmp_path / "again.yaml")
-    assert ctc.read_recipe(tmp_path / "again.yaml") == plan
+    recipe = ctc.read_recipe(RECIPES / f"{name}.yaml")
+    schema.write_yaml(recipe, tmp_path / "again.yaml")
+    assert ctc.read_recipe(tmp_path / "again.yaml") == recipe
 
 
-def test_shipped_recipes_tell_every_story():
-    plans = {name: ctc.read_recipe(RECIPES / f"{name}.yaml") for name in STORIES}
-    assert [plans[name].method for name in STORIES[:5]] == ["head", "adapters", "lora", "top-6", "all"]
-    assert plans["top-layers"].top_n == 6
-    assert plans["new-language"].vocabulary == plans["head"].vocabulary == "new"
-    assert plans["continue"].data.replay
-    assert all(plan.data.replay == () for plan in plans.values() if plan.vocabulary == "new")  # `gather` refuses it
-    of_texts = {"chat-lora", "chat-cpu", "chat-small-gpu", "chat-big-gpu", "continue-text"}  # test_instruct reads them
-    assert not {path.stem for path in RECIPES.glob("*.yaml")} - {*STORIES, *of_texts, "micro", "pl-tiny"}
+def test_shipped_recipes_cover_every_method():
+    recipes = {name: ctc.read_recipe(RECIPES / f"{name}.yaml") for name in SHIPPED}
+    assert [recipes[name].method for name in SHIPPED[:5]] == ["head", "bottleneck", "lora", "top-6", "full"]
+    assert recipes["top-layers"].top_n == 6
+    assert recipes["new-language"].vocabulary == recipes["head"].vocabulary == "new"
+    assert recipes["continue"].data.replay
+    assert all(recipe.data.replay == () for recipe in recipes.values() if recipe.vocabulary == "new")
+    assert recipes["streaming"].streaming.chunk_s
+    assert not recipes["streaming"].batch.packing
+    causal = {"chat-lora", "chat-cpu", "chat-small-gpu", "chat-big-gpu", "continue-text"}  # see test_causal
+    assert not {path.stem for path in RECIPES.glob("*.yaml")} - {*SHIPPED, *causal}
 
 
 @pytest.mark.parametrize(
-    ("train", "top"), [("all", None), ("head", None), ("top-1", 1), ("top-12", 12)], ids=lambda value: str(value)
+    ("method", "top_n"), [("full", None), ("head", None), ("top-1", 1), ("top-12", 12)], ids=lambda value: str(value)
 )
-def test_top(train, top):
-    assert CTCRecipe(model="m", data=checked().data, method=train).top_n == top
+def test_top_n(method, top_n):
+    assert CTCRecipe(model="m", data=parse().data, method=method).top_n == top_n

@@ -1,4 +1,4 @@
-"""Fine-tuning in two processes, through the command: the losses and weights of one process."""
+"""Fine-tune in two processes, through the command: losses and weights equal those of one process."""
 
 import json
 import subprocess
@@ -10,22 +10,27 @@ from transformers import AutoModelForCTC
 
 from tests.checkpoints import corpus, tiny
 
-STILL = {f"{name}_dropout": 0.0 for name in ("hidden", "attention", "activation", "feat_proj", "final")}
+NO_DROPOUT = {f"{name}_dropout": 0.0 for name in ("hidden", "attention", "activation", "feat_proj", "final")}
 STEPS = 20
 
 
 def run(folder, base, manifest, devices, strategy):
-    knobs = {
+    options = {
         "devices": devices,
         "strategy": strategy,
-        "batch.accumulate": 2 // devices,
-        "steps": STEPS,
+        "batch.gradient-accumulation-steps": 2 // devices,
+        "max-steps": STEPS,
         "dev": manifest,
     }
-    knobs |= {"evaluate.every": 10, "masks.time": 0, "augment.speed": "1,1", "optimise.precision": "float32"}
-    knobs |= {"batch.seconds": 4, "learning-rate": 1e-4}
+    options |= {
+        "evaluation.eval-steps": 10,
+        "spec-augment.mask-time-prob": 0,
+        "augment.speed": "1,1",
+        "optimizer.precision": "float32",
+    }
+    options |= {"batch.seconds": 4, "learning-rate": 1e-4}
     command = [sys.executable, "-m", "mowa", "train", "--model", base, "--data", manifest, "-o", folder, "--threads", 2]
-    command += [part for name, value in knobs.items() for part in (f"--{name}", value)]
+    command += [part for name, value in options.items() for part in (f"--{name}", value)]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
@@ -33,13 +38,13 @@ def run(folder, base, manifest, devices, strategy):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(tmp_path):
-    base, manifest = tiny(tmp_path / "base", layerdrop=0.0, **STILL), corpus(tmp_path / "corpus", 24)
+def test_two_processes_equal_one(tmp_path):
+    base, manifest = tiny(tmp_path / "base", layerdrop=0.0, **NO_DROPOUT), corpus(tmp_path / "corpus", 24)
     losses, weights = run(tmp_path / "one", base, manifest, 1, "auto")
     assert len(losses) == STEPS // 10
     assert losses[-1] < losses[0]
     for strategy in ("ddp", "zero2", "zero3"):
-        theirs, shared = run(tmp_path / strategy, base, manifest, 2, strategy)
-        assert theirs == pytest.approx(losses, rel=1e-3), strategy
+        sharded_losses, sharded = run(tmp_path / strategy, base, manifest, 2, strategy)
+        assert sharded_losses == pytest.approx(losses, rel=1e-3), strategy
         for name, value in weights.items():
-            torch.testing.assert_close(shared[name], value, rtol=1e-2, atol=2e-4, msg=f"{strategy}: {name}")
+            torch.testing.assert_close(sharded[name], value, rtol=1e-2, atol=2e-4, msg=f"{strategy}: {name}")

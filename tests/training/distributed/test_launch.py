@@ -1,4 +1,4 @@
-"""The processes of a run, what becomes of them, and what each strategy is said to need: against torch's own numbers."""
+"""Worker processes and how they end, strategies, and memory estimates against the bytes that torch holds."""
 
 import os
 import signal
@@ -17,9 +17,9 @@ from transformers import HubertConfig, HubertForCTC, Wav2Vec2Config, Wav2Vec2For
 
 from mowa.errors import MissingDependency, RecipeError
 from mowa.training.config import ctc
-from mowa.training.distributed import launch, memory, zero_config
+from mowa.training.distributed import launch, memory, strategy, zero_config
 
-DOCS = Path(__file__).parents[2] / "docs" / "across-devices.md"
+DOCS = Path(__file__).parents[3] / "docs" / "across-devices.md"
 GB = 10**9
 SMALL = {
     "hidden_size": 96,
@@ -42,17 +42,17 @@ LARGE = LAYER | {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_he
 BILLION = LAYER | {"hidden_size": 1280, "num_hidden_layers": 48, "num_attention_heads": 16, "intermediate_size": 5120}
 
 
-def a_plan(**turned):
-    return ctc.parse({"model": "none", "data": {"train": "none"}} | turned, "test")
+def make_recipe(**sections):
+    return ctc.parse({"model": "none", "data": {"train": "none"}} | sections, "test")
 
 
-def a_net(device="cpu", **config):
+def make_net(device="cpu", **config):
     with torch.device(device):
         return Wav2Vec2ForCTC(Wav2Vec2Config(**SMALL | config))
 
 
-def needs(net, plan, devices=1, precision="float32"):
-    found = memory.estimate_memory(net, plan, gpu_bytes=GB, host_bytes=GB, num_devices=devices, precision=precision)
+def needs(net, recipe, devices=1, precision="float32"):
+    found = memory.estimate_memory(net, recipe, gpu_bytes=GB, host_bytes=GB, num_devices=devices, precision=precision)
     return found.breakdowns
 
 
@@ -60,62 +60,62 @@ def needs(net, plan, devices=1, precision="float32"):
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """What torchrun is told, instead of starting it."""
+def torchrun(monkeypatch):
+    """Record the arguments and environment of torchrun instead of starting it."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "MASTER_")) or name in ("NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
-    seen = []
+    calls = []
     environment = {}
 
     def run(args):
-        seen.append(args)
+        calls.append(args)
         environment.update(os.environ)
 
     monkeypatch.setattr("torch.distributed.run.run", run)
-    return seen, environment
+    return calls, environment
 
 
-def test_one_device_needs_no_processes_and_deepspeed_does():
-    assert not launch.needs_launcher(a_plan())
-    assert not launch.needs_launcher(a_plan(parallel={"strategy": "ddp"}))
-    assert launch.needs_launcher(a_plan(parallel={"devices": 2}))
-    assert launch.needs_launcher(a_plan(parallel={"nodes": 2}))
-    assert launch.needs_launcher(a_plan(parallel={"strategy": "zero3"}))
+def test_which_recipes_need_worker_processes():
+    assert not launch.needs_launcher(make_recipe())
+    assert not launch.needs_launcher(make_recipe(distributed={"strategy": "ddp"}))
+    assert launch.needs_launcher(make_recipe(distributed={"devices": 2}))
+    assert launch.needs_launcher(make_recipe(distributed={"nodes": 2}))
+    assert launch.needs_launcher(make_recipe(distributed={"strategy": "zero3"}))
 
 
-def test_launch_writes_the_recipe_and_starts_mowa_train_on_it(told, tmp_path):
-    plan = a_plan(parallel={"devices": 2})
-    launch.launch_workers(plan, tmp_path / "out", threads=6)
-    (args,), environment = told
-    recipe = tmp_path / "out" / "recipe.yaml"
-    assert ctc.read_recipe(recipe) == plan
+def test_launch_writes_the_recipe_and_starts_mowa_train_on_it(torchrun, tmp_path):
+    recipe = make_recipe(distributed={"devices": 2})
+    launch.launch_workers(recipe, tmp_path / "out", threads=6)
+    (args,), environment = torchrun
+    file = tmp_path / "out" / "recipe.yaml"
+    assert ctc.read_recipe(file) == recipe
     assert (args.nproc_per_node, args.nnodes, args.standalone) == ("2", "1:1", True)
     assert args.module
     assert args.training_script == "mowa"
-    assert args.training_script_args == ["train", str(recipe), "-o", str(tmp_path / "out"), "--threads", "3"]
+    assert args.training_script_args == ["train", str(file), "-o", str(tmp_path / "out"), "--threads", "3"]
     assert environment["OMP_NUM_THREADS"] == "3"
-    launch.launch_workers(plan, tmp_path / "out")  # the same again: it goes on
-    with pytest.raises(RecipeError, match="another recipe"):
-        launch.launch_workers(replace(plan, method="head"), tmp_path / "out")
+    launch.launch_workers(recipe, tmp_path / "out")  # resumes
+    with pytest.raises(RecipeError, match=r"another recipe \(method\)"):
+        launch.launch_workers(replace(recipe, method="head"), tmp_path / "out")
 
 
-def test_launching_leaves_the_process_as_it_was(told, tmp_path):
+def test_launching_restores_environment_and_signal_handlers(torchrun, tmp_path):
     before, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
-    launch.run_torchrun(["script.py"], a_plan(parallel={"devices": 2}), tmp_path, threads=1)
+    launch.run_torchrun(["script.py"], make_recipe(distributed={"devices": 2}), tmp_path, threads=1)
     assert dict(os.environ) == before
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_several_machines_meet_where_the_usual_variables_say(told, tmp_path, monkeypatch):
-    plan = a_plan(parallel={"devices": 4, "nodes": 3})
+def test_several_machines_use_the_usual_variables(torchrun, tmp_path, monkeypatch):
+    recipe = make_recipe(distributed={"devices": 4, "nodes": 3})
     for name, value in {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4321"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match="NODE_RANK is not set"):
-        launch.run_torchrun(["script.py"], plan, tmp_path, threads=1)
+        launch.run_torchrun(["script.py"], recipe, tmp_path, threads=1)
     monkeypatch.setenv("NODE_RANK", "2")
-    launch.run_torchrun(["script.py"], plan, tmp_path, threads=1)
-    (args,), _ = told
+    launch.run_torchrun(["script.py"], recipe, tmp_path, threads=1)
+    (args,), _ = torchrun
     assert (args.nnodes, args.node_rank, args.master_addr, args.master_port) == ("3", 2, "10.0.0.7", 4321)
 
 
@@ -129,37 +129,37 @@ def test_several_machines_meet_where_the_usual_variables_say(told, tmp_path, mon
         ("n[1-2].example.org", "n1.example.org"),
     ],
 )
-def test_under_slurm_the_first_host_is_where_they_meet(told, tmp_path, monkeypatch, names, first):
+def test_slurm_uses_the_first_host(torchrun, tmp_path, monkeypatch, names, first):
     slurm = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": names, "SLURM_NODEID": "1"}
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    launch.run_torchrun(["script.py"], a_plan(parallel={"nodes": 2}), tmp_path, threads=1)
-    (args,), _ = told
+    launch.run_torchrun(["script.py"], make_recipe(distributed={"nodes": 2}), tmp_path, threads=1)
+    (args,), _ = torchrun
     assert (args.master_addr, args.node_rank) == (first, 1)
     assert 20_000 <= args.master_port < 40_000
 
 
-def test_what_is_not_there_is_named_before_anything_starts(told, tmp_path, monkeypatch):
+def test_missing_hardware_and_packages_are_reported_before_the_start(torchrun, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RecipeError, match=r"devices is 8.* 2 GPUs"):
-        launch.run_torchrun(["script.py"], a_plan(parallel={"devices": 8}), tmp_path, threads=1)
+        launch.run_torchrun(["script.py"], make_recipe(distributed={"devices": 8}), tmp_path, threads=1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    for turned in ({"parallel": {"strategy": "fsdp"}}, {"optimise": {"precision": "fp16"}}):
+    for sections in ({"distributed": {"strategy": "fsdp"}}, {"optimizer": {"precision": "fp16"}}):
         with pytest.raises(RecipeError, match="GPU"):
-            launch.run_torchrun(["script.py"], a_plan(**turned), tmp_path, threads=1)
+            launch.run_torchrun(["script.py"], make_recipe(**sections), tmp_path, threads=1)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="pip install deepspeed"):
-        launch.run_torchrun(["script.py"], a_plan(parallel={"strategy": "zero2"}), tmp_path, threads=1)
-    assert not told[0]
+        launch.run_torchrun(["script.py"], make_recipe(distributed={"strategy": "zero2"}), tmp_path, threads=1)
+    assert not torchrun[0]
 
 
 SLEEPER = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-folder, ends_with_launcher = Path(sys.argv[1]), len(sys.argv) > 2
-if ends_with_launcher:
-    from mowa.training import parallel
-    parallel.end_with_launcher()
+folder, exits_with_parent = Path(sys.argv[1]), len(sys.argv) > 2
+if exits_with_parent:
+    from mowa.training.distributed.process import exit_with_parent
+    exit_with_parent()
 rank = os.environ["RANK"]
 ready = folder / f"reader{rank}"
 begun = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(600)"
@@ -178,12 +178,13 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from mowa.errors import MowaError
-from mowa.training import parallel, tuning
-plan = tuning.checked({"model": "none", "data": {"train": "none"}, "parallel": {"devices": 2}}, "test")
+from mowa.training.config import ctc
+from mowa.training.distributed import launch
+recipe = ctc.parse({"model": "none", "data": {"train": "none"}, "distributed": {"devices": 2}}, "test")
 try:
-    parallel.oversee(sys.argv[2:], plan, Path(sys.argv[1]), threads=1)
-except MowaError as wrong:
-    sys.exit(f"mowa: {wrong}")
+    launch.run_torchrun(sys.argv[2:], recipe, Path(sys.argv[1]), threads=1)
+except MowaError as error:
+    sys.exit(f"mowa: {error}")
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -191,20 +192,20 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def sleepers(tmp_path):
-    """A launcher of two processes that sleep, each with a child of its own: (launcher, pids by rank)."""
+    """Start a launcher of two sleeping processes with a child each: (launcher, pids by rank)."""
     script = tmp_path / "sleeper.py"
     script.write_text(SLEEPER)
     started, launchers = [], []
 
     def start(*more):
         command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(script), str(tmp_path), *more]
-        with (tmp_path / "said").open("w") as said:
-            launcher = subprocess.Popen(command, stderr=said)
+        with (tmp_path / "stderr").open("w") as stderr:
+            launcher = subprocess.Popen(command, stderr=stderr)
         launchers.append(launcher)
-        notes = [tmp_path / "pid0", tmp_path / "pid1"]
-        wait_for(lambda: all(note.is_file() for note in notes) or launcher.poll() is not None)
-        assert launcher.poll() is None, (tmp_path / "said").read_text()
-        pids = [[int(pid) for pid in note.read_text().split()] for note in notes]
+        files = [tmp_path / "pid0", tmp_path / "pid1"]
+        wait_for(lambda: all(file.is_file() for file in files) or launcher.poll() is not None)
+        assert launcher.poll() is None, (tmp_path / "stderr").read_text()
+        pids = [[int(pid) for pid in file.read_text().split()] for file in files]
         started.extend(pids[0] + pids[1])
         return launcher, pids
 
@@ -216,9 +217,9 @@ def sleepers(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
-def wait_for(seen, patience_s=60):
-    end = time.monotonic() + patience_s
-    while not seen():
+def wait_for(condition, timeout_s=60):
+    end = time.monotonic() + timeout_s
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -230,15 +231,15 @@ def alive(pid):
         return False
 
 
-def test_a_killed_process_ends_the_run_with_one_line_and_no_orphans(sleepers, tmp_path):
+def test_a_killed_process_stops_the_run_with_one_line_and_no_orphans(sleepers, tmp_path):
     for step in (20, 40, 100):
         (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
     launcher, pids = sleepers()
     os.kill(pids[1][0], signal.SIGKILL)
     assert launcher.wait(timeout=30) == 1
-    assert (tmp_path / "said").read_text().strip().splitlines() == [
-        "mowa: process 1 of 2 was ended by SIGKILL (out of memory?), so the others were ended too; "
-        f"the same command goes on from checkpoint 100 in {tmp_path}"
+    assert (tmp_path / "stderr").read_text().strip().splitlines() == [
+        "mowa: process 1 of 2 was killed by SIGKILL (out of memory?), so the others were stopped; "
+        f"the same command resumes from checkpoint 100 in {tmp_path}"
     ]
     wait_for(lambda: not any(map(alive, pids[0] + pids[1])), 20)
 
@@ -252,9 +253,9 @@ def test_ctrl_c_reaches_every_process(sleepers, tmp_path):
     wait_for(lambda: not any(map(alive, pids[0] + pids[1])), 20)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's doing")
-def test_a_killed_launcher_takes_its_processes_with_it(sleepers):
-    launcher, pids = sleepers("with launcher")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl of Linux")
+def test_a_killed_launcher_stops_its_processes(sleepers):
+    launcher, pids = sleepers("exit with parent")
     launcher.kill()
     launcher.wait(timeout=30)
     wait_for(lambda: not alive(pids[0][0]) and not alive(pids[1][0]), 20)
@@ -263,72 +264,70 @@ def test_a_killed_launcher_takes_its_processes_with_it(sleepers):
 # --- strategies ---------------------------------------------------------------------------------------------------
 
 
-def test_without_processes_the_trainer_is_told_the_precision_and_nothing_else(told):
-    found = launch.distributed_arguments(a_plan(), a_net(), 1, precision="bf16")
+def test_without_worker_processes_only_the_precision_is_set(torchrun):
+    found = strategy.distributed_arguments(make_recipe(), make_net(), 1, precision="bf16")
     assert found == {"bf16": True, "fp16": False, "use_cpu": not torch.cuda.is_available()}
 
 
-def test_sharded_weights_refuse_what_they_cannot_do():
-    group, layer = a_net(), a_net(**LAYER)
-    assert launch.unsupported_reason("zero3", a_plan(optimise={"ema": 0.999}), layer)
-    assert launch.unsupported_reason("fsdp", a_plan(optimise={"ema": 0.999}), layer)
-    assert not launch.unsupported_reason("zero2", a_plan(optimise={"ema": 0.999}), layer)
-    assert "padded" in launch.unsupported_reason("zero3", a_plan(), group)
-    assert not launch.unsupported_reason("zero3", a_plan(batch={"layout": "padded"}), group)
-    assert not launch.unsupported_reason("zero3", a_plan(), layer)
-    with pytest.raises(RecipeError, match="zero3: this net"):
-        launch.resolve_strategy(a_plan(parallel={"strategy": "zero3"}), group, 2, precision="float32")
+def test_what_sharded_strategies_do_not_support():
+    group, layer = make_net(), make_net(**LAYER)
+    assert strategy.unsupported_reason("zero3", make_recipe(optimizer={"ema_decay": 0.999}), layer)
+    assert strategy.unsupported_reason("fsdp", make_recipe(optimizer={"ema_decay": 0.999}), layer)
+    assert not strategy.unsupported_reason("zero2", make_recipe(optimizer={"ema_decay": 0.999}), layer)
+    assert "packing: false" in strategy.unsupported_reason("zero3", make_recipe(), group)
+    assert not strategy.unsupported_reason("zero3", make_recipe(batch={"packing": False}), group)
+    assert not strategy.unsupported_reason("zero3", make_recipe(), layer)
+    with pytest.raises(RecipeError, match="zero3: a group-norm front end"):
+        strategy.resolve_strategy(make_recipe(distributed={"strategy": "zero3"}), group, 2, precision="float32")
 
 
-def test_auto_takes_what_fits_and_says_so(capsys, monkeypatch):
-    net, plan = a_net(**LAYER), a_plan(parallel={"devices": 2})
+def test_auto_takes_the_fastest_that_fits_and_prints_it(capsys, monkeypatch):
+    net, recipe = make_net(**LAYER), make_recipe(distributed={"devices": 2})
     monkeypatch.setenv("RANK", "0")
-    choice = launch.resolve_strategy(plan, net, 2, precision="float32")
+    choice = strategy.resolve_strategy(recipe, net, 2, precision="float32")
     assert choice.strategy == "ddp"
     assert "80 % of a device" in choice.reason
     assert choice.reason in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
-    assert launch.resolve_strategy(plan, net, 2, precision="float32") == choice
+    assert strategy.resolve_strategy(recipe, net, 2, precision="float32") == choice
     assert capsys.readouterr().err == ""
 
 
-def test_deepspeed_is_told_numbers_where_the_trainer_would_look_in_vain():
-    plan = a_plan(batch={"accumulate": 3}, optimise={"clip": 0.5})
-    block = memory.max_block_parameters(a_net())
-    for strategy, stage in (("zero2", 2), ("zero3", 3), ("zero3-offload", 3)):
-        config = zero_config.deepspeed_config(strategy, plan, bucket_parameters=block, precision="bf16")
+def test_deepspeed_gets_numbers_that_the_trainer_could_not_find():
+    recipe = make_recipe(batch={"gradient_accumulation_steps": 3}, optimizer={"max_grad_norm": 0.5})
+    block = memory.max_block_parameters(make_net())
+    for name, stage in (("zero2", 2), ("zero3", 3), ("zero3-offload", 3)):
+        config = zero_config.deepspeed_config(name, recipe, bucket_parameters=block, precision="bf16")
         auto = {key for key, value in config.items() if value == "auto"}
         assert auto == {"train_micro_batch_size_per_gpu", "train_batch_size"}
         assert "auto" not in config["zero_optimization"].values()
         assert config["zero_optimization"]["stage"] == stage
         assert config["zero_optimization"]["reduce_bucket_size"] == block
-        assert ("offload_param" in config["zero_optimization"]) == (strategy == "zero3-offload")
+        assert ("offload_param" in config["zero_optimization"]) == (name == "zero3-offload")
         assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == (3, 0.5)
         assert "fp16" not in config
         assert config["torch_autocast"]["dtype"] == "bfloat16"
-    assert (
-        zero_config.deepspeed_config("zero2", plan, bucket_parameters=block, precision="fp16")["fp16"]["loss_scale"]
-        == 0
-    )  # dynamic
+    config = zero_config.deepspeed_config("zero2", recipe, bucket_parameters=block, precision="fp16")
+    assert config["fp16"]["loss_scale"] == 0  # dynamic
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def test_weights_gradients_and_moments_are_what_torch_holds():
-    net = a_net()
+def test_weights_gradients_and_moments_equal_those_of_torch():
+    net = make_net()
     net.freeze_feature_encoder()
-    learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(learning, lr=1e-3)
+    trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3)
     net(torch.randn(1, 8000)).logits.square().sum().backward()
-    optimiser.step()
-    moments = sum(v.nbytes for state in optimiser.state.values() for v in state.values() if v.ndim)
-    need = needs(net, a_plan())["ddp"]
-    there = [p.grad for p in learning if p.grad is not None]
-    mute = sum(p.numel() for p in learning if p.grad is None)  # masked_spec_embed, without SpecAugment
+    optimizer.step()
+    moments = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if v.ndim)
+    need = needs(net, make_recipe())["ddp"]
+    gradients = [p.grad for p in trainable if p.grad is not None]
+    unused = sum(p.numel() for p in trainable if p.grad is None)  # masked_spec_embed, without SpecAugment
     assert need.weights == sum(parameter.nbytes for parameter in net.parameters())
-    assert need.gradients == sum(gradient.nbytes for gradient in there) + 4 * mute
-    assert need.optimizer_states == moments + 8 * mute
+    assert need.gradients == sum(gradient.nbytes for gradient in gradients) + 4 * unused
+    assert need.optimizer_states == moments + 8 * unused
 
 
 def in_float32(norm, forward, values):
@@ -337,51 +336,51 @@ def in_float32(norm, forward, values):
 
 
 def saved_bytes(net, seconds, autocast):
-    """What autograd keeps of a forward pass, each storage once; weights, and their bf16 copies, are not counted.
+    """Count the bytes that autograd saves in a forward pass, without weights and their bf16 copies.
 
-    Under autocast norms are taken in float32, which is CUDA's rule and not a processor's.
+    Under autocast norms run in float32, as on CUDA and unlike on CPUs.
     """
     for module in net.modules() if autocast else ():
         if isinstance(module, torch.nn.LayerNorm | torch.nn.GroupNorm):
             module.forward = partial(in_float32, module, type(module).forward)
-    own = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
     shapes = {parameter.shape for parameter in net.parameters() if parameter.ndim > 1}
-    kept = {}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        weight = tensor.dtype == torch.bfloat16 and (tensor.shape in shapes or tensor.mT.shape in shapes)
-        if storage.data_ptr() not in own and not weight:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        is_weight = tensor.dtype == torch.bfloat16 and (tensor.shape in shapes or tensor.mT.shape in shapes)
+        if storage.data_ptr() not in weights and not is_weight:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         net(torch.randn(1, int(seconds * 16_000))).logits.float().log_softmax(-1)
-    return sum(size for size, _ in kept.values())
+    return sum(size for size, _ in saved.values())
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize("learns", ["all", "blocks", "top", "head"])
+@pytest.mark.parametrize("trained", ["all", "blocks", "top", "head"])
 @pytest.mark.parametrize("front", [{}, LAYER], ids=["group", "layer"])
-def test_activations_are_what_autograd_keeps(front, learns, autocast):
-    net = a_net(**front).train()
-    if learns != "all":
+def test_activations_equal_those_of_autograd(front, trained, autocast):
+    net = make_net(**front).train()
+    if trained != "all":
         net.freeze_feature_encoder()
-    if learns == "top":
+    if trained == "top":
         net.requires_grad_(False)
         net.wav2vec2.encoder.layers[-1].requires_grad_(True)
-    if learns == "head":
+    if trained == "head":
         net.freeze_base_model()
     seconds = 20.0
-    kept = saved_bytes(net, seconds, autocast)
-    said = memory.saved_activation_bytes(
+    saved = saved_bytes(net, seconds, autocast)
+    estimated = memory.saved_activation_bytes(
         net, seconds, precision="bf16" if autocast else "float32", gradient_checkpointing=False
     )
-    assert kept == pytest.approx(said, rel=0.1)
+    assert saved == pytest.approx(estimated, rel=0.1)
 
 
-NETS = {layers: a_net("meta", **LAYER, num_hidden_layers=layers) for layers in (1, 2, 5)}
+NETS = {layers: make_net("meta", **LAYER, num_hidden_layers=layers) for layers in (1, 2, 5)}
 
 
 @settings(deadline=None, max_examples=60)
@@ -392,36 +391,36 @@ NETS = {layers: a_net("meta", **LAYER, num_hidden_layers=layers) for layers in (
     precision=st.sampled_from(["float32", "bf16", "fp16"]),
     checkpointing=st.booleans(),
 )
-def test_more_sound_and_more_blocks_need_more_and_more_devices_need_less(
-    seconds, more, devices, precision, checkpointing
-):
-    plan = a_plan(batch={"seconds": seconds}, optimise={"checkpointing": checkpointing})
-    larger = a_plan(batch={"seconds": seconds * more}, optimise={"checkpointing": checkpointing})
-    here = needs(NETS[2], plan, devices, precision)
+def test_estimates_grow_with_audio_and_blocks_and_shrink_with_devices(seconds, more, devices, precision, checkpointing):
+    recipe = make_recipe(batch={"seconds": seconds}, optimizer={"gradient_checkpointing": checkpointing})
+    larger = make_recipe(batch={"seconds": seconds * more}, optimizer={"gradient_checkpointing": checkpointing})
+    base = needs(NETS[2], recipe, devices, precision)
     for name, need in needs(NETS[2], larger, devices, precision).items():
-        assert need.device_total >= here[name].device_total
-    for name, need in needs(NETS[5], plan, devices, precision).items():
+        assert need.device_total >= base[name].device_total
+    for name, need in needs(NETS[5], recipe, devices, precision).items():
         assert (
-            need.device_total > here[name].device_total >= needs(NETS[1], plan, devices, precision)[name].device_total
+            need.device_total > base[name].device_total >= needs(NETS[1], recipe, devices, precision)[name].device_total
         )
-    for name, need in needs(NETS[2], plan, devices + 1, precision).items():
+    for name, need in needs(NETS[2], recipe, devices + 1, precision).items():
         if name == "ddp":
-            assert (need.device_total > here[name].device_total) == (devices == 1)  # its buckets
+            assert (need.device_total > base[name].device_total) == (devices == 1)  # DDP buckets
         else:
-            assert need.device_total <= here[name].device_total
-            assert need.host <= here[name].host
+            assert need.device_total <= base[name].device_total
+            assert need.host <= base[name].host
     if checkpointing:
-        whole = needs(NETS[5], a_plan(batch={"seconds": seconds}), devices, precision)
-        assert needs(NETS[5], plan, devices, precision)["ddp"].activations < whole["ddp"].activations
+        whole = needs(NETS[5], make_recipe(batch={"seconds": seconds}), devices, precision)
+        assert needs(NETS[5], recipe, devices, precision)["ddp"].activations < whole["ddp"].activations
 
 
-def test_the_fastest_that_fits_is_chosen_and_the_others_are_given_a_reason():
-    net = a_net("meta", **LARGE)
-    plan = a_plan(batch={"seconds": 10.0}, parallel={"devices": 8}, optimise={"checkpointing": True})
+def test_the_fastest_that_fits_is_chosen_with_reasons_against_the_others():
+    net = make_net("meta", **LARGE)
+    recipe = make_recipe(
+        batch={"seconds": 10.0}, distributed={"devices": 8}, optimizer={"gradient_checkpointing": True}
+    )
 
     def chosen(gpu, host=10**12):
         return memory.choose_strategy(
-            memory.estimate_memory(net, plan, gpu_bytes=gpu * GB, host_bytes=host, num_devices=8)
+            memory.estimate_memory(net, recipe, gpu_bytes=gpu * GB, host_bytes=host, num_devices=8)
         )
 
     order = [chosen(gpu).strategy for gpu in (80, 4, 2, 1)]
@@ -433,18 +432,20 @@ def test_the_fastest_that_fits_is_chosen_and_the_others_are_given_a_reason():
 
 
 @pytest.mark.parametrize(("name", "config"), [("XLSR-53", LARGE), ("1 B", BILLION)])
-def test_the_page_shows_what_is_estimated(name, config):
+def test_the_docs_show_the_estimate(name, config):
     with torch.device("meta"):
         net = Wav2Vec2ForCTC(Wav2Vec2Config(**config, vocab_size=40))
     net.freeze_feature_encoder()
-    plan = a_plan(parallel={"devices": 8})
-    known = memory.estimate_memory(net, plan, gpu_bytes=24 * GB, host_bytes=256 * GB, num_devices=8, precision="bf16")
-    shown = DOCS.read_text()
-    assert memory.format_table(known) in shown
-    assert memory.choose_strategy(known).reason in shown
+    recipe = make_recipe(distributed={"devices": 8})
+    estimate = memory.estimate_memory(
+        net, recipe, gpu_bytes=24 * GB, host_bytes=256 * GB, num_devices=8, precision="bf16"
+    )
+    page = DOCS.read_text()
+    assert memory.format_table(estimate) in page
+    assert memory.choose_strategy(estimate).reason in page
 
 
-def test_other_families_are_estimated_too():
+def test_other_families_are_estimated():
     with torch.device("meta"):
         net = HubertForCTC(HubertConfig(**SMALL))
-    assert needs(net, a_plan())["zero3"].device_total > 0
+    assert needs(net, make_recipe())["zero3"].device_total > 0

@@ -1,4 +1,4 @@
-"""What is shown of a run, of a real Trainer where one is needed; alignments are checked against jiwer's own counts."""
+"""What is printed of a run, with a real Trainer; alignments are compared with jiwer's own counts."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from mowa.errors import MissingDependency, RecipeError
 from mowa.training.monitor import progress
 
-SAID, HEARD = ["ala ma kota", "pies", "dobry dzień"], ["ala ma kta", "pies", "dobry dzieńek"]
+REFERENCES, HYPOTHESES = ["ala ma kota", "pies", "dobry dzień"], ["ala ma kta", "pies", "dobry dzieńek"]
 
 
 class Net(nn.Module):
@@ -32,13 +32,13 @@ class Net(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def run(out, live, *, steps=6, **more):
-    made = torch.Generator().manual_seed(0)
-    rows = [{"x": torch.randn(4, generator=made), "labels": torch.tensor(n % 3)} for n in range(8)]
+def run(out, reporter, *, steps=6, **more):
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"x": torch.randn(4, generator=generator), "labels": torch.tensor(n % 3)} for n in range(8)]
 
-    def scored(_):
-        live.heard(SAID, HEARD)
-        return {"wer": 0.25, "cer": 0.0625, "blank": 0.7}
+    def compute_metrics(_):
+        reporter.set_texts(REFERENCES, HYPOTHESES)
+        return {"wer": 0.25, "cer": 0.0625, "blank_ratio": 0.7}
 
     arguments = TrainingArguments(
         output_dir=str(out / "run"), max_steps=steps, per_device_train_batch_size=2, use_cpu=True, report_to="none",
@@ -46,49 +46,49 @@ def run(out, live, *, steps=6, **more):
         learning_rate=1e-3, **more,
     )  # fmt: skip
     trainer = Trainer(
-        Net(), arguments, train_dataset=rows, eval_dataset={"dev": rows, "replay": rows}, compute_metrics=scored,
-        callbacks=[live],
+        Net(), arguments, train_dataset=rows, eval_dataset={"dev": rows, "replay": rows},
+        compute_metrics=compute_metrics, callbacks=[reporter],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
 
 
-def test_plain_lines_where_nobody_looks(tmp_path, capsys):
+def test_plain_lines_without_a_terminal(tmp_path, capsys):
     run(tmp_path, progress.ProgressReporter(1, sizes=[10.0] * 6))
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert "loss" not in out
     steps = [line for line in lines if "· loss" in line and "left" in line]
     assert [line.split(" · ")[0] for line in steps] == ["step 2/6", "step 4/6", "step 6/6"]
-    assert all("s of sound a second" in line and "rate " in line for line in steps)
-    measured = [line for line in lines if "WER" in line]
-    names = [line.split(" · ")[1].split(":")[0] for line in measured]
+    assert all("s of audio per second" in line and "lr " in line for line in steps)
+    evaluations = [line for line in lines if "WER" in line]
+    names = [line.split(" · ")[1].split(":")[0] for line in evaluations]
     assert names == ["dev", "replay"] * 2
-    assert "WER 25.0% · CER 6.2% · loss" in measured[0]
-    assert "blank 70%" in measured[0]
-    where = lines.index(measured[0])
-    assert [line.split() for line in lines[where + 1 : where + 3]] == [["said", "pies"], ["heard", "pies"]]
+    assert "WER 25.0% · CER 6.2% · loss" in evaluations[0]
+    assert "blank 70%" in evaluations[0]
+    place = lines.index(evaluations[0])
+    assert [line.split() for line in lines[place + 1 : place + 3]] == [["ref", "pies"], ["hyp", "pies"]]
 
 
-def test_no_examples_and_no_sound_asked_for(tmp_path, capsys):
+def test_no_examples_and_no_speed(tmp_path, capsys):
     run(tmp_path, progress.ProgressReporter(0))
     err = capsys.readouterr().err
-    assert "heard" not in err
-    assert "second" not in err
+    assert "hyp" not in err
+    assert "per second" not in err
     assert "WER 25.0%" in err
 
 
-def test_speed_counts_the_sound_of_accumulated_batches(tmp_path, monkeypatch):
+def test_speed_counts_accumulated_batches(tmp_path, monkeypatch):
     clock = iter(range(1000))
-    a_second_a_look = SimpleNamespace(monotonic=lambda: float(next(clock)))
-    monkeypatch.setattr(progress, "time", a_second_a_look)
-    live = progress.ProgressReporter(0, sizes=[1.0, 2.0, 3.0, 4.0, 50.0, 60.0, 7.0, 8.0])
-    live.set_texts = lambda *texts: [next(clock) for _ in range(100)]  # measuring takes long
-    run(tmp_path, live, steps=4, gradient_accumulation_steps=2)
-    assert [sound for sound, _ in live.step_times] == [3.0, 7.0, 110.0, 15.0]
-    # The clock is also looked at for the log after step 2; what is measured after step 3 takes no time of step 4.
-    assert [took for _, took in live.step_times] == [1.0, 1.0, 2.0, 1.0]
+    one_second_per_call = SimpleNamespace(monotonic=lambda: float(next(clock)))
+    monkeypatch.setattr(progress, "time", one_second_per_call)
+    reporter = progress.ProgressReporter(0, sizes=[1.0, 2.0, 3.0, 4.0, 50.0, 60.0, 7.0, 8.0])
+    reporter.set_texts = lambda *texts: [next(clock) for _ in range(100)]  # evaluation takes long
+    run(tmp_path, reporter, steps=4, gradient_accumulation_steps=2)
+    assert [size for size, _ in reporter.step_times] == [3.0, 7.0, 110.0, 15.0]
+    # The log after step 2 reads the clock too; the evaluation after step 3 does not count for step 4.
+    assert [seconds for _, seconds in reporter.step_times] == [1.0, 1.0, 2.0, 1.0]
 
 
 class Terminal(io.StringIO):
@@ -96,20 +96,20 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_on_a_terminal_which_is_left_in_order(tmp_path, monkeypatch):
+def test_a_bar_on_a_terminal_is_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    live = progress.ProgressReporter(3, sizes=[10.0] * 6)
-    run(tmp_path, live)
+    reporter = progress.ProgressReporter(3, sizes=[10.0] * 6)
+    run(tmp_path, reporter)
     shown = terminal.getvalue()
     assert "6/6 steps" in shown
-    assert "measuring 1/" in shown
+    assert "evaluating 1/" in shown
     assert "dev WER 25.0% · replay WER 25.0%" in shown
-    assert "heard  ala ma k·ta" in shown
+    assert "hyp  ala ma k·ta" in shown
     assert shown.endswith("\n")
-    assert live.bar is None
+    assert reporter.bar is None
 
 
-def test_only_the_first_process_speaks(tmp_path, capsys, monkeypatch):
+def test_only_the_main_process_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, "is_world_process_zero", lambda self: False)
     run(tmp_path, progress.ProgressReporter(3))
     assert capsys.readouterr().err == ""
@@ -118,32 +118,32 @@ def test_only_the_first_process_speaks(tmp_path, capsys, monkeypatch):
 # Examples -----------------------------------------------------------------------------------------------------------
 
 
-def test_examples_mark_what_differs():
-    assert progress.format_examples(SAID, HEARD, 3).splitlines() == [
-        "  said   ala ma kota",
-        "  heard  ala ma k·ta",
-        "                 ^",
-        "  said   pies",
-        "  heard  pies",
-        "  said   dobry dzień··",
-        "  heard  dobry dzieńek",
-        "                    ^^",
+def test_examples_mark_differences():
+    assert progress.format_examples(REFERENCES, HYPOTHESES, 3).splitlines() == [
+        "  ref  ala ma kota",
+        "  hyp  ala ma k·ta",
+        "               ^",
+        "  ref  pies",
+        "  hyp  pies",
+        "  ref  dobry dzień··",
+        "  hyp  dobry dzieńek",
+        "                  ^^",
     ]
 
 
-def test_examples_are_spread_and_the_same_each_time():
+def test_examples_are_evenly_spaced_and_always_the_same():
     texts = [f"text {number}" for number in range(100)]
     shown = progress.format_examples(texts, texts, 2)
-    assert shown.splitlines() == ["  said   text 25", "  heard  text 25", "  said   text 75", "  heard  text 75"]
+    assert shown.splitlines() == ["  ref  text 25", "  hyp  text 25", "  ref  text 75", "  hyp  text 75"]
     assert progress.format_examples(texts, texts, 2) == shown
-    assert progress.format_examples(texts[:1], texts[:1], 5).splitlines() == ["  said   text 0", "  heard  text 0"]
+    assert progress.format_examples(texts[:1], texts[:1], 5).splitlines() == ["  ref  text 0", "  hyp  text 0"]
     assert progress.format_examples([], [], 3) == ""
 
 
-def test_wide_and_combining_letters_stay_under_each_other():
-    assert progress.format_examples(["日本go"], ["日no"], 1).splitlines()[0] == "  said   日本go"
+def test_wide_and_combining_characters_are_aligned():
+    assert progress.format_examples(["日本go"], ["日no"], 1).splitlines()[0] == "  ref  日本go"
     lines = progress.format_examples(["a日b"], ["axb"], 1).splitlines()
-    assert lines == ["  said   a日b", "  heard  ax b", "          ^^"]
+    assert lines == ["  ref  a日b", "  hyp  ax b", "        ^^"]
     assert len(progress.format_examples(["e\u0301te\u0301"], ["e\u0301te\u0301"], 1).splitlines()) == 2
 
 
@@ -152,19 +152,18 @@ WORDS = st.text("abc dź", max_size=80).map(lambda text: " ".join(text.split()))
 
 @settings(deadline=None, max_examples=60)
 @given(WORDS, WORDS, st.sampled_from([20, 41, 100]))
-def test_examples_show_both_texts_whole_and_as_many_marks_as_jiwer_counts_errors(said, heard, width):
-    lines = progress.format_examples([said], [heard], 1, width=width).splitlines()
+def test_examples_have_both_texts_and_a_mark_for_each_error_of_jiwer(reference, hypothesis, width):
+    lines = progress.format_examples([reference], [hypothesis], 1, width=width).splitlines()
     assert max(map(len, lines)) <= width
-
-    for label, text in (("  said ", said), ("  heard", heard)):
+    for label, text in (("  ref", reference), ("  hyp", hypothesis)):
         shown = "".join(line.removeprefix(label) for line in lines if line.startswith(label))
-        # A line may be cut at a space and end there, so the letters are compared.
+        # A line may end at a space, so only other characters are compared.
         assert shown.replace(progress.GAP, "").replace(" ", "") == text.replace(" ", "")
-    seen = jiwer.process_characters(said, heard)
-    assert sum(line.count("^") for line in lines) == seen.substitutions + seen.deletions + seen.insertions
+    errors = jiwer.process_characters(reference, hypothesis)
+    assert sum(line.count("^") for line in lines) == errors.substitutions + errors.deletions + errors.insertions
 
 
-# The picture --------------------------------------------------------------------------------------------------------
+# Curve --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -186,12 +185,12 @@ def test_history_of_a_real_run(tmp_path, drawn):
     assert [step for step, _ in lines[losses]["replay"]] == [3, 6]
     assert lines[errors]["dev WER"] == [[3, 25.0], [6, 25.0]]
     assert lines[errors]["replay CER"] == [[3, 6.25], [6, 6.25]]
-    assert lines[errors]["kept"][0][0] == 3
+    assert lines[errors]["best"][0][0] == 3
     assert [step for step, _ in rates.lines[0].get_xydata()] == [2, 4, 6]
     assert blanks.lines[0].get_xydata().tolist() == [[3, 70.0], [6, 70.0]]
 
 
-def test_history_of_a_run_that_ended_early(tmp_path, drawn):
+def test_history_of_a_run_that_stopped_early(tmp_path, drawn):
     progress.write_history([], tmp_path)
     assert (tmp_path / "history.jsonl").read_text() == ""
     rows = [
@@ -201,7 +200,7 @@ def test_history_of_a_run_that_ended_early(tmp_path, drawn):
     progress.write_history(rows, tmp_path)
 
     def refuse(odd):
-        raise AssertionError(f"{odd} is no JSON")
+        raise AssertionError(f"{odd} is not JSON")
 
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=refuse)["step"] for line in lines] == [1, 1]
@@ -213,16 +212,16 @@ def test_history_of_a_run_that_ended_early(tmp_path, drawn):
 # Trackers -----------------------------------------------------------------------------------------------------------
 
 
-def test_trackers_must_be_known_and_there(monkeypatch):
-    there = set()
-    finder = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name if name in there else None))
+def test_trackers_must_be_known_and_installed(monkeypatch):
+    installed = set()
+    finder = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name if name in installed else None))
     monkeypatch.setattr(progress, "importlib", finder)
     assert progress.validate_report_to(()) == []
     with pytest.raises(MissingDependency, match="wandb is not installed: pip install wandb"):
         progress.validate_report_to(("wandb",))
     with pytest.raises(RecipeError, match=r"'tensorbord' .* did you mean tensorboard"):
         progress.validate_report_to(("tensorbord",))
-    there.add("tensorboardX")
+    installed.add("tensorboardX")
     assert progress.validate_report_to(("tensorboard",)) == ["tensorboard"]
     with pytest.raises(MissingDependency, match="wandb"):
         progress.validate_report_to(("tensorboard", "wandb"))

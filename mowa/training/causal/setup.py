@@ -1,0 +1,128 @@
+"""Prepare a language-model run: tokenize data, adapt the net, plan batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mowa.adapters import lora
+from mowa.data.chat.tokenize import TokenizedSample
+from mowa.errors import RecipeError
+from mowa.models.causal import fused_modules
+from mowa.tasks import causal
+from mowa.training.causal.batches import plan_batches
+from mowa.training.causal.dataset import CausalSplits, load_splits
+from mowa.training.config.causal import CausalRecipe
+from mowa.training.distributed import strategy
+from mowa.training.gradient_checkpointing import set_gradient_checkpointing
+from mowa.training.trainer_args import resolve_eval_steps
+from mowa.types import Family, LanguageModel
+
+PRETRAINED_LR, LORA_LR = 1e-5, 2e-4  # default peak rates of pretrained weights and of LoRA
+
+
+@dataclass(frozen=True, slots=True)
+class CausalRun:
+    """All that the trainer is built from. `model` has the net as it is trained; `batches` index `splits.train`."""
+
+    recipe: CausalRecipe
+    model: LanguageModel
+    splits: CausalSplits
+    max_steps: int
+    eval_steps: int
+    batches: list[list[int]]
+
+
+def prepare(recipe: CausalRecipe, model: LanguageModel) -> CausalRun:
+    """Load the data and change `model.net` in place: LoRA or requires_grad, gradient checkpointing.
+
+    Raises:
+        RecipeError: the model does not support the recipe.
+        DataError: no sample is left to train or evaluate on.
+    """
+    unsupported = model.family.unsupported
+    reason = unsupported.get("packing") or (
+        "" if recipe.memory.accelerate else unsupported.get("packing_unaccelerated")
+    )
+    if recipe.batch.packing and reason:
+        raise RecipeError(f"batch: packing: {model.family.name} does not support it: {reason}; set packing: false")
+    splits = load_splits(recipe, model)
+    net = model.net
+    if recipe.method == "lora":
+        config = recipe.lora
+        net = lora.get_peft_model(
+            net,
+            model.family,
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            target_modules=config.target_modules,
+            variant=config.variant,
+        )
+    else:
+        set_trainable(net, model.family, recipe)
+    if recipe.optimizer.gradient_checkpointing:
+        set_gradient_checkpointing(net)
+    if recipe.memory.activation_offload:
+        fused_modules.set_activation_offload(net)
+    batches = plan_batches(
+        [len(sample) for sample in splits.train],
+        max_tokens=recipe.batch.tokens,
+        packing=recipe.batch.packing,
+        epochs=recipe.optimizer.epochs,
+        num_batches=recipe.optimizer.max_steps * recipe.batches_per_step,
+        multiple_of=recipe.batches_per_step,
+        seed=recipe.optimizer.seed,
+    )
+    max_steps = len(batches) // recipe.batches_per_step
+    trained = LanguageModel(net, model.family, model.origin, model.tokenizer)
+    return CausalRun(recipe, trained, splits, max_steps, resolve_eval_steps(recipe, max_steps), batches)
+
+
+def resolve_base_dtype(recipe: CausalRecipe, folder: Path) -> str:
+    """Return the dtype to load the checkpoint in: float32 where its weights are trained, else the compute dtype."""
+    if recipe.memory.base_scheme != "auto" or recipe.method != "lora":
+        return {"bf16": "bfloat16"}.get(recipe.memory.base_scheme, "float32")
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return "bfloat16" if strategy.resolve_precision(recipe, config) == "bf16" else "float32"
+
+
+def resolve_learning_rate(recipe: CausalRecipe) -> float:
+    """Return the peak learning rate: the recipe's, or the default of its method."""
+    return recipe.optimizer.learning_rate or (LORA_LR if recipe.method == "lora" else PRETRAINED_LR)
+
+
+def set_trainable(net: Any, family: Family, recipe: CausalRecipe) -> None:
+    """Set requires_grad of `net`: everything (full), or the top N blocks and the final norm (top-N).
+
+    Raises:
+        RecipeError: the net has fewer than N blocks.
+    """
+    net.requires_grad_(recipe.top_n is None)
+    if recipe.top_n is None:
+        return
+    blocks = [module for module in net.modules() if type(module).__name__ in family.blocks]
+    if recipe.top_n > len(blocks):
+        raise RecipeError(
+            f"method: {recipe.method}: the net has {len(blocks)} blocks; use at most top-{len(blocks)}, or full"
+        )
+    for block in blocks[-recipe.top_n :]:
+        block.requires_grad_(True)
+    net.base_model.norm.requires_grad_(True)
+
+
+def collate(run: CausalRun, samples: Sequence[TokenizedSample], packing: bool) -> dict[str, Tensor]:
+    """Collate samples to a packed or padded batch."""
+    return causal.pack(samples) if packing else causal.pad(samples, pad_token_id(run.model.tokenizer))
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Return a token id for padding; any would do, since padding is masked."""
+    found = tokenizer.pad_token_id
+    return int(found if found is not None else tokenizer.eos_token_id or 0)
