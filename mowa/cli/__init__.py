@@ -1,0 +1,1 @@
+"""The `mowa` command, one module per subcommand. Start with `main`."""

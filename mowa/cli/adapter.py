@@ -1,7 +1,8 @@
-"""`mowa adapt`: what an adapter is, and a plain checkpoint made of it and its base. `mowa train` makes adapters."""
+"""`mowa adapter`: inspect adapters and merge them into their base model. `mowa train` creates adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,130 +11,228 @@ import click
 if TYPE_CHECKING:
     import numpy as np
 
-    from mowa.adapters.checkpoint import Adapter
+    from mowa.adapters.causal import CausalAdapter
+    from mowa.adapters.checkpoint import Adapter, BaseCheckpoint
     from mowa.adapters.merge import EmissionDiff
+    from mowa.types import LanguageModel
 
-SAMPLE = Path(__file__).parents[1] / "assets" / "sample.flac"
-CHUNK_S, MAX_COMPARED_S = 15.0, 60.0  # emissions are compared over so much of each recording, in pieces
-ADAPTER_TYPES = {"lora": "low-rank updates (LoRA)", "bottleneck": "bottleneck adapters (MMS)"}
+CHUNK_S, MAX_COMPARED_S = 15.0, 60.0  # emissions are compared on chunks of at most this much of each recording
+MAX_EXAMPLES = 64  # samples that a merged language model is compared on
+ADAPTER_TYPES = {"lora": "LoRA", "bottleneck": "bottleneck adapters (MMS)"}
+FALLBACK_PROMPTS = (
+    "What is the capital of Poland?",
+    "Write a short poem about the sea.",
+    "Explain in one sentence why the sky is blue.",
+    "List three fruits that are red.",
+    "How do I boil an egg?",
+    "Translate to French: Good morning, how are you?",
+    "What is 17 plus 25?",
+    "Name a famous composer and one of his works.",
+)
 
 
-@click.group(short_help="Look at an adapter, or merge it into its base.")
+@click.group(short_help="Inspect adapters and merge them into their base model.")
 def adapter() -> None:
-    """Look at an adapter, or merge it into its base. `mowa train` makes adapters (train: lora, train: adapters)."""
+    """Inspect adapters and merge them into their base model.
 
-
-@adapter.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-def show(adapter: Path) -> None:
-    """Say what the ADAPTER in a folder is, of which base, and how well it did."""
-    from mowa.adapters import causal, checkpoint
-    from mowa.cli import adapter_causal as texts
-    from mowa.cli.output import format_size, print_table
-
-    if causal.is_causal_adapter(adapter):
-        texts.show_causal(causal.read_adapter(adapter))
-        return
-    found = checkpoint.read_adapter(adapter)
-    base = found.base
-    specials = {found.vocabulary.blank, found.vocabulary.delimiter, *found.vocabulary.specials}
-    letters = "".join(token for index, token in enumerate(found.vocabulary.tokens) if index not in specials)
-    weights = adapter / found.weights_file
-    rows = [
-        ["kind", ADAPTER_TYPES[found.adapter_type]],
-        ["base", base.load_name if base.load_name == base.name else f"{base.name} ({base.load_name})"],
-        ["base's weights", f"sha256 {base.sha256}"],
-        ["language", found.language or "not said"],
-        ["letters", f"{len(letters)}: {letters}"],
-        ["parameters", f"{found.parameters:,}, the head among them"],
-        ["file", f"{weights.name}, {format_size(weights.stat().st_size) if weights.is_file() else 'missing'}"],
-        ["made by", ", ".join(f"{name} {version}" for name, version in found.package_versions.items())],
-        *_measured(found),
-    ]
-    print_table(["adapter", str(adapter)], rows)
-
-
-def _measured(found: Adapter) -> list[list[str]]:
-    """Error rates by set, where they are written as `mowa train` writes them."""
-    return [
-        [name, f"WER {row['wer']:.1%}, CER {row['cer']:.1%}"]
-        for name, row in found.metrics.items()
-        if isinstance(row, dict) and {"wer", "cer"} <= row.keys()
-    ]
-
-
-@adapter.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the checkpoint.")
-@click.option("-m", "--model", help="The adapter's base, where it is not found by the name that the adapter knows.")
-@click.option("--audio", "recordings", type=click.Path(exists=True, path_type=Path), multiple=True,
-              help="Recording(s) to compare over. [default: the bundled sample]")  # fmt: skip
-@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-3, show_default=True,
-              help="Speech: largest difference of a log-probability that is let pass.")  # fmt: skip
-@click.option("--data", multiple=True,
-              help="Text(s) or conversations to compare over. [default: what the run held out]")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
-              help="Language models: precision of the merged weights. [default: the base's]")  # fmt: skip
-@click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
-def merge(
-    adapter: Path,
-    out: Path,
-    model: str | None,
-    recordings: tuple[Path, ...],
-    tolerance: float,
-    data: tuple[str, ...],
-    dtype: str,
-    offline: bool,
-) -> None:
-    """Write ADAPTER and its base as one checkpoint, which plain transformers loads.
-
-    It is loaded again and compared with base and adapter before it takes its place. LoRA becomes part of the weights;
-    bottlenecks stay layers of their own, as transformers has them.
+    `mowa train` creates adapters (--method lora, --method bottleneck).
     """
-    from mowa.adapters import causal, checkpoint
-    from mowa.adapters import merge as room
-    from mowa.cli import adapter_causal as texts
-    from mowa.errors import ModelError
-    from mowa.loading.ctc import load
 
-    if causal.is_causal_adapter(adapter):
-        texts.merge_causal(adapter, out, model, data, dtype, offline)
-        return
-    found = checkpoint.read_adapter(adapter)
-    base = load(model or found.base.load_name, offline=offline)
-    adapted = checkpoint.load_adapter(base, adapter)
-    sounds = _sounds(recordings or (SAMPLE,), adapted.preprocessing.rate_hz)
-    with room.atomic_checkpoint(room.merge_adapter(adapted), out) as folder:
-        after = room.compare_emissions(adapted, load(str(folder)), sounds)
-        rows = [_row("base with adapter → merged", after)]
-        if base.vocabulary == adapted.vocabulary:
-            rows.append(_row("base alone → merged", room.compare_emissions(base, adapted, sounds)))
-        _say(rows)
-        if after.max_abs_diff > tolerance:
-            raise ModelError(
-                f"the merged checkpoint says something else than {adapter} over its base: a log-probability is"
-                f" {after.max_abs_diff:.2g} off, and {tolerance:g} is let pass; {out} was not written"
-            )
+
+@adapter.command()
+@click.argument("folder", metavar="ADAPTER", type=click.Path(path_type=Path))
+def show(folder: Path) -> None:
+    """Show an adapter's type, base model, size and metrics."""
+    from mowa.adapters import causal, checkpoint
+    from mowa.cli.output import print_table
+
+    rows = (
+        _causal_rows(causal.read_adapter(folder))
+        if causal.is_causal_adapter(folder)
+        else _speech_rows(checkpoint.read_adapter(folder))
+    )
+    print_table(["adapter", str(folder)], rows)
+
+
+def _speech_rows(found: Adapter) -> list[list[str]]:
+    special_ids = {found.vocabulary.blank, found.vocabulary.delimiter, *found.vocabulary.specials}
+    characters = "".join(token for index, token in enumerate(found.vocabulary.tokens) if index not in special_ids)
+    return [
+        ["type", ADAPTER_TYPES[found.adapter_type]],
+        *_base_rows(found.base),
+        ["language", found.language or "unknown"],
+        ["characters", f"{len(characters)}: {characters}"],
+        ["parameters", f"{found.parameters:,}, including the head"],
+        *_file_rows(found.folder / found.weights_file, found.package_versions),
+        *(
+            [name, f"WER {metrics['wer']:.1%}, CER {metrics['cer']:.1%}"]
+            for name, metrics in found.metrics.items()
+            if isinstance(metrics, dict) and {"wer", "cer"} <= metrics.keys()
+        ),
+    ]
+
+
+def _causal_rows(found: CausalAdapter) -> list[list[str]]:
+    from mowa.adapters.causal import WEIGHTS_FILE
+
+    return [
+        ["type", "LoRA of a language model"],
+        *_base_rows(found.base),
+        ["parameters", f"{found.parameters:,}"],
+        *_file_rows(found.folder / WEIGHTS_FILE, found.package_versions),
+        *(
+            [name, f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.1%}"]
+            for name, metrics in found.metrics.items()
+        ),
+    ]
+
+
+def _base_rows(base: BaseCheckpoint) -> list[list[str]]:
+    return [
+        ["base model", base.load_name if base.load_name == base.name else f"{base.name} ({base.load_name})"],
+        ["base weights", f"sha256 {base.sha256}"],
+    ]
+
+
+def _file_rows(weights: Path, versions: Mapping[str, str]) -> list[list[str]]:
+    from mowa.cli.output import format_size
+
+    return [
+        ["file", f"{weights.name}, {format_size(weights.stat().st_size) if weights.is_file() else 'missing'}"],
+        ["versions", ", ".join(f"{name} {version}" for name, version in versions.items())],
+    ]
+
+
+# fmt: off
+@adapter.command()
+@click.argument("folder", metavar="ADAPTER", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option("-m", "--base-model", help="Base model, if it is not where the adapter recorded it.")
+@click.option("--audio", "audio_files", type=click.Path(exists=True, path_type=Path), multiple=True,
+              help="Speech: recording(s) to compare on. [default: the bundled sample]")
+@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-3, show_default=True,
+              help="Speech: maximum absolute difference of any log-probability.")
+@click.option("--data", multiple=True,
+              help="Language models: text or conversation file(s) to compare on. [default: the run's held-out data]")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+              help="Language models: dtype of the merged weights. [default: the base model's]")
+@click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
+def merge(
+    folder: Path, out: Path, base_model: str | None, audio_files: tuple[Path, ...], tolerance: float,
+    data: tuple[str, ...], dtype: str, offline: bool,
+) -> None:
+    # fmt: on
+    """Merge ADAPTER into its base model and write a checkpoint that transformers loads.
+
+    The checkpoint is loaded again and compared with base model plus adapter before it is kept. LoRA updates are added
+    to the weights; bottleneck adapters stay separate layers, as in transformers.
+    """
+    from mowa.adapters import causal
+
+    if causal.is_causal_adapter(folder):
+        _merge_causal(folder, out, base_model, data, dtype, offline)
+    else:
+        _merge_speech(folder, out, base_model, audio_files, tolerance, offline)
     click.echo(str(out))
 
 
-def _row(what: str, difference: EmissionDiff) -> list[str]:
-    return [what, f"{difference.max_abs_diff:.2e}", f"{difference.agreement:.2%}", str(difference.frames)]
-
-
-def _say(rows: list[list[str]]) -> None:
+def _merge_speech(
+    folder: Path, out: Path, base_model: str | None, audio_files: tuple[Path, ...], tolerance: float, offline: bool
+) -> None:
+    from mowa.adapters import checkpoint
+    from mowa.adapters import merge as merging
     from mowa.cli.output import print_table
+    from mowa.errors import ModelError
+    from mowa.io.hub import SAMPLE_CLIP
+    from mowa.loading.ctc import load
 
-    print_table(["emissions", "largest difference", "same output", "frames"], rows)
+    base = load(base_model or checkpoint.read_adapter(folder).base.load_name, offline=offline)
+    adapted = checkpoint.load_adapter(base, folder)
+    clips = _load_clips(audio_files or (SAMPLE_CLIP,), adapted.preprocessing.rate_hz)
+    with merging.atomic_checkpoint(merging.merge_adapter(adapted), out) as written:
+        diff = merging.compare_emissions(adapted, load(str(written)), clips)
+        rows = [_diff_row("base + adapter → merged", diff)]
+        if base.vocabulary == adapted.vocabulary:
+            rows.append(_diff_row("base → merged", merging.compare_emissions(base, adapted, clips)))
+        print_table(["log-probabilities", "max abs diff", "agreement", "frames"], rows)
+        if diff.max_abs_diff > tolerance:
+            raise ModelError(
+                f"the merged checkpoint differs from base model plus {folder}: log-probabilities by up to"
+                f" {diff.max_abs_diff:.2g} (--tolerance {tolerance:g}); {out} was not written"
+            )
 
 
-def _sounds(recordings: tuple[Path, ...], rate_hz: int) -> list[np.ndarray[Any, Any]]:
-    """Pieces of every recording, none shorter than a tenth of a second. ModelError where there are none."""
+def _diff_row(label: str, diff: EmissionDiff) -> list[str]:
+    return [label, f"{diff.max_abs_diff:.2e}", f"{diff.agreement:.2%}", str(diff.frames)]
+
+
+def _load_clips(audio_files: tuple[Path, ...], rate_hz: int) -> list[np.ndarray[Any, Any]]:
+    """Return chunks of every recording, float32 [n] of at least 0.1 s each."""
     from mowa.data import audio
 
-    piece = int(CHUNK_S * rate_hz)
+    chunk = int(CHUNK_S * rate_hz)
     loaded = [
-        audio.load_audio(file, rate_hz)[: int(MAX_COMPARED_S * rate_hz)] for file in audio.find_audio_files(recordings)
+        audio.load_audio(file, rate_hz)[: int(MAX_COMPARED_S * rate_hz)] for file in audio.find_audio_files(audio_files)
     ]
-    pieces = [samples[start : start + piece] for samples in loaded for start in range(0, len(samples), piece)]
-    return [samples for samples in pieces if len(samples) >= rate_hz // 10]
+    chunks = [samples[start : start + chunk] for samples in loaded for start in range(0, len(samples), chunk)]
+    return [samples for samples in chunks if len(samples) >= rate_hz // 10]
+
+
+def _merge_causal(
+    folder: Path, out: Path, base_model: str | None, data: tuple[str, ...], dtype: str, offline: bool
+) -> None:
+    from mowa.adapters import causal
+    from mowa.loading.causal import load
+
+    name = base_model or causal.read_adapter(folder).base.load_name
+    base = load(name, offline=offline)
+    dtype = str(causal.stored_dtype(base.origin.folder)).removeprefix("torch.") if dtype == "auto" else dtype
+    adapted = causal.load_adapter(base, folder)
+    samples, source = _comparison_samples(folder, adapted, data)
+    rounding = None
+    if dtype != "float32":
+        rounded_base = load(name, dtype=dtype, offline=offline)
+        rounding = causal.compare_logits(base, rounded_base, _comparison_batches(samples))
+        click.echo(f"base → base in {dtype}, {source}: {rounding}", err=True)
+    with causal.atomic_checkpoint(causal.merge_adapter(adapted, dtype), out) as written:
+        diff = causal.compare_logits(adapted, load(str(written), dtype=dtype), _comparison_batches(samples))
+        click.echo(f"base + adapter → merged in {dtype}, {source}: {diff}", err=True)
+        causal.verify_merge(diff, rounding)
+
+
+def _comparison_samples(folder: Path, model: LanguageModel, data: tuple[str, ...]) -> tuple[list[Any], str]:
+    """Return tokenized samples to compare on, and where they are from.
+
+    In order of preference: `data`, the data that the training run held out, FALLBACK_PROMPTS.
+    """
+    from mowa.data.chat import conversations, tokenize
+    from mowa.errors import DataError
+    from mowa.training.causal import dataset
+    from mowa.training.config import dispatch
+
+    options: Any = {"train_on": "all", "on_overflow": "truncate", "max_length": dataset.EVAL_BATCH_TOKENS}
+    if data:
+        items = [item for path in data for item in conversations.read_conversations(path)]
+        samples = tokenize.tokenize_conversations(items, model.tokenizer, **options)[0]
+        return samples[:MAX_EXAMPLES], ", ".join(data)
+    try:
+        recipe: Any = dispatch.read_recipe(folder / "recipe.yaml")
+        splits = dataset.load_splits(recipe, model)
+    except DataError:  # the data has moved
+        items = [
+            conversations.Conversation(str(number), (conversations.Message("user", prompt),))
+            for number, prompt in enumerate(FALLBACK_PROMPTS)
+        ]
+        return tokenize.tokenize_conversations(items, model.tokenizer, **options)[0], "eight built-in prompts"
+    held_out = [sample for samples in (splits.test | splits.dev).values() for sample in samples]
+    return held_out[:MAX_EXAMPLES], "held-out data"
+
+
+def _comparison_batches(samples: list[Any]) -> Iterator[Any]:
+    """Yield padded batches, int64 [B, N], of samples of similar length."""
+    from mowa.tasks import causal
+    from mowa.training.causal import batches, dataset
+
+    lengths = [len(sample) for sample in samples]
+    for group in batches.group_by_length(lengths, range(len(samples)), dataset.EVAL_BATCH_TOKENS):
+        yield causal.pad([samples[index] for index in group], 0, pad_to_multiple_of=1)

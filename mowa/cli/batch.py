@@ -1,4 +1,4 @@
-"""What `mowa transcribe --journal` does: a whole corpus, into one file that can be gone on with."""
+"""`mowa transcribe --results`: transcribe a corpus into a results log, resumable and optionally on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -17,99 +17,88 @@ from mowa.errors import DataError, MowaError
 if TYPE_CHECKING:
     from mowa.engines.batch import CorpusSource
     from mowa.engines.pipeline import Failure
-    from mowa.engines.results import ResultsFile
     from mowa.engines.settings import EngineSpec, TranscriptionSettings, WorkerPool
 
 
 def transcribe_batch(
     source: CorpusSource,
-    wanted: EngineSpec,
+    spec: EngineSpec,
     settings: TranscriptionSettings,
-    journal: Path,
+    path: Path,
     *,
     retry_failed: bool,
-    decoders: int | None,
-    remote: bool,
+    decode_threads: int | None,
+    allow_remote: bool,
     cluster: tuple[str, WorkerPool] | None,
 ) -> int:
-    """→ 0, or 2 where anything in the journal failed. cluster: an address of Ray, and what is asked of it."""
-    from mowa.engines import batch
+    """Transcribe `source` into the results log at `path`; `cluster` is the Ray address and the worker pool, if any.
+
+    Return the exit code: 2 if any recording in the log failed, else 0.
+    """
+    from mowa.engines import batch, ray_data
     from mowa.engines.results import ResultsFile
     from mowa.engines.transcription import load_engine
 
-    choice = load_engine(wanted)
+    choice = load_engine(spec)
     engine = choice.engine
-    if wanted.engine == "auto":
+    if spec.engine == "auto":
         click.echo(choice.reason, err=True)
-    shard = source.shard
-    header = batch.build_header(
-        engine, settings, adapter=wanted.adapter, shard=f"{shard[0]}/{shard[1]}" if shard else ""
-    )
-    with ResultsFile.open(journal, header, retry_failed=retry_failed) as book:
-        before = len(book.done_ids)
-        if before:
-            click.echo(f"{journal}: {before} are in it already", err=True)
+    shard = f"{source.shard[0]}/{source.shard[1]}" if source.shard else ""
+    header = batch.build_header(engine, settings, adapter=spec.adapter, shard=shard)
+    with ResultsFile.open(path, header, retry_failed=retry_failed) as results:
+        if results.done_ids:
+            click.echo(f"{path}: resuming, {len(results.done_ids)} recordings are already in it", err=True)
         try:
-            with _progress(source, book.done_ids) as bar:
+            with _progress(source, results.done_ids) as bar:
 
-                def failed(failure: Failure) -> None:
+                def on_failure(failure: Failure) -> None:
                     bar.clear()
                     click.echo(f"mowa: {failure.error}", err=True)
 
-                how: Any = {"remote": remote, "heard": bar.update, "failed": failed}
+                options: Any = {"allow_remote": allow_remote, "on_progress": bar.update, "on_failure": on_failure}
                 if cluster is None:
-                    batch.transcribe_corpus(source.examples(), engine, settings, book, decode_threads=decoders, **how)
+                    batch.transcribe_corpus(
+                        source.examples(), engine, settings, results, decode_threads=decode_threads, **options
+                    )
                 else:
-                    _spread(
-                        source, replace(wanted, engine=engine.name, dtype=engine.dtype), settings, book, cluster, how
+                    address, workers = cluster
+                    spec = replace(spec, engine=engine.name, dtype=engine.dtype)
+                    ray_data.transcribe_on_ray(
+                        source, spec, settings, results, address=address, workers=workers, **options
                     )
         except KeyboardInterrupt:
-            click.echo(f"{journal}: {len(book.done_ids)} are in it; the same command goes on", err=True)
+            click.echo(f"{path}: {len(results.done_ids)} recordings are in it; rerun the command to resume", err=True)
             raise
-        click.echo(f"{journal}: {len(book.done_ids)} in it, {book.num_failed} of them failed", err=True)
-        return 2 if book.num_failed else 0
-
-
-def _spread(
-    source: CorpusSource,
-    wanted: EngineSpec,
-    settings: TranscriptionSettings,
-    book: ResultsFile,
-    cluster: tuple[str, WorkerPool],
-    how: Any,
-) -> None:
-    from mowa.engines import ray_data as room
-
-    address, workers = cluster
-    room.transcribe_on_ray(source, wanted, settings, book, address=address, workers=workers, **how)
+        click.echo(f"{path}: {len(results.done_ids)} recordings, {results.num_failed} failed", err=True)
+        return 2 if results.num_failed else 0
 
 
 @contextmanager
-def _progress(source: CorpusSource, done: set[str]) -> Iterator[Any]:
-    """The bar. How much there is to hear is counted beside the work, where somebody looks."""
+def _progress(source: CorpusSource, done_ids: set[str]) -> Iterator[Any]:
+    """Yield the progress bar. On a terminal, a thread sums up the duration of the corpus for the bar's total."""
     from mowa.cli import output
 
     stop = Event()
     with output.audio_progress(None) as bar:
         if sys.stderr.isatty():
-            Thread(target=_count, args=(source, frozenset(done), bar, stop), daemon=True).start()
+            Thread(target=_sum_durations, args=(source, frozenset(done_ids), bar, stop), daemon=True).start()
         try:
             yield bar
         finally:
             stop.set()
 
 
-def _count(source: CorpusSource, done: frozenset[str], bar: Any, stop: Event) -> None:
-    """Set the bar's total to the seconds that are not done, unless that is not to be had from headers."""
+def _sum_durations(source: CorpusSource, done_ids: frozenset[str], bar: Any, stop: Event) -> None:
+    """Set the bar's total to the seconds that remain, if every file's header gives its duration."""
     from mowa.cli import output
     from mowa.data import audio
 
-    total = 0.0
+    total_s = 0.0
     try:
         for example in source.examples():
             if stop.is_set():
                 return
-            if example.id in done:
+            if example.id in done_ids:
                 continue
             length_s = example.duration_s
             if not length_s and example.audio_bytes is None:
@@ -119,42 +108,42 @@ def _count(source: CorpusSource, done: frozenset[str], bar: Any, stop: Event) ->
                     continue
             if not length_s:
                 return
-            total += length_s
+            total_s += length_s
     except MowaError:
-        return  # the work will say so
-    output.set_progress_total(bar, total)
+        return  # the main thread lists the same examples and reports the error
+    output.set_progress_total(bar, total_s)
 
 
 def parse_shard(value: str | None) -> tuple[int, int] | None:
-    """`2/4` → (2, 4). DataError for anything else."""
+    """Parse `2/4` into (2, 4). Raises DataError for anything else."""
     if value is None:
         return None
     index, slash, count = value.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise DataError(f"--shard {value}: is no share of a whole. Say 1/4 for the first of four.")
+        raise DataError(f"--shard {value}: expected I/N with 1 ≤ I ≤ N, e.g. 1/4 for the first of four shards")
     return int(index), int(count)
 
 
-def parse_workers(value: str, cpus: float, gpus: float) -> WorkerPool:
-    """`4` or `1-8` (as the cluster has room), with what each takes. DataError for anything else."""
+def parse_workers(value: str, num_cpus: float, num_gpus: float) -> WorkerPool:
+    """Parse `4` or `1-8` into a pool whose workers use `num_cpus` and `num_gpus` each. Raises DataError otherwise."""
     from mowa.engines.settings import WorkerPool
 
-    least, dash, most = value.partition("-")
-    if not (least.isdecimal() and (most.isdecimal() or not dash) and 1 <= int(least) <= int(most or least)):
-        raise DataError(f"--workers {value}: say how many, such as 4, or at least and at most, such as 1-8.")
-    return WorkerPool(int(least), int(most or least), cpus, gpus)
+    low, dash, high = value.partition("-")
+    if not (low.isdecimal() and (high.isdecimal() or not dash) and 1 <= int(low) <= int(high or low)):
+        raise DataError(f"--workers {value}: expected a number, e.g. 4, or a range, e.g. 1-8")
+    return WorkerPool(int(low), int(high or low), num_cpus, num_gpus)
 
 
 def parse_columns(values: Sequence[str]) -> dict[str, str]:
-    """`audio=clip` … → role: column. DataError for what is none."""
-    named = dict(value.partition("=")[::2] for value in values)
-    if wrong := next((value for value in values if "=" not in value), None):
-        raise DataError(f"--column {wrong}: names no column. Say audio=NAME, id=NAME, …")
-    return named
+    """Parse `audio=clip` … into role → column. Raises DataError for a value without `=`."""
+    columns = dict(value.partition("=")[::2] for value in values)
+    if invalid := next((value for value in values if "=" not in value), None):
+        raise DataError(f"--column {invalid}: expected ROLE=NAME, e.g. audio=path or id=clip_id")
+    return columns
 
 
 def parse_channels(value: str) -> str:
-    """mix, split, or numbers with commas. DataError for anything else."""
+    """Return `value` if it is mix, split, or channel numbers separated by commas. Raises DataError otherwise."""
     if value in ("mix", "split") or all(part.isdecimal() for part in value.split(",")):
         return value
-    raise DataError(f"--channels {value}: say mix, split, or numbers such as 0 or 0,1.")
+    raise DataError(f"--channels {value}: expected mix, split, or channel numbers, e.g. 0 or 0,1")

@@ -1,9 +1,8 @@
-"""`mowa bench`: models side by side on this machine."""
+"""`mowa bench`: benchmark models, engines and dtypes on this machine."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,58 +14,67 @@ from mowa.errors import ModelError
 if TYPE_CHECKING:
     from mowa.evaluation.bench import BenchResult
 
+COLUMNS = ("model", "engine", "dtype", "MB", "RAM MB", "load s", "median s", "RTFx", "agreement")
+
 
 # fmt: off
-@click.command(short_help="Time models, engines and schemes on this machine.")
+@click.command(short_help="Benchmark models, engines and dtypes on this machine.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--engine", "engines", multiple=True, metavar="NAME",
-              help="pytorch, onnx; several may be named. [default: native; an export's own]")
+              help="Inference engine, pytorch or onnx; repeatable. [default: pytorch; for an export, its own]")
 @click.option("--dtype", "dtypes", multiple=True, metavar="NAME",
-              help="float32, bfloat16, int8, auto; several may be named. [default: auto]")
-@click.option("--data", metavar="SOURCE", help="Recordings, with texts for error rates. [default: a bundled one]")
+              help="Compute dtype, float32, bfloat16, int8 or auto; repeatable. [default: auto]")
+@click.option("--data", metavar="SOURCE",
+              help="Recordings to run; transcripts are needed for error rates. [default: a bundled sample]")
 @click.option("--split", default="", help="Split of --data.")
-@click.option("--clips", type=click.IntRange(min=1), default=20, show_default=True, help="At most so many of them.")
-@click.option("--speeds", is_flag=True, help="Time with one thread and all, one recording and four.")
-@click.option("--picture", type=click.Path(path_type=Path), metavar="FILE.png",
-              help="Draw size, speed and error rates; what another is no worse than in all three is faint.")
-@click.option("--json", "listed", type=click.Path(path_type=Path), metavar="FILE.json", help="Write what was measured.")
+@click.option("--max-samples", type=click.IntRange(min=1), default=20, show_default=True,
+              help="Maximum number of recordings.")
+@click.option("--throughput", is_flag=True,
+              help="Measure the real-time factor with 1 and all threads, batch sizes 1 and 4.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png",
+              help="Plot size, speed and error rate; models off the Pareto front are faded.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE.json",
+              help="Write the measurements as JSON.")
 def bench(
     models: tuple[str, ...], engines: tuple[str, ...], dtypes: tuple[str, ...], data: str | None, split: str,
-    clips: int, speeds: bool, picture: Path | None, listed: Path | None,
+    max_samples: int, throughput: bool, plot: Path | None, out: Path | None,
 ) -> int:
     # fmt: on
-    """Latency, throughput, memory and size of MODELs (names, folders, exports), each in a process of its own."""
-    from mowa.evaluation import bench as room
-    from mowa.evaluation import plot, report
+    """Measure latency, throughput, memory and size of each MODEL (alias, folder, Hub id or export), each in its own
+    process."""
+    from mowa.evaluation.bench import expand_cases, results_to_dict, run_bench
+    from mowa.evaluation.plot import plot_bench, require_matplotlib
+    from mowa.evaluation.report import throughput_grid
     from mowa.io.atomic import atomic_write
 
-    if picture is not None:
-        plot.require_matplotlib()
-    wanted = room.expand_cases(models, engines, dtypes)
-    timed = report.throughput_grid() if speeds else ()
-    with output.stage_progress() as told:
-        rows = room.run_bench(wanted, data, split, clips, timed, told)
-    head = ["model", "engine", "computes in", "MB", "RAM MB", "load s", "median s", "× real time", "frames"]
-    heard = any(row.error_rates for row in rows)
-    output.print_table(head + (["WER %"] if heard else []), [_cells(row, heard) for row in rows])
-    for row in rows:
-        for speed in row.throughput:
-            click.echo(f"{row.name}, {speed.threads} threads, batch {speed.batch_size}: {speed.rtf:.4f} s for a second")
-    if listed is not None:
-        atomic_write(listed, json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1) + "\n")
-    if picture is not None:
-        plot.plot_bench(rows, picture)
-        click.echo(f"\n{picture}")
-    if not any(row.rtf for row in rows):
-        raise ModelError("none of them could be run")
-    return 2 if any(row.error for row in rows) else 0
+    if plot is not None:
+        require_matplotlib()
+    cases = expand_cases(models, engines, dtypes)
+    with output.stage_progress() as on_progress:
+        results = run_bench(
+            cases, data, split, max_samples, throughput_grid() if throughput else (), on_progress
+        )
+    with_wer = any(result.error_rates for result in results)
+    output.print_table([*COLUMNS, *(["WER %"] if with_wer else [])], [_cells(result, with_wer) for result in results])
+    for result in results:
+        for line in output.throughput_lines(result.name, result.throughput):
+            click.echo(line)
+    if out is not None:
+        atomic_write(out, json.dumps(results_to_dict(results), ensure_ascii=False, indent=1) + "\n")
+    if plot is not None:
+        plot_bench(results, plot)
+        click.echo(f"\n{plot}")
+    if not any(result.rtf for result in results):
+        raise ModelError("none of the models could be run")
+    return 2 if any(result.error for result in results) else 0
 
 
-def _cells(row: BenchResult, heard: bool) -> list[str]:
-    if row.error:
-        return [row.model, row.engine, *["–"] * 6, f"no: {row.error}"]
+def _cells(result: BenchResult, with_wer: bool) -> list[str]:
+    if result.error:
+        return [result.model, result.engine, *["–"] * 6, f"failed: {result.error}"]
     cells = [
-        row.model, row.engine, row.dtype, f"{row.size_bytes / 1e6:.1f}", f"{row.peak_memory_bytes / 1e6:.0f}", f"{row.load_s:.1f}",
-        f"{row.latency_s:.3f}", f"{1 / row.rtf:.1f}", f"{row.agreement:.1%}",
+        result.model, result.engine, result.dtype, f"{result.size_bytes / 1e6:.1f}",
+        f"{result.peak_memory_bytes / 1e6:.0f}", f"{result.load_s:.1f}", f"{result.latency_s:.3f}",
+        f"{1 / result.rtf:.1f}", f"{result.agreement:.1%}",
     ]  # fmt: skip
-    return cells + ([f"{row.error_rates.wer:.1%}" if row.error_rates else "–"] if heard else [])
+    return cells + ([f"{result.error_rates.wer:.1%}" if result.error_rates else "–"] if with_wer else [])

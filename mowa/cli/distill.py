@@ -1,8 +1,7 @@
-"""`mowa distill`: a smaller model that says what a larger one says. A recipe of `mowa train` by its everyday knobs."""
+"""`mowa distill`: distill a speech model into one with fewer layers, as a `mowa train` recipe built from options."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +11,36 @@ from mowa.cli import recipe_options
 from mowa.cli.train import launch_training
 from mowa.training.config import schema
 from mowa.training.config.ctc import CTCRecipe
+from mowa.training.distributed.process import is_main_process
 
-FIXED_KEYS = ("task", "model", "train", "vocabulary", "distil.layers", "batch.layout")
+FIXED_KEYS = ("task", "model", "method", "vocabulary", "distillation.student_layers", "batch.packing")
 
 
-@click.command(short_help="Make a smaller model of a larger one.")
-@click.option("--teacher", required=True, help="The larger model: an alias, a folder or a hub id.")
-@click.option("--student-layers", type=click.IntRange(min=1), required=True, help="Blocks the student keeps, evenly.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the finished checkpoint.")
-@click.option("--threads", type=click.IntRange(min=1), help="Processor threads. [default: the cores there are]")
+@click.command(short_help="Distill a model into one with fewer layers.")
+@click.argument("model", metavar="TEACHER")
+@click.option("--student-layers", type=click.IntRange(min=1), required=True,
+              help="Number of teacher layers kept in the student, evenly spaced.")  # fmt: skip
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder for the checkpoint.")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads. [default: all available cores]")
 @click.pass_context
-def distill(
-    context: click.Context, teacher: str, student_layers: int, out: Path, threads: int | None, **_: Any
-) -> None:
-    """Make a smaller model of a larger one: it begins as some of its blocks and is held to what it says and hears.
+def distill(context: click.Context, model: str, student_layers: int, out: Path, threads: int | None, **_: Any) -> None:
+    """Distill TEACHER, an alias, a folder or a Hub id, into a model with fewer layers.
 
-    Recordings need no texts, but some with texts have to be there to measure on (--dev). Every knob of `mowa train` can
-    be turned by its path: --distil.temperature 2.
+    The student is initialised from a subset of the teacher's layers and trained to match the teacher's logits and
+    hidden states. Training recordings need no transcripts; the --dev set does. Every `mowa train` option is accepted,
+    e.g. --distillation.temperature 2.
     """
     from mowa.errors import RecipeError
     from mowa.training.config import ctc
 
     settings = recipe_options.collect_overrides(context)
     if missing := [recipe_options.FLAG_BY_KEY[path] for path in ("data.train", "data.dev") if path not in settings]:
-        raise RecipeError(f"give {' and '.join(missing)}: recordings to listen to, and some with texts to measure on")
-    plan = schema.apply_overrides({}, settings | {"model": teacher, "distil.layers": student_layers})
-    if launch_training(ctc.parse(plan, "command line"), out, threads) and os.environ.get("RANK", "0") == "0":
+        raise RecipeError(
+            f"missing {' and '.join(missing)}: distillation needs training recordings (--data) and transcribed"
+            " recordings to evaluate on (--dev)"
+        )
+    tree = schema.apply_overrides({}, settings | {"model": model, "distillation.student_layers": student_layers})
+    if launch_training(ctc.parse(tree, "command line"), out, threads) and is_main_process():
         click.echo(str(out))
 
 

@@ -1,30 +1,35 @@
-"""`mowa explain`: which layer of a model would be computed how, on which device, and why."""
+"""`mowa explain`: show which implementation each layer of a model would use on a device, and why."""
 
 from __future__ import annotations
 
 import click
 
 
-@click.command(short_help="Say how a model's layers would be computed here, and why.")
+# fmt: off
+@click.command(short_help="Show which implementation each layer would use, and why.")
 @click.argument("model")
-@click.option("--length", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens in a sequence.")
-@click.option("--device", default="", help="cpu, cuda, cuda:8.0 (of that capability). [default: what is here]")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
-@click.option("--packed", is_flag=True, help="Documents end to end in one row, as `mowa train` lays them.")
-@click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
-def explain(model: str, length: int, device: str, dtype: str, packed: bool, offline: bool) -> None:
-    """Say how the layers of MODEL would be computed here, and why. Its weights are not read.
+@click.option("--seq-length", type=click.IntRange(min=1), default=2048, show_default=True,
+              help="Sequence length in tokens.")
+@click.option("--device", default="",
+              help="cpu, cuda, or cuda:8.0 (that compute capability). [default: this machine's]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True,
+              help="Compute dtype.")
+@click.option("--packing", is_flag=True, help="Assume packed sequences, as in `mowa train --packing`.")
+@click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
+def explain(model: str, seq_length: int, device: str, dtype: str, packing: bool, offline: bool) -> None:
+    # fmt: on
+    """Show which implementation each layer of MODEL would use on this machine, and why. Weights are not loaded.
 
-    MODEL is a folder or a hub id; of a hub id only the small files are fetched.
+    MODEL is a folder or a Hub id; of a Hub model only the config files are downloaded.
     """
     from mowa.cli.output import print_table
     from mowa.io.hub import fetch_config
     from mowa.loading.checkpoint import load_config, read_family
-    from mowa.models.explain import default_device
-    from mowa.models.explain import explain_layers as explained
+    from mowa.models.explain import default_device, explain_layers
 
     folder = fetch_config(model, offline=offline)
-    family = read_family(folder)
+    family = read_family(folder, model)
     config = load_config(folder, family)
-    rows = explained(config, length=length, device=device or default_device(), dtype=dtype, packed=packed)
-    print_table(["layers", "count", "computed by", "why"], [[str(cell) for cell in row] for row in rows])
+    device = device or default_device()
+    rows = explain_layers(config, family, length=seq_length, device=device, dtype=dtype, packed=packing)
+    print_table(["layers", "count", "implementation", "reason"], [[str(cell) for cell in row] for row in rows])

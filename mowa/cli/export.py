@@ -1,4 +1,4 @@
-"""`mowa export`: a model as other programs run it."""
+"""`mowa export`: export a model to another runtime."""
 
 from __future__ import annotations
 
@@ -9,78 +9,90 @@ import click
 
 from mowa.cli import output
 from mowa.errors import ModelError
-from mowa.quantization.schemes import SCHEME_SYNTAX, SCHEMES
+from mowa.quantization.schemes import SCHEMES
 
 FORMAT_OF_OPTION = {
     "opset": "onnx",
-    "no_mask": "onnx",
-    "seconds": "coreml",
-    "profile": "tensorrt",
-}  # options of one format
+    "no_attention_mask": "onnx",
+    "lengths_s": "coreml",
+    "optimization_profile": "tensorrt",
+}
+"""Options that only one format takes."""
 
 
 # fmt: off
-@click.command(short_help="Write a model as other programs run it.")
+@click.command(short_help="Export a model to another runtime.")
 @click.argument("model")
-@click.option("--to", required=True, metavar="FORMAT", help="onnx, safetensors, coreml, tensorrt, ctranslate2.")
+@click.option("--to", required=True, metavar="FORMAT",
+              help="Output format: onnx, safetensors, coreml, tensorrt or ctranslate2.")
 @click.option("--scheme", default="float32", show_default=True, metavar="SCHEME",
-              help=f"{', '.join(SCHEMES)}. {SCHEME_SYNTAX[0].upper()}{SCHEME_SYNTAX[1:]}.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for it.")
-@click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="An adapter, to be part of it.")
-@click.option("--data", default="", metavar="SOURCE", help="Recordings to calibrate on, where the scheme needs some.")
-@click.option("--split", default="", help="Split of --data.")
-@click.option("--opset", type=int, help="onnx: version of the operators, 18 to 23. [default: 20]")
-@click.option("--no-mask", is_flag=True, help="onnx: one input, for recordings that share no batch.")
-@click.option("--seconds", metavar="LIST", help="coreml: lengths of recordings it takes. [default: 5,10,20]")
-@click.option("--profile", metavar="LIST",
-              help="tensorrt: least, likeliest and largest batch x samples. [default: 1x16000,1x160000,4x480000]")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
+              help=f"Weight storage scheme: {', '.join(SCHEMES)}; suffixes as in `mowa quantize`.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist.")
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="Adapter to merge before export.")
+@click.option("--calibration-data", default="", metavar="SOURCE",
+              help="Calibration recordings, for schemes that need them.")
+@click.option("--calibration-split", default="", help="Split of --calibration-data.")
+@click.option("--opset", type=int, help="onnx: opset version, 18 to 23. [default: 20]")
+@click.option("--no-attention-mask", is_flag=True,
+              help="onnx: omit the attention_mask input; batches then need equal lengths.")
+@click.option("--lengths-s", metavar="LIST", help="coreml: input lengths to accept, in seconds. [default: 5,10,20]")
+@click.option("--optimization-profile", metavar="LIST",
+              help="tensorrt: min, opt and max input shape as batch x samples. [default: 1x16000,1x160000,4x480000]")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
 def export(
-    model: str, to: str, scheme: str, out: Path, adapter: Path | None, data: str, split: str, revision: str | None,
-    offline: bool, **turned: Any,
+    model: str, to: str, scheme: str, out: Path, adapter: Path | None, calibration_data: str, calibration_split: str,
+    revision: str | None, offline: bool, **format_options: Any,
 ) -> None:
     # fmt: on
-    """Write MODEL as FORMAT into a folder, in a scheme; it is read again and compared before the folder is there.
+    """Export MODEL to FORMAT.
 
-    `mowa transcribe -m FOLDER` runs what runs here. What a scheme does to the words, `mowa shrink` measures.
+    The result is loaded again and compared with the model before the folder is created. `mowa transcribe -m FOLDER`
+    runs formats that have an engine here; `mowa quantize` measures what a scheme costs in accuracy.
     """
     from mowa.adapters import checkpoint
     from mowa.exporters import protocol
     from mowa.loading.ctc import load
-    from mowa.quantization import calibration, schemes
-    from mowa.quantization import quantize as narrow
+    from mowa.quantization import calibration, quantize, schemes
 
-    chosen = schemes.parse_scheme(scheme)
+    parsed = schemes.parse_scheme(scheme)
     protocol.get_exporter(to).require_packages()
-    options = _options(to, turned)
+    options = _exporter_options(to, format_options)
     loaded = load(model, revision=revision, offline=offline)
     loaded = loaded if adapter is None else checkpoint.load_adapter(loaded, adapter)
-    sounds = calibration.load_clips(data, loaded, split=split) if data and schemes.calibration_reason(chosen) else None
-    with output.stage_progress() as told:
-        shrunk = narrow(loaded, chosen, sounds, on_progress=lambda share: told(f"{scheme}: shrinking", share))
-        told(f"{scheme}: writing {to}", 1.0)
-        artifact = protocol.export(shrunk, to, out, **options)
+    clips = None
+    if calibration_data and schemes.calibration_reason(parsed):
+        clips = calibration.load_clips(calibration_data, loaded, split=calibration_split)
+    with output.stage_progress() as on_progress:
+        quantized = quantize(
+            loaded, parsed, clips, on_progress=lambda fraction: on_progress(f"{scheme}: quantizing", fraction)
+        )
+        on_progress(f"{scheme}: writing {to}", 1.0)
+        artifact = protocol.export(quantized, to, out, **options)
     click.echo(f"{out}  {output.format_size(artifact.size_bytes)}, {to}, {schemes.format_scheme(artifact.scheme)}")
     if artifact.unverified_reason:
-        click.echo(f"not checked here: {artifact.unverified_reason}")
+        click.echo(f"not verified on this machine: {artifact.unverified_reason}")
 
 
-def _options(to: str, turned: dict[str, Any]) -> dict[str, Any]:
-    given = {name: value for name, value in turned.items() if value}
-    for name in given:
+def _exporter_options(to: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the exporter's keyword arguments. Raises ModelError for an option of another format and for a bad list."""
+    options = {name: value for name, value in given.items() if value}
+    for name in options:
         if FORMAT_OF_OPTION[name] != to:
-            raise ModelError(f"--{name.replace('_', '-')} is for {FORMAT_OF_OPTION[name]}, not for {to}")
-    if "no_mask" in given:
-        given["masked"] = not given.pop("no_mask")
-    if "seconds" in given:
+            raise ModelError(f"--{name.replace('_', '-')} is an option of {FORMAT_OF_OPTION[name]}, not of {to}")
+    if options.pop("no_attention_mask", False):
+        options["attention_mask"] = False
+    if "lengths_s" in options:
         try:
-            given["seconds"] = tuple(float(one) for one in given["seconds"].split(","))
+            options["lengths_s"] = tuple(float(one) for one in options["lengths_s"].split(","))
         except ValueError:
-            raise ModelError(f"--seconds {given['seconds']} is no list of seconds: say 5,10,20") from None
-    if "profile" in given:
-        sizes = [one.partition("x") for one in given["profile"].split(",")]
-        if len(sizes) != 3 or not all(batch.isdigit() and samples.isdigit() for batch, _, samples in sizes):
-            raise ModelError(f"--profile {given['profile']} is not three sizes: say 1x16000,1x160000,4x480000")
-        given["profile"] = tuple((int(batch), int(samples)) for batch, _, samples in sizes)
-    return given
+            raise ModelError(f"--lengths-s {options['lengths_s']}: expected seconds, e.g. 5,10,20") from None
+    if "optimization_profile" in options:
+        shapes = [one.partition("x") for one in options["optimization_profile"].split(",")]
+        if len(shapes) != 3 or not all(batch.isdigit() and samples.isdigit() for batch, _, samples in shapes):
+            raise ModelError(
+                f"--optimization-profile {options['optimization_profile']}: expected three shapes, e.g."
+                " 1x16000,1x160000,4x480000"
+            )
+        options["optimization_profile"] = tuple((int(batch), int(samples)) for batch, _, samples in shapes)
+    return options

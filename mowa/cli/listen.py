@@ -1,4 +1,4 @@
-"""`mowa listen`: live sound in, words out as they are said."""
+"""`mowa listen`: transcribe live audio from a microphone, a URL, standard input or a file as it arrives."""
 
 from __future__ import annotations
 
@@ -6,205 +6,140 @@ import json
 import signal
 import sys
 import threading
-import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
 from mowa import hardware
 from mowa.cli.live_display import LiveDisplay
 from mowa.data.audio.decoders import RATE_RANGE_HZ
-from mowa.data.inputs.source import AudioBlock, AudioSource, BufferedSource
+from mowa.data.inputs.source import AudioSource, BufferedSource
 from mowa.data.inputs.stdin import RAW_RATE_HZ
-from mowa.decode.stream import DEFAULT_ENDPOINTING, TranscriptionStream
+from mowa.decode.stream import DEFAULT_ENDPOINTING
 from mowa.engines.settings import EngineSpec
 from mowa.errors import AudioError, DataError
 from mowa.types import Segment, Word
+
+if TYPE_CHECKING:
+    from mowa.engines.stream_session import StreamSession, TimedSegment
 
 DEFAULTS = EngineSpec("")
 
 
 # fmt: off
-@click.command(short_help="Write down what is said, as it is said.")
+@click.command(short_help="Transcribe live audio as it arrives.")
 @click.argument("source", required=False)
-@click.option("-m", "--model", help="Alias, folder, or hub id owner/name[@revision]. [default: pl-tiny, or what the"
-              " adapter was made for]")
+@click.option("-m", "--model", help="Model alias, local folder, or Hub id owner/name[@revision]. [default: the"
+              " adapter's base model, else pl-tiny]")
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="An adapter of the model, as `mowa train` writes it.")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
-@click.option("-f", "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True,
-              help="text: final words; on a terminal, those that may change after them. json: a line for each event.")
-@click.option("--input-device", metavar="NUMBER|NAME", help="Which microphone. [default: the system's]")
-@click.option("--list-devices", is_flag=True, help="List the microphones, and hear nothing.")
-@click.option("--rate", "raw_hz", type=click.IntRange(*RATE_RANGE_HZ), metavar="HZ",
-              help=f"Of raw samples from standard input: 16 bits, one channel. [default: {RAW_RATE_HZ}]")
-@click.option("--simulate", is_flag=True, help="Hear a file as fast as it was recorded, not as fast as can be.")
-@click.option("--speed", type=click.FloatRange(min=0, min_open=True), help="With --simulate: so many times as fast.")
+              help="Adapter folder written by `mowa train`.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
+@click.option("-f", "--format", "format_name", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="text: final words, with partial words dimmed on a terminal; json: one JSON object per event.")
+@click.option("--input-device", metavar="NUMBER|NAME", help="Microphone to use. [default: the system's default]")
+@click.option("--list-devices", is_flag=True, help="List microphones and exit.")
+@click.option("--sample-rate", type=click.IntRange(*RATE_RANGE_HZ), metavar="HZ",
+              help=f"Sample rate of raw input on standard input (16-bit mono PCM). [default: {RAW_RATE_HZ}]")
+@click.option("--realtime", is_flag=True, help="Read a file at its recorded speed instead of as fast as possible.")
+@click.option("--speed", type=click.FloatRange(min=0, min_open=True), help="With --realtime: playback speed factor.")
 @click.option("--mode", type=click.Choice(["auto", "cached", "window"]),
-              help="cached: with a memory, for models that were trained so; window: with what is before and after it"
-              " anew, for all. [default: auto, cached where it can be]")
+              help="cached: cache-aware streaming, for models trained with chunked attention; window: re-encode each"
+              " chunk with its context, for any model. [default: auto: cached if the model supports it]")
 @click.option("--chunk-s", type=click.FloatRange(min=0, min_open=True),
-              help="Seconds that are heard at a time. [default: as the mode has it]")
-@click.option("--left-s", type=click.FloatRange(min=0),
-              help="Seconds before them that are heard with them. [default: as the mode has it]")
-@click.option("--right-s", type=click.FloatRange(min=0),
-              help="Seconds after them that are heard with them, and waited for. [default: as the mode has it]")
-@click.option("--pause-s", type=click.FloatRange(min=0), default=DEFAULT_ENDPOINTING.min_silence_s, show_default=True,
-              help="Quiet that ends a segment.")
-@click.option("--longest-s", type=click.FloatRange(min=0), default=DEFAULT_ENDPOINTING.max_segment_s, show_default=True,
-              help="A longer segment ends at its next word.")
-@click.option("--no-detect", is_flag=True, help="Hear all that comes, without looking for speech in it.")
-@click.option("--engine", "kind", type=click.Choice(["pytorch", "onnx"]), default=DEFAULTS.engine, show_default=True,
-              help="What computes: PyTorch (native) or ONNX Runtime (onnx).")
+              help="Audio per chunk, in seconds. [default: depends on --mode]")
+@click.option("--left-context-s", type=click.FloatRange(min=0),
+              help="Left context per chunk, in seconds. [default: depends on --mode]")
+@click.option("--lookahead-s", type=click.FloatRange(min=0),
+              help="Look-ahead per chunk, in seconds; adds this much latency. [default: depends on --mode]")
+@click.option("--min-silence-s", type=click.FloatRange(min=0), default=DEFAULT_ENDPOINTING.min_silence_s,
+              show_default=True, help="Silence that ends a segment, in seconds.")
+@click.option("--max-segment-s", type=click.FloatRange(min=0), default=DEFAULT_ENDPOINTING.max_segment_s,
+              show_default=True, help="End a segment at the next word after this many seconds.")
+@click.option("--no-vad", is_flag=True, help="Transcribe everything; do not run voice activity detection.")
+@click.option("--engine", type=click.Choice(["pytorch", "onnx"]), default=DEFAULTS.engine, show_default=True,
+              help="Inference engine.")
 @click.option("--device", default=DEFAULTS.device, show_default=True, help="cpu, cuda, cuda:1, …")
-@click.option(
-    "--dtype", default=DEFAULTS.dtype, show_default=True, help="float32, bfloat16, float16, int8, or what measures"
-    " fastest."
-)
-@click.option("--threads", type=click.IntRange(min=1), help="Processor threads. [default: the cores there are]")
+@click.option("--dtype", default=DEFAULTS.dtype, show_default=True,
+              help="Compute dtype: float32, bfloat16, float16, int8, or auto (the fastest on this machine).")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads. [default: all available cores]")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def listen(
-    source: str | None, model: str | None, adapter: Path | None, revision: str | None, offline: bool, form: str,
-    input_device: str | None, list_devices: bool, raw_hz: int | None, simulate: bool, speed: float | None,
-    pause_s: float, longest_s: float, no_detect: bool, kind: str, device: str, dtype: str, threads: int | None,
-    debug: bool, **how: Any,
+    source: str | None, model: str | None, adapter: Path | None, revision: str | None, offline: bool, format_name: str,
+    input_device: str | None, list_devices: bool, sample_rate: int | None, realtime: bool, speed: float | None,
+    min_silence_s: float, max_segment_s: float, no_vad: bool, engine: str, device: str, dtype: str,
+    threads: int | None, debug: bool, **streaming_options: Any,
 ) -> int:
     # fmt: on
-    """Write down what is said, as it is said.
+    """Transcribe live audio as it arrives.
 
-    SOURCE is - for standard input (a recording, or raw samples), an address (http://…, rtp://…) or a file; without
-    one, a microphone. What is written stays as it is; only what is dim on a terminal, and partial in JSON, may change.
+    SOURCE is - for standard input (an audio file or raw samples), a URL (http://…, rtp://…) or a file; without one, the
+    microphone is used. Final words never change; partial results (dim on a terminal, type partial in JSON) may.
 
-    Ctrl-C ends it: what came until then is still written. The exit code is then 0 for microphones and addresses, and
-    130 for what has an end of its own.
+    Ctrl-C or SIGTERM stops the source and transcribes what has arrived. The exit code is then 0 for microphones and
+    URLs, and 130 for files and standard input. A shell starts background jobs with Ctrl-C ignored: stop those with
+    SIGTERM (`kill PID`).
     """
     if list_devices:
         return _list_devices()
     hardware.enable_huge_pages()
-    sound = _source(source, raw_hz, simulate, speed, input_device)
+    audio_source = _open_source(source, sample_rate, realtime, speed, input_device)
     from mowa.engines import streaming
+    from mowa.engines.stream_session import StreamSession
     from mowa.engines.transcription import load_engine, resolve_base_model
 
-    wanted = EngineSpec(
-        model or resolve_base_model(adapter), adapter, revision, offline, engine=kind, device=device, dtype=dtype, threads=threads
+    spec = EngineSpec(
+        model or resolve_base_model(adapter), adapter, revision, offline,
+        engine=engine, device=device, dtype=dtype, threads=threads,
+    )  # fmt: skip
+    endpointing = replace(
+        DEFAULT_ENDPOINTING, min_silence_s=min_silence_s, max_segment_s=max_segment_s, vad=not no_vad
     )
-    rules = replace(DEFAULT_ENDPOINTING, min_silence_s=pause_s, max_segment_s=longest_s, vad=not no_detect)
-    given = streaming.StreamingConfig(**{name: value for name, value in how.items() if value is not None})
-    hearing = StreamSession(streaming.stream(load_engine(wanted).engine, given, rules))
-    blocks = BufferedSource(sound, hearing.stream.encoder.rate_hz)
+    config = streaming.StreamingConfig(**{key: value for key, value in streaming_options.items() if value is not None})
+    session = StreamSession(streaming.stream(load_engine(spec).engine, config, endpointing))
+    blocks = BufferedSource(audio_source, session.stream.encoder.rate_hz)
     with stop_on_signal(blocks) as stopped, blocks:
-        output = _output(form)
+        writer = _event_writer(format_name)
         try:
-            for events in hearing.events(blocks):
-                output.write(events, hearing)
+            for events in session.events(blocks):
+                writer.write(events, session)
         finally:
-            output.close()
-            if hearing.lost_s:
-                click.echo(f"mowa: {_lost(hearing.lost_s, blocks.dropped_s)}", err=True)
-    return 130 if stopped and sound.finite else 0
-
-
-@dataclass(frozen=True, slots=True)
-class TimedSegment:
-    """A segment, with times of the source. `latency_s`: how long ago the end of its last word was recorded; None
-    without words."""
-
-    segment: Segment
-    processed_s: float
-    latency_s: float | None
-
-
-class StreamSession:
-    """A stream that is fed with blocks. It knows when each was recorded, how long computing took, and what was lost.
-
-    Where sound was lost the stream is flushed, and all that follows is later by what was lost.
-    """
-
-    def __init__(self, stream: TranscriptionStream) -> None:
-        self.stream = stream
-        self.compute_s = self.lost_s = 0.0
-        self.latency_s: float | None = None  # of the last words
-        self._moments: deque[tuple[float, float]] = deque(maxlen=8192)  # ends of blocks, and when they were recorded
-
-    @property
-    def processed_s(self) -> float:
-        return self.stream.received_s + self.lost_s
-
-    def events(self, blocks: BufferedSource) -> Iterator[list[TimedSegment]]:
-        """What every block brings, often nothing; at the end, and before an AudioError, what was still open."""
-        failure = None
-        try:
-            for block in blocks:
-                yield self._fed(block)
-        except AudioError as wrong:
-            failure = wrong
-        yield self._timed(time.monotonic(), self.stream.close())
-        if failure is not None:
-            raise failure
-
-    def _fed(self, block: AudioBlock) -> list[TimedSegment]:
-        before = []
-        if block.lost_s:
-            before = self._timed(time.monotonic(), self.stream.flush())
-            self.lost_s += block.lost_s
-        begun_s = time.monotonic()
-        found = self.stream.feed(block.samples)
-        if len(block.samples):
-            self._moments.append((self.processed_s, block.captured_at_s))
-        return before + self._timed(begun_s, found)
-
-    def _timed(self, begun_s: float, found: list[Segment]) -> list[TimedSegment]:
-        now_s = time.monotonic()
-        self.compute_s += now_s - begun_s
-        events = []
-        for segment in found:
-            late = _shifted(segment, self.lost_s)
-            latency_s = max(0.0, now_s - self._recorded_s(late.end_s)) if late.words else None
-            self.latency_s = self.latency_s if latency_s is None else latency_s
-            events.append(TimedSegment(late, self.processed_s, latency_s))
-        return events
-
-    def _recorded_s(self, at_s: float) -> float:
-        """When the sound at `at_s` was recorded: the moment of the block that it is in, less what follows it there."""
-        later_end_s, later_s = self._moments[-1]
-        for end_s, moment_s in reversed(self._moments):
-            if end_s < at_s:
-                share = min(1.0, (at_s - end_s) / (later_end_s - end_s)) if later_end_s > end_s else 1.0
-                return moment_s + share * (later_s - moment_s)
-            later_end_s, later_s = end_s, moment_s
-        return later_s
+            writer.close()
+            if session.lost_s:
+                click.echo(f"mowa: {_lost_audio_message(session.lost_s, blocks.dropped_s)}", err=True)
+    return 130 if stopped and audio_source.finite else 0
 
 
 class EventWriter(Protocol):
-    def write(self, events: list[TimedSegment], hearing: StreamSession) -> None: ...
+    """Writes the events of a session to standard output."""
+
+    def write(self, events: list[TimedSegment], session: StreamSession) -> None: ...
 
     def close(self) -> None: ...
 
 
 class JsonWriter:
-    """A line for each event, for programs."""
+    """Write one JSON object per event."""
 
-    def write(self, events: list[TimedSegment], hearing: StreamSession) -> None:
+    def write(self, events: list[TimedSegment], session: StreamSession) -> None:
         for event in events:
-            click.echo(json.dumps(_row(event), ensure_ascii=False, allow_nan=False))
+            click.echo(json.dumps(_event_dict(event), ensure_ascii=False, allow_nan=False))
 
     def close(self) -> None:
         pass
 
 
 class LineWriter:
-    """A line for each segment, when it has ended."""
+    """Write one line per segment, when the segment has ended."""
 
     def __init__(self) -> None:
         self._words: list[str] = []
 
-    def write(self, events: list[TimedSegment], hearing: StreamSession) -> None:
+    def write(self, events: list[TimedSegment], session: StreamSession) -> None:
         for event in events:
             if event.segment.is_final:
                 self._words += [word.text for word in event.segment.words]
@@ -218,133 +153,127 @@ class LineWriter:
 
 
 class TerminalWriter:
-    """Words as they come, and below them how things stand."""
+    """Show words on a terminal as they come, with a status line below them."""
 
     def __init__(self) -> None:
-        self._screen = LiveDisplay("waiting for sound")
+        self._display = LiveDisplay("waiting for audio")
 
-    def write(self, events: list[TimedSegment], hearing: StreamSession) -> None:
-        self._screen.update([event.segment for event in events], format_status(hearing))
+    def write(self, events: list[TimedSegment], session: StreamSession) -> None:
+        self._display.update([event.segment for event in events], format_status(session))
 
     def close(self) -> None:
-        self._screen.close()
+        self._display.close()
 
 
-def format_status(hearing: StreamSession) -> str:
-    """How much was heard; computing time per time of sound; how late the last words came; what was lost."""
-    minutes, seconds = divmod(int(hearing.processed_s), 60)
+def format_status(session: StreamSession) -> str:
+    """Return the status line: audio processed, real-time factor, latency of the latest words, audio lost."""
+    minutes, seconds = divmod(int(session.processed_s), 60)
     clock = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-    parts = [f"{clock} heard", f"{hearing.compute_s / max(hearing.stream.received_s, 1e-3):.2f}× real time"]
-    if hearing.latency_s is not None:
-        parts.append(f"{hearing.latency_s:.2f} s behind")
-    if hearing.lost_s:
-        parts.append(f"{hearing.lost_s:.1f} s lost")
+    parts = [f"{clock} processed", f"RTF {session.compute_s / max(session.stream.received_s, 1e-3):.2f}"]
+    if session.latency_s is not None:
+        parts.append(f"{session.latency_s:.2f} s latency")
+    if session.lost_s:
+        parts.append(f"{session.lost_s:.1f} s lost")
     return " · ".join(parts)
 
 
 @contextmanager
 def stop_on_signal(blocks: BufferedSource) -> Iterator[list[int]]:
-    """The first Ctrl-C, or SIGTERM, ends the source, and what came is still heard; the second ends all at once.
+    """Stop the source at the first SIGINT or SIGTERM, so that the audio that has arrived is still transcribed.
 
-    Gives a list, empty until then.
+    A second signal raises KeyboardInterrupt. A signal that the parent process ignores, as a shell does with SIGINT for
+    background jobs, stays ignored. Yield the list of signals received, empty until then.
     """
-    asked: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        if asked:
+        if received:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
         blocks.stop()
 
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {one: signal.getsignal(one) for one in signals}
-    ours = [one for one, handler in before.items() if handler != signal.SIG_IGN]
-    for one in ours:
-        signal.signal(one, stop)
+    previous = {number: signal.getsignal(number) for number in signals}
+    handled = [number for number, handler in previous.items() if handler != signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, stop)
     try:
-        yield asked
+        yield received
     finally:
-        for one in ours:
-            signal.signal(one, before[one] or signal.SIG_DFL)
+        for number in handled:
+            signal.signal(number, previous[number] or signal.SIG_DFL)
 
 
-def _source(
-    source: str | None, raw_hz: int | None, simulate: bool, speed: float | None, input_device: str | None
+def _open_source(
+    source: str | None, sample_rate: int | None, realtime: bool, speed: float | None, input_device: str | None
 ) -> AudioSource:
     from mowa.data.inputs import microphone, network, stdin
-    from mowa.data.inputs import source as live
+    from mowa.data.inputs.source import open_file, open_realtime_file
 
-    file = source is not None and source != "-" and "://" not in source
-    if simulate and not file:
-        raise DataError("--simulate plays a file: name one")
-    if speed is not None and not simulate:
-        raise DataError("--speed is for --simulate")
-    if raw_hz is not None and source != "-":
-        raise DataError("--rate is for raw samples from standard input: mowa listen - --rate 8000")
+    is_file = source is not None and source != "-" and "://" not in source
+    if realtime and not is_file:
+        raise DataError("--realtime needs an audio file as SOURCE")
+    if speed is not None and not realtime:
+        raise DataError("--speed needs --realtime")
+    if sample_rate is not None and source != "-":
+        raise DataError("--sample-rate is for raw samples on standard input: mowa listen - --sample-rate 8000")
     if input_device is not None and source is not None:
-        raise DataError(f"--input-device is a microphone, and {source} is another source: name one of both")
+        raise DataError(f"--input-device selects a microphone, but SOURCE is {source}: give one of them")
     if source is None:
         return microphone.open_microphone(input_device)
     if source == "-":
-        return stdin.open_stdin(raw_hz)
-    if not file:
+        return stdin.open_stdin(sample_rate)
+    if not is_file:
         return network.open_url(source)
-    if simulate:
-        return live.open_realtime_file(source) if speed is None else live.open_realtime_file(source, speed)
-    return live.open_file(source)
+    if realtime:
+        return open_realtime_file(source) if speed is None else open_realtime_file(source, speed)
+    return open_file(source)
 
 
 def _list_devices() -> int:
-    from mowa.cli import output as show
-    from mowa.data.inputs import microphone
+    from mowa.cli.output import print_table
+    from mowa.data.inputs.microphone import list_microphones
 
-    there = microphone.list_microphones()
-    if not there:
-        raise AudioError("there is no microphone here")
+    devices = list_microphones()
+    if not devices:
+        raise AudioError("no microphone found")
     rows = [
         (str(one.number), one.name, str(one.channels), f"{one.rate_hz} Hz", "default" if one.default else "")
-        for one in there
+        for one in devices
     ]
-    show.print_table(("number", "name", "channels", "rate", ""), rows)
+    print_table(("number", "name", "channels", "rate", ""), rows)
     return 0
 
 
-def _output(form: str) -> EventWriter:
-    if form == "json":
+def _event_writer(format_name: str) -> EventWriter:
+    if format_name == "json":
         return JsonWriter()
     return TerminalWriter() if sys.stdout.isatty() else LineWriter()
 
 
-def _lost(lost_s: float, dropped_s: float) -> str:
+def _lost_audio_message(lost_s: float, dropped_s: float) -> str:
     if not dropped_s:
-        return f"{lost_s:.1f} s of sound were lost: what came of them could not be decoded"
+        return f"{lost_s:.1f} s of audio were lost: they could not be decoded"
     return (
-        f"{lost_s:.1f} s of sound were lost: it came faster than it could be heard. Try a smaller model, or --mode"
-        " cached with a model that was trained so"
+        f"{lost_s:.1f} s of audio were lost: transcription is slower than real time. Use a smaller model, or --mode"
+        " cached with a streaming model"
     )
 
 
-def _shifted(segment: Segment, by_s: float) -> Segment:
-    if not by_s:
-        return segment
-    words = tuple(replace(word, start_s=word.start_s + by_s, end_s=word.end_s + by_s) for word in segment.words)
-    return replace(segment, start_s=segment.start_s + by_s, end_s=segment.end_s + by_s, words=words)
-
-
-def _row(event: TimedSegment) -> dict[str, Any]:
+def _event_dict(event: TimedSegment) -> dict[str, Any]:
     segment = event.segment
     return {
         "type": "final" if segment.is_final else "partial",
-        **_timed_row(segment),
-        "ends": segment.is_endpoint,
+        **_timed_dict(segment),
+        "end_of_segment": segment.is_endpoint,
         "stability": round(segment.stability, 4),
-        "words": [_timed_row(word) for word in segment.words],
-        "heard_s": round(event.processed_s, 3),
+        "words": [_timed_dict(word) for word in segment.words],
+        "processed_s": round(event.processed_s, 3),
         "latency_s": None if event.latency_s is None else round(event.latency_s, 3),
     }
 
 
-def _timed_row(item: Segment | Word) -> dict[str, Any]:
+def _timed_dict(item: Segment | Word) -> dict[str, Any]:
     return {
         "text": item.text,
         "start_s": round(item.start_s, 3),

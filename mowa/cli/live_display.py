@@ -1,7 +1,7 @@
-"""Live words on a terminal: what is final stays, what may change is dim after it, and below is how things stand.
+"""A live transcript on a terminal: final words, partial words dimmed after them, and a status line below.
 
-The last row of words, one more for what may change, and the line below are drawn again and again; all above them is
-written once. No row is wider than the terminal, as one that wraps could not be taken back.
+Only the last row of final words, one row of partial words and the status line are redrawn. No row is wider than the
+terminal, since a row that wraps could not be erased.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import click
 
 from mowa.types import Segment
 
-REFRESH_INTERVAL_S = 0.1  # words are shown at once; the line below them is only so new
-_CLEAR, _ABOVE = "\r\x1b[2K", "\x1b[1A\x1b[2K"  # this row; the one above, where the cursor stays
+REFRESH_INTERVAL_S = 0.1  # of the status line; words are shown at once
+_CLEAR, _ABOVE = "\r\x1b[2K", "\x1b[1A\x1b[2K"  # erase this row; move up and erase
 
 
 class LiveDisplay:
-    """It draws from the beginning, and until `end` nobody else may write to the terminal."""
+    """Draws from construction until `close`; nothing else may write to the terminal meanwhile."""
 
     def __init__(self, status: str = "") -> None:
         self._row, self._open, self._status = "", "", status
@@ -28,7 +28,7 @@ class LiveDisplay:
         click.echo(self._drawing(), nl=False)
 
     def update(self, segments: Sequence[Segment], status: str) -> None:
-        """What a feed brought, in its order; then `status`."""
+        """Show the segments of one feed, in order, and the new status line."""
         done: list[str] = []
         for segment in segments:
             words = [word.text for word in segment.words]
@@ -46,11 +46,11 @@ class LiveDisplay:
             click.echo(self._back() + "".join(f"{row}\n" for row in done) + self._drawing(), nl=False)
 
     def close(self) -> None:
-        """Only the final words stay."""
+        """Erase the partial words and the status line."""
         click.echo(self._back() + (f"{self._row}\n" if self._row else ""), nl=False)
 
     def _add(self, word: str) -> list[str]:
-        """A final word, at the end of the row → rows that are full."""
+        """Append a final word to the row; return the rows that are full."""
         longer = f"{self._row} {word}" if self._row else word
         if display_width(longer) <= _width():
             self._row = longer
@@ -79,7 +79,7 @@ class LiveDisplay:
 
 
 def display_width(text: str) -> int:
-    """How wide a terminal shows it: Chinese and its like are two columns each, marks over letters none."""
+    """Return the columns that `text` takes: two for East Asian wide characters, none for combining marks."""
     return sum(0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in "WF") for one in text)
 
 
@@ -88,7 +88,7 @@ def _width() -> int:
 
 
 def _head(text: str, width: int) -> str:
-    """As much of the beginning as `width` columns hold."""
+    """Return the longest prefix that fits in `width` columns."""
     size = len(text)
     while display_width(text[:size]) > width:
         size -= 1
@@ -96,7 +96,7 @@ def _head(text: str, width: int) -> str:
 
 
 def _tail(text: str, width: int) -> str:
-    """The text, or where there is no room for it, its end: that was said last."""
+    """Return the text, or … and its end where it is wider than `width` columns."""
     if display_width(text) <= width:
         return text
     start = 0

@@ -1,4 +1,7 @@
-"""The `mowa` command. Verbs are imported when they are called, so `mowa --help` is quick."""
+"""The `mowa` command: a lazy group that imports a command's module only when the command is called.
+
+Importing lazily keeps `mowa --help` fast.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,28 @@ import click
 from mowa import __version__
 from mowa.errors import MowaError
 
-# verb → (module:function, the line `mowa --help` shows)
+# command → ("module:function", the line that `mowa --help` shows)
 COMMANDS = {
-    "transcribe": ("mowa.cli.transcribe:transcribe", "Write down what is said in recordings."),
-    "listen": ("mowa.cli.listen:listen", "Write down what is said, as it is said."),
-    "journal": ("mowa.cli.results:journal", "Look into, merge and export what a corpus run wrote."),
-    "models": ("mowa.cli.models:models", "List aliases, families and what is cached."),
-    "doctor": ("mowa.cli.doctor:doctor", "Say what this machine has and whether mowa works on it."),
-    "data": ("mowa.cli.data:data", "Check corpora; collect sentences and speak them."),
-    "adapt": ("mowa.cli.adapter:adapt", "Look at an adapter, or merge it into its base."),
-    "explain": ("mowa.cli.explain:explain", "Say how a model's layers would be computed here, and why."),
-    "train": ("mowa.cli.train:train", "Train a model as a recipe says."),
-    "shrink": ("mowa.cli.quantize:shrink", "Make a model smaller, and measure what it costs."),
-    "export": ("mowa.cli.export:export", "Write a model as other programs run it."),
-    "bench": ("mowa.cli.bench:bench", "Time models, engines and schemes on this machine."),
-    "distill": ("mowa.cli.distill:distill", "Make a smaller model of a larger one."),
+    "transcribe": ("mowa.cli.transcribe:transcribe", "Transcribe audio files."),
+    "listen": ("mowa.cli.listen:listen", "Transcribe live audio as it arrives."),
+    "results": ("mowa.cli.results:results", "Inspect, merge and convert results logs."),
+    "models": ("mowa.cli.models:models", "List model aliases, supported families and cached models."),
+    "doctor": ("mowa.cli.doctor:doctor", "Show hardware and installed packages, and run a self-test."),
+    "data": ("mowa.cli.data:data", "Check speech corpora and make synthetic ones."),
+    "adapter": ("mowa.cli.adapter:adapter", "Inspect adapters and merge them into their base model."),
+    "explain": ("mowa.cli.explain:explain", "Show which implementation each layer would use, and why."),
+    "train": ("mowa.cli.train:train", "Fine-tune a model from a recipe."),
+    "quantize": ("mowa.cli.quantize:quantize", "Quantize a model and measure the loss in accuracy."),
+    "export": ("mowa.cli.export:export", "Export a model to another runtime."),
+    "bench": ("mowa.cli.bench:bench", "Benchmark models, engines and dtypes on this machine."),
+    "distill": ("mowa.cli.distill:distill", "Distill a model into one with fewer layers."),
 }
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # where torchao is installed, importing transformers makes them warn
 
 
 class LazyGroup(click.Group):
-    """A group whose commands live in modules that are imported only when used."""
+    """A click group whose commands are imported on first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -54,24 +57,28 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="mowa")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
-    """Take an open pretrained model, of speech or of text, and make it yours on the machine you have."""
+    """Fine-tune, adapt, quantize and run open pretrained speech and language models on your own hardware."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run, and turn what can go wrong into one line and exit code 2 (130 after Ctrl-C)."""
+    """Run the command line and exit.
+
+    Exit codes: 0; 2 after an error, which is printed in one line unless --debug is given; 130 after Ctrl-C; 141 when
+    standard output was closed.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = cli.main(arguments, prog_name="mowa", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as wrong:
-        wrong.show()
+    except click.ClickException as error:
+        error.show()
         sys.exit(2)
-    except MowaError as wrong:
+    except MowaError as error:
         if "--debug" in arguments:
             raise
-        click.echo(f"mowa: {wrong}", err=True)
+        click.echo(f"mowa: {error}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         click.echo("mowa: stopped", err=True)

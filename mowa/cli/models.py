@@ -1,4 +1,4 @@
-"""`mowa models`: what can be named, what is understood, what is already here."""
+"""`mowa models`: list model aliases, supported families and cached models."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from pathlib import Path
 import click
 
 ALIAS_NOTES = {
-    "pl-tiny": "drafts and trying things out, offline; Polish speech of people, 28 M parameters",
-    "polish": "Polish speech of people, transcripts to keep; XLSR-53, 315 M parameters, 1.3 GB to fetch",
+    "pl-tiny": "drafts and experiments, offline; Polish speech, 28 M parameters",
+    "polish": "accurate Polish transcripts; XLSR-53, 315 M parameters, 1.3 GB download",
 }
 
-GENERIC_ACCELERATIONS = ("attention", "packing", "fused_head")
-"""What makes every family faster that does not say why not; `Family.swaps` is what only some have a place for."""
+GENERIC_ACCELERATIONS = ("attention", "packing", "fused_loss")
+"""Accelerations of every family unless its `unsupported` lists them; `Family.fused_modules` has the specific ones."""
 
 
-@click.command(short_help="List aliases, families and what is cached.")
-@click.option("--families", "only_families", is_flag=True, help="Only the families, and what is known of each.")
+@click.command(short_help="List model aliases, supported families and cached models.")
+@click.option(
+    "--families",
+    "only_families",
+    is_flag=True,
+    help="List only model families, with their accelerations and adapter targets.",
+)
 def models(only_families: bool) -> None:
-    """List aliases, families and what is cached."""
+    """List model aliases, supported families and cached models."""
     from mowa.cli.output import format_size, print_table
     from mowa.families import list_model_types
     from mowa.io.hub import MODEL_ALIASES, list_cached_models
@@ -26,11 +31,14 @@ def models(only_families: bool) -> None:
     if only_families:
         _families()
         return
-    rows = [[name, "bundled" if isinstance(to, Path) else to, ALIAS_NOTES[name]] for name, to in MODEL_ALIASES.items()]
-    print_table(["alias", "stands for", "good for"], rows)
-    here = list_cached_models(list_model_types())
+    rows = [
+        [name, "bundled" if isinstance(target, Path) else target, ALIAS_NOTES[name]]
+        for name, target in MODEL_ALIASES.items()
+    ]
+    print_table(["alias", "model", "use for"], rows)
+    cached = list_cached_models(list_model_types())
     click.echo()
-    if here:
+    if cached:
         rows = [
             [
                 one.name,
@@ -38,19 +46,19 @@ def models(only_families: bool) -> None:
                 "converted" if one.converted else (one.revision or "")[:12],
                 format_size(one.size_bytes),
             ]
-            for one in here
+            for one in cached
         ]
         print_table(["cached", "family", "revision", "size"], rows)
     else:
-        click.echo("cached: nothing yet; a hub id (--model polish) is fetched once, when it is first used")
+        click.echo("cached: none; a Hub model (--model polish) is downloaded on first use")
     click.echo()
-    for task, known in _by_task().items():
-        click.echo(f"{task} families: {', '.join(known)}")
-    click.echo("what is known of each: mowa models --families")
+    for task, names in _by_task().items():
+        click.echo(f"{task} families: {', '.join(names)}")
+    click.echo("details: mowa models --families")
 
 
 def _families() -> None:
-    """Every family, what makes it fast and where adapters may sit; then what does not apply to it, and why."""
+    """Print the accelerations and adapter targets of every family, then the unsupported ones with the reason."""
     from mowa.cli.output import print_table
     from mowa.families import list_families
 
@@ -65,20 +73,21 @@ def _families() -> None:
         ]
         for family in list_families()
     ]
-    print_table(["family", "model_type", "task", "acceleration", "linear layers"], rows)
-    refused: dict[tuple[str, str], list[str]] = {}
+    print_table(["family", "model_type", "task", "accelerations", "linear layers"], rows)
+    unsupported: dict[tuple[str, str], list[str]] = {}
     for family in list_families():
         for limit in family.unsupported.items():
-            refused.setdefault(limit, []).append(family.name)
+            unsupported.setdefault(limit, []).append(family.name)
     print_table(
-        ["without", "because", "families"], [[*limit, ", ".join(names)] for limit, names in sorted(refused.items())]
+        ["unsupported", "reason", "families"],
+        [[*limit, ", ".join(names)] for limit, names in sorted(unsupported.items())],
     )
 
 
 def _by_task() -> dict[str, list[str]]:
     from mowa.families import list_families
 
-    known: dict[str, list[str]] = {}
+    by_task: dict[str, list[str]] = {}
     for family in list_families():
-        known.setdefault(family.task, []).append(family.name)
-    return known
+        by_task.setdefault(family.task, []).append(family.name)
+    return by_task

@@ -1,27 +1,31 @@
-"""How things look on a terminal: tables and progress. Progress goes to standard error and only where one looks."""
+"""Tables, sizes and progress bars for the terminal. Bars go to standard error and only if that is a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from mowa.evaluation.worker import Throughput
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell; the last one is never padded."""
+    """Print columns as wide as their widest cell; the last one is not padded."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         click.echo("  ".join(cells).rstrip())
 
 
-def format_size(count: int) -> str:
-    """Bytes, as people say them."""
-    number = float(count)
+def format_size(num_bytes: int) -> str:
+    """Return a size with a decimal unit: 950 B, 12 kB, 340 MB, 1.26 GB."""
+    number = float(num_bytes)
     for unit in ("B", "kB", "MB"):
         if number < 1000:
             return f"{number:.0f} {unit}"
@@ -29,17 +33,24 @@ def format_size(count: int) -> str:
     return f"{number:.2f} GB"
 
 
+def throughput_lines(label: str, measured: Iterable[Throughput]) -> Iterator[str]:
+    """Yield one line per thread count and batch size."""
+    for one in measured:
+        threads = f"{one.threads} thread{'s' * (one.threads > 1)}"
+        yield f"{label}, {threads}, batch size {one.batch_size}: RTF {one.rtf:.4f}, RTFx {1 / one.rtf:.1f}"
+
+
 def set_progress_total(bar: tqdm, total_s: float) -> None:
-    """How much there is in all is known now: the bar says how much is left."""
+    """Set the total of a running `audio_progress` bar, in seconds of audio."""
     bar.bar_format, bar.total = _BAR, round(total_s)
     bar.refresh()
 
 
 def audio_progress(total_s: float | None) -> tqdm:
-    """A bar in seconds of audio, with audio-seconds per second and the time left. Silent when not a terminal."""
+    """Return a bar in seconds of audio; without a total it shows no percentage."""
     return tqdm(
         total=None if total_s is None else round(total_s),
-        desc="listening",
+        desc="transcribing",
         unit="s",
         disable=None,
         bar_format=_BAR if total_s else None,
@@ -48,16 +59,16 @@ def audio_progress(total_s: float | None) -> tqdm:
 
 @contextmanager
 def stage_progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar for work of several kinds, told by what is being done and the share of it that is. Silent elsewhere."""
+    """Yield a callback (stage, fraction in [0, 1]) that updates a bar for work in several stages."""
     bar = tqdm(total=100, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}]", leave=False)
 
-    def told(what: str, share: float) -> None:
+    def on_progress(stage: str, fraction: float) -> None:
         if not bar.disable:
-            bar.set_description_str(what, refresh=False)
-            bar.n = round(share * 100)
+            bar.set_description_str(stage, refresh=False)
+            bar.n = round(fraction * 100)
             bar.refresh()
 
     try:
-        yield told
+        yield on_progress
     finally:
         bar.close()

@@ -1,6 +1,6 @@
-"""The recipe of fine-tuning as flags: one for each knob of `Tuning`, made from the schema; and everyday names for some.
+"""Command-line options generated from the recipe classes: one option per recipe key, plus short flags for common keys.
 
-What a knob means is not known here: its default, its words and its help are read from the schema.
+Types, defaults, choices and help texts come from the schema (`mowa.training.config`); nothing is stated twice.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 import typing
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import click
 from mowa.training.config import schema
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.config.ctc import CTCRecipe
+from mowa.training.config.dispatch import NO_LEAF_NAME
 from mowa.training.config.schema import OptionSpec
 
 KEY_BY_FLAG = {
@@ -25,23 +27,25 @@ KEY_BY_FLAG = {
     "data": "data.train",
     "dev": "data.dev",
     "test": "data.test",
-    "train": "train",
+    "method": "method",
     "vocabulary": "vocabulary",
     "qat": "qat",
-    "epochs": "optimise.epochs",
-    "steps": "optimise.steps",
-    "learning-rate": "optimise.learning_rate",
-    "seed": "optimise.seed",
-    "layout": "batch.layout",
-    "devices": "parallel.devices",
-    "nodes": "parallel.nodes",
-    "strategy": "parallel.strategy",
+    "epochs": "optimizer.epochs",
+    "max-steps": "optimizer.max_steps",
+    "learning-rate": "optimizer.learning_rate",
+    "seed": "optimizer.seed",
+    "packing": "batch.packing",
+    "devices": "distributed.devices",
+    "nodes": "distributed.nodes",
+    "strategy": "distributed.strategy",
 }
-"""Flag → the knob it stands for. `--help` shows these; `mowa train --knobs` and docs/recipes.md show all."""
+"""Flag → recipe key, for the options that `--help` shows. `mowa train --list-options` and docs/recipes.md show all."""
+
+ONE_LETTER_FLAGS = {"model": "-m"}
 
 
-def _all() -> tuple[OptionSpec, ...]:
-    """The knobs of every kind of tuning; one that several have, as recordings have it, with all the words it takes."""
+def _all_leaves() -> tuple[OptionSpec, ...]:
+    """Return the options of all recipe classes; an option that several share has the choices of all of them."""
     found: dict[str, OptionSpec] = {}
     for leaf in (leaf for kind in (CTCRecipe, CausalRecipe) for leaf in schema.iter_options(kind)):
         known = found.setdefault(leaf.dotted, leaf)
@@ -49,12 +53,12 @@ def _all() -> tuple[OptionSpec, ...]:
     return tuple(found.values())
 
 
-LEAVES = _all()
+LEAVES = _all_leaves()
 FLAG_BY_KEY = {dotted: f"--{name}" for name, dotted in KEY_BY_FLAG.items()}
 
 
 class DataSourceParam(click.ParamType):
-    """`path`, or `path@split`. Behind an @ that is the path's own stand a / or a dot; or else it ends in another @."""
+    """`path`, or `path@split`. An @ that belongs to the path must be followed by a slash, a dot or another @."""
 
     name = "path[@split]"
 
@@ -66,7 +70,7 @@ class DataSourceParam(click.ParamType):
 
 
 class CommaSeparated(click.ParamType):
-    """`a,b,c`; numbers are made of them where the schema wants numbers."""
+    """`a,b,c` as a list of strings; the schema converts them to numbers where it wants numbers."""
 
     name = "a,b,…"
 
@@ -75,7 +79,7 @@ class CommaSeparated(click.ParamType):
 
 
 class KeyValuePairs(click.ParamType):
-    r"""`from=to,from=to`; a backslash before a comma or an equals sign that is meant as itself."""
+    r"""`key=value,key=value` as a dict. A backslash escapes a comma or an equals sign."""
 
     name = "k=v,…"
 
@@ -86,76 +90,108 @@ class KeyValuePairs(click.ParamType):
         for piece in re.findall(r"(?:\\.|[^,])+", value, re.DOTALL):
             pair = re.fullmatch(r"((?:\\.|[^=\\])+)=(.*)", piece, re.DOTALL)
             if pair is None:
-                self.fail(f"{piece!r} is no pair: write from=to", param, ctx)
-            key = pair[1].lstrip(" ") or pair[1]  # a space behind the comma is the writer's, not the letter's
-            found[_bare(key)] = _bare(pair[2])
+                self.fail(f"{piece!r} is not a pair; write from=to", param, ctx)
+            key = pair[1].lstrip(" ") or pair[1]  # a space after the comma is not part of the key
+            found[_unescape(key)] = _unescape(pair[2])
         return found
 
 
-def _bare(text: str) -> str:
+class NumberParam(click.types.FloatParamType):
+    """A float, or the schema's word for infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return math.inf if value == schema.UNLIMITED else super().convert(value, param, ctx)
+
+
+def _unescape(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
 
 
 class RecipeOption(click.Option):
-    """A flag that turns one knob of the recipe, and does nothing unless it is given."""
+    """A command-line option for one recipe key. It has no effect unless it is given."""
 
     def __init__(self, leaf: OptionSpec, flag: str, **settings: Any) -> None:
-        name = flag.lstrip("-").replace(".", "__").replace("-", "_") + "_knob"
-        flags = f"{flag}/--no-{flag.lstrip('-')}" if leaf.hint is bool else flag
-        super().__init__([name, flags], default=None, **_type(leaf), **settings)
-        self.leaf = leaf
+        name = flag.lstrip("-")
+        flags = f"{flag}/--no-{name}" if leaf.hint is bool else flag
+        short = [ONE_LETTER_FLAGS[name]] if name in ONE_LETTER_FLAGS else []
+        parameter = name.replace(".", "__").replace("-", "_") + "_option"
+        super().__init__([parameter, *short, flags], default=None, **_click_type(leaf), **settings)
+        self.leaf, self.flag = leaf, flag
 
 
 def recipe_options() -> list[click.Parameter]:
-    """Every knob's flag for a command: `--group.knob`, hidden from its help, and the everyday ones, which are not."""
+    """Return the options of a training command.
+
+    The flags of KEY_BY_FLAG are shown in its help. Hidden are `--section.key` for every key, and `--key` where the last
+    part of the key is unique.
+    """
     leaf_of = {leaf.dotted: leaf for leaf in LEAVES}
-    shown: list[click.Parameter] = []
+    options: list[click.Parameter] = []
     for name, dotted in KEY_BY_FLAG.items():
         leaf = leaf_of[dotted]
         path = "" if dotted == name else dotted
         default = "" if leaf.default in (dataclasses.MISSING, (), "") else f"default: {format_default(leaf)}"
         notes = "; ".join(part for part in (path, default) if part)
         words = f"{leaf.help[0].upper()}{leaf.help[1:]}."
-        words += " Say it again for more." if _type(leaf).get("multiple") else ""
-        shown.append(RecipeOption(leaf, f"--{name}", help=f"{words}  [{notes}]" if notes else words))
-    rest = [leaf for leaf in LEAVES if flag_name(leaf) != FLAG_BY_KEY.get(leaf.dotted)]
-    return [*shown, *(RecipeOption(leaf, flag_name(leaf), hidden=True, help=leaf.help) for leaf in rest)]
+        words += " Repeatable." if _click_type(leaf).get("multiple") else ""
+        options.append(RecipeOption(leaf, f"--{name}", help=f"{words}  [{notes}]" if notes else words))
+    taken = set(FLAG_BY_KEY.values())
+    for leaf in LEAVES:
+        for flag in dict.fromkeys((flag_name(leaf), leaf_flag_name(leaf))):
+            if flag and flag not in taken:
+                taken.add(flag)
+                options.append(RecipeOption(leaf, flag, hidden=True, help=leaf.help))
+    return options
 
 
 def flag_name(leaf: OptionSpec) -> str:
-    """optimise.learning_rate → --optimise.learning-rate"""
+    """Return the full flag of a key: optimizer.learning_rate → --optimizer.learning-rate."""
     return "--" + leaf.dotted.replace("_", "-")
 
 
+def leaf_flag_name(leaf: OptionSpec) -> str:
+    """Return the flag of a key's last part, optimizer.learning_rate → --learning-rate; empty where it is ambiguous."""
+    if leaf.dotted in NO_LEAF_NAME or _LEAF_COUNTS[leaf.path[-1]] > 1:
+        return ""
+    return "--" + leaf.path[-1].replace("_", "-")
+
+
+_LEAF_COUNTS = Counter(leaf.path[-1] for leaf in LEAVES)
+
+
 def collect_overrides(context: click.Context) -> dict[str, Any]:
-    """Dotted path → value, of the knobs that were turned on the command line and of no others."""
+    """Return recipe key → value for the options that were given on the command line.
+
+    Raises click.UsageError when one key was given under two flags.
+    """
     found: dict[str, Any] = {}
+    flags: dict[str, str] = {}
     for option in context.command.params:
         given = context.get_parameter_source(option.name or "")
         if not isinstance(option, RecipeOption) or given is not click.core.ParameterSource.COMMANDLINE:
             continue
         dotted, value = option.leaf.dotted, context.params[option.name or ""]
         if dotted in found:
-            raise click.UsageError(
-                f"{FLAG_BY_KEY[dotted]} and {flag_name(option.leaf)} are one knob: say one of them", context
-            )
+            raise click.UsageError(f"{flags[dotted]} and {option.flag} are the same option: give one of them", context)
+        flags[dotted] = option.flag
         found[dotted] = [part for part in value if part] if option.multiple else value
     return found
 
 
 def option_rows() -> Iterator[tuple[str, str, str, str]]:
-    """Every knob as `mowa train --knobs` shows it: path, everyday flag, default, help."""
+    """Yield the rows of `mowa train --list-options`: recipe key, flag, default, description."""
     for leaf in LEAVES:
-        yield leaf.dotted, FLAG_BY_KEY.get(leaf.dotted, ""), format_default(leaf), _sentence(leaf)
+        flag = FLAG_BY_KEY.get(leaf.dotted) or leaf_flag_name(leaf) or flag_name(leaf)
+        yield leaf.dotted, flag, format_default(leaf), _description(leaf)
 
 
 def format_default(leaf: OptionSpec) -> str:
-    """Where the knob stands unless it is turned, as YAML writes it."""
+    """Return the default of a key as YAML, or "required"."""
     return "required" if leaf.default is dataclasses.MISSING else _yaml(leaf.default)
 
 
 def describe_type(leaf: OptionSpec) -> str:
-    """What the knob takes, in words."""
+    """Return the type of a key in words."""
     origin, parts = typing.get_origin(leaf.hint), typing.get_args(leaf.hint)
     if leaf.choices:
         words = ", ".join(leaf.choices)
@@ -171,19 +207,20 @@ def describe_type(leaf: OptionSpec) -> str:
     return _PLAIN[leaf.hint] + _range(leaf)
 
 
-_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+_PLAIN = {str: "string", int: "integer", float: "number", bool: "true or false"}
 
 
 def _range(leaf: OptionSpec) -> str:
-    least, most = (str(end).removesuffix(".0") for end in (leaf.minimum, leaf.maximum))
+    minimum, maximum = (str(end).removesuffix(".0") for end in (leaf.minimum, leaf.maximum))
     if leaf.minimum is None:
         return ""
-    return f", {least} or more" if leaf.maximum is None else f", {least} to {most}"
+    return f", {minimum} or more" if leaf.maximum is None else f", {minimum} to {maximum}"
 
 
-def _sentence(leaf: OptionSpec) -> str:
-    untold = any(word not in leaf.help for word in leaf.choices)
-    return f"{leaf.help} ({', '.join(leaf.choices)})" if untold else leaf.help
+def _description(leaf: OptionSpec) -> str:
+    """Return the help text, with the choices where it does not name them all."""
+    incomplete = any(word not in leaf.help for word in leaf.choices)
+    return f"{leaf.help} ({', '.join(leaf.choices)})" if incomplete else leaf.help
 
 
 def _yaml(value: Any) -> str:
@@ -198,8 +235,8 @@ def _yaml(value: Any) -> str:
     return str(value) if value != "" else '""'
 
 
-def _type(leaf: OptionSpec) -> dict[str, Any]:
-    """click's settings for what the knob takes."""
+def _click_type(leaf: OptionSpec) -> dict[str, Any]:
+    """Return click's keyword arguments for the type of a key."""
     origin, parts = typing.get_origin(leaf.hint), typing.get_args(leaf.hint)
     if origin is tuple and dataclasses.is_dataclass(parts[0]):
         return {"type": DataSourceParam(), "multiple": True}
@@ -209,4 +246,4 @@ def _type(leaf: OptionSpec) -> dict[str, Any]:
         return {"type": KeyValuePairs()}
     if leaf.choices:
         return {"type": click.Choice(list(leaf.choices))}
-    return {"type": leaf.hint}
+    return {"type": NumberParam() if leaf.hint is float else leaf.hint}

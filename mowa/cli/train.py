@@ -1,8 +1,7 @@
-"""`mowa train`: a recipe in, a checkpoint out. Fine-tuning, and training from nothing, by what the recipe says."""
+"""`mowa train`: fine-tune a model from a recipe file, from command-line options, or from both."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,109 +10,96 @@ import click
 from mowa import hardware
 from mowa.cli import recipe_options
 from mowa.errors import RecipeError
+from mowa.training.distributed.process import is_main_process, is_worker_process
 
 if TYPE_CHECKING:
-    from mowa.training.config.causal import CausalRecipe
-    from mowa.training.config.ctc import CTCRecipe
-    from mowa.training.config.dispatch import Plan
+    from mowa.training.config.dispatch import Recipe
 
 
-def _list_options(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
-    if not wanted or context.resilient_parsing:
+def _list_options(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value or context.resilient_parsing:
         return
     from mowa.cli import output
 
-    output.print_table(("knob", "in short", "default", "what it is for"), list(recipe_options.option_rows()))
+    output.print_table(("key", "flag", "default", "description"), list(recipe_options.option_rows()))
     context.exit()
 
 
-@click.command(short_help="Train a model as a recipe says.")
+# fmt: off
+@click.command(short_help="Fine-tune a model from a recipe.")
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the finished checkpoint.  [required]")
-@click.option("--dry-run", is_flag=True, help="Print the whole recipe, every knob spelt out, and train nothing.")
-@click.option(
-    *("--knobs", "listed"),
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_list_options,
-    help="List every knob of the recipe, and train nothing.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="Processor threads. [default: the cores there are]")
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="Output folder for the checkpoint or adapter.  [required]")
+@click.option("--dry-run", is_flag=True, help="Print the complete recipe, defaults included, and exit.")
+@click.option("--list-options", is_flag=True, is_eager=True, expose_value=False, callback=_list_options,
+              help="List every recipe option and exit.")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads. [default: all available cores]")
 @click.pass_context
 def train(
     context: click.Context, recipe: Path | None, out: Path | None, dry_run: bool, threads: int | None, **_: Any
 ) -> None:
-    """Train a model as RECIPE (YAML) says: tune one on your recordings or texts, or make one from nothing.
+    # fmt: on
+    """Fine-tune a model from RECIPE (YAML).
 
-    RECIPE may be left out where --model and --data are given. What is said here goes before what it says, and every
-    knob of fine-tuning can be turned by its path: --optimise.weight-decay 0.1. Started again, a run goes on from its
-    last checkpoint.
+    RECIPE may be omitted if --model and --data are given. Options on the command line override the recipe; every recipe
+    key is an option: --optimizer.weight-decay 0.1, or --weight-decay 0.1 where the last part is unique. An interrupted
+    run resumes from its last checkpoint.
     """
-    plan = _plan(recipe, recipe_options.collect_overrides(context))
+    loaded = _read_recipe(recipe, recipe_options.collect_overrides(context))
     if dry_run:
         from mowa.training.config import schema
 
-        click.echo(schema.to_yaml(plan), nl=False)
+        click.echo(schema.to_yaml(loaded), nl=False)
         return
     if out is None:
         raise click.MissingParameter(ctx=context, param_hint="'-o' / '--out'", param_type="option")
-    here = launch_training(plan, out, threads)
-    if here and os.environ.get("RANK", "0") == "0":  # of several processes, the first one says it
+    in_this_process = launch_training(loaded, out, threads)
+    if in_this_process and is_main_process():
         click.echo(str(out))
 
 
-train.params.extend(recipe_options.recipe_options())  # behind its own, in the help too
+train.params.extend(recipe_options.recipe_options())
 
 
-def _plan(recipe: Path | None, settings: dict[str, Any]) -> Plan:
-    """The recipe with `settings` turned. RecipeError where there is none, or one from nothing has no such knobs."""
+def _read_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
+    """Return the recipe with `settings` applied.
+
+    Raises RecipeError for a missing recipe, and for --epochs without effect.
+    """
     from mowa.training.config import dispatch, schema
 
-    if recipe is None:
+    if path is None:
         if missing := [recipe_options.FLAG_BY_KEY[path] for path in ("model", "data.train") if path not in settings]:
-            raise RecipeError(f"name a recipe, or give {' and '.join(missing)}; `mowa train --knobs` lists every knob")
+            raise RecipeError(
+                f"name a recipe, or give {' and '.join(missing)}; `mowa train --list-options` lists all options"
+            )
         return dispatch.parse(schema.apply_overrides({}, settings), "command line")
-    if settings and dispatch.is_staged_recipe(schema.read_yaml(recipe)):
-        flags = ", ".join(
-            recipe_options.FLAG_BY_KEY.get(leaf.dotted, recipe_options.flag_name(leaf))
-            for leaf in recipe_options.LEAVES
-            if leaf.dotted in settings
-        )
-        raise RecipeError(f"{recipe} trains from nothing, and {flags} are for fine-tuning: say it in the recipe")
-    plan = dispatch.read_recipe(recipe, settings)
-    if "optimise.epochs" in settings and "optimise.steps" not in settings and plan.optimizer.max_steps:  # type: ignore[union-attr]
-        raise RecipeError(f"{recipe} says how many steps, so --epochs would change nothing: add --steps 0")
-    return plan
+    recipe = dispatch.read_recipe(path, settings)
+    if "optimizer.epochs" in settings and "optimizer.max_steps" not in settings and recipe.optimizer.max_steps:
+        raise RecipeError(f"{path} sets max_steps, so --epochs would have no effect: add --max-steps 0")
+    return recipe
 
 
-def launch_training(plan: Plan, out: Path, threads: int | None) -> bool:
-    """Train, here or in processes of its own. → whether it was here."""
+def launch_training(recipe: Recipe, out: Path, threads: int | None) -> bool:
+    """Train in this process, or in worker processes where the recipe needs several. Return whether it was this one."""
     hardware.enable_huge_pages()
-    from projects.pl_tiny.recipe import Recipe
-
-    if isinstance(plan, Recipe):
-        from projects.pl_tiny import pretrain as fresh
-
-        fresh.train(plan, out, threads=threads)
-        return True
     from mowa.training.config import dispatch
     from mowa.training.distributed import launch
 
-    if launch.needs_launcher(plan) and not launch.is_worker_process():
-        launch.launch_workers(plan, out, threads=threads)
+    if launch.needs_launcher(recipe) and not is_worker_process():
+        launch.launch_workers(recipe, out, threads=threads)
         return False
-    dispatch.train(plan, _model(plan), out, threads=threads)
+    dispatch.train(recipe, _load_model(recipe), out, threads=threads)
     return True
 
 
-def _model(plan: CTCRecipe | CausalRecipe) -> Any:
+def _load_model(recipe: Recipe) -> Any:
     from mowa.loading import causal, ctc
     from mowa.training.config.causal import CausalRecipe
 
-    if not isinstance(plan, CausalRecipe):
-        return ctc.load(plan.model, require_head=plan.vocabulary != "new")
+    if not isinstance(recipe, CausalRecipe):
+        return ctc.load(recipe.model, require_head=recipe.vocabulary != "new")
     from mowa.io.hub import fetch_config
-    from mowa.training.causal.trainer import resolve_base_dtype
+    from mowa.training.causal.setup import resolve_base_dtype
 
-    return causal.load(plan.model, dtype=resolve_base_dtype(plan, fetch_config(plan.model)))
+    return causal.load(recipe.model, dtype=resolve_base_dtype(recipe, fetch_config(recipe.model)))

@@ -1,4 +1,4 @@
-"""`mowa transcribe`: recordings in, text with times out."""
+"""`mowa transcribe`: transcribe audio files to text, JSON or subtitles."""
 
 from __future__ import annotations
 
@@ -21,183 +21,206 @@ DEFAULTS = TranscriptionSettings()
 
 
 # fmt: off
-@click.command(short_help="Write down what is said in recordings.")
-@click.argument("recordings", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("-m", "--model", help="Alias, folder, or hub id owner/name[@revision]. [default: pl-tiny, or what the"
-              " adapter was made for]")
+@click.command(short_help="Transcribe audio files.")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("-m", "--model", help="Model alias, local folder, or Hub id owner/name[@revision]. [default: the"
+              " adapter's base model, else pl-tiny]")
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="An adapter of the model, as `mowa train` writes it.")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--offline", is_flag=True, help="Never ask the hub; use what is cached.")
-@click.option("-f", "--format", "form", type=click.Choice(list(FORMAT_SUFFIXES)), default="text", show_default=True)
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Folder for one file per recording; else standard output."
-)
-@click.option("--journal", type=click.Path(path_type=Path), metavar="FILE.jsonl",
-              help="Write a line for each recording into this file; the same command goes on where it ended.")
-@click.option("--retry-failed", is_flag=True, help="With --journal: hear again what failed.")
-@click.option("--shard", metavar="I/N", help="With --journal: only every N-th recording, from the I-th on.")
-@click.option("--split", default="", help="With --journal: which split of a corpus. [default: train, or the only one]")
+              help="Adapter folder written by `mowa train`.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
+@click.option("-f", "--format", "format_name", type=click.Choice(list(FORMAT_SUFFIXES)), default="text",
+              show_default=True, help="Output format.")
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="Write one file per recording into this folder. [default: standard output]")
+@click.option("--results", type=click.Path(path_type=Path), metavar="FILE.jsonl",
+              help="Append one JSON line per recording to this file; rerun the same command to resume.")
+@click.option("--retry-failed", is_flag=True, help="With --results: transcribe again the recordings that failed.")
+@click.option("--shard", metavar="I/N",
+              help="With --results: process only every N-th recording, starting at the I-th.")
+@click.option("--split", default="",
+              help="With --results: split of the corpus. [default: train, or the only split]")
 @click.option("--column", "columns", multiple=True, metavar="ROLE=NAME",
-              help="With --journal: which column of a table is audio, id, duration, offset.")
+              help="With --results: table column to use for audio, id, duration or offset.")
 @click.option("--channels", default=DEFAULTS.channels, show_default=True,
-              help="mix: their average; split: each for itself, twins once; or numbers, such as 0,1.")
-@click.option("--decoders", type=click.IntRange(min=1),
-              help="With --journal: threads that decode ahead. [default: half the cores]")
-@click.option("--remote", is_flag=True, help="With --journal: open addresses (s3://…) that a manifest names.")
+              help="mix: average all channels; split: transcribe each channel separately (identical channels once);"
+              " or channel numbers, e.g. 0,1.")
+@click.option("--decode-threads", type=click.IntRange(min=1),
+              help="With --results: number of threads that decode audio ahead. [default: half the cores]")
+@click.option("--allow-remote", is_flag=True,
+              help="With --results: open remote URLs (s3://…) listed in a manifest.")
 @click.option("--ray", metavar="auto|ADDRESS",
-              help="With --journal: on a Ray cluster; auto: the one that runs, else this machine.")
+              help="With --results: run on the Ray cluster at this address. auto: the running one, else this machine.")
 @click.option("--workers", default="1-1000", metavar="N|MIN-MAX",
-              help="With --ray: processes that hear. [default: as many as fit]")
+              help="With --ray: number of worker processes. [default: as many as fit]")
 @click.option("--worker-cpus", type=click.FloatRange(min=0.1), default=1.0, show_default=True,
-              help="With --ray: processors of each.")
+              help="With --ray: CPUs per worker.")
 @click.option("--worker-gpus", type=click.FloatRange(min=0), default=0.0, show_default=True,
-              help="With --ray: GPUs of each; 0.5: two share one.")
-@click.option("--engine", "kind", type=click.Choice(ENGINES), default="auto", show_default=True,
-              help="What computes: PyTorch (native) or ONNX Runtime (onnx); auto: what measures fastest here.")
-@click.option("--characters", is_flag=True, help="Times of single characters too (json, textgrid).")
-@click.option("--resample", type=click.Choice(["best", "fast"]), default=DEFAULTS.resample, show_default=True)
+              help="With --ray: GPUs per worker; 0.5 lets two workers share one.")
+@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True,
+              help="Inference engine. auto: the fastest on this machine.")
+@click.option("--char-times", is_flag=True, help="Include character timestamps (json, textgrid).")
+@click.option("--resample", type=click.Choice(["best", "fast"]), default=DEFAULTS.resample, show_default=True,
+              help="Resampling quality.")
 @click.option("--batch-s", type=click.FloatRange(min=1), default=DEFAULTS.batch_s, show_default=True,
-              help="Seconds of audio computed together.")
+              help="Seconds of audio per batch, padding included.")
 @click.option("--window-s", type=click.FloatRange(min=2), default=DEFAULTS.window_s, show_default=True,
-              help="Longer recordings are cut at silences.")
+              help="Split recordings longer than this at silences, in seconds.")
 @click.option("--context-s", type=click.FloatRange(min=0), default=DEFAULTS.context_s, show_default=True,
-              help="Sound around a window, on both sides.")
-@click.option("--speech", type=click.FloatRange(0, 1), default=DEFAULTS.vad_threshold, show_default=True,
-              help="Surety of speech that a window needs to be read; 0 reads all.")
+              help="Extra audio on both sides of each window, in seconds.")
+@click.option("--vad-threshold", type=click.FloatRange(0, 1), default=DEFAULTS.vad_threshold, show_default=True,
+              help="Skip windows whose peak speech probability is below this (0 = never skip).")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
-@click.option(
-    "--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, int8, or what measures fastest."
-)
-@click.option("--threads", type=click.IntRange(min=1), help="Processor threads. [default: the cores there are]")
+@click.option("--dtype", default="auto", show_default=True,
+              help="Compute dtype: float32, bfloat16, float16, int8, or auto (the fastest on this machine).")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads. [default: all available cores]")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def transcribe(
-    recordings: tuple[str, ...], model: str | None, adapter: Path | None, revision: str | None, offline: bool,
-    form: str, out: Path | None, journal: Path | None, retry_failed: bool, shard: str | None, split: str,
-    columns: tuple[str, ...], decoders: int | None, remote: bool, ray: str | None, workers: str,
-    worker_cpus: float, worker_gpus: float, kind: str, characters: bool, device: str, dtype: str, threads: int | None,
-    debug: bool, **chosen: Any,
+    sources: tuple[str, ...], model: str | None, adapter: Path | None, revision: str | None, offline: bool,
+    format_name: str, out: Path | None, results: Path | None, retry_failed: bool, shard: str | None, split: str,
+    columns: tuple[str, ...], decode_threads: int | None, allow_remote: bool, ray: str | None, workers: str,
+    worker_cpus: float, worker_gpus: float, engine: str, char_times: bool, device: str, dtype: str,
+    threads: int | None, debug: bool, **settings: Any,
 ) -> int:
     # fmt: on
-    """Write down what is said in recordings, in any common format, at any rate.
+    """Transcribe audio files of any common format and sample rate.
 
-    SOURCE is a file or a folder. With --journal it may also be a pattern (in quotes), a manifest, a corpus, an archive
-    or hub:owner/name, of any size. Bad recordings get a line on standard error, the others go on, and the exit code
-    is 2.
+    SOURCE is a file or a folder. With --results it may also be a quoted glob pattern, a manifest, a corpus, an archive
+    or hub:owner/name, of any size. A file that fails is reported on standard error and the rest are still processed;
+    the exit code is then 2.
     """
     hardware.enable_huge_pages()
-    from mowa.cli import batch, output
-    from mowa.decode import captions
-    from mowa.engines.transcription import Failure, iter_transcripts, load_engine, resolve_base_model
+    from mowa.cli import batch
+    from mowa.engines.transcription import resolve_base_model
 
-    chosen["channels"] = batch.parse_channels(chosen["channels"])
-    wanted = EngineSpec(
-        model or resolve_base_model(adapter), adapter, revision, offline, engine=kind, device=device, dtype=dtype, threads=threads
-    )
-    share, named = batch.parse_shard(shard), batch.parse_columns(columns)
-    if journal is None and (retry_failed or share or split or named or decoders or remote or ray):
+    settings["channels"] = batch.parse_channels(settings["channels"])
+    transcription_settings = TranscriptionSettings(**settings)
+    spec = EngineSpec(
+        model or resolve_base_model(adapter), adapter, revision, offline,
+        engine=engine, device=device, dtype=dtype, threads=threads,
+    )  # fmt: skip
+    shard_index, column_names = batch.parse_shard(shard), batch.parse_columns(columns)
+    batch_options = (retry_failed, shard_index, split, column_names, decode_threads, allow_remote, ray)
+    if results is None and any(batch_options):
         raise DataError(
-            "--retry-failed, --shard, --split, --column, --decoders, --remote, --ray are for corpora: name a --journal"
+            "--retry-failed, --shard, --split, --column, --decode-threads, --allow-remote and --ray need --results FILE"
         )
-    if journal is not None:
-        if out is not None or form != "text" or characters:
-            raise DataError("--journal writes a journal; `mowa journal export` makes other formats of it")
+    if results is not None:
+        if out is not None or format_name != "text" or char_times:
+            raise DataError(
+                "--results cannot be combined with --out, --format or --char-times: convert the log afterwards with"
+                " `mowa results export`"
+            )
         from mowa.engines.batch import CorpusSource
 
-        cluster = (ray, batch.parse_workers(workers, worker_cpus, worker_gpus)) if ray else None
         return batch.transcribe_batch(
-            CorpusSource(recordings, split, named, share),
-            wanted,
-            TranscriptionSettings(**chosen),
-            journal,
+            CorpusSource(sources, split, column_names, shard_index),
+            spec,
+            transcription_settings,
+            results,
             retry_failed=retry_failed,
-            decoders=decoders,
-            remote=remote,
-            cluster=cluster,
+            decode_threads=decode_threads,
+            allow_remote=allow_remote,
+            cluster=(ray, batch.parse_workers(workers, worker_cpus, worker_gpus)) if ray else None,
         )
-    failures: list[Failure] = []
     debug = debug or click.get_current_context().find_root().params["debug"]
-    files = list(_files(recordings, failures, debug))
+    return _transcribe_files(sources, spec, transcription_settings, out, format_name, char_times, debug)
+
+
+def _transcribe_files(
+    sources: tuple[str, ...],
+    spec: EngineSpec,
+    settings: TranscriptionSettings,
+    out: Path | None,
+    format_name: str,
+    char_times: bool,
+    debug: bool,
+) -> int:
+    """Transcribe files to standard output or into `out`; return the exit code."""
+    from mowa.cli import output
+    from mowa.decode import captions
+    from mowa.engines.transcription import Failure, iter_transcripts, load_engine
+
+    failures: list[Failure] = []
+    files = list(_find_files(sources, failures, debug))
     if out is not None:
-        _writable(out)
-    if files:
-        engine = load_engine(wanted).engine
-        settings = TranscriptionSettings(**chosen)
-        names = _names(files, recordings) if out is not None else {}
-        with output.audio_progress(_total_s(files)) as bar:
-            for outcome in iter_transcripts(files, engine, settings, on_progress=bar.update):
-                if isinstance(outcome, Failure):
-                    failures.append(outcome)
-                    bar.clear()
-                    _complain(outcome, debug)
-                    continue
-                text = captions.render(outcome, form, char_times=characters)
-                if out is None:
-                    bar.clear()
-                    click.echo(_headed(text, outcome.file, form, len(files)), nl=False)
-                else:
-                    _write(out / names[outcome.file], text, FORMAT_SUFFIXES[form])
+        _create_folder(out)
+    if not files:
+        return 2 if failures else 0
+    engine = load_engine(spec).engine
+    names = _output_names(files, sources) if out is not None else {}
+    with output.audio_progress(_total_duration_s(files)) as bar:
+        for outcome in iter_transcripts(files, engine, settings, on_progress=bar.update):
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+                bar.clear()
+                _report_failure(outcome, debug)
+                continue
+            text = captions.render(outcome, format_name, char_times=char_times)
+            if out is None:
+                bar.clear()
+                click.echo(_with_file_name(text, outcome.file, format_name, len(files)), nl=False)
+            else:
+                _write(out / names[outcome.file], text, FORMAT_SUFFIXES[format_name])
     return 2 if failures else 0
 
 
-def _files(recordings: tuple[str, ...], failures: list[Failure], debug: bool) -> Iterator[Path]:
-    """Every recording once; a name that leads nowhere is a failure of its own."""
+def _find_files(sources: tuple[str, ...], failures: list[Failure], debug: bool) -> Iterator[Path]:
+    """Yield every audio file once; a source that does not exist is reported and added to `failures`."""
     from mowa.data import audio
     from mowa.engines.transcription import Failure
 
     seen: set[Path] = set()
-    for name in recordings:
+    for name in sources:
         try:
             found = audio.find_audio_files([name])
-        except AudioError as wrong:
-            failures.append(Failure(name, wrong))
-            _complain(failures[-1], debug)
+        except AudioError as error:
+            failures.append(Failure(name, error))
+            _report_failure(failures[-1], debug)
             continue
         yield from (file for file in found if file not in seen)
         seen.update(found)
 
 
-def _total_s(files: list[Path]) -> float | None:
-    """Length of everything, for the bar: where somebody looks, and every header says. Broken files count nothing."""
+def _total_duration_s(files: list[Path]) -> float | None:
+    """Return the total duration for the progress bar; None off a terminal, or where a header does not give it."""
     from mowa.data import audio
 
     if not sys.stderr.isatty():
         return None
-    total = 0.0
+    total_s = 0.0
     for file in files:
         try:
-            length = audio.probe_audio(file).duration_s
+            length_s = audio.probe_audio(file).duration_s
         except MowaError:
             continue
-        if length is None:
+        if length_s is None:
             return None
-        total += length
-    return total
+        total_s += length_s
+    return total_s
 
 
-def _complain(failure: Failure, debug: bool) -> None:
+def _report_failure(failure: Failure, debug: bool) -> None:
     if debug:
         raise failure.error
     click.echo(f"mowa: {failure.error}", err=True)
 
 
-def _headed(text: str, file: str, form: str, count: int) -> str:
-    """Plain text of several recordings is told apart by their names; the other formats carry or need none."""
-    return f"{file}: {text.rstrip()}\n" if form == "text" and count > 1 else text
+def _with_file_name(text: str, file: str, format_name: str, count: int) -> str:
+    """Prefix plain text with the file name where there are several files."""
+    return f"{file}: {text.rstrip()}\n" if format_name == "text" and count > 1 else text
 
 
-def _writable(out: Path) -> None:
-    from mowa.errors import DataError
-
+def _create_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as wrong:
-        raise DataError(f"{out}: cannot be used as the output folder ({wrong.strerror}); choose another") from None
+    except OSError as error:
+        raise DataError(f"{out}: cannot create the output folder ({error.strerror}); choose another --out") from None
 
 
-def _names(files: list[Path], recordings: tuple[str, ...]) -> dict[str, Path]:
-    """Where each transcript goes under --out: folders keep their shape, and no two recordings share a name."""
-    folders = [Path(name) for name in recordings if Path(name).is_dir()]
+def _output_names(files: list[Path], sources: tuple[str, ...]) -> dict[str, Path]:
+    """Return file → path below --out without suffix. Folders keep their structure; names are unique."""
+    folders = [Path(name) for name in sources if Path(name).is_dir()]
     names: dict[str, Path] = {}
     taken: set[Path] = set()
     for file in files:

@@ -1,4 +1,4 @@
-"""What engines over an export have in common: the manifest says what the net is and how it is fed."""
+"""The part of an engine that every export has in common, read from its manifest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mowa.types import Artifact, Origin, Preprocessing, Vocabulary
 
 @dataclass(frozen=True)
 class ArtifactEngine:
-    """The part of `protocol.Engine` that an artifact answers."""
+    """Properties of `protocol.Engine` that an artifact provides."""
 
     artifact: Artifact
 
@@ -42,7 +42,7 @@ class ArtifactEngine:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis, in place."""
+    """Compute the log-softmax of float32 [..., V] over the last axis, in place."""
     logits -= logits.max(-1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     return logits

@@ -1,7 +1,6 @@
-"""A CTC net in CTranslate2, over a folder that `mowa.exporters` wrote.
+"""Run an exported CTC net in CTranslate2.
 
-It knows arrays and lengths; it refuses to know files, windows and words. CTranslate2 takes no mask for these nets, so
-only recordings of one length share a batch, and none in int8 (`engines.protocol`).
+CTranslate2 takes no attention mask for these nets, so only clips of equal length share a batch, and none in int8.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from mowa import hardware
 from mowa.engines.artifact import ArtifactEngine, log_softmax
 from mowa.engines.protocol import BatchPolicy, num_frames
 from mowa.errors import ModelError
-from mowa.exporters import ctranslate2 as exporting
+from mowa.exporters import ctranslate2 as exporter
 from mowa.exporters import manifest
 from mowa.types import Artifact
 
-KIND = "ctranslate2"
+FORMAT = "ctranslate2"
 DTYPES = ("auto", "float32", "int8")
 
 
 @dataclass(frozen=True)
 class CTranslate2Engine(ArtifactEngine):
-    """A loaded export. Make one with `engine`."""
+    """A loaded export. Create it with `open_engine`."""
 
     runtime_model: Any  # a ctranslate2.models.Wav2Vec2
 
     @property
     def name(self) -> str:
-        return KIND
+        return FORMAT
 
     @property
     def dtype(self) -> str:
@@ -44,30 +43,32 @@ class CTranslate2Engine(ArtifactEngine):
         return BatchPolicy.EQUAL_LENGTH if self.dtype == "float32" else BatchPolicy.SINGLE
 
     def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """As `Engine.emissions`. ValueError for clips that may not share a batch."""
+        """As `Engine.emissions`. Raises ValueError for clips that cannot share a batch."""
         lengths = [len(clip) for clip in clips]
         if min(lengths) != max(lengths):
-            raise ValueError(f"clips of different lengths {lengths} may not share a batch of this net")
-        logits = log_softmax(exporting.run(self.runtime_model, clips))
+            raise ValueError(f"clips of different lengths {lengths} cannot share a batch in CTranslate2")
+        logits = log_softmax(exporter.run(self.runtime_model, clips))
         return [row[: num_frames(self.config, lengths[0])] for row in logits]
 
 
 def open_engine(folder: str | Path, dtype: str = "auto", threads: int | None = None) -> CTranslate2Engine:
-    """The export in `folder`. "auto" is what it computes in, and nothing else can be had.
+    """Open the export in `folder`. Its dtype is fixed: `dtype` must be "auto" or that one.
 
-    Raises ModelError: an unknown dtype, or another than the folder's; no or a damaged export; MissingPart.
+    Raises ModelError for another dtype and for a missing or damaged export, MissingDependency without CTranslate2.
     """
-    exported = manifest.read_artifact(Path(folder), (KIND,))
-    found = _dtype(exported)
+    exported = manifest.read_artifact(Path(folder), (FORMAT,))
+    available = _dtype(exported)
     if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} with CTranslate2")
-    if dtype not in ("auto", found):
-        raise ModelError(f"{folder} computes in {found}: leave --dtype out, or export the model in {dtype}")
-    exporting.require_packages()
-    where = exported.folder / exported.details["model"]
-    return CTranslate2Engine(exported, exporting.open_model(where, exported.scheme, threads or hardware.cpu_count()))
+        raise ModelError(f"dtype {dtype!r} is not supported by CTranslate2: use {', '.join(DTYPES)}")
+    if dtype not in ("auto", available):
+        raise ModelError(f"{folder} was exported for {available}: omit --dtype, or export the model for {dtype}")
+    exporter.require_packages()
+    model = exporter.open_model(
+        exported.folder / exported.details["model"], exported.scheme, threads or hardware.cpu_count()
+    )
+    return CTranslate2Engine(exported, model)
 
 
 def _dtype(exported: Artifact) -> str:
-    """Half precision is multiplied in float32."""
+    """Return the compute dtype; half-precision weights are multiplied in float32."""
     return "int8" if exported.scheme.weights == "int8" else "float32"

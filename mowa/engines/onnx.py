@@ -1,7 +1,7 @@
-"""A CTC net in ONNX Runtime: over a folder that `mowa.exporters` wrote, or over one made of a model, once, in the cache.
+"""Run a CTC net in ONNX Runtime, from an export or from a model that is exported to the cache once.
 
-It knows arrays, lengths and the cache; it refuses to know files, windows and words. The cache is asked by all that
-makes the numbers (weights, an adapter's among them, config, versions, scheme): a changed model is exported anew.
+The cache key covers everything that determines the result (weights including an adapter's, config, scheme, package
+versions), so a changed model is exported again.
 """
 
 from __future__ import annotations
@@ -17,35 +17,39 @@ from typing import Any
 
 import numpy as np
 
-from mowa import exporters as exporting
-from mowa import hardware
-from mowa.adapters import checkpoint
+from mowa import exporters, hardware
 from mowa.engines.artifact import ArtifactEngine, log_softmax
 from mowa.engines.protocol import BatchPolicy, num_frames
 from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.exporters import manifest
 from mowa.exporters.onnx.exporter import run
+from mowa.io.manifest import EXPORT_FORMAT_VERSION
 from mowa.quantization import quantize
 from mowa.types import FLOAT32, Model
 
 log = logging.getLogger("mowa")
 
 DTYPES = ("auto", "float32", "int8")
-KIND = "onnx"
-FLOAT_MATMUL_WEIGHTS = ("float32", "float16", "bfloat16", "int4", "nf4")  # weights that are multiplied in float32
+FORMAT = "onnx"
+FLOAT_MATMUL_WEIGHTS = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "int4",
+    "nf4",
+)  # dtypes of weights that are multiplied in float32
 
 
 @dataclass(frozen=True)
 class OnnxEngine(ArtifactEngine):
-    """A loaded export. Make one with `engine`."""
+    """A loaded export. Create it with `open_engine`."""
 
     session: Any  # an onnxruntime InferenceSession
-    model: Model | None = None
     threads: int | None = None
 
     @cached_property
     def streaming_session(self) -> Any:
-        """The graph of one chunk (`export.chunks`), opened when it is first asked for; None where there is none."""
+        """The session of the streaming graph, opened on first use; None where the export has none."""
         name = self.artifact.details["chunk"]
         return None if name is None else _session(self.artifact.folder / name, self.threads)
 
@@ -62,76 +66,82 @@ class OnnxEngine(ArtifactEngine):
     def batch_policy(self) -> BatchPolicy:
         if self.dtype != "float32":
             return BatchPolicy.SINGLE
-        return BatchPolicy.PADDED if self.artifact.details["masked"] else BatchPolicy.EQUAL_LENGTH
+        return BatchPolicy.PADDED if self.artifact.details["attention_mask"] else BatchPolicy.EQUAL_LENGTH
 
     def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """As `Engine.emissions`. ValueError for clips that may not share a batch."""
+        """As `Engine.emissions`. Raises ValueError for clips that cannot share a batch."""
         lengths = np.array([len(clip) for clip in clips])
         longest = int(lengths.max())
         if lengths.min() != longest and self.batch_policy is not BatchPolicy.PADDED:
-            raise ValueError(f"clips of different lengths {lengths.tolist()} may not share a batch of this net")
+            raise ValueError(f"clips of different lengths {lengths.tolist()} cannot share a batch of this net")
         logits = log_softmax(
-            run(self.session, clips, self.artifact.details["masked"], self.preprocessing.padding_value)
+            run(self.session, clips, self.artifact.details["attention_mask"], self.preprocessing.padding_value)
         )
         return [row[: num_frames(self.config, int(n))] for row, n in zip(logits, lengths, strict=True)]
 
 
 def open_engine(source: Model | str | Path, *, dtype: str = "auto", threads: int | None = None) -> OnnxEngine:
-    """A folder that was exported, or a model, whose export is made now or was before. "auto" is what the folder holds,
-    or the model's own scheme.
+    """Open an export, or a model, which is exported to the cache first unless it was before.
 
-    Raises ModelError: an unknown dtype, or another than the folder's; no or a damaged export. As `export` does.
+    `dtype` "auto" is the export's, or the model's own scheme. Raises ModelError for an unsupported dtype and for a
+    missing or damaged export, and as `export` does.
     """
     if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} with ONNX Runtime; use --engine pytorch")
+        raise ModelError(
+            f"dtype {dtype!r} is not supported by ONNX Runtime: use {', '.join(DTYPES)}, or --engine pytorch"
+        )
     if isinstance(source, Model):
-        exported = manifest.read_artifact(export_to_cache(source, dtype), (KIND,))
+        exported = manifest.read_artifact(export_to_cache(source, dtype), (FORMAT,))
     else:
-        exported = manifest.read_artifact(Path(source), (KIND,))
+        exported = manifest.read_artifact(Path(source), (FORMAT,))
         if dtype not in ("auto", exported.scheme.weights):
-            name = exported.scheme.name
-            raise ModelError(f"{source} was exported in {name}: leave --dtype out, or export it in {dtype}")
-    model = source if isinstance(source, Model) else None
-    return OnnxEngine(exported, _session(exported.folder / exported.details["graph"], threads), model, threads)
+            raise ModelError(
+                f"{source} was exported with scheme {exported.scheme.name}: omit --dtype, or export it in {dtype}"
+            )
+    return OnnxEngine(exported, _session(exported.folder / exported.details["graph"], threads), threads)
 
 
 def export_to_cache(model: Model, dtype: str = "auto") -> Path:
-    """The export of `model` under the cache, made where it is not there or damaged; in int8-dynamic where `dtype` is
-    int8 and the model is wide."""
+    """Return the folder of the model's export in the cache, exporting it if it is missing or damaged.
+
+    With `dtype` int8, a float32 model is quantized with int8-dynamic first.
+    """
     folder = cache_path(model, dtype)
     try:
-        manifest.read_artifact(folder, (KIND,))
+        manifest.read_artifact(folder, (FORMAT,))
         return folder
     except ModelError:
         if folder.exists():
             _remove(folder)
-    narrow = quantize(model, "int8-dynamic") if _needs_int8(model, dtype) else model
-    log.info("writing %s as ONNX in %s, once", model.origin.name, narrow.scheme.name)
-    with suppress(DataError):  # another process was faster
-        exporting.export(narrow, KIND, folder)
+    quantized = quantize(model, "int8-dynamic") if _needs_int8(model, dtype) else model
+    log.info("exporting %s to ONNX with scheme %s into the cache", model.origin.name, quantized.scheme.name)
+    with suppress(DataError):  # another process created the folder first
+        exporters.export(quantized, FORMAT, folder)
     return folder
 
 
 def _needs_int8(model: Model, dtype: str) -> bool:
     if dtype == "float32" and model.scheme != FLOAT32:
-        raise ModelError(f"{model.origin.name} is in {model.scheme.name}: leave --dtype out")
+        raise ModelError(
+            f"{model.origin.name} is quantized with scheme {model.scheme.name} and has no float32 weights: omit --dtype"
+        )
     return dtype == "int8" and model.scheme == FLOAT32
 
 
 def cache_path(model: Model, dtype: str = "auto") -> Path:
-    """Where the export of `model` is kept; it need not be there."""
-    made_by = [
-        f"{package} {checkpoint.installed_version(package)}"
+    """Return the folder of the model's export in the cache, which need not exist."""
+    versions = [
+        f"{package} {hardware.installed_version(package)}"
         for package in ("mowa", "torch", "transformers", "onnxruntime")
     ]
-    said = [
+    key = [
         manifest.model_sha256(model),
         "int8" if _needs_int8(model, dtype) else "as it is",
-        str(manifest.FORMAT_VERSION),
-        *made_by,
+        str(EXPORT_FORMAT_VERSION),
+        *versions,
     ]
-    said += [repr(model.vocabulary), repr(model.preprocessing)]
-    return hardware.cache_folder() / "onnx" / hashlib.sha256("\n".join(said).encode()).hexdigest()[:24]
+    key += [repr(model.vocabulary), repr(model.preprocessing)]
+    return hardware.cache_folder() / "onnx" / hashlib.sha256("\n".join(key).encode()).hexdigest()[:24]
 
 
 def _remove(folder: Path) -> None:
@@ -145,7 +155,7 @@ def _session(graph: Path, threads: int | None) -> Any:
         import onnxruntime
     except ImportError:
         raise MissingDependency(
-            "this engine needs onnxruntime: pip install onnxruntime, or use --engine pytorch"
+            "the onnx engine needs onnxruntime: pip install onnxruntime, or use --engine pytorch"
         ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or hardware.cpu_count()

@@ -1,12 +1,10 @@
-"""Recordings → transcripts, in a pipeline: decoded ahead in threads, cut, pooled, batched, read, put together.
+"""The transcription pipeline: decode audio in threads, split it into windows, batch the windows, and join the results.
 
-It knows recordings and windows; it refuses to know which net makes the numbers, and where transcripts go.
-
-A recording longer than `window_s` is cut at silences into windows with `context_s` of sound on both sides; each window
-is normalised by its own samples, as the recogniser was trained on utterances, not hours. The frames of all windows are
-joined before letters are read, so a cut never doubles or splits one. Memory is bounded by the look-ahead, not by the
-recordings. However many threads decode, windows are pooled in the order of the recordings, so the same recordings make
-the same batches.
+A recording longer than `window_s` is split at silences into windows with `context_s` of extra audio on both sides. Each
+window is normalized by its own samples, since recognizers are trained on utterances. The frames of all windows are
+joined before tokens are decoded, so a split neither duplicates nor breaks a character. Memory is bounded by the number
+of windows read ahead, not by the length of recordings. Windows are batched in the order of the recordings whatever the
+number of decoding threads, so the batches are reproducible.
 """
 
 from __future__ import annotations
@@ -30,11 +28,12 @@ from mowa.decode import ctc
 from mowa.engines.protocol import Engine, batch_by_length, hop_length, num_frames
 from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import AudioError, ModelError, MowaError
+from mowa.models.ctc_encoder.geometry import max_absolute_position
 from mowa.types import Example, Segment, Transcript
 
-PREFETCH_BATCHES = 8  # batches' worth of windows read before they are sorted by length
-MIN_TURN_GAP_S = 0.8  # who is silent so long on a channel of their own may have been answered on another
-MAX_QUEUED_WINDOWS = 8  # windows of one recording that wait for their turn; its decoding waits for them
+PREFETCH_BATCHES = 8  # batches of windows that are read ahead and sorted by length
+MIN_TURN_GAP_S = 0.8  # a silence this long on a separate channel ends a segment: another speaker may have answered
+MAX_QUEUED_WINDOWS = 8  # per recording; its decoding thread blocks when the queue is full
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +45,10 @@ class Failure:
 
 
 @dataclass(slots=True)
-class _Voice:
-    """One channel, or all as one, on its way: paths of its windows come in any order, and are read when all are in."""
+class _ChannelResult:
+    """Decoded windows of one channel, or of the mix (channel None): start sample → token path, in any order."""
 
-    channel: int | None
+    number: int | None
     paths: dict[int, ctc.TokenPath] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)
     samples: int = 0
@@ -57,18 +56,20 @@ class _Voice:
 
 @dataclass(slots=True)
 class _Job:
-    """One recording on its way. `queue` brings (voice, window) from its thread, and at the end None or an error."""
+    """One recording in the pipeline. Its decoding thread puts (channel, window) into `queue`; last None or an error."""
 
     example: Example
-    queue: Queue[tuple[_Voice, Window] | Exception | None] = field(default_factory=lambda: Queue(MAX_QUEUED_WINDOWS))
-    voices: list[_Voice] = field(default_factory=list)
-    waiting: int = 0
+    queue: Queue[tuple[_ChannelResult, Window] | Exception | None] = field(
+        default_factory=lambda: Queue(MAX_QUEUED_WINDOWS)
+    )
+    channels: list[_ChannelResult] = field(default_factory=list)
+    num_pending: int = 0
     failure: MowaError | None = None
     ended: bool = False
 
     @property
     def done(self) -> bool:
-        return self.ended and (self.failure is not None or not self.waiting)
+        return self.ended and (self.failure is not None or not self.num_pending)
 
 
 def transcribe_examples(
@@ -82,19 +83,22 @@ def transcribe_examples(
     before_decode: Callable[[Example], MowaError | None] = lambda example: None,
     on_progress: Callable[[float], object] = lambda seconds: None,
 ) -> Iterator[tuple[Example, Transcript | Failure]]:
-    """One outcome a recording: in order, or (`ordered` False) as soon as it is there. A bad one is a Failure.
+    """Yield (example, outcome) for every recording; a recording that fails has a Failure as outcome.
 
-    `decoders` threads decode ahead; addresses (s3://…) are opened, through fsspec, only where `remote`. `begun`
-    is called before one is decoded, and may say what is wrong with it. `heard` is called with the seconds of audio each
-    batch brought, for progress. Where `examples` itself raises, what it gave
-    before is finished first.
+    Args:
+        examples: recordings. If this iterable raises, earlier recordings are finished before the error is raised.
+        decode_threads: number of threads that decode audio ahead.
+        ordered: yield outcomes in the order of `examples` instead of as they are finished.
+        allow_remote: open URLs (s3://…) with fsspec.
+        before_decode: called before a recording is decoded; an error it returns is the recording's outcome.
+        on_progress: called with the seconds of audio of each batch.
     """
     validate_window_length(engine, settings)
-    budget = int(settings.batch_s * engine.preprocessing.rate_hz)
+    max_batch_samples = int(settings.batch_s * engine.preprocessing.rate_hz)
     queue: deque[_Job] = deque()
-    pool: list[tuple[_Job, _Voice, Window]] = []
-    pooled = 0
-    broken: list[Exception] = []
+    pool: list[tuple[_Job, _ChannelResult, Window]] = []
+    pooled_samples = 0
+    source_errors: list[Exception] = []
 
     def finished() -> Iterator[tuple[Example, Transcript | Failure]]:
         ready = [job for job in queue if job.done] if not ordered else takewhile(attrgetter("done"), list(queue))
@@ -102,79 +106,81 @@ def transcribe_examples(
             queue.remove(job)
             yield job.example, _outcome(job, engine, settings)
 
-    for job, item in _decoded(examples, engine, settings, decode_threads, allow_remote, before_decode, broken):
+    for job, item in _decoded(examples, engine, settings, decode_threads, allow_remote, before_decode, source_errors):
         if not queue or queue[-1] is not job:
             queue.append(job)
         if isinstance(item, tuple):
-            voice, window = item
-            pool.append((job, voice, window))
-            voice.cuts.append(window.core_start)
-            voice.samples = window.core_end
-            job.waiting += 1
-            pooled += len(window.samples)
-            if pooled >= PREFETCH_BATCHES * budget:
-                _run(pool, engine, settings, budget, on_progress)
-                pool, pooled = [], 0
+            channel, window = item
+            pool.append((job, channel, window))
+            channel.cuts.append(window.core_start)
+            channel.samples = window.core_end
+            job.num_pending += 1
+            pooled_samples += len(window.samples)
+            if pooled_samples >= PREFETCH_BATCHES * max_batch_samples:
+                _run(pool, engine, settings, max_batch_samples, on_progress)
+                pool, pooled_samples = [], 0
             continue
         job.ended, job.failure = True, item
         if item is not None:
             pool = [entry for entry in pool if entry[0] is not job]
-            pooled = sum(len(window.samples) for _, _, window in pool)
+            pooled_samples = sum(len(window.samples) for _, _, window in pool)
         yield from finished()
-    _run(pool, engine, settings, budget, on_progress)
+    _run(pool, engine, settings, max_batch_samples, on_progress)
     yield from finished()
-    if broken:
-        raise broken[0]
+    if source_errors:
+        raise source_errors[0]
 
 
 def validate_window_length(engine: Engine, settings: TranscriptionSettings) -> None:
-    """ModelError where windows are longer than the positions of the net reach (config key `absolute_positions`)."""
-    if (reach := getattr(engine.config, "absolute_positions", None)) is None:
+    """Raise ModelError if windows are longer than the net's positions (config key `absolute_positions`) allow."""
+    if (max_frames := max_absolute_position(engine.config)) is None:
         return
-    longest_s = reach * hop_length(engine.config) / engine.preprocessing.rate_hz - MIN_TAIL_S - 2 * settings.context_s
+    longest_s = (
+        max_frames * hop_length(engine.config) / engine.preprocessing.rate_hz - MIN_TAIL_S - 2 * settings.context_s
+    )
     if settings.window_s > longest_s:
         raise ModelError(
-            f"{engine.origin.name} hears windows of {longest_s:g} s at most"
-            f" beside {settings.context_s:g} s of context on both sides; window_s is {settings.window_s:g}"
+            f"{engine.origin.name} takes windows of at most {longest_s:g} s with {settings.context_s:g} s of context on"
+            f" both sides; window_s is {settings.window_s:g}"
         )
 
 
-# --- decoding, ahead of the net ---------------------------------------------------------------------------------------
+# --- decoding audio ---------------------------------------------------------------------------------------------------
 
 
 def _decoded(
     examples: Iterable[Example],
     engine: Engine,
     settings: TranscriptionSettings,
-    decoders: int,
-    remote: bool,
-    begun: Callable[[Example], MowaError | None],
-    broken: list[Exception],
-) -> Iterator[tuple[_Job, tuple[_Voice, Window] | MowaError | None]]:
-    """Windows of every recording, in order, each recording closed by None or what is wrong with it.
+    decode_threads: int,
+    allow_remote: bool,
+    before_decode: Callable[[Example], MowaError | None],
+    source_errors: list[Exception],
+) -> Iterator[tuple[_Job, tuple[_ChannelResult, Window] | MowaError | None]]:
+    """Yield the windows of every recording, in order; None or an error ends each recording.
 
-    What `examples` raises goes into `broken`, and there are no more then.
+    An exception that `examples` raises is appended to `source_errors` and ends the iteration.
     """
     stop = Event()
     ahead: deque[_Job] = deque()
     more = iter(examples)
 
     def start(pool: ThreadPoolExecutor) -> None:
-        while not broken and len(ahead) < 2 * decoders:
+        while not source_errors and len(ahead) < 2 * decode_threads:
             try:
                 job = _Job(next(more))
             except StopIteration:
                 return
-            except Exception as raised:
-                broken.append(raised)
+            except Exception as error:
+                source_errors.append(error)
                 return
             ahead.append(job)
-            if wrong := begun(job.example):
-                job.queue.put(wrong)
+            if failure := before_decode(job.example):
+                job.queue.put(failure)
             else:
-                pool.submit(_decode, job, engine, settings, remote, stop)
+                pool.submit(_decode, job, engine, settings, allow_remote, stop)
 
-    with ThreadPoolExecutor(decoders, thread_name_prefix="mowa-decode") as pool:
+    with ThreadPoolExecutor(decode_threads, thread_name_prefix="mowa-decode") as pool:
         try:
             start(pool)
             while ahead:
@@ -182,24 +188,24 @@ def _decoded(
                 while isinstance(item := job.queue.get(), tuple):
                     yield job, item
                 if item is not None and not isinstance(item, MowaError):
-                    raise item  # a bug, or no memory
+                    raise item  # a bug, or out of memory
                 start(pool)
                 yield job, item
         finally:
             stop.set()
 
 
-def _decode(job: _Job, engine: Engine, settings: TranscriptionSettings, remote: bool, stop: Event) -> None:
+def _decode(job: _Job, engine: Engine, settings: TranscriptionSettings, allow_remote: bool, stop: Event) -> None:
     try:
-        for item in _cut(job, engine, settings, remote):
+        for item in _split(job, engine, settings, allow_remote):
             if not _put(job, item, stop):
                 return
         _put(job, None, stop)
-    except Exception as wrong:  # raised where it is waited for
-        _put(job, wrong, stop)
+    except Exception as error:  # raised by the thread that reads the queue
+        _put(job, error, stop)
 
 
-def _put(job: _Job, item: tuple[_Voice, Window] | Exception | None, stop: Event) -> bool:
+def _put(job: _Job, item: tuple[_ChannelResult, Window] | Exception | None, stop: Event) -> bool:
     while not stop.is_set():
         try:
             job.queue.put(item, timeout=0.2)
@@ -209,96 +215,98 @@ def _put(job: _Job, item: tuple[_Voice, Window] | Exception | None, stop: Event)
     return False
 
 
-def _cut(job: _Job, engine: Engine, settings: TranscriptionSettings, remote: bool) -> Iterator[tuple[_Voice, Window]]:
+def _split(
+    job: _Job, engine: Engine, settings: TranscriptionSettings, allow_remote: bool
+) -> Iterator[tuple[_ChannelResult, Window]]:
     example, rate_hz = job.example, engine.preprocessing.rate_hz
-    source = _source(example, remote)
-    job.voices = [_Voice(channel) for channel in _channels(source, settings.channels)]
-    for voice in job.voices:
+    source = _source(example, allow_remote)
+    job.channels = [_ChannelResult(number) for number in _select_channels(source, settings.channels)]
+    for channel in job.channels:
         blocks = audio.stream_audio(
             source,
             rate_hz,
             resample=settings.resample,
-            channel=voice.channel,
+            channel=channel.number,
             offset_s=example.offset_s,
             duration_s=example.duration_s if example.is_excerpt else None,
         )
-        pieces = split_windows(
+        windows = split_windows(
             blocks, rate_hz, max_window_s=settings.window_s, context_s=settings.context_s, hop=hop_length(engine.config)
         )
-        yield from ((voice, window) for window in pieces)
+        yield from ((channel, window) for window in windows)
 
 
-def _source(example: Example, remote: bool) -> Path | AudioBytes:
-    """Where its bytes are: in a file, with it, or at an address. AudioError where it may not, or cannot, be opened."""
+def _source(example: Example, allow_remote: bool) -> Path | AudioBytes:
+    """Return the audio as a path or as bytes. Raises AudioError for a URL that may not, or cannot, be opened."""
     if example.audio_bytes is not None:
         return AudioBytes(example.audio, example.audio_bytes)
     if "://" not in example.audio:
         return Path(example.audio)
-    if not remote:
-        raise AudioError(f"{example.audio}: is an address, and none is opened unasked. Say --remote, or fetch it.")
+    if not allow_remote:
+        raise AudioError(f"{example.audio}: is a URL. Allow remote files with --allow-remote, or download it.")
     import fsspec
 
     try:
         with fsspec.open(example.audio, "rb") as file:
             return AudioBytes(example.audio, file.read())
-    except Exception as wrong:  # every protocol has errors of its own
-        reason = (str(wrong).splitlines() or [type(wrong).__name__])[0]
-        raise AudioError(f"{example.audio}: cannot be fetched ({reason}).") from None
+    except Exception as error:  # fsspec raises other types for each protocol
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AudioError(f"{example.audio}: cannot be downloaded ({reason}).") from None
 
 
-def _channels(source: Path | AudioBytes, wanted: str) -> Sequence[int | None]:
-    """Which channels are heard, each for itself; None: all as one, where they are mixed or say the same."""
-    if wanted == "mix":
+def _select_channels(source: Path | AudioBytes, channels: str) -> Sequence[int | None]:
+    """Return the channels to transcribe separately; [None] to transcribe their mix, also where all are identical."""
+    if channels == "mix":
         return [None]
-    among = None if wanted == "split" else [int(number) for number in wanted.split(",")]
-    if wanted == "split" and audio.probe_audio(source).channels == 1:
+    if channels == "split" and audio.probe_audio(source).channels == 1:
         return [None]
-    channels = audio.find_distinct_channels(source, among)
-    return [None] if wanted == "split" and len(channels) == 1 else channels
+    among = None if channels == "split" else [int(number) for number in channels.split(",")]
+    distinct = audio.find_distinct_channels(source, among)
+    return [None] if channels == "split" and len(distinct) == 1 else distinct
 
 
-# --- the net, and what is read of it ----------------------------------------------------------------------------------
+# --- the net and decoding of tokens -----------------------------------------------------------------------------------
 
 
 def _run(
-    pool: Sequence[tuple[_Job, _Voice, Window]],
+    pool: Sequence[tuple[_Job, _ChannelResult, Window]],
     engine: Engine,
     settings: TranscriptionSettings,
-    budget: int,
-    heard: Callable[[float], object],
+    max_batch_samples: int,
+    on_progress: Callable[[float], object],
 ) -> None:
-    """Read every window of the pool and hand each path to its recording."""
+    """Run the net on every window of the pool and store each window's token path with its recording."""
     rate_hz = engine.preprocessing.rate_hz
     spoken = []
-    for job, voice, window in pool:
-        short = not num_frames(
-            engine.config, len(window.samples)
-        )  # for front ends that reach further than `SAMPLE_MIN`
-        if short or window.speech_prob < settings.vad_threshold or audio.is_silent(window.samples):
-            voice.paths[window.core_start] = _silence(window, engine)
-            job.waiting -= 1
-            heard((window.core_end - window.core_start) / rate_hz)
+    for job, channel, window in pool:
+        too_short = not num_frames(engine.config, len(window.samples))
+        if too_short or window.speech_prob < settings.vad_threshold or audio.is_silent(window.samples):
+            channel.paths[window.core_start] = _blank_path(window, engine)
+            job.num_pending -= 1
+            on_progress((window.core_end - window.core_start) / rate_hz)
         else:
-            spoken.append((job, voice, window))
-    for group in batch_by_length([len(window.samples) for _, _, window in spoken], budget, engine.batch_policy):
+            spoken.append((job, channel, window))
+    for group in batch_by_length(
+        [len(window.samples) for _, _, window in spoken], max_batch_samples, engine.batch_policy
+    ):
         chosen = [spoken[index] for index in group]
         clips = [window.samples for _, _, window in chosen]
         if engine.preprocessing.normalize:
             clips = [audio.normalize(clip) for clip in clips]
         seconds = 0.0
-        for (job, voice, window), scores in zip(chosen, engine.emissions(clips), strict=True):
+        for (job, channel, window), scores in zip(chosen, engine.emissions(clips), strict=True):
             try:
                 first, end = _frames(window, engine)
-                voice.paths[window.core_start] = ctc.best_path(scores[first:end], engine.vocabulary)
-            except MowaError as wrong:
-                job.failure = wrong
-            job.waiting -= 1
+                channel.paths[window.core_start] = ctc.best_path(scores[first:end], engine.vocabulary)
+            except MowaError as error:
+                job.failure = error
+            job.num_pending -= 1
             seconds += (window.core_end - window.core_start) / rate_hz
-        heard(seconds)
+        on_progress(seconds)
 
 
 def _frames(window: Window, engine: Engine) -> tuple[int, int]:
-    """Which frames of the window belong to its core. The last core keeps all that the end of the recording gives."""
+    """Return the range of frames that belong to the window's core; the last window keeps all frames to its end."""
     step = hop_length(engine.config)
     first = (window.core_start - window.start) // step
     if window.is_last:
@@ -306,7 +314,7 @@ def _frames(window: Window, engine: Engine) -> tuple[int, int]:
     return first, (window.core_end - window.start) // step
 
 
-def _silence(window: Window, engine: Engine) -> ctc.TokenPath:
+def _blank_path(window: Window, engine: Engine) -> ctc.TokenPath:
     first, end = _frames(window, engine)
     count = max(0, end - first)
     return ctc.TokenPath(np.full(count, engine.vocabulary.blank, np.int32), np.ones(count, np.float32))
@@ -316,25 +324,25 @@ def _outcome(job: _Job, engine: Engine, settings: TranscriptionSettings) -> Tran
     file = job.example.audio
     if job.failure is not None:
         return Failure(file, job.failure)
-    heard = [_read(voice, engine) for voice in job.voices]
-    segments = sorted(chain.from_iterable(heard), key=lambda segment: segment.start_s)
+    by_channel = [_segments(channel, engine) for channel in job.channels]
+    segments = sorted(chain.from_iterable(by_channel), key=lambda segment: segment.start_s)
     return Transcript(
         file=file,
         text=" ".join(segment.text for segment in segments if segment.text),
-        duration_s=max(voice.samples for voice in job.voices) / engine.preprocessing.rate_hz,
+        duration_s=max(channel.samples for channel in job.channels) / engine.preprocessing.rate_hz,
         segments=tuple(segments),
         model=f"{engine.origin.source}@{engine.origin.revision}" if engine.origin.revision else engine.origin.name,
         settings=asdict(settings) | {"device": engine.device, "dtype": engine.dtype},
     )
 
 
-def _read(voice: _Voice, engine: Engine) -> list[Segment]:
+def _segments(channel: _ChannelResult, engine: Engine) -> list[Segment]:
     rate_hz = engine.preprocessing.rate_hz
-    path = ctc.concat_paths(voice.paths[start] for start in voice.cuts)
+    path = ctc.concat_paths(channel.paths[start] for start in channel.cuts)
     words = ctc.path_to_words(
-        path, engine.vocabulary, frame_s=hop_length(engine.config) / rate_hz, end_s=voice.samples / rate_hz
+        path, engine.vocabulary, frame_s=hop_length(engine.config) / rate_hz, end_s=channel.samples / rate_hz
     )
-    cuts = [start / rate_hz for start in voice.cuts[1:]]
-    if voice.channel is not None:  # so that those who speak in turn are read in turn
+    cuts = [start / rate_hz for start in channel.cuts[1:]]
+    if channel.number is not None:  # so that the turns of speakers on separate channels interleave
         cuts += [second.start_s for first, second in pairwise(words) if second.start_s - first.end_s >= MIN_TURN_GAP_S]
-    return [replace(segment, channel=voice.channel) for segment in ctc.group_segments(words, cuts)]
+    return [replace(segment, channel=channel.number) for segment in ctc.group_segments(words, cuts)]

@@ -1,13 +1,13 @@
-"""What every engine is: a recogniser that turns clips into log-probabilities, whatever computes them.
+"""What an engine provides, and how clips may be batched for it.
 
-How recordings may share a batch (`Sharing`):
-- PADDED: layer-norm front-ends in float32. The attention mask keeps padding out of every sum, so a padded batch gives
-  what each recording gives alone, to 1e-5.
-  Engines that lay recordings end to end, and pad none, may share all that is float32.
-- EQUAL: group-norm front-ends normalise over time, padding included, and no mask can help; only recordings of the very
-  same length share a batch.
-- ALONE: half precision and integers on a CPU. Matrix products of another shape round elsewhere, and a rounding may tip
-  a letter; a CPU gains little from batches anyway.
+An engine turns clips into log-probabilities; `BatchPolicy` says which clips may share a batch without changing results:
+
+PADDED        layer-norm front ends in float32. The attention mask keeps padding out of every sum, so a padded batch
+              gives what each clip gives alone, to 1e-5. Engines that concatenate clips without padding use it for all
+              float32 nets.
+EQUAL_LENGTH  group-norm front ends normalize over time, padding included; only clips of equal length share a batch.
+SINGLE        half precision and int8 on a CPU. Matrix products of another shape round differently, which may change a
+              token, and a CPU gains little from batches.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class BatchPolicy(Enum):
 
 
 class Engine(Protocol):
-    """A loaded recogniser. `config` is the transformers config of its net, whose front-end says how frames are cut."""
+    """A loaded speech recognizer. `config` is the transformers config of its net."""
 
     @property
     def name(self) -> str:
-        """What computes: native, onnx, …"""
+        """pytorch, onnx or ctranslate2."""
 
     @property
     def origin(self) -> Origin: ...
@@ -54,19 +54,19 @@ class Engine(Protocol):
 
     @property
     def dtype(self) -> str:
-        """float32, bfloat16, float16 or int8: what most products are made in."""
+        """float32, bfloat16, float16 or int8: the dtype of most matrix products."""
 
     def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Log-probabilities of one batch: clips float32 [n_i], already normalised → float32 [T_i, V] each.
+        """Return the log-probabilities of one batch: clips float32 [n_i], normalized → float32 [T_i, V] each.
 
-        T_i counts the frames of clip i alone: nothing of the padding is returned.
+        T_i is the number of frames of clip i alone; frames of padding are not returned.
         """
 
 
 def batch_by_length(lengths: Sequence[int], max_padded_samples: int, policy: BatchPolicy) -> list[list[int]]:
-    """Indices of clips that run together, shortest first; count × longest stays within `budget` samples.
+    """Group clips into batches, shortest first, with clips × longest clip ≤ `max_padded_samples`.
 
-    A clip longer than the budget runs alone.
+    Return the indices of the clips in each batch. A clip longer than that is a batch of its own.
     """
     grouped: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -81,7 +81,7 @@ def batch_by_length(lengths: Sequence[int], max_padded_samples: int, policy: Bat
 
 
 def hop_length(config: Any) -> int:
-    """Samples from one frame to the next: 320 for every stock front-end."""
+    """Return the number of samples from one frame to the next: 320 for every stock front end."""
     step = int(np.prod(config.conv_stride))
     return (
         step * int(config.adapter_stride) ** int(config.num_adapter_layers)
@@ -91,7 +91,7 @@ def hop_length(config: Any) -> int:
 
 
 def num_frames(config: Any, num_samples: int) -> int:
-    """How many frames the net gives for so many samples (0 for fewer than its receptive field)."""
+    """Return how many frames the net outputs for `num_samples` (0 below its receptive field)."""
     n = num_samples
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         n = (n - kernel) // stride + 1 if n >= kernel else 0

@@ -1,13 +1,14 @@
-"""A corpus on several machines: the job of `corpus`, spread by Ray Data; the journal stays on the machine that asks.
+"""Transcribe a corpus on several machines with Ray Data; the results log stays on the machine that started the job.
 
-Every part of the source is listed, decoded and heard on a worker; what comes back are lines of the journal. A worker
-that dies is replaced and its recordings are done again, so a line may come twice; the journal takes the first. Ray must
-be the same version everywhere, mowa be installed, and the sources be found by the same names (a shared disk, or
-addresses such as s3://… with `remote`).
+Workers list, decode and transcribe parts of the source and return records. A worker that dies is replaced and its
+recordings are transcribed again, so a record may arrive twice; the first one is kept. Every machine needs the same
+version of Ray, mowa, and access to the sources by the same names (a shared disk, or URLs such as s3://… with
+`allow_remote`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from mowa.engines.settings import EngineSpec, TranscriptionSettings, WorkerPool
 from mowa.errors import MissingDependency, ModelError, MowaError
 from mowa.types import Example
 
-RECORDINGS_PER_BATCH = 16  # recordings that a worker is given at a time
+RECORDINGS_PER_BATCH = 16  # sent to a worker in one table
 
 
 def transcribe_on_ray(
@@ -34,33 +35,34 @@ def transcribe_on_ray(
     on_failure: Callable[[pipeline.Failure], object] = lambda failure: None,
     allow_remote: bool = False,
 ) -> None:
-    """Transcribe what is not in `journal` yet on the cluster at `address` (auto: the one that runs, else this machine).
+    """Transcribe the examples that are not in `results` yet on the Ray cluster at `address`.
 
-    MissingPart without Ray. ModelError: no cluster there, or no room in it for one worker. What a worker raises (a
-    model that is not there, a broken manifest) is raised here; all that was done until then is in the journal.
+    "auto" is the running cluster, else this machine. Raises MissingDependency without Ray, ModelError if there is no
+    cluster or it has no resources for one worker, and what a worker raises (an unknown model, a broken manifest); what
+    was finished until then is in the log.
     """
     ray = _ray()
     workers = workers or WorkerPool()
-    ours = _join(ray, address)
+    connected = _connect(ray, address)
     try:
-        data = _planned(ray, source, spec, settings, workers, ray.put(frozenset(results.done_ids)), allow_remote)
+        data = _dataset(ray, source, spec, settings, workers, ray.put(frozenset(results.done_ids)), allow_remote)
         for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in map(_row, table.column("line").to_pylist()):
-                if row["id"] in results.done_ids:
+            for record in map(json.loads, table.column("record").to_pylist()):
+                if record["id"] in results.done_ids:
                     continue
-                results.add_record(row)
-                on_progress(row.get("duration_s", 0.0))
-                if "error" in row:
-                    on_failure(pipeline.Failure(row["file"], MowaError(row["error"])))
-    except ray.exceptions.RayError as wrong:
-        raise _cause(wrong) from wrong
+                results.add_record(record)
+                on_progress(record.get("duration_s", 0.0))
+                if "error" in record:
+                    on_failure(pipeline.Failure(record["file"], MowaError(record["error"])))
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from error
     finally:
-        if ours:
+        if connected:
             ray.shutdown()
 
 
 def _ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report home
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
@@ -70,93 +72,98 @@ def _ray() -> Any:
     return ray
 
 
-def _join(ray: Any, address: str) -> bool:
-    """Connect, unless this process is connected. → whether it was not."""
+def _connect(ray: Any, address: str) -> bool:
+    """Connect to the cluster unless this process is connected already; return whether it connected."""
     if ray.is_initialized():
         return False
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as wrong:
+    except (ConnectionError, ValueError, RuntimeError) as error:
         if address != "auto":
-            reason = (str(wrong).splitlines() or [type(wrong).__name__])[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(f"no Ray cluster answers at {address} ({reason}). Start one: ray start --head") from None
         ray.init(include_dashboard=False, **quiet)
     return True
 
 
-def _planned(
+def _dataset(
     ray: Any,
     source: CorpusSource,
-    wanted: EngineSpec,
+    spec: EngineSpec,
     settings: TranscriptionSettings,
     workers: WorkerPool,
-    done: Any,
-    remote: bool,
+    done_ids: Any,
+    allow_remote: bool,
 ) -> Any:
-    """The job as a Ray data set of lines. Nothing runs yet."""
+    """Return the lazy Ray dataset of records."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    room = ray.cluster_resources()
-    most = min(workers.max_size or 10**6, _room(room, workers))
-    if workers.num_cpus > room.get("CPU", 0) or workers.num_gpus > room.get("GPU", 0):
-        there = f"{room.get('CPU', 0):g} processors and {room.get('GPU', 0):g} GPUs"
+    resources = ray.cluster_resources()
+    if workers.num_cpus > resources.get("CPU", 0) or workers.num_gpus > resources.get("GPU", 0):
         raise ModelError(
-            f"the cluster has {there}, and a worker wants {workers.num_cpus:g} and {workers.num_gpus:g}: ask for less"
+            f"the cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; one worker needs"
+            f" {workers.num_cpus:g} and {workers.num_gpus:g}: lower --worker-cpus or --worker-gpus"
         )
-    least = min(workers.min_size, most)
-    parts = max(2 * most, 2)
+    max_size = min(workers.max_size or 10**6, _max_workers(resources, workers))
+    num_parts = max(2 * max_size, 2)
 
-    def listed(numbers: Any) -> Iterator[Any]:
-        known = ray.get(done)
+    def list_part(numbers: Any) -> Iterator[Any]:
+        done = ray.get(done_ids)
         for number in numbers.column("id").to_pylist():
-            yield from _tables(batch.shard(source.examples(), number + 1, parts), known)
+            yield from _tables(batch.shard(source.examples(), number + 1, num_parts), done)
 
     return (
-        ray.data.range(parts, override_num_blocks=parts)
-        .map_batches(listed, batch_size=1, batch_format="pyarrow", num_cpus=0.1)
+        ray.data.range(num_parts, override_num_blocks=num_parts)
+        .map_batches(list_part, batch_size=1, batch_format="pyarrow", num_cpus=0.1)
         .map_batches(
             TranscriptionWorker,
-            fn_constructor_kwargs={"wanted": wanted, "settings": settings, "remote": remote},
+            fn_constructor_kwargs={"spec": spec, "settings": settings, "allow_remote": allow_remote},
             batch_size=RECORDINGS_PER_BATCH,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
+            compute=ray.data.ActorPoolStrategy(min_size=min(workers.min_size, max_size), max_size=max_size),
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus or None,
         )
     )
 
 
-def _room(room: Mapping[str, float], workers: WorkerPool) -> int:
-    """How many workers fit, leaving a little of a processor to those that list."""
-    by_cpus = int((room.get("CPU", 0) - 0.1) // workers.num_cpus) if workers.num_cpus else 10**6
-    by_gpus = int(room.get("GPU", 0) // workers.num_gpus) if workers.num_gpus else 10**6
+def _max_workers(resources: Mapping[str, float], workers: WorkerPool) -> int:
+    """Return how many workers fit, leaving 0.1 CPU for the tasks that list examples."""
+    by_cpus = int((resources.get("CPU", 0) - 0.1) // workers.num_cpus) if workers.num_cpus else 10**6
+    by_gpus = int(resources.get("GPU", 0) // workers.num_gpus) if workers.num_gpus else 10**6
     return max(min(by_cpus, by_gpus), 1)
 
 
-def _tables(examples: Iterator[Example], done: frozenset[str]) -> Iterator[Any]:
-    """What is not done, in Arrow tables of a few recordings."""
-    held: list[Example] = []
+def _tables(examples: Iterator[Example], done_ids: frozenset[str]) -> Iterator[Any]:
+    """Yield the examples that are not done in Arrow tables of RECORDINGS_PER_BATCH rows."""
+    rows: list[Example] = []
     for example in examples:
-        if example.id not in done:
-            held.append(example)
-        if len(held) == RECORDINGS_PER_BATCH:
-            yield _table(held)
-            held = []
-    yield _table(held)
+        if example.id not in done_ids:
+            rows.append(example)
+        if len(rows) == RECORDINGS_PER_BATCH:
+            yield _table(rows)
+            rows = []
+    yield _table(rows)
 
 
 def _table(examples: Sequence[Example]) -> Any:
     import pyarrow
 
-    kinds = {"id": pyarrow.string(), "audio": pyarrow.string(), "duration_s": pyarrow.float64()}
-    kinds |= {"begin_s": pyarrow.float64(), "part": pyarrow.bool_(), "sound": pyarrow.binary()}
-    rows = [{name: getattr(example, name) for name in kinds} for example in examples]
-    return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(kinds.items()))
+    types = {
+        "id": pyarrow.string(),
+        "audio": pyarrow.string(),
+        "duration_s": pyarrow.float64(),
+        "offset_s": pyarrow.float64(),
+        "is_excerpt": pyarrow.bool_(),
+        "audio_bytes": pyarrow.binary(),
+    }
+    rows = [{name: getattr(example, name) for name in types} for example in examples]
+    return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(types.items()))
 
 
 class TranscriptionWorker:
-    """A worker: the model, loaded once, and the pipeline over what it is given."""
+    """A Ray actor that loads the model once and transcribes tables of recordings."""
 
     def __init__(self, spec: EngineSpec, settings: TranscriptionSettings, allow_remote: bool) -> None:
         from mowa.engines.transcription import load_engine
@@ -164,28 +171,19 @@ class TranscriptionWorker:
         self.engine, self.settings, self.allow_remote = load_engine(spec).engine, settings, allow_remote
 
     def __call__(self, table: Any) -> Any:
-        import json
-
         import pyarrow
 
         examples = [Example(text="", **row) for row in table.to_pylist()]
-        found = pipeline.transcribe_examples(examples, self.engine, self.settings, allow_remote=self.allow_remote)
-        lines = [json.dumps(to_record(example, outcome)) for example, outcome in found]
-        return pyarrow.table({"line": pyarrow.array(lines, pyarrow.string())})
+        outcomes = pipeline.transcribe_examples(examples, self.engine, self.settings, allow_remote=self.allow_remote)
+        records = [json.dumps(to_record(example, outcome)) for example, outcome in outcomes]
+        return pyarrow.table({"record": pyarrow.array(records, pyarrow.string())})
 
 
-def _row(text: str) -> dict[str, Any]:
-    import json
-
-    row: dict[str, Any] = json.loads(text)
-    return row
-
-
-def _cause(wrong: BaseException) -> MowaError:
-    """What went wrong on the worker, in a line."""
-    seen: BaseException | None = wrong
+def _cause(error: BaseException) -> MowaError:
+    """Return the MowaError that a worker raised, or a ModelError with Ray's last line."""
+    seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, MowaError):
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__
-    return ModelError(f"the cluster gave up ({(str(wrong).strip().splitlines() or [type(wrong).__name__])[-1]})")
+    return ModelError(f"the Ray job failed ({(str(error).strip().splitlines() or [type(error).__name__])[-1]})")

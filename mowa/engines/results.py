@@ -1,12 +1,12 @@
-"""What a corpus run has finished, on disk: JSON lines that only grow, so that a run broken off anywhere can go on.
+"""Results log of a batch transcription: an append-only JSON Lines file that survives interruption at any point.
 
-    {"journal": 1, "model": {…}, "settings": {…}, "versions": {…}, "shard": "1/4"}
+    {"results": 2, "model": {…}, "settings": {…}, "versions": {…}, "shard": "1/4"}
     {"id": "clip-1", "file": "1.mp3", "text": "dzień dobry", "duration_s": 1.9, "confidence": 0.98, "segments": […]}
     {"id": "clip-2", "file": "clips/2.mp3", "error": "clips/2.mp3: is empty (0 bytes). Copy the file again."}
 
-Every line is written in one piece and is on its way to the disk when `add` returns; a torn last line, as a power cut
-leaves it, is cut off when the journal is opened again. One process holds a journal at a time. What is transcribed, and
-in which order, is not known here.
+The first line is the header; its "results" is the format version. Each record is handed to the operating system before
+`add` returns; an incomplete last line, as a power failure leaves it, is removed when the log is opened again. One
+process at a time can hold a log open for writing.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mowa.data.manifests.discover import RESULTS_PREFIX
 from mowa.decode import captions
 from mowa.engines.pipeline import Failure
 from mowa.errors import DataError
 from mowa.types import Example, Transcript
 
-FORMAT_VERSION = 1
-SYNC_INTERVAL_S = 2.0  # what a power cut may take
-_MARKS = 4096  # notes of what was begun, until those of what was finished since are dropped
-_BEGIN = b'{"journal": '
-_LINE = 2**20  # bytes read at a time, to find the last line's end
+FORMAT_VERSION = 2
+SYNC_INTERVAL_S = 2.0  # between calls of fsync; at most this much work is lost in a power failure
+_REWRITE_STARTED_EVERY = 4096  # started ids, after which the file of started ids is rewritten without finished ones
+_OLD_PREFIX = b'{"journal": '  # format 1
+_READ_BYTES = 2**20  # per read when searching the last line break
 
 
 class ResultsFile:
-    """A journal that is open for writing. Make one with `open`; close it, or use it in a `with`.
+    """A results log open for writing. Create it with `open`; close it, or use it as a context manager.
 
-    done: ids that need not be transcribed again. `failed` of them are errors. suspects: ids that a run had begun when
-    it was killed; one of them may be what killed it.
+    done_ids     ids with a record, transcript or error
+    num_failed   number of them that are errors
+    suspect_ids  ids that an earlier run had started but not finished when it was killed; one may have crashed it
     """
 
     def __init__(self, file: Any, path: Path, header: Mapping[str, Any]) -> None:
@@ -45,56 +47,56 @@ class ResultsFile:
         self.done_ids: set[str] = set()
         self.num_failed = 0
         self.suspect_ids: frozenset[str] = frozenset()
-        self._open: set[str] = set()
-        self._marked = 0
+        self._unfinished: set[str] = set()
+        self._num_started = 0
         self._synced = time.monotonic()
 
     @classmethod
     def open(cls, path: Path, header: Mapping[str, Any], *, retry_failed: bool = False) -> ResultsFile:
-        """The journal at `path`, made where there is none, and mended where its last line is torn.
+        """Open the results log at `path`, creating it if needed and removing an incomplete last line.
 
-        header: what may not change within a journal, under "model", "settings" and "shard"; "versions" may. With
-        `retry_failed` the lines of errors are taken out, so that what failed is done again.
+        `header` holds "model", "settings" and "shard", which must not change within a log, and "versions", which may.
+        With `retry_failed`, records of errors are removed, so that those recordings are transcribed again.
 
-        DataError: another process has it, it is of another model, other settings or another shard, or no journal.
+        Raises DataError if another process holds the log, if it is from another model, shard or settings, if it is not
+        a results log, or if it cannot be written.
         """
-        header = {"journal": FORMAT_VERSION, **json.loads(json.dumps(header, default=str))}
+        header = {"results": FORMAT_VERSION, **json.loads(json.dumps(header, default=str))}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("ab+")
-        except OSError as wrong:
-            raise DataError(f"{path}: cannot be written ({wrong.strerror}). Choose another place.") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror}). Choose another file.") from None
         try:
             _lock(file, path)
-            journal = cls(file, path, header)
+            results = cls(file, path, header)
             _validate_prefix(file, path)
-            whole = _truncate_torn_line(file)
-            if not whole:
-                journal._write(header)
-                journal._sync()
-                return journal
+            if not _truncate_torn_line(file):
+                results._write(header)
+                results._sync()
+                return results
             validate_same_run(read_header(path), header, path)
-            journal._read(retry_failed)
-            journal.suspect_ids = frozenset(journal._begun() - journal.done_ids)
+            results._read(retry_failed)
+            results.suspect_ids = frozenset(results._read_started() - results.done_ids)
         except BaseException:
             file.close()
             raise
-        return journal
+        return results
 
     def _read(self, retry_failed: bool) -> None:
         errors = 0
-        for row in read_records(self.path):
-            if "error" in row:
+        for record in read_records(self.path):
+            if "error" in record:
                 errors += 1
                 if retry_failed:
                     continue
-            self.done_ids.add(row["id"])
+            self.done_ids.add(record["id"])
         self.num_failed = 0 if retry_failed else errors
         if errors and retry_failed:
             self._drop_errors()
 
     def _drop_errors(self) -> None:
-        """The journal without its errors takes the place of the old one; both are locked while that happens."""
+        """Replace the log by a copy without error records; both are locked meanwhile."""
         fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         file = fresh.open("ab+")
         try:
@@ -112,62 +114,62 @@ class ResultsFile:
         self._file = file
 
     @property
-    def _marks(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.begun")
+    def _started_path(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.started")
 
-    def _begun(self) -> set[str]:
+    def _read_started(self) -> set[str]:
         try:
-            lines = self._marks.read_bytes().split(b"\n")[:-1]
+            lines = self._started_path.read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
             return set()
         return {str(json.loads(line)) for line in lines if line.endswith(b'"')}
 
     def mark_started(self, id_: str) -> None:
-        """Note that an id is about to be decoded, in a file beside the journal that a run takes with it when it ends.
+        """Record in a file beside the log that an id is about to be decoded; `close` deletes that file.
 
-        Nothing waits for the disk: the note is there for a run that dies, not for a machine that does.
+        It is not synced: it identifies the recording that crashed a process, not one that a power failure interrupted.
         """
-        self._open.add(id_)
-        anew = self._marked % _MARKS == 0
-        with suppress(OSError), self._marks.open("w" if anew else "a", encoding="utf-8") as file:  # `add` will say so
-            names = self.suspect_ids | self._open if anew else {id_}
-            file.writelines(json.dumps(name) + "\n" for name in sorted(names))
-        self._marked += 1
+        self._unfinished.add(id_)
+        rewrite = self._num_started % _REWRITE_STARTED_EVERY == 0
+        with suppress(OSError), self._started_path.open("w" if rewrite else "a", encoding="utf-8") as file:
+            ids = self.suspect_ids | self._unfinished if rewrite else {id_}
+            file.writelines(json.dumps(one) + "\n" for one in sorted(ids))
+        self._num_started += 1
 
     def add(self, example: Example, outcome: Transcript | Failure) -> None:
-        """Write down how it went. DataError where the disk is full: all lines before it are whole then."""
+        """Append the outcome of a recording. Raises DataError if the disk is full; earlier records stay intact."""
         self.add_record(to_record(example, outcome))
 
     def add_record(self, record: Mapping[str, Any]) -> None:
-        """Write down a line as `line` gives it."""
+        """Append a record as `to_record` returns it."""
         self._write(record)
-        self._open.discard(record["id"])
+        self._unfinished.discard(record["id"])
         self.done_ids.add(record["id"])
         self.num_failed += "error" in record
         if time.monotonic() - self._synced > SYNC_INTERVAL_S:
             self._sync()
 
-    def _write(self, row: Mapping[str, Any]) -> None:
-        data = _encoded(row)
+    def _write(self, record: Mapping[str, Any]) -> None:
+        data = _encode(record)
         end = self._file.seek(0, os.SEEK_END)
         try:
             while data:
                 data = data[os.write(self._file.fileno(), data) :]
-        except OSError as wrong:
+        except OSError as error:
             os.ftruncate(self._file.fileno(), end)
-            raise self._full(wrong) from None
+            raise self._write_error(error) from None
 
     def _sync(self) -> None:
         try:
             os.fsync(self._file.fileno())
-        except OSError as wrong:
-            raise self._full(wrong) from None
+        except OSError as error:
+            raise self._write_error(error) from None
         self._synced = time.monotonic()
 
-    def _full(self, wrong: OSError) -> DataError:
+    def _write_error(self, error: OSError) -> DataError:
         return DataError(
-            f"{self.path}: cannot be written to ({wrong.strerror}). {len(self.done_ids)} are in it and stay there: make "
-            "room, and the same command goes on."
+            f"{self.path}: cannot be written to ({error.strerror}). {len(self.done_ids)} recordings are in it. Free"
+            " some disk space, then rerun the command to resume."
         )
 
     def close(self) -> None:
@@ -175,47 +177,60 @@ class ResultsFile:
             try:
                 self._sync()
             finally:
-                self._marks.unlink(missing_ok=True)
+                self._started_path.unlink(missing_ok=True)
                 self._file.close()
 
     def __enter__(self) -> ResultsFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, wrong: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
 
 def to_record(example: Example, outcome: Transcript | Failure) -> dict[str, Any]:
-    """The line that says how a recording went."""
-    row: dict[str, Any] = {"id": example.id, "file": example.audio}
+    """Return the record of a recording's outcome; an excerpt also has "offset_s", its start in the file."""
+    record: dict[str, Any] = {"id": example.id, "file": example.audio}
     if example.is_excerpt:
-        row["begin_s"] = round(example.offset_s, 3)
+        record["offset_s"] = round(example.offset_s, 3)
     if isinstance(outcome, Failure):
-        return row | {"error": str(outcome.error)}
-    said = captions.transcript_to_dict(outcome)
-    return row | {key: said[key] for key in ("text", "duration_s", "confidence", "segments")}
+        return record | {"error": str(outcome.error)}
+    transcript = captions.transcript_to_dict(outcome)
+    return record | {key: transcript[key] for key in ("text", "duration_s", "confidence", "segments")}
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The first line of a journal. DataError where it is none, or of another format."""
+    """Return the header of a results log. Raises DataError if there is none or its format version is another one."""
     try:
         with path.open("rb") as file:
-            first = json.loads(file.readline() or "null")
-    except OSError as wrong:
-        raise DataError(f"{path}: cannot be read ({wrong.strerror}).") from None
+            header = json.loads(file.readline() or "null")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
     except ValueError:
-        first = None
-    if not isinstance(first, dict) or "journal" not in first:
-        raise DataError(f"{path}: is there already, and is no journal. Choose another name for the journal.")
-    if first["journal"] != FORMAT_VERSION:
+        header = None
+    if isinstance(header, dict) and "journal" in header:
+        raise _old_format(path)
+    if not isinstance(header, dict) or "results" not in header:
+        raise _not_a_log(path)
+    if header["results"] != FORMAT_VERSION:
         raise DataError(
-            f"{path}: is a journal of format {first['journal']}, this mowa writes {FORMAT_VERSION}. Update mowa."
+            f"{path}: is a results log of format {header['results']}, this mowa reads {FORMAT_VERSION}. Update mowa."
         )
-    return first
+    return header
+
+
+def _not_a_log(path: Path) -> DataError:
+    return DataError(f"{path}: already exists and is not a results log. Choose another file name.")
+
+
+def _old_format(path: Path) -> DataError:
+    return DataError(
+        f"{path}: was written by an older mowa (format 1, this version reads {FORMAT_VERSION}): transcribe again into a"
+        " new file"
+    )
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Every line but the header, in order; a torn last one is left out. DataError where one in the midst is damaged."""
+    """Yield the records in order, without an incomplete last one. Raises DataError for a damaged line."""
     read_header(path)
     with path.open("rb") as file:
         file.readline()
@@ -223,42 +238,45 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             if not data.endswith(b"\n"):
                 return
             try:
-                row = json.loads(data)
-                row["id"]
+                record = json.loads(data)
+                record["id"]
             except (ValueError, KeyError, TypeError):
-                raise DataError(f"{path}:{number}: is damaged. Delete that line; what it held is done again.") from None
-            yield row
+                raise DataError(
+                    f"{path}:{number}: is damaged. Delete the line; its recording is then transcribed again."
+                ) from None
+            yield record
 
 
 def parse_transcript(record: Mapping[str, Any], header: Mapping[str, Any]) -> Transcript:
-    """The transcript that a line without an error holds."""
+    """Return the transcript in a record without an error."""
     return captions.transcript_from_dict({**record, "model": header["model"]["name"], "settings": header["settings"]})
 
 
 def merge_results(paths: Iterable[Path]) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
-    """Several journals of one job (shards, machines) as one: its header, and every id once, what succeeded first.
+    """Merge the results logs of one job: return the header, and an iterator of records with every id once.
 
-    An id that failed in one and not in another did not fail. DataError where they differ in model or settings.
+    Transcripts come before errors; an id with a transcript in any log has no error record. Raises DataError if the logs
+    differ in model or settings.
     """
     paths = list(paths)
     header = {key: value for key, value in read_header(paths[0]).items() if key != "shard"}
     for path in paths[1:]:
         validate_same_run(read_header(path) | {"shard": None}, header | {"shard": None}, path)
 
-    def every() -> Iterator[dict[str, Any]]:
+    def records() -> Iterator[dict[str, Any]]:
         seen: set[str] = set()
         for errors in (False, True):
             for path in paths:
-                for row in read_records(path):
-                    if ("error" in row) == errors and row["id"] not in seen:
-                        seen.add(row["id"])
-                        yield row
+                for record in read_records(path):
+                    if ("error" in record) == errors and record["id"] not in seen:
+                        seen.add(record["id"])
+                        yield record
 
-    return header, every()
+    return header, records()
 
 
 def validate_same_run(existing: Mapping[str, Any], header: Mapping[str, Any], path: Path) -> None:
-    """DataError that says what of a journal's header is another's."""
+    """Raise DataError, with every difference, if two headers differ in model, settings or shard."""
     different = []
     for part in ("model", "settings"):
         old, new = existing.get(part) or {}, header.get(part) or {}
@@ -267,8 +285,7 @@ def validate_same_run(existing: Mapping[str, Any], header: Mapping[str, Any], pa
         different.append(f"shard: {existing.get('shard') or 'none'} → {header.get('shard') or 'none'}")
     if different:
         raise DataError(
-            f"{path}: was written with other settings ({', '.join(different)}). Take another journal, or the same "
-            "settings."
+            f"{path}: was written with other settings ({', '.join(different)}). Use the same settings, or another file."
         )
 
 
@@ -276,49 +293,51 @@ def _lock(file: Any, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise DataError(f"{path}: another process is writing to it. Wait for that, or take another journal.") from None
+        raise DataError(f"{path}: another process is writing to it. Wait until it ends, or use another file.") from None
 
 
-def _encoded(row: Mapping[str, Any]) -> bytes:
+def _encode(record: Mapping[str, Any]) -> bytes:
     try:
-        return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    except UnicodeEncodeError:  # a file's name that is no UTF-8
-        return (json.dumps(row, allow_nan=False) + "\n").encode()
+        return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except UnicodeEncodeError:  # a file name that is not UTF-8
+        return (json.dumps(record, allow_nan=False) + "\n").encode()
 
 
 def _validate_prefix(file: Any, path: Path) -> None:
-    """DataError where there is something that no journal begins with, be it torn."""
+    """Raise DataError unless the file is empty or begins as a results log, even an incomplete one."""
     file.seek(0)
-    begin, ours = file.read(len(_BEGIN)), _BEGIN
-    if begin != ours[: len(begin)]:
-        raise DataError(f"{path}: is there already, and is no journal. Choose another name for the journal.")
+    begin = file.read(len(RESULTS_PREFIX))
+    if begin and begin == _OLD_PREFIX[: len(begin)] and begin != RESULTS_PREFIX[: len(begin)]:
+        raise _old_format(path)
+    if begin != RESULTS_PREFIX[: len(begin)]:
+        raise _not_a_log(path)
 
 
 def _truncate_torn_line(file: Any) -> int:
-    """Cut off what comes after the last line break. → bytes left."""
+    """Truncate the file after its last line break; return its size in bytes."""
     end = file.seek(0, os.SEEK_END)
-    at = end
-    while at:
-        start = max(0, at - _LINE)
+    size = end
+    while size:
+        start = max(0, size - _READ_BYTES)
         file.seek(start)
-        found = file.read(at - start).rfind(b"\n")
+        found = file.read(size - start).rfind(b"\n")
         if found >= 0:
-            at = start + found + 1
+            size = start + found + 1
             break
-        at = start
-    if at < end:
-        file.truncate(at)
-    return int(at)
+        size = start
+    if size < end:
+        file.truncate(size)
+    return int(size)
 
 
 @contextmanager
 def rewrite_results(path: Path, header: Mapping[str, Any]) -> Iterator[Any]:
-    """A journal with `header` to be written anew: what yields takes lines; it is `path` when all went well."""
+    """Yield a function that writes records to a new log; it replaces `path` if no exception is raised."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with fresh.open("wb") as file:
-            file.write(_encoded(header))
-            yield lambda row: file.write(_encoded(row))
+            file.write(_encode(header))
+            yield lambda record: file.write(_encode(record))
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""How recordings are transcribed, as one value. Kept apart so that the command line can read its defaults cheaply."""
+"""Transcription settings and engine specifications as plain values, importable without torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ENGINES = ("pytorch", "onnx", "auto")
+ENGINES = ("auto", "pytorch", "onnx")
 
 
 @dataclass(frozen=True, slots=True)
 class TranscriptionSettings:
-    """Everything that may change a transcript or its cost, beside the model. Times in seconds.
+    """Everything besides the model that may change a transcript or its cost. Times in seconds.
 
-    `speech` is how sure the speech detector must be, at its surest moment in a window, for the window to be read at
-    all; 0 reads everything. `batch_s` bounds the (padded) audio in one batch. `channels`: mix (their average), split
-    (each for itself, twins once), or numbers with commas (0,1).
+    resample       resampling quality
+    window_s       longer recordings are split at silences into windows of at most this length
+    context_s      extra audio on both sides of each window
+    batch_s        audio per batch, padding included
+    vad_threshold  windows whose peak speech probability is below this are skipped; 0 skips none
+    channels       mix (average all), split (transcribe each separately, identical ones once), or numbers (0,1)
     """
 
     resample: Literal["best", "fast"] = "best"
@@ -28,7 +31,7 @@ class TranscriptionSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """Which model is to hear, and on what: names only, so that it can be said to other processes and machines."""
+    """Which model to load and how to run it; names only, so that it can be sent to other processes and machines."""
 
     model: str
     adapter: Path | None = None
@@ -42,9 +45,9 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPool:
-    """Processes that hear: at least and at most so many, each with so many processors and GPUs (or parts of one)."""
+    """Number of worker processes, and the CPUs and GPUs (or fractions) of each."""
 
     min_size: int = 1
-    max_size: int = 0  # 0: as many as there is room for
+    max_size: int = 0  # 0: as many as fit
     num_cpus: float = 1.0
     num_gpus: float = 0.0

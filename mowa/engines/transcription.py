@@ -1,7 +1,4 @@
-"""Recordings → transcripts, as the command line and `mowa.transcribe` share it: names in, `pipeline` between.
-
-It knows files and names of models; how recordings go through the net is not known here.
-"""
+"""Transcribe files with a model given by name: what `mowa.transcribe` and `mowa transcribe` share."""
 
 from __future__ import annotations
 
@@ -42,56 +39,61 @@ def transcribe(
     threads: int | None = None,
     **settings: Any,
 ) -> Transcript | list[Transcript]:
-    """One recording → its Transcript; a list of recordings and folders → a list, in order.
+    """Transcribe a recording, or a list of recordings and folders.
 
-    `model` is an alias, a folder, a hub id, or what `load` or `engine` gave; None is the adapter's base, or pl-tiny.
-    `adapter` is an adapter's folder, or the name of one that `engine` was given. `settings` are the fields of
-    `Settings`. The first bad recording raises its MowaError; `transcripts` goes on past it.
+    Args:
+        files: a file, or a list of files and folders.
+        model: an alias, a folder, a Hub id, a `Model`, or an engine; None is the adapter's base model, or pl-tiny.
+        adapter: an adapter's folder, or the name of one that the engine was opened with.
+        device, dtype, threads: as `open_engine`; ignored where `model` is an engine.
+        settings: the fields of `TranscriptionSettings`.
+
+    Returns a Transcript for a single file, and a list in order for a list. Raises the MowaError of the first recording
+    that fails; `iter_transcripts` continues instead.
     """
-    chosen = TranscriptionSettings(**settings)
+    transcription_settings = TranscriptionSettings(**settings)
     engine: Engine
-    how: Any = {"device": device, "dtype": dtype, "threads": threads}
+    options: Any = {"device": device, "dtype": dtype, "threads": threads}
     if isinstance(model, str) and (folder := resolve_artifact(model)) is not None:
-        engine = selection.open_artifact(folder, adapter=adapter, **how).engine
+        engine = selection.open_artifact(folder, adapter=adapter, **options).engine
     else:
         if not isinstance(model, PyTorchEngine):
             loaded = load(model or resolve_base_model(adapter)) if model is None or isinstance(model, str) else model
-            model = pytorch.open_engine(loaded, **how)
+            model = pytorch.open_engine(loaded, **options)
         engine = model.with_adapter(adapter)
-    alone = isinstance(files, str | Path)
-    if alone and Path(str(files)).is_dir():
-        raise AudioError(f"{files}: is a folder. Give it in a list, transcribe([folder]), for a list of transcripts.")
-    done = []
-    for outcome in iter_transcripts(
-        audio.find_audio_files([files] if isinstance(files, str | Path) else files), engine, chosen
-    ):
+    single = isinstance(files, str | Path)
+    if single and Path(str(files)).is_dir():
+        raise AudioError(
+            f"{files}: is a folder. Pass it in a list, transcribe([folder]), to get a list of transcripts."
+        )
+    found = audio.find_audio_files([files] if isinstance(files, str | Path) else files)
+    transcripts = []
+    for outcome in iter_transcripts(found, engine, transcription_settings):
         if isinstance(outcome, Failure):
             raise outcome.error
-        done.append(outcome)
-    return done[0] if alone else done
+        transcripts.append(outcome)
+    return transcripts[0] if single else transcripts
 
 
 def load_engine(spec: EngineSpec) -> EngineChoice:
-    """The engine that was asked for, loaded, and why it is this one. Raises as `load` and `choose.engine` do."""
-    how: Any = {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads, "adapter": spec.adapter}
+    """Load the model or export of a spec and select its engine. Raises as `load` and `select_engine` do."""
+    options: Any = {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads, "adapter": spec.adapter}
     if (folder := resolve_artifact(spec.model)) is not None:
-        return selection.open_artifact(folder, name=spec.engine, **how)
+        return selection.open_artifact(folder, name=spec.engine, **options)
     model = load(spec.model, revision=spec.revision, offline=spec.offline)
-    return selection.select_engine(model, name=spec.engine, **how)
+    return selection.select_engine(model, name=spec.engine, **options)
 
 
 def resolve_artifact(name: str) -> Path | None:
-    """The folder that `name` is, where it holds an export that another program than PyTorch runs."""
+    """Return the folder `name` if it holds an export that an engine other than PyTorch runs, else None."""
     folder = Path(name)
-    return (
-        folder
-        if name not in MODEL_ALIASES and is_export(folder) and read_artifact(folder).format != "safetensors"
-        else None
-    )
+    if name in MODEL_ALIASES or not is_export(folder) or read_artifact(folder).format == "safetensors":
+        return None
+    return folder
 
 
 def resolve_base_model(adapter: str | Path | None) -> str:
-    """By which name the model loads that `adapter` (a folder) was made over; pl-tiny without one."""
+    """Return the name of the base model of an adapter's folder; pl-tiny for None."""
     return DEFAULT_MODEL if adapter is None else checkpoint.read_adapter(adapter).base.load_name
 
 
@@ -102,9 +104,9 @@ def iter_transcripts(
     *,
     on_progress: Callable[[float], object] = lambda seconds: None,
 ) -> Iterator[Transcript | Failure]:
-    """One outcome a file, in the order given. A bad file is a Failure and the others go on.
+    """Yield one outcome per file, in order: its transcript, or a Failure for a file that cannot be read to its end.
 
-    `heard` is called with the seconds of audio each batch brought, for progress. Cut-off recordings are refused whole.
+    `on_progress` is called with the seconds of audio of each batch.
     """
     examples = (Example(str(file), str(file), "", 0.0) for file in files)
     for _, outcome in pipeline.transcribe_examples(

@@ -1,1 +1,5 @@
-"""What a model is worth on a machine: how it hears, how far it is from another, how fast it is and what it needs."""
+"""Measure models: size, memory, speed and error rates of one model, and the loss in accuracy of its quantized versions.
+
+Start with `bench` (several models side by side) and `report` (one model in several schemes); `worker` measures one
+model in its own process.
+"""

@@ -1,24 +1,26 @@
-"""Models, engines and precisions side by side, each measured in a process of its own. Verdicts are `card`'s affair."""
+"""Benchmark models, engines and dtypes side by side, each in its own process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mowa.data.manifests import examples as sources
+from mowa import __version__, hardware
+from mowa.data.manifests.examples import read_examples
 from mowa.errors import DataError, ModelError
 from mowa.evaluation.worker import Measurement, MeasurementRequest, Throughput, measure
 from mowa.exporters import is_export, read_artifact
-from mowa.io.hub import resolve_model
+from mowa.io.hub import SAMPLE_CLIP, resolve_model
 from mowa.models.diff import compare_emissions
 from mowa.tasks.metrics import ErrorRates, bootstrap_error_rates
 from mowa.types import Example
 
-SAMPLE_CLIP = Path(__file__).parents[1] / "assets" / "sample.flac"
+FORMAT_VERSION = 2  # of the JSON that `results_to_dict` returns
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,13 @@ class BenchCase:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """`agreeing`: the share of frames with the first row's likeliest output, where they have the same letters and
-    frames, else 0. `wrong`: why there is nothing to say."""
+    """Measurements of one case.
+
+    latency_s   median time for one recording
+    rtf         real-time factor: seconds of computing per second of audio
+    agreement   share of frames whose top-1 token equals that of the first case; 0 where shapes differ
+    error       why the case could not be run; empty if it was
+    """
 
     model: str
     engine: str
@@ -52,14 +59,14 @@ class BenchResult:
 
 
 def expand_cases(models: Sequence[str], engines: Sequence[str], dtypes: Sequence[str]) -> list[BenchCase]:
-    """Every model on every engine in every precision; an export has one of each."""
-    found = []
+    """Return every model with every engine and dtype; an export has one of each."""
+    cases = []
     for model in models:
         if is_export(Path(model)):
-            found.append(BenchCase(model, "auto", "auto"))
+            cases.append(BenchCase(model, "auto", "auto"))
         else:
-            found += [BenchCase(model, *one) for one in product(engines or ("pytorch",), dtypes or ("auto",))]
-    return found
+            cases += [BenchCase(model, *one) for one in product(engines or ("pytorch",), dtypes or ("auto",))]
+    return cases
 
 
 def run_bench(
@@ -70,46 +77,64 @@ def run_bench(
     throughput: tuple[tuple[int, int], ...],
     on_progress: Callable[[str, float], object],
 ) -> list[BenchResult]:
-    """A row an arm, in their order. DataError where there is nothing to hear."""
+    """Measure every case on at most `max_samples` recordings of `data`, or on the bundled sample without `data`.
+
+    `throughput` holds (threads, batch size) pairs to time; `on_progress` is called with a stage and a fraction. Return
+    one result per case, in order. Raises DataError if `data` has no recordings.
+    """
     examples = (
-        list(sources.read_examples(data, split, require_text=False))
-        if data
-        else [Example("sample", str(SAMPLE_CLIP), "", 0.0)]
+        list(read_examples(data, split, require_text=False)) if data else [Example("sample", str(SAMPLE_CLIP), "", 0.0)]
     )
     if not examples:
         raise DataError(f"{data} has no recordings")
     order = np.random.default_rng(1).permutation(len(examples))[:max_samples]
     chosen = [examples[index] for index in order]
-    rows, first = [], None
-    for index, arm in enumerate(cases):
-        on_progress(f"{arm.model}: hearing", index / len(cases))
+    files = tuple(example.audio for example in chosen)
+    results: list[BenchResult] = []
+    first: Measurement | None = None
+    for index, case in enumerate(cases):
+        on_progress(f"{case.model}: measuring", index / len(cases))
         try:
-            request = MeasurementRequest(
-                arm.model, tuple(one.audio for one in chosen), arm.engine, arm.dtype, True, throughput
-            )
-            found = measure(request)
-        except ModelError as wrong:
-            rows.append(BenchResult(arm.model, arm.engine, arm.dtype, error=str(wrong)))
+            found = measure(MeasurementRequest(case.model, files, case.engine, case.dtype, True, throughput))
+        except ModelError as error:
+            results.append(BenchResult(case.model, case.engine, case.dtype, error=str(error)))
             continue
         first = first or found
-        rows.append(_row(arm, found, first, chosen))
-    return rows
+        results.append(_result(case, found, first, [example.text for example in chosen]))
+    return results
 
 
-def _row(arm: BenchCase, found: Measurement, first: Measurement, examples: Sequence[Example]) -> BenchResult:
-    texts = [one.text for one in examples]
-    alike = all(a.shape == b.shape for a, b in zip(first.emissions, found.emissions, strict=True))
-    agreeing = compare_emissions(first.emissions, found.emissions, 0).agreement if alike else 0.0
+def results_to_dict(results: Sequence[BenchResult]) -> dict[str, Any]:
+    """Return the results as JSON values, with the versions and the machine they are from."""
+    return {
+        "version": FORMAT_VERSION,
+        "mowa": __version__,
+        "machine": hardware.describe_machine(),
+        "results": [asdict(result) for result in results],
+    }
+
+
+def _result(case: BenchCase, found: Measurement, first: Measurement, texts: Sequence[str]) -> BenchResult:
+    same_shapes = all(a.shape == b.shape for a, b in zip(first.emissions, found.emissions, strict=True))
     return BenchResult(
-        arm.model, found.engine, found.dtype, _size(arm.model), found.peak_memory_bytes, found.load_s, found.latency_s,
-        found.inference_s / found.audio_s, agreeing, found.throughput, bootstrap_error_rates(texts, found.texts) if all(texts) else None,
-    )  # fmt: skip
+        model=case.model,
+        engine=found.engine,
+        dtype=found.dtype,
+        size_bytes=_size(case.model),
+        peak_memory_bytes=found.peak_memory_bytes,
+        load_s=found.load_s,
+        latency_s=found.latency_s,
+        rtf=found.inference_s / found.audio_s,
+        agreement=compare_emissions(first.emissions, found.emissions, 0).agreement if same_shapes else 0.0,
+        throughput=found.throughput,
+        error_rates=bootstrap_error_rates(texts, found.texts) if all(texts) else None,
+    )
 
 
 def _size(model: str) -> int:
-    """Bytes of its weights on disk."""
+    """Return the size of the weights on disk, in bytes."""
     if is_export(Path(model)):
         return read_artifact(Path(model)).size_bytes
     folder = resolve_model(model, offline=True).folder
-    kept = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-    return sum(file.stat().st_size for file in kept)
+    files = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    return sum(file.stat().st_size for file in files)

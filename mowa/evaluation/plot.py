@@ -1,4 +1,4 @@
-"""Size, speed and errors of models as a picture: what another beats in all that is shown is faint."""
+"""Plot size, speed and error rate of benchmarked models; models off the Pareto front are faded."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from mowa.io.atomic import atomic_write
 
 
 def require_matplotlib() -> None:
+    """Raise MissingDependency without matplotlib."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise MissingDependency("pictures need matplotlib: pip install matplotlib") from None
+        raise MissingDependency("--plot needs matplotlib: pip install matplotlib") from None
 
 
 def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
-    """Of points, those that none beats: is as good in all and better in one. Less is better, in each."""
+    """Return the indices of the Pareto-optimal points; lower is better in every coordinate."""
     return [
         index
         for index, point in enumerate(points)
@@ -30,7 +31,7 @@ def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
 
 
 def plot_bench(results: Sequence[BenchResult], path: Path) -> None:
-    """A PNG. Colour is the word error rate where it was measured, else the share of frames that agree."""
+    """Write a PNG. The colour is the word error rate if every case has one, else the agreement with the first case."""
     import io
 
     import matplotlib
@@ -42,13 +43,13 @@ def plot_bench(results: Sequence[BenchResult], path: Path) -> None:
     shown = [row for row in results if row.rtf]
     sizes, speeds = [row.size_bytes / 1e6 for row in shown], [1 / row.rtf for row in shown]
     known = all(row.error_rates for row in shown)
-    wrong = [row.error_rates.wer * 100 if known and row.error_rates else -row.agreement * 100 for row in shown]
-    best = pareto_front([(size, -speed, much) for size, speed, much in zip(sizes, speeds, wrong, strict=True)])
+    loss = [row.error_rates.wer * 100 if known and row.error_rates else -row.agreement * 100 for row in shown]
+    best = pareto_front([(size, -speed, much) for size, speed, much in zip(sizes, speeds, loss, strict=True)])
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     dots = axis.scatter(
         sizes,
         speeds,
-        c=[abs(one) for one in wrong],
+        c=[abs(one) for one in loss],
         cmap="viridis_r" if known else "viridis",
         alpha=[1.0 if index in best else 0.3 for index in range(len(shown))],  # type: ignore[arg-type]
         s=90,
@@ -60,18 +61,18 @@ def plot_bench(results: Sequence[BenchResult], path: Path) -> None:
         axis.annotate(
             f"{index + 1}", (sizes[index], speeds[index]), (6, 5), textcoords="offset points", fontsize=9, weight=weight
         )
-        said = f"{index + 1}  {Path(row.model).name}, {row.engine} {row.dtype}"
-        keys.append(Line2D([], [], linestyle="", label=said))
-    axis.set(xlabel="size, MB", ylabel="seconds of sound heard in a second")
+        label = f"{index + 1}  {Path(row.model).name}, {row.engine} {row.dtype}"
+        keys.append(Line2D([], [], linestyle="", label=label))
+    axis.set(xlabel="size, MB", ylabel="RTFx (seconds of audio per second)")
     axis.set(xlim=(0, max(sizes) * 1.1), ylim=(0, max(speeds) * 1.1))
     axis.grid(color="0.93")
     axis.set_axisbelow(True)
     figure.legend(handles=keys, loc="outside right upper", frameon=False, fontsize=9, handlelength=0)
-    what = "word error rate, %" if known else "frames that agree with the first, %"
-    bar = figure.colorbar(dots, location="bottom", aspect=50, label=f"{what} (faint: another is no worse in all three)")
+    what = "word error rate, %" if known else "top-1 agreement with the first, %"
+    bar = figure.colorbar(dots, location="bottom", aspect=50, label=f"{what} (faded: not Pareto-optimal)")
     if bar.solids is not None:
         bar.solids.set_alpha(1)
-    written = io.BytesIO()
-    figure.savefig(written, format="png", dpi=110)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
-    atomic_write(path, written.getvalue())
+    atomic_write(path, buffer.getvalue())

@@ -1,11 +1,11 @@
-"""The report card of a model in some schemes and formats, and whether each may ship. How it looks is `page`'s affair.
+"""The quantization report of a model: measurements in several schemes and formats, and a verdict for each.
 
-| verdict  | when                                                                                                     |
-|----------|----------------------------------------------------------------------------------------------------------|
-| ship     | word errors increase by no more than `most` (relative)                                                   |
-| doubtful | they increase by more, but that may be chance; or there were no texts, or too few words, to know by      |
-| refuse   | they increase by more, and not by chance, in all or for one value of a tag; or fewer than 80 % of frames |
-|          | agree: the net says something else                                                                       |
+| verdict      | when                                                                                                 |
+|--------------|------------------------------------------------------------------------------------------------------|
+| pass         | word errors increase by at most `max_wer_increase` (relative)                                        |
+| inconclusive | they increase by more, but not significantly; or there are no transcripts, or fewer than `MIN_WORDS` |
+| fail         | they increase by more and significantly, in total or for one value of a tag; or fewer than 80 % of   |
+|              | frames have the same top-1 token as float32                                                          |
 """
 
 from __future__ import annotations
@@ -16,23 +16,38 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mowa import hardware
 from mowa.evaluation.worker import Measurement, Throughput
 from mowa.io.atomic import atomic_write
 from mowa.models.diff import ModelDiff, compare_emissions
 from mowa.tasks.metrics import ErrorRateChange, ErrorRates, bootstrap_error_rates, paired_bootstrap
 from mowa.types import Example
 
-PASS, INCONCLUSIVE, FAIL = "ship", "doubtful", "refuse"
-MAX_WER_INCREASE = 0.02  # of word errors, relative
+FORMAT_VERSION = 2
+JSON_FILE, HTML_FILE = "quant_report.json", "quant_report.html"
+PASS, INCONCLUSIVE, FAIL = "pass", "inconclusive", "fail"
+MAX_WER_INCREASE = 0.02  # relative
 MIN_AGREEMENT = 0.8
-MIN_WORDS = 200  # fewer say too little
+MIN_WORDS = 200  # in the references; fewer are inconclusive
+
+
+@dataclass(frozen=True, slots=True)
+class GroupChange:
+    """Error rates of the recordings with one value of a tag, and their change from float32."""
+
+    error_rates: ErrorRates
+    error_rate_change: ErrorRateChange
 
 
 @dataclass(frozen=True, slots=True)
 class ReportRow:
-    """A model in one scheme and format. `share` is its size by that of float32 in the same format, `speedup` how many
-    times as fast as that it heard all recordings. `tagged`: the same of the recordings with each value of a tag."""
+    """A model in one scheme and format.
+
+    size_ratio         size relative to float32 in the same format
+    speedup            speed relative to float32 in the same format
+    diff               difference of its log-probabilities from the reference
+    error_rate_change  relative to the reference
+    by_group           value of a tag → the same for the recordings that have it
+    """
 
     scheme: str
     format: str
@@ -50,14 +65,14 @@ class ReportRow:
     diff: ModelDiff | None = None
     error_rates: ErrorRates | None = None
     error_rate_change: ErrorRateChange | None = None
-    by_group: Mapping[str, tuple[ErrorRates, ErrorRateChange]] = field(default_factory=dict)
+    by_group: Mapping[str, GroupChange] = field(default_factory=dict)
     verdict: str = PASS
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantReport:
-    """`rows` of `model` over `data`, so many recordings; float32 in the first format is what drift is measured from."""
+    """Rows of `model`, measured on `num_recordings` of `data`. The reference is float32, or another model's float32."""
 
     model: str
     data: str
@@ -73,77 +88,98 @@ def build_row(
     scheme: str,
     export_format: str,
     folder: Path,
-    size: int,
+    size_bytes: int,
     measurement: Measurement,
     reference: Measurement,
-    baseline: tuple[int, Measurement],
+    float32: tuple[int, Measurement],
     examples: Sequence[Example],
     *,
     blank_id: int,
     max_wer_increase: float = MAX_WER_INCREASE,
     group_by: str = "",
 ) -> ReportRow:
-    """What was `found`, beside the float32 `reference` of drift and texts and the `baseline` (size, measured) of size
-    and speed."""
-    far = compare_emissions(reference.emissions, measurement.emissions, blank_id)
-    texts = [example.text for example in examples]
-    known = all(texts)
-    heard = bootstrap_error_rates(texts, measurement.texts) if known else None
-    pair = paired_bootstrap(texts, reference.texts, measurement.texts) if known else None
-    tagged = {}
-    for value in sorted({str(example.tags.get(group_by, "")) for example in examples} if known and group_by else ()):
-        chosen = [index for index, one in enumerate(examples) if str(one.tags.get(group_by, "")) == value]
-        said, first, heard_now = ([each[i] for i in chosen] for each in (texts, reference.texts, measurement.texts))
-        tagged[value] = bootstrap_error_rates(said, heard_now), paired_bootstrap(said, first, heard_now)
-    verdict, reason = decide_verdict(far, heard, pair, max_wer_increase, tagged)
+    """Compare a measurement with the reference (outputs, errors) and with float32 in the same format (size, speed).
+
+    `float32` is the size in bytes and the measurement of float32 in `export_format`. Error rates need a transcript for
+    every example. Raises ModelError if the log-probabilities have other shapes.
+    """
+    diff = compare_emissions(reference.emissions, measurement.emissions, blank_id)
+    error_rates = change = None
+    by_group: dict[str, GroupChange] = {}
+    if all(example.text for example in examples):
+        error_rates, change = _error_rates(range(len(examples)), examples, reference, measurement)
+        for value in sorted({str(example.tags.get(group_by, "")) for example in examples} if group_by else ()):
+            members = [index for index, one in enumerate(examples) if str(one.tags.get(group_by, "")) == value]
+            by_group[value] = GroupChange(*_error_rates(members, examples, reference, measurement))
+    verdict, reason = decide_verdict(diff, error_rates, change, max_wer_increase, by_group)
+    float32_size, float32_measurement = float32
     return ReportRow(
-        scheme, export_format, str(folder), size, size / baseline[0], measurement.engine, measurement.dtype, measurement.peak_memory_bytes,
-        measurement.inference_s / measurement.audio_s, baseline[1].inference_s / measurement.inference_s, measurement.latency_s, measurement.load_s,
-        measurement.throughput, far, heard, pair, tagged, verdict, reason,
-    )  # fmt: skip
+        scheme=scheme,
+        format=export_format,
+        folder=str(folder),
+        size_bytes=size_bytes,
+        size_ratio=size_bytes / float32_size,
+        engine=measurement.engine,
+        dtype=measurement.dtype,
+        peak_memory_bytes=measurement.peak_memory_bytes,
+        rtf=measurement.inference_s / measurement.audio_s,
+        speedup=float32_measurement.inference_s / measurement.inference_s,
+        latency_s=measurement.latency_s,
+        load_s=measurement.load_s,
+        throughput=measurement.throughput,
+        diff=diff,
+        error_rates=error_rates,
+        error_rate_change=change,
+        by_group=by_group,
+        verdict=verdict,
+        reason=reason,
+    )
+
+
+def _error_rates(
+    members: Sequence[int], examples: Sequence[Example], reference: Measurement, measurement: Measurement
+) -> tuple[ErrorRates, ErrorRateChange]:
+    texts = [examples[index].text for index in members]
+    before, after = ([one.texts[index] for index in members] for one in (reference, measurement))
+    return bootstrap_error_rates(texts, after), paired_bootstrap(texts, before, after)
 
 
 def decide_verdict(
     diff: ModelDiff,
     error_rates: ErrorRates | None,
-    difference: ErrorRateChange | None,
+    change: ErrorRateChange | None,
     max_wer_increase: float = MAX_WER_INCREASE,
-    by_group: Mapping[str, tuple[ErrorRates, ErrorRateChange]] | None = None,
+    by_group: Mapping[str, GroupChange] | None = None,
 ) -> tuple[str, str]:
-    """Verdict and why, in a line."""
+    """Return the verdict and its reason in one line."""
     if diff.agreement < MIN_AGREEMENT:
-        return FAIL, f"only {diff.agreement:.0%} of frames say what float32 says"
-    if error_rates is None or difference is None:
-        return INCONCLUSIVE, f"without texts only drift is known: {diff.agreement:.1%} of frames agree"
-    change = f"word errors {difference.wer:+.1%}, {max_wer_increase:.1%} allowed"
+        return FAIL, f"the top-1 token equals that of float32 in only {diff.agreement:.0%} of frames"
+    if error_rates is None or change is None:
+        return INCONCLUSIVE, f"no transcripts; top-1 agreement {diff.agreement:.1%}"
+    summary = f"word errors {change.wer:+.1%}, limit {max_wer_increase:+.1%}"
     if error_rates.num_words < MIN_WORDS:
-        return INCONCLUSIVE, f"{error_rates.num_words} words are too few to tell ({change})"
-    low, high = difference.wer_interval
+        return INCONCLUSIVE, f"only {error_rates.num_words} words, at least {MIN_WORDS} are needed ({summary})"
+    low, high = change.wer_interval
     if low > max_wer_increase:
-        return FAIL, f"{change}, and not by chance ({low:+.1%} to {high:+.1%})"
-    for value, (those, more) in (by_group or {}).items():
-        if those.num_words >= MIN_WORDS and more.wer_interval[0] > max_wer_increase:
-            return (
-                FAIL,
-                f"word errors of {value or 'what has no tag'} {more.wer:+.1%}, {max_wer_increase:.1%} allowed ({change})",
-            )
-    if difference.wer <= max_wer_increase:
-        return PASS, change
-    return INCONCLUSIVE, f"{change}, though {low:+.1%} to {high:+.1%} may be chance"
-
-
-def describe_machine() -> str:
-    return f"{hardware.cpu_name()}, {hardware.cpu_count()} cores"
+        return FAIL, f"{summary}, significant ({low:+.1%} to {high:+.1%})"
+    for value, group in (by_group or {}).items():
+        if group.error_rates.num_words >= MIN_WORDS and group.error_rate_change.wer_interval[0] > max_wer_increase:
+            increase = group.error_rate_change.wer
+            return FAIL, f"word errors of {value or 'untagged recordings'} {increase:+.1%}, significant ({summary})"
+    if change.wer <= max_wer_increase:
+        return PASS, summary
+    return INCONCLUSIVE, f"{summary}, not significant ({low:+.1%} to {high:+.1%})"
 
 
 def write_json(report: QuantReport, path: Path) -> None:
-    """As JSON."""
-    atomic_write(path, json.dumps(_plain(asdict(report)), ensure_ascii=False, indent=1) + "\n")
+    """Write the report as JSON, floats rounded to six decimals."""
+    values = {"version": FORMAT_VERSION} | _rounded(asdict(report))
+    atomic_write(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _rounded(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_rounded(one) for one in value]
     return round(value, 6) if isinstance(value, float) else value

@@ -1,11 +1,11 @@
-"""The report card as one HTML file that needs nothing else."""
+"""Render a quantization report as one self-contained HTML file."""
 
 from __future__ import annotations
 
 from html import escape
 from pathlib import Path
 
-from mowa.evaluation.quant_report import FAIL, INCONCLUSIVE, PASS, QuantReport, ReportRow
+from mowa.evaluation.quant_report import QuantReport, ReportRow
 from mowa.io.atomic import atomic_write
 
 CSS = """
@@ -17,54 +17,55 @@ th, td { padding: .35rem .6rem; border-bottom: 1px solid #e6e6e6; vertical-align
 td.n { text-align: right; white-space: nowrap } .bar { background: #dfe7f3; height: .35rem; border-radius: 2px }
 .bar i { display: block; height: 100%; background: #4a76b8; border-radius: 2px }
 .v { border-radius: 3px; padding: .05rem .45rem; font-weight: 600; font-size: .85rem }
-.ship { background: #dff3e3; color: #19692c } .doubtful { background: #fdf1d3; color: #7a5800 }
-.refuse { background: #fbe0df; color: #9c1c16 } .why { color: #666; font-size: .85rem }
+.pass { background: #dff3e3; color: #19692c } .inconclusive { background: #fdf1d3; color: #7a5800 }
+.fail { background: #fbe0df; color: #9c1c16 } .why { color: #666; font-size: .85rem }
 td.n .why, td.verdict .why { display: block } td.verdict { min-width: 15rem }
 """
 COLUMNS = (
     "scheme",
-    "as",
+    "format",
     "size",
     "memory",
-    "× real time",
-    "× float32",
-    "frames agreeing",
+    "RTFx",
+    "speedup",
+    "top-1 agreement",
     "KL",
     "WER %",
     "CER %",
-    "words",
+    "WER change",
 )
 
 
 def write_html(report: QuantReport, path: Path) -> None:
+    """Write the page to `path`."""
     atomic_write(path, render_html(report))
 
 
 def render_html(report: QuantReport) -> str:
+    """Return the page."""
     largest = max((row.size_bytes for row in report.rows), default=1) or 1
     rows = "\n".join(_row(row, largest) for row in report.rows)
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items() if version)
     heads = "".join(f"<th>{escape(name)}</th>" for name in (*COLUMNS, "verdict"))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(report.model)}: report card</title><style>{CSS}</style>
-<h1>{escape(report.model)} in fewer bits</h1>
+<title>{escape(report.model)}: quantization report</title><style>{CSS}</style>
+<h1>{escape(report.model)}: quantization report</h1>
 <p class="sub">{report.num_recordings} recordings of {escape(report.data)}, {report.audio_s / 60:.1f} minutes ·
 {escape(report.machine)} · {escape(versions)}</p>
 <table><thead><tr>{heads}</tr></thead><tbody>
 {rows}
 </tbody></table>
-<p class="why">Speed, drift and words are compared with float32; word errors may increase by {report.max_wer_increase:.1%}. Intervals
-are of 95 %, by drawing recordings anew; those of differences draw the same for both. Memory is what the process had
-resident at the most. Timings are of one run, on a machine that may have had other work.</p>
-{_tagged(report)}{_speeds(report)}
+<p class="why">Speedup, agreement and WER change are relative to float32; the limit for the WER change is
+{report.max_wer_increase:+.1%}. Intervals are 95 % bootstrap intervals over recordings, paired for changes. Memory is
+the peak resident memory of the process. Timings are from one run.</p>
+{_groups(report)}{_throughput(report)}
 </html>
 """
 
 
 def _row(row: ReportRow, largest: int) -> str:
-    kind = {PASS: "ship", INCONCLUSIVE: "doubtful", FAIL: "refuse"}[row.verdict]
-    verdict = f'<span class="v {kind}">{row.verdict}</span> <span class="why">{escape(row.reason)}</span>'
+    verdict = f'<span class="v {row.verdict}">{row.verdict}</span> <span class="why">{escape(row.reason)}</span>'
     if row.diff is None:
         empty = "<td class=n>–</td>" * (len(COLUMNS) - 2)
         return f"<tr><td>{escape(row.scheme)}</td><td>{row.format}</td>{empty}<td class=verdict>{verdict}</td></tr>"
@@ -94,25 +95,26 @@ def _span(interval: tuple[float, float]) -> str:
     return f"{interval[0]:+.1%} to {interval[1]:+.1%}"
 
 
-def _tagged(card: QuantReport) -> str:
+def _groups(report: QuantReport) -> str:
     rows = [
         f"<tr><td>{escape(row.scheme)}</td><td>{row.format}</td><td>{escape(value or '–')}</td>"
-        f"<td class=n>{rates.wer * 100:.1f}</td><td class=n>{rates.cer * 100:.2f}</td>"
-        f"<td class=n>{more.wer:+.1%} <span class=why>{_span(more.wer_interval)}</span></td>"
-        f"<td class=n>{rates.num_words}</td></tr>"
-        for row in card.rows
-        for value, (rates, more) in row.by_group.items()
+        f"<td class=n>{group.error_rates.wer * 100:.1f}</td><td class=n>{group.error_rates.cer * 100:.2f}</td>"
+        f"<td class=n>{group.error_rate_change.wer:+.1%} "
+        f"<span class=why>{_span(group.error_rate_change.wer_interval)}</span></td>"
+        f"<td class=n>{group.error_rates.num_words}</td></tr>"
+        for row in report.rows
+        for value, group in row.by_group.items()
     ]
-    head = "<tr><th>scheme<th>as<th>of<th>WER %<th>CER %<th>words<th>of</tr>"
+    head = "<tr><th>scheme<th>format<th>group<th>WER %<th>CER %<th>WER change<th>words</tr>"
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
 
 
-def _speeds(card: QuantReport) -> str:
+def _throughput(report: QuantReport) -> str:
     rows = [
         f"<tr><td>{escape(row.scheme)}</td><td>{row.format}</td><td class=n>{one.threads}</td>"
-        f"<td class=n>{one.batch_size}</td><td class=n>{one.rtf:.4f}</td></tr>"
-        for row in card.rows
+        f"<td class=n>{one.batch_size}</td><td class=n>{one.rtf:.4f}</td><td class=n>{1 / one.rtf:.1f}</td></tr>"
+        for row in report.rows
         for one in row.throughput
     ]
-    head = "<tr><th>scheme<th>as<th>threads<th>batch<th>seconds for a second of sound</tr>"
+    head = "<tr><th>scheme<th>format<th>threads<th>batch size<th>RTF<th>RTFx</tr>"
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""

@@ -1,7 +1,7 @@
-"""A model in some schemes and formats → the card: made, exported, measured in processes of their own, one by one.
+"""Build a quantization report: quantize, export and measure a model in several schemes and formats.
 
-Everything that is measured is what a user will run, by its path. A report that was broken off goes on: what was made
-and measured of the same model over the same recordings is not done again.
+Each export is measured by its path in its own process, as a user would run it. An interrupted report resumes: exports
+and measurements of the same model and recordings are reused.
 """
 
 from __future__ import annotations
@@ -19,30 +19,36 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from mowa import hardware
-from mowa.adapters import checkpoint
-from mowa.data.manifests import examples as sources
+from mowa.data.manifests.examples import read_examples
 from mowa.errors import DataError, ModelError
-from mowa.evaluation import quant_report as cards
+from mowa.evaluation import quant_report
 from mowa.evaluation.quant_report import FAIL, PASS, QuantReport, ReportRow
 from mowa.evaluation.worker import MEASUREMENT_FILE, Measurement, MeasurementRequest, measure
 from mowa.exporters import export, manifest, protocol
-from mowa.quantization import calibration as calibrate
-from mowa.quantization import quantize, schemes
+from mowa.quantization import calibration, quantize, schemes
 from mowa.types import FLOAT32, Artifact, Example, Model, Scheme
 
 log = logging.getLogger("mowa")
 
-RUNNABLE_FORMATS = ("safetensors", "onnx", "ctranslate2")  # formats that run here
+RUNNABLE_FORMATS = ("safetensors", "onnx", "ctranslate2")
 VERSIONED_PACKAGES = ("mowa", "torch", "transformers", "onnxruntime", "ctranslate2")
-ProgressCallback = Callable[[str, float], object]  # what is being done, and the share of it that is
+SOURCE_FILE = "source.sha256"  # in each export: hash of the model and the recordings of the report
+_OLD_SOURCE_FILE = "made_of"  # format 1
+ProgressCallback = Callable[[str, float], object]  # stage, fraction of it that is done
 
 
 @dataclass(frozen=True, slots=True)
 class ReportConfig:
-    """What is to be reported. `clips` recordings of `data` at most are measured (0: all); with `tag`, error rates of
-    each value of it too; `forced` keeps what is refused. Drift and words are compared with those of the model's own
-    float32, or of the model called `against`. `calibration` is a source of its own; without, some of `data`
-    are heard for it, and not measured."""
+    """What to report.
+
+    schemes, formats  every scheme is exported to every format
+    data, split       evaluation recordings, of which at most `max_samples` are measured (0: all)
+    calibration       source of calibration recordings; empty: a few held out from `data`
+    group_by          also report error rates per value of this tag
+    throughput        (threads, batch size) pairs to time
+    keep_failed       keep exports that fail
+    baseline          model whose float32 outputs are the reference; empty: the model itself
+    """
 
     schemes: tuple[Scheme, ...]
     formats: tuple[str, ...] = ("safetensors", "onnx")
@@ -50,7 +56,7 @@ class ReportConfig:
     split: str = ""
     max_samples: int = 0
     calibration: str = ""
-    max_wer_increase: float = cards.MAX_WER_INCREASE
+    max_wer_increase: float = quant_report.MAX_WER_INCREASE
     group_by: str = ""
     throughput: tuple[tuple[int, int], ...] = ()
     keep_failed: bool = False
@@ -58,14 +64,14 @@ class ReportConfig:
 
 
 def throughput_grid() -> tuple[tuple[int, int], ...]:
-    """One thread and all of them, one recording and four."""
+    """Return (threads, batch size) pairs: 1 and all threads, batch sizes 1 and 4."""
     cores = hardware.cpu_count()
     return tuple((threads, batch) for threads in sorted({1, cores}) for batch in (1, 4))
 
 
 @dataclass(slots=True)
 class _Work:
-    """One report on its way."""
+    """State of a report that is being built."""
 
     model: Model
     config: ReportConfig
@@ -76,7 +82,7 @@ class _Work:
     key: str = ""
     quantized: Model | None = None
     reference: Measurement | None = None
-    baselines: dict[str, tuple[int, Measurement]] = field(default_factory=dict)
+    float32: dict[str, tuple[int, Measurement]] = field(default_factory=dict)
 
 
 def build_report(
@@ -84,65 +90,73 @@ def build_report(
     config: ReportConfig,
     out: Path | None = None,
     *,
-    on_progress: ProgressCallback = lambda what, share: None,
+    on_progress: ProgressCallback = lambda stage, fraction: None,
 ) -> QuantReport:
-    """The card of `model`. Under `out`, if it is named: a folder for each scheme and format, card.json among them.
+    """Build the report of `model`; with `out`, keep the exports and quant_report.json in that folder.
 
-    A scheme that a format or a tensor cannot hold is a row that says why. What is refused is deleted again, unless
-    `forced`. Raises DataError: no recordings, or none left to measure; ModelError, MissingPart as `export` does.
+    A scheme that a format does not support is a failed row with the reason. Failed exports are deleted unless
+    `keep_failed`. Raises DataError without recordings to measure, and as `export` does.
     """
     for to in config.formats:
         if to in protocol.FORMATS and to not in RUNNABLE_FORMATS:
-            raise ModelError(f"{to} does not run here, so there is nothing to measure: use `mowa export --to {to}`")
+            raise ModelError(f"{to} cannot be run by mowa, so it cannot be measured: use `mowa export --to {to}`")
         protocol.get_exporter(to).require_packages()
-    examples, sounds = _recordings(model, config)
+    examples, clips = _recordings(model, config)
     with ExitStack() as open_:
         folder = Path(open_.enter_context(TemporaryDirectory())) if out is None else out
         folder.mkdir(parents=True, exist_ok=True)
-        work = _Work(model, config, folder, examples, sounds, on_progress)
+        work = _Work(model, config, folder, examples, clips, on_progress)
         work.key = hashlib.sha256(
             "\n".join([manifest.model_sha256(model), *(f"{one.id} {one.text}" for one in examples)]).encode()
         ).hexdigest()
         if config.baseline:
-            on_progress(f"{config.baseline}: hearing", 1.0)
+            on_progress(f"{config.baseline}: measuring", 1.0)
             files = tuple(example.audio for example in examples)
             work.reference = measure(MeasurementRequest(config.baseline, files, "pytorch", "float32"))
         rows = list(_rows(work))
-    made = QuantReport(
-        model.origin.name, config.data, len(examples), work.reference.audio_s if work.reference else 0.0, config.max_wer_increase,
-        cards.describe_machine(), {name: checkpoint.installed_version(name) for name in VERSIONED_PACKAGES}, tuple(rows),
-    )  # fmt: skip
+    report = QuantReport(
+        model=model.origin.name,
+        data=config.data,
+        num_recordings=len(examples),
+        audio_s=work.reference.audio_s if work.reference else 0.0,
+        max_wer_increase=config.max_wer_increase,
+        machine=hardware.describe_machine(),
+        versions={name: hardware.installed_version(name) for name in VERSIONED_PACKAGES},
+        rows=tuple(rows),
+    )
     if out is not None:
-        cards.write_json(made, out / "card.json")
-    return made
+        quant_report.write_json(report, out / quant_report.JSON_FILE)
+    return report
 
 
-def _recordings(model: Model, wanted: ReportConfig) -> tuple[list[Example], list[np.ndarray] | None]:
-    """What is measured on, and what is calibrated on, where a scheme needs it."""
-    examples = list(sources.read_examples(wanted.data, wanted.split, require_text=False))
-    needed = [scheme for scheme in wanted.schemes if schemes.calibration_reason(scheme)]
-    if wanted.max_samples:
+def _recordings(model: Model, config: ReportConfig) -> tuple[list[Example], list[np.ndarray] | None]:
+    """Return the examples to measure, and calibration clips if a scheme needs them."""
+    examples = list(read_examples(config.data, config.split, require_text=False))
+    calibrated = [scheme for scheme in config.schemes if schemes.calibration_reason(scheme)]
+    if config.max_samples:
         order = np.random.default_rng(1).permutation(len(examples))
-        spare = len(examples) if needed and not wanted.calibration else 0
-        examples = [examples[i] for i in order[: wanted.max_samples + spare]]
-    sounds = None
-    if needed and wanted.calibration:
-        sounds = calibrate.load_clips(wanted.calibration, model)
-    elif needed and len(examples) == 1:
-        label = schemes.format_scheme(needed[0])
-        raise DataError(f"{label} is calibrated on the one recording of {wanted.data}: name others with --calibrate")
-    elif needed:
-        few = examples[-max(1, min(20, len(examples) // 4)) :]
-        sounds, examples = calibrate.sample_clips(few, model), examples[: -len(few)]
-        log.info("calibrated on %d of the recordings, which are not measured: --calibrate names others", len(few))
-    examples = examples[: wanted.max_samples or None]
+        spare = len(examples) if calibrated and not config.calibration else 0
+        examples = [examples[i] for i in order[: config.max_samples + spare]]
+    clips = None
+    if calibrated and config.calibration:
+        clips = calibration.load_clips(config.calibration, model)
+    elif calibrated and len(examples) == 1:
+        label = schemes.format_scheme(calibrated[0])
+        raise DataError(
+            f"{label} needs calibration recordings, and {config.data} has only one recording: add --calibration-data"
+        )
+    elif calibrated:
+        held_out = examples[-max(1, min(20, len(examples) // 4)) :]
+        clips, examples = calibration.sample_clips(held_out, model), examples[: -len(held_out)]
+        log.info("%d recordings are held out for calibration (or name others: --calibration-data)", len(held_out))
+    examples = examples[: config.max_samples or None]
     if not examples:
-        raise DataError(f"{wanted.data} has no recordings to measure on")
-    return examples, sounds
+        raise DataError(f"{config.data} has no recordings to measure")
+    return examples, clips
 
 
 def _rows(work: _Work) -> list[ReportRow]:
-    """Made scheme by scheme, as some take long to make; told format by format."""
+    """Build the rows scheme by scheme, so that each model is quantized once; return them format by format."""
     formats, rows = work.config.formats, {}
     for scheme in dict.fromkeys((FLOAT32, *work.config.schemes)):
         for to in dict.fromkeys(("safetensors", *formats)) if scheme == FLOAT32 else formats:
@@ -155,47 +169,66 @@ def _row(work: _Work, scheme: Scheme, to: str) -> ReportRow:
     label = schemes.format_scheme(scheme)
     folder = work.out / f"{to}-{label.replace('%', 'pc')}"
     try:
-        artifact = _made(work, scheme, to, folder)
-    except ModelError as refused:
+        artifact = _export(work, scheme, to, folder)
+    except ModelError as error:
         if scheme == FLOAT32:
             raise
-        return ReportRow(label, to, "", 0, 0.0, verdict=FAIL, reason=str(refused))
-    found = _measured(work, artifact, f"{label} as {to}")
+        return ReportRow(label, to, "", 0, 0.0, verdict=FAIL, reason=str(error))
+    found = _measure(work, artifact, f"{label} as {to}")
     if work.reference is None:
         work.reference = found
     if scheme == FLOAT32:
-        work.baselines[to] = (artifact.size_bytes, found)
-    made = cards.build_row(
-        label, to, folder, artifact.size_bytes, found, work.reference, work.baselines[to], work.examples,
-        blank_id=work.model.vocabulary.blank, max_wer_increase=work.config.max_wer_increase, group_by=work.config.group_by,
-    )  # fmt: skip
+        work.float32[to] = (artifact.size_bytes, found)
+    row = quant_report.build_row(
+        label,
+        to,
+        folder,
+        artifact.size_bytes,
+        found,
+        work.reference,
+        work.float32[to],
+        work.examples,
+        blank_id=work.model.vocabulary.blank,
+        max_wer_increase=work.config.max_wer_increase,
+        group_by=work.config.group_by,
+    )
     if found is work.reference:
-        made = replace(made, verdict=PASS, reason="what the others are compared with")
-    if made.verdict == FAIL and not work.config.keep_failed:
+        row = replace(row, verdict=PASS, reason="reference")
+    if row.verdict == FAIL and not work.config.keep_failed:
         shutil.rmtree(folder)
-    return made
+    return row
 
 
-def _made(work: _Work, scheme: Scheme, to: str, folder: Path) -> Artifact:
+def _export(work: _Work, scheme: Scheme, to: str, folder: Path) -> Artifact:
+    """Quantize and export the model, or return the export in `folder` if it is of the same model and recordings."""
     label = schemes.format_scheme(scheme)
-    if (folder / "made_of").is_file() and (folder / "made_of").read_text() == work.key:
+    source = folder / SOURCE_FILE
+    if source.is_file() and source.read_text() == work.key:
         return manifest.read_artifact(folder)
+    if (folder / _OLD_SOURCE_FILE).is_file():
+        raise DataError(
+            f"{folder} was written by an older mowa (format 1, this version reads {quant_report.FORMAT_VERSION}):"
+            " delete it, then run `mowa quantize` again"
+        )
     if folder.exists():
-        raise DataError(f"{folder} is of another model or report: choose another folder, or delete it")
+        raise DataError(f"{folder} is from another model or other recordings: choose another --out, or delete it")
     if work.quantized is None:
-        work.on_progress(f"{label}: shrinking", 0.0)
-        told = partial(work.on_progress, f"{label}: shrinking")
-        work.quantized = quantize(work.model, scheme, work.calibration_clips, on_progress=told)
+        stage = f"{label}: quantizing"
+        work.on_progress(stage, 0.0)
+        work.quantized = quantize(
+            work.model, scheme, work.calibration_clips, on_progress=partial(work.on_progress, stage)
+        )
     work.on_progress(f"{label}: writing {to}", 1.0)
     artifact = export(work.quantized, to, folder)
-    (folder / "made_of").write_text(work.key)
+    source.write_text(work.key)
     return artifact
 
 
-def _measured(work: _Work, artifact: Artifact, what: str) -> Measurement:
+def _measure(work: _Work, artifact: Artifact, label: str) -> Measurement:
+    """Measure an export, or read its measurement if there is one."""
     if (artifact.folder / MEASUREMENT_FILE).is_file():
         return Measurement.read(artifact.folder)
-    work.on_progress(f"{what}: hearing", 1.0)
+    work.on_progress(f"{label}: measuring", 1.0)
     dtype = "float32" if artifact.scheme == FLOAT32 else "auto"
     files = tuple(example.audio for example in work.examples)
     found = measure(MeasurementRequest(str(artifact.folder), files, dtype=dtype, throughput=work.config.throughput))

@@ -1,9 +1,8 @@
-"""One model, measured in a process of its own: what it says of recordings, how fast, and in how much memory.
+"""Measure one model in its own process: texts, log-probabilities, time and memory.
 
     python -m mowa.evaluation.worker REQUEST.json
 
-The process loads the model and nothing else beforehand, so that its memory is the model's and that of what runs it.
-What is said is kept as log-probabilities; whether it is right, `drift` and `card` say.
+The process loads nothing but the model, so its peak memory is that of the model and its engine.
 """
 
 from __future__ import annotations
@@ -21,17 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from mowa.errors import ModelError
+from mowa.errors import DataError, ModelError
 
-TIMED_AUDIO_S = 5.0  # how long recordings are over which speed is measured
+FORMAT_VERSION = 2
+MEASUREMENT_FILE, EMISSIONS_FILE = "measurements.json", "emissions.npz"
+TIMED_AUDIO_S = 5.0  # length of the clips on which throughput is measured
 ROUNDS = 5
-MEASUREMENT_FILE, EMISSIONS_FILE = "measured.json", "measured.npz"
-MAX_CLIP_S = 20.0  # longer recordings are heard so far, as windows of `transcribe` are
+MAX_CLIP_S = 20.0  # of a longer recording, only the beginning is measured
 
 
 @dataclass(frozen=True, slots=True)
 class MeasurementRequest:
-    """`model` as `mowa transcribe` takes it; `files` are recordings; `speeds` are (threads, batch) to time."""
+    """What to measure: `model` as `mowa transcribe` takes it, recordings, and (threads, batch size) pairs to time."""
 
     model: str
     files: tuple[str, ...]
@@ -43,7 +43,7 @@ class MeasurementRequest:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """Median seconds of computing for a second of sound, with `batch` recordings at a time in `threads` threads."""
+    """Real-time factor (seconds of computing per second of audio, median) with some threads and batch size."""
 
     threads: int
     batch_size: int
@@ -52,10 +52,14 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """`texts` and `emissions` (float32 [T, V]) of each file; `hearing_s` is what hearing them all took, of `audio_s`.
+    """What was measured of one model.
 
-    `memory` is the most that the process had resident after loading and hearing one recording, in bytes; `latency_s`
-    the median time for the recordings one by one.
+    texts, emissions   transcript and log-probabilities float32 [T, V] of each file
+    audio_s            total length of the files
+    inference_s        total time of the engine for them, one by one
+    latency_s          median time for one of them
+    load_s             time to load the model
+    peak_memory_bytes  peak resident memory after loading and running the first file
     """
 
     engine: str
@@ -70,31 +74,39 @@ class Measurement:
     throughput: tuple[Throughput, ...] = field(default_factory=tuple)
 
     def write(self, folder: Path) -> None:
-        """Into two files of `folder`, that `read` gives it back from."""
+        """Write measurements.json and emissions.npz into `folder`."""
         facts = {key: value for key, value in asdict(self).items() if key != "emissions"}
         numbered: Any = {str(index): scores for index, scores in enumerate(self.emissions)}
         np.savez(folder / EMISSIONS_FILE, **numbered)
-        (folder / MEASUREMENT_FILE).write_text(json.dumps(facts, ensure_ascii=False))
+        (folder / MEASUREMENT_FILE).write_text(json.dumps({"version": FORMAT_VERSION} | facts, ensure_ascii=False))
 
     @staticmethod
     def read(folder: Path) -> Measurement:
+        """Read what `write` wrote. Raises DataError for another format version."""
         facts = json.loads((folder / MEASUREMENT_FILE).read_text())
-        with np.load(folder / EMISSIONS_FILE) as kept:
-            emissions = tuple(kept[f"{index}"] for index in range(len(facts["texts"])))
-        speeds = tuple(Throughput(**one) for one in facts.pop("speeds"))
-        return Measurement(**facts | {"texts": tuple(facts["texts"]), "emissions": emissions, "speeds": speeds})
+        if (version := facts.pop("version", 1)) != FORMAT_VERSION:
+            raise DataError(
+                f"{folder / MEASUREMENT_FILE}: was written by another mowa (format {version}, this version reads"
+                f" {FORMAT_VERSION}): delete {folder}, then run `mowa quantize` again"
+            )
+        with np.load(folder / EMISSIONS_FILE) as arrays:
+            emissions = tuple(arrays[f"{index}"] for index in range(len(facts["texts"])))
+        throughput = tuple(Throughput(**one) for one in facts["throughput"])
+        return Measurement(**facts | {"texts": tuple(facts["texts"]), "emissions": emissions, "throughput": throughput})
 
 
 def measure(request: MeasurementRequest) -> Measurement:
-    """In a process of its own. ModelError with what it said where it failed."""
+    """Measure in a child process. Raises ModelError with its last line of output if it fails."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(asdict(request)))
-        run = [sys.executable, "-m", "mowa.evaluation.worker", str(folder / "request.json")]
-        done = subprocess.run(run, capture_output=True, text=True)
+        command = [sys.executable, "-m", "mowa.evaluation.worker", str(folder / "request.json")]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
-            raise ModelError(said[-1].removeprefix("mowa: ") if said else f"measuring {request.model} failed")
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            raise ModelError(
+                lines[-1].removeprefix("mowa: ") if lines else f"measuring {request.model} failed without a message"
+            )
         return Measurement.read(folder)
 
 
@@ -107,57 +119,67 @@ def _measure_in_process(request: MeasurementRequest, folder: Path) -> None:
     from mowa.engines.settings import EngineSpec
     from mowa.engines.transcription import load_engine
 
-    def loaded(threads: int | None = None) -> Any:
-        how: Any = {"engine": request.engine, "dtype": request.dtype, "threads": threads}
-        return load_engine(EngineSpec(request.model, offline=request.offline, **how)).engine
+    def load(threads: int | None = None) -> Any:
+        spec = EngineSpec(
+            request.model, offline=request.offline, engine=request.engine, dtype=request.dtype, threads=threads
+        )
+        return load_engine(spec).engine
 
-    began = time.perf_counter()
-    engine = loaded()
-    loading_s = time.perf_counter() - began
-    sound, words = engine.preprocessing, engine.vocabulary
+    started_s = time.perf_counter()
+    engine = load()
+    load_s = time.perf_counter() - started_s
+    rate_hz, vocabulary = engine.preprocessing.rate_hz, engine.vocabulary
     clips = []
     for file in request.files:
-        samples = audio.load_audio(file, sound.rate_hz)[: int(MAX_CLIP_S * sound.rate_hz)]
-        clips.append(audio.normalize(samples) if sound.normalize else samples)
+        samples = audio.load_audio(file, rate_hz)[: int(MAX_CLIP_S * rate_hz)]
+        clips.append(audio.normalize(samples) if engine.preprocessing.normalize else samples)
     engine.emissions([clips[0]])
-    memory = hardware.peak_rss_bytes()
-    emissions, spent = [], []
+    peak_memory_bytes = hardware.peak_rss_bytes()
+    emissions, elapsed_s = [], []
     for clip in clips:
-        began = time.perf_counter()
+        started_s = time.perf_counter()
         emissions += engine.emissions([clip])
-        spent.append(time.perf_counter() - began)
-    texts = [ctc.join_words(ctc.path_to_words(ctc.best_path(scores, words), words)) for scores in emissions]
-    piece = np.concatenate(clips)[: int(TIMED_AUDIO_S * sound.rate_hz)]
-    speeds = [_timed(loaded(threads), piece, sound.rate_hz, threads, batch) for threads, batch in request.throughput]
+        elapsed_s.append(time.perf_counter() - started_s)
+    texts = [ctc.join_words(ctc.path_to_words(ctc.best_path(one, vocabulary), vocabulary)) for one in emissions]
+    timed_clip = np.concatenate(clips)[: int(TIMED_AUDIO_S * rate_hz)]
     Measurement(
-        engine.name, engine.dtype, tuple(texts), tuple(emissions), sum(map(len, clips)) / sound.rate_hz, sum(spent),
-        statistics.median(spent), loading_s, memory, tuple(speeds),
-    ).write(folder)  # fmt: skip
+        engine=engine.name,
+        dtype=engine.dtype,
+        texts=tuple(texts),
+        emissions=tuple(emissions),
+        audio_s=sum(map(len, clips)) / rate_hz,
+        inference_s=sum(elapsed_s),
+        latency_s=statistics.median(elapsed_s),
+        load_s=load_s,
+        peak_memory_bytes=peak_memory_bytes,
+        throughput=tuple(
+            _measure_throughput(load(threads), timed_clip, rate_hz, threads, batch_size)
+            for threads, batch_size in request.throughput
+        ),
+    ).write(folder)
 
 
-def _timed(engine: Any, piece: np.ndarray, rate_hz: int, threads: int, batch: int) -> Throughput:
-    clips = [piece] * batch
+def _measure_throughput(engine: Any, clip: np.ndarray, rate_hz: int, threads: int, batch_size: int) -> Throughput:
+    clips = [clip] * batch_size
     engine.emissions(clips)
-    spent = []
+    elapsed_s = []
     for _ in range(ROUNDS):
-        began = time.perf_counter()
+        started_s = time.perf_counter()
         engine.emissions(clips)
-        spent.append(time.perf_counter() - began)
-    return Throughput(threads, batch, statistics.median(spent) / (batch * len(piece) / rate_hz))
+        elapsed_s.append(time.perf_counter() - started_s)
+    return Throughput(threads, batch_size, statistics.median(elapsed_s) / (batch_size * len(clip) / rate_hz))
 
 
 def main(arguments: Sequence[str]) -> None:
     from mowa.errors import MowaError
 
     path = Path(arguments[0])
-    given = json.loads(path.read_text())
-    request = MeasurementRequest(
-        **given | {"files": tuple(given["files"]), "speeds": tuple(map(tuple, given["speeds"]))}
-    )
+    fields = json.loads(path.read_text())
+    fields |= {"files": tuple(fields["files"]), "throughput": tuple(map(tuple, fields["throughput"]))}
     try:
-        _measure_in_process(request, path.parent)
-    except MowaError as wrong:
-        sys.exit(f"mowa: {wrong}")
+        _measure_in_process(MeasurementRequest(**fields), path.parent)
+    except MowaError as error:
+        sys.exit(f"mowa: {error}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The other verbs, and the promise that every error is one line."""
+"""The other commands, and that every error is one line."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def run(capsys, *arguments):
     return end.value.code, *capsys.readouterr()
 
 
-def test_docs_are_what_the_commands_say():
+def test_docs_are_generated_from_the_commands():
     assert (DOCS / "cli.md").read_text() == docs_pages.render_cli_page(), "run `make docs`"
 
 
@@ -38,18 +38,18 @@ def test_doctor_transcribes_the_sample(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("MOWA_CACHE", str(tmp_path))
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    assert out.splitlines()[-1] == "  well"
+    assert out.splitlines()[-1] == "  ok"
 
 
 def test_wrong_recipe_key(capsys, tmp_path):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("name: x\nstagse: []\n")
+    recipe.write_text("model: m\ndataa: {}\n")
     code, _, err = run(capsys, "train", str(recipe), "--out", str(tmp_path / "out"))
     assert code == 2
-    assert err == f"mowa: {recipe}: stagse is no key here; did you mean stages?\n"
+    assert err == f"mowa: {recipe}: unknown key dataa; did you mean data?\n"
 
 
-def test_unknown_verb(capsys):
+def test_unknown_command(capsys):
     code, _, err = run(capsys, "transcrib")
     assert code == 2
     assert "transcrib" in err

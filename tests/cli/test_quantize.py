@@ -1,4 +1,4 @@
-"""`mowa shrink`, `mowa export` and `mowa bench` as people meet them, on a real net that is small."""
+"""`mowa quantize`, `mowa export` and `mowa bench` on a small net."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import soundfile
 
 from mowa.cli.main import main
 from mowa.data import audio
-from mowa.exporters import verify
+from mowa.io.hub import SAMPLE_CLIP
 
 ROOT = Path(__file__).parents[2]
 MICRO = str(ROOT / "tests" / "assets" / "micro")
@@ -28,7 +28,7 @@ def run(capsys):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two recordings with texts."""
+    """Two recordings with transcripts."""
     folder = tmp_path_factory.mktemp("data")
     sound = audio.load_audio(ROOT / "examples" / "dzien-dobry.flac")
     rows = []
@@ -47,26 +47,26 @@ def cache(tmp_path_factory):
     os.environ.pop("MOWA_CACHE") if before is None else os.environ.update(MOWA_CACHE=before)
 
 
-def test_a_card_is_made_and_gone_on_with(run, data, tmp_path, monkeypatch):
-    said = ["shrink", MICRO, "--scheme", "int8", "--to", "onnx", "--data", data, "--out", tmp_path / "out"]
-    code, out, _ = run(*said)
+def test_a_report_is_built_and_resumed(run, data, tmp_path, monkeypatch):
+    command = ["quantize", MICRO, "--scheme", "int8", "--to", "onnx", "--data", data, "--out", tmp_path / "out"]
+    code, out, _ = run(*command)
     assert code == 0
     lines = out.splitlines()
     assert [line.split()[:2] for line in lines if "onnx " in line] == [["float32", "onnx"], ["int8-dynamic", "onnx"]]
-    assert "words are too few to tell" in out
-    kept = json.loads((tmp_path / "out" / "card.json").read_text())
-    assert [row["verdict"] for row in kept["rows"]] == ["doubtful"] * 2
-    assert kept["rows"][1]["share"] < 0.6
-    assert (tmp_path / "out" / "card.html").read_text().startswith("<!doctype html>")
+    assert "words, at least 200 are needed" in out
+    kept = json.loads((tmp_path / "out" / "quant_report.json").read_text())
+    assert [row["verdict"] for row in kept["rows"]] == ["inconclusive"] * 2
+    assert kept["rows"][1]["size_ratio"] < 0.6
+    assert (tmp_path / "out" / "quant_report.html").read_text().startswith("<!doctype html>")
 
     from mowa.evaluation import report
 
-    monkeypatch.setattr(report, "measure", lambda request: pytest.fail("it was measured again"))
-    monkeypatch.setattr(report, "export", lambda *_: pytest.fail("it was exported again"))
-    assert run(*said)[1] == out
+    monkeypatch.setattr(report, "measure", lambda request: pytest.fail("measured again"))
+    monkeypatch.setattr(report, "export", lambda *_: pytest.fail("exported again"))
+    assert run(*command)[1] == out
 
 
-def test_what_is_exported_is_run_by_its_path(run, tmp_path):
+def test_an_export_is_run_by_its_path(run, tmp_path):
     code, out, _ = run("export", MICRO, "--to", "onnx", "--scheme", "int8", "--out", tmp_path / "out")
     assert code == 0
     assert out.startswith(f"{tmp_path / 'out'}  ")
@@ -75,40 +75,46 @@ def test_what_is_exported_is_run_by_its_path(run, tmp_path):
     assert code == 0
     assert theirs.strip()
     code, _, err = run("transcribe", "-m", tmp_path / "out", "--engine", "pytorch", sample)
-    assert (code, err) == (2, f"mowa: {tmp_path / 'out'} was exported as onnx: leave --engine out, or name the model"
-                              " it was made of\n")  # fmt: skip
+    assert code == 2
+    assert err.startswith(f"mowa: {tmp_path / 'out'} is an export to onnx and cannot run with --engine pytorch: ")
+    assert err.count("\n") == 1
     code, _, err = run("transcribe", "-m", tmp_path / "out", "--adapter", tmp_path, sample)
     assert code == 2
     assert "takes no adapter" in err
-    code, out, _ = run("bench", MICRO, tmp_path / "out", "--picture", tmp_path / "p.png", "--json", tmp_path / "b.json")
+    code, out, _ = run("bench", MICRO, tmp_path / "out", "--plot", tmp_path / "p.png", "--out", tmp_path / "b.json")
     assert code == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    rows = json.loads((tmp_path / "b.json").read_text())
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["version"] == 2
+    rows = written["results"]
     assert [row["engine"] for row in rows] == ["pytorch", "onnx"]
-    assert all(row["rtf"] > 0 and row["memory"] > 10**8 for row in rows)
+    assert all(row["rtf"] > 0 and row["peak_memory_bytes"] > 10**8 for row in rows)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["export", MICRO, "--to", "onyx", "-o", "x"], "no format is called 'onyx'; did you mean onnx?"),
-        (["export", MICRO, "--to", "onnx", "--scheme", "int5", "-o", "x"], "no scheme is called 'int5'; did you mean"),
-        (["export", MICRO, "--to", "onnx", "--seconds", "5", "-o", "x"], "--seconds is for coreml, not for onnx"),
-        (["export", MICRO, "--to", "onnx", "--scheme", "int8-static", "-o", "x"], "int8-static needs recordings"),
-        (["export", MICRO, "--to", "tensorrt", "--profile", "5", "-o", "x"], "--profile 5 is not three sizes"),
-        (["shrink", MICRO, "--scheme", "int8", "--to", "coreml", "--data", "."], "coreml does not run here"),
-        (["shrink", MICRO, "--scheme", "int8", "--data", "/nowhere"], "/nowhere"),
+        (["export", MICRO, "--to", "onyx", "-o", "x"], "unknown format 'onyx': did you mean onnx?"),
+        (["export", MICRO, "--to", "onnx", "--scheme", "int5", "-o", "x"], "unknown scheme 'int5'; did you mean"),
+        (["export", MICRO, "--to", "onnx", "--lengths-s", "5", "-o", "x"], "--lengths-s is an option of coreml"),
         (
-            ["shrink", MICRO, "--scheme", "int8-static", "--data", str(verify.SAMPLE)],
-            "int8-static is calibrated on the one recording of",
+            ["export", MICRO, "--to", "onnx", "--scheme", "int8-static", "-o", "x"],
+            "int8-static needs calibration recordings",
         ),
-        (["bench", "/nowhere"], "none of them could be run"),
+        (["export", MICRO, "--to", "tensorrt", "--optimization-profile", "5", "-o", "x"], "expected three shapes"),
+        (["quantize", MICRO, "--scheme", "int8", "--to", "coreml", "--data", "."], "coreml cannot be run by mowa"),
+        (["quantize", MICRO, "--scheme", "int8", "--data", "/nowhere"], "/nowhere"),
+        (
+            ["quantize", MICRO, "--scheme", "int8-static", "--data", str(SAMPLE_CLIP)],
+            "int8-static needs calibration recordings, and",
+        ),
+        (["bench", "/nowhere"], "none of the models could be run"),
     ],
 )
-def test_bad_input_is_one_line(run, arguments, said, tmp_path, monkeypatch):
+def test_errors_are_one_line(run, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = run(*arguments)
     assert code == 2
-    assert said in err
+    assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
-"""`mowa train`: what flags do to a recipe, what is printed, and who is called to train."""
+"""`mowa train`: options and recipes, output, and which function trains."""
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,16 +16,17 @@ from mowa import loading
 from mowa.cli import docs_pages, recipe_options
 from mowa.cli.main import main
 from mowa.cli.train import train
-from mowa.training.config import ctc, schema
+from mowa.errors import RecipeError
+from mowa.training.config import ctc, dispatch, schema
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.distributed import launch as parallel
 from mowa.types import Model
 from tests.checkpoints import corpus, tiny
-from tests.data.chat.templates import LEAVES, OWN, TEXT, another, trees
+from tests.training.config.strategies import LEAVES, OWN, TEXT, another, trees
 
 ROOT = Path(__file__).parents[2]
 LEAST = {"model": "m", "data": {"train": "a.jsonl"}}
-FRESH = ROOT / "recipes" / "micro.yaml"
+STAGED = ROOT / "projects" / "pl_tiny" / "recipes" / "micro.yaml"
 
 
 def run(capsys, *arguments):
@@ -34,7 +36,7 @@ def run(capsys, *arguments):
 
 
 def flags(leaf, value):
-    """A knob as one would write it on the command line."""
+    """Return the command-line arguments that set an option."""
     flag = recipe_options.flag_name(leaf)
     if leaf.hint is bool:
         return [flag if value else f"--no-{flag[2:]}"]
@@ -51,11 +53,15 @@ def flags(leaf, value):
     return [f"{flag}={value}"]
 
 
+def flag_body(leaf):
+    return recipe_options.flag_name(leaf).removeprefix("--")
+
+
 def escaped(text, signs):
     return "".join(f"\\{c}" if c in f"\\{signs}" else c for c in text)
 
 
-def turned(arguments):
+def overrides(arguments):
     return recipe_options.collect_overrides(train.make_context("train", list(arguments)))  # click empties the list
 
 
@@ -63,28 +69,30 @@ def turned(arguments):
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.dotted != "task"], ids=lambda leaf: leaf.dotted)
-def test_a_flag_turns_the_knob_that_yaml_turns_and_no_other(leaf):
-    by_yaml = ctc.parse(schema.apply_overrides(LEAST, {leaf.dotted: another(leaf)}), "yaml")
-    by_flag = ctc.parse(schema.apply_overrides(LEAST, turned(flags(leaf, another(leaf)))), "flags")
-    assert by_flag == by_yaml != ctc.parse(LEAST, "neither")
+def test_an_option_equals_the_key_in_yaml(leaf):
+    chunked = leaf.path[0] == "streaming" and leaf.path[-1] != "chunk_s"
+    least = LEAST | ({"streaming": {"chunk_s": [0.32, 0.64]}} if chunked else {})
+    by_yaml = ctc.parse(schema.apply_overrides(least, {leaf.dotted: another(leaf)}), "yaml")
+    by_flag = ctc.parse(schema.apply_overrides(least, overrides(flags(leaf, another(leaf)))), "flags")
+    assert by_flag == by_yaml != ctc.parse(least, "neither")
 
 
 @settings(max_examples=20, deadline=None)
 @given(trees())
-def test_a_whole_recipe_in_flags(turns):
+def test_a_whole_recipe_in_options(turns):
     for name in ("train", "dev", "test", "replay"):  # shares are YAML's, and a split with a dot or a slash is
         for part in turns[f"data.{name}"]:
             part |= {"share": 0.0, "split": part["split"].translate(dict.fromkeys(map(ord, "/.@")))}
     arguments = [flag for leaf in LEAVES for flag in flags(leaf, turns[leaf.dotted])]
-    by_flags = ctc.parse(schema.apply_overrides({}, turned(arguments)), "flags")
+    by_flags = ctc.parse(schema.apply_overrides({}, overrides(arguments)), "flags")
     assert by_flags == ctc.parse(schema.apply_overrides({}, turns), "yaml")
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(TEXT.filter(bool), TEXT, max_size=4))
-def test_pairs_of_any_letters(pairs):
-    (leaf,) = (leaf for leaf in LEAVES if leaf.dotted == "data.letters")
-    assert turned(flags(leaf, pairs)) == {"data.letters": pairs}
+def test_pairs_of_any_characters(pairs):
+    (leaf,) = (leaf for leaf in LEAVES if leaf.dotted == "data.char_map")
+    assert overrides(flags(leaf, pairs)) == {"data.char_map": pairs}
 
 
 @pytest.mark.parametrize(
@@ -98,8 +106,8 @@ def test_pairs_of_any_letters(pairs):
         (" =_", {" ": "_"}),
     ],
 )
-def test_pairs_as_people_write_them(given, pairs):
-    assert turned([f"--data.letters={given}"]) == {"data.letters": pairs}
+def test_pairs(given, pairs):
+    assert overrides([f"--data.char-map={given}"]) == {"data.char_map": pairs}
 
 
 @pytest.mark.parametrize(
@@ -114,39 +122,61 @@ def test_pairs_as_people_write_them(given, pairs):
         ("@odd", {"path": "@odd"}),
     ],
 )
-def test_recordings_as_people_write_them(given, part):
-    assert turned(["--data", given]) == turned(["--data.train", given]) == {"data.train": [part]}
+def test_data_sources(given, part):
+    assert overrides(["--data", given]) == overrides(["--data.train", given]) == {"data.train": [part]}
 
 
-def test_everyday_flags_stand_for_their_knobs():
+def test_short_flags():
     leaf_of = {leaf.dotted: leaf for leaf in LEAVES}
     for name, dotted in recipe_options.KEY_BY_FLAG.items():
-        if dotted == "task":  # which has one word here, and another for texts
+        if dotted == "task":  # its other value is for another kind of recipe
             continue
-        said = flags(leaf_of[dotted], another(leaf_of[dotted]))
-        short = [flag.replace(recipe_options.flag_name(leaf_of[dotted]), f"--{name}", 1) for flag in said]
-        assert turned(short) == turned(said)
-        assert set(turned(said)) == {dotted}
+        full = flags(leaf_of[dotted], another(leaf_of[dotted]))
+        short = [flag.replace(flag_body(leaf_of[dotted]), name, 1) for flag in full]
+        assert overrides(short) == overrides(full)
+        assert set(overrides(full)) == {dotted}
 
 
-def test_nothing_given_turns_nothing():
-    assert turned([]) == turned(["recipe.yaml", "--threads", "2"]) == {}
-    assert turned(["--dev", "a", "--dev", "b@x"]) == {"data.dev": [{"path": "a"}, {"path": "b", "split": "x"}]}
-    assert turned(["--dev="]) == {"data.dev": []}
+def test_only_given_options_are_overrides():
+    assert overrides([]) == overrides(["recipe.yaml", "--threads", "2"]) == {}
+    assert overrides(["--dev", "a", "--dev", "b@x"]) == {"data.dev": [{"path": "a"}, {"path": "b", "split": "x"}]}
+    assert overrides(["--dev="]) == {"data.dev": []}
 
 
-def test_one_knob_under_two_names():
-    with pytest.raises(click.UsageError, match=r"--steps and --optimise\.steps are one knob"):
-        turned(["--steps", "3", "--optimise.steps", "4"])
+def test_the_last_part_of_a_key_is_a_flag_where_it_is_unique():
+    full = {leaf.dotted: leaf for leaf in recipe_options.LEAVES}
+    assert overrides(["--mask-time-prob", "0.1"]) == {"spec_augment.mask_time_prob": 0.1}
+    assert overrides(["--no-check-frozen"]) == {"monitors.check_frozen": False}
+    assert recipe_options.leaf_flag_name(full["data.train"]) == ""  # it would read like a switch
+    with pytest.raises(click.NoSuchOption):
+        overrides(["--train", "a.jsonl"])
+    names = [leaf.path[-1] for leaf in recipe_options.LEAVES]
+    for leaf in recipe_options.LEAVES:
+        if leaf.dotted != "data.train":
+            assert bool(recipe_options.leaf_flag_name(leaf)) == (names.count(leaf.path[-1]) == 1)
+
+
+def test_the_last_part_of_a_key_overrides_a_recipe_in_python(recipe):
+    found = dispatch.read_recipe(recipe, {"mask_time_prob": 0.1, "seed": 3, "optimizer.max_steps": 9})
+    assert (found.spec_augment.mask_time_prob, found.optimizer.seed, found.optimizer.max_steps) == (0.1, 3, 9)
+    with pytest.raises(RecipeError, match="train"):
+        dispatch.read_recipe(recipe, {"train": "a.jsonl"})
+
+
+@pytest.mark.parametrize("other", ["--optimizer.max-steps", "--mask-time-prob"])
+def test_one_option_under_two_flags_is_refused(other):
+    first = {"--optimizer.max-steps": "--max-steps", "--mask-time-prob": "--spec-augment.mask-time-prob"}[other]
+    with pytest.raises(click.UsageError, match=f"{first}|{other} are the same option"):
+        overrides([first, "1", other, "0.5" if "prob" in other else "4"])
 
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
-        ("--optimise.learning-rat=1", "--optimise.learning-rate"),
-        ("--optimize.steps=1", "--optimise.steps"),
-        ("--step=1", "--steps"),
-        ("--no-optimise.checkpoint", "--no-optimise.checkpointing"),
+        ("--optimizer.learning-rat=1", "--optimizer.learning-rate"),
+        ("--optimiser.max-steps=1", "--optimizer.max-steps"),
+        ("--max-step=1", "--max-steps"),
+        ("--no-optimizer.gradient-checkpoint", "--no-optimizer.gradient-checkpointing"),
     ],
 )
 def test_wrong_flags_get_the_nearest_right_one(capsys, wrong, right):
@@ -161,85 +191,84 @@ def test_wrong_flags_get_the_nearest_right_one(capsys, wrong, right):
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text("model: m\ndata: {train: a.jsonl}\noptimise: {steps: 7, clip: 2.0}\n")
+    path.write_text("model: m\ndata: {train: a.jsonl}\noptimizer: {max_steps: 7, max_grad_norm: 2.0}\n")
     return path
 
 
-def test_dry_run_prints_the_recipe_that_the_flags_made(capsys, recipe):
-    code, out, err = run(capsys, recipe, "--dry-run", "--steps", 9, "--train", "top-2", "--no-watch.frozen")
+def test_dry_run_prints_the_recipe_with_overrides(capsys, recipe):
+    code, out, err = run(
+        capsys, recipe, "--dry-run", "--max-steps", 9, "--method", "top-2", "--no-monitors.check-frozen"
+    )
     assert (code, err) == (0, "")
-    expected = {"optimise.steps": 9, "train": "top-2", "watch.frozen": False}
+    expected = {"optimizer.max_steps": 9, "method": "top-2", "monitors.check_frozen": False}
     assert ctc.parse(yaml.safe_load(out), "printed") == ctc.read_recipe(recipe, expected)
     assert ctc.read_recipe(recipe, expected).optimizer.max_grad_norm == 2.0
 
 
-def test_dry_run_without_a_recipe_and_of_one_from_nothing(capsys):
+def test_dry_run_without_a_recipe(capsys):
     code, out, _ = run(capsys, "--dry-run", "--model", "m", "--data", "a.jsonl")
     assert code == 0
     assert ctc.parse(yaml.safe_load(out), "printed") == ctc.parse(LEAST, "least")
-    code, out, _ = run(capsys, FRESH, "--dry-run")
-    assert code == 0
-    assert yaml.safe_load(out)["stages"][0]["name"] == "letters"
 
 
-def test_knobs_lists_them_all(capsys):
-    code, out, _ = run(capsys, "--knobs")
+def test_list_options_lists_all(capsys):
+    code, out, _ = run(capsys, "--list-options")
     assert code == 0
     listed = [line.split()[0] for line in out.splitlines()[1:]]
     assert listed[: len(LEAVES)] == [leaf.dotted for leaf in LEAVES]
-    of_texts = {leaf.dotted for leaf in schema.iter_options(CausalRecipe)}
-    assert set(listed) == {leaf.dotted for leaf in LEAVES} | of_texts
-    assert "  --learning-rate  0.0 " in next(line for line in out.splitlines() if "optimise.learning_rate" in line)
+    causal = {leaf.dotted for leaf in schema.iter_options(CausalRecipe)}
+    assert set(listed) == {leaf.dotted for leaf in LEAVES} | causal
+    (line,) = (line for line in out.splitlines() if line.startswith("optimizer.learning_rate "))
+    assert line.split()[1:3] == ["--learning-rate", "0.0"]
 
 
-def test_help_shows_the_everyday_ones_alone():
+def test_help_shows_only_the_short_flags():
     text = CliRunner().invoke(train, ["--help"]).output
-    assert all(f"--{name} " in text for name in recipe_options.KEY_BY_FLAG)
-    assert "--optimise." not in text.split("Options:")[1]
-    assert "[optimise.seed; default: 0]" in " ".join(text.split())
+    assert all(re.search(rf"--{name}\b", text) for name in recipe_options.KEY_BY_FLAG)
+    assert "--optimizer." not in text.split("Options:")[1]
+    assert "[optimizer.seed; default: 0]" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        ([], "mowa: name a recipe, or give --model and --data; `mowa train --knobs` lists every knob"),
-        (["--model", "m"], "mowa: name a recipe, or give --data; `mowa train --knobs` lists every knob"),
+        ([], "mowa: name a recipe, or give --model and --data; `mowa train --list-options` lists all options"),
+        (["--model", "m"], "mowa: name a recipe, or give --data; `mowa train --list-options` lists all options"),
         (["lost.yaml"], "mowa: lost.yaml: no such recipe"),
-        ([FRESH, "--steps", 3, "--lora.rank", 4], f"mowa: {FRESH} trains from nothing, and --lora.rank, --steps are"),
+        ([STAGED], f"mowa: {STAGED}: stages are not supported by mowa train; run `python -m projects.pl_tiny train"),
         (["--model", "m", "--data", "a", "--batch.seconds", 0], "mowa: command line: batch: seconds is 0.0; it must"),
         (
             ["RECIPE", "--epochs", 3],
-            "mowa: RECIPE says how many steps, so --epochs would change nothing: add --steps 0",
+            "mowa: RECIPE sets max_steps, so --epochs would have no effect: add --max-steps 0",
         ),
-        (["RECIPE", "--train", "top-x"], "mowa: RECIPE: train: 'top-x' is none of head, adapters"),
+        (["RECIPE", "--method", "top-x"], "mowa: RECIPE: method: 'top-x'"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(capsys, recipe, arguments, says):
+def test_errors_are_one_line(capsys, recipe, arguments, message):
     arguments = [recipe if argument == "RECIPE" else argument for argument in arguments]
     code, out, err = run(capsys, *arguments, "-o", "never")
     assert (code, out) == (2, "")
-    assert err.startswith(says.replace("RECIPE", str(recipe)))
+    assert err.startswith(message.replace("RECIPE", str(recipe)))
     assert len(err.splitlines()) == 1
     assert not Path("never").exists()
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
-        ("modle: m\ndata: {train: a}\n", "modle is no key here; did you mean model?"),
-        ("name: x\nstagse: []\n", "stagse is no key here; did you mean stages?"),
-        ("model: m\nstages: []\n", "model is no key here"),
+        ("modle: m\ndata: {train: a}\n", "unknown key modle; did you mean model?"),
+        ("model: m\nstages: []\n", "unknown key stages"),
         ("- model: m\n", "expected keys and values"),
     ],
 )
-def test_whose_recipe_it_is(capsys, tmp_path, text, says):
+def test_errors_in_recipes(capsys, tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)
     code, _, err = run(capsys, tmp_path / "r.yaml", "-o", tmp_path / "out")
     assert code == 2
-    assert err.startswith(f"mowa: {tmp_path / 'r.yaml'}: {says}")
+    assert err.startswith(f"mowa: {tmp_path / 'r.yaml'}: {message}")
 
 
-def test_a_folder_is_needed_to_train(capsys, recipe):
+def test_an_output_folder_is_required(capsys, recipe):
     code, _, err = run(capsys, recipe)
     assert code == 2
     assert err.splitlines()[-1] == "Error: Missing option '-o' / '--out'."
@@ -247,70 +276,72 @@ def test_a_folder_is_needed_to_train(capsys, recipe):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Who is called to train, in order, and with what; nobody does."""
+    """Record calls of the functions that train, in order, instead of training."""
     seen = []
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    tune = SimpleNamespace(tune=lambda plan, model, out, *, threads: seen.append(("tune", plan, model, out, threads)))
-    monkeypatch.setitem(sys.modules, "mowa.training.ctc.trainer", tune)
-    monkeypatch.setattr("mowa.training.ctc.trainer", tune, raising=False)
-    monkeypatch.setattr("mowa.loading.ctc.load", lambda name, **how: Model(name, None, None, None, how))
-    launch = lambda plan, out, *, threads: seen.append(("launch", plan, out, threads))  # noqa: E731
+    trainer = SimpleNamespace(
+        train_ctc=lambda recipe, model, out, *, threads: seen.append(("train", recipe, model, out, threads))
+    )
+    monkeypatch.setitem(sys.modules, "mowa.training.ctc.trainer", trainer)
+    monkeypatch.setattr("mowa.training.ctc.trainer", trainer, raising=False)
+    monkeypatch.setattr("mowa.loading.ctc.load", lambda name, **options: Model(name, None, None, None, options))
+    launch = lambda recipe, out, *, threads: seen.append(("launch", recipe, out, threads))  # noqa: E731
     monkeypatch.setattr(parallel, "launch_workers", launch)
     return seen
 
 
 @pytest.mark.parametrize(("vocabulary", "head"), [("keep", True), ("extend", True), ("new", False)])
-def test_one_process_loads_and_tunes(capsys, recipe, calls, tmp_path, vocabulary, head):
+def test_one_process_loads_and_trains(capsys, recipe, calls, tmp_path, vocabulary, head):
     out = tmp_path / "out"
-    code, said, _ = run(capsys, recipe, "-o", out, "--vocabulary", vocabulary, "--threads", 3)
-    plan = ctc.read_recipe(recipe, {"vocabulary": vocabulary})
-    assert calls == [("tune", plan, Model("m", None, None, None, {"head": head}), out, 3)]
-    assert (code, said) == (0, f"{out}\n")
+    code, printed, _ = run(capsys, recipe, "-o", out, "--vocabulary", vocabulary, "--threads", 3)
+    expected = ctc.read_recipe(recipe, {"vocabulary": vocabulary})
+    assert calls == [("train", expected, Model("m", None, None, None, {"require_head": head}), out, 3)]
+    assert (code, printed) == (0, f"{out}\n")
 
 
-def test_several_are_launched_and_the_first_of_them_says_where(capsys, monkeypatch, recipe, calls, tmp_path):
+def test_several_processes_are_launched_and_the_first_prints_the_folder(capsys, monkeypatch, recipe, calls, tmp_path):
     out = tmp_path / "out"
-    plan = ctc.read_recipe(recipe, {"parallel.devices": 2})
+    expected = ctc.read_recipe(recipe, {"distributed.devices": 2})
     assert run(capsys, recipe, "-o", out, "--devices", 2)[:2] == (0, "")
-    assert calls == [("launch", plan, out, None)]
+    assert calls == [("launch", expected, out, None)]
     calls.clear()
-    for rank, said in (("0", f"{out}\n"), ("1", "")):
+    for rank, printed in (("0", f"{out}\n"), ("1", "")):
         for name in ("RANK", "LOCAL_RANK"):
             monkeypatch.setenv(name, rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert run(capsys, recipe, "-o", out, "--devices", 2)[:2] == (0, said)
-    assert [name for name, *_ in calls] == ["tune", "tune"]
+        assert run(capsys, recipe, "-o", out, "--devices", 2)[:2] == (0, printed)
+    assert [name for name, *_ in calls] == ["train", "train"]
 
 
-def test_from_flags_to_a_checkpoint(capsys, tmp_path):
+def test_training_from_options(capsys, tmp_path):
     base = tiny(tmp_path / "base", conv_dim=(8,) * 7, intermediate_size=32)
     manifest = corpus(tmp_path / "corpus", 8)
     code, out, err = run(
         capsys,
-        *("-o", tmp_path / "out", "--model", base, "--data", manifest, "--dev", manifest, "--train", "head"),
-        *("--steps", 2, "--batch.seconds", 4, "--optimise.precision", "float32", "--threads", 1),
+        *("-o", tmp_path / "out", "--model", base, "--data", manifest, "--dev", manifest, "--method", "head"),
+        *("--max-steps", 2, "--batch.seconds", 4, "--precision", "float32", "--threads", 1),
     )
     assert code == 0, err
-    assert out.splitlines()[-1] == str(tmp_path / "out")  # behind what deepspeed says, where it is installed
+    assert out.splitlines()[-1] == str(tmp_path / "out")  # deepspeed prints before it, where it is installed
     assert ctc.read_recipe(tmp_path / "out" / "recipe.yaml").optimizer.max_steps == 2
     assert len(loading.load(str(tmp_path / "out")).vocabulary) > 0
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- docs -------------------------------------------------------------------------------------------------------------
 
 
-def test_docs_are_what_the_classes_say():
+def test_docs_are_generated_from_the_recipe_classes():
     assert (ROOT / "docs" / "recipes.md").read_text() == docs_pages.render_recipes_page(), "run `make docs`"
 
 
-def test_docs_show_every_knob_with_its_default():
+def test_docs_show_every_option_with_its_default():
     rows = [line.split(" | ") for line in docs_pages.render_recipes_page().splitlines() if line.startswith("| `")]
     found = {(row[0][3:-1], row[2].strip("`| ")) for row in rows}
     assert {(leaf.path[-1], recipe_options.format_default(leaf)) for leaf in LEAVES} <= found
 
 
-def test_the_page_that_is_out_of_date_is_named(tmp_path):
+def test_an_outdated_page_is_named(tmp_path):
     docs_pages.main([str(tmp_path)])
     docs_pages.main([str(tmp_path), "--check"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cli.md", "recipes.md"]
@@ -320,5 +351,5 @@ def test_the_page_that_is_out_of_date_is_named(tmp_path):
     docs_pages.main(["--check", str(tmp_path / "cli.md")])
 
 
-def test_what_is_drawn_reaches_every_knob():
-    assert set(OWN) <= {leaf.dotted for leaf in LEAVES}  # a knob that was renamed is not left to chance
+def test_strategies_name_existing_options():
+    assert set(OWN) <= {leaf.dotted for leaf in LEAVES}

@@ -1,8 +1,6 @@
-"""`mowa transcribe` as a user meets it: good files, bad files, and what is printed where."""
+"""`mowa transcribe`: good files, bad files, and what is printed where."""
 
 import json
-import os
-import stat
 
 import numpy as np
 import pytest
@@ -11,8 +9,9 @@ import soundfile
 from mowa.cli.main import main
 from mowa.decode import captions
 from tests.checkpoints import clip, tiny
+from tests.privileges import without_root_privileges
 
-ALL = ["--speech", "0", "--dtype", "float32"]  # the clips are no speech, and must be read all the same
+ALL = ["--vad-threshold", "0", "--dtype", "float32"]  # the clips are noise
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def wav(path, samples, rate_hz=16_000, **options):
 
 
 def bad_files(folder):
-    """Everything the issue names as bad, in one folder: name → a word its line must hold."""
+    """Write bad files into one folder; return name → a word of its error message."""
     folder.mkdir()
     (folder / "empty.wav").touch()
     wav(folder / "none.wav", np.zeros(0))
@@ -65,7 +64,7 @@ def bad_files(folder):
     }  # fmt: skip
 
 
-def test_bad_files_get_a_line_each_and_the_good_one_goes_on(run, good, tmp_path):
+def test_bad_files_are_reported_and_the_good_one_is_transcribed(run, good, tmp_path):
     bad = bad_files(tmp_path / "bad")
     code, out, err = run(tmp_path / "bad", good, "--format", "json")
     assert code == 2
@@ -96,18 +95,17 @@ def test_odd_but_good(run, tmp_path, name, samples):
         assert transcript.text == ""
 
 
-def test_no_speech_is_not_read(capsys, model, tmp_path):
+def test_windows_without_speech_are_skipped(capsys, model, tmp_path):
     noise = wav(tmp_path / "noise.wav", np.random.default_rng(0).standard_normal(48_000) * 0.01)
     with pytest.raises(SystemExit):
         main(["transcribe", str(noise), "--model", model, "--format", "json"])
     assert json.loads(capsys.readouterr().out)["text"] == ""
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_unreadable(run, good):
     good.chmod(0)
-    code, _, err = run(good)
-    good.chmod(stat.S_IRUSR)
+    with without_root_privileges():
+        code, _, err = run(good)
     assert code == 2
     assert "permission" in err.lower()
 
@@ -149,13 +147,13 @@ def test_every_format(run, good, form):
 def test_json_and_python_agree(run, good, model):
     import mowa
 
-    _, out, _ = run(good, "--format", "json", "--characters")
-    ours = mowa.transcribe(good, model, dtype="float32", speech=0.0)
+    _, out, _ = run(good, "--format", "json", "--char-times")
+    ours = mowa.transcribe(good, model, dtype="float32", vad_threshold=0.0)
     assert captions.parse_json(out).text == ours.text
     assert json.loads(out) == json.loads(captions.render(ours, "json", char_times=True))
 
 
-def test_several_texts_are_told_apart(run, good, tmp_path):
+def test_several_texts_have_file_names(run, good, tmp_path):
     other = wav(tmp_path / "other.wav", clip(5, 30_000))
     _, out, _ = run(good, other)
     assert [line.partition(":")[0] for line in out.splitlines()] == [str(good), str(other)]

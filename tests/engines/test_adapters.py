@@ -1,4 +1,4 @@
-"""Several adapters over one engine, chosen for each recording; their texts are those of their own checkpoints."""
+"""Several adapters over one engine give the transcripts of their merged checkpoints."""
 
 import numpy as np
 import pytest
@@ -9,11 +9,11 @@ import mowa
 from mowa.adapters import checkpoint, merge
 from mowa.engines import protocol
 from mowa.errors import ModelError
-from tests.adapters.made import OTHER, logits, saved
+from tests.adapters.tiny_adapters import OTHER_VOCABULARY, logits, save_tiny_adapter
 from tests.checkpoints import clip, tiny
 
-KINDS = {"medical": ("lora", None), "cyrillic": ("lora", OTHER), "court": ("adapters", OTHER)}
-ALL = {"speech": 0.0}  # the clips are no speech, and must be read all the same
+KINDS = {"medical": ("lora", None), "cyrillic": ("lora", OTHER_VOCABULARY), "court": ("bottleneck", OTHER_VOCABULARY)}
+ALL = {"vad_threshold": 0.0}  # the clips are noise
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     base = tiny(root / "base")
     for index, (name, (kind, words)) in enumerate(KINDS.items()):
-        saved(base, kind, root / name, seed=index, words=words)
+        save_tiny_adapter(base, kind, root / name, seed=index, vocabulary=words)
     return root
 
 
@@ -39,7 +39,7 @@ def recording(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_name_reads_as_the_merged_checkpoint_does(engine, folders, recording, tmp_path, name):
+def test_an_adapter_by_name_equals_the_merged_checkpoint(engine, folders, recording, tmp_path, name):
     adapted = checkpoint.load_adapter(mowa.load(str(folders / "base")), folders / name)
     with merge.atomic_checkpoint(merge.merge_adapter(adapted), tmp_path / "whole"):
         pass
@@ -51,15 +51,19 @@ def test_a_name_reads_as_the_merged_checkpoint_does(engine, folders, recording, 
     assert by_name.text
     assert by_name.model == f"{folders / 'base'}+{name}"
     assert by_name.text != mowa.transcribe(recording, engine, **ALL).text
-    if KINDS[name][1] is OTHER:
+    if KINDS[name][1] is OTHER_VOCABULARY:
         assert set(by_name.text) <= {*"абвгдежз ", " "}
 
 
-def test_choosing_costs_a_look_up_and_shares_the_weights(engine):
-    chosen = engine.choose("medical")
-    assert engine.choose("medical") is chosen
-    assert engine.choose(None) is engine
-    assert (chosen.device, chosen.precision, chosen.sharing) == (engine.device, engine.precision, engine.sharing)
+def test_with_adapter_is_a_look_up_and_shares_the_weights(engine):
+    chosen = engine.with_adapter("medical")
+    assert engine.with_adapter("medical") is chosen
+    assert engine.with_adapter(None) is engine
+    assert (chosen.device, chosen.precision, chosen.batch_policy) == (
+        engine.device,
+        engine.precision,
+        engine.batch_policy,
+    )
     ours = {weight.data_ptr() for weight in engine.model.net.parameters()}
     theirs = {weight.data_ptr() for weight in chosen.model.net.parameters()}
     assert len(ours - theirs) == 2  # the head
@@ -75,24 +79,24 @@ def test_a_converted_base_has_converted_adapters(folders):
     assert np.isfinite(scores).all()
 
 
-def test_unknown_names_and_foreign_folders_are_refused(engine, folders, recording, tmp_path):
-    with pytest.raises(ModelError, match="no adapter is called 'medicine': loaded are medical, cyrillic, court"):
+def test_unknown_names_and_adapters_of_other_models_are_refused(engine, folders, recording, tmp_path):
+    with pytest.raises(ModelError, match=r"unknown adapter 'medicine': .* loaded adapters .medical, cyrillic, court."):
         mowa.transcribe(recording, engine, adapter="medicine", **ALL)
-    with pytest.raises(ModelError, match="is no folder"):
-        engine.choose(tmp_path / "lost")
+    with pytest.raises(ModelError, match="is not a folder"):
+        engine.with_adapter(tmp_path / "lost")
     other = tiny(tmp_path / "other", num_hidden_layers=1)
-    with pytest.raises(ModelError, match="as its base"):
+    with pytest.raises(ModelError, match="was trained over"):
         mowa.transcribe(recording, str(other), adapter=folders / "medical", **ALL)
 
 
-def test_the_bundled_model_looks_its_positions_up_under_an_adapter_too(tmp_path):
-    ours = saved("pl-tiny", "lora", tmp_path / "medical")
+def test_the_bundled_model_precomputes_positions_with_an_adapter(tmp_path):
+    ours = save_tiny_adapter("pl-tiny", "lora", tmp_path / "medical")
     chosen = mowa.open_engine(mowa.load("pl-tiny"), device="cpu", dtype="float32", adapters={"m": tmp_path / "medical"})
     net = chosen.with_adapter("m").model.net
     assert "forward" in vars(net.wav2vec2.encoder.pos_conv_embed)
     base = chosen.model.net.wav2vec2.encoder.pos_conv_embed
-    assert net.wav2vec2.encoder.pos_conv_embed.forward.args[1] is net.wav2vec2.encoder.pos_conv_embed
-    assert base.forward.args[1] is base
+    assert net.wav2vec2.encoder.pos_conv_embed.forward.module is net.wav2vec2.encoder.pos_conv_embed
+    assert base.forward.module is base
     sound = clip(0, 16_000)
     (scores,) = chosen.with_adapter("m").emissions([sound])
     expected = logits(ours.net, samples=16_000)[0].log_softmax(-1).numpy()

@@ -1,4 +1,4 @@
-"""Broken recordings by the hundred through the runner: a line for each, and never a crash, a hang or another error."""
+"""Hundreds of broken recordings in a batch: one record each, and no crash, hang or other error."""
 
 import json
 import random
@@ -30,7 +30,7 @@ def whole(folder, name):
 
 
 def broken(data, rng):
-    """A header mutated, anything mutated, cut off, a stretch doubled or left out, or random bytes behind the magic."""
+    """Mutate the header or any byte, cut off the end, repeat or remove a part, or put random bytes after the magic."""
     data = bytearray(data)
     match rng.randrange(6):
         case 0 | 1:
@@ -63,8 +63,8 @@ def test_two_hundred_broken_files_of_a_container(tmp_path, name):
         file.write_bytes(broken(original, rng))
         examples.append(Example(str(number), str(file), "", 0.0))
     settings = TranscriptionSettings(vad_threshold=0.0)
-    with ResultsFile.open(tmp_path / "j.jsonl", batch.build_header(engine, settings)) as journal:
-        counts = batch.transcribe_corpus(examples, engine, settings, journal, decode_threads=2)
+    with ResultsFile.open(tmp_path / "j.jsonl", batch.build_header(engine, settings)) as results:
+        counts = batch.transcribe_corpus(examples, engine, settings, results, decode_threads=2)
     rows = [json.loads(line) for line in (tmp_path / "j.jsonl").read_text().splitlines()][1:]
     assert sorted(int(row["id"]) for row in rows) == list(range(200))
     assert counts["done"] + counts["failed"] == 200
@@ -73,17 +73,17 @@ def test_two_hundred_broken_files_of_a_container(tmp_path, name):
     assert all("\n" not in row.get("error", "") for row in rows)
 
 
-def test_what_crashes_its_decoder_is_a_line_when_the_run_goes_on(tmp_path, monkeypatch):
-    """A run that died is suspected of its recordings; the child that decodes them dies in its place."""
+def test_a_recording_that_crashes_its_decoder_is_an_error_after_resuming(tmp_path, monkeypatch):
+    """Recordings that a killed run had started are decoded in a child process first, which crashes instead."""
     soundfile.write(tmp_path / "good.wav", tone(0.5), 16_000)
     soundfile.write(tmp_path / "evil.wav", tone(0.5), 16_000)
     engine = mowa.open_engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
     settings, path = TranscriptionSettings(vad_threshold=0.0), tmp_path / "j.jsonl"
     header = batch.build_header(engine, settings)
-    book = ResultsFile.open(path, header)
+    results = ResultsFile.open(path, header)
     for name in ("good", "evil"):
-        book.mark_started(name)
-    book._file.close()  # killed: no mark was taken back
+        results.mark_started(name)
+    results._file.close()  # as if killed
     real = batch.subprocess.run
 
     def run(command, **how):
@@ -93,17 +93,17 @@ def test_what_crashes_its_decoder_is_a_line_when_the_run_goes_on(tmp_path, monke
 
     monkeypatch.setattr(batch.subprocess, "run", run)
     examples = [Example(name, str(tmp_path / f"{name}.wav"), "", 0.0) for name in ("good", "evil", "new")]
-    with ResultsFile.open(path, header) as book:
-        assert book.suspect_ids == {"good", "evil"}
-        batch.transcribe_corpus(examples, engine, settings, book)
+    with ResultsFile.open(path, header) as results:
+        assert results.suspect_ids == {"good", "evil"}
+        batch.transcribe_corpus(examples, engine, settings, results)
     rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines()[1:])}
-    assert "crashes its decoder (signal 11)" in rows["evil"]["error"]
+    assert "crashed its decoder (signal 11)" in rows["evil"]["error"]
     assert "text" in rows["good"]
     assert "does not exist" in rows["new"]["error"]
-    assert not (tmp_path / ".j.jsonl.begun").exists()
+    assert not (tmp_path / ".j.jsonl.started").exists()
 
 
-def test_decoding_ahead_in_many_threads_changes_no_batch(tmp_path):
+def test_the_number_of_decode_threads_does_not_change_batches(tmp_path):
     engine = mowa.open_engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
     rng = np.random.default_rng(0)
     examples = []
@@ -111,17 +111,17 @@ def test_decoding_ahead_in_many_threads_changes_no_batch(tmp_path):
         soundfile.write(tmp_path / f"{number}.wav", tone(rng.uniform(0.3, 2.5)), 16_000)
         examples.append(Example(str(number), str(tmp_path / f"{number}.wav"), "", 0.0))
     found = []
-    for decoders in (1, 4):
-        path = tmp_path / f"{decoders}.jsonl"
+    for threads in (1, 4):
+        path = tmp_path / f"{threads}.jsonl"
         settings = TranscriptionSettings(vad_threshold=0.0, batch_s=4)
-        with ResultsFile.open(path, batch.build_header(engine, settings)) as journal:
-            batch.transcribe_corpus(examples, engine, settings, journal, decode_threads=decoders)
+        with ResultsFile.open(path, batch.build_header(engine, settings)) as results:
+            batch.transcribe_corpus(examples, engine, settings, results, decode_threads=threads)
         found.append(sorted(path.read_text().splitlines()))
     assert found[0] == found[1]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("mowa-decode")]
 
 
-def test_addresses_are_opened_only_when_asked(tmp_path):
+def test_urls_are_opened_only_with_allow_remote(tmp_path):
     import fsspec
 
     soundfile.write(tmp_path / "a.flac", tone(0.5), 16_000)
@@ -133,18 +133,18 @@ def test_addresses_are_opened_only_when_asked(tmp_path):
     here = Example("here", str(tmp_path / "a.flac"), "", 0.0)
     for remote in (False, True):
         path = tmp_path / f"{remote}.jsonl"
-        with ResultsFile.open(path, batch.build_header(engine, settings)) as journal:
-            batch.transcribe_corpus([*examples, here], engine, settings, journal, allow_remote=remote)
+        with ResultsFile.open(path, batch.build_header(engine, settings)) as results:
+            batch.transcribe_corpus([*examples, here], engine, settings, results, allow_remote=remote)
         rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines()[1:])}
         if not remote:
-            assert "Say --remote" in rows["a"]["error"]
+            assert "--allow-remote" in rows["a"]["error"]
         else:
             assert rows["a"]["text"] == rows["here"]["text"]
-            assert "cannot be fetched" in rows["gone"]["error"]
+            assert "cannot be downloaded" in rows["gone"]["error"]
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_what_a_manifest_gives_before_it_breaks_is_done(tmp_path, size):
+def test_examples_before_an_error_in_the_manifest_are_transcribed(tmp_path, size):
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16_000)
     engine = mowa.open_engine(mowa.load(str(tiny(tmp_path / "net"))), device="cpu", dtype="float32", threads=1)
 
@@ -154,7 +154,7 @@ def test_what_a_manifest_gives_before_it_breaks_is_done(tmp_path, size):
         raise DataError("line 9: broken JSON")
 
     settings = TranscriptionSettings(vad_threshold=0.0)
-    with ResultsFile.open(tmp_path / "j.jsonl", batch.build_header(engine, settings)) as journal:
+    with ResultsFile.open(tmp_path / "j.jsonl", batch.build_header(engine, settings)) as results:
         with pytest.raises(DataError, match="line 9"):
-            batch.transcribe_corpus(listed(), engine, settings, journal)
-        assert journal.done_ids == set(map(str, range(size)))
+            batch.transcribe_corpus(listed(), engine, settings, results)
+        assert results.done_ids == set(map(str, range(size)))

@@ -1,4 +1,4 @@
-"""On a CUDA device: the same numbers as on the processor, batched or not."""
+"""Emissions on a CUDA device equal those on the CPU, batched or not."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
-def test_emissions_equal_the_processors(kind, tmp_path):
+def test_emissions_equal_those_of_the_cpu(kind, tmp_path):
     folder = str(tiny(tmp_path, *kind))
     gpu = mowa.open_engine(mowa.load(folder), device="cuda")
     cpu = mowa.open_engine(mowa.load(folder), device="cpu", dtype="float32")

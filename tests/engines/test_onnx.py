@@ -1,4 +1,4 @@
-"""The engine in ONNX Runtime says what PyTorch says, whoever shares the batch; made once, and anew if needed."""
+"""The ONNX engine equals the PyTorch engine in any batch; a model is exported to the cache once."""
 
 import builtins
 
@@ -11,10 +11,11 @@ from mowa.adapters import checkpoint
 from mowa.data import audio
 from mowa.engines import onnx, protocol
 from mowa.engines.protocol import BatchPolicy
+from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import MissingDependency, ModelError
 from mowa.exporters import export
 from mowa.quantization import quantize
-from tests.adapters.made import OTHER, saved
+from tests.adapters.tiny_adapters import OTHER_VOCABULARY, save_tiny_adapter
 from tests.checkpoints import clip
 from tests.checkpoints import tiny as whole_tiny
 
@@ -24,7 +25,7 @@ QUICK = {"conv_dim": (16,) * 3, "conv_kernel": (10, 8, 8), "conv_stride": (5, 8,
 
 
 def tiny(folder, **changes):
-    """Fewer convolutions with the hop of seven: quicker to trace."""
+    """Three convolutions with the hop of the stock seven: faster to trace."""
     return whole_tiny(folder, **QUICK | changes)
 
 
@@ -42,7 +43,7 @@ def base(request, tmp_path_factory):
     return tiny(tmp_path_factory.mktemp(request.param), norm=request.param)
 
 
-def test_it_says_what_the_native_engine_says(base):
+def test_it_equals_the_pytorch_engine(base):
     engine = onnx.open_engine(mowa.load(str(base)))
     native = mowa.open_engine(mowa.load(str(base)), device="cpu", dtype="float32")
     assert (engine.name, engine.device, engine.dtype) == ("onnx", "cpu", "float32")
@@ -55,43 +56,41 @@ def test_it_says_what_the_native_engine_says(base):
             np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
-def test_clips_that_may_not_share_are_refused(base):
+def test_clips_that_cannot_share_a_batch_are_refused(base):
     engine = onnx.open_engine(mowa.load(str(base)))
     group = engine.config.feat_extract_norm == "group"
     assert engine.batch_policy is (BatchPolicy.EQUAL_LENGTH if group else BatchPolicy.PADDED)
     if group:
-        with pytest.raises(ValueError, match="may not share"):
+        with pytest.raises(ValueError, match="cannot share"):
             engine.emissions(CLIPS)
-    narrow = onnx.open_engine(mowa.load(str(base)), dtype="int8")
-    assert (narrow.batch_policy, narrow.dtype) == (BatchPolicy.SINGLE, "int8")
-    with pytest.raises(ValueError, match="may not share"):
-        narrow.emissions(CLIPS)
+    int8 = onnx.open_engine(mowa.load(str(base)), dtype="int8")
+    assert (int8.batch_policy, int8.dtype) == (BatchPolicy.SINGLE, "int8")
+    with pytest.raises(ValueError, match="cannot share"):
+        int8.emissions(CLIPS)
 
 
-def test_recordings_go_through_it(tmp_path):
+def test_recordings_are_transcribed(tmp_path):
     file = tmp_path / "noise.wav"
     soundfile.write(file, clip(3, 20_000), 16_000)
     folder = str(tiny(tmp_path / "base"))
     ours = next(
-        iter(
-            mowa.iter_transcripts([file], onnx.open_engine(mowa.load(folder)), mowa.engines.settings.Settings(speech=0))
-        )
+        iter(mowa.iter_transcripts([file], onnx.open_engine(mowa.load(folder)), TranscriptionSettings(vad_threshold=0)))
     )
-    theirs = mowa.transcribe(file, folder, device="cpu", dtype="float32", speech=0.0)
+    theirs = mowa.transcribe(file, folder, device="cpu", dtype="float32", vad_threshold=0.0)
     assert ours.text == theirs.text
     assert ours.text
 
 
-def test_it_is_exported_once(tmp_path, cache, monkeypatch):
+def test_a_model_is_exported_once(tmp_path, cache, monkeypatch):
     folder = str(tiny(tmp_path / "base"))
     onnx.open_engine(mowa.load(folder))
     (made,) = cache.iterdir()
-    monkeypatch.setattr(onnx.exporting, "export", lambda *_, **__: pytest.fail("it was exported again"))
+    monkeypatch.setattr(onnx.exporters, "export", lambda *_, **__: pytest.fail("it was exported again"))
     onnx.open_engine(mowa.load(folder))
     assert list(cache.iterdir()) == [made]
 
 
-def test_a_damaged_one_is_made_anew(tmp_path, cache):
+def test_a_damaged_export_is_replaced(tmp_path, cache):
     folder = str(tiny(tmp_path / "base"))
     (expected,) = onnx.open_engine(mowa.load(folder)).emissions(CLIPS[-1:])
     (made,) = cache.iterdir()
@@ -100,30 +99,30 @@ def test_a_damaged_one_is_made_anew(tmp_path, cache):
     np.testing.assert_array_equal(scores, expected)
 
 
-def test_another_models_weights_and_every_adapter_are_exports_of_their_own(tmp_path, cache):
+def test_every_adapter_has_its_own_export(tmp_path, cache):
     base = tiny(tmp_path / "base")
-    saved(base, "lora", tmp_path / "adapter", words=OTHER)
+    save_tiny_adapter(base, "lora", tmp_path / "adapter", vocabulary=OTHER_VOCABULARY)
     model = mowa.load(str(base))
     plain, adapted = onnx.open_engine(model), onnx.open_engine(checkpoint.load_adapter(model, tmp_path / "adapter"))
     assert len(list(cache.iterdir())) == 2
-    assert adapted.vocabulary == OTHER
+    assert adapted.vocabulary == OTHER_VOCABULARY
     native = mowa.open_engine(mowa.load(str(base)), device="cpu", dtype="float32")
     for ours, theirs in ((plain, native), (adapted, native.with_adapter(tmp_path / "adapter"))):
         np.testing.assert_allclose(ours.emissions(CLIPS[-1:])[0], theirs.emissions(CLIPS[-1:])[0], atol=1e-4)
 
 
-def test_a_folder_is_run_as_it_is(tmp_path):
+def test_an_export_folder_is_opened(tmp_path):
     out = export(quantize(mowa.load(str(tiny(tmp_path / "base"))), "int8-dynamic"), "onnx", tmp_path / "out").folder
     assert onnx.open_engine(out).dtype == "int8"
-    with pytest.raises(ModelError, match="was exported in int8-dynamic"):
+    with pytest.raises(ModelError, match="was exported with scheme int8-dynamic"):
         onnx.open_engine(out, dtype="float32")
-    with pytest.raises(ModelError, match="holds no export"):
+    with pytest.raises(ModelError, match="is not an export"):
         onnx.open_engine(tmp_path / "base")
-    with pytest.raises(ModelError, match="dtype 'bfloat16' is not one of"):
+    with pytest.raises(ModelError, match="dtype 'bfloat16' is not supported by ONNX Runtime"):
         onnx.open_engine(out, dtype="bfloat16")
 
 
-def test_without_onnxruntime_it_says_what_to_do(tmp_path, monkeypatch):
+def test_without_onnxruntime(tmp_path, monkeypatch):
     out = export(mowa.load(str(tiny(tmp_path / "base"))), "onnx", tmp_path / "out").folder
     real = builtins.__import__
 

@@ -1,4 +1,4 @@
-"""The same job on a Ray cluster: the lines of one process, also where a worker is killed in the midst of it."""
+"""Transcription on Ray gives the records of one process, also when a worker is killed."""
 
 import json
 import os
@@ -6,13 +6,11 @@ import random
 import signal
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import soundfile
 
-import mowa
 from mowa.data import audio
 from mowa.engines import batch, ray_data
 from mowa.engines.batch import CorpusSource
@@ -20,9 +18,9 @@ from mowa.engines.results import ResultsFile
 from mowa.engines.settings import EngineSpec, TranscriptionSettings, WorkerPool
 from mowa.engines.transcription import load_engine
 from mowa.errors import DataError, ModelError
+from mowa.io.hub import SAMPLE_CLIP as SAMPLE
 
-SAMPLE = Path(mowa.__file__).parent / "assets" / "sample.flac"
-WANTED = EngineSpec("pl-tiny", dtype="float32", device="cpu", threads=1)
+SPEC = EngineSpec("pl-tiny", dtype="float32", device="cpu", threads=1)
 SETTINGS = TranscriptionSettings(batch_s=4.0)
 
 pytestmark = [
@@ -43,12 +41,12 @@ def clips(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(clips, tmp_path_factory):
-    journal = tmp_path_factory.mktemp("alone") / "j.jsonl"
-    engine = load_engine(WANTED).engine
-    with ResultsFile.open(journal, batch.build_header(engine, SETTINGS)) as book:
-        batch.transcribe_corpus(CorpusSource((str(clips),)).examples(), engine, SETTINGS, book)
-    return texts(journal)
+def single_process(clips, tmp_path_factory):
+    path = tmp_path_factory.mktemp("single") / "j.jsonl"
+    engine = load_engine(SPEC).engine
+    with ResultsFile.open(path, batch.build_header(engine, SETTINGS)) as results:
+        batch.transcribe_corpus(CorpusSource((str(clips),)).examples(), engine, SETTINGS, results)
+    return texts(path)
 
 
 @pytest.fixture(scope="module")
@@ -61,55 +59,59 @@ def ray():
     ray.shutdown()
 
 
-def texts(journal):
-    rows = [json.loads(line) for line in journal.read_text().splitlines()][1:]
+def texts(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()][1:]
     assert len({row["id"] for row in rows}) == len(rows)
     return {row["id"]: (row.get("text"), row.get("error")) for row in rows}
 
 
-def spread(clips, path, **how):
-    with ResultsFile.open(path, batch.build_header(load_engine(WANTED).engine, SETTINGS)) as book:
-        ray_data.transcribe_on_ray(CorpusSource((str(clips),)), WANTED, SETTINGS, book, workers=WorkerPool(2, 2), **how)
+def spread(clips, path, **options):
+    with ResultsFile.open(path, batch.build_header(load_engine(SPEC).engine, SETTINGS)) as results:
+        ray_data.transcribe_on_ray(
+            CorpusSource((str(clips),)), SPEC, SETTINGS, results, workers=WorkerPool(2, 2), **options
+        )
 
 
-def test_two_workers_say_what_one_process_says(ray, clips, alone, tmp_path):
-    heard = []
-    spread(clips, tmp_path / "j.jsonl", heard=heard.append)
-    assert texts(tmp_path / "j.jsonl") == alone
-    assert len(heard) == 121
-    spread(clips, tmp_path / "j.jsonl", heard=heard.append)
-    assert len(heard) == 121  # nothing was left to do
+def test_two_workers_give_the_records_of_one_process(ray, clips, single_process, tmp_path):
+    seconds = []
+    spread(clips, tmp_path / "j.jsonl", on_progress=seconds.append)
+    assert texts(tmp_path / "j.jsonl") == single_process
+    assert len(seconds) == 121
+    spread(clips, tmp_path / "j.jsonl", on_progress=seconds.append)
+    assert len(seconds) == 121  # nothing was left to do
 
 
-def test_a_worker_killed_in_the_midst_loses_nothing(ray, clips, alone, tmp_path):
+def test_a_killed_worker_loses_nothing(ray, clips, single_process, tmp_path):
     path, killed = tmp_path / "j.jsonl", []
 
     def kill():
         while not (path.exists() and path.read_bytes().count(b"\n") > 2):
             time.sleep(0.05)
-        hearers = [p for p in psutil.process_iter(["cmdline"]) if "Hearer" in " ".join(p.info["cmdline"] or ())]
-        hearers = hearers or [
+        workers = [
+            p for p in psutil.process_iter(["cmdline"]) if "TranscriptionWorker" in " ".join(p.info["cmdline"] or ())
+        ]
+        workers = workers or [
             p for p in psutil.process_iter(["cmdline"]) if "_MapWorker" in " ".join(p.info["cmdline"] or ())
         ]
-        hearers[0].send_signal(signal.SIGKILL)
-        killed.append(hearers[0].pid)
+        workers[0].send_signal(signal.SIGKILL)
+        killed.append(workers[0].pid)
 
     thread = threading.Thread(target=kill)
     thread.start()
     spread(clips, path)
     thread.join()
     assert killed
-    assert texts(path) == alone
+    assert texts(path) == single_process
 
 
-def test_what_is_wrong_there_is_said_here(ray, clips, tmp_path):
+def test_errors_of_workers_are_raised_here(ray, clips, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"audio": ')
     with pytest.raises(DataError, match="broken JSON"):
         spread(tmp_path / "broken.jsonl", tmp_path / "j.jsonl")
     with (
-        pytest.raises(ModelError, match="a worker wants 64"),
-        ResultsFile.open(tmp_path / "k.jsonl", batch.build_header(load_engine(WANTED).engine, SETTINGS)) as book,
+        pytest.raises(ModelError, match="one worker needs 64"),
+        ResultsFile.open(tmp_path / "k.jsonl", batch.build_header(load_engine(SPEC).engine, SETTINGS)) as results,
     ):
         ray_data.transcribe_on_ray(
-            CorpusSource((str(clips),)), WANTED, SETTINGS, book, workers=WorkerPool(1, 1, num_cpus=64)
+            CorpusSource((str(clips),)), SPEC, SETTINGS, results, workers=WorkerPool(1, 1, num_cpus=64)
         )

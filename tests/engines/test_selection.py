@@ -1,4 +1,4 @@
-"""What is picked: what was named, PyTorch where nothing else is there, else what measured fastest; and it is said."""
+"""Selection of an engine: the requested one, PyTorch without an alternative, else the fastest; the reason is logged."""
 
 import json
 
@@ -10,7 +10,7 @@ from mowa import hardware
 from mowa.data import audio
 from mowa.engines import onnx, selection
 from mowa.errors import ModelError
-from tests.adapters.made import OTHER, saved
+from tests.adapters.tiny_adapters import OTHER_VOCABULARY, save_tiny_adapter
 from tests.checkpoints import clip
 from tests.checkpoints import tiny as whole_tiny
 
@@ -18,7 +18,7 @@ QUICK = {"conv_dim": (16,) * 3, "conv_kernel": (10, 8, 8), "conv_stride": (5, 8,
 
 
 def tiny(folder, **changes):
-    """Fewer convolutions with the hop of seven: quicker to trace."""
+    """Three convolutions with the hop of the stock seven: faster to trace."""
     return whole_tiny(folder, **QUICK | changes)
 
 
@@ -36,16 +36,16 @@ def base(tmp_path):
     return str(tiny(tmp_path / "base"))
 
 
-def test_the_named_engine_is_the_engine(base):
+def test_a_requested_engine_is_used(base):
     native = selection.select_engine(mowa.load(base), name="pytorch", device="cpu", dtype="float32")
     exported = selection.select_engine(mowa.load(base), name="onnx")
     assert (native.engine.name, exported.engine.name) == ("pytorch", "onnx")
-    assert "as it was named" in native.reason
+    assert "requested" in native.reason
     (ours,), (theirs,) = (one.engine.emissions([SOUND]) for one in (native, exported))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_auto_is_native_where_nothing_was_exported(base, cache, caplog):
+def test_auto_is_pytorch_without_an_export(base, cache, caplog):
     with caplog.at_level("INFO", "mowa"):
         choice = selection.select_engine(mowa.load(base), device="cpu")
     assert choice.engine.name == "pytorch"
@@ -55,49 +55,49 @@ def test_auto_is_native_where_nothing_was_exported(base, cache, caplog):
 
 
 @pytest.mark.parametrize("faster", ["pytorch", "onnx"])
-def test_auto_takes_what_measured_fastest_and_remembers(base, cache, monkeypatch, faster):
+def test_auto_uses_the_fastest_and_caches_the_timings(base, cache, monkeypatch, faster):
     onnx.open_engine(mowa.load(base))
-    asked = []
+    timed = []
 
-    def measured(engines):
-        asked.append([selection._label(one) for one in engines])
+    def time_engines(engines):
+        timed.append([selection._label(one) for one in engines])
         return {selection._label(one): 1.0 if one.name == faster else 2.0 for one in engines}
 
-    monkeypatch.setattr(selection, "time_engines", measured)
+    monkeypatch.setattr(selection, "time_engines", time_engines)
     for _ in range(2):
         choice = selection.select_engine(mowa.load(base), device="cpu", dtype="float32")
         assert choice.engine.name == faster
         assert "pytorch float32" in choice.reason
         assert "onnx float32" in choice.reason
-    assert asked == [["pytorch float32", "onnx float32"]]
+    assert timed == [["pytorch float32", "onnx float32"]]
     (key,) = json.loads((cache / selection.TIMINGS_FILE).read_text())
     assert hardware.cpu_name() in key
 
 
-def test_what_is_measured_is_the_engines(base):
+def test_engines_are_timed(base):
     engines = [
         selection.select_engine(mowa.load(base), name=name, device="cpu", dtype="float32").engine
         for name in ("pytorch", "onnx")
     ]
     seconds = selection.time_engines(engines)
     assert list(seconds) == ["pytorch float32", "onnx float32"]
-    assert all(spent > 0 for spent in seconds.values())
+    assert all(elapsed_s > 0 for elapsed_s in seconds.values())
 
 
-def test_another_models_export_is_not_taken(base, tmp_path, monkeypatch):
+def test_the_export_of_another_model_is_ignored(base, tmp_path, monkeypatch):
     onnx.open_engine(mowa.load(str(tiny(tmp_path / "other", hidden_size=48))))
-    monkeypatch.setattr(selection, "time_engines", lambda engines: pytest.fail("there is nothing to compare"))
+    monkeypatch.setattr(selection, "time_engines", lambda engines: pytest.fail("timed without an alternative"))
     assert selection.select_engine(mowa.load(base), device="cpu").engine.name == "pytorch"
 
 
-def test_a_damaged_export_is_said_and_not_taken(base, cache, caplog):
+def test_a_damaged_export_is_logged_and_ignored(base, cache, caplog):
     onnx.open_engine(mowa.load(base))
     next(cache.glob("onnx/*/model.onnx")).write_bytes(b"nothing")
     assert selection.select_engine(mowa.load(base), device="cpu", dtype="float32").engine.name == "pytorch"
     assert "is missing or damaged" in caplog.text
 
 
-def test_narrow_arithmetic_is_only_named(base, monkeypatch):
+def test_int8_is_used_only_on_request(base, monkeypatch):
     onnx.open_engine(mowa.load(base), dtype="int8")
     assert selection.select_engine(mowa.load(base), device="cpu").engine.dtype in ("float32", "bfloat16")
     assert selection.select_engine(mowa.load(base), name="pytorch", device="cpu", dtype="int8").engine.dtype == "int8"
@@ -105,19 +105,19 @@ def test_narrow_arithmetic_is_only_named(base, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["pytorch", "onnx"])
-def test_an_adapter_is_heard(base, tmp_path, name):
-    saved(tmp_path / "base", "lora", tmp_path / "adapter", words=OTHER)
+def test_an_adapter_is_applied(base, tmp_path, name):
+    save_tiny_adapter(tmp_path / "base", "lora", tmp_path / "adapter", vocabulary=OTHER_VOCABULARY)
     choice = selection.select_engine(
         mowa.load(base), name=name, device="cpu", dtype="float32", adapter=tmp_path / "adapter"
     )
-    assert choice.engine.vocabulary == OTHER
+    assert choice.engine.vocabulary == OTHER_VOCABULARY
     native = mowa.open_engine(mowa.load(base), device="cpu", dtype="float32").with_adapter(tmp_path / "adapter")
     np.testing.assert_allclose(choice.engine.emissions([SOUND])[0], native.emissions([SOUND])[0], atol=1e-4)
 
 
-def test_what_cannot_be_is_refused(base):
+def test_unsupported_choices_are_refused(base):
     model = mowa.load(base)
-    with pytest.raises(ModelError, match="engine 'tensorrt' is not one of auto, native, onnx"):
+    with pytest.raises(ModelError, match="unknown engine 'tensorrt': use auto, pytorch, onnx"):
         selection.select_engine(model, name="tensorrt")
-    with pytest.raises(ModelError, match="the onnx engine runs on processors"):
+    with pytest.raises(ModelError, match="runs on the CPU only"):
         selection.select_engine(model, name="onnx", device="cuda")

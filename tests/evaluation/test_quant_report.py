@@ -1,4 +1,4 @@
-"""Drift, paired differences and verdicts on numbers that are known, and the page that shows them."""
+"""Differences of emissions, error rates and verdicts on known numbers; the report as JSON and HTML."""
 
 import json
 from dataclasses import asdict
@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mowa.errors import ModelError
+from mowa.errors import DataError, ModelError
 from mowa.evaluation import plot, quant_report, quant_report_html
+from mowa.evaluation.quant_report import GroupChange
 from mowa.evaluation.worker import Measurement, Throughput
 from mowa.models.diff import ModelDiff, compare_emissions
 from mowa.tasks import metrics
@@ -28,12 +29,12 @@ def texts(count=60):
     return [" ".join(RNG.choice(WORDS, 6)) for _ in range(count)]
 
 
-def worse(said, share):
+def worse(references, share):
     rng = np.random.default_rng(1)
-    return [" ".join("źle" if rng.random() < share else word for word in text.split()) for text in said]
+    return [" ".join("źle" if rng.random() < share else word for word in text.split()) for text in references]
 
 
-def test_drift_is_what_its_formula_says():
+def test_compare_emissions_follows_its_formula():
     ours, theirs = [scores(), scores(7)], [scores(), scores(7)]
     found = compare_emissions(ours, theirs, blank_id=0)
     p, q = (np.concatenate(one) for one in (ours, theirs))
@@ -43,54 +44,54 @@ def test_drift_is_what_its_formula_says():
     assert found.blank_ratio_change == pytest.approx(((q.argmax(-1) == 0).sum() - (p.argmax(-1) == 0).sum()) / 27)
     same = compare_emissions(ours, ours, blank_id=0)
     assert (same.max_abs_diff, same.kl, same.agreement) == (0.0, 0.0, 1.0)
-    with pytest.raises(ModelError, match="not of the same model"):
+    with pytest.raises(ModelError, match="the models do not match"):
         compare_emissions(ours, [scores(), scores(8)], blank_id=0)
 
 
-def test_numbers_that_are_none_drift_far():
+def test_nan_counts_as_a_difference():
     broken = scores()
     broken[3] = np.nan
     found = compare_emissions([scores()], [broken], blank_id=0)
     assert np.isfinite(found.kl)
     assert found.max_abs_diff > 5
-    blank = np.log(np.eye(4, dtype=np.float32)[np.zeros(9, int)] + 1e-6)  # numpy finds the first of no numbers largest
+    blank = np.log(np.eye(4, dtype=np.float32)[np.zeros(9, int)] + 1e-6)  # numpy's argmax of NaN is the first one
     assert compare_emissions([blank], [np.full_like(blank, np.nan)], blank_id=0).agreement == 0
 
 
-def test_error_rates_are_jiwers():
+def test_error_rates_equal_jiwer():
     import jiwer
 
-    said = texts()
-    heard = worse(said, 0.2)
-    found = metrics.bootstrap_error_rates(said, heard)
-    assert found.wer == pytest.approx(jiwer.wer(said, heard))
-    assert found.cer == pytest.approx(jiwer.cer(said, heard))
+    references = texts()
+    hypotheses = worse(references, 0.2)
+    found = metrics.bootstrap_error_rates(references, hypotheses)
+    assert found.wer == pytest.approx(jiwer.wer(references, hypotheses))
+    assert found.cer == pytest.approx(jiwer.cer(references, hypotheses))
     assert found.wer_interval[0] < found.wer < found.wer_interval[1]
     assert found.num_words == 360
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.05, 0.3), st.floats(0.0, 0.3))
-def test_the_paired_difference_is_that_of_the_rates(first, more):
-    said = texts(30)
-    ours = worse(said, first)
+def test_the_paired_change_is_that_of_the_rates(first, more):
+    references = texts(30)
+    ours = worse(references, first)
     theirs = worse(ours, more)
     found, a, b = (
-        metrics.paired_bootstrap(said, ours, theirs),
-        metrics.bootstrap_error_rates(said, ours),
-        metrics.bootstrap_error_rates(said, theirs),
+        metrics.paired_bootstrap(references, ours, theirs),
+        metrics.bootstrap_error_rates(references, ours),
+        metrics.bootstrap_error_rates(references, theirs),
     )
     if a.wer:
         assert found.wer == pytest.approx(b.wer / a.wer - 1)
         assert found.wer_interval[0] <= found.wer + 1e-9
-    assert metrics.paired_bootstrap(said, ours, ours).wer_interval == (0.0, 0.0)
+    assert metrics.paired_bootstrap(references, ours, ours).wer_interval == (0.0, 0.0)
 
 
 FINE = ModelDiff(1.0, 0.1, 0.01, 0.99, 0.0, 1000)
 
 
 @pytest.mark.parametrize(
-    ("agreeing", "wer", "interval", "words", "verdict"),
+    ("agreement", "wer", "interval", "words", "verdict"),
     [
         (0.99, 0.01, (-0.02, 0.04), 1000, quant_report.PASS),
         (0.99, 0.05, (0.03, 0.07), 1000, quant_report.FAIL),
@@ -99,45 +100,53 @@ FINE = ModelDiff(1.0, 0.1, 0.01, 0.99, 0.0, 1000)
         (0.5, 0.0, (0.0, 0.0), 1000, quant_report.FAIL),
     ],
 )
-def test_verdicts(agreeing, wer, interval, words, verdict):
-    far = ModelDiff(1.0, 0.1, 0.01, agreeing, 0.0, 1000)
-    heard = metrics.ErrorRates(0.1, 0.05, (0.08, 0.12), (0.04, 0.06), words)
-    assert quant_report.decide_verdict(far, heard, metrics.ErrorRateChange(wer, wer, interval, interval))[0] == verdict
+def test_verdicts(agreement, wer, interval, words, verdict):
+    diff = ModelDiff(1.0, 0.1, 0.01, agreement, 0.0, 1000)
+    rates = metrics.ErrorRates(0.1, 0.05, (0.08, 0.12), (0.04, 0.06), words)
+    assert quant_report.decide_verdict(diff, rates, metrics.ErrorRateChange(wer, wer, interval, interval))[0] == verdict
 
 
-def test_what_breaks_one_language_is_refused():
-    heard, small = (metrics.ErrorRates(0.2, 0.1, (0.18, 0.22), (0.09, 0.11), words) for words in (5000, 150))
+def test_a_significant_loss_in_one_group_fails():
+    rates, small = (metrics.ErrorRates(0.2, 0.1, (0.18, 0.22), (0.09, 0.11), words) for words in (5000, 150))
     little, much = (
         metrics.ErrorRateChange(0.01, 0.0, (0.0, 0.019), (0, 0)),
         metrics.ErrorRateChange(0.12, 0.0, (0.07, 0.18), (0, 0)),
     )
-    verdict, why = quant_report.decide_verdict(FINE, heard, little, 0.02, {"cs": (heard, little), "pl": (heard, much)})
+    verdict, reason = quant_report.decide_verdict(
+        FINE, rates, little, 0.02, {"cs": GroupChange(rates, little), "pl": GroupChange(rates, much)}
+    )
     assert verdict == quant_report.FAIL
-    assert "word errors of pl +12.0%" in why
+    assert "word errors of pl +12.0%" in reason
     assert (
-        quant_report.decide_verdict(FINE, heard, little, 0.02, {"cs": (heard, little), "pl": (small, much)})[0]
+        quant_report.decide_verdict(
+            FINE, rates, little, 0.02, {"cs": GroupChange(rates, little), "pl": GroupChange(small, much)}
+        )[0]
         == quant_report.PASS
     )
 
 
-def test_without_texts_it_stays_doubtful():
+def test_without_transcripts_it_is_inconclusive():
     assert quant_report.decide_verdict(FINE, None, None) == (
         quant_report.INCONCLUSIVE,
-        "without texts only drift is known: 99.0% of frames agree",
+        "no transcripts; top-1 agreement 99.0%",
     )
 
 
-def made(said, heard, emissions):
-    numbers = {"audio_s": 100.0, "hearing_s": 2.0, "latency_s": 0.1, "loading_s": 1.0, "memory": 10**9}
-    return Measurement("onnx", "int8", tuple(heard), tuple(emissions), **numbers, throughput=(Throughput(2, 1, 0.02),))
+def measurement(hypotheses, emissions):
+    numbers = {"audio_s": 100.0, "inference_s": 2.0, "latency_s": 0.1, "load_s": 1.0, "peak_memory_bytes": 10**9}
+    return Measurement(
+        "onnx", "int8", tuple(hypotheses), tuple(emissions), **numbers, throughput=(Throughput(2, 1, 0.02),)
+    )
 
 
 @pytest.fixture
-def whole(tmp_path):
-    said = texts()
-    examples = [Example(str(i), "x", text, 0.0, {"language": "pl" if i % 2 else "cs"}) for i, text in enumerate(said)]
-    emissions = [scores() for _ in said]
-    first, second = made(said, worse(said, 0.1), emissions), made(said, worse(said, 0.4), emissions)
+def report(tmp_path):
+    references = texts()
+    examples = [
+        Example(str(i), "x", text, 0.0, {"language": "pl" if i % 2 else "cs"}) for i, text in enumerate(references)
+    ]
+    emissions = [scores() for _ in references]
+    first, second = measurement(worse(references, 0.1), emissions), measurement(worse(references, 0.4), emissions)
     rows = [
         quant_report.build_row(
             name, "onnx", tmp_path, size, found, first, (1000, first), examples, blank_id=0, group_by="language"
@@ -145,27 +154,31 @@ def whole(tmp_path):
         for name, size, found in (("float32", 1000, first), ("int8 <&>", 250, second))
     ]
     rows.append(quant_report.ReportRow("nf4", "onnx", "", 0, 0.0, verdict=quant_report.FAIL, reason="no such thing"))
-    return quant_report.QuantReport("a net", "dev", len(said), 100.0, 0.02, "a machine", {"torch": "2"}, tuple(rows))
+    return quant_report.QuantReport(
+        "a net", "dev", len(references), 100.0, 0.02, "a machine", {"torch": "2"}, tuple(rows)
+    )
 
 
-def test_a_row_says_it_all_and_a_page_shows_it(whole, tmp_path):
-    first, second, _ = whole.rows
+def test_rows_json_and_html(report, tmp_path):
+    first, second, _ = report.rows
     assert (first.verdict, second.verdict) == (quant_report.PASS, quant_report.FAIL)
-    assert (second.share, second.speedup, first.speeds[0].rtf) == (0.25, 1.0, 0.02)
-    assert set(second.tagged) == {"pl", "cs"}
-    quant_report.write_json(whole, tmp_path / "card.json")
-    kept = json.loads((tmp_path / "card.json").read_text())
-    assert kept["rows"][1]["drift"]["agreeing"] == 1.0
-    quant_report_html.write_html(whole, tmp_path / "card.html")
-    shown = (tmp_path / "card.html").read_text()
+    assert (second.size_ratio, second.speedup, first.throughput[0].rtf) == (0.25, 1.0, 0.02)
+    assert set(second.by_group) == {"pl", "cs"}
+    quant_report.write_json(report, tmp_path / quant_report.JSON_FILE)
+    kept = json.loads((tmp_path / quant_report.JSON_FILE).read_text())
+    assert kept["rows"][1]["diff"]["agreement"] == 1.0
+    assert kept["version"] == 2
+    assert kept["rows"][1]["by_group"]["pl"].keys() == {"error_rates", "error_rate_change"}
+    quant_report_html.write_html(report, tmp_path / quant_report.HTML_FILE)
+    shown = (tmp_path / quant_report.HTML_FILE).read_text()
     assert "int8 &lt;&amp;&gt;" in shown
-    assert 'class="v refuse">refuse' in shown
+    assert 'class="v fail">fail' in shown
     assert "no such thing" in shown
     assert "http" not in shown.replace("http-equiv", "")
 
 
-def test_what_was_measured_is_read_back(tmp_path):
-    before = made(["a", "b"], ["a", "c"], [scores(), scores(3)])
+def test_a_measurement_is_read_back(tmp_path):
+    before = measurement(["a", "c"], [scores(), scores(3)])
     before.write(tmp_path)
     after = Measurement.read(tmp_path)
     assert asdict(after) | {"emissions": 0} == asdict(before) | {"emissions": 0}
@@ -173,7 +186,15 @@ def test_what_was_measured_is_read_back(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_what_another_beats_is_not_in_front():
+def test_other_format_versions_are_refused(tmp_path):
+    measurement(["a"], [scores()]).write(tmp_path)
+    path = tmp_path / "measurements.json"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(DataError, match=r"was written by another mowa .format 1, this version reads 2."):
+        Measurement.read(tmp_path)
+
+
+def test_pareto_front():
     points = [(100, -10), (50, -10), (25, -8), (30, -5), (200, -20), (25, -8)]
     assert plot.pareto_front(points) == [1, 2, 4, 5]
     assert plot.pareto_front([(50, -10, 30.0), (100, -10, 29.0), (100, -9, 30.0)]) == [0, 1]

@@ -1,6 +1,6 @@
-"""Our emissions in float32, batched at random, against transformers in float64, one utterance at a time: 1e-5 at most.
+"""Emissions in float32, batched at random, equal those of transformers in float64, one clip at a time, within 1e-5.
 
-In float32 transformers is itself up to 1e-5 away from what it says in float64.
+transformers in float32 differs from itself in float64 by up to 1e-5.
 """
 
 import numpy as np
@@ -33,10 +33,10 @@ def pair(request, tmp_path_factory):
     seed=st.integers(0, 1000),
     budget=st.integers(400, 120_000),
 )
-def test_batches_equal_transformers_alone(pair, lengths, seed, budget):
+def test_batches_equal_transformers_without_batches(pair, lengths, seed, budget):
     engine, net, extractor = pair
     clips = [clip(seed + index, length) for index, length in enumerate(lengths)]
-    groups = protocol.batch_by_length(lengths, budget, engine.sharing)
+    groups = protocol.batch_by_length(lengths, budget, engine.batch_policy)
     assert sorted(index for group in groups for index in group) == list(range(len(clips)))
     for group in groups:
         ours = engine.emissions([audio.normalize(clips[index]) for index in group])
@@ -48,7 +48,7 @@ def test_batches_equal_transformers_alone(pair, lengths, seed, budget):
             assert np.abs(scores - theirs).max() <= 1e-5
 
 
-def test_frames_follow_transformers(pair):
+def test_num_frames_equals_transformers(pair):
     _, net, _ = pair
     for samples in (1, 399, 400, 719, 720, 16_000, 480_000):
         expected = int(net._get_feat_extract_output_lengths(torch.tensor(samples))) if samples >= 400 else 0
@@ -68,8 +68,8 @@ def test_conv_adapter_changes_the_hop(tmp_path):
         )
 
 
-def test_lengths_that_may_not_share_are_refused(pair):
+def test_lengths_that_cannot_share_a_batch_are_refused(pair):
     engine, _, _ = pair
-    if engine.sharing is not protocol.BatchPolicy.PADDED:
-        with pytest.raises(ValueError, match="may not share"):
+    if engine.batch_policy is not protocol.BatchPolicy.PADDED:
+        with pytest.raises(ValueError, match="cannot share"):
             engine.emissions([clip(0, 800), clip(0, 900)])

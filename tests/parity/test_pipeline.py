@@ -1,4 +1,4 @@
-"""`transformers.pipeline` reads the bundled model as we do: the same text, one recording at a time."""
+"""`transformers.pipeline` and mowa transcribe with the bundled model alike: same text and word times."""
 
 import warnings
 
@@ -7,6 +7,7 @@ from transformers import pipeline
 
 import mowa
 from mowa.data import audio
+from mowa.data.manifests.examples import read_examples
 from mowa.io.hub import MODEL_ALIASES
 from projects.pl_tiny import synth
 
@@ -30,9 +31,9 @@ def pipe():
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spoken")
-    chosen = synth.plan(SENTENCES, synth.voices()[::5], count=18, seed=11, prefix="said")
-    synth.record(chosen, folder / "said.jsonl", processes=1)
-    return list(synth.read_manifest(folder / "said.jsonl"))
+    chosen = synth.plan_utterances(SENTENCES, synth.list_voices()[::5], count=18, seed=11, prefix="said")
+    synth.synthesize_manifest(chosen, folder / "speech.jsonl", processes=1)
+    return list(read_examples(folder / "speech.jsonl"))
 
 
 def test_same_text(pipe, examples):
