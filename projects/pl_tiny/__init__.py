@@ -1,1 +1,4 @@
-"""Build pl-tiny, the bundled Polish model, from nothing. Not part of the mowa package; `README.md` says how."""
+"""Build pl-tiny, the bundled Polish model, from scratch.
+
+This program uses the mowa package and is not part of it. `README.md` explains the method; start reading in `cli`.
+"""

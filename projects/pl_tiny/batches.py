@@ -1,7 +1,8 @@
-"""Which clips train together, step by step: the whole run is planned before it starts, so it can be resumed exactly."""
+"""Training batches, planned for the whole run before it starts, so that a resumed run sees the same ones."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,46 +16,57 @@ from mowa.data.audio import augment, running_norm
 from mowa.tasks import ctc
 from mowa.training.ctc.batches import group_by_padded_duration, sample_pools
 from mowa.types import Example, Preprocessing, Vocabulary
-from projects.pl_tiny.recipe import Augment
+from projects.pl_tiny.recipe import AugmentSchedule
 
-WRONG_DB = 4.0  # by how much the level that a live stream begins with may be wrong
-GRID_S = 0.5  # batches are padded to multiples of this: a processor prepares anew for every new shape
+LEVEL_ERROR_DB = 4.0  # standard deviation of the level that a live stream assumes before it has measured one
+PAD_MULTIPLE_S = 0.5  # few distinct shapes: CPU kernels prepare anew for each
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """An example and what is learnt from it: its letters, its sound as the teacher hears it, or both."""
+    """A recording and the loss terms it takes part in: CTC on its text, features of the teacher, or both."""
 
     example: Example
-    letters: bool = True
-    ear: bool = False
+    ctc: bool = True
+    features: bool = False
 
     @property
     def duration_s(self) -> float:
         return self.example.duration_s
 
 
-def plan(
+def seconds_to_frames(config: Any, seconds: float) -> int:
+    """Convert a length to output frames of the net; 0 stands for an infinite one."""
+    if math.isinf(seconds):
+        return 0
+    return round(seconds * Preprocessing().rate_hz / math.prod(config.conv_stride))
+
+
+def plan_batches(
     sources: Sequence[tuple[Sequence[Clip], float]], *, count: int, budget_s: float, shortest_first: int, seed: int
 ) -> list[list[Clip]]:
-    """`count` batches of clips drawn from sources (clips, share of the seconds): `shortest_first` of the shortest.
+    """Plan `count` batches of at most `budget_s` padded seconds from sources of (clips, share of the seconds).
 
-    A single source is gone through in shuffled epochs; of several, each is gone through at a pace of its own.
+    The first `shortest_first` batches hold the shortest clips. A single source is read in shuffled epochs; each of
+    several starts a new epoch when it is exhausted.
     """
     rng = np.random.default_rng(seed)
     ordered = sorted((clip for clips, _ in sources for clip in clips), key=lambda clip: clip.duration_s)
     batches = list(group_by_padded_duration(ordered, budget_s))[:shortest_first]
     rng.shuffle(batches)
-    drawn = sample_pools(sources, rng)
+    pools = sample_pools(sources, rng)
     while len(batches) < count:
-        pool = sorted(next(drawn), key=lambda clip: clip.duration_s)
-        filled = list(group_by_padded_duration(pool, budget_s))
-        batches.extend(filled[index] for index in rng.permutation(len(filled)))
+        pool = sorted(next(pools), key=lambda clip: clip.duration_s)
+        groups = list(group_by_padded_duration(pool, budget_s))
+        batches.extend(groups[index] for index in rng.permutation(len(groups)))
     return batches[:count]
 
 
-class Batches(Dataset[dict[str, Any]]):
-    """One item = one ready batch, and batch i is for step i. `rough` is None for evaluation."""
+class BatchDataset(Dataset[dict[str, Any]]):
+    """Planned batches of padded clips; item i is the batch of step i. Without `schedule` audio is not augmented.
+
+    `chunk_frames` and `lookahead_frames` are drawn from per batch; 0 chunk frames is the whole recording at once.
+    """
 
     def __init__(
         self,
@@ -62,51 +74,53 @@ class Batches(Dataset[dict[str, Any]]):
         vocabulary: Vocabulary,
         preprocessing: Preprocessing,
         *,
-        rough: Augment | None = None,
-        chunks: Sequence[int] = (),
-        ahead: Sequence[int] = (0,),
+        schedule: AugmentSchedule | None = None,
+        chunk_frames: Sequence[int] = (),
+        lookahead_frames: Sequence[int] = (0,),
         seed: int = 0,
     ) -> None:
         self.plan, self.vocabulary, self.preprocessing = plan, vocabulary, preprocessing
-        self.rough, self.chunks, self.ahead, self.seed = rough, tuple(chunks), tuple(ahead), seed
+        self.schedule, self.seed = schedule, seed
+        self.chunk_frames, self.lookahead_frames = tuple(chunk_frames), tuple(lookahead_frames)
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """→ `ctc.collate`'s tensors, ear [B] bool, and where there are `chunks`, which of them this batch has: chunk
-        [].
+        """Return the tensors of `tasks.ctc.collate` and use_features bool [B].
 
-        A clip whose letters are not learnt has no labels. 0 frames are no chunk: all is heard at once.
+        With `chunk_frames` also chunk_frames [] and lookahead_frames []. A clip without the CTC term has no labels.
         """
         group = self.plan[index]
         rng = np.random.default_rng((self.seed, index))
-        chunk = int(rng.choice(self.chunks)) if self.chunks else 0
-        ahead = int(rng.choice(self.ahead))
-        sounds = [self._sound(clip.example, index, place, live=chunk > 0) for place, clip in enumerate(group)]
-        targets = [ctc.encode_labels(clip.example.text, self.vocabulary) if clip.letters else [] for clip in group]
+        chunk = int(rng.choice(self.chunk_frames)) if self.chunk_frames else 0
+        lookahead = int(rng.choice(self.lookahead_frames))
+        samples = [self._load(clip.example, index, place, live=chunk > 0) for place, clip in enumerate(group)]
+        targets = [ctc.encode_labels(clip.example.text, self.vocabulary) if clip.ctc else [] for clip in group]
         batch = ctc.collate(
-            sounds, targets, self.preprocessing, pad_to_multiple_of=int(GRID_S * self.preprocessing.rate_hz)
+            samples, targets, self.preprocessing, pad_to_multiple_of=int(PAD_MULTIPLE_S * self.preprocessing.rate_hz)
         )
-        batch |= {"ear": torch.tensor([clip.ear for clip in group])}
-        return batch | {"chunk": torch.tensor(chunk), "ahead": torch.tensor(ahead)} if self.chunks else batch
+        batch["use_features"] = torch.tensor([clip.features for clip in group])
+        if self.chunk_frames:
+            batch |= {"chunk_frames": torch.tensor(chunk), "lookahead_frames": torch.tensor(lookahead)}
+        return batch
 
-    def _sound(self, example: Example, index: int, place: int, *, live: bool) -> np.ndarray:
+    def _load(self, example: Example, index: int, place: int, *, live: bool) -> np.ndarray:
         rng, rate_hz = np.random.default_rng((self.seed, index, place)), self.preprocessing.rate_hz
-        samples = _roughened(audio.load_audio(example.audio, rate_hz), self.rough, index, rng)
+        samples = _augment(audio.load_audio(example.audio, rate_hz), self.schedule, index, rng)
         if not self.preprocessing.normalize:
             return samples
         if not live:
             return audio.normalize(samples)
-        wrong = 10 ** (rng.normal(0, WRONG_DB if self.rough else 0) / 10)
-        before = running_norm.RunningStats.prior(float(samples.var()) * wrong, rate_hz)
-        return running_norm.normalize_running(samples, before, rate_hz)[0]
+        level_error = 10 ** (rng.normal(0, LEVEL_ERROR_DB if self.schedule else 0) / 10)
+        prior = running_norm.RunningStats.prior(float(samples.var()) * level_error, rate_hz)
+        return running_norm.normalize_running(samples, prior, rate_hz)[0]
 
 
-class Windows(Dataset[dict[str, Any]]):
-    """Batches to listen to, where no letters are learnt: windows of one length, cut from recordings put end to end.
+class WindowDataset(Dataset[dict[str, Any]]):
+    """Batches without transcripts: windows of one length, cut from concatenated recordings.
 
-    Nothing is padded, so every batch has one shape, which a processor is much faster with.
+    No padding and one shape for every batch, which is much faster on a CPU.
     """
 
     def __init__(
@@ -117,20 +131,22 @@ class Windows(Dataset[dict[str, Any]]):
         *,
         batch_s: float,
         window_s: float,
-        rough: Augment | None = None,
+        schedule: AugmentSchedule | None = None,
         seed: int = 0,
     ) -> None:
         self.sources, self.count, self.preprocessing = sources, count, preprocessing
-        self.rows, self.window_s, self.rough, self.seed = max(1, int(batch_s / window_s)), window_s, rough, seed
+        self.batch_size, self.window_s = max(1, int(batch_s / window_s)), window_s
+        self.schedule, self.seed = schedule, seed
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """→ `ctc.collate`'s tensors without labels, and ear [B] bool, all true."""
-        sounds = [self._window(np.random.default_rng((self.seed, index, row)), index) for row in range(self.rows)]
-        batch = ctc.collate(sounds, [[] for _ in sounds], self.preprocessing)
-        return batch | {"ear": torch.ones(self.rows, dtype=torch.bool)}
+        """Return the tensors of `tasks.ctc.collate` without labels, and use_features bool [B], all true."""
+        rngs = (np.random.default_rng((self.seed, index, row)) for row in range(self.batch_size))
+        windows = [self._window(rng, index) for rng in rngs]
+        batch = ctc.collate(windows, [[] for _ in windows], self.preprocessing)
+        return batch | {"use_features": torch.ones(self.batch_size, dtype=torch.bool)}
 
     def _window(self, rng: np.random.Generator, index: int) -> np.ndarray:
         shares = np.array([share for _, share in self.sources])
@@ -138,15 +154,15 @@ class Windows(Dataset[dict[str, Any]]):
         length, parts = int(self.window_s * self.preprocessing.rate_hz), [np.zeros(0, np.float32)]
         while sum(map(len, parts)) <= length:
             samples = audio.load_audio(clips[int(rng.integers(len(clips)))].example.audio, self.preprocessing.rate_hz)
-            parts.append(_roughened(samples, self.rough, index, rng))
+            parts.append(_augment(samples, self.schedule, index, rng))
         joined = np.concatenate(parts)
         start = int(rng.integers(len(joined) - length))
         window = joined[start : start + length]
         return audio.normalize(window) if self.preprocessing.normalize else window
 
 
-def _roughened(samples: np.ndarray, rough: Augment | None, step: int, rng: np.random.Generator) -> np.ndarray:
-    if rough is None:
+def _augment(samples: np.ndarray, schedule: AugmentSchedule | None, step: int, rng: np.random.Generator) -> np.ndarray:
+    if schedule is None:
         return samples
-    amount = float(np.clip((step - rough.start) / max(1, rough.full - rough.start), 0, 1))
-    return augment.augment_audio(samples, rng, rough.how, amount)
+    ramp = (step - schedule.start_step) / max(1, schedule.full_step - schedule.start_step)
+    return augment.augment_audio(samples, rng, schedule.config, float(np.clip(ramp, 0, 1)))

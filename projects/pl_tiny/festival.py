@@ -1,7 +1,7 @@
-"""Polish sentences read by Czech and Russian festival voices, which are made of human recordings.
+"""Synthesize Polish sentences with Czech and Russian festival voices, which are built from human recordings.
 
-This room knows how to make festival read the letters of `neighbours` letter for letter; it refuses to know what learns
-from the sound.
+`transliterate` spells the sentences in the voice's language; the Scheme code here makes festival read that spelling
+letter by letter.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from tqdm import tqdm
 
 from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError, MissingDependency
-from projects.pl_tiny.neighbours import CZECH_LETTERS, czech, russian
 from projects.pl_tiny.synth import RATE_HZ, trim
+from projects.pl_tiny.transliterate import CZECH_LETTERS, to_czech, to_russian
 
 _VOICES = Path("/usr/share/festival/voices")
-_CHUNK = 50  # sentences that one festival process speaks: a crash loses no more
+_CHUNK = 50  # sentences per festival process: a crash loses no more than these
 _CHUNK_LIMIT_S = 600
 
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """A festival voice: its Debian package, its mean and spread of pitch (0: it has its own melody) and language."""
+    """A festival voice: Debian package, language, mean and standard deviation of pitch (0: pitch cannot be set)."""
 
     package: str
     language: str
@@ -55,7 +55,10 @@ VOICES = {
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One thing to say. `rate` and `pitch` are factors of the voice's own; the Russian voice knows only 1."""
+    """A sentence and how to speak it. `rate` and `pitch` are factors of the voice's own; the Russian voice needs 1.
+
+    Audio files are named after a hash of its repr: with other fields, old corpora would be synthesized again.
+    """
 
     id: str
     text: str
@@ -69,9 +72,9 @@ def _scheme_rules(name: str, rules: Sequence[str], sets: str = "") -> str:
 
 
 def _czech_scheme() -> str:
-    """Czech letters read one by one: festival-czech's own rules would read `uy` as uj and `com` as kom."""
+    """Return letter-to-sound rules for Czech. festival-czech's own rules would read `uy` as uj and `com` as kom."""
     special = {"č": "c~", "š": "s~", "ž": "z~", "ň": "n~", "í": "i:", "y": "i"}
-    # The voices lack the diphones i-u, u-i, n-f and silence-í: a glottal stop, m and a short i stand in.
+    # The voices lack the diphones i-u, u-i, n-f and silence-í: use a glottal stop, m and a short i instead.
     lacking = ["( I [ u ] = _ u )", "( u [ í ] = _ i: )", "( u [ y ] = _ i )", "( # [ í ] = i )", "( [ n ] f = m )"]
     pairs = [*lacking, "( [ c h ] = ch )", "( [ d ž ] = dz~ )", "( [ d z ] = dz )"]
     singles = [f"( [ {letter} ] = {special.get(letter, letter)} )" for letter in sorted(CZECH_LETTERS - {"h"})]
@@ -92,7 +95,7 @@ def _czech_scheme() -> str:
 
 
 def _russian_scheme() -> str:
-    """Russian letters read one by one: the voice's own rules read `его` as ево, drop consonants and reduce vowels."""
+    """Return letter-to-sound rules for Russian. The voice's own read `его` as ево, drop consonants, reduce vowels."""
     vowels = {"а": "a", "э": "e", "и": "i", "о": "o", "у": "u", "ы": "y", "я": "a", "е": "e", "ё": "o", "ю": "u"}
     paired = dict(zip("бвгдзклмнпрстфх", "b v g d z k l m n p r s t f h".split(), strict=True))
     single = {"ж": "zh", "ц": "c", "ч": "ch", "ш": "sh", "щ": "sch", "й": "j", "ў": "ur", "ь": ""}
@@ -103,8 +106,8 @@ def _russian_scheme() -> str:
         rules += [f"( [ {letter} ] SOFT = {consonant * 2} )", f'( [ {letter} ] "+" SOFT = {consonant * 2} )']
         rules.append(f"( [ {letter} ] = {consonant} )")
     rules += [f"( [ {letter} ] = {sound} )" for letter, sound in single.items()]
-    # Every vowel is made full before the voice's own rules for voicing run: they reduce none but the short.
-    # Whisper-base hears 23 % of characters amiss so, 27 % with unstressed vowels made short again (14 clips each).
+    # Make every vowel full before the voice's own voicing rules run; they reduce only short ones. Whisper base has a
+    # CER of 23 % on the result, and of 27 % with unstressed vowels made short again (14 clips each).
     return (
         _scheme_rules("mowa_russian", rules, "(SOFT я ё ю и ь е)")
         + """
@@ -134,10 +137,10 @@ def _russian_scheme() -> str:
     )
 
 
-# language → (spelling, festival's prologue, the encoding it reads)
+# language → (transliteration, Scheme prologue, file encoding)
 _LANGUAGES: dict[str, tuple[Callable[[str], str], Callable[[], str], str]] = {
-    "czech": (czech, _czech_scheme, "iso-8859-2"),
-    "russian": (russian, _russian_scheme, "utf-8"),
+    "czech": (to_czech, _czech_scheme, "iso-8859-2"),
+    "russian": (to_russian, _russian_scheme, "utf-8"),
 }
 
 
@@ -146,13 +149,13 @@ def _prologue(language: str) -> str:
     return _LANGUAGES[language][1]()
 
 
-def spoken(utterance: Utterance) -> str:
-    """What festival is given to read."""
+def festival_text(utterance: Utterance) -> str:
+    """Return the utterance's text in the spelling that festival is given."""
     return _LANGUAGES[VOICES[utterance.voice].language][0](utterance.text)
 
 
-def _say(utterances: Sequence[Utterance]) -> Iterator[np.ndarray]:
-    """→ float32 [n] at 16 kHz for each, one festival process for all (they share a voice); empty where it failed."""
+def _synthesize(utterances: Sequence[Utterance]) -> Iterator[np.ndarray]:
+    """Yield float32 [N] at 16 kHz per utterance of one voice, from one festival process; empty where it failed."""
     name = utterances[0].voice
     voice = VOICES[name]
     encoding = _LANGUAGES[voice.language][2]
@@ -162,12 +165,12 @@ def _say(utterances: Sequence[Utterance]) -> Iterator[np.ndarray]:
             f0 = voice.f0_hz * utterance.pitch
             script.append(
                 f"(mowa-vary {1 / utterance.rate:.3f} {f0:.1f} {voice.spread_hz})\n"
-                f'(unwind-protect (utt.save.wave (utt.synth (Utterance Text "{spoken(utterance)}")) '
+                f'(unwind-protect (utt.save.wave (utt.synth (Utterance Text "{festival_text(utterance)}")) '
                 f'"{folder}/{number}.wav" \'riff) nil)'
             )
         path = Path(folder) / "speak.scm"
         path.write_text("\n".join(script) + "\n", encoding=encoding)
-        with suppress(subprocess.TimeoutExpired):  # what it had spoken is kept, the rest is empty
+        with suppress(subprocess.TimeoutExpired):  # keep what it finished, the rest is empty
             subprocess.run(["festival", "-b", str(path)], capture_output=True, timeout=_CHUNK_LIMIT_S, check=False)
         for number in range(len(utterances)):
             wav = Path(folder) / f"{number}.wav"
@@ -178,22 +181,22 @@ def _say(utterances: Sequence[Utterance]) -> Iterator[np.ndarray]:
             yield trim(soxr.resample(samples, rate_hz, RATE_HZ))
 
 
-def _require(voices: Sequence[str]) -> None:
+def _require_voices(voices: Sequence[str]) -> None:
     for name in voices:
         if name not in VOICES:
-            raise DataError(f"festival voice {name!r} is not known here; known: {', '.join(VOICES)}.")
+            raise DataError(f"unknown festival voice {name!r}. Known: {', '.join(VOICES)}.")
     packages = [VOICES[name].package for name in voices if not list(_VOICES.glob(f"*/{name}"))]
     if shutil.which("festival") is None:
         packages = ["festival", *(VOICES[name].package for name in voices)]
     if packages:
-        wanted = " ".join(dict.fromkeys(packages))
-        raise MissingDependency(f"festival or a voice of it is not installed: `apt-get install {wanted}` brings it.")
+        names = " ".join(dict.fromkeys(packages))
+        raise MissingDependency(f"festival or one of its voices is not installed. Run: apt-get install {names}")
 
 
-def plan(lines: Sequence[str], voice: str, *, count: int, seed: int) -> list[Utterance]:
-    """`count` utterances of one voice: the lines in a shuffled order, again and again; speed and pitch vary."""
+def plan_utterances(lines: Sequence[str], voice: str, *, count: int, seed: int) -> list[Utterance]:
+    """Plan `count` utterances of one voice: the lines in shuffled epochs, each with a random rate and pitch."""
     if not lines:
-        raise DataError(f"{voice}: no sentences to speak")
+        raise DataError(f"{voice}: no sentences to synthesize")
     rng = np.random.default_rng([seed, zlib.crc32(voice.encode())])
     fixed = not VOICES[voice].f0_hz
     chosen: list[Utterance] = []
@@ -205,9 +208,9 @@ def plan(lines: Sequence[str], voice: str, *, count: int, seed: int) -> list[Utt
     return chosen
 
 
-def _audio(utterance: Utterance) -> Path:
-    asked = (utterance, spoken(utterance), VOICES[utterance.voice], _prologue(VOICES[utterance.voice].language))
-    digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
+def _audio_path(utterance: Utterance) -> Path:
+    inputs = (utterance, festival_text(utterance), VOICES[utterance.voice], _prologue(VOICES[utterance.voice].language))
+    digest = hashlib.sha256(repr(inputs).encode()).hexdigest()[:8]
     return Path("audio") / utterance.voice / f"{utterance.id}-{digest}.wav"
 
 
@@ -218,17 +221,17 @@ def _write(path: Path, samples: np.ndarray) -> None:
 
 
 def _row(utterance: Utterance, folder: Path) -> dict[str, Any] | None:
-    path = folder / _audio(utterance)
+    path = folder / (audio := _audio_path(utterance))
     if not path.exists():
         return None
-    row = asdict(utterance) | {"audio": str(_audio(utterance)), "duration_s": round(soundfile.info(path).duration, 3)}
+    row = asdict(utterance) | {"audio": str(audio), "duration_s": round(soundfile.info(path).duration, 3)}
     return row | {"text": normalize_text(utterance.text), "written": utterance.text}
 
 
-def record(utterances: Sequence[Utterance], manifest: Path) -> float:
-    """Speak one voice's utterances beside `manifest` and write it last. → hours recorded.
+def synthesize_manifest(utterances: Sequence[Utterance], manifest: Path) -> float:
+    """Synthesize one voice's utterances beside `manifest`, write the manifest last, and return the hours of audio.
 
-    Broken off and called again, it speaks only what is missing: a file's name tells all that was asked of it.
+    Called again after an interruption, it synthesizes only what is missing: file names contain a hash of the inputs.
     """
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -237,10 +240,10 @@ def record(utterances: Sequence[Utterance], manifest: Path) -> float:
     with partial.open("w") as out, tqdm(total=len(utterances), unit="clip", desc=manifest.stem, disable=None) as bar:
         for start in range(0, len(utterances), _CHUNK):
             chunk = utterances[start : start + _CHUNK]
-            missing = [utterance for utterance in chunk if not (folder / _audio(utterance)).exists()]
-            for utterance, samples in zip(missing, _say(missing) if missing else (), strict=True):
+            missing = [utterance for utterance in chunk if not (folder / _audio_path(utterance)).exists()]
+            for utterance, samples in zip(missing, _synthesize(missing) if missing else (), strict=True):
                 if len(samples) >= RATE_HZ // 4:
-                    _write(folder / _audio(utterance), samples)
+                    _write(folder / _audio_path(utterance), samples)
             for row in filter(None, (_row(utterance, folder) for utterance in chunk)):
                 seconds += row["duration_s"]
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -249,13 +252,13 @@ def record(utterances: Sequence[Utterance], manifest: Path) -> float:
     return seconds / 3600
 
 
-def corpus(lines: Sequence[str], folder: Path, *, clips: dict[str, int], seed: int = 0) -> dict[str, float]:
-    """A manifest `{voice}.jsonl` of that many clips for each voice of `clips`. → hours per voice.
+def build_corpus(lines: Sequence[str], folder: Path, *, clips: dict[str, int], seed: int = 0) -> dict[str, float]:
+    """Write a manifest `{voice}.jsonl` with the given number of clips for each voice; return the hours per voice.
 
-    Raises MissingPart, naming the Debian packages, where festival or one of the voices is not installed.
+    Raise MissingDependency with the Debian packages to install if festival or a voice is missing.
     """
-    _require(list(clips))
+    _require_voices(list(clips))
     return {
-        voice: record(plan(lines, voice, count=count, seed=seed), folder / f"{voice}.jsonl")
+        voice: synthesize_manifest(plan_utterances(lines, voice, count=count, seed=seed), folder / f"{voice}.jsonl")
         for voice, count in clips.items()
     }

@@ -1,271 +1,257 @@
-"""A recipe → a trained checkpoint, with the stock `transformers.Trainer`: nothing of it is overridden or patched.
+"""Train the stages of a recipe with the stock `transformers.Trainer` and write the finished checkpoint.
 
-A run that was broken off resumes from the last checkpoint in the output folder, with the very same batches; a stage
-that was finished is not run again.
+An interrupted run resumes from the last checkpoint in its output folder, with the same batches; a finished stage is
+not run again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCTC,
-    Trainer,
-    TrainingArguments,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import AutoConfig, AutoModelForCTC, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 from transformers.trainer_utils import get_last_checkpoint
 
 from mowa import hardware
+from mowa.data.manifests.examples import read_examples
 from mowa.decode import ctc as decoder
 from mowa.errors import DataError, MissingDependency, RecipeError
-from mowa.io import processor
 from mowa.io.atomic import atomic_write
-from mowa.models.ctc_encoder import chunk_mask as hearing
-from mowa.models.ctc_encoder import positions
-from mowa.models.ctc_encoder.chunk_mask import STREAMING_CONFIG_KEY
+from mowa.models.ctc_encoder import chunk_mask, positions
 from mowa.models.ctc_encoder.fast_training import channels_last_front_end
 from mowa.tasks import metrics
 from mowa.tasks.ctc import SPECIAL_TOKENS, WORD_DELIMITER, build_vocabulary
 from mowa.training.ctc.batches import group_by_padded_duration
 from mowa.types import Preprocessing, Vocabulary
-from projects.pl_tiny import feature_distillation, front, synth, teachers, transplant, write_positions
-from projects.pl_tiny import recipe as recipes
-from projects.pl_tiny.batches import Batches, Clip, Windows, plan
-from projects.pl_tiny.feature_distillation import Lesson, Teacher, Weights
-from projects.pl_tiny.recipe import Dev, Optimise, Recipe, Stage
+from projects.pl_tiny import save
+from projects.pl_tiny.batches import BatchDataset, Clip, WindowDataset, plan_batches, seconds_to_frames
+from projects.pl_tiny.feature_distillation import FeatureDistillationModule, LossWeights, Teacher
+from projects.pl_tiny.initialize import initialize_from_teacher
+from projects.pl_tiny.recipe import DevSet, OptimizerConfig, Stage, StagedRecipe, read_recipe, write_recipe
 
-NEEDED = ("accelerate", "jiwer", "matplotlib")
+REQUIRED_PACKAGES = ("accelerate", "jiwer", "matplotlib")
 DOWNLOADS = Path("build/teachers")
-SURVEYED, SURVEY_S = 20, 25.0  # windows of so many seconds, over which the teacher's front end is written
 
 
-def train(recipe: Recipe, out: Path, *, threads: int | None = None, downloads: Path = DOWNLOADS) -> Path:
-    """Train as the recipe says, stage after stage; the finished checkpoint lies in `out`. → out.
+@dataclass(frozen=True, slots=True)
+class StageData:
+    """The recordings of a stage: training sources with their shares, and dev sets by name."""
 
-    Broken off, it goes on from the last checkpoint; a finished stage is not run again. RecipeError where `out` holds
-    the beginnings of a run by another recipe; MissingPart before the first step, not after the last, where a package
-    that the run will need is not installed; DataError where the disk cannot hold the checkpoints.
+    sources: list[tuple[list[Clip], float]]
+    dev: dict[str, list[Clip]]
+
+
+def train(recipe: StagedRecipe, out: Path, *, threads: int | None = None, downloads: Path = DOWNLOADS) -> Path:
+    """Train the stages of the recipe and write the finished checkpoint to `out`. Return `out`.
+
+    Raises, before the first step: RecipeError if `out` holds a run of another recipe; MissingDependency if a package is
+    not installed; DataError if a manifest has no usable recordings or the disk cannot hold the checkpoints.
     """
     installed = hardware.optional_package_versions()
-    if missing := [name for name in NEEDED if installed[name] is None]:
+    if missing := [name for name in REQUIRED_PACKAGES if installed[name] is None]:
         raise MissingDependency(f"training needs {', '.join(missing)}: pip install 'mowa[train]'")
     torch.set_num_threads(threads or hardware.cpu_count())
-    clips = [_clips(stage) for stage in recipe.stages]
-    words, sound = build_vocabulary(recipe.alphabet), Preprocessing()
-    torch.manual_seed(recipe.stages[0].optimise.seed)
-    net = AutoModelForCTC.from_config(_config(recipe, words))
-    _room(net, recipe, out)
-    teacher = _taught(recipe, net, clips, out, downloads) if recipe.teacher else None
+    data = [_load_stage_data(stage) for stage in recipe.stages]
+    vocabulary, preprocessing = build_vocabulary(recipe.alphabet), Preprocessing()
+    torch.manual_seed(recipe.stages[0].optimizer.seed)
+    net = AutoModelForCTC.from_config(build_config(recipe, vocabulary))
+    _check_disk_space(net, recipe, out)
+    teacher = None
+    if recipe.teacher:
+        clips = [source for stage in data for source, _ in stage.sources if source[0].features]
+        initial = out / "stages" / "initial.safetensors"
+        teacher = initialize_from_teacher(net, recipe.teacher, clips, initial, downloads)
     log: list[dict[str, Any]] = []
     for number, stage in enumerate(recipe.stages):
-        so_far = dataclasses.replace(recipe, stages=recipe.stages[: number + 1])
+        until_now = dataclasses.replace(recipe, stages=recipe.stages[: number + 1])
         folder = out / "stages" / f"{number}-{stage.name}"
-        log.extend(_stage(so_far, net, teacher, clips[number], folder, steps_before=_before(recipe, number)))
-    save(net, recipe, words, sound, out)
-    history(log, recipe, out)
+        log.extend(_run_stage(until_now, net, teacher, data[number], folder))
+    save.save_checkpoint(net, recipe, vocabulary, preprocessing, out)
+    save.write_history(log, recipe, out)
     return out
 
 
-def _before(recipe: Recipe, number: int) -> int:
-    return sum(stage.optimise.steps for stage in recipe.stages[:number])
+def build_config(recipe: StagedRecipe, vocabulary: Vocabulary) -> Any:
+    """Return the transformers config of the recipe's net, with the vocabulary and the CTC loss filled in."""
+    fixed = {
+        "vocab_size": len(vocabulary),
+        "pad_token_id": vocabulary.blank,
+        "bos_token_id": vocabulary.tokens.index(SPECIAL_TOKENS["bos"]),
+        "eos_token_id": vocabulary.tokens.index(SPECIAL_TOKENS["eos"]),
+        "ctc_loss_reduction": "mean",
+        "ctc_zero_infinity": True,
+    }
+    return AutoConfig.for_model(recipe.model_type, **(recipe.model_config | fixed))
 
 
-def _clips(stage: Stage) -> tuple[list[tuple[list[Clip], float]], dict[str, list[Clip]]]:
-    """A stage's sources and dev sets, read and checked before anything is trained."""
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _load_stage_data(stage: Stage) -> StageData:
+    """Read and check a stage's manifests before anything is trained."""
     sources = []
     for source in stage.sources:
-        examples = [e for e in synth.read_manifest(Path(source.manifest)) if e.duration_s <= stage.longest_s]
-        sources.append(([Clip(e, source.letters, source.ear) for e in examples], source.share))
-    dev = {part.name: _sample(part) for part in stage.dev}
-    named = zip((source.manifest for source in stage.sources), (clips for clips, _ in sources), strict=True)
-    for manifest, clips in [*named, *((part.manifest, dev[part.name]) for part in stage.dev)]:
-        if not clips:
-            raise DataError(f"{manifest}: no clips to learn from")
-    return sources, dev
+        examples = [e for e in read_examples(source.manifest) if e.duration_s <= stage.max_duration_s]
+        if not examples:
+            raise DataError(f"{source.manifest}: no recordings of at most {stage.max_duration_s:g} s to train on")
+        sources.append(([Clip(example, source.ctc, source.features) for example in examples], source.share))
+    return StageData(sources, {dev.name: _sample_dev_set(dev) for dev in stage.dev})
 
 
-def _sample(dev: Dev) -> list[Clip]:
-    clips = [Clip(example, ear=True) for example in synth.read_manifest(Path(dev.manifest))]
-    return [clips[index] for index in np.random.default_rng(0).permutation(len(clips))[: dev.clips]]
+def _sample_dev_set(dev: DevSet) -> list[Clip]:
+    clips = [Clip(example, features=True) for example in read_examples(dev.manifest)]
+    return [clips[index] for index in np.random.default_rng(0).permutation(len(clips))[: dev.max_samples]]
 
 
-def _taught(recipe: Recipe, net: Any, clips: Sequence[Any], out: Path, downloads: Path) -> Teacher:
-    """The recipe's teacher; the net begins as what the teacher's encoder is, in a waveform net's form.
-
-    What that is depends on recordings, so it is kept in `out` for a run that goes on.
-    """
-    arrays, beginning = (
-        teachers.read(teachers.find(recipe.teacher, downloads)),
-        out / "stages" / "beginning.safetensors",
+def _eval_dataset(
+    dev: DevSet, clips: Sequence[Clip], batch_s: float, vocabulary: Vocabulary, config: Any
+) -> BatchDataset:
+    plan = list(group_by_padded_duration(sorted(clips, key=lambda clip: clip.duration_s), batch_s))
+    chunk = seconds_to_frames(config, dev.chunk_s)
+    lookahead = seconds_to_frames(config, dev.lookahead_s)
+    return BatchDataset(
+        plan, vocabulary, Preprocessing(), chunk_frames=(chunk,) if chunk else (), lookahead_frames=(lookahead,)
     )
-    if beginning.is_file():
-        state = load_file(beginning)
-        order = state.pop("order").numpy()
-        scales = [state.pop(f"scales.{depth}") for depth in range(net.config.num_hidden_layers + 1)]
-        net.load_state_dict(state)
-        net.config.absolute_positions = net.config.num_conv_pos_embeddings // 2
-        return Teacher(transplant.Ear(write_positions.reordered(arrays, order)), net.config, scales)
-    ear, sound = transplant.Ear(arrays), Preprocessing()
-    heard = [part for stage in clips for part, _ in stage[0] if part[0].ear]
-    each = -(-SURVEYED // len(heard))
-    windows = [Windows([(part, 1.0)], each, sound, batch_s=SURVEY_S, window_s=SURVEY_S) for part in heard]
-    recordings = [part[index]["input_values"][0].numpy() for part in windows for index in range(each)]
-    deviations = feature_distillation.survey(ear, recordings)
-    order = write_positions.ordered(deviations[0], net.config.num_conv_pos_embedding_groups)
-    arrays, scales = (
-        write_positions.reordered(arrays, order),
-        [deviation[torch.from_numpy(order)] for deviation in deviations],
+
+
+def _train_dataset(stage: Stage, data: StageData, vocabulary: Vocabulary, config: Any) -> BatchDataset | WindowDataset:
+    how, preprocessing = stage.optimizer, Preprocessing()
+    common: dict[str, Any] = {"schedule": stage.augment, "seed": how.seed}
+    if not stage.ctc_weight:
+        common |= {"batch_s": how.batch_s, "window_s": stage.window_s}
+        return WindowDataset(data.sources, how.max_steps, preprocessing, **common)
+    plan = plan_batches(
+        data.sources, count=how.max_steps, budget_s=how.batch_s, shortest_first=how.shortest_first, seed=how.seed
     )
-    ear = transplant.Ear(arrays)
-    teacher = Teacher(ear, net.config, scales)
-    front.write(net.wav2vec2, ear, recordings)
-    transplant.transplant(arrays, net.wav2vec2.encoder)
-    write_positions.write(net, ear.positions[teacher.frames :])
-    state = {name: value.contiguous() for name, value in net.state_dict().items()}
-    state |= {"order": torch.from_numpy(order)} | {f"scales.{depth}": scale for depth, scale in enumerate(scales)}
-    beginning.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, partial := beginning.with_suffix(".partial"))
-    partial.replace(beginning)
-    return teacher
+    if (streaming := stage.streaming) is not None:
+        common["chunk_frames"] = [seconds_to_frames(config, length) for length in streaming.chunk_s]
+        common["lookahead_frames"] = [seconds_to_frames(config, length) for length in streaming.lookahead_s]
+    return BatchDataset(plan, vocabulary, preprocessing, **common)
 
 
-def _room(net: Any, recipe: Recipe, out: Path) -> None:
-    """DataError where the disk cannot hold the checkpoints: weights and two moments, in float32."""
-    weights = 4 * sum(parameter.numel() for parameter in net.parameters())
-    kept = 1 + max(max(2, stage.optimise.average) for stage in recipe.stages)
-    out.mkdir(parents=True, exist_ok=True)
-    needed, free = weights * (3 * kept + len(recipe.stages)), shutil.disk_usage(out).free
-    there = sum(file.stat().st_size for file in (out / "stages").rglob("*") if file.is_file())
-    if free + there < needed:
-        raise DataError(f"{out}: checkpoints need {needed >> 20} MB of disk, {free >> 20} MB are free")
+# --- one stage --------------------------------------------------------------------------------------------------------
 
 
-def _stage(
-    recipe: Recipe, net: Any, teacher: Teacher | None, clips: Any, folder: Path, *, steps_before: int
+def _run_stage(
+    recipe: StagedRecipe, net: Any, teacher: Teacher | None, data: StageData, folder: Path
 ) -> list[dict[str, Any]]:
-    """Run the recipe's last stage on `net`, in place, or load what it came to. → its log."""
+    """Train the recipe's last stage on `net` in place, or load its result. Return its log."""
     stage, number = recipe.stages[-1], len(recipe.stages)
-    done, log = folder / "weights.safetensors", folder / "log.json"
-    resume = _beginnings(recipe, folder)
-    if done.is_file():
-        net.load_state_dict(load_file(done))
+    finished, log = folder / "weights.safetensors", folder / "log.json"
+    resume = _lock_stage(recipe, folder)
+    if finished.is_file():
+        net.load_state_dict(load_file(finished))
         return list(json.loads(log.read_text()))
-    how = stage.optimise
-    sources, dev = clips
-    words, sound = build_vocabulary(recipe.alphabet), Preprocessing()
-    weights = Weights(stage.letters, stage.front, stage.ear)
-    if (weights.front or weights.ear) and teacher is None:
-        raise RecipeError(f"stage {stage.name}: front and ear need a teacher")
-    if stage.streaming and not stage.letters:
-        raise RecipeError(f"stage {stage.name}: streaming is learnt with letters; weigh them")
-    if stage.streaming and (why := hearing.unsupported_reason(net)):
-        raise RecipeError(f"stage {stage.name}: this net cannot hear in chunks: {why}")
-    before = {name: value.clone() for name, value in net.wav2vec2.state_dict().items()} if how.keep != 1 else {}
-    print(f"stage {number}, {stage.name}: {how.steps} steps", file=sys.stderr)
+    _validate_stage(stage, net, teacher)
+    how, share = stage.optimizer, stage.optimizer.weight_interpolation
+    before = {name: value.clone() for name, value in net.wav2vec2.state_dict().items()} if share != 1 else {}
+    print(f"stage {number}, {stage.name}: {how.max_steps} steps", file=sys.stderr)
     with (
         channels_last_front_end(net),
         positions.freeze_absolute_positions(net) if teacher is not None else nullcontext(),
     ):
-        left = _frames(net, stage.streaming.left_s) if stage.streaming else 0
-        lesson = Lesson(net, weights, teacher if weights.front or weights.ear else None, left or None)
-        optimiser = _optimiser(lesson, how)
-        trainer = Trainer(
-            model=lesson,
-            args=_arguments(stage, folder),
-            data_collator=_only,
-            train_dataset=_training(stage, sources, words, sound, net),
-            eval_dataset={part.name: _watched(part, dev[part.name], how, words, sound, net) for part in stage.dev},
-            compute_metrics=(lambda seen: _metrics(seen, words)) if stage.letters else None,
-            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-            optimizers=(optimiser, get_cosine_schedule_with_warmup(optimiser, how.warmup_steps, how.steps)),
-        )
+        trainer = _build_trainer(recipe, net, teacher, data, folder / "checkpoints")
         trainer.train(resume_from_checkpoint=resume)
-        if how.average > 1:
-            average(net, folder / "checkpoints", how.average)
+        if how.average_checkpoints > 1:
+            average_checkpoints(net, folder / "checkpoints", how.average_checkpoints)
     for name, value in net.wav2vec2.state_dict().items() if before else ():
-        value.lerp_(before[name], 1 - how.keep)
+        value.lerp_(before[name], 1 - share)
+    steps_before = sum(earlier.optimizer.max_steps for earlier in recipe.stages[:-1])
     rows = [row | {"stage": stage.name, "step": row["step"] + steps_before} for row in trainer.state.log_history]
     atomic_write(log, json.dumps(rows))
-    partial = done.with_suffix(".partial")
+    partial = finished.with_suffix(".partial")
     save_file({name: value.contiguous() for name, value in net.state_dict().items()}, partial)
-    partial.replace(done)
+    partial.replace(finished)
     return rows
 
 
-def _watched(
-    part: Dev, clips: Sequence[Clip], how: Optimise, words: Vocabulary, sound: Preprocessing, net: Any
-) -> Batches:
-    plan = list(group_by_padded_duration(sorted(clips, key=lambda c: c.duration_s), how.batch_s))
-    chunk = _frames(net, part.chunk_s)
-    return Batches(plan, words, sound, chunks=(chunk,) if chunk else (), ahead=(_frames(net, part.ahead_s),))
+def _validate_stage(stage: Stage, net: Any, teacher: Teacher | None) -> None:
+    if (stage.front_end_weight or stage.feature_weight) and teacher is None:
+        raise RecipeError(f"stage {stage.name}: front_end_weight and feature_weight need a teacher")
+    if stage.streaming and not stage.ctc_weight:
+        raise RecipeError(f"stage {stage.name}: streaming needs the CTC loss; set ctc_weight above 0")
+    if stage.streaming and (reason := chunk_mask.unsupported_reason(net)):
+        raise RecipeError(f"stage {stage.name}: this net cannot be trained in chunks: {reason}")
 
 
-def _frames(net: Any, seconds: float) -> int:
-    """A length as frames of the net; 0 where it has no end."""
-    if math.isinf(seconds):
-        return 0
-    return round(seconds * Preprocessing().rate_hz / math.prod(net.config.conv_stride))
+def _build_trainer(recipe: StagedRecipe, net: Any, teacher: Teacher | None, data: StageData, folder: Path) -> Trainer:
+    stage, vocabulary = recipe.stages[-1], build_vocabulary(recipe.alphabet)
+    how = stage.optimizer
+    weights = LossWeights(stage.ctc_weight, stage.front_end_weight, stage.feature_weight)
+    distills = weights.front_end or weights.features
+    left_context = seconds_to_frames(net.config, stage.streaming.left_context_s) if stage.streaming else 0
+    module = FeatureDistillationModule(net, weights, teacher if distills else None, left_context or None)
+    optimizer = build_optimizer(module, how)
+    return Trainer(
+        model=module,
+        args=_training_arguments(stage, folder),
+        data_collator=_unwrap_batch,
+        train_dataset=_train_dataset(stage, data, vocabulary, net.config),
+        eval_dataset={
+            dev.name: _eval_dataset(dev, data.dev[dev.name], how.batch_s, vocabulary, net.config) for dev in stage.dev
+        },
+        compute_metrics=(lambda outputs: _compute_metrics(outputs, vocabulary)) if stage.ctc_weight else None,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        optimizers=(optimizer, get_cosine_schedule_with_warmup(optimizer, how.warmup_steps, how.max_steps)),
+    )
 
 
-def _training(stage: Stage, sources: Any, words: Vocabulary, sound: Preprocessing, net: Any) -> Batches | Windows:
-    how, rough = stage.optimise, stage.augment
-    if not stage.letters:
-        window = {"batch_s": how.batch_s, "window_s": stage.window_s}
-        return Windows(sources, how.steps, sound, rough=rough, seed=how.seed, **window)
-    batches = plan(sources, count=how.steps, budget_s=how.batch_s, shortest_first=how.shortest_first, seed=how.seed)
-    if (live := stage.streaming) is None:
-        return Batches(batches, words, sound, rough=rough, seed=how.seed)
-    chunks, ahead = ([_frames(net, one) for one in many] for many in (live.chunk_s, live.ahead_s))
-    return Batches(batches, words, sound, rough=rough, chunks=chunks, ahead=ahead, seed=how.seed)
-
-
-def _beginnings(recipe: Recipe, folder: Path) -> str | None:
-    """The last checkpoint of this very stage, if there is one; and a note of the recipe, for the next to compare."""
+def _lock_stage(recipe: StagedRecipe, folder: Path) -> str | None:
+    """Write the recipe into the stage's folder and return its last checkpoint. RecipeError for another recipe's run."""
     note, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
-    if note.exists() and recipes.read(note) != recipe:
-        raise RecipeError(f"{folder} holds a run by another recipe: choose another folder, or delete that one")
+    if note.exists() and read_recipe(note) != recipe:
+        raise RecipeError(f"{folder} holds a run of another recipe: choose another folder, or delete that one")
     checkpoints.mkdir(parents=True, exist_ok=True)
-    recipes.write(recipe, note)
+    write_recipe(recipe, note)
     return get_last_checkpoint(str(checkpoints))
 
 
-def _optimiser(lesson: Lesson, how: Optimise) -> torch.optim.Optimizer:
-    """AdamW with a group of parameters for each rate, matrices decayed and vectors not. Rate 0 freezes."""
+def _check_disk_space(net: Any, recipe: StagedRecipe, out: Path) -> None:
+    """Raise DataError if the disk cannot hold the checkpoints: weights and two Adam moments, in float32."""
+    weights = 4 * sum(parameter.numel() for parameter in net.parameters())
+    kept = 1 + max(max(2, stage.optimizer.average_checkpoints) for stage in recipe.stages)
+    out.mkdir(parents=True, exist_ok=True)
+    needed, free = weights * (3 * kept + len(recipe.stages)), shutil.disk_usage(out).free
+    existing = sum(file.stat().st_size for file in (out / "stages").rglob("*") if file.is_file())
+    if free + existing < needed:
+        raise DataError(f"{out}: checkpoints need {needed >> 20} MB of disk, {free >> 20} MB are free")
+
+
+def build_optimizer(module: FeatureDistillationModule, how: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return AdamW with one parameter group per learning rate; matrices are decayed, vectors not. Rate 0 freezes."""
     groups: dict[tuple[float, bool], list[Any]] = {}
-    unused = set(how.rates)
-    for name, parameter in lesson.net.named_parameters():
-        fitting = [prefix for prefix in how.rates if name.startswith(prefix)]
-        unused -= set(fitting)
-        rate = how.rates[max(fitting, key=len)] if fitting else 1.0
-        parameter.requires_grad_(rate > 0)
-        if rate > 0:
-            groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+    unused = set(how.lr_multipliers)
+    for name, parameter in module.net.named_parameters():
+        matching = [prefix for prefix in how.lr_multipliers if name.startswith(prefix)]
+        unused -= set(matching)
+        factor = how.lr_multipliers[max(matching, key=len)] if matching else 1.0
+        parameter.requires_grad_(factor > 0)
+        if factor > 0:
+            groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
     if unused:
-        raise RecipeError(f"optimise: rates: no parameter's name begins with {', '.join(sorted(unused))}")
+        prefixes = ", ".join(sorted(unused))
+        raise RecipeError(f"optimizer: lr_multipliers: no parameter's name begins with {prefixes}")
     return torch.optim.AdamW(
         [
-            {"params": members, "lr": how.learning_rate * rate, "weight_decay": how.weight_decay if decayed else 0.0}
-            for (rate, decayed), members in groups.items()
+            {"params": members, "lr": how.learning_rate * factor, "weight_decay": how.weight_decay if decayed else 0.0}
+            for (factor, decayed), members in groups.items()
         ],
         betas=how.betas,
     )
 
 
-def average(net: Any, checkpoints: Path, count: int) -> None:
-    """The mean of the weights in the last `count` checkpoints, into `net` (Izmailov et al. 2018, arXiv:1803.05407)."""
+def average_checkpoints(net: Any, checkpoints: Path, count: int) -> None:
+    """Load the mean of the last `count` checkpoints into `net` (Izmailov et al. 2018, arXiv:1803.05407)."""
     folders = sorted(checkpoints.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))[-count:]
     total: dict[str, torch.Tensor] = {}
     for folder in folders:
@@ -274,95 +260,46 @@ def average(net: Any, checkpoints: Path, count: int) -> None:
     net.load_state_dict({name.removeprefix("net."): value for name, value in total.items()})
 
 
-def _config(recipe: Recipe, words: Vocabulary) -> Any:
-    fixed = {
-        "vocab_size": len(words),
-        "pad_token_id": words.blank,
-        "bos_token_id": words.tokens.index(SPECIAL_TOKENS["bos"]),
-        "eos_token_id": words.tokens.index(SPECIAL_TOKENS["eos"]),
-        "ctc_loss_reduction": "mean",
-        "ctc_zero_infinity": True,
-    }
-    return AutoConfig.for_model(recipe.model_type, **(recipe.net | fixed))
-
-
-def _arguments(stage: Stage, folder: Path) -> TrainingArguments:
-    how = stage.optimise
+def _training_arguments(stage: Stage, folder: Path) -> TrainingArguments:
+    how = stage.optimizer
     return TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=how.steps,
+        output_dir=str(folder),
+        max_steps=how.max_steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         train_sampling_strategy="sequential",
-        max_grad_norm=how.clip,
+        max_grad_norm=how.max_grad_norm,
         bf16=how.bf16,
         use_cpu=not torch.cuda.is_available(),
         seed=how.seed,
         eval_strategy="steps",
-        eval_steps=how.evaluate_every,
-        save_steps=how.evaluate_every,
-        save_total_limit=max(2, how.average),
-        logging_steps=min(50, how.evaluate_every),
+        eval_steps=how.eval_steps,
+        save_steps=how.eval_steps,
+        save_total_limit=max(2, how.average_checkpoints),
+        logging_steps=min(50, how.eval_steps),
         dataloader_num_workers=1,
         remove_unused_columns=False,
         label_names=["labels"],
-        prediction_loss_only=not stage.letters,
+        prediction_loss_only=not stage.ctc_weight,
         disable_tqdm=not sys.stderr.isatty(),
         report_to="none",
     )
 
 
-def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
+def _unwrap_batch(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collate: the dataset yields whole batches."""
     (batch,) = items
     return batch
 
 
-def _metrics(seen: Any, words: Vocabulary) -> dict[str, float]:
-    """CER and WER of the greedy path, and the share of blank frames (near 1: the net has collapsed)."""
-    said, heard = [], []
+def _compute_metrics(outputs: Any, vocabulary: Vocabulary) -> dict[str, float]:
+    """Return CER and WER of the greedy path, and the share of blank frames (near 1: the net has collapsed)."""
+    references, hypotheses = [], []
     blanks, frames = 0, 0
-    for ids, target in zip(seen.predictions, seen.label_ids, strict=True):
-        ids = np.where(ids < 0, words.blank, ids).astype(np.int32)
-        blanks, frames = blanks + int((ids == words.blank).sum()), frames + len(ids)
+    for ids, target in zip(outputs.predictions, outputs.label_ids, strict=True):
+        ids = np.where(ids < 0, vocabulary.blank, ids).astype(np.int32)
+        blanks, frames = blanks + int((ids == vocabulary.blank).sum()), frames + len(ids)
         path = decoder.TokenPath(ids, np.ones(len(ids), np.float32))
-        heard.append(decoder.join_words(decoder.path_to_words(path, words)))
-        said.append("".join(words.tokens[i] for i in target if i >= 0).replace(WORD_DELIMITER, " "))
-    return metrics.error_rates(said, heard) | {"blank": blanks / max(1, frames)}
-
-
-def save(net: Any, recipe: Recipe, words: Vocabulary, sound: Preprocessing, out: Path) -> None:
-    """An ordinary 16-bit checkpoint that `AutoModelForCTC` and `pipeline` load, and the recipe beside it."""
-    with torch.no_grad():
-        net.lm_head.bias[words.blank] += recipe.blank
-    for stage in recipe.stages:
-        if (live := stage.streaming) is not None:
-            sizes, ahead = (sorted({_frames(net, one) for one in many}) for many in (live.chunk_s, live.ahead_s))
-            said = {"chunk_frames": [one for one in sizes if one], "ahead_frames": ahead}
-            setattr(net.config, STREAMING_CONFIG_KEY, said | {"left_frames": _frames(net, live.left_s) or None})
-    net.half().save_pretrained(out)
-    processor.write_processor(words, sound, out)
-    recipes.write(recipe, out / "recipe.yaml")
-
-
-def history(log: list[dict[str, Any]], recipe: Recipe, out: Path) -> None:
-    """The run's log as JSON lines, and as a picture: each stage's loss, and error on the dev sets."""
-    (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for stage in recipe.stages:
-        losses = [(row["step"], row["loss"]) for row in log if "loss" in row and row["stage"] == stage.name]
-        left.plot(*zip(*losses, strict=True), label=stage.name)
-    left.set(xlabel="step", ylabel="loss (of each stage its own)", yscale="log")
-    left.legend()
-    for key in sorted({key for row in log for key in row if key.startswith("eval_") and key.endswith("_cer")}):
-        errors = [(row["step"], row[key] * 100) for row in log if key in row]
-        right.plot(*zip(*errors, strict=True), "o-", markersize=3, label=key[5:-4])
-    right.set(xlabel="step", ylabel="CER on held-out recordings, %", ylim=(0, 100))
-    if right.lines:
-        right.legend()
-    figure.savefig(out / "curve.png", dpi=110)
-    pyplot.close(figure)
+        hypotheses.append(decoder.join_words(decoder.path_to_words(path, vocabulary)))
+        references.append("".join(vocabulary.tokens[i] for i in target if i >= 0).replace(WORD_DELIMITER, " "))
+    return metrics.error_rates(references, hypotheses) | {"blank": blanks / max(1, frames)}

@@ -1,4 +1,4 @@
-"""A training run as one value: read from YAML, checked key by key, written back beside what it made."""
+"""Recipe of a staged training run: a YAML file parsed into frozen dataclasses and written back beside the results."""
 
 from __future__ import annotations
 
@@ -9,127 +9,129 @@ from typing import Any
 
 from mowa.data.audio.augment import AugmentConfig
 from mowa.training.config import schema
-from projects.pl_tiny.text import POLISH
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A manifest (JSON lines: id, audio, text, duration_s) and how much of every batch it fills.
+    """A training manifest (JSON lines: id, audio, text, duration_s) and its share of the seconds of every batch.
 
-    `letters`: its texts are learnt. `ear`: on its recordings the net is held to what the teacher hears.
+    `ctc`: train on its transcripts. `features`: train on the teacher's features of its recordings.
     """
 
     manifest: str
     share: float = 1.0
-    letters: bool = True
-    ear: bool = False
+    ctc: bool = True
+    features: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Dev:
-    """A manifest that is watched during training, under a name of its own; of a long one, `clips` of them.
+class DevSet:
+    """A manifest to evaluate during training, under its own name; at most `max_samples` recordings of it are used.
 
-    With a `chunk_s` it is heard in chunks, as if it were live, each with `ahead_s` after it.
+    With a finite `chunk_s` it is evaluated in chunks, as a live stream, with `lookahead_s` after each chunk.
     """
 
     name: str
     manifest: str
-    clips: int = 150
+    max_samples: int = 150
     chunk_s: float = math.inf
-    ahead_s: float = 0.0
+    lookahead_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Streaming:
-    """Hearing in chunks is learnt: every batch has a length of chunk drawn from `chunk_s`, which sees `left_s` before
-    it, and a length from `ahead_s` after it. `full` is no chunk at all, or all that was before.
+class StreamingConfig:
+    """Train in chunks: every batch draws a chunk length from `chunk_s` and a look-ahead from `lookahead_s`.
 
-    What is heard in chunks is normalised as a live stream is (`data.level`). `families.chunks` says what is seen.
+    Frames attend to `left_context_s` before their chunk. `full` means the whole recording, or the whole past. Batches
+    with chunks are normalized as a live stream is (`data.audio.running_norm`); `models.ctc_encoder.chunk_mask` defines
+    the attention mask.
     """
 
-    chunk_s: tuple[float, ...] = schema.option((0.32, 0.64, 1.28, math.inf), "lengths of chunks", minimum=0.02)
-    left_s: float = schema.option(math.inf, "what is seen before a chunk", minimum=0.0)
-    ahead_s: tuple[float, ...] = schema.option((0.0,), "what is seen after it", minimum=0.0, maximum=2.0)
+    chunk_s: tuple[float, ...] = schema.option((0.32, 0.64, 1.28, math.inf), "chunk lengths", minimum=0.02)
+    left_context_s: float = schema.option(math.inf, "context before a chunk", minimum=0.0)
+    lookahead_s: tuple[float, ...] = schema.option((0.0,), "context after a chunk", minimum=0.0, maximum=2.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Augment:
-    """Rough audio, from none at step `start` to all of it at step `full`."""
+class AugmentSchedule:
+    """Augmentation whose strength grows linearly from 0 at `start_step` to that of `config` at `full_step`."""
 
-    start: int = 300
-    full: int = 2500
-    how: AugmentConfig = field(default_factory=AugmentConfig)
+    start_step: int = 300
+    full_step: int = 2500
+    config: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(frozen=True, slots=True)
-class Optimise:
-    """How weights move. `batch_s` seconds of (padded) audio a step; the shortest clips come first.
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay, on batches of `batch_s` seconds of padded audio.
 
-    `rates` multiplies the learning rate of the parameters whose name begins with a key (the longest such key wins);
-    0 freezes them. `average`: the result is the mean of that many last checkpoints. `keep`: of the way that the weights
-    below the head have gone in the stage, the share that is kept; less than 1 forgets less of what they knew before
-    (Wortsman et al. 2022, arXiv:2109.01903).
+    `shortest_first`: the first that many batches hold the shortest recordings. `lr_multipliers`: learning-rate factor
+    of the parameters whose name begins with a key; the longest matching key wins, 0 freezes. `average_checkpoints`: the
+    stage ends with the mean of that many last checkpoints. `weight_interpolation`: the weights below the head end at
+    w₀ + weight_interpolation · (w − w₀), w₀ being those before the stage; below 1 the stage forgets less (Wortsman et
+    al. 2022, arXiv:2109.01903).
     """
 
-    steps: int = 3000
+    max_steps: int = 3000
     batch_s: float = 40.0
     shortest_first: int = 300
     learning_rate: float = 1e-3
-    rates: dict[str, float] = field(default_factory=dict)
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 400
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     bf16: bool = True
     seed: int = 0
-    evaluate_every: int = 500
-    average: int = 1
-    keep: float = 1.0
+    eval_steps: int = 500
+    average_checkpoints: int = 1
+    weight_interpolation: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stretch of a run. `letters`, `front` and `ear` weigh the terms of its loss, which `distil` defines.
+    """One stage of a run. The three weights are those of the loss terms in `feature_distillation`.
 
-    Without letters, what is heard are windows of `window_s`, cut from the recordings put end to end.
+    Without the CTC term, inputs are windows of `window_s`, cut from concatenated recordings.
     """
 
     name: str
     sources: tuple[Source, ...]
-    dev: tuple[Dev, ...]
-    longest_s: float = 15.0
+    dev: tuple[DevSet, ...]
+    max_duration_s: float = 15.0
     window_s: float = 5.0
-    letters: float = 1.0
-    front: float = 0.0
-    ear: float = 0.0
-    streaming: Streaming | None = None
-    augment: Augment = field(default_factory=Augment)
-    optimise: Optimise = field(default_factory=Optimise)
+    ctc_weight: float = 1.0
+    front_end_weight: float = 0.0
+    feature_weight: float = 0.0
+    streaming: StreamingConfig | None = None
+    augment: AugmentSchedule = field(default_factory=AugmentSchedule)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """`net` holds the keys of the transformers config of `model_type`, as its documentation names them.
+class StagedRecipe:
+    """A model trained from scratch, or from a teacher's encoder, in `stages`.
 
-    `teacher` is the folder of a Whisper model in CTranslate2 format, or the name of one in `teachers.KNOWN`: its
-    encoder's blocks are where the net starts, and its features are what `ear` means. Stages run in their order. `blank`
-    is added to the bias of the blank in the end: below 0 for a net that leaves out letters of the people it is for.
+    `model_config` holds keys of the transformers config of `model_type`. `teacher` is the folder of a Whisper model in
+    CTranslate2 format, or a name in `teachers.KNOWN_TEACHERS`: its encoder initializes the net and gives the features
+    to match. `blank_bias` is added to the bias of the blank token at the end; negative values reduce deletions.
     """
 
     name: str
+    language: str
+    alphabet: str
     stages: tuple[Stage, ...]
-    language: str = "pl"
     model_type: str = "wav2vec2"
-    alphabet: str = POLISH
     teacher: str = ""
-    blank: float = 0.0
-    net: dict[str, Any] = field(default_factory=dict)
+    blank_bias: float = 0.0
+    model_config: dict[str, Any] = field(default_factory=dict)
 
 
-def read(path: Path) -> Recipe:
-    """A recipe file → Recipe. A wrong key or value is a RecipeError with its path and the nearest right key."""
-    return schema.from_dict(Recipe, schema.read_yaml(path), str(path))
+def read_recipe(path: Path) -> StagedRecipe:
+    """Read a recipe file. Raise RecipeError with the path of a wrong key or value, and the nearest valid key."""
+    return schema.from_dict(StagedRecipe, schema.read_yaml(path), str(path))
 
 
-def write(recipe: Recipe, path: Path) -> None:
+def write_recipe(recipe: StagedRecipe, path: Path) -> None:
+    """Write every key of the recipe, defaults included, as YAML."""
     schema.write_yaml(recipe, path)

@@ -1,8 +1,7 @@
-"""Foreign text → Polish letters, as a Pole would write down what he hears: `стоял у окна` → `stajal u akna`.
+"""Respell foreign text in Polish letters by its pronunciation: Russian `стоял у окна` → `stajal u akna`.
 
-This room knows how five neighbours' sounds are written in Polish; how their spelling sounds it asks espeak-ng (IPA, one
-engine a process, shared with `synth`). It refuses to know recordings, and to pass over a sound that has no line in its
-table: that is an error which names it.
+Pronunciations come from espeak-ng as IPA (one engine per process, shared with `synth`). A sound that the table lacks is
+an error.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import unicodedata
 from collections.abc import Iterator
 
 from mowa.errors import DataError
-from projects.pl_tiny.synth import speaker
+from projects.pl_tiny.synth import get_engine
 
 LANGUAGES = ("cs", "en-us", "es", "es-419", "fr", "it", "ru")
-STRESS = "+"  # after a vowel of a Russian word: this one is stressed, whatever espeak-ng thinks
+STRESS = "+"  # before the stressed vowel of a Russian word; overrides espeak-ng
 
-# A sound (IPA as espeak-ng writes it, without stress and length) → Polish letters. A consonant that softens what
-# follows is written as at the end of a word; `_SOFT` says how it stands before a vowel.
+# A sound (espeak-ng's IPA, without stress and length) → Polish letters. Soft consonants are written as at the end of a
+# word; `_SOFT` has their spelling before a vowel.
 SOUNDS: dict[str, str] = {
     **{"p": "p", "b": "b", "t": "t", "d": "d", "k": "k", "ɡ": "g", "f": "f", "v": "w", "s": "s", "z": "z", "m": "m"},
     **{
@@ -69,7 +68,7 @@ SOUNDS: dict[str, str] = {
     **{"əl": "el", "iə": "ie", "aɪ": "aj", "eɪ": "ej", "ɔɪ": "oj", "oɪ": "oj", "aʊ": "au", "eʊ": "eu", "oʊ": "oł"},
     **{"əʊ": "oł"},
 }
-# What a language hears otherwise.
+# Exceptions by language.
 OVERRIDES: dict[str, dict[str, str]] = {
     "cs": {"ɣ": "h", "i": "y", "iː": "i"},
     "en-us": {"ɪ": "y", "ɾ": "d", "aʊ": "ał"},  # bridge is brydż in Polish
@@ -77,7 +76,7 @@ OVERRIDES: dict[str, dict[str, str]] = {
     "ru": {"ə": "a", "ɪ^": ""},
 }
 _SOFT = {"ś": "si", "ź": "zi", "ć": "ci", "dź": "dzi", "ń": "ni"}
-_CZECH_HARD = frozenset("s z n c t d r sz ż cz".split())  # short i after these is heard as y
+_CZECH_HARD = frozenset("s z n c t d r sz ż cz".split())  # short i after these is spelt y
 _VOWELS = frozenset("aąeęioóuy")
 _IPA_VOWEL = re.compile(r"[aɑʌəeɛiɪoɵuyɔ]")
 _MARKS = re.compile("[ˈˌˑ\"'-]|\u0325|\u030a|\u032a|\u0361")
@@ -90,17 +89,17 @@ _RUSSIAN_UNSTRESSED = dict(zip("аеёиоуыэюя", "aioiauyiui", strict=True
 
 
 def respell(text: str, language: str) -> str:
-    """What is heard when `text` is read in `language` (one of `LANGUAGES`), in lower-case Polish letters and spaces.
+    """Return the pronunciation of `text` in `language` (one of `LANGUAGES`) in lower-case Polish letters and spaces.
 
-    The text's words stay words. Raises DataError for an unknown language, for Cyrillic letters in another language
-    than Russian (espeak-ng names them one by one) and for a sound without a Polish spelling.
+    Word boundaries are kept. Raise DataError for an unknown language, for Cyrillic letters in a language other than
+    Russian (espeak-ng reads their names), and for a sound without a Polish spelling.
     """
     if language not in LANGUAGES:
-        raise DataError(f"no Polish respelling for language {language!r}; known: {', '.join(LANGUAGES)}")
+        raise DataError(f"no Polish respelling for language {language!r}. Known: {', '.join(LANGUAGES)}.")
     if language != "ru" and (foreign := _CYRILLIC.search(text)):
-        raise DataError(f"{foreign.group()!r} is no {language} letter: {text[:60]!r}. Leave the line out.")
+        raise DataError(f"{foreign.group()!r} is not a letter of {language}: {text[:60]!r}. Leave the line out.")
     words: list[str] = []
-    for clause in _CLAUSE.split(unicodedata.normalize("NFC", text).lower()):  # capitals would be read letter by letter
+    for clause in _CLAUSE.split(unicodedata.normalize("NFC", text).lower()):  # capitals would be spelt out
         words += _clause(_tokens(clause), language)
     return " ".join(word for word in words if word)
 
@@ -111,44 +110,44 @@ def _tokens(clause: str) -> list[str]:
 
 
 def _clause(words: list[str], language: str) -> Iterator[str]:
-    """Read as a whole where espeak-ng keeps the words apart, else word by word."""
-    spoken = _phones(" ".join(words).replace(STRESS, ""), language)
-    if len(spoken) != len(words):
+    """Respell the clause as a whole if espeak-ng returns as many words as it was given, else word by word."""
+    pronounced = _phones(" ".join(words).replace(STRESS, ""), language)
+    if len(pronounced) != len(words):
         yield from _one_by_one(words, language)
         return
-    for word, phones in zip(words, spoken, strict=True):
+    for word, phones in zip(words, pronounced, strict=True):
         if language == "cs" and len(words) > 1 and word in _CZECH_PREPOSITIONS:
             yield _CZECH_PREPOSITIONS[word]
         else:
-            yield spell(_restressed(phones, word) if STRESS in word else phones, language)
+            yield spell(_apply_stress(phones, word) if STRESS in word else phones, language)
 
 
 def _one_by_one(words: list[str], language: str) -> Iterator[str]:
-    """A preposition of one consonant (Czech v, Russian с) is no word alone: it is read with its noun and cut off."""
+    """Respell word by word; prepositions of one consonant (Czech v, Russian с) are read with the next word."""
     clitic = ""
     for at, word in enumerate(words):
         if len(word) == 1 and language in ("cs", "ru") and word in "vszkвскб" and at + 1 < len(words):
             clitic = word
             continue
-        spoken = _phones(f"{clitic} {word.replace(STRESS, '')}".strip(), language)
-        if clitic and len(spoken) == 1:
-            spoken = [spoken[0][:1], spoken[0][1:]]
+        pronounced = _phones(f"{clitic} {word.replace(STRESS, '')}".strip(), language)
+        if clitic and len(pronounced) == 1:
+            pronounced = [pronounced[0][:1], pronounced[0][1:]]
         clitic = ""
-        if STRESS in word and len(spoken) == 1:
-            spoken = [_restressed(spoken[0], word)]
-        yield from (spell(phones, language) for phones in spoken)
+        if STRESS in word and len(pronounced) == 1:
+            pronounced = [_apply_stress(pronounced[0], word)]
+        yield from (spell(phones, language) for phones in pronounced)
 
 
 def _phones(text: str, language: str) -> list[list[str]]:
-    """The words that espeak-ng says, each a list of IPA sounds without stress."""
-    said = speaker().phonemes(text, language, separator="_")
-    clauses = (_MARKS.sub("", unicodedata.normalize("NFD", _SWITCH.sub("", clause))) for clause in said)
+    """Return the words that espeak-ng reads, each a list of IPA sounds without stress."""
+    raw = get_engine().phonemes(text, language, separator="_")
+    clauses = (_MARKS.sub("", unicodedata.normalize("NFD", _SWITCH.sub("", clause))) for clause in raw)
     words = [[phone for phone in word.split("_") if phone] for word in " ".join(clauses).split()]
     return [word for word in words if word]
 
 
-def _restressed(phones: list[str], word: str) -> list[str]:
-    """A Russian word's vowels as the stress written in it (`вол+ос`: on the vowel before or after `+`) makes them."""
+def _apply_stress(phones: list[str], word: str) -> list[str]:
+    """Change the vowels of a Russian word to fit the stress marked in it (`вол+ос`)."""
     letters = [(c, at) for at, c in enumerate(word) if c in _RUSSIAN_STRESSED]
     sounded = [at for at, phone in enumerate(phones) if _IPA_VOWEL.search(phone) and phone != "ɪ^"]
     marked = word.index(STRESS) + 1
@@ -164,7 +163,7 @@ def _restressed(phones: list[str], word: str) -> list[str]:
 
 
 def spell(phones: list[str], language: str) -> str:
-    """One word's IPA sounds in Polish spelling."""
+    """Spell the IPA sounds of one word in Polish. Raise DataError for a sound without a spelling."""
     table = SOUNDS | OVERRIDES.get(language, {})
     if language == "fr":
         phones = [_glide(phone, after) for phone, after in zip(phones, [*phones[1:], ""], strict=True)]
@@ -195,12 +194,12 @@ def spell(phones: list[str], language: str) -> str:
 
 
 def _glide(phone: str, after: str) -> str:
-    """French y before a vowel is the glide of nuit, which espeak-ng does not tell apart."""
+    """Return ɥ for French y before a vowel (the glide of nuit), which espeak-ng does not distinguish."""
     return "ɥ" if phone.rstrip("ː") == "y" and _IPA_VOWEL.match(after) else phone
 
 
 def _yods(word: str) -> str:
-    """j between a consonant and a vowel is written i (pjeno → pieno), save after sibilants, which i would soften."""
+    """Write j between a consonant and a vowel as i (pjeno → pieno), except after sibilants, which i would soften."""
     word = re.sub(r"(?<=[śźćń])j(?=[aąeęiou])", "ʲ", word)
     for letter, stem in _SOFT.items():
         word = word.replace(letter + "ʲi", stem).replace(letter + "ʲ", stem)
@@ -209,7 +208,7 @@ def _yods(word: str) -> str:
 
 
 def _sound(phone: str, table: dict[str, str], language: str) -> Iterator[tuple[str, bool]]:
-    """Letters for one sound of espeak-ng's, the longest known pieces first."""
+    """Yield (letters, soft) for one espeak-ng sound, matching the longest pieces first."""
     if phone in table and not phone.endswith("ʲ"):
         yield table[phone], table[phone] in _SOFT
         return

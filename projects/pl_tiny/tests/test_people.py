@@ -9,9 +9,10 @@ import pytest
 import soundfile
 from click.testing import CliRunner
 
-from mowa.cli.main import cli
+from mowa.data.manifests.examples import read_examples
 from mowa.errors import AudioError, DataError
-from projects.pl_tiny import people, synth
+from projects.pl_tiny import people
+from projects.pl_tiny.cli import cli
 
 RATE_HZ = 16_000
 VOICE = "usr/share/festival/voices/russian/msu_ru_nsh_clunits"
@@ -60,8 +61,8 @@ def test_russian_sentences(tmp_path):
     for at, seconds in enumerate((2.0, 0.1, 2.0)):
         wav(tmp_path / VOICE / f"wav/ru_{at:04}.wav", seconds)
     manifest = tmp_path / "out/festvox-ru.jsonl"
-    tally = people.write(people.SOURCES["festvox-ru"], tmp_path, manifest)
-    assert tally == people.Tally(
+    report = people.write_source(people.SOURCES["festvox-ru"], tmp_path, manifest)
+    assert report == people.ExtractionReport(
         1,
         2.0 / 3600,
         {"too short or too long": 1, "text not readable letter by letter": 1, "no recording": 1},
@@ -77,7 +78,7 @@ def test_russian_sentences(tmp_path):
             "written": "Он, поднял волос.",
         }
     ]
-    (example,) = synth.read_manifest(manifest)
+    (example,) = read_examples(manifest)
     samples, rate_hz = soundfile.read(example.audio)
     assert (rate_hz, len(samples), soundfile.info(example.audio).subtype) == (RATE_HZ, 2 * RATE_HZ, "PCM_16")
     assert not list(tmp_path.rglob("*.part"))
@@ -90,13 +91,13 @@ def test_prompts_in_g722(tmp_path):
     for name, seconds in {"activated": 1.0, "digits/1": 0.5, "beep": 1.0, "vm-star": 1.0, "long": 1.0}.items():
         g722(tmp_path / PROMPTS / f"{name}.g722", seconds)
     manifest = tmp_path / "out/asterisk-it.jsonl"
-    tally = people.write(people.SOURCES["asterisk-it"], tmp_path, manifest)
+    report = people.write_source(people.SOURCES["asterisk-it"], tmp_path, manifest)
     assert [(row["id"], row["text"], row["voice"]) for row in rows(manifest)] == [
         ("asterisk-it/activated", "atiwato", "it_IT_m_Carlo"),
         ("asterisk-it/digits/1", "uno", "it_IT_m_Carlo"),
     ]
     assert [row["duration_s"] for row in rows(manifest)] == pytest.approx([1.0, 0.5], abs=0.02)
-    assert tally.skipped == {
+    assert report.skipped == {
         "text not readable letter by letter": 2,
         "no recording": 1,
         "no text": 1,
@@ -115,7 +116,7 @@ def test_spanish_gets_its_tildes_back(tmp_path):
     assert [clip.text for clip in clips] == ["Su contraseña", "Contraseñas", "hasta mañana", "semana"]
 
 
-def test_czech_dialogues_are_for_examining_only(tmp_path):
+def test_czech_dialogues_are_for_evaluation_only(tmp_path):
     script = tmp_path / GAME / "script/city/dialogs_cs.lua"
     script.parent.mkdir(parents=True)
     script.write_text(
@@ -128,18 +129,18 @@ def test_czech_dialogues_are_for_examining_only(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, tone(3.0, 22_050), 22_050, format="OGG", subtype="VORBIS")
     manifest = tmp_path / "out/fillets-cs.jsonl"
-    tally = people.write(people.SOURCES["fillets-cs"], tmp_path, manifest)
+    report = people.write_source(people.SOURCES["fillets-cs"], tmp_path, manifest)
     (row,) = rows(manifest)
     assert (row["id"], row["text"], row["voice"]) == ("fillets-cs/city/a", "witejte w mniescie", "small")
     assert row["duration_s"] == pytest.approx(3.0, abs=0.05)
-    assert tally.skipped == {"too few words": 1, "text not readable letter by letter": 1}
+    assert report.skipped == {"too few words": 1, "text not readable letter by letter": 1}
     assert [name for name, source in people.SOURCES.items() if not source.training] == ["fillets-cs"]
 
 
 @pytest.mark.parametrize("name", people.SOURCES)
 def test_a_missing_transcript_is_named(tmp_path, name):
     with pytest.raises(DataError, match="in the package"):
-        people.write(people.SOURCES[name], tmp_path, tmp_path / "out.jsonl")
+        people.write_source(people.SOURCES[name], tmp_path, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -149,7 +150,7 @@ def test_a_damaged_wav_is_refused(tmp_path):
     wav(path, 2.0)
     path.write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(AudioError, match=r"ru_0000\.wav"):
-        people.write(people.SOURCES["festvox-ru"], tmp_path, tmp_path / "out/festvox-ru.jsonl")
+        people.write_source(people.SOURCES["festvox-ru"], tmp_path, tmp_path / "out/festvox-ru.jsonl")
     assert not (tmp_path / "out/festvox-ru.jsonl").exists()
 
 
@@ -159,13 +160,13 @@ def test_an_empty_g722_is_refused(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"")
     with pytest.raises(AudioError, match=r"activated\.g722"):
-        people.write(people.SOURCES["asterisk-it"], tmp_path, tmp_path / "out/asterisk-it.jsonl")
+        people.write_source(people.SOURCES["asterisk-it"], tmp_path, tmp_path / "out/asterisk-it.jsonl")
 
 
-def test_nothing_of_use_is_an_error(tmp_path):
+def test_no_usable_recording_is_an_error(tmp_path):
     italian(tmp_path, "beep: [tono]")
-    with pytest.raises(DataError, match="no clip of use"):
-        people.write(people.SOURCES["asterisk-it"], tmp_path, tmp_path / "out/asterisk-it.jsonl")
+    with pytest.raises(DataError, match="no usable recording"):
+        people.write_source(people.SOURCES["asterisk-it"], tmp_path, tmp_path / "out/asterisk-it.jsonl")
 
 
 def package(folder, name, fill):
@@ -173,7 +174,7 @@ def package(folder, name, fill):
     (tree / "DEBIAN").mkdir(parents=True)
     control = f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: A <a@b.c>\nDescription: test\n"
     (tree / "DEBIAN/control").write_text(control)
-    group_by_padded_duration(tree)
+    fill(tree)
     subprocess.run(["dpkg-deb", "--build", tree, folder / f"{name}_1_all.deb"], check=True, capture_output=True)
     shutil.rmtree(tree)
 
@@ -187,14 +188,14 @@ def test_from_packages_and_again(tmp_path):
         wav(tree / VOICE / "wav/ru_0000.wav", 1.0)
 
     package(downloads, "festvox-ru", sentences)
-    first = people.corpus(out, ["festvox-ru"], downloads)
-    assert first == {"festvox-ru": people.Tally(1, 1 / 3600, {})}
+    first = people.build_corpus(out, ["festvox-ru"], downloads)
+    assert first == {"festvox-ru": people.ExtractionReport(1, 1 / 3600, {})}
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    assert people.corpus(out, ["festvox-ru"], downloads) == first
+    assert people.build_corpus(out, ["festvox-ru"], downloads) == first
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == written
 
-    (out / "festvox-ru.jsonl").unlink()  # broken off before the manifest: the audio stays
-    command = ["data", "people", "-o", str(out), "--source", "festvox-ru", "--downloads", str(downloads)]
+    (out / "festvox-ru.jsonl").unlink()  # interrupted before the manifest: the audio is kept
+    command = ["people", "-o", str(out), "--source", "festvox-ru", "--downloads", str(downloads)]
     done = CliRunner().invoke(cli, command)
     assert done.exit_code == 0, done.output
     assert "festvox-ru: 1 clips" in done.output
@@ -203,7 +204,7 @@ def test_from_packages_and_again(tmp_path):
 
 def test_unknown_source(tmp_path):
     with pytest.raises(DataError, match=r"klingon: no such source.*festvox-ru"):
-        people.corpus(tmp_path, ["klingon"], tmp_path)
+        people.build_corpus(tmp_path, ["klingon"], tmp_path)
 
 
 def test_sources_are_frozen():

@@ -3,38 +3,46 @@ from pathlib import Path
 import pytest
 
 from mowa.errors import RecipeError
-from projects.pl_tiny import recipe
+from projects.pl_tiny.recipe import read_recipe, write_recipe
 
-STAGE = "name: x\nstages: [{name: y, sources: [{manifest: a}], dev: [{name: d, manifest: b}]"
-FOLDER = Path(__file__).parents[2] / "recipes"
-RECIPES = [FOLDER / "pl-tiny.yaml", FOLDER / "micro.yaml"]  # the others fine-tune: test_tuning.py
+HEAD = "name: x\nlanguage: pl\nalphabet: abc\n"
+STAGE = f"{HEAD}stages: [{{name: y, sources: [{{manifest: a}}], dev: [{{name: d, manifest: b}}]"
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parents[3]
+CHECKPOINTS = {"pl-tiny": ROOT / "mowa" / "assets" / "pl-tiny", "micro": ROOT / "tests" / "assets" / "micro"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_read_and_round_trip(path, tmp_path):
-    read = recipe.read(path)
-    recipe.write(read, tmp_path / "again.yaml")
-    assert recipe.read(tmp_path / "again.yaml") == read
+    recipe = read_recipe(path)
+    write_recipe(recipe, tmp_path / "again.yaml")
+    assert read_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_checkpoints_were_trained_with_these_recipes(path):
+    assert read_recipe(CHECKPOINTS[path.stem] / "recipe.yaml") == read_recipe(path)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
-        (f"{STAGE}, optimise: {{setps: 1}}}}]", "stages[0]: optimise: setps is no key here; did you mean steps?"),
-        (f"{STAGE}, optimise: {{steps: many}}}}]", "stages[0]: optimise: steps: expected int, found 'many'"),
-        (f"{STAGE}, optimise: {{steps: true}}}}]", "stages[0]: optimise: steps: expected int, found True"),
-        (f"{STAGE}, augment: {{how: {{snr_db: [3]}}}}}}]", "augment: how: snr_db: expected tuple, found [3]"),
-        ("name: x\nstages: [{name: y}]", "stages[0]: sources, dev is missing"),
-        ("name: x\nstages: []", "stages: at least one is needed, found none"),
-        ("name: x\nstages: {name: y}", "stages: expected tuple"),
-        ("language: pl", "name, stages is missing"),
-        ("[1, 2]", "expected keys and values"),
-        ("a: [", "not YAML"),
+        (f"{STAGE}, optimizer: {{max_stpes: 1}}}}]", ["stages[0]: optimizer:", "max_stpes", "did you mean max_steps?"]),
+        (f"{STAGE}, optimizer: {{max_steps: many}}}}]", ["stages[0]: optimizer: max_steps:", "int", "'many'"]),
+        (f"{STAGE}, optimizer: {{max_steps: true}}}}]", ["stages[0]: optimizer: max_steps:", "int", "True"]),
+        (f"{STAGE}, augment: {{config: {{snr_db: [3]}}}}}}]", ["stages[0]: augment: config: snr_db:", "[3]"]),
+        (f"{HEAD}stages: [{{name: y}}]", ["stages[0]: sources, dev", "missing"]),
+        (f"{HEAD}stages: []", ["stages:", "at least one"]),
+        (f"{HEAD}stages: {{name: y}}", ["stages:", "{'name': 'y'}"]),
+        ("language: pl", ["name, alphabet, stages", "missing"]),
+        ("[1, 2]", ["[1, 2]"]),
+        ("a: [", ["YAML"]),
     ],
 )
-def test_wrong_recipes_are_named_by_path(tmp_path, text, says):
+def test_errors_name_the_path_of_the_key(tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(RecipeError) as wrong:
-        recipe.read(tmp_path / "r.yaml")
-    assert says in str(wrong.value)
-    assert "\n" not in str(wrong.value)
+    with pytest.raises(RecipeError) as error:
+        read_recipe(tmp_path / "r.yaml")
+    for part in ("r.yaml", *message):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)

@@ -4,9 +4,9 @@ from hypothesis import strategies as st
 
 from mowa.errors import DataError
 from projects.pl_tiny.respell import LANGUAGES, OVERRIDES, SOUNDS, respell, spell
-from projects.pl_tiny.text import POLISH
+from projects.pl_tiny.text import POLISH_ALPHABET
 
-HEARD = {
+RESPELT = {
     "ru": {
         "нет": "niet", "день": "dzien", "мать": "mać", "чай": "ciaj", "щука": "siuka", "люди": "ludzi",
         "тётя": "ciocia", "нянька": "nianka", "письмо": "piśmo", "съел": "sjel", "льёт": "liot", "вы": "wy",
@@ -37,14 +37,14 @@ HEARD = {
 
 
 @pytest.mark.parametrize(
-    ("language", "written", "heard"), [(key, *pair) for key, words in HEARD.items() for pair in words.items()]
+    ("language", "text", "respelt"), [(key, *pair) for key, words in RESPELT.items() for pair in words.items()]
 )
-def test_a_word_is_spelt_as_a_pole_hears_it(language, written, heard):
-    assert respell(written, language) == heard
+def test_words_are_respelt_by_pronunciation(language, text, respelt):
+    assert respell(text, language) == respelt
 
 
 @pytest.mark.parametrize(
-    ("language", "written", "heard"),
+    ("language", "text", "respelt"),
     [
         ("ru", "Введите пароль, и нажмите решётку.", "wwidzici parol i nażmici riszotku"),
         ("it", "Quell'operatore è già loggato.", "kłelloperatore e dża logato"),
@@ -53,29 +53,29 @@ def test_a_word_is_spelt_as_a_pole_hears_it(language, written, heard):
         ("cs", "Vítejte v městě, z lesa k domu.", "witejte w mniescie z lesa k domu"),
     ],
 )
-def test_words_stay_words(language, written, heard):
-    assert respell(written, language) == heard
-    assert len(heard.split()) == len(written.replace("–", " ").split())
+def test_word_boundaries_are_kept(language, text, respelt):
+    assert respell(text, language) == respelt
+    assert len(respelt.split()) == len(text.replace("–", " ").split())
 
 
-def test_a_written_stress_is_heard():
+def test_marked_stress_changes_vowels():
     assert respell("вол+ос", "ru") == "walos"
     assert respell("в+олос", "ru") == "wolas"
 
 
 @pytest.mark.parametrize("text", ["", "  ", "... – !", "'"])
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_nothing_said_is_nothing_written(text, language):
+def test_text_without_words_is_empty(text, language):
     assert respell(text, language) == ""
 
 
 def test_unknown_language():
-    with pytest.raises(DataError, match=r"'hu'.*known: cs, en-us"):
+    with pytest.raises(DataError, match=r"'hu'.*Known: cs, en-us"):
         respell("jó napot", "hu")
 
 
 def test_foreign_letters_are_refused():
-    with pytest.raises(DataError, match="'П' is no cs letter"):
+    with pytest.raises(DataError, match="'П' is not a letter of cs"):
         respell("Подожди, počkej.", "cs")
 
 
@@ -87,7 +87,7 @@ def test_an_unknown_sound_is_named():
 def test_every_sound_has_polish_letters():
     for table in (SOUNDS, *OVERRIDES.values()):
         for sound, letters in table.items():
-            assert set(letters) <= set(POLISH) or sound == letters + "ʲ", sound
+            assert set(letters) <= set(POLISH_ALPHABET) or sound == letters + "ʲ", sound
             assert not sound.endswith("ʲ") or sound != letters + "ʲ" or letters in SOUNDS
 
 
@@ -105,8 +105,8 @@ LETTERS = {
 @pytest.mark.parametrize("language", LANGUAGES)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_whatever_is_read_comes_out_in_polish_letters(language, data):
+def test_output_has_only_polish_letters(language, data):
     words = st.lists(st.text(LETTERS[language], min_size=1, max_size=8), max_size=5)
-    heard = respell(" ".join(data.draw(words)), language)
-    assert set(heard) <= set(POLISH + " ")
-    assert heard == " ".join(heard.split())
+    respelt = respell(" ".join(data.draw(words)), language)
+    assert set(respelt) <= set(POLISH_ALPHABET + " ")
+    assert respelt == " ".join(respelt.split())

@@ -18,8 +18,8 @@ from projects.pl_tiny import text
         "W tym pliku są źródła, i to z Rzymu.",
     ],
 )
-def test_kept(sentence):
-    assert text.speakable(sentence)
+def test_readable_sentences(sentence):
+    assert text.is_readable(sentence)
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ def test_kept(sentence):
         "Rozdział 3 mówi o tym.",  # a digit
         "Plik HTML się otworzył.",  # an acronym
         "Zobacz np. ten ósmy plik.",  # an abbreviation
-        "Wartość x_y jest większa.",  # a sign nobody reads aloud
-        "To jest bez takich liter.",  # no diacritic: may be another language
+        "Wartość x_y jest większa.",  # a sign that is not read aloud
+        "To jest bez takich liter.",  # no diacritic: possibly another language
         "Łódź bez końca",  # no end
         "Źle.",  # too short
         "Ślad " * 30 + "kończy się.",  # too long
@@ -37,16 +37,16 @@ def test_kept(sentence):
         "Wśród str krążą zjawy.",  # no vowel
     ],
 )
-def test_dropped(sentence):
-    assert not text.speakable(sentence)
+def test_unreadable_sentences(sentence):
+    assert not text.is_readable(sentence)
 
 
-def test_sentences_come_once():
+def test_sentences_are_unique():
     paragraphs = ["Cóż to za dziwny\nstatek? Nie łam się!", "„Nie łam się.” Rozdział 3 mówi o tym."]
-    assert list(text.sentences(paragraphs)) == ["Cóż to za dziwny statek?", "Nie łam się!"]
+    assert list(text.extract_sentences(paragraphs)) == ["Cóż to za dziwny statek?", "Nie łam się!"]
 
 
-def test_plain():
+def test_normalize_text():
     assert text.normalize_text("  Cóż, to – „Statek”? ") == "cóż to statek"
 
 
@@ -54,12 +54,12 @@ def test_split_shares_no_four_words():
     words = "ala ma kota a pies śpi w kącie pod starym stołem obok drzwi".split()
     lines = [" ".join([*words[i % 7 : i % 7 + 5], f"koniec{'a' * (i % 50)}ż"]) for i in range(600)]
     lines += [f"zupełnie {'ą' * i} inne {'b' * i} zdanie {'c' * i}" for i in range(1, 200)]
-    training, held_out = text.split(lines, held_out=0.1)
+    training, held_out = text.split_held_out(lines, held_out=0.1)
     grams = {g for line in training for g in text._grams(line, 4)}
     assert training
     assert held_out
     assert not any(grams & text._grams(line, 4) for line in held_out)
-    assert text.split(lines, held_out=0.1) == (training, held_out)
+    assert text.split_held_out(lines, held_out=0.1) == (training, held_out)
 
 
 def catalog(messages):
@@ -95,4 +95,4 @@ def test_readers():
 
 def test_unknown_package(tmp_path):
     with pytest.raises(DataError, match="libreoffice-help-pl"):
-        next(text.debian("kernel", tmp_path))
+        next(text.read_debian_package("kernel", tmp_path))
