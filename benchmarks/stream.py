@@ -1,30 +1,26 @@
-"""What listening live costs and how late it is: per mode and chunk, beside offline and beside naive windows. One run.
+"""Live transcription: latency, delay of words, error rates and cost for each mode and chunk; long and parallel streams.
 
-    python benchmarks/stream.py [--clips 60] [--data build/pl-tiny/unseen.jsonl …] [--json FILE] [--skip hour xlsr many]
-    python benchmarks/stream.py --clips 12 --minutes 2 --skip xlsr      # two or three minutes
+    python -m benchmarks.stream [--clips 60] [--human FOLDER] [--skip sets hour parallel]
+    python -m benchmarks.stream --clips 4 --minutes 2 --seconds 5 --record ''      # a check, two minutes
 
-Recordings are fed in pieces of 20 ms with a pause of 1 s after each, one after another through one stream, as a
-microphone would. Shown are, for each way of hearing:
+sets: clips of the synthetic test set (made where it is missing) and of people are fed in pieces of 20 ms, a pause of
+1 s after each, one after another through one stream, as a microphone would. Recorded per mode:
 
-- latency: how much later than its sound a frame can be final at worst, computing left aside;
-- compute: time that one feed took in which the net was run, median and 95th percentile;
-- delay: from the end of a word (where the offline engine has it) to the moment it is final, on a clock in which sound
-  takes its time and computing its own; median and 95th percentile;
-- errors against the texts, and how many times those of the same recordings heard offline;
-- real-time factor, speech and pauses taken together.
+- latency: how much later than its audio a frame can be final at most, without compute time;
+- compute: time of those feeds in which the network ran, median and 95th percentile;
+- delay: from the end of a word, as offline transcription has it, until the word is final, on a clock where audio takes
+  its duration and computing its own time; median and 95th percentile;
+- error rates, also of offline transcription of the same clips;
+- real-time factor over speech and pauses.
 
-Then: an hour of speech through one stream (memory, real-time factor and drift of times), ten streams at once, and a net
-of the size of XLSR-53 with random weights in windows, beside transformers' pipeline over the same windows and over all
-that was heard so far.
+hour: the bundled recording, repeated for --minutes through one stream: memory, speed, and drift of the word times.
+parallel: --streams streams at once, each in a thread that feeds in real time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -35,13 +31,15 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from transcribe import EXAMPLE, checkpoint
 
 import mowa
+from benchmarks import record
+from benchmarks.speech_sets import prepare, read_people, read_set
+from benchmarks.tables import markdown
+from benchmarks.transcribe import EXAMPLE
+from benchmarks.views import VIEWS
 from mowa import hardware
 from mowa.data import audio
-from mowa.data.manifests import examples as sources
-from mowa.decode.stream import EndpointConfig
 from mowa.engines import streaming
 from mowa.engines.pytorch import PyTorchEngine
 from mowa.engines.streaming import StreamingConfig
@@ -49,64 +47,69 @@ from mowa.tasks.metrics import error_rates
 
 PIECE = 320
 PAUSE_S = 1.0
-WAYS = {
-    "cached, 0.32 s + 0": StreamingConfig("cached", 0.32, lookahead_s=0.0),
-    "cached, 0.32 s + 0.16": StreamingConfig("cached", 0.32, lookahead_s=0.16),
-    "cached, 0.32 s + 0.32": StreamingConfig("cached", 0.32, lookahead_s=0.32),
-    "cached, 0.64 s + 0.32": StreamingConfig("cached", 0.64, lookahead_s=0.32),
-    "cached, 1.28 s + 0.32": StreamingConfig("cached", 1.28, lookahead_s=0.32),
-    "window, 0.64 s + 0.64": StreamingConfig("window", 0.64, 4.0, 0.64),
-    "window, 1.28 s + 1.28": StreamingConfig("window", 1.28, 4.0, 1.28),
-}
+MODES = (
+    StreamingConfig("cached", 0.32, lookahead_s=0.0),
+    StreamingConfig("cached", 0.32, lookahead_s=0.16),
+    StreamingConfig("cached", 0.32, lookahead_s=0.32),
+    StreamingConfig("cached", 0.64, lookahead_s=0.32),
+    StreamingConfig("cached", 1.28, lookahead_s=0.32),
+    StreamingConfig("window", 0.64, 4.0, 0.64),
+    StreamingConfig("window", 1.28, 4.0, 1.28),
+)
+CACHED, WINDOW = MODES[1], MODES[-1]
+Clip = tuple[np.ndarray, str]
+WordEnds = list[tuple[str, float]]
 
 
 @dataclass(slots=True)
-class Heard:
-    """What one way of hearing came to."""
+class Streamed:
+    """What one mode made of the clips of a set, and the time it took."""
 
     texts: list[str] = field(default_factory=list)
-    spent_s: list[float] = field(default_factory=list)  # of feeds in which the net was run
-    all_s: float = 0.0
-    sound_s: float = 0.0
+    compute_s: list[float] = field(default_factory=list)  # of feeds in which the network ran
+    total_s: float = 0.0
+    audio_s: float = 0.0
     delays_s: list[float] = field(default_factory=list)
 
 
-def recordings(source: str, count: int) -> list[tuple[np.ndarray, str]]:
-    examples = list(sources.list_examples(source))
+def label(config: StreamingConfig) -> dict[str, Any]:
+    return {"mode": config.mode, "chunk_s": config.chunk_s, "lookahead_s": config.lookahead_s}
+
+
+def load_clips(examples: list[Any], count: int) -> list[Clip]:
     chosen = np.random.default_rng(0).permutation(len(examples))[:count]
     return [(audio.load_audio(examples[i].audio), examples[i].text) for i in chosen]
 
 
-def hear(
-    engine: PyTorchEngine,
-    how: StreamingConfig,
-    clips: list[tuple[np.ndarray, str]],
-    ends: list[list[tuple[str, float]]],
-) -> Heard:
-    """All recordings through one stream. `ends`: for each, its words and where they end, as heard offline."""
-    stream, out = streaming.stream(engine, how), Heard()
+def stream_clips(engine: PyTorchEngine, config: StreamingConfig, clips: list[Clip], ends: list[WordEnds]) -> Streamed:
+    """Feed all clips to one stream. `ends`: for each clip, its words and where they end offline."""
+    stream, out = streaming.stream(engine, config), Streamed()
     pause, ready_s = np.zeros(int(PAUSE_S * 16_000), np.float32), 0.0
     for (sound, _), words in zip(clips, ends, strict=True):
-        begun_s, found = stream.received_s, []
-        fed = np.concatenate([sound, pause])
-        for start in range(0, len(fed), PIECE):
-            before, clock = stream.state.frames_decoded + len(stream.state.stable_ids), time.perf_counter()
-            events = stream.feed(fed[start : start + PIECE])
+        start_s, found = stream.received_s, []
+        samples = np.concatenate([sound, pause])
+        for start in range(0, len(samples), PIECE):
+            frames, clock = frames_seen(stream), time.perf_counter()
+            events = stream.feed(samples[start : start + PIECE])
             spent = time.perf_counter() - clock
-            out.all_s += spent
-            ready_s = max(ready_s, stream.received_s) + spent  # a feed waits for its sound and for the feed before
-            if stream.state.frames_decoded + len(stream.state.stable_ids) != before:
-                out.spent_s.append(spent)
-            found += [(w.text, w.end_s - begun_s, ready_s - begun_s) for e in events if e.is_final for w in e.words]
-        found += [(w.text, w.end_s - begun_s, ready_s - begun_s) for e in stream.flush() if e.is_final for w in e.words]
+            out.total_s += spent
+            ready_s = max(ready_s, stream.received_s) + spent  # a feed waits for its audio and for the feed before
+            if frames_seen(stream) != frames:
+                out.compute_s.append(spent)
+            found += [(w.text, w.end_s - start_s, ready_s - start_s) for e in events if e.is_final for w in e.words]
+        found += [(w.text, w.end_s - start_s, ready_s - start_s) for e in stream.flush() if e.is_final for w in e.words]
         out.texts.append(" ".join(text for text, _, _ in found))
         out.delays_s += delays(found, words)
-        out.sound_s += len(fed) / 16_000
+        out.audio_s += len(samples) / 16_000
     return out
 
 
-def delays(found: list[tuple[str, float, float]], words: list[tuple[str, float]]) -> list[float]:
-    """From where each word ends to when it was final, of words that are in both and end within half a second."""
+def frames_seen(stream: Any) -> int:
+    return int(stream.state.frames_decoded + len(stream.state.stable_ids))
+
+
+def delays(found: list[tuple[str, float, float]], words: WordEnds) -> list[float]:
+    """Seconds from the end of each word to when it was final, for words in both that end within half a second."""
     out = []
     for text, end_s, ready_s in found:
         near = [other for same, other in words if same == text and abs(other - end_s) < 0.5]
@@ -115,202 +118,132 @@ def delays(found: list[tuple[str, float, float]], words: list[tuple[str, float]]
     return out
 
 
-def offline(
-    engine: PyTorchEngine, clips: list[tuple[np.ndarray, str]]
-) -> tuple[list[str], list[list[tuple[str, float]]]]:
+def transcribe_offline(engine: PyTorchEngine, clips: list[Clip]) -> tuple[list[str], list[WordEnds]]:
     texts, ends = [], []
-    for sound, _ in clips:
-        soundfile.write("/tmp/stream-clip.wav", sound, 16_000, "FLOAT")
-        heard = mowa.transcribe("/tmp/stream-clip.wav", engine)
-        texts.append(heard.text)
-        ends.append([(word.text, word.end_s) for word in heard.words])
+    with tempfile.TemporaryDirectory() as scratch:
+        file = f"{scratch}/clip.wav"
+        for sound, _ in clips:
+            soundfile.write(file, sound, 16_000, "FLOAT")
+            transcript = mowa.transcribe(file, engine)
+            texts.append(transcript.text)
+            ends.append([(word.text, word.end_s) for word in transcript.words])
     return texts, ends
 
 
-def quantile(values: list[float], share: float) -> float:
-    return float(np.quantile(values, share)) if values else float("nan")
+def quantiles(key: str, values: list[float], scale: float = 1.0) -> dict[str, float]:
+    found = {name: float(np.quantile(values, share)) * scale for name, share in (("p50", 0.5), ("p95", 0.95)) if values}
+    return {f"{key}_{name}": round(value, 3) for name, value in found.items()}
 
 
-def table(engine: PyTorchEngine, sets: list[str], count: int) -> dict[str, Any]:
-    """pl-tiny, every way over every set."""
-    out: dict[str, Any] = {}
-    for source in sets:
-        clips, name_of = recordings(source, count), Path(source).name
-        said = [text for _, text in clips]
-        texts, ends = offline(engine, clips)
-        base = error_rates(said, texts)
-        print(f"\n{name_of}: {len(clips)} recordings, offline WER {base['wer']:.1%}, CER {base['cer']:.1%}\n")
-        print(
-            "| how | latency s | compute ms p50 / p95 | delay s p50 / p95 | WER | × offline | CER | real-time factor |"
-        )
-        print("|---|---|---|---|---|---|---|---|")
-        for name, how in WAYS.items():
-            heard = hear(engine, how, clips, ends)
-            rates = error_rates(said, heard.texts)
-            row = {
-                "latency_s": streaming.create_streaming_encoder(engine, how).latency_s,
-                "compute_s": [quantile(heard.spent_s, share) for share in (0.5, 0.95)],
-                "delay_s": [quantile(heard.delays_s, share) for share in (0.5, 0.95)],
-                "wer": rates["wer"],
-                "cer": rates["cer"],
-                "offline": base,
-                "rtf": heard.all_s / heard.sound_s,
-            }
-            out[f"{name_of}: {name}"] = row
-            compute, delay = row["compute_s"], row["delay_s"]
-            print(
-                f"| {name} | {row['latency_s']:.2f} | {compute[0] * 1e3:.0f} / {compute[1] * 1e3:.0f} "
-                f"| {delay[0]:.2f} / {delay[1]:.2f} | {rates['wer']:.1%} | {rates['wer'] / base['wer']:.2f} "
-                f"| {rates['cer']:.1%} | {row['rtf']:.3f} |",
-                flush=True,
-            )
-    return out
+def set_rows(engine: PyTorchEngine, name: str, clips: list[Clip]) -> list[record.Row]:
+    """One row for offline transcription of a set, and one per mode."""
+    references = [text for _, text in clips]
+    texts, ends = transcribe_offline(engine, clips)
+    rows: list[record.Row] = [{"set": name, "mode": "offline", "clips": len(clips)} | error_rates(references, texts)]
+    for config in MODES:
+        found = stream_clips(engine, config, clips, ends)
+        latency_s = streaming.create_streaming_encoder(engine, config).latency_s
+        times = quantiles("compute_ms", found.compute_s, 1e3) | quantiles("delay_s", found.delays_s)
+        rates = error_rates(references, found.texts)
+        row = {"set": name, **label(config), "latency_s": round(latency_s, 3), **times, **rates}
+        rows.append(row | {"rtf": round(found.total_s / found.audio_s, 4)})
+    return rows
 
 
-def hour(engine: PyTorchEngine, minutes: float) -> None:
-    """The bundled sample, a pause, the sample, …: memory and speed by the minute, and whether times run away."""
+def hour_row(engine: PyTorchEngine, config: StreamingConfig, minutes: float) -> record.Row:
+    """Memory and speed by the minute, and how far the start of a recurring word moves."""
     sound = np.concatenate([audio.load_audio(EXAMPLE), np.zeros(16_000, np.float32)])
     turn_s = len(sound) / 16_000
-    for name in ("cached, 0.32 s + 0.16", "window, 1.28 s + 1.28"):
-        stream, spent, memory, at = streaming.stream(engine, WAYS[name]), [0.0], [], 0
-        starts: dict[str, list[float]] = {}
-        while stream.received_s < minutes * 60:
-            piece = np.take(sound, range(at, at + PIECE), mode="wrap")
-            clock = time.perf_counter()
-            events = stream.feed(piece)
-            spent[-1] += time.perf_counter() - clock
-            for word in (word for event in events if event.is_final for word in event.words):
-                starts.setdefault(word.text, []).append(word.start_s % turn_s)
-            at += PIECE
-            if stream.received_s >= (len(memory) + 1) * 60:
-                memory.append(resident())
-                spent.append(0.0)
-        often = max(starts, key=lambda text: len(starts[text]))
-        apart = median(starts[often][-9:]) - median(starts[often][:9])
-        print(
-            f"{name}: {len(memory)} minutes; memory {memory[0]} MB after the first, at most {max(memory)}, {memory[-1]}"
-            f" in the end; real-time factor {spent[min(1, len(memory) - 1)] / 60:.3f} in the second minute, "
-            f"{spent[len(memory) - 1] / 60:.3f} in the last; '{often}' is {apart * 1e3:+.0f} ms from where it was",
-            flush=True,
-        )
+    stream, spent, memory, at = streaming.stream(engine, config), [0.0], list[int](), 0
+    starts: dict[str, list[float]] = {}
+    while stream.received_s < minutes * 60:
+        piece = np.take(sound, range(at, at + PIECE), mode="wrap")
+        clock = time.perf_counter()
+        events = stream.feed(piece)
+        spent[-1] += time.perf_counter() - clock
+        for word in (word for event in events if event.is_final for word in event.words):
+            starts.setdefault(word.text, []).append(word.start_s % turn_s)
+        at += PIECE
+        if stream.received_s >= (len(memory) + 1) * 60:
+            memory.append(resident_mb())
+            spent.append(0.0)
+    frequent = max(starts, key=lambda text: len(starts[text]))
+    drift_s = median(starts[frequent][-9:]) - median(starts[frequent][:9])
+    return label(config) | {
+        "minutes": len(memory),
+        "first_memory_mb": memory[0],
+        "max_memory_mb": max(memory),
+        "last_memory_mb": memory[-1],
+        "second_minute_rtf": round(spent[min(1, len(memory) - 1)] / 60, 4),
+        "last_minute_rtf": round(spent[len(memory) - 1] / 60, 4),
+        "drift_ms": round(drift_s * 1e3, 1),
+    }
 
 
-def resident() -> int:
+def resident_mb() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) // 1024
     return 0
 
 
-def many(engine: PyTorchEngine, streams: int, seconds: float) -> None:
-    """So many streams at once, each in a thread that feeds as sound would come; how far the last falls behind."""
-    sound, behind = audio.load_audio(EXAMPLE), [0.0] * streams
-    torch.set_num_threads(1)  # streams are the parallel work
-    begun = time.monotonic() + 1
+def parallel_row(engine: PyTorchEngine, streams: int, seconds: float) -> record.Row:
+    """Run streams at once, each in a thread that feeds in real time; the largest lag behind the input."""
+    sound, lag_s = audio.load_audio(EXAMPLE), [0.0] * streams
+    torch.set_num_threads(1)  # the streams are what runs in parallel
+    begin = time.monotonic() + 1
 
     def run(index: int) -> None:
-        stream, at = streaming.stream(engine, WAYS["cached, 0.32 s + 0.16"]), 0
-        offset = index * 0.032
+        stream, at = streaming.stream(engine, CACHED), 0
         while at < seconds * 16_000:
             at += 1600
-            due = begun + offset + at / 16_000
+            due = begin + index * 0.032 + at / 16_000
             time.sleep(max(0.0, due - time.monotonic()))
             stream.feed(np.take(sound, range(at - 1600, at), mode="wrap"))
-            behind[index] = max(behind[index], time.monotonic() - due) if at > 16_000 else 0.0
+            lag_s[index] = max(lag_s[index], time.monotonic() - due) if at > 16_000 else 0.0
 
-    cpu = time.process_time()
+    cpu_s = time.process_time()
     threads = [threading.Thread(target=run, args=(index,)) for index in range(streams)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    busy = (time.process_time() - cpu) / seconds
+    busy = (time.process_time() - cpu_s) / seconds
     torch.set_num_threads(hardware.cpu_count())
-    print(
-        f"{streams} streams at once for {seconds:.0f} s: the worst was {max(behind):.2f} s behind at its worst, "
-        f"{busy:.2f} of {hardware.cpu_count()} cores busy"
-    )
-
-
-XLSR_S = 30.0
-NAIVE = """
-import json, sys, time
-import numpy as np, soundfile, torch
-from transformers import pipeline
-folder, sound, chunk, left, right = sys.argv[1], *sys.argv[2:]
-chunk, left, right = float(chunk), float(left), float(right)
-samples, _ = soundfile.read(sound, dtype="float32")
-run = pipeline("automatic-speech-recognition", model=folder)
-run(samples[:16000])
-out = {}
-for name in ("windows", "growing"):
-    clock = time.perf_counter()
-    for k in range(1, int(len(samples) / 16000 / chunk) + 1):
-        end = min(len(samples), int((k * chunk + right) * 16000))
-        begin = 0 if name == "growing" else max(0, int(((k - 1) * chunk - left) * 16000))
-        run(samples[begin:end].copy())
-    out[name] = (time.perf_counter() - clock) / (len(samples) / 16000)
-print(json.dumps(out))
-"""
-
-
-def xlsr(folder: Path) -> None:
-    """XLSR's size in windows, beside transformers' pipeline at the same chunk and look-ahead."""
-    how = StreamingConfig("window", 1.28, 4.0, 1.28)
-    model, samples = checkpoint(folder / "model"), audio.load_audio(EXAMPLE)
-    sound = np.take(samples, range(int(XLSR_S * 16_000)), mode="wrap")
-    file = folder / "live.wav"
-    soundfile.write(file, sound, 16_000)
-    said = subprocess.run(
-        [sys.executable, "-c", NAIVE, str(model), str(file), "1.28", "4.0", "1.28"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True,
-    ).stdout  # fmt: skip
-    naive = json.loads(said)
-    windows, growing = naive["windows"], naive["growing"]
-    print(f"\nXLSR's size, random weights, {XLSR_S:.0f} s of sound, {how}\n")
-    print("| how | real-time factor | × cheaper than windows | × cheaper than growing |\n|---|---|---|---|")
-    print(f"| transformers pipeline, the same windows | {windows:.2f} | 1 | {growing / windows:.2f} |")
-    print(f"| transformers pipeline, all so far | {growing:.2f} | {windows / growing:.2f} | 1 |")
-    for dtype in ("float32", "bfloat16", "int8"):
-        engine = mowa.open_engine(mowa.load(str(model)), device="cpu", dtype=dtype)
-        for warm in (True, False):
-            stream = streaming.stream(engine, how, EndpointConfig(vad=False))
-            clock = time.perf_counter()
-            for start in range(0, len(sound) // (8 if warm else 1), PIECE):
-                stream.feed(sound[start : start + PIECE])
-            stream.close()
-            spent = (time.perf_counter() - clock) / XLSR_S
-        print(
-            f"| mowa, {dtype} | {spent:.2f} | {windows / spent:.2f} | {growing / spent:.2f} |",
-            flush=True,
-        )
+    found = {"cores_busy": round(busy, 3), "cores": hardware.cpu_count(), "max_lag_s": round(max(lag_s), 3)}
+    return {"streams": streams, "seconds": seconds} | found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pl-tiny")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--clips", type=int, default=60, help="of each set")
-    parser.add_argument("--data", nargs="+", default=["build/pl-tiny/unseen.jsonl"])
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--clips", type=int, default=60, help="clips per set [60]")
+    parser.add_argument("--data", type=Path, help="a manifest instead of the synthetic test set")
+    parser.add_argument("--human", type=Path, help="a folder with transcripts.tsv")
+    parser.add_argument("--minutes", type=float, default=60, help="length of the long stream [60]")
     parser.add_argument("--streams", type=int, default=10)
-    parser.add_argument("--skip", nargs="+", choices=["table", "hour", "many", "xlsr"], default=[])
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=30, help="length of the parallel streams [30]")
+    parser.add_argument("--skip", nargs="+", choices=["sets", "hour", "parallel"], default=[])
+    record.add_argument(parser, "stream")
     options = parser.parse_args()
-    print(f"{hardware.cpu_count()} cores, {options.model}, {options.dtype}")
-    found: dict[str, Any] = {}
     engine = mowa.open_engine(mowa.load(options.model), device="cpu", dtype=options.dtype)
-    if "table" not in options.skip:
-        found = table(engine, [one for one in options.data if Path(one).exists()], options.clips)
-    if "many" not in options.skip:
-        many(engine, options.streams, 30)
+    if "sets" not in options.skip:
+        sets = {"synthetic": read_set(options.data or prepare() / "unseen.jsonl")}
+        if options.human:
+            sets["people"] = read_people(options.human)
+        rows = [row for name, found in sets.items() for row in set_rows(engine, name, load_clips(found, options.clips))]
+        for name in sets:
+            print(markdown(VIEWS["stream"][name], rows))
+        record.write(options.record, rows, dtype=engine.dtype)
+    if "parallel" not in options.skip:
+        rows = [parallel_row(engine, options.streams, options.seconds)]
+        print(markdown(VIEWS["stream-parallel"]["table"], rows))
+        record.write(options.record and f"{options.record}-parallel", rows, dtype=engine.dtype)
     if "hour" not in options.skip:
-        hour(engine, options.minutes)
-    if "xlsr" not in options.skip:
-        xlsr(options.folder)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        rows = [hour_row(engine, config, options.minutes) for config in (CACHED, WINDOW)]
+        print(markdown(VIEWS["stream-hour"]["table"], rows))
+        record.write(options.record and f"{options.record}-hour", rows, dtype=engine.dtype)
 
 
 if __name__ == "__main__":

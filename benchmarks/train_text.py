@@ -1,22 +1,24 @@
-"""Fine-tuning a language model: tokens a second and peak memory, beside TRL (padded, packed) and Unsloth.
+"""Fine-tuning a language model: tokens per second and peak memory of mowa, TRL (padded, packed) and Unsloth.
 
-    python benchmarks/train_text.py [--model build/smollm2] [--steps 20] [--arms padded packed unsloth mowa]
-    python benchmarks/train_text.py --vocabulary 262144 --length 4096 --steps 3     # peak memory, random weights
+    python -m benchmarks.train_text [--steps 10] [--rounds 3] [--arms padded packed unsloth mowa]
+    python -m benchmarks.train_text --vocabulary 262144 --length 4096 --steps 2 --arms packed mowa --record ''
+    python -m benchmarks.train_text --steps 2 --rounds 1 --held-out 2 --record ''      # a check, five minutes
 
-Every arm learns once from the same conversations (benchmarks/packages_task.py makes them: their lengths have the long
-tail that chats have), 16 for each of `--steps`, with the same LoRA (rank 16 on every linear), AdamW at a constant
-rate, precision, seed and loss (every token). Each is a process of its own on two threads, the arms take turns, and the
-medians of `--rounds` are printed. A step is about 2,100 real tokens: the padded arms take two batches of 8
-conversations, the packed ones one row of `--length`. Tokens are the real ones; a step's speed counts from the third on;
-memory is the peak resident set of the process, and what of it came after the model was loaded. Every step's gradient
-norm must be above 0. Held-out loss is measured on the trained net by transformers' own loss, one conversation at a
-time. Losses are drawn over the tokens seen.
+The model is SmolLM2-135M-Instruct (`smollm2` fetches it from PyPI), the conversations are those of `debian_packages`,
+whose lengths have the long tail of chats. In each round every arm trains once on the same 16 conversations per step,
+other ones in every round, with the same LoRA (rank 16 on every linear layer), AdamW at a constant rate, precision, seed
+and loss (every token). Each run is a process of its own with --threads threads, and the arms take turns. Padded arms
+take two batches of 8 conversations per step, packed ones a sequence of --length tokens.
 
-padded: TRL's SFTTrainer as it comes; packed: with `packing=True` (bfd; attention "sdpa"); unsloth: FastLanguageModel
-and its own SFTTrainer, which turns packing off on a CPU; unsloth-compiled: the same with UNSLOTH_CPU_COMPILE=1; mowa:
-`mowa train`. TRL and Unsloth turn gradient checkpointing on by default; here it is off in every arm unless
-`--checkpointing`. Speeds on shared machines are noisy: read the ratios.
-Unsloth lives in an environment of its own (benchmarks/unsloth_env.sh); its arm is left out where that is missing.
+Speed counts real tokens, over all steps after the first. Memory is the peak resident set of the process, and what of it
+came after the model was loaded. Every step's gradient norm must be above 0. Held-out loss is that of the trained
+network by transformers' own loss, one conversation at a time.
+
+padded: TRL's SFTTrainer as it comes; packed: with packing=True (bfd; attention "sdpa"); unsloth: FastLanguageModel and
+its own SFTTrainer, which turns packing off on a CPU; unsloth-compiled: the same with UNSLOTH_CPU_COMPILE=1; mowa: the
+trainer of `mowa train`. TRL and Unsloth turn gradient checkpointing on by default; here it is off in every arm unless
+--checkpointing is given. Unsloth is installed into build/envs/unsloth by `sh benchmarks/unsloth_env.sh` (3 GB); its arm
+is left out where that is missing.
 """
 
 from __future__ import annotations
@@ -30,17 +32,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arms import RUNNERS
+from benchmarks import record
+from benchmarks.tables import markdown
+from benchmarks.train_text_arms import RUNNERS
+from benchmarks.views import VIEWS
 
 ARMS = ("padded", "packed", "unsloth", "mowa")
-UNSLOTH = Path("build/envs/unsloth/bin/python")
-WARM = 2  # steps that are not timed
-COLOURS = {"padded": "#888888", "packed": "#1f77b4", "unsloth": "#2ca02c", "mowa": "#d62728"}
+UNSLOTH = record.ROOT / "build" / "envs" / "unsloth" / "bin" / "python"
+WARMUP_STEPS = 1
 
 
-def wide(model: str, vocabulary: int, folder: Path) -> str:
-    """Four layers of random weights with that vocabulary and the model's tokenizer, for the memory of the logits."""
-    out = folder / f"wide-{vocabulary}"
+def random_model(model: str, vocabulary: int, folder: Path) -> str:
+    """Return four layers of random weights with that vocabulary size, for the memory of the logits."""
+    out = folder / f"vocabulary-{vocabulary}"
     if (out / "config.json").exists():
         return str(out)
     import torch
@@ -66,122 +70,112 @@ def wide(model: str, vocabulary: int, folder: Path) -> str:
     return str(out)
 
 
-def run(arm: str, given: argparse.Namespace) -> dict[str, Any]:
-    """One arm in a process of its own."""
-    python = str(UNSLOTH.absolute()) if arm.startswith("unsloth") else sys.executable
-    again = [python, str(Path(__file__).resolve()), "--one", arm, "--model", given.model]
+def run_arm(arm: str, index: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Run one arm of round `index` in a process of its own."""
+    python = str(UNSLOTH) if arm.startswith("unsloth") else sys.executable
+    command = [python, "-m", "benchmarks.train_text", "--one", arm, "--round", str(index), "--model", given.model]
     for name in ("data", "dev", "steps", "length", "precision", "folder", "vocabulary"):
-        again += [f"--{name}", str(getattr(given, name))]
-    again += ["--checkpointing"] if given.checkpointing else []
-    around = os.environ | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"}
+        command += [f"--{name}", str(getattr(given, name))]
+    command += ["--held-out", str(given.held_out), *(["--checkpointing"] if given.checkpointing else [])]
+    environment = os.environ | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(record.ROOT)
     if arm == "unsloth-compiled":
-        around["UNSLOTH_CPU_COMPILE"] = "1"
-    # Unsloth writes what it generates into the folder it is run in, so no arm runs here.
-    place = given.folder / "run"
+        environment["UNSLOTH_CPU_COMPILE"] = "1"
+    place = given.folder / "run"  # Unsloth writes generated code into the working directory
     place.mkdir(parents=True, exist_ok=True)
-    errors = given.folder / f"{arm}.log"
-    with errors.open("w") as log:
-        done = subprocess.run(again, cwd=place, env=around, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
+    log_file = given.folder / f"{arm}.log"
+    with log_file.open("w") as log:
+        done = subprocess.run(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
     if done.returncode:
-        last = "\n".join(errors.read_text().splitlines()[-8:])
-        raise SystemExit(f"{arm} failed; its last lines ({errors}):\n{last}")
-    return json.loads(done.stdout.splitlines()[-1])
+        last = "\n".join(log_file.read_text().splitlines()[-8:])
+        raise SystemExit(f"{arm} failed; the end of {log_file}:\n{last}")
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"round {index + 1}: {arm}: {speed(measured):.0f} tokens per second", file=sys.stderr, flush=True)
+    return measured
 
 
-def speed(result: dict[str, Any], of: str = "seconds") -> float:
-    """Real tokens a second, the median of the steps after the warm-up."""
-    pairs = list(zip(result["tokens"], result[of], strict=True))
-    return statistics.median(tokens / spent for tokens, spent in pairs[WARM:] or pairs)
+def speed(measured: dict[str, Any], clock: str = "seconds") -> float:
+    """Real tokens per second over all steps after the warm-up."""
+    start = WARMUP_STEPS if len(measured["tokens"]) > WARMUP_STEPS else 0
+    return sum(measured["tokens"][start:]) / sum(measured[clock][start:])
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    columns: dict[str, Any] = {
-        "tokens a second": speed,
-        "tokens a processor second": lambda one: speed(one, "processor_s"),
-        "peak GiB": lambda one: one["peak_gib"],
-        "of it training": lambda one: one["grown_gib"],
-        "tokens": lambda one: sum(one["tokens"]),
-        "steps": lambda one: len(one["tokens"]),
-        "held-out loss": lambda one: one["held_out"],
+def to_row(arm: str, runs: list[dict[str, Any]]) -> record.Row:
+    row = {
+        "arm": arm,
+        "tokens_per_s": [round(speed(run), 1) for run in runs],
+        "tokens_per_cpu_s": [round(speed(run, "cpu_seconds"), 1) for run in runs],
+        "peak_gib": [round(run["peak_gib"], 3) for run in runs],
+        "training_gib": [round(run["training_gib"], 3) for run in runs],
+        "tokens": [sum(run["tokens"]) for run in runs],
+        "steps": [len(run["tokens"]) for run in runs],
     }
-    middle = {
-        arm: {name: statistics.median(value(one) for one in runs) for name, value in columns.items()}
-        for arm, runs in results.items()
-    }
-    lines = ["| arm | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for arm, row in middle.items():
-        cells = [f"{row[name]:.0f}" if row[name] > 40 or name == "steps" else f"{row[name]:.3f}" for name in columns]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    ours = middle.get("mowa")
-    for arm, row in middle.items():
-        if ours and arm != "mowa":
-            ratios = [f"{name} {ours[name] / row[name]:.2f}" for name in list(columns)[:4]]
-            lines.append(f"\nmowa over {arm}: " + ", ".join(ratios))
-    return "\n".join(lines)
+    if runs[0]["held_out_loss"] is not None:
+        row["held_out_loss"] = [round(run["held_out_loss"], 4) for run in runs]
+    curve = {"step_tokens": runs[0]["tokens"], "step_losses": [round(loss, 4) for loss in runs[0]["loss"]]}
+    return row | curve
 
 
-def draw(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for arm, runs in results.items():
-        seen, total = [], 0.0
-        for tokens in runs[0]["tokens"]:
-            total += tokens
-            seen.append(total / 1000)
-        axes.plot(seen, runs[0]["loss"], label=arm, color=COLOURS.get(arm), linewidth=1.4)
-    axes.set_xlabel("thousand tokens learnt from")
-    axes.set_ylabel("loss of a token")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
-
-
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="build/smollm2", help="a folder of transformers' format")
-    parser.add_argument("--data", type=Path, default=Path("build/packages/synopses/train.jsonl"))
-    parser.add_argument("--dev", type=Path, default=Path("build/packages/synopses/dev.jsonl"))
+    parser.add_argument("--model", help="a folder in transformers' format instead of SmolLM2")
+    parser.add_argument("--data", type=Path, help="conversations to train on, JSON lines")
+    parser.add_argument("--dev", type=Path, help="conversations to evaluate on")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(RUNNERS))
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a packed row")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--length", type=int, default=1024, help="tokens per packed sequence [1024]")
+    parser.add_argument("--held-out", type=int, default=40, help="dev conversations for the held-out loss; 0: none")
     parser.add_argument(
         "--precision",
         default="autocast",
         choices=("autocast", "bfloat16", "float32"),
-        help="autocast: float32 weights, bf16 computing (TRL's default); bfloat16: bf16 frozen weights too (Unsloth's)",
+        help="autocast: float32 weights, bf16 compute (TRL's default); bfloat16: bf16 frozen weights too (Unsloth's)",
     )
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in every arm")
-    parser.add_argument("--vocabulary", type=int, default=0, help="random weights with so large a vocabulary")
+    parser.add_argument("--vocabulary", type=int, default=0, help="use random weights with this vocabulary size")
     parser.add_argument("--folder", type=Path, default=Path("build/bench/text"))
-    parser.add_argument("--picture", type=Path, help="where the losses are drawn; docs/pictures/text-losses.png")
-    parser.add_argument("--one", choices=list(RUNNERS), help="run one arm in this process and print its JSON")
-    given = parser.parse_args()
-    for name in ("data", "dev", "folder"):
-        setattr(given, name, getattr(given, name).resolve())
-    given.model = str(Path(given.model).resolve())
+    parser.add_argument("--one", choices=list(RUNNERS), help=argparse.SUPPRESS)
+    parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
+    record.add_argument(parser, "train-text")
+    return parser
+
+
+def main() -> None:
+    given = arguments().parse_args()
     if given.one:
         print(json.dumps(RUNNERS[given.one](given)))
         return
+    if given.model is None:
+        from benchmarks.smollm2 import prepare
+
+        given.model = str(prepare())
+    if given.data is None or given.dev is None:
+        from benchmarks.debian_packages import prepare as prepare_conversations
+
+        conversations = prepare_conversations() / "synopses"
+        given.data, given.dev = given.data or conversations / "train.jsonl", given.dev or conversations / "dev.jsonl"
+    for name in ("data", "dev", "folder"):
+        setattr(given, name, getattr(given, name).resolve())
+    given.model = str(Path(given.model).resolve())
     if given.vocabulary:
-        given.model = wide(given.model, given.vocabulary, given.folder)
-    if not UNSLOTH.exists():
-        print(f"no {UNSLOTH}: run benchmarks/unsloth_env.sh to measure Unsloth too", file=sys.stderr)
+        given.model = random_model(given.model, given.vocabulary, given.folder)
+    if not UNSLOTH.exists() and any(arm.startswith("unsloth") for arm in given.arms):
+        print("Unsloth is not installed: run sh benchmarks/unsloth_env.sh to measure it too", file=sys.stderr)
         given.arms = [arm for arm in given.arms if not arm.startswith("unsloth")]
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in given.arms}
-    for _ in range(given.rounds):
-        for arm, runs in results.items():
-            runs.append(run(arm, given))
-    (given.folder / "results.json").write_text(json.dumps(results))
-    print(table(results))
-    if given.picture:
-        draw(results, given.picture)
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in given.arms}
+    for index in range(given.rounds):
+        for arm, of_arm in runs.items():
+            of_arm.append(run_arm(arm, index, given))
+    rows = [to_row(arm, of_arm) for arm, of_arm in runs.items()]
+    if "mowa" in runs:
+        print(markdown(VIEWS["train-text"]["table"], rows))
+    for row in rows:
+        losses = row.get("held_out_loss")
+        print(f"{row['arm']}: held-out loss {statistics.median(losses):.4f}" if losses else row["arm"])
+    of_unsloth = {f"{arm} environment": of_arm[0]["versions"] for arm, of_arm in runs.items() if "unsloth" in arm}
+    record.write(given.record, rows, rounds=given.rounds, **of_unsloth)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""How fast recordings are transcribed, beside transformers' pipeline, ONNX Runtime and CTranslate2. All in one run.
+"""Transcription speed of mowa, transformers' pipeline, ONNX Runtime and CTranslate2 over the same recordings.
 
-    python benchmarks/transcribe.py [--clips 200] [--rounds 3] [--arms native-int8 …] [--minutes 20] [--json FILE]
-    python benchmarks/transcribe.py --clips 24 --rounds 1 --minutes 0 --skip pl-tiny     # two or three minutes
+    python -m benchmarks.transcribe [--clips 60] [--rounds 3] [--arms transformers-1 pytorch-int8 …]
+    python -m benchmarks.transcribe --clips 0 --minutes 5 60 --record transcribe-hour     # memory of long recordings
+    python -m benchmarks.transcribe --clips 0 --data build/pl-tiny [--human FOLDER]       # speed and errors of pl-tiny
+    python -m benchmarks.transcribe --clips 3 --rounds 1 --record ''                      # a check, two minutes
 
-The net has the shape of wav2vec2-large-xlsr-53-polish (24 layers, 1024 wide, 40 tokens, 315 M parameters) and random
-weights, saved the way the hub stores that checkpoint. The clips, 1 to 15 s, are cut from the bundled recording; so is
-a file of `--minutes`, which the arms in `--long-arms` hear. Every arm is a process of its own in every round; the
-rounds cut the clips into as many parts, and within a round arms take turns, so that all meet the same weather. Shown
-are medians over the rounds. Text is compared with transformers' own, read one clip at a time; where arithmetic is not
-float32, the share of frames in which the same output is likeliest.
+The network has the shape of wav2vec2-large-xlsr-53-polish (24 layers of width 1024, 40 tokens, 315 M parameters) and
+random weights, stored the way the hub stores that checkpoint. The clips, of 1 to 15 s, and the long recordings are cut
+from the bundled recording. The clips are split into as many parts as there are rounds; in every round each arm
+transcribes that round's part in a process of its own, and the arms take turns. Texts and frames are compared with those
+of transformers' pipeline in float32, one clip at a time (`transformers-1`).
 
-pl-tiny hears `--data` (made by `mowa data synth`; left out where it is not there), and its words are counted too.
+With --data, pl-tiny transcribes the two test sets of `make model`, and with --human a folder of people.
 """
 
 from __future__ import annotations
@@ -22,23 +23,25 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import soundfile
-from recognisers import ARMS
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "dzien-dobry.flac"
+from benchmarks import record
+from benchmarks.tables import markdown
+from benchmarks.transcribe_arms import ARMS
+from benchmarks.views import VIEWS
+
+EXAMPLE = record.ROOT / "examples" / "dzien-dobry.flac"
 REFERENCE = "transformers-1"
-PEER = "transformers-"
-LONG_ARMS = ["transformers-1", "native-float32", "native-bfloat16", "native-int8"]
-TINY_ARMS = ["transformers-1", "native-float32", "native-bfloat16", "native-int8", "onnx-float32", "onnx-int8"]
+LONG_ARMS = ["pytorch-bfloat16"]
+TINY_ARMS = ["pytorch-float32", "pytorch-bfloat16", "pytorch-int8"]
 Result = dict[str, Any]
 
 
 def checkpoint(folder: Path) -> Path:
-    """A random XLSR-53 with the files of the hub's Polish checkpoint."""
+    """Write a random XLSR-53 with the files of the hub's Polish checkpoint, unless `folder` has one. Return it."""
     if (folder / "pytorch_model.bin").exists():
         return folder
     import torch
@@ -62,10 +65,11 @@ def checkpoint(folder: Path) -> Path:
     return folder
 
 
-def recording(path: Path, minutes: float) -> Path:
-    """The sample, a pause, the sample, … in 16-bit FLAC."""
+def long_recording(path: Path, minutes: float) -> Path:
+    """Write the bundled recording over and over, with pauses between, as 16-bit FLAC."""
     if path.exists():
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     sample, rate_hz = soundfile.read(EXAMPLE, dtype="float32")
     rng = np.random.default_rng(0)
     written, total = 0, int(minutes * 60 * rate_hz)
@@ -78,8 +82,8 @@ def recording(path: Path, minutes: float) -> Path:
     return path
 
 
-def clips(folder: Path, count: int) -> list[str]:
-    """`count` cuts of 1 to 15 s out of the bundled recording, looped, in 16-bit WAV."""
+def write_clips(folder: Path, count: int) -> list[str]:
+    """Write `count` cuts of 1 to 15 s out of the bundled recording, looped, as 16-bit WAV."""
     folder.mkdir(parents=True, exist_ok=True)
     sample, rate_hz = soundfile.read(EXAMPLE, dtype="float32")
     rng = np.random.default_rng(0)
@@ -96,119 +100,113 @@ def clips(folder: Path, count: int) -> list[str]:
     return files
 
 
-def in_child(arm: str, model: str, files: list[str], folder: Path) -> Result:
-    """One arm over `files`, in a process of its own. → what it found, with the audio's length and its frames."""
+def run_arm(arm: str, model: str, files: list[str], folder: Path) -> Result:
+    """Run one arm over `files` in a process of its own. Return its measurements, audio length and frames."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "files.json").write_text(json.dumps(files))
     out = folder / arm
-    environment = os.environ | {"MOWA_CACHE": str(folder.parent / "cache"), "HF_HUB_OFFLINE": "1"}
-    script = Path(__file__).with_name("recognisers.py")
-    command = [sys.executable, str(script), arm, model, str(folder / "files.json"), str(out)]
+    environment = os.environ | {"MOWA_CACHE": str((folder.parent / "cache").resolve()), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "benchmarks.transcribe_arms", arm, model, str(folder / "files.json"), str(out)]
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{arm} failed:\n{done.stderr[-2000:]}")
-    found: Result = json.loads(Path(f"{out}.json").read_text())
+    measured: Result = json.loads(Path(f"{out}.json").read_text())
     with np.load(f"{out}.npz") as frames:
-        found["frames"] = [frames[name] for name in frames.files]
-    found["audio_s"] = sum(soundfile.info(file).duration for file in files)
-    return found
+        measured["frames"] = [frames[name] for name in frames.files]
+    measured["audio_s"] = sum(soundfile.info(file).duration for file in files)
+    return measured
 
 
-def measured(arms: Iterable[str], model: str, files: list[str], rounds: int, folder: Path) -> dict[str, list[Result]]:
-    """What every arm found in every round; the reference goes first, so that it is there where a run is broken off."""
-    found: dict[str, list[Result]] = {arm: [] for arm in arms}
-    for turn in range(rounds):
-        for arm in found:
-            found[arm].append(in_child(arm, model, files[turn::rounds], folder))
-            speed = found[arm][-1]["audio_s"] / found[arm][-1]["wall_s"]
-            print(f"round {turn + 1}: {arm}: {speed:.1f} × real time", file=sys.stderr, flush=True)
-    return found
+def run_rounds(arms: Iterable[str], model: str, files: list[str], rounds: int, folder: Path) -> dict[str, list[Result]]:
+    """Run every arm in every round over that round's part of `files`; the arms take turns."""
+    results: dict[str, list[Result]] = {arm: [] for arm in arms}
+    for index in range(rounds):
+        for arm in results:
+            results[arm].append(run_arm(arm, model, files[index::rounds], folder))
+            speed = results[arm][-1]["audio_s"] / results[arm][-1]["wall_s"]
+            print(f"round {index + 1}: {arm}: {speed:.1f} × real time", file=sys.stderr, flush=True)
+    return results
 
 
-def agreement(ours: list[Result], theirs: list[Result]) -> tuple[int, int, float]:
-    """Recordings with the very same text, all recordings, and the share of compared frames that agree."""
-    pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a["texts"], b["texts"], strict=True)]
-    frames = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a["frames"], b["frames"], strict=True)]
+def agreement(ours: list[Result], reference: list[Result]) -> Result:
+    """Count recordings with the same text, and the share of compared frames whose argmax is the same."""
+    texts = [pair for a, b in zip(ours, reference, strict=True) for pair in zip(a["texts"], b["texts"], strict=True)]
+    frames = [pair for a, b in zip(ours, reference, strict=True) for pair in zip(a["frames"], b["frames"], strict=True)]
     same = sum(int((a == b).sum()) for a, b in frames) / max(1, sum(len(a) for a, _ in frames))
-    return sum(a == b for a, b in pairs), len(pairs), same
+    return {"same_text": sum(a == b for a, b in texts), "texts": len(texts), "frame_agreement": round(same, 5)}
 
 
-def table(found: dict[str, list[Result]], *, said: list[str] | None = None, rounds: int = 1) -> list[dict[str, Any]]:
-    """Print a row for each arm: speed, beside the best of transformers' pipeline, and what became of the text."""
-    times = {arm: median(one["wall_s"] / one["audio_s"] for one in results) for arm, results in found.items()}
-    peers = [spent for arm, spent in times.items() if arm.startswith(PEER)]
-    words = "" if said is None else " WER % |"
-    print(f"| what | s per 10 s | × real time | × pipeline | same text | frames agreeing | peak MB |{words}")
-    print("|---|---|---|---|---|---|---|" + ("" if said is None else "---|"))
+def to_rows(results: dict[str, list[Result]], **label: Any) -> list[record.Row]:
     rows = []
-    for arm, results in found.items():
-        row: dict[str, Any] = {"arm": arm, "s_per_s": times[arm], "peak_mb": max(one["peak_mb"] for one in results)}
-        ratio, text, same = "", "", ""
-        if peers:
-            row["ratio"] = min(peers) / times[arm]
-            ratio = f"{row['ratio']:.2f}"
-        if REFERENCE in found:
-            equal, count, share = agreement(results, found[REFERENCE])
-            row |= {"same_text": equal, "texts": count, "frames_agreeing": share}
-            text, same = f"{equal} of {count}", f"{share:.2%}" if any(one["frames"] for one in results) else ""
-        cells = [ARMS[arm][0], f"{times[arm] * 10:.3f}", f"{1 / times[arm]:.1f}", ratio, text, same]
-        cells.append(f"{row['peak_mb']:.0f}")
-        if said is not None:
-            from mowa.tasks.metrics import error_rates
+    for arm, rounds in results.items():
+        row = label | {"arm": arm, "s_per_s": [round(one["wall_s"] / one["audio_s"], 5) for one in rounds]}
+        if REFERENCE in results:
+            row |= agreement(rounds, results[REFERENCE])
+        rows.append(row | {"peak_mb": [round(one["peak_mb"]) for one in rounds]})
+    return rows
 
-            heard = dict[int, str]()
-            for turn, one in enumerate(results):
-                heard |= dict(zip(range(turn, len(said), rounds), one["texts"], strict=True))
-            row["wer"] = error_rates(said, [heard[index] for index in range(len(said))])["wer"]
-            cells.append(f"{row['wer'] * 100:.2f}")
-        print(f"| {' | '.join(cells)} |", flush=True)
-        rows.append(row)
+
+def tiny_rows(data: Path, human: Path | None, rounds: int, folder: Path) -> list[record.Row]:
+    """Speed and error rates of pl-tiny for each dtype, per test set and over all recordings."""
+    from benchmarks.speech_sets import read_people, read_set
+    from mowa.io.hub import MODEL_ALIASES
+    from mowa.tasks.metrics import error_rates
+
+    sets = {name: read_set(data / f"{name}.jsonl") for name in ("unseen", "seen")}
+    if human:
+        sets["people"] = read_people(human)
+    examples = [example for found in sets.values() for example in found]
+    files, model = [example.audio for example in examples], str(MODEL_ALIASES["pl-tiny"])
+    results = run_rounds(TINY_ARMS, model, files, rounds, folder)
+    rows = to_rows(results)
+    for row, of_rounds in zip(rows, results.values(), strict=True):
+        texts = [""] * len(files)
+        for index, one in enumerate(of_rounds):
+            texts[index::rounds] = one["texts"]
+        start = 0
+        for name, found in sets.items():
+            rates = error_rates([one.text for one in found], texts[start : start + len(found)])
+            row[f"{name}_wer"] = round(rates["wer"], 5)
+            start += len(found)
+        rates = error_rates([one.text for one in examples], texts)
+        row |= {"wer": round(rates["wer"], 5), "cer": round(rates["cer"], 5), "recordings": len(files)}
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--clips", type=int, default=60, help="number of short clips; 0 skips them [60]")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--minutes", type=float, default=20, help="of the long file; 0 leaves it out")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[], help="lengths of long recordings to transcribe")
     parser.add_argument("--long-arms", nargs="+", choices=list(ARMS), default=LONG_ARMS)
-    parser.add_argument("--skip", nargs="+", choices=["xlsr", "pl-tiny"], default=[])
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     parser.add_argument("--model", type=Path, help="a checkpoint's folder, instead of the random one")
-    parser.add_argument("--data", type=Path, default=Path("build/pl-tiny"))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--data", type=Path, help="build/pl-tiny as `make model` makes it; measures pl-tiny too")
+    parser.add_argument("--human", type=Path, help="a folder with transcripts.tsv, with --data")
+    record.add_argument(parser, "transcribe")
     options = parser.parse_args()
-    print(f"{os.cpu_count()} cores; {options.clips} clips in {options.rounds} rounds\n")
-    results = {}
-    if "xlsr" not in options.skip:
-        model = str(options.model or checkpoint(options.folder / "xlsr-random"))
-        files = clips(options.folder / "clips", options.clips)
-        found = measured(options.arms, model, files, options.rounds, options.folder / "arms")
-        results["clips"] = table(found)
-        if options.minutes:
-            long = recording(options.folder / f"{options.minutes:g}min.wav", options.minutes)
-            print(f"\none file of {options.minutes:g} minutes\n")
-            found = measured(options.long_arms, model, [str(long)], 1, options.folder / "arms")
-            results["long"] = table(found)
-    manifest = options.data / "unseen.jsonl"
-    if "pl-tiny" not in options.skip and manifest.exists():
-        from mowa.io.hub import MODEL_ALIASES
-        from projects.pl_tiny import synth
-
-        examples = list(synth.read_manifest(manifest)) + list(synth.read_manifest(options.data / "seen.jsonl"))
-        print(f"\npl-tiny, {len(examples)} recordings in voices it has and has not learnt from\n")
-        files = [example.audio for example in examples]
-        found = measured(
-            [arm for arm in TINY_ARMS if arm in options.arms],
-            str(MODEL_ALIASES["pl-tiny"]),
-            files,
-            options.rounds,
-            options.folder / "arms",
-        )
-        results["pl-tiny"] = table(found, said=[example.text for example in examples], rounds=options.rounds)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    model = str(options.model or checkpoint(options.folder / "xlsr-random"))
+    arms_folder = options.folder / "arms"
+    if options.clips:
+        files = write_clips(options.folder / "clips", options.clips)
+        rows = to_rows(run_rounds(options.arms, model, files, options.rounds, arms_folder), set="clips")
+        if REFERENCE in options.arms:
+            print(markdown(VIEWS["transcribe"]["table"], rows))
+        record.write(options.record, rows, rounds=options.rounds)
+    if options.minutes:
+        rows = []
+        for minutes in options.minutes:
+            file = long_recording(options.folder / f"{minutes:g}min.flac", minutes)
+            for arm, (found,) in run_rounds(options.long_arms, model, [str(file)], 1, arms_folder).items():
+                long = {"spent_s": round(found["wall_s"], 1), "peak_mb": round(found["peak_mb"])}
+                rows.append({"arm": arm, "minutes": minutes, **long})
+        print(markdown(VIEWS["transcribe-hour"]["table"], rows))
+        record.write(options.record and "transcribe-hour", rows)
+    if options.data:
+        rows = tiny_rows(options.data, options.human, options.rounds, arms_folder)
+        print(markdown(VIEWS["transcribe-pl-tiny"]["table"], rows))
+        record.write(options.record and "transcribe-pl-tiny", rows, rounds=options.rounds)
 
 
 if __name__ == "__main__":
