@@ -1,12 +1,13 @@
 # make demo   install, and transcribe a Polish recording with the bundled model, offline
 # make test   install what tests need, and run them
-# make check  style, types, generated docs        make slow   the tests that take longer
-# make model  gather speech and train pl-tiny     make bench  speed and memory beside transformers
+# make check  style, types, docs, figures         make slow   the tests that take longer
+# make model  build and train pl-tiny             make bench  speed and memory beside transformers
 # make gpu    the tests that need a CUDA device
 # make browser  pl-tiny in a web page, in int8, on http://127.0.0.1:8000/ (needs npm)
 
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 HUMAN ?=
 WHISPER ?=
 
@@ -18,7 +19,7 @@ demo: .venv/.run
 	$(BIN)/mowa transcribe examples/dzien-dobry.flac --format tsv
 
 test: .venv/.test apt-espeak
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
 slow: .venv/.test apt-espeak
 	$(BIN)/python -m pytest -m "slow and not gpu"
@@ -31,31 +32,34 @@ check: .venv/.check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m mowa.cli.docs_pages --check docs
+	$(BIN)/python -m benchmarks.figures --check
 
 docs: .venv/.run
 	$(BIN)/python -m mowa.cli.docs_pages docs
 
-# Each step is skipped where its result lies under build/ already; a broken-off training run is resumed.
+# Builds pl-tiny from scratch (projects/pl_tiny/README.md). Steps whose result is under build/ are skipped, and an
+# interrupted training run resumes.
+PL_TINY := $(BIN)/python -m projects.pl_tiny
 model: .venv/.test apt-espeak apt-festival
-	test -f build/pl-tiny/text.txt || $(BIN)/mowa data text --debian all --out build/pl-tiny/text.txt
-	$(BIN)/mowa data synth build/pl-tiny/text.txt --out build/pl-tiny --clips 40000
-	$(BIN)/mowa data people --out build/people
-	$(BIN)/mowa data people --out build/people --source fillets-cs
-	$(BIN)/mowa data festival build/pl-tiny/sentences.txt --out build/festival --clips 4000
-	$(BIN)/mowa data festival build/pl-tiny/held-out.txt --out build/festival --voice czech_dita --clips 300
-	test -f build/pl-tiny/third/model.safetensors || $(BIN)/mowa train recipes/pl-tiny.yaml --out build/pl-tiny/third
-	$(BIN)/python benchmarks/quality.py --model build/pl-tiny/third
+	test -f build/pl-tiny/text.txt || $(PL_TINY) text --debian all --out build/pl-tiny/text.txt
+	$(PL_TINY) synth build/pl-tiny/text.txt --out build/pl-tiny --clips 40000
+	$(PL_TINY) people --out build/people
+	$(PL_TINY) people --out build/people --source fillets-cs
+	$(PL_TINY) festival build/pl-tiny/sentences.txt --out build/festival --clips 4000
+	$(PL_TINY) festival build/pl-tiny/held-out.txt --out build/festival --voice czech_dita --clips 300
+	test -f build/pl-tiny/third/model.safetensors || $(PL_TINY) train projects/pl_tiny/recipes/pl-tiny.yaml --out build/pl-tiny/third
+	$(BIN)/python -m benchmarks.error_rates --model build/pl-tiny/third
 
 micro: .venv/.test
-	$(BIN)/mowa train recipes/micro.yaml --out build/micro
+	$(PL_TINY) train projects/pl_tiny/recipes/micro.yaml --out build/micro
 
-# The table of the model card. HUMAN=folder adds people: a folder with transcripts.tsv and audio/. WHISPER=folder lets
-# a Whisper model in CTranslate2 format hear them too.
+# Prints the error rates of the model card. HUMAN=folder adds human recordings (transcripts.tsv and audio/);
+# WHISPER=folder adds a Whisper model in CTranslate2 format on the same recordings.
 score: .venv/.test
-	$(BIN)/python benchmarks/quality.py $(if $(HUMAN),--human $(HUMAN)) $(if $(WHISPER),--whisper $(WHISPER))
+	$(BIN)/python -m benchmarks.error_rates $(if $(HUMAN),--human $(HUMAN)) $(if $(WHISPER),--whisper $(WHISPER))
 
 bench: .venv/.test
-	$(BIN)/python benchmarks/transcribe.py
+	$(BIN)/python -m benchmarks.transcribe
 
 browser: .venv/.test examples/browser/node_modules
 	test -f build/browser/mowa.json || $(BIN)/mowa export pl-tiny --to onnx --scheme int8-dynamic -o build/browser

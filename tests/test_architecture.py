@@ -1,6 +1,9 @@
-"""Who may import whom: only from a lower floor, never sideways between rooms. The plan is docs/architecture.md."""
+"""Imports go down only and never in circles, and packages stay small. The plan is docs/architecture.md."""
 
 import ast
+import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,18 +11,22 @@ import pytest
 import mowa
 
 PACKAGE = Path(mowa.__file__).parent
-FLOORS = [
+LAYERS = [
     {"errors"},
-    {"nouns", "machine"},
-    {"files", "kernels"},
-    {"data", "families", "decode"},
-    {"tasks", "adapt"},
-    {"loading", "train", "shrink", "export"},
+    {"types", "hardware"},
+    {"io", "kernels", "families"},
+    {"data", "decode"},
+    {"models"},
+    {"tasks", "adapters"},
+    {"quantization"},
+    {"loading"},
+    {"training"},
+    {"exporters"},
     {"engines"},
-    {"evaluate", "serve", "publish"},
+    {"evaluation"},
     {"cli"},
 ]
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 HEAVY = {
     "av",
     "accelerate",
@@ -41,40 +48,90 @@ HEAVY = {
     "torchao",
     "trl",
     "yaml",
-}  # only inside the function that needs them
+}  # imported inside the function that needs them
+LARGE = {"families", "cli"}  # one file per architecture, one per command
 MODULES = sorted(PACKAGE.rglob("*.py"))
+VERBS = {
+    *("load", "transcribe", "stream", "generate", "train", "distill", "merge", "quantize", "export", "evaluate"),
+    *("bench", "align", "embed", "push", "serve", "tune"),
+}
 
 
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def dotted(path: Path) -> str:
+    parts = ("mowa", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, *, top_only: bool = False) -> list[str]:
+NAMES = {dotted(path): path for path in MODULES}
+
+
+def imported(path: Path, *, top_only: bool = False) -> list[str]:
+    """The modules that a file imports, here and inside functions, but not those for type checkers alone."""
     tree = ast.parse(path.read_text())
-    nodes = tree.body if top_only else ast.walk(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
     found = []
-    for node in nodes:
+    for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [name.name for name in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [f"{node.module}.{name.name}" if node.module == "mowa" else node.module for name in node.names]
+            inner = [f"{node.module}.{name.name}" for name in node.names]
+            found += [name if name in NAMES else node.module for name in inner]
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.parent != PACKAGE or not p.name.startswith("__")], ids=str)
-def test_imports_only_from_lower_floors(path):
-    here = room(path)
-    assert here in FLOOR_OF, f"{here} has no floor: give it one here and in docs/architecture.md"
-    for name in imports(path):
-        if name.startswith("mowa.") and (there := name.split(".")[1]) in FLOOR_OF and there != here:
-            assert FLOOR_OF[there] < FLOOR_OF[here], f"{path.name} ({here}) may not import {name}"
+def package(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_heavy_packages_are_imported_where_used(path):
-    assert not HEAVY & {name.split(".")[0] for name in imports(path, top_only=True)}
+@pytest.mark.parametrize("name", [name for name in NAMES if package(name) not in ("", "__main__")])
+def test_imports_only_from_lower_layers(name):
+    here = package(name)
+    assert here in LAYER_OF, f"{here} has no layer: give it one here and in docs/architecture.md"
+    for other in imported(NAMES[name]):
+        if (there := package(other)) in LAYER_OF and other.startswith("mowa.") and there != here:
+            assert LAYER_OF[there] < LAYER_OF[here], f"{name} may not import {other}"
 
 
-def test_no_room_is_a_drawer():
+def test_no_module_imports_itself_through_others():
+    graph = {name: {other for other in imported(path) if other in NAMES} - {name} for name, path in NAMES.items()}
+    while ends := {name for name, others in graph.items() if not others & graph.keys()} | (
+        graph.keys() - set().union(*graph.values(), ())
+    ):
+        graph = {name: others for name, others in graph.items() if name not in ends}
+    assert not {name: sorted(others & graph.keys()) for name, others in graph.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heavy_packages_are_imported_where_used(name):
+    assert not HEAVY & {other.split(".")[0] for other in imported(NAMES[name], top_only=True)}
+
+
+def test_the_package_imports_nothing_beside_it():
+    assert not [name for name, path in NAMES.items() for other in imported(path) if other.split(".")[0] == "projects"]
+
+
+def test_packages_are_small_and_say_what_they_are_for():
+    folders = {path.parent for path in MODULES}
+    full = {str(folder.relative_to(PACKAGE)): len([*folder.glob("*.py")]) - 1 for folder in folders}
+    assert not {name: count for name, count in full.items() if count > 15 and name not in LARGE}
+    silent = [folder for folder in folders if not ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))]
+    assert not silent
+
+
+def test_no_module_is_a_drawer_or_a_verb():
     drawers = {"utils", "util", "common", "base", "manager", "helpers", "misc"}
     assert not [path for path in MODULES if path.stem in drawers]
+    assert not VERBS & {module.name for module in pkgutil.iter_modules(mowa.__path__)}
+
+
+def test_importing_everything_leaves_every_verb_callable():
+    code = (
+        "import importlib, pkgutil, mowa\n"
+        "for module in pkgutil.walk_packages(mowa.__path__, 'mowa.'):\n"
+        "    module.name.endswith('__main__') or importlib.import_module(module.name)\n"
+        "print([name for _ in range(2) for name in mowa.__all__ if not callable(getattr(mowa, name))])\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
