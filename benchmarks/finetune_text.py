@@ -65,8 +65,8 @@ def right_answers(model: Any, samples: list[list[dict[str, str]]]) -> np.ndarray
 def estimate(right: np.ndarray) -> dict[str, float]:
     """The share of right answers with its 95 % interval (bootstrap)."""
     draws = np.random.default_rng(0).choice(right, (2000, len(right))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"value": round(right.mean(), 4), "low": round(low, 4), "high": round(high, 4)}
+    edges = {"value": right.mean(), "low": np.quantile(draws, 0.025), "high": np.quantile(draws, 0.975)}
+    return {edge: round(float(value), 4) for edge, value in edges.items()}
 
 
 def drift(first: Any, second: Any, samples: list[list[dict[str, str]]]) -> dict[str, float]:

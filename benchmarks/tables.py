@@ -39,7 +39,7 @@ class Sentence:
 
 def rounded(value: float, digits: int) -> str:
     """Format with `digits` decimals; halves round up, as in 2.65 → 2.7, whatever binary float holds them."""
-    exact = Decimal(repr(round(value, 12))).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
+    exact = Decimal(repr(round(float(value), 12))).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
     return f"{exact + 0:f}".replace("-", "−")  # + 0: no sign on zero
 
 

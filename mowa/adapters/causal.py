@@ -127,7 +127,7 @@ def read_adapter(folder: Path) -> CausalAdapter:
         raise ModelError(f"{folder}/{MANIFEST_FILE} is damaged: {error} is missing") from None
 
 
-def load_adapter(model: LanguageModel, folder: Path) -> LanguageModel:
+def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     """Load the adapter in `folder` over its base `model` and return a new model, in eval mode and frozen.
 
     `model` does not change. The new tokenizer has the chat template that the adapter was trained with.
@@ -135,6 +135,7 @@ def load_adapter(model: LanguageModel, folder: Path) -> LanguageModel:
     Raises ModelError if there is no adapter, it belongs to another base, or files are damaged; MissingDependency
     without PEFT.
     """
+    folder = Path(folder)
     adapter = read_adapter(folder)
     checkpoint.validate_base(adapter, model)
     if sha256_file(folder / WEIGHTS_FILE) != adapter.sha256:

@@ -9,7 +9,7 @@ import soundfile
 from mowa.cli.main import main
 from mowa.decode import captions
 from tests.checkpoints import clip, tiny
-from tests.privileges import without_root_privileges
+from tests.unprivileged import unprivileged
 
 ALL = ["--vad-threshold", "0", "--dtype", "float32"]  # the clips are noise
 
@@ -104,7 +104,7 @@ def test_windows_without_speech_are_skipped(capsys, model, tmp_path):
 
 def test_unreadable(run, good):
     good.chmod(0)
-    with without_root_privileges():
+    with unprivileged():
         code, _, err = run(good)
     assert code == 2
     assert "permission" in err.lower()
