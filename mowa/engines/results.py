@@ -219,7 +219,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _not_a_log(path: Path) -> DataError:
-    return DataError(f"{path}: already exists and is not a results log. Choose another file name.")
+    return DataError(f"{path}: is not a results log. Name one that `mowa transcribe --results` wrote, or a new file.")
 
 
 def _old_format(path: Path) -> DataError:

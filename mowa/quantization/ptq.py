@@ -50,7 +50,9 @@ def quantize(
         )
     reason = schemes.calibration_reason(scheme)
     if reason and not calibration_clips:
-        raise DataError(f"{schemes.format_scheme(scheme)} needs calibration recordings {reason}; pass some with --data")
+        raise DataError(
+            f"{schemes.format_scheme(scheme)} needs calibration recordings {reason}; pass some with --calibration-data"
+        )
     quantized = replace(model, net=merge.merge_adapter(model).net.to("cpu", torch.float32), scheme=scheme)
     net = quantized.net
     with torch.no_grad():

@@ -53,7 +53,14 @@ def run(folder, clips):
     return session.run(["logits"], feed)[0]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+SLOW_KINDS = (("hubert", "layer"), ("hubert", "group"), ("wavlm", "group"))
+
+
+def slow_if(value, slow):
+    return pytest.param(value, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.fixture(scope="module", params=[slow_if(kind, kind in SLOW_KINDS) for kind in KINDS], ids="-".join)
 def exported(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("-".join(request.param))
     base = whole_tiny(root / "base", *request.param)
@@ -125,7 +132,7 @@ def test_the_model_does_not_change(tmp_path):
     assert list(model.net.state_dict()) == names
 
 
-@pytest.mark.parametrize("adapter_type", ["lora", "bottleneck"])
+@pytest.mark.parametrize("adapter_type", ["lora", slow_if("bottleneck", True)])
 def test_adapters_are_merged(tmp_path, adapter_type):
     base = tiny(tmp_path / "base")
     save_tiny_adapter(base, adapter_type, tmp_path / "adapter", vocabulary=OTHER_VOCABULARY)
@@ -148,6 +155,7 @@ def test_half_precision_is_written_as_float32(tmp_path):
 
 LARGER = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_conv_pos_embedding_groups": 4}
 SCHEMES = ("fp16", "bf16", "int8-dynamic", "int8-static", "int8-weight", "int4-weight", "int4-weight+asym+64", "nf4")
+SLOW_SCHEMES = ("fp16", "bf16", "int8-weight", "int4-weight+asym+64")
 MAX_SIZE_RATIO = {"fp16": 0.51, "bf16": 0.51, "int8": 0.32, "int4": 0.26, "nf4": 0.26}  # of such a small net
 # (largest, mean) difference of a log-probability. Weights are exact but for the positional convolution, which is
 # rounded after its weight norm is folded. A different rounding of an int8 input changes all layers after it.
@@ -161,7 +169,7 @@ def larger(tmp_path_factory):
     return model, write(model, folder / "float32")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [slow_if(scheme, scheme in SLOW_SCHEMES) for scheme in SCHEMES])
 def test_every_scheme_gives_what_the_quantized_net_gives(larger, tmp_path, scheme):
     model, float32_folder = larger
     clips = [audio.normalize(clip(index, 16_000)) for index in range(4)]

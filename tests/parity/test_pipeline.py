@@ -31,7 +31,7 @@ def pipe():
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spoken")
-    chosen = synth.plan_utterances(SENTENCES, synth.list_voices()[::5], count=18, seed=11, prefix="said")
+    chosen = synth.plan_utterances(SENTENCES, synth.list_voices()[::5], count=8, seed=11, prefix="said")
     synth.synthesize_manifest(chosen, folder / "speech.jsonl", processes=1)
     return list(read_examples(folder / "speech.jsonl"))
 
