@@ -181,7 +181,7 @@ class Character:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A recognized word with its times, and those of its characters where they were asked for."""
+    """A recognized word with its times, and its characters if they were requested."""
 
     text: str
     start_s: float

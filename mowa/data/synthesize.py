@@ -1,7 +1,7 @@
 """Make a speech corpus from sentences with a text-to-speech program: recordings and manifests.
 
-A recording's file name is a hash of everything that it was made from, so a run that was interrupted, or that gets more
-sentences, makes only what is missing. `mowa.data.tts.plan` chooses voices, `mowa.data.tts.speaker` runs the program.
+A recording's file name is a hash of all its inputs, so a run that was interrupted, or that gets more sentences, makes
+only the missing recordings. `mowa.data.tts.plan` chooses voices, `mowa.data.tts.speaker` runs the program.
 """
 
 from __future__ import annotations

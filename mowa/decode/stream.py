@@ -1,4 +1,4 @@
-"""Transcribe a live stream: samples in, in pieces of any length, and segments out, whose final words never change.
+"""Transcribe a live stream: feed samples in pieces of any length, and get segments whose final words never change.
 
 A `TranscriptionStream` detects speech (`VoiceActivityDetector`), encodes it (`StreamingEncoder`) and decodes frames
 into words. A word is final when frames that later audio cannot change have ended it: with the space after it, or with a
@@ -6,7 +6,7 @@ pause. Partial segments hold what follows the last final word, and may change.
 
 The whole state of a stream is a `StreamState`; `TranscriptionStream.save` returns it as bytes, from which any process
 with the same model can continue. Audio is processed in steps of `STEP_SAMPLES`, so that the words do not depend on how
-it is split. Nothing but the detector runs while nobody speaks.
+it is split. Without speech, only the detector runs.
 """
 
 from __future__ import annotations

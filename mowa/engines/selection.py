@@ -1,8 +1,8 @@
-"""Select the engine that runs a model: the one that was asked for, or the fastest one on this machine.
+"""Select the engine that runs a model: the requested one, or the fastest one on this machine.
 
 Engines are timed on two clips of noise after a warm-up; the timings are cached by CPU, package versions and the net's
 shape. Only dtypes that keep the transcript are candidates: float32, and bfloat16 where the CPU computes in it
-(`hardware.select_precision`, docs/speed.md). int8 and float16 must be asked for.
+(`hardware.select_precision`, docs/speed.md). int8 and float16 must be requested.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Descriptions of the supported architectures, one file each: class names, linear layers, name patterns, limits.
+"""Registry of supported architectures, one file each: class names, linear layers, name patterns, limits.
 
 Start with `registry` (`resolve_family`, `get_family`) and `mowa.types.Family`. docs/add-a-family.md: how to add one.
 Importing this package registers all families and does not import torch.

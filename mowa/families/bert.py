@@ -1,4 +1,4 @@
-"""BERT (arXiv:1810.04805) and sentence encoders with its architecture: MiniLM, BGE, E5, GTE.
+"""Registry entry: BERT (arXiv:1810.04805) and sentence encoders with its architecture (MiniLM, BGE, E5, GTE).
 
 Tensors have the names of a bare encoder; a checkpoint with a head has the prefix `bert.`.
 """

@@ -1,6 +1,8 @@
-"""DeepSeek V2 and V3 (arXiv:2405.04434, arXiv:2412.19437), and R1 (arXiv:2501.12948), which has V3's architecture.
- Keys and values are projected from a small latent (MLA), and so are queries except in V2-Lite, which has q_proj instead
-of q_a_proj and q_b_proj. The first blocks have an MLP, the others experts, some of them shared by all tokens.
+"""Registry entries: DeepSeek V2 (arXiv:2405.04434), and V3 (arXiv:2412.19437) with R1 (arXiv:2501.12948).
+
+R1 has V3's architecture. Keys and values are projected from a small latent (MLA), and so are queries except in V2-Lite,
+which has q_proj instead of q_a_proj and q_b_proj. The first blocks have an MLP, the others experts, some of them shared
+by all tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Gemma 1, 2 and 3 (arXiv:2403.08295, arXiv:2408.00118, arXiv:2503.19786): RMS norms with 1 + weight, GELU gates.
- Gemma 2 and 3 alternate sliding windows with full attention. Gemma 3 from 4B on has a vision tower: `gemma3`;
-`gemma3_text` is text only. `linears` are those of the language model; the vision tower has some of the same name.
+"""Registry entries: Gemma 1, 2 and 3 (arXiv:2403.08295, arXiv:2408.00118, arXiv:2503.19786).
+
+Their RMS norms scale by 1 + weight, and their MLPs gate with GELU. Gemma 2 and 3 alternate sliding windows with full
+attention. Gemma 3 from 4B on has a vision tower: `gemma3`; `gemma3_text` is text only. `linears` are those of the
+language model; the vision tower has some of the same name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""gpt-oss (arXiv:2508.10925): experts with clipped gates, and attention with a sink per head."""
+"""Registry entry: gpt-oss (arXiv:2508.10925), with clipped gates in its experts and an attention sink per head."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Granite 3 (arXiv:2407.13739), dense and with experts: Llama's architecture with multipliers from the config.
+"""Registry entries: Granite 3 (arXiv:2407.13739), dense and with experts; Llama's architecture with multipliers.
 
-Granite 4 mixes attention with state-space layers and is another architecture.
+The multipliers are read from the config. Granite 4 mixes attention with state-space layers and is another architecture.
 """
 
 from __future__ import annotations

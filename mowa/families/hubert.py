@@ -1,4 +1,7 @@
-"""HuBERT (arXiv:2106.07447): wav2vec 2.0's architecture and module names, pretrained on cluster labels."""
+"""Registry entry: HuBERT (arXiv:2106.07447), wav2vec 2.0's architecture pretrained on cluster labels.
+
+Its modules have the same names as those of wav2vec 2.0.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Llama (arXiv:2302.13971, arXiv:2307.09288, arXiv:2407.21783) and models with its architecture: TinyLlama, SmolLM and
-SmolLM2, Vicuna, Yi, the first DeepSeek models. SmolLM3 has no positions in every fourth block.
+"""Registry entries: Llama (arXiv:2302.13971, arXiv:2307.09288, arXiv:2407.21783) and models with its architecture.
+
+TinyLlama, SmolLM and SmolLM2, Vicuna, Yi and the first DeepSeek models have Llama's architecture. SmolLM3 has no
+positions in every fourth block.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Mistral (arXiv:2310.06825): Llama's architecture with sliding-window attention.
- Ministral alternates it with full attention; Ministral 3 scales its positions. Models with a vision tower (Pixtral,
+"""Registry entries: Mistral (arXiv:2310.06825), Llama's architecture with sliding-window attention.
+
+Ministral alternates it with full attention; Ministral 3 scales its positions. Models with a vision tower (Pixtral,
 Mistral Small 3.1 and later) are another architecture.
 """
 
@@ -53,7 +54,7 @@ MINISTRAL3 = register(
         blocks=("Ministral3DecoderLayer",),
         linears=LLAMA.linears,
         architectures=("Ministral3ForCausalLM",),
-        # No name patterns: Ministral-3 on the Hub has a vision tower; the config tells the text model.
+        # No name patterns: Ministral-3 on the Hub has a vision tower; only the config identifies the text model.
         fused_modules={"rms_norm": ("Ministral3RMSNorm",), "swiglu": ("Ministral3MLP",)},
         tensor_names=LLAMA.tensor_names,
     )

@@ -1,4 +1,4 @@
-"""Mixtral (arXiv:2401.04088): Mistral's architecture with eight experts per block, two of them used per token."""
+"""Registry entry: Mixtral (arXiv:2401.04088), Mistral's architecture with eight experts, two of them used per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ModernBERT (arXiv:2412.13663): an encoder with rotary positions, windows in two of three blocks, and GELU gates."""
+"""Registry entry: ModernBERT (arXiv:2412.13663), with rotary positions, windows in two of three blocks, GELU gates."""
 
 from __future__ import annotations
 

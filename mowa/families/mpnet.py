@@ -1,4 +1,4 @@
-"""MPNet (arXiv:2004.09297): BERT's blocks with one relative position bias for all of them."""
+"""Registry entry: MPNet (arXiv:2004.09297), BERT's blocks with one relative position bias shared by all of them."""
 
 from __future__ import annotations
 

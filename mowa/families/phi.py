@@ -1,5 +1,6 @@
-"""Phi 1, 1.5 and 2 (arXiv:2306.11644, arXiv:2309.05463), and Phi 3, 3.5 and 4 (arXiv:2404.14219, arXiv:2412.08905).
- Phi 2 computes attention and MLP in parallel after one layer norm. Phi 3 is another architecture: q, k and v are one
+"""Registry entries: Phi 1 to 2 (arXiv:2306.11644, arXiv:2309.05463), Phi 3 to 4 (arXiv:2404.14219, arXiv:2412.08905).
+
+Phi 2 computes attention and MLP in parallel after one layer norm. Phi 3 is another architecture: q, k and v are one
 linear layer, gate and up another.
 """
 

@@ -1,4 +1,4 @@
-"""Qwen 1.5, 2, 2.5 and 3 (arXiv:2309.16609, arXiv:2407.10671, arXiv:2412.15115, arXiv:2505.09388), dense and MoE.
+"""Registry entries: Qwen 1.5 to 3, dense and MoE (arXiv:2309.16609, 2407.10671, 2412.15115 and 2505.09388).
 
 Qwen3's embedding and reranking models (arXiv:2506.05176) have Qwen3's architecture, so they are of that family.
 """

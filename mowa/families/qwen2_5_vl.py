@@ -1,6 +1,7 @@
-"""Qwen2.5-VL (arXiv:2502.13923): Qwen2's architecture with positions in time, height and width, and a vision tower.
+"""Registry entry: Qwen2.5-VL (arXiv:2502.13923), Qwen2's architecture with 3-D positions and a vision tower.
 
-`linears` are those of the language model; the vision tower's MLPs have some of the same name.
+Positions have three components: time, height and width. `linears` are those of the language model; the vision tower's
+MLPs have some of the same name.
 """
 
 from __future__ import annotations

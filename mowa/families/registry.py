@@ -1,6 +1,6 @@
-"""Find the `Family` of a model by its name and its config. Families of other packages join by an entry point.
+"""Find the `Family` of a model by its name and its config. Other packages add families by an entry point.
 
-The entry point group is `mowa.families`; it is read when a family is first looked up. No torch here.
+The entry point group is `mowa.families`; it is read when a family is first looked up. It imports no torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""wav2vec 2.0 (arXiv:2006.11477), XLSR-53 (arXiv:2006.13979), XLS-R and MMS: one architecture.
+"""Registry entry: wav2vec 2.0 (arXiv:2006.11477), XLSR-53 (arXiv:2006.13979), XLS-R and MMS, one architecture.
 
-Front ends with group norm (`base`) and with layer norm (`large-lv60`, XLSR) are one family; the config tells which.
+Front ends with group norm (`base`) and with layer norm (`large-lv60`, XLSR) are one family; the config distinguishes
+them.
 """
 
 from __future__ import annotations

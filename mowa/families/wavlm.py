@@ -1,5 +1,6 @@
-"""WavLM (arXiv:2110.13900): HuBERT's architecture with a gated relative position bias in the attention.
- Its attention passes the raw weights of q, k, v and out to `multi_head_attention_forward`, so a module in their place
+"""Registry entry: WavLM (arXiv:2110.13900), HuBERT's architecture with a gated relative position bias.
+
+Its attention passes the raw weights of q, k, v and out to `multi_head_attention_forward`, so a module in their place
 (LoRA, int8) would silently be bypassed: `linears` lists only layers that are called.
 """
 

@@ -1,4 +1,4 @@
-"""Numerical kernels: functions of tensors with hand-written forward and backward passes, and no knowledge of models.
+"""Numerical kernels: functions of tensors with hand-written forward and backward passes, independent of models.
 
 Each module begins with its formula. Start with `attention.dispatch` (attention for packed, padded and windowed
 sequences) and `linear_cross_entropy` (a language model's head and loss without its logits). `rms_norm`, `glu`,

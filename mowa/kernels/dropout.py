@@ -1,9 +1,10 @@
 """Dropout on CPUs, where torch's own random numbers cost more than the matrix products around them.
 
     y = x · m / (1 - p),   m = 0 with probability p, else 1
- torch draws a double per element, in one thread. Here 16 bits per element from a SFC64 generator decide, so p is exact
-to 1/65536. The generator's seed comes from torch's: whatever replays torch's state (checkpointing, resuming) replays
-the masks.
+
+torch draws a double per element, in one thread. This draws 16 bits per element from a SFC64 generator, so p is exact to
+1/65536. The generator is seeded from torch's, so code that restores torch's state (checkpointing, resuming) gets the
+same masks.
 """
 
 from __future__ import annotations

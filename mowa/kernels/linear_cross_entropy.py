@@ -37,7 +37,7 @@ class TokenScores:
     Attributes:
         log_probs: of the target, nats, float32 (float64 if hidden is); with label smoothing, minus the smoothed loss.
             Differentiable with respect to hidden, weight and bias.
-        entropy: of the distribution, nats, same dtype, without gradient; None if not asked for.
+        entropy: of the distribution, nats, same dtype, without gradient; None if not requested.
         is_top1: bool, whether the target has the highest logit (of equal ones, the first counts).
     """
 
@@ -48,7 +48,7 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """Settings of the pass over the chunks. needs_grad: whether gradients are wanted at all."""
+    """Settings of the pass over the chunks. needs_grad: whether any gradient is required."""
 
     scale: float
     softcap: float | None
@@ -264,7 +264,7 @@ class _TokenStats:
 
 @dataclass(frozen=True, slots=True)
 class _WeightGradients:
-    """Gradients of weight [V, D] and bias [V], summed over tokens in float32 or wider; None where not wanted."""
+    """Gradients of weight [V, D] and bias [V], summed over tokens in float32 or wider; None where not required."""
 
     weight: Tensor | None
     bias: Tensor | None

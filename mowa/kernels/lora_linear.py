@@ -3,9 +3,10 @@
     y  = x Wᵀ + b + s · (x Aᵀ) Bᵀ
     dx = dy W + s · (dy B) A
     dA = s · (dy B)ᵀ x,   dB = s · dyᵀ (x Aᵀ)
- The update is added by the matrix product that computes it, in place: one temporary of y's size in the forward pass and
-one of x's size in the backward pass, where PEFT's modules need four and three. Saved are x, in its own dtype (so
-linears with one input share it), and x Aᵀ [..., R]. W gets no gradient.
+
+The update is added by the matrix product that computes it, in place: one temporary of y's size in the forward pass and
+one of x's size in the backward pass, where PEFT's modules need four and three. x is saved in its own dtype (so
+linears with one input share it), and x Aᵀ [..., R] is saved too. W gets no gradient.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Gradient checkpointing (arXiv:1604.06174) that keeps the checkpointed inputs in pinned host memory.
- Each block's input is copied to the host on a side stream while the block runs, at most two copies at a time; in the
+
+Each block's input is copied to the host on a side stream while the block runs, at most two copies at a time; in the
 backward pass the previous block's input is copied back while a block is recomputed. Gradients are bit-identical to
 plain checkpointing. CPU tensors stay where they are.
 """

@@ -1,4 +1,4 @@
-"""Measure how far apart the emissions of two models are on the same recordings, frame by frame, without texts.
+"""Measure the difference of two models' emissions on the same recordings, frame by frame, without transcripts.
 
 kl = mean over frames of Σ p (log p - log q),  p the reference's probabilities, q the candidate's
 """
@@ -18,7 +18,7 @@ INVALID_TOKEN = -1  # the top token of a frame that has NaN
 
 @dataclass(frozen=True, slots=True)
 class ModelDiff:
-    """How far apart two models are.
+    """Difference of two models' emissions.
 
     Attributes:
         max_abs_diff: largest difference of a log-probability, nats.

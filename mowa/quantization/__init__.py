@@ -1,6 +1,6 @@
 """Quantize a model's weights: to float16, bfloat16, int8, int4, nf4, or a mix within a size budget.
 
-Start with `schemes` (what can be asked for, by name) and `ptq` (`quantize`, post-training quantization). `linears`
+Start with `schemes` (names and properties of all schemes) and `ptq` (`quantize`, post-training quantization). `linears`
 lists the layers that are quantized and estimates sizes; `calibration` records their inputs; `mixed_precision`
 distributes a size budget; `qat` trains with rounded weights; `formats` reads and writes the tensors of
 compressed-tensors and bitsandbytes. Importing this package does not import torch.

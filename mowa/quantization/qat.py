@@ -1,4 +1,4 @@
-"""Quantization-aware training: train with rounded weights, then round them for good.
+"""Quantization-aware training: train with rounded weights, then replace the weights by their rounded values.
 
 Linears compute with ŵ = s q instead of their weights w, rounded anew in every step; gradients pass straight through
 to w (arXiv:1308.3432, arXiv:1712.05877):
@@ -118,7 +118,7 @@ def _clip_outliers(weight: nn.Parameter, bits: int, columns: int) -> None:
 
 @torch.no_grad()
 def round_weights(net: Any) -> None:
-    """Round the weights of a prepared net for good, in place. Inputs are still rounded, so that it can be evaluated.
+    """Replace the weights of a prepared net by their rounded values, in place; inputs are still rounded.
 
     Scales become float16 numbers, as files store them. The integers stay those of training, except perhaps in groups
     whose largest weight is below 1e-5, where float16 has few scales left.

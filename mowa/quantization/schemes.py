@@ -1,6 +1,6 @@
 """Parse scheme names such as `int4-weight+gptq+64`, and say what each scheme needs and how it stores each tensor.
 
-No torch here, so that command lines and recipes can be checked without it.
+This module does not import torch, so that command lines and recipes can be checked without it.
 """
 
 from __future__ import annotations

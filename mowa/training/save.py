@@ -1,4 +1,4 @@
-"""Write what a run ends with, whichever task it is for: checkpoint files, report, recipe and curve."""
+"""Write the results of a run of either task: checkpoint files, report, recipe and curve."""
 
 from __future__ import annotations
 

@@ -163,6 +163,7 @@ def test_weights_are_stored_quantized(tmp_path, scheme):
     np.testing.assert_allclose(logits, net_logits(net, samples), atol=0.5 if scheme == "int8-static" else 0.1)
 
 
+@pytest.mark.slow
 def test_quantized_programs_are_smaller(tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 2}
     model = mowa.load(str(tiny(tmp_path / "net", **SHORT | sizes)))
@@ -224,6 +225,7 @@ def test_the_example_gives_the_transcript_of_mowa(tmp_path, monkeypatch, capsys,
     assert len(text) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML is available")
 def test_the_example_requires_macos():
     completed = subprocess.run([sys.executable, EXAMPLES / "run_coreml.py", "a", "b"], capture_output=True, text=True)

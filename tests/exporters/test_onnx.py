@@ -145,6 +145,7 @@ def test_adapters_are_merged(tmp_path, adapter_type):
     assert exporting.read_artifact(out).vocabulary == OTHER_VOCABULARY
 
 
+@pytest.mark.slow
 def test_half_precision_is_written_as_float32(tmp_path):
     model = mowa.load(str(tiny(tmp_path / "base")), dtype="bfloat16")
     out = write(model, tmp_path / "out")

@@ -60,6 +60,7 @@ def test_other_nets_have_none(tmp_path):
     assert not (folder / streaming.CHUNK_GRAPH_FILE).exists()
 
 
+@pytest.mark.slow
 def test_large_receptive_fields_are_exported(tmp_path):
     """As pl-tiny's, of 1040 samples."""
     far = {"conv_dim": (16,) * 4, "conv_kernel": (400, 1, 3, 3), "conv_stride": (160, 1, 1, 2), "num_hidden_layers": 1}

@@ -1,6 +1,6 @@
 """Record from a microphone as a live audio source, through PortAudio (the package `sounddevice`).
 
-The microphone is opened at the wanted sample rate, or at its own if it rejects that. Audio counts as recorded when
+The microphone is opened at the requested sample rate, or at its own if it rejects that. Audio counts as recorded when
 PortAudio delivers it; the latency before that is unknown.
 """
 

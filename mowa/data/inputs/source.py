@@ -64,7 +64,7 @@ AudioChunks = Generator[AudioChunk, None, None]
 class AudioSource:
     """A live source that has not been opened.
 
-    open_stream  called with the wanted sample rate, opens the source and yields its audio, at that rate if it can;
+    open_stream  called with the requested sample rate, opens the source and yields its audio, at that rate if it can;
                  raises AudioError if that fails
     pausable     whether the source waits while nothing is taken from it
     finite       whether the source ends by itself

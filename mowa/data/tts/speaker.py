@@ -143,7 +143,7 @@ class _SkippedError(Exception):
 
 
 class _StoppedError(Exception):
-    """The run is being stopped, so what the program left behind says nothing about the sentence."""
+    """The run is being stopped, so the exit code and output of the program are meaningless."""
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

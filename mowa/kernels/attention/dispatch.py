@@ -31,8 +31,7 @@ class AttentionMask:
             n - 1.
         query_offset: position of the first query among the keys.
         documents: for each row of the batch, the sequences packed in it; no query sees another document. Padding at an
-            end
-            of a row may be one more document.
+            end of a row may be one more document.
         padding_mask: bool [B, K], False for hidden keys.
         dense_mask: bool (True: visible) or float (added to the scores), [B|1, H|1, Q, K]; replaces all other fields.
     """

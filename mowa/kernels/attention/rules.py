@@ -1,6 +1,6 @@
-"""Select the attention backend for a case: a rule over spec, used by `attend` and by `mowa explain` alike.
+"""Select an attention backend by a rule over its `AttentionSpec`, used by `attend` and by `mowa explain` alike.
 
-Nothing is tried and caught; why a backend is not used is said in words. No tensors here.
+Backends are not tried and caught: each one that is not used is listed with the reason. This module uses no tensors.
 """
 
 from __future__ import annotations

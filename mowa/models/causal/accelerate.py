@@ -1,5 +1,6 @@
 """Accelerate one causal net, reversibly: attention, norms, MLPs, LoRA and the loss are replaced on this net alone.
- Nothing of transformers, PEFT or TRL is patched; other nets in the process are not affected. `accelerate` returns what
+
+Nothing in transformers, PEFT or TRL is patched; other nets in the process are not affected. `accelerate` returns what
 was replaced and what was not, with reasons.
 """
 

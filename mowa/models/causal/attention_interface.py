@@ -2,12 +2,13 @@
 
 Importing this module registers the name and changes nothing else; `install_attention` lets one net use it until the
 function it returns is called. The name is stored in the net's config: nets that share a config object share it.
- transformers composes masks from functions (`transformers.masking_utils`); their structure is read here: causal,
+
+transformers composes masks from functions (`transformers.masking_utils`); their structure is read here: causal,
 windows, padding, packed positions. Anything else (images attended in both directions, chunks) becomes the dense mask
 that transformers computes. Rows are packed if there is no attention mask and no earlier cache, and positions restart.
 Not every net passes positions to its mask (gpt-oss), so a hook on the net provides them.
 
-transformers' continuous batching (`generate_batch`), with its paged cache, accepts only names it knows: undo before.
+transformers' continuous batching (`generate_batch`), with its paged cache, rejects this name: undo the change first.
 """
 
 from __future__ import annotations

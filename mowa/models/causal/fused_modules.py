@@ -50,7 +50,7 @@ _VARIANTS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 
 
 class FusedForward:
-    """Stands in for the forward of a module: function(module, *args, **kwargs); is copied with the module."""
+    """Replacement for the forward of a module: function(module, *args, **kwargs); it is copied with the module."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
         self.module, self.function, self.kwargs = module, function, dict(kwargs)

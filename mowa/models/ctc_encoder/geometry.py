@@ -1,4 +1,4 @@
-"""Read sizes from the config of a wav2vec2-like net: samples per frame, and the last frame position. No torch here."""
+"""Read sizes from the config of a wav2vec2-like net: samples per frame, and the last frame position. No torch."""
 
 from __future__ import annotations
 

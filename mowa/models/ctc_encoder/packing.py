@@ -101,8 +101,7 @@ def forward_packed(
         input_values: [1, N], a row from `pack_samples`.
         lengths: of the U recordings, in samples.
         mask_time_indices: SpecAugment, bool [F]: frames replaced by the net's mask embedding; F counts the frames of
-            all
-            recordings in order.
+            all recordings in order.
         mask_feature_indices: SpecAugment, bool [U, D]: channels set to zero.
         hidden_layers: blocks whose output to return.
 

@@ -1,9 +1,10 @@
 """Absolute positions: nets whose positional convolution gives the same output for any input, so that it is a table.
- A checkpoint made by projects/pl_tiny has the config key `absolute_positions`: its positional convolution reads only
+
+A checkpoint made by projects/pl_tiny has the config key `absolute_positions`: its positional convolution reads only
 channels that are constant over time, with taps only for earlier frames. What it adds to frame t then depends on t
 alone, and is constant from the last position on. This module computes that table, [N, D], and lets one net look it up
-instead of multiplying thousands of taps. Everything else asks `absolute_position_table(net)`, which is the table or
-None.
+instead of multiplying thousands of taps. Other modules call `absolute_position_table(net)`, which returns the table
+or None.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mowa.models.ctc_encoder.geometry import POSITIONS_CONFIG_KEY, max_absolute_
 
 
 class TableForward:
-    """Stands in for `forward` of a positional convolution: states [B, T, D] → positions [B, T, D], from a table.
+    """Replacement for `forward` of a positional convolution: states [B, T, D] → positions [B, T, D], from a table.
 
     Args:
         module: the convolution, used outside of inference mode unless `frozen`.

@@ -27,7 +27,7 @@ PRETRAINED_LR, LORA_LR = 1e-5, 2e-4  # default peak rates of pretrained weights 
 
 @dataclass(frozen=True, slots=True)
 class CausalRun:
-    """All that the trainer is built from. `model` has the net as it is trained; `batches` index `splits.train`."""
+    """Inputs of the trainer. `model` has the net as it is trained; `batches` index `splits.train`."""
 
     recipe: CausalRecipe
     model: LanguageModel

@@ -96,8 +96,8 @@ class CausalRecipe:
 
     model: str = field(metadata={"help": "checkpoint to start from: a folder, or a hub id owner/name[@revision]"})
     data: CausalData
-    task: str = option("causal", "what is trained for: causal (next-token prediction)", choices=("causal",))
-    method: str = option("lora", "what is trained: lora | top-N (blocks, and the final norm) | full")
+    task: str = option("causal", "task: causal (next-token prediction)", choices=("causal",))
+    method: str = option("lora", "weights to train: lora | top-N (blocks, and the final norm) | full")
     batch: CausalBatch = field(default_factory=CausalBatch)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(

@@ -127,12 +127,12 @@ class CTCRecipe:
     data: CTCData
     task: str = option(
         "ctc",
-        "what is trained for: ctc (speech recognition) or causal (language models, other options)",
+        "task: ctc (speech recognition) or causal (language models, which have other options)",
         choices=("ctc",),
     )
     method: str = option(
         "full",
-        "what is trained: head | bottleneck | lora | top-N (blocks) | encoder (blocks) | full; the head always is",
+        "weights to train: head | bottleneck | lora | top-N (blocks) | encoder (blocks) | full; always with the head",
     )
     vocabulary: str = option(
         "keep",

@@ -1,4 +1,4 @@
-"""Knowledge distillation: a student made of some of the teacher's layers, trained to match it.
+"""Knowledge distillation: train a student, initialized from some of the teacher's layers, to match it.
 
     loss = ctc_weight · CTC + logit_weight · τ² KL(teacher ‖ student) + hidden_weight · mean over layers of d(h, h′)
     d(a, b) = mean over frames of |a − b|² / (variance of b),   b the teacher's hidden states after the paired layer

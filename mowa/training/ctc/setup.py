@@ -25,7 +25,7 @@ STREAMING_SUFFIX = "-streaming"  # of the name under which a data set is evaluat
 
 @dataclass(frozen=True, slots=True)
 class CTCRun:
-    """All that the Trainer is built from. `model` has the net as it is trained, and the vocabulary of its new head."""
+    """Inputs of the Trainer. `model` has the net as it is trained, and the vocabulary of its new head."""
 
     recipe: CTCRecipe
     model: Model

@@ -1,4 +1,4 @@
-"""Which process of a run this is."""
+"""Find out which process of a distributed run this is."""
 
 from __future__ import annotations
 

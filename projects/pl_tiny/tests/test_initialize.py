@@ -317,6 +317,7 @@ def test_failed_downloads_of_a_teacher(tmp_path, monkeypatch):
         teachers.fetch_teacher("tiny", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_resumes(folder, tmp_path):
     """Two stages, front end and CTC; interrupted in the second, the run ends with the same weights."""
     manifest = corpus(tmp_path / "corpus", 8)
