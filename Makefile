@@ -37,7 +37,7 @@ check: .venv/.check
 docs: .venv/.run
 	$(BIN)/python -m mowa.cli.docs_pages docs
 
-# Builds pl-tiny from scratch (projects/pl_tiny/README.md). Steps whose result is under build/ are skipped, and an
+# Builds pl-tiny (projects/pl_tiny/README.md). Steps whose result is under build/ are skipped, and an
 # interrupted training run resumes.
 PL_TINY := $(BIN)/python -m projects.pl_tiny
 model: .venv/.test apt-espeak apt-festival

@@ -50,8 +50,8 @@ def _split_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tu
 @click.option("--encoding", metavar="NAME", default="",
               help="Encoding that the program reads. [default: UTF-8; festival: by language, ISO-8859-2 for cs]")
 @click.option("--clips", type=click.IntRange(min=1), metavar="N",
-              help="Number of recordings. More than there are sentences: each is spoken by several voices. Fewer:"
-              " sentences are drawn. [default: one per sentence]")
+              help="Number of recordings. If larger than the number of sentences, each is spoken by several voices; if"
+              " smaller, sentences are sampled. [default: one per sentence]")
 @click.option("--dev", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True, metavar="SHARE",
               help="Share of the sentences held out for dev.jsonl; with three voices or more, also of the voices.")
 @click.option("--sample-rate", type=click.IntRange(8_000, 48_000), default=16_000, show_default=True, metavar="HZ",

@@ -1,4 +1,4 @@
-"""Select an attention backend by a rule over its `AttentionSpec`, used by `attend` and by `mowa explain` alike.
+"""Select an attention backend by a rule over `AttentionSpec`, used by `attend` and by `mowa explain` alike.
 
 Backends are not tried and caught: each one that is not used is listed with the reason. This module uses no tensors.
 """

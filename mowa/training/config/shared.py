@@ -89,7 +89,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True)
 class MonitorConfig:
-    """Checks that stop a run which would waste a night. 0 turns a check off."""
+    """Checks that stop a run which cannot succeed. 0 turns a check off."""
 
     blank_ratio: float = option(0.99, "fraction of blank frames that counts as collapse (CTC only)", **FRACTION)
     collapse_patience: int = option(
