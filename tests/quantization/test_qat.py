@@ -269,16 +269,16 @@ def test_strategies_that_shard_weights_are_refused(base, manifest):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_two_processes_leave_weights_on_the_grid(base, manifest, tmp_path, strategy):
-    knobs = {"model": base, "data": manifest, "dev": manifest, "qat": "int4", "max-steps": 4, "devices": 2}
-    knobs |= {
+    options = {"model": base, "data": manifest, "dev": manifest, "qat": "int4", "max-steps": 4, "devices": 2}
+    options |= {
         "strategy": strategy,
         "optimizer.precision": "float32",
-        "spec_augment.mask_time_prob": 0,
+        "spec-augment.mask-time-prob": 0,
         "batch.seconds": 4,
         "out": tmp_path,
     }
     command = [sys.executable, "-m", "mowa", "train", "--threads", "2"]
-    command += [str(part) for name, value in knobs.items() for part in (f"--{name}", value)]
+    command += [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     model = loading.load(str(tmp_path))
