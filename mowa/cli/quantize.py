@@ -63,7 +63,7 @@ def parse_ratio(context: click.Context, parameter: click.Parameter, text: str) -
               help="Measure the real-time factor with 1 and all threads, batch sizes 1 and 4.")
 @click.option("-o", "--out", type=click.Path(path_type=Path),
               help="Output folder for the models and the report (quant_report.json, .html); rerun the same command to"
-              " resume.")
+              " resume. [default: print the table, keep no files]")
 @click.option("--force", is_flag=True, help="Keep schemes that fail.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -22,6 +23,8 @@ def _split_names(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 def _split_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
     try:
         numbers = [float(name) for name in _split_names(ctx, param, value)]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a list of numbers such as 120,160,200") from None
     return tuple(int(number) if number.is_integer() else number for number in numbers)

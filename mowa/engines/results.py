@@ -211,10 +211,14 @@ def read_header(path: Path) -> dict[str, Any]:
         raise _old_format(path)
     if not isinstance(header, dict) or "results" not in header:
         raise _not_a_log(path)
-    if header["results"] != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: is a results log of format {header['results']}, this mowa reads {FORMAT_VERSION}. Update mowa."
-        )
+    version = header["results"]
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise DataError(f"{path}: is a results log of format {version}, this mowa reads {FORMAT_VERSION}. Update mowa.")
+    shape = {"model": dict, "settings": dict, "versions": dict}
+    if isinstance(version, bool) or version != FORMAT_VERSION:
+        raise _not_a_log(path)
+    if not all(isinstance(header.get(key), kind) for key, kind in shape.items()):
+        raise DataError(f"{path}: its first line is damaged. Transcribe again into a new file.")
     return header
 
 

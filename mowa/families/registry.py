@@ -107,7 +107,8 @@ def _match_config(config: Mapping[str, Any]) -> Family | None:
     """The family of a config; None if it names neither a model type nor an architecture."""
     if model_type := config.get("model_type"):
         return get_family(str(model_type))
-    architectures = tuple(config.get("architectures") or ())
+    listed = config.get("architectures")
+    architectures = tuple(name for name in listed if isinstance(name, str)) if isinstance(listed, list | tuple) else ()
     for family in list_families():
         if set(architectures) & set(family.architectures):
             return family
@@ -126,7 +127,7 @@ def _single(name: str, candidates: list[Family], config: Mapping[str, Any] | Non
     if candidates:
         raise ModelError(f"{name} is named like {' and '.join(one.name for one in candidates)}, and {wanted}")
     last = _last_part(name)
-    raise ModelError(f"no family is named like {last!r}{_suggest(last)}, and {wanted}")
+    raise ModelError(f"the family of {last!r} is unknown{_suggest(last)}: {wanted}")
 
 
 def _suggest(last: str) -> str:

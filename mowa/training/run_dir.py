@@ -54,5 +54,5 @@ def check_run_format(folder: Path) -> None:
     if found != str(RUN_FORMAT):
         raise RecipeError(
             f"{folder} holds a run of format {found}, which this version of mowa cannot resume (it writes format "
-            f"{RUN_FORMAT}): delete the folder and start again"
+            f"{RUN_FORMAT}): use another folder, or delete {folder}"
         )

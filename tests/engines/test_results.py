@@ -111,7 +111,9 @@ def test_other_settings_are_refused_and_the_log_is_unchanged(tmp_path, changed, 
     ResultsFile.open(path, HEADER | {"versions": {"mowa": "2"}}).close()
 
 
-@pytest.mark.parametrize("content", [b"dear diary", b"dear\ndiary\n", b'{"file": "a"}\n', b"\0\0\0"])
+@pytest.mark.parametrize(
+    "content", [b"dear diary", b"dear\ndiary\n", b'{"file": "a"}\n', b"\0\0\0", b'{"results": true}\n']
+)
 def test_other_files_are_refused_and_unchanged(tmp_path, content):
     (tmp_path / "notes").write_bytes(content)
     with pytest.raises(DataError, match="is not a results log"):
@@ -123,6 +125,10 @@ def test_other_format_versions_are_refused(tmp_path):
     (tmp_path / "j.jsonl").write_text('{"results": 9}\n')
     with pytest.raises(DataError, match=r"format 9, this mowa reads 2. Update mowa"):
         ResultsFile.open(tmp_path / "j.jsonl", HEADER)
+    for damaged in ('{"results": 2}', '{"results": 2, "model": 5, "settings": [], "versions": {}}'):
+        (tmp_path / "damaged.jsonl").write_text(damaged + "\n")
+        with pytest.raises(DataError, match="its first line is damaged"):
+            read_header(tmp_path / "damaged.jsonl")
     (tmp_path / "old.jsonl").write_text('{"journal": 1, "model": {}}\n')
     for read in (lambda path: ResultsFile.open(path, HEADER), read_header):
         with pytest.raises(DataError, match=r"was written by an older mowa .format 1, this version reads 2."):

@@ -18,7 +18,7 @@ SHORT = {"conv_dim": (16,) * 3, "conv_kernel": (10, 8, 8), "conv_stride": (5, 8,
 TRAINED = {"chunk_frames": [16], "left_context_frames": None, "lookahead_frames": [0, 8]}
 
 
-CHUNKS = [ChunkConfig(16, None, 8), ChunkConfig(1, 3), ChunkConfig(7, 20, 3), ChunkConfig(200)]
+CHUNKS = [ChunkConfig(16, None, 8), ChunkConfig(1, 3), ChunkConfig(8, 0), ChunkConfig(7, 20, 3), ChunkConfig(200)]
 
 
 @pytest.fixture(scope="module")

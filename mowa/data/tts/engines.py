@@ -70,7 +70,7 @@ class SpeechEngine:
         """Return what the program reads from standard input.
 
         Raises:
-            UnicodeEncodeError: the text has a character that the engine's encoding lacks.
+            UnicodeError: the text has a character that the engine's encoding lacks.
         """
         if self.name == "espeak-ng":
             text = text.replace("[[", "[ [")  # "[[" starts phoneme mnemonics
@@ -108,8 +108,8 @@ def open_engine(
         raise DataError(f"--command needs --engine command, not {name}")
     if encoding:
         try:
-            "".encode(encoding)
-        except LookupError:
+            "a".encode(encoding)
+        except (LookupError, UnicodeError):
             raise DataError(f"unknown encoding {encoding!r}; use a name such as iso-8859-2") from None
     if name == "espeak-ng":
         return _espeak(language, voices, rates or ESPEAK_RATES, pitches or ESPEAK_PITCHES, encoding or "utf-8")
@@ -248,7 +248,7 @@ def _command(
     _require_program(words[0], "install it, or give its path in --command")
 
     def build_command(voice: Voice, wav: Path) -> list[str]:
-        rate, pitch = ("" if value is None else f"{value:g}" for value in (voice.rate, voice.pitch))
+        rate, pitch = ("" if value is None else str(value) for value in (voice.rate, voice.pitch))
         fields = {"{wav}": str(wav), "{voice}": voice.name, "{rate}": rate, "{pitch}": pitch}
         return [re.sub(r"\{(wav|voice|rate|pitch)\}", lambda match: fields[match[0]], word) for word in words]
 

@@ -73,7 +73,7 @@ def plan_clips(
         name = names[(_draw(seed, text, "voice") + repeat) % len(names)]
         setting = (_draw(seed, text, name) + repeat // len(names)) % len(prosody)
         voice = Voice(name, *prosody[setting])
-        digest = _draw(*made_by, voice.name, f"{voice.rate or 0:g}", f"{voice.pitch or 0:g}", text)
+        digest = _draw(*made_by, voice.name, voice.rate or 0, voice.pitch or 0, text)
         slug = re.sub(r"[^\w+.-]+", "_", Path(name).name)[:40]
         plan.append(Clip(f"{slug}-{digest:016x}", lines[text], text, voice, split))
     return sorted(plan, key=lambda clip: clip.line)

@@ -86,9 +86,10 @@ class Speaker:
             raise _SkippedError("the sentence contains no letter or digit")
         try:
             sentence = self.engine.encode(clip.text)
-        except UnicodeEncodeError as error:
-            lacking, encoding = error.object[error.start], self.engine.encoding.upper()
-            raise _SkippedError(f"{lacking!r} is not in {encoding}, the encoding that the voice reads") from None
+        except UnicodeError as error:
+            lacking = repr(error.object[error.start]) if isinstance(error, UnicodeEncodeError) else "the sentence"
+            encoding = self.engine.encoding.upper()
+            raise _SkippedError(f"{lacking} is not in {encoding}, the encoding that the voice reads") from None
         wav = self.work / f"{clip.id}.wav"
         command = self.engine.build_command(clip.voice, wav)
         program = Path(command[0]).name

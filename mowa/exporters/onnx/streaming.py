@@ -104,8 +104,8 @@ def compare_chunked(net: Any, session: Any, speech: np.ndarray, chunks: ChunkCon
     parts = []
     for start in range(0, len(speech) - receptive + 1, chunks.size * stride):
         samples = speech[start : start + (chunks.size + chunks.lookahead) * stride + receptive - stride]
-        visible = kv_cache[:, :, -chunks.left_context :] if chunks.left_context else kv_cache
-        inputs = (samples, np.array([start // stride]), visible, *conv_cache)
+        first = 0 if chunks.left_context is None else max(0, kv_cache.shape[2] - chunks.left_context)
+        inputs = (samples, np.array([start // stride]), kv_cache[:, :, first:], *conv_cache)
         logits, new_kv, *new_conv = session.run(None, dict(zip(names, inputs, strict=True)))
         kv_cache = np.concatenate([kv_cache, new_kv[:, :, : chunks.size]], 2)
         caches = zip(conv_cache, new_conv, strict=True)

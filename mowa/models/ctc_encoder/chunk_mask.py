@@ -27,12 +27,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mowa.errors import ModelError
 from mowa.kernels.attention.dispatch import AttentionMask
 from mowa.models.ctc_encoder.positions import absolute_position_table, look_up
 
 SUPPORTED_CLASSES = ("Wav2Vec2ForCTC", "HubertForCTC")
 # config key: {"chunk_frames": [16, 32], "left_context_frames": None, "lookahead_frames": [0, 8]}
 STREAMING_CONFIG_KEY = "streaming"
+STREAMING_CONFIG_KEYS = {"chunk_frames", "left_context_frames", "lookahead_frames"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +81,21 @@ class TrainedChunking:
 
 
 def get_trained_chunking(config: Any) -> TrainedChunking | None:
-    """Return how a net was trained for chunked attention, from its config; None: it was not."""
+    """Return how a net was trained for chunked attention, from its config; None: it was not.
+
+    Raises:
+        ModelError: the entry has other keys, as older versions of mowa wrote them.
+    """
     entry = getattr(config, STREAMING_CONFIG_KEY, None)
     if not entry:
         return None
-    lookaheads = tuple(entry.get("lookahead_frames") or (0,))
-    return TrainedChunking(tuple(entry["chunk_frames"]), entry.get("left_context_frames"), lookaheads)
+    if not isinstance(entry, dict) or set(entry) != STREAMING_CONFIG_KEYS:
+        found = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
+        raise ModelError(
+            f"config.json: {STREAMING_CONFIG_KEY} has the keys {found}, and {', '.join(sorted(STREAMING_CONFIG_KEYS))}"
+            " are expected: an older version of mowa wrote it; train the checkpoint again"
+        )
+    return TrainedChunking(tuple(entry["chunk_frames"]), entry["left_context_frames"], tuple(entry["lookahead_frames"]))
 
 
 def set_trained_chunking(config: Any, trained: TrainedChunking | None) -> None:

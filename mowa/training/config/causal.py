@@ -38,7 +38,7 @@ class CausalData:
         "tokens in the loss: responses, the last response, or all; auto: responses of conversations, all of texts",
         choices=("auto", "responses", "last", "all"),
     )
-    chat_template: str = option("", "chat template where the tokenizer has none: chatml, or a .jinja file")
+    chat_template: str = option("", "chat template where the tokenizer has none: chatml, plain, or a .jinja file")
     max_length: int = option(2048, "tokens of the longest sample; at most the model's context length", minimum=8)
     on_overflow: str = option(
         "drop",

@@ -29,6 +29,7 @@ from mowa.training.config.shared import (
 
 METHODS = ("head", "bottleneck", "lora", "top-N", "encoder", "full")
 ADAPTER_METHODS = ("bottleneck", "lora")
+MAX_CHUNK_S = 60.0  # longer chunks are full context in practice
 QAT_GROUP_SIZES = (32, 64, 128)  # weights that share a scale, as in `mowa quantize`
 DEFAULT_AUGMENT = AugmentConfig(reverb=0.0, equalize=0.0, telephone=0.0, noise=0.0, gaps=0.0)
 NO_AUGMENT = replace(DEFAULT_AUGMENT, speed=(1.0, 1.0))
@@ -79,9 +80,14 @@ class ChunkedTraining:
     """
 
     chunk_s: tuple[float, ...] = option(
-        (), "chunk lengths in seconds, one drawn per batch; full: no chunks; none: no streaming", minimum=0.02
+        (),
+        "chunk lengths in seconds, one drawn per batch; full: no chunks; empty: no streaming",
+        minimum=0.02,
+        unlimited=True,
     )
-    left_context_s: float = option(math.inf, "seconds before a chunk that it attends to; full: all", minimum=0.0)
+    left_context_s: float = option(
+        math.inf, "seconds before a chunk that it attends to; full: all", minimum=0.0, unlimited=True
+    )
     lookahead_s: tuple[float, ...] = option(
         (0.0,), "look-ahead per chunk in seconds, one drawn per batch; adds as much latency", minimum=0.0, maximum=2.0
     )
@@ -238,6 +244,8 @@ def validate_streaming(recipe: CTCRecipe, where: str) -> None:
                 f"{where}: chunk_s is empty, so nothing is chunked; set it, for example [0.32, 0.64, full]"
             )
         return
+    if longest := [seconds for seconds in config.chunk_s if MAX_CHUNK_S < seconds < math.inf]:
+        raise RecipeError(f"{where}: chunk_s: {longest[0]:g} is over {MAX_CHUNK_S:g}; use full")
     if all(map(math.isinf, config.chunk_s)):
         raise RecipeError(f"{where}: chunk_s holds only full; add at least one length in seconds")
     if not config.lookahead_s:

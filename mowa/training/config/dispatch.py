@@ -20,7 +20,7 @@ NO_LEAF_NAME = {"data.train"}  # keys whose last part does not stand alone: `tra
 def parse(tree: Any, where: str) -> Recipe:
     """Build the recipe of the tree's `task` (ctc, the default, or causal). RecipeError names the path of a bad key."""
     task = tree.get("task", "ctc") if isinstance(tree, dict) else "ctc"
-    if task not in CONFIG_MODULES:
+    if not isinstance(task, str) or task not in CONFIG_MODULES:
         raise RecipeError(f"{where}: task: {task!r} is not one of {', '.join(CONFIG_MODULES)}")
     recipe: Recipe = CONFIG_MODULES[task].parse(tree, where)
     return recipe

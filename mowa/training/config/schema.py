@@ -33,12 +33,16 @@ def option(
     choices: tuple[str, ...] = (),
     minimum: float | None = None,
     maximum: float | None = None,
+    unlimited: bool = False,
 ) -> Any:
     """Declare a dataclass field with its default, one line of help, its choices and its range.
+
+    With `unlimited`, the number may be infinite, which YAML spells `full`.
 
     For lists and pairs, choices and range apply to each member.
     """
     about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+    about["unlimited"] = unlimited
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -58,17 +62,18 @@ def read_yaml(path: Path) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set()
             for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+                if not isinstance(key, yaml.ScalarNode):
+                    raise RecipeError(f"{path}: a key is a list or mapping (line {key.start_mark.line + 1})")
                 if key.value in seen:
                     raise RecipeError(f"{path}: duplicate key {key.value} (line {key.start_mark.line + 1}); keep one")
-                if isinstance(key, yaml.ScalarNode):
-                    seen.add(key.value)
+                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     try:
         return yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45, not UTF-8
         raise RecipeError(f"{path}: invalid YAML ({' '.join(str(error).split())})") from None
 
 
@@ -141,7 +146,7 @@ def field_default(field: Any, defaults: Any = None) -> Any:
 def _nearest(key: str, kind: Any) -> str:
     """Suggest the key that was probably meant, here or in a nested section."""
     hints = typing.get_type_hints(kind)
-    if near := difflib.get_close_matches(key, hints, 1):
+    if near := difflib.get_close_matches(key, hints, 1, 0.75):
         return f"did you mean {near[0]}?"
     below = {leaf.path[-1]: ": ".join(leaf.path) for leaf in iter_options(kind)}
     if near := difflib.get_close_matches(key, below, 1, 0.8):
@@ -153,6 +158,8 @@ def _validate(field: Any, value: Any, where: str) -> None:
     """Check choices and range, for each member of a tuple."""
     choices, minimum, maximum = (field.metadata.get(key) for key in ("choices", "minimum", "maximum"))
     for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, float) and math.isinf(one) and not field.metadata.get("unlimited"):
+            raise RecipeError(f"{where}: expected a finite number, found {UNLIMITED if one > 0 else one}")
         if choices and one not in choices:
             near = difflib.get_close_matches(str(one), choices, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(choices)}"

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCTC
+from transformers import AutoConfig, AutoModelForCTC
 
 import mowa
 from mowa.data import audio
+from mowa.errors import ModelError
 from mowa.models.causal import attention_interface
 from mowa.models.ctc_encoder import chunk_mask, streaming
 from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, ChunkLayout, TrainedChunking, apply_chunk_mask
@@ -194,3 +195,9 @@ def test_gradients_of_a_chunk_do_not_reach_later_audio(net):
     reached = values.grad[0].abs().nonzero().max()
     assert 8 * 320 - 1 <= reached < 8 * 320 + 80
     assert np.isfinite(values.grad.numpy()).all()
+
+
+def test_streaming_settings_of_an_older_version_are_refused():
+    config = AutoConfig.for_model("wav2vec2", streaming={"chunk_frames": [16], "left_frames": 8, "ahead_frames": [4]})
+    with pytest.raises(ModelError, match="an older version of mowa wrote it; train the checkpoint again"):
+        chunk_mask.get_trained_chunking(config)

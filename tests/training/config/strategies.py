@@ -57,11 +57,11 @@ def values(leaf):
         one = st.sampled_from(leaf.choices)
         return st.lists(one, max_size=2) if origin is tuple else one
     if origin is tuple:
-        return st.lists(st.floats(leaf.minimum, leaf.maximum), min_size=2, max_size=2)
+        return st.lists(st.floats(leaf.minimum, leaf.maximum, allow_infinity=False), min_size=2, max_size=2)
     if origin is dict:
         return st.dictionaries(TEXT.filter(bool), TEXT, max_size=3)
     if leaf.hint is float:
-        return st.floats(leaf.minimum, 1e6 if leaf.maximum is None else leaf.maximum)
+        return st.floats(leaf.minimum, 1e6 if leaf.maximum is None else leaf.maximum, allow_infinity=False)
     if leaf.hint is int:
         return st.integers(leaf.minimum, leaf.maximum)
     return st.booleans() if leaf.hint is bool else TEXT

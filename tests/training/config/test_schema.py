@@ -36,7 +36,7 @@ class Cake:
     swaps: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     sugar: str | None = None
-    pauses_s: tuple[float, ...] = ()
+    pauses_s: tuple[float, ...] = option((), "pauses", unlimited=True)
 
 
 LAYERS = {"layers": [{"of": "plum"}]}
@@ -60,6 +60,7 @@ def bake(tree):
         ({"oven": {"heat": -1}}, "cake: oven: heat is -1.0; it must be at least 0.0"),
         ({"oven": {"heat": 301}}, "cake: oven: heat is 301.0; it must be at most 300.0"),
         ({"oven": {"heat": "nan"}}, "cake: oven: heat: expected float, found nan"),
+        ({"oven": {"heat": "full"}}, "cake: oven: heat: expected a finite number, found full"),
         ({"oven": {"heat": True}}, "cake: oven: heat: expected float, found True"),
         ({"oven": {"heat": "hot"}}, "cake: oven: heat: expected float, found 'hot'"),
         ({"oven": {"trays": ["uper"]}}, "cake: oven: trays: 'uper' is not a valid choice; did you mean upper?"),
@@ -134,6 +135,9 @@ def test_round_trip(tmp_path_factory, cake):
         ("a: [", "invalid YAML"),
         ("a: \x00", "invalid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "invalid YAML"),
+        ("a: 2020-13-45", "invalid YAML (month must be in 1..12)"),
+        ("a: " + "[" * 3000, "invalid YAML"),
+        ("? [a, b]\n: 1", "a key is a list or mapping (line 1)"),
     ],
 )
 def test_invalid_yaml(tmp_path, text, message):
