@@ -181,7 +181,7 @@ def test_another_recipe_in_the_same_folder_is_refused(base, manifest, tmp_path):
 def test_a_run_of_an_older_format_is_refused(base, manifest, tmp_path):
     run(recipe(base, manifest), tmp_path / "out")
     (tmp_path / "out" / "run" / "format").unlink()
-    with pytest.raises(RecipeError, match=r"holds a run of format 1.*: delete the folder and start again"):
+    with pytest.raises(RecipeError, match=r"holds a run of format 1.*: use another folder, or delete"):
         run(recipe(base, manifest), tmp_path / "out")
 
 
