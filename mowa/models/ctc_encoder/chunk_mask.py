@@ -89,13 +89,14 @@ def get_trained_chunking(config: Any) -> TrainedChunking | None:
     entry = getattr(config, STREAMING_CONFIG_KEY, None)
     if not entry:
         return None
-    if not isinstance(entry, dict) or set(entry) != STREAMING_CONFIG_KEYS:
+    if not isinstance(entry, dict) or "chunk_frames" not in entry or set(entry) - STREAMING_CONFIG_KEYS:
         found = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
         raise ModelError(
             f"config.json: {STREAMING_CONFIG_KEY} has the keys {found}, and {', '.join(sorted(STREAMING_CONFIG_KEYS))}"
             " are expected: an older version of mowa wrote it; train the checkpoint again"
         )
-    return TrainedChunking(tuple(entry["chunk_frames"]), entry["left_context_frames"], tuple(entry["lookahead_frames"]))
+    lookaheads = tuple(entry.get("lookahead_frames") or (0,))
+    return TrainedChunking(tuple(entry["chunk_frames"]), entry.get("left_context_frames"), lookaheads)
 
 
 def set_trained_chunking(config: Any, trained: TrainedChunking | None) -> None:
