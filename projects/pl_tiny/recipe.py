@@ -34,7 +34,7 @@ class DevSet:
     name: str
     manifest: str
     max_samples: int = 150
-    chunk_s: float = math.inf
+    chunk_s: float = schema.option(math.inf, "chunk length", unlimited=True)
     lookahead_s: float = 0.0
 
 
@@ -47,8 +47,10 @@ class StreamingConfig:
     the attention mask.
     """
 
-    chunk_s: tuple[float, ...] = schema.option((0.32, 0.64, 1.28, math.inf), "chunk lengths", minimum=0.02)
-    left_context_s: float = schema.option(math.inf, "context before a chunk", minimum=0.0)
+    chunk_s: tuple[float, ...] = schema.option(
+        (0.32, 0.64, 1.28, math.inf), "chunk lengths", minimum=0.02, unlimited=True
+    )
+    left_context_s: float = schema.option(math.inf, "context before a chunk", minimum=0.0, unlimited=True)
     lookahead_s: tuple[float, ...] = schema.option((0.0,), "context after a chunk", minimum=0.0, maximum=2.0)
 
 
