@@ -27,8 +27,8 @@ COLUMNS = ("model", "engine", "dtype", "MB", "RAM MB", "load s", "median s", "RT
 @click.option("--data", metavar="SOURCE",
               help="Recordings to run; transcripts are needed for error rates. [default: a bundled sample]")
 @click.option("--split", default="", help="Split of --data.")
-@click.option("--max-samples", type=click.IntRange(min=1), default=20, show_default=True,
-              help="Maximum number of recordings.")
+@click.option("--max-samples", type=click.IntRange(min=0), default=20, show_default=True,
+              help="Maximum number of recordings (0 = all).")
 @click.option("--throughput", is_flag=True,
               help="Measure the real-time factor with 1 and all threads, batch sizes 1 and 4.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png",

@@ -212,12 +212,11 @@ def read_header(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or "results" not in header:
         raise _not_a_log(path)
     version = header["results"]
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise DataError(f"{path}: is a results log of format {version}, this mowa reads {FORMAT_VERSION}. Update mowa.")
-    shape = {"model": dict, "settings": dict, "versions": dict}
-    if isinstance(version, bool) or version != FORMAT_VERSION:
+    if type(version) is not int or version < FORMAT_VERSION:
         raise _not_a_log(path)
-    if not all(isinstance(header.get(key), kind) for key, kind in shape.items()):
+    if version > FORMAT_VERSION:
+        raise DataError(f"{path}: is a results log of format {version}, this mowa reads {FORMAT_VERSION}. Update mowa.")
+    if not all(isinstance(header.get(key), dict) for key in ("model", "settings", "versions")):
         raise DataError(f"{path}: its first line is damaged. Transcribe again into a new file.")
     return header
 

@@ -77,7 +77,7 @@ def run_bench(
     throughput: tuple[tuple[int, int], ...],
     on_progress: Callable[[str, float], object],
 ) -> list[BenchResult]:
-    """Measure every case on at most `max_samples` recordings of `data`, or on the bundled sample without `data`.
+    """Measure every case on at most `max_samples` recordings of `data` (0: all), or on the bundled sample without it.
 
     `throughput` holds (threads, batch size) pairs to time; `on_progress` is called with a stage and a fraction. Return
     one result per case, in order. Raises DataError if `data` has no recordings.
@@ -87,7 +87,7 @@ def run_bench(
     )
     if not examples:
         raise DataError(f"{data} has no recordings")
-    order = np.random.default_rng(1).permutation(len(examples))[:max_samples]
+    order = np.random.default_rng(1).permutation(len(examples))[: max_samples or None]
     chosen = [examples[index] for index in order]
     files = tuple(example.audio for example in chosen)
     results: list[BenchResult] = []

@@ -91,9 +91,10 @@ def get_trained_chunking(config: Any) -> TrainedChunking | None:
         return None
     if not isinstance(entry, dict) or "chunk_frames" not in entry or set(entry) - STREAMING_CONFIG_KEYS:
         found = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
+        expected, folder = ", ".join(sorted(STREAMING_CONFIG_KEYS)), config._name_or_path or "."
         raise ModelError(
-            f"config.json: {STREAMING_CONFIG_KEY} has the keys {found}, and {', '.join(sorted(STREAMING_CONFIG_KEYS))}"
-            " are expected: an older version of mowa wrote it; train the checkpoint again"
+            f"{folder}/config.json: {STREAMING_CONFIG_KEY} has the keys {found}, written by an older version of mowa"
+            f" (expected: {expected}); train the checkpoint again"
         )
     lookaheads = tuple(entry.get("lookahead_frames") or (0,))
     return TrainedChunking(tuple(entry["chunk_frames"]), entry.get("left_context_frames"), lookaheads)

@@ -245,7 +245,7 @@ def validate_streaming(recipe: CTCRecipe, where: str) -> None:
             )
         return
     if longest := [seconds for seconds in config.chunk_s if MAX_CHUNK_S < seconds < math.inf]:
-        raise RecipeError(f"{where}: chunk_s: {longest[0]:g} is over {MAX_CHUNK_S:g}; use full")
+        raise RecipeError(f"{where}: chunk_s: {longest[0]:g} is over {MAX_CHUNK_S:g} s; use full")
     if all(map(math.isinf, config.chunk_s)):
         raise RecipeError(f"{where}: chunk_s holds only full; add at least one length in seconds")
     if not config.lookahead_s:

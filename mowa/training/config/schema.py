@@ -41,8 +41,7 @@ def option(
 
     For lists and pairs, choices and range apply to each member.
     """
-    about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
-    about["unlimited"] = unlimited
+    about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "unlimited": unlimited}
     return dataclasses.field(default=default, metadata=about)
 
 

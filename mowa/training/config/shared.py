@@ -113,7 +113,7 @@ class DistributedConfig:
 
 def parse_top_n(method: str) -> int | None:
     """Return N of a method `top-N`, None for other methods."""
-    found = re.fullmatch(r"top-([1-9]\d{0,5})", method)
+    found = re.fullmatch(r"top-([1-9]\d{0,5})", method)  # int() rejects thousands of digits
     return int(found[1]) if found else None
 
 

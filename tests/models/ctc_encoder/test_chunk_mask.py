@@ -199,5 +199,5 @@ def test_gradients_of_a_chunk_do_not_reach_later_audio(net):
 
 def test_streaming_settings_of_an_older_version_are_refused():
     config = AutoConfig.for_model("wav2vec2", streaming={"chunk_frames": [16], "left_frames": 8, "ahead_frames": [4]})
-    with pytest.raises(ModelError, match="an older version of mowa wrote it; train the checkpoint again"):
+    with pytest.raises(ModelError, match=r"ahead_frames, written by an older version .*; train the"):
         chunk_mask.get_trained_chunking(config)

@@ -108,7 +108,7 @@ def test_every_default_is_valid_and_every_option_changes_one_value(leaf):
         ({"streaming.lookahead_s": 0.3}, "streaming: chunk_s is empty, so nothing is chunked"),
         ({"streaming.left_context_s": 2}, "streaming: chunk_s is empty, so nothing is chunked"),
         ({"streaming.chunk_s": "full"}, "streaming: chunk_s holds only full"),
-        ({"streaming.chunk_s": 1e9}, "streaming: chunk_s: 1e+09 is over 60; use full"),
+        ({"streaming.chunk_s": 1e9}, "streaming: chunk_s: 1e+09 is over 60 s; use full"),
         ({"method": "top-" + "9" * 5000}, "method: 'top-999"),
         ({"optimizer.learning_rate": "full"}, "optimizer: learning_rate: expected a finite number, found full"),
         ({"train": "a"}, "unknown key train; did you mean data: train?"),
