@@ -31,7 +31,8 @@ COMMANDS = {
     "distill": ("mowa.cli.distill:distill", "Distill a model into one with fewer layers."),
 }
 
-NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # where torchao is installed, importing transformers makes them warn
+# Where torchao or bitsandbytes is installed, importing transformers or PEFT makes these warn.
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 class LazyGroup(click.Group):
