@@ -1,6 +1,8 @@
 """Selection of an engine: the requested one, PyTorch without an alternative, else the fastest; the reason is logged."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,12 +33,28 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(tiny(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def exports(base, tmp_path_factory):
+    """A cache that holds the float32 export of `base`; tracing takes seconds, so it is made once."""
+    folder = tmp_path_factory.mktemp("exports")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOWA_CACHE", str(folder))
+        onnx.open_engine(mowa.load(base))
+    return folder
+
+
 @pytest.fixture
-def base(tmp_path):
-    return str(tiny(tmp_path / "base"))
+def exported(exports, cache):
+    """The cache of this test, with a copy of that export."""
+    return shutil.copytree(exports, cache)
 
 
-def test_a_requested_engine_is_used(base):
+def test_a_requested_engine_is_used(base, exported):
     native = selection.select_engine(mowa.load(base), name="pytorch", device="cpu", dtype="float32")
     exported = selection.select_engine(mowa.load(base), name="onnx")
     assert (native.engine.name, exported.engine.name) == ("pytorch", "onnx")
@@ -55,8 +73,7 @@ def test_auto_is_pytorch_without_an_export(base, cache, caplog):
 
 
 @pytest.mark.parametrize("faster", ["pytorch", "onnx"])
-def test_auto_uses_the_fastest_and_caches_the_timings(base, cache, monkeypatch, faster):
-    onnx.open_engine(mowa.load(base))
+def test_auto_uses_the_fastest_and_caches_the_timings(base, exported, monkeypatch, faster):
     timed = []
 
     def time_engines(engines):
@@ -70,11 +87,11 @@ def test_auto_uses_the_fastest_and_caches_the_timings(base, cache, monkeypatch, 
         assert "pytorch float32" in choice.reason
         assert "onnx float32" in choice.reason
     assert timed == [["pytorch float32", "onnx float32"]]
-    (key,) = json.loads((cache / selection.TIMINGS_FILE).read_text())
+    (key,) = json.loads((exported / selection.TIMINGS_FILE).read_text())
     assert hardware.cpu_name() in key
 
 
-def test_engines_are_timed(base):
+def test_engines_are_timed(base, exported):
     engines = [
         selection.select_engine(mowa.load(base), name=name, device="cpu", dtype="float32").engine
         for name in ("pytorch", "onnx")
@@ -84,15 +101,14 @@ def test_engines_are_timed(base):
     assert all(elapsed_s > 0 for elapsed_s in seconds.values())
 
 
-def test_the_export_of_another_model_is_ignored(base, tmp_path, monkeypatch):
-    onnx.open_engine(mowa.load(str(tiny(tmp_path / "other", hidden_size=48))))
+def test_the_export_of_another_model_is_ignored(exported, tmp_path, monkeypatch):
+    other = str(tiny(tmp_path / "other", hidden_size=48))
     monkeypatch.setattr(selection, "time_engines", lambda engines: pytest.fail("timed without an alternative"))
-    assert selection.select_engine(mowa.load(base), device="cpu").engine.name == "pytorch"
+    assert selection.select_engine(mowa.load(other), device="cpu").engine.name == "pytorch"
 
 
-def test_a_damaged_export_is_logged_and_ignored(base, cache, caplog):
-    onnx.open_engine(mowa.load(base))
-    next(cache.glob("onnx/*/model.onnx")).write_bytes(b"nothing")
+def test_a_damaged_export_is_logged_and_ignored(base, exported, caplog):
+    next(exported.glob("onnx/*/model.onnx")).write_bytes(b"nothing")
     assert selection.select_engine(mowa.load(base), device="cpu", dtype="float32").engine.name == "pytorch"
     assert "is missing or damaged" in caplog.text
 
@@ -106,7 +122,7 @@ def test_int8_is_used_only_on_request(base, monkeypatch):
 
 @pytest.mark.parametrize("name", ["pytorch", "onnx"])
 def test_an_adapter_is_applied(base, tmp_path, name):
-    save_tiny_adapter(tmp_path / "base", "lora", tmp_path / "adapter", vocabulary=OTHER_VOCABULARY)
+    save_tiny_adapter(Path(base), "lora", tmp_path / "adapter", vocabulary=OTHER_VOCABULARY)
     choice = selection.select_engine(
         mowa.load(base), name=name, device="cpu", dtype="float32", adapter=tmp_path / "adapter"
     )

@@ -216,7 +216,7 @@ def test_streams_in_two_threads_are_independent(engine):
         np.testing.assert_allclose([w.confidence for w in ours], [w.confidence for w in theirs], atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_cached_streaming_in_onnx(model, engine, dtype, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.setenv("MOWA_CACHE", str(tmp_path))
