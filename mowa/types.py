@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 IGNORE_INDEX = -100  # label of positions without loss, as in torch and transformers
 
@@ -116,19 +116,65 @@ FLOAT32 = Scheme("float32", "float32")
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """A CTC model in memory: a transformers module, its vocabulary and its audio settings.
+class SpeechProcessor:
+    """What turns audio into inputs of a CTC net, and its outputs into text."""
 
-    In a quantized model, linear layers are `kernels.quant.linear.QuantizedLinear` modules, and other weights are
-    rounded as `scheme` and `Family.non_block_weights` say.
+    vocabulary: Vocabulary
+    preprocessing: Preprocessing
+
+
+@dataclass(frozen=True, slots=True)
+class TextProcessor:
+    """What turns text into inputs of a language model, and its outputs into text."""
+
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+
+
+ProcessorT = TypeVar("ProcessorT", bound=SpeechProcessor | TextProcessor, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Model(Generic[ProcessorT]):
+    """A model in memory: a stock transformers module and what it needs to be used.
+
+    net        the module; in a quantized model, linear layers are `kernels.quant.linear.QuantizedLinear` modules, and
+               other weights are rounded as `scheme` and `Family.non_block_weights` say
+    family     its architecture, and so its `task`
+    origin     where it came from
+    processor  vocabulary and audio settings (`CTCModel`), or a tokenizer (`CausalModel`)
+    scheme     how its weights are stored
     """
 
     net: Any  # transformers.PreTrainedModel
     family: Family
     origin: Origin
-    vocabulary: Vocabulary
-    preprocessing: Preprocessing
+    processor: ProcessorT
     scheme: Scheme = FLOAT32
+
+    @property
+    def task(self) -> str:
+        """ctc or causal."""
+        return self.family.task
+
+    @property
+    def vocabulary(self: Model[SpeechProcessor]) -> Vocabulary:
+        """Meaning of the outputs of a CTC model."""
+        return self.processor.vocabulary
+
+    @property
+    def preprocessing(self: Model[SpeechProcessor]) -> Preprocessing:
+        """Audio settings of a CTC model."""
+        return self.processor.preprocessing
+
+    @property
+    def tokenizer(self: Model[TextProcessor]) -> Any:
+        """The tokenizer of a language model, a transformers.PreTrainedTokenizerBase."""
+        return self.processor.tokenizer
+
+
+CTCModel = Model[SpeechProcessor]
+CausalModel = Model[TextProcessor]
+AnyModel = Model[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +203,6 @@ class Artifact:
     def size_bytes(self) -> int:
         """Total size of the model files."""
         return sum((self.folder / name).stat().st_size for name in self.files)
-
-
-@dataclass(frozen=True, slots=True)
-class LanguageModel:
-    """A causal language model in memory: a transformers module and its tokenizer."""
-
-    net: Any  # transformers.PreTrainedModel
-    family: Family
-    origin: Origin
-    tokenizer: Any  # transformers.PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +266,16 @@ class Transcript:
         """Mean confidence of the words; 0 if there are none."""
         words = self.words
         return sum(word.confidence for word in words) / len(words) if words else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The answer of a language model. `finish_reason` is stop (it ended by itself, or at a stop string) or length."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
 
 
 @dataclass(frozen=True, slots=True)

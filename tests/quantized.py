@@ -11,7 +11,7 @@ import mowa
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.kernels.quant.nf4 import quantize_nf4
 from mowa.kernels.quant.weights import quantize
-from mowa.types import Model, Scheme
+from mowa.types import CTCModel, Scheme
 from tests.checkpoints import tiny
 
 DIVISIBLE = {"hidden_size": 64, "intermediate_size": 128}  # rows are multiples of group sizes 32 and 64
@@ -30,7 +30,7 @@ SCHEMES = {
 
 def tiny_quantized(
     folder: Path, scheme: str, family: str = "wav2vec2", norm: str = "layer", **changes: object
-) -> Model:
+) -> CTCModel:
     """Return a random model in `scheme`. mixed: first feed-forward linears in int4, second ones in float16."""
     model = mowa.load(str(tiny(folder, family, norm, **DIVISIBLE | SHORT_FRONT_END | changes)))
     net, parsed = model.net, SCHEMES[scheme]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from mowa.io.manifest import (
     validate_format_version,
 )
 from mowa.io.weights import fix_weight_permissions
-from mowa.types import LanguageModel, Origin
+from mowa.types import CausalModel, Origin, TextProcessor
 
 TASK, WEIGHTS_FILE, CHAT_TEMPLATE_FILE = "causal", "adapter_model.safetensors", "chat_template.jinja"
 MIN_AGREEMENT = 0.995  # least fraction of positions with the same top token after merging in float32
@@ -127,7 +127,7 @@ def read_adapter(folder: Path) -> CausalAdapter:
         raise ModelError(f"{folder}/{MANIFEST_FILE} is damaged: {error} is missing") from None
 
 
-def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
+def load_adapter(model: CausalModel, folder: str | Path) -> CausalModel:
     """Load the adapter in `folder` over its base `model` and return a new model, in eval mode and frozen.
 
     `model` does not change. The new tokenizer has the chat template that the adapter was trained with.
@@ -145,10 +145,10 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     tokenizer = copy.copy(model.tokenizer)
     if (folder / CHAT_TEMPLATE_FILE).is_file():
         tokenizer.chat_template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
-    return LanguageModel(net.eval().requires_grad_(False), model.family, model.origin, tokenizer)
+    return replace(model, net=net.eval().requires_grad_(False), processor=TextProcessor(tokenizer))
 
 
-def merge_adapter(model: LanguageModel, dtype: str) -> LanguageModel:
+def merge_adapter(model: CausalModel, dtype: str) -> CausalModel:
     """Return a copy of `model` (a PeftModel) in `dtype` whose LoRA is merged into the weights and that needs no PEFT.
 
     Sums are computed in float64 and rounded once.
@@ -160,7 +160,7 @@ def merge_adapter(model: LanguageModel, dtype: str) -> LanguageModel:
         net = copy.deepcopy(net).to(torch_dtype)
     adapter = getattr(model.net, "mowa_adapter", "of this model")
     net.mowa_adapter = f"{adapter} (merged)"  # so that no other is loaded over it
-    return LanguageModel(net.eval(), model.family, model.origin, model.tokenizer)
+    return replace(model, net=net.eval())
 
 
 def verify_merge(merged: LogitDiff, base_rounded: LogitDiff | None = None) -> None:
@@ -190,7 +190,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 @torch.inference_mode()
 def compare_logits(
-    reference: LanguageModel, candidate: LanguageModel, batches: Iterable[Mapping[str, Tensor]]
+    reference: CausalModel, candidate: CausalModel, batches: Iterable[Mapping[str, Tensor]]
 ) -> LogitDiff:
     """Compare the next-token distributions of two models over batches (input_ids and attention_mask, int64 [B, N]).
 
@@ -214,14 +214,14 @@ def compare_logits(
 
 
 @contextmanager
-def atomic_checkpoint(model: LanguageModel, out: Path) -> Iterator[Path]:
+def atomic_checkpoint(model: CausalModel, out: Path) -> Iterator[Path]:
     """Write the checkpoint of `model` to a temporary folder and yield it; it becomes `out` as in `atomic_folder`."""
     with atomic_folder(out) as folder:
         write_checkpoint(model, folder)
         yield folder
 
 
-def write_checkpoint(model: LanguageModel, folder: Path) -> None:
+def write_checkpoint(model: CausalModel, folder: Path) -> None:
     """Write weights, configs and tokenizer into `folder`. Raises DataError if it cannot be written."""
     from safetensors import SafetensorError
 

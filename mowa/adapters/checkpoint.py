@@ -9,7 +9,7 @@ files:
 - bottleneck: `adapter.<name>.safetensors` as in MMS, with the head; `<name>` is the language, or else the folder's
   name. `Wav2Vec2ForCTC.load_adapter(name)` reads it over a base with `adapter_attn_dim`.
 
-`load_adapter` returns a new `Model` per adapter, with its own modules, head and vocabulary, whose other weights are the
+`load_adapter` returns a new model per adapter, with its own modules, head and vocabulary, whose other weights are the
 base's tensors. Nothing is switched, so several can be used at once, also from several threads. Move or convert the base
 before loading adapters, not after.
 """
@@ -38,7 +38,7 @@ from mowa.io.hashing import hash_weights, sha256_file
 from mowa.io.hub import MODEL_ALIASES
 from mowa.io.manifest import ADAPTER_FORMAT_VERSION, MANIFEST_FILE
 from mowa.io.processor import read_preprocessing, write_processor
-from mowa.types import Family, Model, Origin, Preprocessing, Vocabulary
+from mowa.types import CTCModel, Family, Origin, Preprocessing, SpeechProcessor, Vocabulary
 
 LORA, BOTTLENECK = "lora", "bottleneck"
 PEFT_PREFIX = "base_model.model."  # of every name in PEFT's files
@@ -160,7 +160,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise ModelError(f"{folder}/{MANIFEST_FILE} is damaged: {error} is missing") from None
 
 
-def load_adapter(model: Model, folder: str | Path) -> Model:
+def load_adapter(model: CTCModel, folder: str | Path) -> CTCModel:
     """Load the adapter in `folder` over its base `model` and return a new model, in eval mode and frozen.
 
     `model` does not change. Its tensors are shared, not copied; the adapter's are moved to its device and dtype.
@@ -189,9 +189,8 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     net.mowa_adapter = str(adapter.folder)
     suffix = adapter.folder.resolve().name
     origin = replace(model.origin, name=f"{model.origin.name}+{suffix}", source=f"{model.origin.source}+{suffix}")
-    return replace(
-        model, net=net.eval(), origin=origin, vocabulary=adapter.vocabulary, preprocessing=adapter.preprocessing
-    )
+    processor = SpeechProcessor(adapter.vocabulary, adapter.preprocessing)
+    return replace(model, net=net.eval(), origin=origin, processor=processor)
 
 
 def copy_sharing_weights(net: Any) -> Any:

@@ -23,7 +23,7 @@ from mowa.io import processor
 from mowa.io.atomic import atomic_folder
 from mowa.io.hub import silence_transformers
 from mowa.io.weights import fix_weight_permissions
-from mowa.types import Model
+from mowa.types import CTCModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class EmissionDiff:
     frames: int
 
 
-def merge_adapter(model: Model) -> Model:
+def merge_adapter(model: CTCModel) -> CTCModel:
     """Return a copy of `model` whose LoRA is merged into the weights and that needs no PEFT.
 
     Layers without LoRA share their weights with `model`. Sums are computed in float64 and rounded once, to the weights'
@@ -51,7 +51,7 @@ def merge_adapter(model: Model) -> Model:
 
 
 @torch.inference_mode()
-def compare_emissions(reference: Model, candidate: Model, clips: Sequence[np.ndarray]) -> EmissionDiff:
+def compare_emissions(reference: CTCModel, candidate: CTCModel, clips: Sequence[np.ndarray]) -> EmissionDiff:
     """Compare the emissions of two models over `clips` (float32 [n] each, at the models' rate, not normalized).
 
     Computed in float64 and one clip at a time, so that only differences of the weights are measured.
@@ -73,7 +73,7 @@ def compare_emissions(reference: Model, candidate: Model, clips: Sequence[np.nda
     return EmissionDiff(largest, agreements / frames, frames)
 
 
-def _emissions(model: Model, clips: Sequence[np.ndarray]) -> list[Tensor]:
+def _emissions(model: CTCModel, clips: Sequence[np.ndarray]) -> list[Tensor]:
     """Return the log-probabilities of each clip, float64 [T, V] on the CPU."""
     net = copy.deepcopy(model.net).double().eval()
     device = next(net.parameters()).device
@@ -86,7 +86,7 @@ def _emissions(model: Model, clips: Sequence[np.ndarray]) -> list[Tensor]:
 
 
 @contextmanager
-def atomic_checkpoint(model: Model, out: Path) -> Iterator[Path]:
+def atomic_checkpoint(model: CTCModel, out: Path) -> Iterator[Path]:
     """Write the checkpoint of `model` to a temporary folder and yield it; it becomes `out` as in `atomic_folder`."""
     with atomic_folder(out) as folder:
         with silence_transformers():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mowa.adapters.causal import CausalAdapter
     from mowa.adapters.checkpoint import Adapter, BaseCheckpoint
     from mowa.adapters.merge import EmissionDiff
-    from mowa.types import LanguageModel
+    from mowa.types import CausalModel
 
 CHUNK_S, MAX_COMPARED_S = 15.0, 60.0  # emissions are compared on chunks of at most this much of each recording
 MAX_EXAMPLES = 64  # samples that a merged language model is compared on
@@ -200,7 +200,7 @@ def _merge_causal(
         causal.verify_merge(diff, rounding)
 
 
-def _comparison_samples(folder: Path, model: LanguageModel, data: tuple[str, ...]) -> tuple[list[Any], str]:
+def _comparison_samples(folder: Path, model: CausalModel, data: tuple[str, ...]) -> tuple[list[Any], str]:
     """Return tokenized samples to compare on, and where they are from.
 
     In order of preference: `data`, the data that the training run held out, FALLBACK_PROMPTS.

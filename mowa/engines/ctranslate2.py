@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from mowa import hardware
-from mowa.engines.artifact import ArtifactEngine, log_softmax
-from mowa.engines.protocol import BatchPolicy, num_frames
+from mowa.engines.protocol import ArtifactEngine, BatchPolicy, log_softmax, num_frames
 from mowa.errors import ModelError
 from mowa.exporters import ctranslate2 as exporter
 from mowa.exporters import manifest

@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 
 from mowa import exporters, hardware
-from mowa.engines.artifact import ArtifactEngine, log_softmax
-from mowa.engines.protocol import BatchPolicy, num_frames
+from mowa.engines.protocol import ArtifactEngine, BatchPolicy, log_softmax, num_frames
 from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.exporters import manifest
 from mowa.exporters.onnx.exporter import run
 from mowa.io.manifest import EXPORT_FORMAT_VERSION
 from mowa.quantization import quantize
-from mowa.types import FLOAT32, Model
+from mowa.types import FLOAT32, CTCModel, Model
 
 log = logging.getLogger("mowa")
 
@@ -80,7 +79,7 @@ class OnnxEngine(ArtifactEngine):
         return [row[: num_frames(self.config, int(n))] for row, n in zip(logits, lengths, strict=True)]
 
 
-def open_engine(source: Model | str | Path, *, dtype: str = "auto", threads: int | None = None) -> OnnxEngine:
+def open_engine(source: CTCModel | str | Path, *, dtype: str = "auto", threads: int | None = None) -> OnnxEngine:
     """Open an export, or a model, which is exported to the cache first unless it was before.
 
     `dtype` "auto" is the export's, or the model's own scheme. Raises ModelError for an unsupported dtype and for a
@@ -101,7 +100,7 @@ def open_engine(source: Model | str | Path, *, dtype: str = "auto", threads: int
     return OnnxEngine(exported, _session(exported.folder / exported.details["graph"], threads), threads)
 
 
-def export_to_cache(model: Model, dtype: str = "auto") -> Path:
+def export_to_cache(model: CTCModel, dtype: str = "auto") -> Path:
     """Return the folder of the model's export in the cache, exporting it if it is missing or damaged.
 
     With `dtype` int8, a float32 model is quantized with int8-dynamic first.
@@ -120,7 +119,7 @@ def export_to_cache(model: Model, dtype: str = "auto") -> Path:
     return folder
 
 
-def _needs_int8(model: Model, dtype: str) -> bool:
+def _needs_int8(model: CTCModel, dtype: str) -> bool:
     if dtype == "float32" and model.scheme != FLOAT32:
         raise ModelError(
             f"{model.origin.name} is quantized with scheme {model.scheme.name} and has no float32 weights: omit --dtype"
@@ -128,7 +127,7 @@ def _needs_int8(model: Model, dtype: str) -> bool:
     return dtype == "int8" and model.scheme == FLOAT32
 
 
-def cache_path(model: Model, dtype: str = "auto") -> Path:
+def cache_path(model: CTCModel, dtype: str = "auto") -> Path:
     """Return the folder of the model's export in the cache, which need not exist."""
     versions = [
         f"{package} {hardware.installed_version(package)}"

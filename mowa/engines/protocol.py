@@ -13,12 +13,13 @@ SINGLE        half precision and int8 on a CPU. Matrix products of another shape
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
 
-from mowa.types import Origin, Preprocessing, Vocabulary
+from mowa.types import Artifact, Origin, Preprocessing, Vocabulary
 
 
 class BatchPolicy(Enum):
@@ -61,6 +62,44 @@ class Engine(Protocol):
 
         T_i is the number of frames of clip i alone; frames of padding are not returned.
         """
+
+
+@dataclass(frozen=True)
+class ArtifactEngine:
+    """The part of an engine that every export has in common, read from its manifest."""
+
+    artifact: Artifact
+
+    @property
+    def origin(self) -> Origin:
+        return self.artifact.origin
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.artifact.vocabulary
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.artifact.preprocessing
+
+    @property
+    def config(self) -> Any:
+        return self.artifact.config
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @property
+    def scheme(self) -> str:
+        return self.artifact.scheme.name
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Compute the log-softmax of float32 [..., V] over the last axis, in place."""
+    logits -= logits.max(-1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    return logits
 
 
 def batch_by_length(lengths: Sequence[int], max_padded_samples: int, policy: BatchPolicy) -> list[list[int]]:

@@ -21,7 +21,7 @@ from mowa.engines.protocol import BatchPolicy, num_frames
 from mowa.errors import ModelError
 from mowa.models.ctc_encoder import cpu_plan
 from mowa.models.ctc_encoder.positions import precompute_absolute_positions
-from mowa.types import Model, Origin, Preprocessing, Vocabulary
+from mowa.types import CTCModel, Origin, Preprocessing, Vocabulary
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
@@ -33,7 +33,7 @@ class PyTorchEngine:
     `plan` is the CPU implementation of the net; without one the net itself is called.
     """
 
-    model: Model
+    model: CTCModel
     device: str
     precision: hardware.Precision
     batch_policy: BatchPolicy
@@ -117,7 +117,7 @@ class PyTorchEngine:
 
 
 def open_engine(
-    model: Model,
+    model: CTCModel,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -152,7 +152,7 @@ def open_engine(
     return replace(base, adapters={name: base.with_adapter(Path(folder)) for name, folder in (adapters or {}).items()})
 
 
-def _precision(model: Model, device: str, dtype: str) -> hardware.Precision:
+def _precision(model: CTCModel, device: str, dtype: str) -> hardware.Precision:
     config = model.net.config
     if device != "cpu":
         if dtype == "int8":
@@ -173,7 +173,7 @@ def _precision(model: Model, device: str, dtype: str) -> hardware.Precision:
 
 
 def _plan(
-    model: Model, device: str, precision: hardware.Precision, like: cpu_plan.CpuPlan | None = None
+    model: CTCModel, device: str, precision: hardware.Precision, like: cpu_plan.CpuPlan | None = None
 ) -> cpu_plan.CpuPlan | None:
     """Return the CPU plan, or None where the net is called as it is. Raises ModelError for int8 without a plan."""
     dtype: cpu_plan.ComputeDtype
@@ -188,7 +188,7 @@ def _plan(
 
 
 def _batch_policy(
-    model: Model, device: str, precision: hardware.Precision, plan: cpu_plan.CpuPlan | None
+    model: CTCModel, device: str, precision: hardware.Precision, plan: cpu_plan.CpuPlan | None
 ) -> BatchPolicy:
     if device == "cpu" and precision.dtype != "float32":
         return BatchPolicy.SINGLE

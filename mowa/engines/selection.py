@@ -26,7 +26,7 @@ from mowa.engines.pytorch import PyTorchEngine
 from mowa.engines.settings import ENGINES
 from mowa.errors import ModelError
 from mowa.exporters import manifest
-from mowa.types import Model
+from mowa.types import CTCModel
 
 log = logging.getLogger("mowa")
 
@@ -48,7 +48,7 @@ class EngineChoice:
 
 
 def select_engine(
-    model: Model,
+    model: CTCModel,
     *,
     name: str = "auto",
     device: str = "auto",
@@ -140,7 +140,7 @@ def _dtype_reason(engine: PyTorchEngine, dtype: str) -> str:
 
 
 def _open_cached_export(
-    model: Model, device: str, dtype: str, threads: int | None, adapter: str | Path | None
+    model: CTCModel, device: str, dtype: str, threads: int | None, adapter: str | Path | None
 ) -> OnnxEngine | None:
     """Return the model's ONNX export in the cache if it is a candidate. Call it before the net is converted."""
     import torch

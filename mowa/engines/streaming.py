@@ -34,9 +34,8 @@ from mowa.decode.stream import (
     TranscriptionStream,
 )
 from mowa.engines import pytorch, selection
-from mowa.engines.artifact import log_softmax
 from mowa.engines.onnx import OnnxEngine
-from mowa.engines.protocol import Engine, hop_length
+from mowa.engines.protocol import Engine, hop_length, log_softmax
 from mowa.engines.pytorch import PyTorchEngine
 from mowa.engines.streaming_encoders import (
     CachedEncoder,
@@ -52,7 +51,7 @@ from mowa.models.ctc_encoder import chunk_mask
 from mowa.models.ctc_encoder import streaming as encoder_streaming
 from mowa.models.ctc_encoder.chunk_mask import TrainedChunking
 from mowa.models.ctc_encoder.streaming import CacheShape, EagerPlan
-from mowa.types import Model
+from mowa.types import CTCModel, Model
 
 CACHED_CHUNK_S, WINDOW_CHUNK_S, WINDOW_LEFT_CONTEXT_S, WINDOW_LOOKAHEAD_S = 0.32, 1.28, 4.0, 1.28
 
@@ -75,7 +74,7 @@ class StreamingConfig:
 
 
 def stream(
-    model: str | Model | Engine | None = None,
+    model: str | CTCModel | Engine | None = None,
     config: StreamingConfig = StreamingConfig(),
     endpointing: EndpointConfig = DEFAULT_ENDPOINTING,
 ) -> TranscriptionStream:

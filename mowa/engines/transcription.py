@@ -18,20 +18,20 @@ from mowa.errors import AudioError
 from mowa.exporters import is_export, read_artifact
 from mowa.io.hub import MODEL_ALIASES
 from mowa.loading.ctc import load
-from mowa.types import Example, Model, Transcript
+from mowa.types import CTCModel, Example, Transcript
 
 DEFAULT_MODEL = "pl-tiny"
 
 
 @overload
-def transcribe(files: str | Path, model: str | Model | PyTorchEngine | None = ..., **options: Any) -> Transcript: ...
+def transcribe(files: str | Path, model: str | CTCModel | PyTorchEngine | None = ..., **options: Any) -> Transcript: ...
 @overload
 def transcribe(
-    files: Sequence[str | Path], model: str | Model | PyTorchEngine | None = ..., **options: Any
+    files: Sequence[str | Path], model: str | CTCModel | PyTorchEngine | None = ..., **options: Any
 ) -> list[Transcript]: ...
 def transcribe(
     files: str | Path | Sequence[str | Path],
-    model: str | Model | PyTorchEngine | None = None,
+    model: str | CTCModel | PyTorchEngine | None = None,
     *,
     adapter: str | Path | None = None,
     device: str = "auto",

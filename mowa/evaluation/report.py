@@ -26,7 +26,7 @@ from mowa.evaluation.quant_report import FAIL, PASS, QuantReport, ReportRow
 from mowa.evaluation.worker import MEASUREMENT_FILE, Measurement, MeasurementRequest, measure
 from mowa.exporters import export, manifest, protocol
 from mowa.quantization import calibration, quantize, schemes
-from mowa.types import FLOAT32, Artifact, Example, Model, Scheme
+from mowa.types import FLOAT32, Artifact, CTCModel, Example, Scheme
 
 log = logging.getLogger("mowa")
 
@@ -73,20 +73,20 @@ def throughput_grid() -> tuple[tuple[int, int], ...]:
 class _Work:
     """State of a report that is being built."""
 
-    model: Model
+    model: CTCModel
     config: ReportConfig
     out: Path
     examples: list[Example]
     calibration_clips: list[np.ndarray] | None
     on_progress: ProgressCallback
     key: str = ""
-    quantized: Model | None = None
+    quantized: CTCModel | None = None
     reference: Measurement | None = None
     float32: dict[str, tuple[int, Measurement]] = field(default_factory=dict)
 
 
 def build_report(
-    model: Model,
+    model: CTCModel,
     config: ReportConfig,
     out: Path | None = None,
     *,
@@ -129,7 +129,7 @@ def build_report(
     return report
 
 
-def _recordings(model: Model, config: ReportConfig) -> tuple[list[Example], list[np.ndarray] | None]:
+def _recordings(model: CTCModel, config: ReportConfig) -> tuple[list[Example], list[np.ndarray] | None]:
     """Return the examples to measure, and calibration clips if a scheme needs them."""
     examples = list(read_examples(config.data, config.split, require_text=False))
     calibrated = [scheme for scheme in config.schemes if schemes.calibration_reason(scheme)]

@@ -25,7 +25,7 @@ from mowa.errors import MissingDependency, ModelError
 from mowa.exporters import verify
 from mowa.exporters.manifest import ExportResult
 from mowa.exporters.prepare import prepare_for_export
-from mowa.types import Model, Scheme
+from mowa.types import CTCModel, Scheme
 
 log = logging.getLogger("mowa")
 
@@ -63,7 +63,7 @@ UNSUPPORTED_SCHEMES = {
 }
 
 
-def unsupported_reason(model: Model) -> str:
+def unsupported_reason(model: CTCModel) -> str:
     """See `Exporter.unsupported_reason`."""
     config = model.net.config
     if config.model_type not in SUPPORTED_MODEL_TYPES:
@@ -91,7 +91,7 @@ def require_packages() -> None:
         raise MissingDependency("CTranslate2 export needs ctranslate2: pip install 'mowa[ctranslate2]'") from None
 
 
-def write(model: Model, folder: Path) -> tuple[Any, ExportResult]:
+def write(model: CTCModel, folder: Path) -> tuple[Any, ExportResult]:
     """See `Exporter.write`.
 
     Half-precision weights are multiplied in float32. With int8, CTranslate2 also quantizes the convolutions and the
@@ -158,7 +158,7 @@ def run(model: Any, clips: Sequence[np.ndarray]) -> np.ndarray:
     return np.array(model.encode(ctranslate2.StorageView.from_array(batch), to_cpu=True))
 
 
-def _compare(model: Model, net: Any, loaded: Any) -> tuple[float, float]:
+def _compare(model: CTCModel, net: Any, loaded: Any) -> tuple[float, float]:
     """Compare CTranslate2 with the net as `compare_logits`, in batches of one and two."""
     speech, noise, shortest = verify.load_clips(model)
     logits: list[torch.Tensor] = []

@@ -26,7 +26,7 @@ from mowa.io.manifest import (
     validate_format_version,
 )
 from mowa.io.processor import write_processor
-from mowa.types import Artifact, Model, Origin, Preprocessing, Scheme, Vocabulary
+from mowa.types import Artifact, CTCModel, Origin, Preprocessing, Scheme, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class ExportResult:
     packages: tuple[str, ...] = ()
 
 
-def write_manifest(model: Model, net: Any, export_format: str, folder: Path, result: ExportResult) -> None:
+def write_manifest(model: CTCModel, net: Any, export_format: str, folder: Path, result: ExportResult) -> None:
     """Write the manifest, config, vocabulary and audio settings into `folder`. `net` is the net that was written."""
     net.config.save_pretrained(folder)
     write_processor(model.vocabulary, model.preprocessing, folder)
@@ -130,7 +130,7 @@ def is_export(folder: Path) -> bool:
         return False
 
 
-def model_sha256(model: Model) -> str:
+def model_sha256(model: CTCModel) -> str:
     """Return the SHA-256 (hex) of everything that determines the outputs: weights with adapters, config and scheme."""
     digest = hashlib.sha256(model.net.config.to_json_string().encode())
     digest.update(repr(model.scheme).encode())

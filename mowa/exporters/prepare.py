@@ -10,10 +10,10 @@ from torch import nn
 from mowa.adapters import merge
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.models.ctc_encoder.positions import precompute_absolute_positions
-from mowa.types import Model
+from mowa.types import CTCModel
 
 
-def prepare_for_export(model: Model, *, dequantize: bool = False, position_table: bool = True) -> Any:
+def prepare_for_export(model: CTCModel, *, dequantize: bool = False, position_table: bool = True) -> Any:
     """Return the net of `model` for inference, sharing tensors where possible; `model` does not change.
 
     With `dequantize`, quantized linear layers become `nn.Linear` layers over their dequantized weights. With

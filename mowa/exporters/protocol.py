@@ -16,7 +16,7 @@ from mowa.errors import DataError, ModelError
 from mowa.exporters import manifest
 from mowa.exporters.manifest import ExportResult
 from mowa.io.atomic import atomic_folder
-from mowa.types import Artifact, Model
+from mowa.types import Artifact, CTCModel
 
 MODULES = {
     "onnx": "mowa.exporters.onnx.exporter",
@@ -38,13 +38,13 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 class Exporter(Protocol):
     """Interface of an exporter module."""
 
-    def unsupported_reason(self, model: Model) -> str:
+    def unsupported_reason(self, model: CTCModel) -> str:
         """Return why this model or its scheme cannot be exported and what to use instead; empty if it can."""
 
     def require_packages(self) -> None:
         """Raise MissingDependency, with the pip extra, if a required package is not installed."""
 
-    def write(self, model: Model, folder: Path, **options: Any) -> tuple[Any, ExportResult]:
+    def write(self, model: CTCModel, folder: Path, **options: Any) -> tuple[Any, ExportResult]:
         """Write `model` into the empty `folder`, load it again and compare it with the net.
 
         Returns the net that was written, whose config is saved beside it, and the result. Raises ModelError if the
@@ -61,7 +61,7 @@ def get_exporter(to: str) -> Exporter:
     return cast(Exporter, import_module(MODULES[to]))
 
 
-def export(model: Model, to: str, out: str | Path, **options: Any) -> Artifact:
+def export(model: CTCModel, to: str, out: str | Path, **options: Any) -> Artifact:
     """Export `model`, with its adapter, in the format `to` into the new folder `out`. `model` does not change.
 
     Raises ModelError if the format is unknown or does not support the model or scheme, or if the export differs from

@@ -42,7 +42,7 @@ from mowa.io.weights import fix_weight_permissions
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.models.ctc_encoder.geometry import receptive_field
 from mowa.quantization import formats
-from mowa.types import Model
+from mowa.types import CTCModel
 
 log = logging.getLogger("mowa")
 
@@ -61,7 +61,7 @@ class ExportedNet:
     config: Any
 
 
-def unsupported_reason(model: Model) -> str:
+def unsupported_reason(model: CTCModel) -> str:
     """See `Exporter.unsupported_reason`."""
     stored = _quantized_linears(model.net)
     for name, module in model.net.named_modules():
@@ -77,7 +77,7 @@ def require_packages() -> None:
     """See `Exporter.require_packages`; none is needed to write."""
 
 
-def write(model: Model, folder: Path, **options: Any) -> tuple[ExportedNet, ExportResult]:
+def write(model: CTCModel, folder: Path, **options: Any) -> tuple[ExportedNet, ExportResult]:
     """See `Exporter.write`; there are no options.
 
     Every tensor is read back and must be the one that was written. The net read by mowa and, if the package is
@@ -108,7 +108,7 @@ def write(model: Model, folder: Path, **options: Any) -> tuple[ExportedNet, Expo
 
 
 def _compare_transformers(
-    model: Model, folder: Path, method: str, clips: Sequence[np.ndarray], logits: Sequence[Tensor]
+    model: CTCModel, folder: Path, method: str, clips: Sequence[np.ndarray], logits: Sequence[Tensor]
 ) -> dict[str, float] | str:
     """Compare the net as transformers loads it with `logits`, or return why that was not possible."""
     for package in REQUIRED_PACKAGES.get(method, ()):
@@ -134,7 +134,7 @@ def _quantized_linears(net: Any) -> dict[str, QuantizedLinear]:
     return nf4 or {name: linear for name, linear in linears.items() if linear.zero_point is not None} or linears
 
 
-def _build_config(model: Model, net: Any, linears: dict[str, QuantizedLinear]) -> Any:
+def _build_config(model: CTCModel, net: Any, linears: dict[str, QuantizedLinear]) -> Any:
     config = copy.deepcopy(net.config)
     config.architectures = [type(net).__name__]
     config.dtype = getattr(torch, model.scheme.weights if model.scheme.weights in FLOAT_DTYPES else "float32")
@@ -144,7 +144,7 @@ def _build_config(model: Model, net: Any, linears: dict[str, QuantizedLinear]) -
     return config
 
 
-def _collect_tensors(model: Model, net: Any, linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+def _collect_tensors(model: CTCModel, net: Any, linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
     """Return the tensors of the file by name."""
     quantized = {name: module for name, module in net.named_modules() if isinstance(module, QuantizedLinear)}
     floats = {name: value for name, value in net.state_dict().items() if name.rpartition(".")[0] not in quantized}
@@ -163,7 +163,7 @@ def _collect_tensors(model: Model, net: Any, linears: dict[str, QuantizedLinear]
     return tensors
 
 
-def _storage_dtype(model: Model, name: str, value: Tensor) -> torch.dtype:
+def _storage_dtype(model: CTCModel, name: str, value: Tensor) -> torch.dtype:
     if model.scheme.weights in FLOAT_DTYPES:
         return getattr(torch, model.scheme.weights)
     name = name.removeprefix(f"{model.net.base_model_prefix}.")

@@ -14,7 +14,7 @@ from mowa.data import audio
 from mowa.errors import ModelError
 from mowa.io.hub import SAMPLE_CLIP
 from mowa.models.ctc_encoder.geometry import receptive_field
-from mowa.types import Model
+from mowa.types import CTCModel
 
 log = logging.getLogger("mowa")
 
@@ -24,18 +24,18 @@ MIN_AGREEMENT = 0.8  # least fraction of frames with the same top token, for qua
 SAMPLE_S = 5
 
 
-def load_clips(model: Model) -> list[np.ndarray]:
+def load_clips(model: CTCModel) -> list[np.ndarray]:
     """Return preprocessed clips, float32 [n] each: the bundled sample, noise, and noise of one frame."""
     noise = np.random.default_rng(1).standard_normal(4_097).astype(np.float32)
     return [preprocess(model, clip) for clip in (load_sample(model), noise, noise[: receptive_field(model.net.config)])]
 
 
-def load_sample(model: Model) -> np.ndarray:
+def load_sample(model: CTCModel) -> np.ndarray:
     """Return the first `SAMPLE_S` seconds of the bundled sample, float32 [n], not normalized."""
     return audio.load_audio(SAMPLE_CLIP, model.preprocessing.rate_hz)[: SAMPLE_S * model.preprocessing.rate_hz]
 
 
-def preprocess(model: Model, clip: np.ndarray) -> np.ndarray:
+def preprocess(model: CTCModel, clip: np.ndarray) -> np.ndarray:
     """Normalize a clip, float32 [n], if the model requires it."""
     return audio.normalize(clip) if model.preprocessing.normalize else clip
 
@@ -59,7 +59,13 @@ def compare_logits(logits: Sequence[Tensor], reference: Sequence[Tensor]) -> tup
 
 
 def verify_tolerance(
-    model: Model, label: str, max_abs_diff: float, agreement: float, *, exact: bool | None = None, alternative: str = ""
+    model: CTCModel,
+    label: str,
+    max_abs_diff: float,
+    agreement: float,
+    *,
+    exact: bool | None = None,
+    alternative: str = "",
 ) -> None:
     """Raise ModelError if an export differs too much from the net, and suggest `alternative`.
 

@@ -1,4 +1,4 @@
-"""Load a checkpoint by name into memory: a `Model` (CTC) or a `LanguageModel` (causal), as its config says.
+"""Load a checkpoint by name into memory, as a `Model` of the task that its config says.
 
 Start with `load`. `ctc` and `causal` load the two kinds, `checkpoint` holds what they share, and `quantized` rebuilds
 quantized linear layers.
@@ -7,37 +7,61 @@ quantized linear layers.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, Unpack, overload
 
 from mowa.io.hub import resolve_model
 from mowa.loading import causal, ctc
 from mowa.loading.checkpoint import read_family
-from mowa.types import Family
+from mowa.types import AnyModel, CausalModel, CTCModel, Family
 
 __all__ = ["load"]
 
 
-def load(
-    name: str,
-    *,
-    revision: str | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-    offline: bool = False,
-    require_head: bool = True,
-) -> Any:
-    """Load a model by alias, folder or Hub id onto `device` in `dtype`, in eval mode and without gradients.
+class LoadOptions(TypedDict, total=False):
+    """Options of `load`, all optional.
 
-    Returns a `Model` for a CTC checkpoint (see `ctc.load`, also for `require_head`) and a `LanguageModel` for a causal
-    one. Raises ModelError if the checkpoint is incomplete, damaged or unsupported, and as `resolve_model`.
+    revision  branch, tag or commit of a Hub model
+    dtype     float32 (the default), bfloat16 or float16
+    device    as torch names it; cpu by default
+    offline   use cached files only
     """
 
-    def validate(folder: Path) -> Family:
-        if read_family(folder, name).task == "ctc":
+    revision: str | None
+    dtype: str
+    device: str
+    offline: bool
+
+
+@overload
+def load(name: str, *, task: Literal["ctc"], require_head: bool = ..., **options: Unpack[LoadOptions]) -> CTCModel: ...
+@overload
+def load(
+    name: str, *, task: Literal["causal"], require_head: bool = ..., **options: Unpack[LoadOptions]
+) -> CausalModel: ...
+@overload
+def load(
+    name: str, *, task: str | None = ..., require_head: bool = ..., **options: Unpack[LoadOptions]
+) -> AnyModel: ...
+def load(name: str, *, task: str | None = None, require_head: bool = True, **options: Unpack[LoadOptions]) -> AnyModel:
+    """Load a model by alias, folder or Hub id, in eval mode and without gradients.
+
+    Args:
+        name: the model.
+        task: ctc or causal, which the model must be of; None: whichever its config says.
+        require_head: as in `ctc.load`.
+        options: see `LoadOptions`.
+
+    Raises:
+        ModelError: the checkpoint is incomplete, damaged, unsupported or of another task; and as `resolve_model`.
+    """
+
+    def read_task_family(folder: Path) -> Family:
+        if (task or read_family(folder, name).task) == "ctc":
             return ctc.read_ctc_family(folder, name, require_head=require_head)
         return causal.read_causal_family(folder, name)
 
-    origin = resolve_model(name, revision=revision, offline=offline, validate=validate)
-    if validate(origin.folder).task == "ctc":
-        return ctc.load(name, revision=revision, dtype=dtype, device=device, offline=offline, require_head=require_head)
-    return causal.load(name, revision=revision, dtype=dtype, device=device, offline=offline)
+    revision, offline = options.get("revision"), options.get("offline", False)
+    origin = resolve_model(name, revision=revision, offline=offline, validate=read_task_family)
+    if read_task_family(origin.folder).task == "ctc":
+        return ctc.load(name, require_head=require_head, **options)
+    return causal.load(name, **options)

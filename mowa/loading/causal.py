@@ -10,7 +10,7 @@ from mowa.errors import ModelError
 from mowa.io.hub import resolve_model, silence_transformers
 from mowa.loading import checkpoint
 from mowa.loading.checkpoint import validate_device, validate_dtype
-from mowa.types import Family, LanguageModel
+from mowa.types import CausalModel, Family, Model, TextProcessor
 
 
 def load(
@@ -20,7 +20,7 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
     offline: bool = False,
-) -> LanguageModel:
+) -> CausalModel:
     """Load a causal language model by folder or Hub id onto `device` in `dtype`, in eval mode and without gradients.
 
     Raises ModelError if the name, family, dtype or device is unknown, if it is a model for another task, or if config,
@@ -33,7 +33,7 @@ def load(
     tokenizer = load_tokenizer(origin.folder)
     net = _load_net(origin.folder, family, dtype)
     validate_tokenizer(tokenizer, net, origin.name)
-    return LanguageModel(net=net.to(device), family=family, origin=origin, tokenizer=tokenizer)
+    return Model(net.to(device), family, origin, TextProcessor(tokenizer))
 
 
 def read_causal_family(folder: Path, name: str = "") -> Family:

@@ -17,7 +17,7 @@ from mowa.io.hub import resolve_model
 from mowa.io.processor import read_preprocessing, read_vocabulary
 from mowa.loading import checkpoint, quantized
 from mowa.loading.checkpoint import validate_device, validate_dtype, validate_loading_info
-from mowa.types import Family, Model, Vocabulary
+from mowa.types import CTCModel, Family, Model, SpeechProcessor, Vocabulary
 
 _NO_HEAD = "fine-tune it first, or use a checkpoint whose architecture ends in ForCTC"
 
@@ -30,7 +30,7 @@ def load(
     device: str = "cpu",
     offline: bool = False,
     require_head: bool = True,
-) -> Model:
+) -> CTCModel:
     """Load a CTC model by alias, folder or Hub id onto `device` in `dtype`, in eval mode and without gradients.
 
     With `require_head=False`, for training a new head, a checkpoint without one is accepted; its vocabulary is empty.
@@ -49,8 +49,9 @@ def load(
         net=net.to(device),
         family=family,
         origin=origin,
-        vocabulary=_load_vocabulary(origin.folder, family, net, require_head),
-        preprocessing=read_preprocessing(origin.folder),
+        processor=SpeechProcessor(
+            _load_vocabulary(origin.folder, family, net, require_head), read_preprocessing(origin.folder)
+        ),
         scheme=quantized.infer_scheme(manifest, net, family),
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mowa.data import audio
 from mowa.data.manifests import examples as manifest_examples
 from mowa.errors import DataError
-from mowa.types import Example, Model
+from mowa.types import CTCModel, Example
 
 log = logging.getLogger("mowa")
 
@@ -33,7 +33,7 @@ class StopForward(Exception):
     """Raised by a hook to skip the rest of a forward pass."""
 
 
-def load_clips(source: str, model: Model, *, split: str = "", seconds: float = CALIBRATION_S) -> list[np.ndarray]:
+def load_clips(source: str, model: CTCModel, *, split: str = "", seconds: float = CALIBRATION_S) -> list[np.ndarray]:
     """Load about `seconds` of audio from a manifest, folder or dataset, preprocessed as the model needs it.
 
     Args:
@@ -52,7 +52,7 @@ def load_clips(source: str, model: Model, *, split: str = "", seconds: float = C
     return sample_clips(examples, model, seconds=seconds)
 
 
-def sample_clips(examples: Sequence[Example], model: Model, *, seconds: float = CALIBRATION_S) -> list[np.ndarray]:
+def sample_clips(examples: Sequence[Example], model: CTCModel, *, seconds: float = CALIBRATION_S) -> list[np.ndarray]:
     """Do what `load_clips` does, from examples. Recordings at a lower rate than the model's cause a warning."""
     rate_hz, clips, total = model.preprocessing.rate_hz, [], 0
     lower_rates = []

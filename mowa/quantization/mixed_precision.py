@@ -18,7 +18,7 @@ from mowa.errors import ModelError
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.quantization import calibration
 from mowa.quantization.linears import LinearGroup, estimate_size_bytes, quantize_linear
-from mowa.types import Model, Scheme
+from mowa.types import CTCModel, Scheme
 
 log = logging.getLogger("mowa")
 
@@ -27,7 +27,7 @@ NEXT_PRECISION = {"int4": ("int8", 1 / 64), "int8": ("float16", 0.0)}  # and the
 
 
 def assign_schemes(
-    model: Model, groups: Sequence[LinearGroup], clips: Sequence[np.ndarray], on_progress: Callable[[float], object]
+    model: CTCModel, groups: Sequence[LinearGroup], clips: Sequence[np.ndarray], on_progress: Callable[[float], object]
 ) -> dict[LinearGroup, Scheme]:
     """Return a scheme for each group, within `model.scheme.size_budget` of the size in float32.
 
@@ -86,7 +86,7 @@ def derive_scheme(scheme: Scheme, weights: str) -> Scheme:
 
 
 def measure_sensitivity(
-    model: Model, groups: Sequence[LinearGroup], clips: Sequence[np.ndarray], on_progress: Callable[[float], object]
+    model: CTCModel, groups: Sequence[LinearGroup], clips: Sequence[np.ndarray], on_progress: Callable[[float], object]
 ) -> dict[LinearGroup, float]:
     """Return the KL divergence, nats per frame, that int4 weights (without GPTQ) in each group alone cause."""
     net, subset = model.net, _first_seconds(clips, model.preprocessing.rate_hz)
@@ -118,7 +118,7 @@ def _first_seconds(clips: Sequence[np.ndarray], rate_hz: int) -> list[np.ndarray
     return subset
 
 
-def _float32_bytes(model: Model) -> int:
+def _float32_bytes(model: CTCModel) -> int:
     parameters = sum(weight.numel() for weight in model.net.parameters())
     linears = [module for module in model.net.modules() if isinstance(module, QuantizedLinear)]
     return 4 * (parameters + sum(linear.qweight.numel() + len(linear.scale) for linear in linears))

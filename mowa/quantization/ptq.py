@@ -19,18 +19,18 @@ from mowa.kernels.quant import weights
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.quantization import calibration, mixed_precision, schemes
 from mowa.quantization.linears import LinearGroup, block_names, linear_groups, quantize_linear
-from mowa.types import FLOAT32, Model, Scheme
+from mowa.types import FLOAT32, CTCModel, Scheme
 
 ProgressCallback = Callable[[float], object]  # called with the fraction done, in [0, 1]
 
 
 def quantize(
-    model: Model,
+    model: CTCModel,
     scheme: Scheme | str,
     calibration_clips: Sequence[np.ndarray] | None = None,
     *,
     on_progress: ProgressCallback = lambda fraction: None,
-) -> Model:
+) -> CTCModel:
     """Return `model` in `scheme`, with its adapter merged. `model` is not changed; unquantized tensors are shared.
 
     Args:
@@ -88,7 +88,7 @@ def _validate_group_sizes(net: Any, groups: Sequence[LinearGroup], scheme: Schem
                 )
 
 
-def _quantize_non_blocks(model: Model, groups: Sequence[LinearGroup]) -> None:
+def _quantize_non_blocks(model: CTCModel, groups: Sequence[LinearGroup]) -> None:
     """Round the matrices outside `groups` as the family stores them."""
     net = model.net
     linears = {f"{name}.weight" for group in groups for name in group.module_names}
@@ -109,7 +109,7 @@ def _quantize_non_blocks(model: Model, groups: Sequence[LinearGroup]) -> None:
 
 
 def _quantize_blocks(
-    model: Model,
+    model: CTCModel,
     schemes_by_group: dict[LinearGroup, Scheme],
     clips: Sequence[np.ndarray],
     on_progress: ProgressCallback,

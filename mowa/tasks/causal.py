@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mowa.types import IGNORE_INDEX
+from mowa.types import IGNORE_INDEX, CausalModel
 
 PAD_MULTIPLE = 64  # batches are padded to multiples of this, so that a CPU sees few shapes
 
@@ -86,3 +86,16 @@ def evaluate(net: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]
         correct += int((logits.argmax(-1) == targets[trained]).sum())
         count += int(trained.sum())
     return {"loss": loss / max(1, count), "accuracy": correct / max(1, count), "tokens": count}
+
+
+def eos_token_ids(model: CausalModel) -> tuple[int, ...]:
+    """Return the tokens that end an answer, by the generation config and the tokenizer."""
+    configured = getattr(model.net.generation_config, "eos_token_id", None)
+    several = list(configured) if isinstance(configured, list | tuple) else [configured]
+    return tuple({one for one in (*several, model.tokenizer.eos_token_id) if one is not None})
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Return a token id for padding; any would do, since padding is masked."""
+    found = tokenizer.pad_token_id
+    return int(found if found is not None else tokenizer.eos_token_id or 0)

@@ -6,7 +6,7 @@ import torch
 
 from mowa import loading
 from mowa.adapters import bottleneck, checkpoint, head, lora
-from mowa.types import Model, Vocabulary
+from mowa.types import CTCModel, Model, SpeechProcessor, Vocabulary
 from tests.checkpoints import clip
 
 OTHER_VOCABULARY = Vocabulary(
@@ -14,7 +14,9 @@ OTHER_VOCABULARY = Vocabulary(
 )
 
 
-def tiny_adapter_model(base: Path, adapter_type: str, *, seed: int = 0, vocabulary: Vocabulary | None = None) -> Model:
+def tiny_adapter_model(
+    base: Path, adapter_type: str, *, seed: int = 0, vocabulary: Vocabulary | None = None
+) -> CTCModel:
     """Return the checkpoint in `base` with a random adapter and head, the head for `vocabulary` if it is given."""
     model = loading.load(str(base))
     net, vocabulary = model.net, vocabulary or model.vocabulary
@@ -28,7 +30,8 @@ def tiny_adapter_model(base: Path, adapter_type: str, *, seed: int = 0, vocabula
         for name, parameter in net.named_parameters():
             if (".lora_B" if adapter_type == "lora" else ".adapter_layer.") in name or name.startswith("lm_head."):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    return Model(net.eval(), model.family, model.origin, vocabulary, model.preprocessing)
+    processor = SpeechProcessor(vocabulary, model.preprocessing)
+    return Model(net.eval(), model.family, model.origin, processor)
 
 
 def save_tiny_adapter(
@@ -39,7 +42,7 @@ def save_tiny_adapter(
     seed: int = 0,
     vocabulary: Vocabulary | None = None,
     **options: str,
-) -> Model:
+) -> CTCModel:
     """Write the adapter of `tiny_adapter_model` to `folder`, and return the model that loading it must reproduce."""
     model = tiny_adapter_model(base, adapter_type, seed=seed, vocabulary=vocabulary)
     checkpoint.save_adapter(

@@ -17,6 +17,7 @@ from mowa.cli import docs_pages, recipe_options
 from mowa.cli.main import main
 from mowa.cli.train import train
 from mowa.errors import RecipeError
+from mowa.families import get_family
 from mowa.training.config import ctc, dispatch, schema
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.distributed import launch as parallel
@@ -287,7 +288,9 @@ def calls(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "mowa.training.ctc.trainer", trainer)
     monkeypatch.setattr("mowa.training.ctc.trainer", trainer, raising=False)
-    monkeypatch.setattr("mowa.loading.ctc.load", lambda name, **options: Model(name, None, None, None, options))
+    monkeypatch.setattr(
+        "mowa.loading.ctc.load", lambda name, **options: Model(name, get_family("wav2vec2"), None, options)
+    )
     launch = lambda recipe, out, *, threads: seen.append(("launch", recipe, out, threads))  # noqa: E731
     monkeypatch.setattr(parallel, "launch_workers", launch)
     return seen
@@ -298,7 +301,7 @@ def test_one_process_loads_and_trains(capsys, recipe, calls, tmp_path, vocabular
     out = tmp_path / "out"
     code, printed, _ = run(capsys, recipe, "-o", out, "--vocabulary", vocabulary, "--threads", 3)
     expected = ctc.read_recipe(recipe, {"vocabulary": vocabulary})
-    assert calls == [("train", expected, Model("m", None, None, None, {"require_head": head}), out, 3)]
+    assert calls == [("train", expected, Model("m", get_family("wav2vec2"), None, {"require_head": head}), out, 3)]
     assert (code, printed) == (0, f"{out}\n")
 
 

@@ -9,7 +9,7 @@ import torch
 
 import mowa
 from mowa.exporters import export
-from mowa.types import Model
+from mowa.types import CTCModel
 from tests.checkpoints import tiny
 from tests.quantized import SHORT_FRONT_END
 
@@ -24,7 +24,7 @@ def no_mask_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(move_blank(model), "onnx", folder / "onnx", attention_mask=False).folder
 
 
-def move_blank(model: Model) -> Model:
+def move_blank(model: CTCModel) -> CTCModel:
     """Give the blank another id, and make special tokens so improbable that removing them changes nothing."""
     head, vocabulary = model.net.lm_head, model.vocabulary
     order = list(range(len(vocabulary)))
@@ -34,7 +34,8 @@ def move_blank(model: Model) -> Model:
         for parameter in head.parameters():
             parameter.copy_(parameter[order].clone())
     tokens = tuple(vocabulary.tokens[index] for index in order)
-    return replace(model, vocabulary=replace(vocabulary, tokens=tokens, blank=BLANK))
+    processor = replace(model.processor, vocabulary=replace(vocabulary, tokens=tokens, blank=BLANK))
+    return replace(model, processor=processor)
 
 
 @pytest.mark.parametrize("gain", [1, 0.01])

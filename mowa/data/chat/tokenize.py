@@ -186,6 +186,23 @@ def _to_list(value: Any) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
+def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
+    """Return the token ids of messages and the generation prompt, by the chat template, as in training.
+
+    Special tokens that a message spells become text. Raises DataError without a template, or if it raises an error.
+    """
+    encoder, template = _Encoder(tokenizer, _Tally()), resolve_chat_template(tokenizer)
+    plain = [[dict(message) for message in messages], list(tools)]
+    escaped = template.escape(plain)
+    try:
+        text = template.apply(*escaped, add_generation_prompt=True)
+    except InvalidSample as error:
+        raise DataError(f"the messages cannot be rendered: {error}") from None
+    if escaped == plain or encoder.adds_space:
+        return encoder._tokenize([template.unescape(text)])[0]
+    return encoder._tokenize_escaped(template, text)
+
+
 class _Encoder:
     """Tokenizes conversations and documents in batches. `document_ids` are the ids of the documents."""
 

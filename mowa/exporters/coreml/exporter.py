@@ -43,7 +43,7 @@ from mowa.exporters.onnx.exporter import collect_metadata, silence_exporter
 from mowa.exporters.prepare import prepare_for_export
 from mowa.io.hub import SAMPLE_CLIP
 from mowa.models.ctc_encoder.geometry import receptive_field
-from mowa.types import Model
+from mowa.types import CTCModel
 
 log = logging.getLogger("mowa")
 
@@ -60,7 +60,7 @@ UNSUPPORTED_SCHEMES = {
 NOT_RUN = "Core ML was not run, because it needs macOS"
 
 
-def unsupported_reason(model: Model) -> str:
+def unsupported_reason(model: CTCModel) -> str:
     """See `Exporter.unsupported_reason`."""
     name = type(model.net).__name__
     if name not in SUPPORTED_NETS:
@@ -79,7 +79,7 @@ def require_packages() -> None:
             raise MissingDependency("Core ML export needs coremltools: pip install 'mowa[coreml]'") from None
 
 
-def write(model: Model, folder: Path, *, lengths_s: Sequence[float] = DEFAULT_LENGTHS_S) -> tuple[Any, ExportResult]:
+def write(model: CTCModel, folder: Path, *, lengths_s: Sequence[float] = DEFAULT_LENGTHS_S) -> tuple[Any, ExportResult]:
     """See `Exporter.write`. `lengths_s`: the input lengths of the program, in seconds.
 
     Tolerances are those of `verify_tolerance`. With int8-dynamic and mixed, inputs are not quantized, because Core ML
@@ -131,7 +131,7 @@ def _convert_lengths(config: Any, rate_hz: int, lengths_s: Sequence[float]) -> l
     return lengths
 
 
-def _minimum_target(model: Model) -> str:
+def _minimum_target(model: CTCModel) -> str:
     """Return the oldest deployment target with per-group scales or int8 inputs, if the scheme needs them."""
     if model.scheme.weights in ("int4", "mixed"):
         return "iOS18"
@@ -139,7 +139,7 @@ def _minimum_target(model: Model) -> str:
 
 
 @torch.inference_mode()
-def _find_large_norms(model: Model, net: Any) -> list[str]:
+def _find_large_norms(model: CTCModel, net: Any) -> list[str]:
     """Return the layer norms whose inputs exceed `MAX_FP16_NORM_INPUT` on the bundled sample."""
     large: set[str] = set()
 
@@ -158,7 +158,7 @@ def _find_large_norms(model: Model, net: Any) -> list[str]:
     return sorted(large)
 
 
-def _speech(model: Model, length: int) -> np.ndarray:
+def _speech(model: CTCModel, length: int) -> np.ndarray:
     """Return the bundled sample, repeated to `length` samples and preprocessed, float32 [length]."""
     clip = audio.load_audio(SAMPLE_CLIP, model.preprocessing.rate_hz)
     return verify.preprocess(model, np.resize(clip, length).astype(np.float32))
@@ -195,7 +195,7 @@ def _convert(graph: nn.Module, name: str, lengths: Sequence[int], takes_mask: bo
         raise ModelError(f"coremltools cannot convert {name}: {reason}; use onnx") from error
 
 
-def _set_metadata(program: Any, model: Model, details: dict[str, Any]) -> None:
+def _set_metadata(program: Any, model: CTCModel, details: dict[str, Any]) -> None:
     """Add the metadata that suffices to run the package without the other files."""
     program.short_description = f"Speech recognition: {model.origin.name} ({model.family.name}, {model.scheme.name})"
     program.license = model.origin.license or ""
@@ -205,7 +205,7 @@ def _set_metadata(program: Any, model: Model, details: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def _compare(
-    model: Model, net: Any, package: Path, lengths: Sequence[int], takes_mask: bool
+    model: CTCModel, net: Any, package: Path, lengths: Sequence[int], takes_mask: bool
 ) -> tuple[float | None, float | None, str]:
     """Compare the program with the net as `compare_logits`, and return what was not compared as the third value.
 

@@ -32,7 +32,7 @@ from mowa.exporters.onnx import streaming as chunk_export
 from mowa.exporters.prepare import prepare_for_export
 from mowa.io.hub import silence_transformers
 from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, get_trained_chunking
-from mowa.types import Model
+from mowa.types import CTCModel
 
 log = logging.getLogger("mowa")
 
@@ -41,7 +41,7 @@ OPSETS = range(18, 24)
 DEFAULT_OPSET = 20  # the first with a Gelu operator
 
 
-def unsupported_reason(model: Model) -> str:
+def unsupported_reason(model: CTCModel) -> str:
     """See `Exporter.unsupported_reason`; every scheme is supported."""
     return ""
 
@@ -57,7 +57,7 @@ def require_packages() -> None:
 
 
 def write(
-    model: Model, folder: Path, *, opset: int = DEFAULT_OPSET, attention_mask: bool | None = None
+    model: CTCModel, folder: Path, *, opset: int = DEFAULT_OPSET, attention_mask: bool | None = None
 ) -> tuple[Any, ExportResult]:
     """See `Exporter.write`. With `attention_mask=False` the graph has no mask, and a batch needs equal lengths.
 
@@ -97,7 +97,7 @@ def write(
     return reference, ExportResult(files, details, max_abs_diff, agreement, packages=packages)
 
 
-def collect_metadata(model: Model, takes_mask: bool) -> dict[str, str]:
+def collect_metadata(model: CTCModel, takes_mask: bool) -> dict[str, str]:
     """Return the metadata of the graph, which suffices to compute its inputs and decode its output."""
     vocabulary, preprocessing = model.vocabulary, model.preprocessing
     return {
@@ -115,7 +115,7 @@ def collect_metadata(model: Model, takes_mask: bool) -> dict[str, str]:
     }
 
 
-def format_tokens(model: Model) -> str:
+def format_tokens(model: CTCModel) -> str:
     """Format the vocabulary for sherpa-onnx: a symbol and its id per line, `<blk>` for the blank, `▁` for a space."""
     vocabulary = model.vocabulary
     symbols = [token.replace(" ", "▁") for token in vocabulary.tokens]
@@ -176,7 +176,7 @@ def _root_cause(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _compare(model: Model, net: Any, graph: Path, takes_mask: bool) -> tuple[float, float]:
+def _compare(model: CTCModel, net: Any, graph: Path, takes_mask: bool) -> tuple[float, float]:
     """Compare the graph with the net as `compare_logits`, in padded batches if there is a mask."""
     session, clips = _open_session(graph), verify.load_clips(model)
     reference, logits = verify.compute_logits(net, clips), []

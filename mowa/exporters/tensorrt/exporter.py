@@ -41,7 +41,7 @@ from mowa.exporters.verify import MAX_ABS_DIFF, MIN_AGREEMENT
 from mowa.io.hub import SAMPLE_CLIP
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.models.ctc_encoder.geometry import frame_geometry, receptive_field
-from mowa.types import FLOAT32, Model
+from mowa.types import FLOAT32, CTCModel
 
 log = logging.getLogger("mowa")
 
@@ -70,7 +70,7 @@ SUPPORTED_OPS = frozenset(
 )
 
 
-def unsupported_reason(model: Model) -> str:
+def unsupported_reason(model: CTCModel) -> str:
     """See `Exporter.unsupported_reason`."""
     storage = model.scheme.weights, model.scheme.activations
     if storage in SUPPORTED_SCHEMES:
@@ -83,7 +83,9 @@ def require_packages() -> None:
     graphs.require_packages()
 
 
-def write(model: Model, folder: Path, *, optimization_profile: Profile = DEFAULT_PROFILE) -> tuple[Any, ExportResult]:
+def write(
+    model: CTCModel, folder: Path, *, optimization_profile: Profile = DEFAULT_PROFILE
+) -> tuple[Any, ExportResult]:
     """See `Exporter.write`. `optimization_profile`: (batch, samples) of the smallest, the usual and the largest input.
 
     The graph is run in ONNX Runtime with its own dtypes emulated, and the engine if it can be built. In float32,
@@ -180,7 +182,7 @@ class _LogitsNet(nn.Module):
         return masked_logits
 
 
-def _trace(model: Model, net: Any, folder: Path, takes_mask: bool) -> None:
+def _trace(model: CTCModel, net: Any, folder: Path, takes_mask: bool) -> None:
     """Write the strongly typed `model.onnx`. Raises ModelError for an operator that ONNX or TensorRT lacks."""
     import onnx
 
@@ -199,7 +201,7 @@ def _trace(model: Model, net: Any, folder: Path, takes_mask: bool) -> None:
     _save(graph, folder)
 
 
-def _replace_static_linears(model: Model) -> Any:
+def _replace_static_linears(model: CTCModel) -> Any:
     """Return the net with int8 operators for layers with static input ranges, and the others dequantized."""
     net = prepare_for_export(model)
     for name, module in list(net.named_modules()):
@@ -217,7 +219,7 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _reference_cases(
-    model: Model, net: Any, profile: Profile, takes_mask: bool, *, exact: bool
+    model: CTCModel, net: Any, profile: Profile, takes_mask: bool, *, exact: bool
 ) -> tuple[list[building.Arrays], dict[str, float]]:
     """Return inputs with the shapes of the profile, the net's logits for them, and the error of float32.
 
@@ -271,7 +273,7 @@ def _run_graph(graph_file: Path, cases: Sequence[building.Arrays]) -> list[np.nd
         return [session.run(["logits"], building.select_inputs(case))[0] for case in cases]
 
 
-def _verify_graph(model: Model, measured: dict[str, float], tolerances: dict[str, float]) -> None:
+def _verify_graph(model: CTCModel, measured: dict[str, float], tolerances: dict[str, float]) -> None:
     name, scheme = model.origin.name, model.scheme
     if scheme.weights == "float32":
         if reason := building.check_tolerances(measured, tolerances):
@@ -321,7 +323,7 @@ def _can_build() -> bool:
 
 
 def _build_and_verify(
-    model: Model, folder: Path, tolerances: dict[str, float], cases: Sequence[building.Arrays]
+    model: CTCModel, folder: Path, tolerances: dict[str, float], cases: Sequence[building.Arrays]
 ) -> dict[str, float]:
     try:
         engine = building.build_engine(folder)

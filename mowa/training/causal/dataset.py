@@ -19,7 +19,7 @@ from mowa.training.config.causal import CausalData, CausalRecipe
 from mowa.training.config.shared import DataSource
 from mowa.training.monitor.sentinels import Finding
 from mowa.training.sources import name_sources, subsample
-from mowa.types import LanguageModel
+from mowa.types import CausalModel
 
 EVAL_BATCH_TOKENS = 1024  # tokens whose logits are in memory at once, where the stock net evaluates a set
 
@@ -40,7 +40,7 @@ class CausalSplits:
     findings: tuple[Finding, ...]
 
 
-def load_splits(recipe: CausalRecipe, model: LanguageModel) -> CausalSplits:
+def load_splits(recipe: CausalRecipe, model: CausalModel) -> CausalSplits:
     """Read and tokenize what the recipe's `data` section names; sets the tokenizer's chat template where it names one.
 
     Raises:
@@ -76,7 +76,7 @@ def load_splits(recipe: CausalRecipe, model: LanguageModel) -> CausalSplits:
     return CausalSplits(train, dev, test, tuple(notes), preview, tuple(findings))
 
 
-def _tokenize(items: Any, data: CausalData, model: LanguageModel) -> Any:
+def _tokenize(items: Any, data: CausalData, model: CausalModel) -> Any:
     config = model.net.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or data.max_length
     return tokenize.tokenize_conversations(
@@ -85,7 +85,7 @@ def _tokenize(items: Any, data: CausalData, model: LanguageModel) -> Any:
         train_on=data.train_on,
         on_overflow=data.on_overflow,
         max_length=min(data.max_length, context),
-        eos_token_ids=eos_token_ids(model),
+        eos_token_ids=causal.eos_token_ids(model),
         vocab_size=model.net.get_input_embeddings().num_embeddings,
     )
 
@@ -98,13 +98,6 @@ def load_chat_template(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     known = ", ".join(tokenize.BUILTIN_TEMPLATES)
     raise DataError(f"data: chat_template: {name} is neither a file nor one of {known}")
-
-
-def eos_token_ids(model: LanguageModel) -> tuple[int, ...]:
-    """Return the tokens that end a response, by the generation config and the tokenizer."""
-    configured = getattr(model.net.generation_config, "eos_token_id", None)
-    several = list(configured) if isinstance(configured, list | tuple) else [configured]
-    return tuple({one for one in (*several, model.tokenizer.eos_token_id) if one is not None})
 
 
 def _hold_out(

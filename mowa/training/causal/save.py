@@ -19,7 +19,7 @@ from mowa.training.config.causal import CausalRecipe
 from mowa.training.distributed import strategy
 from mowa.training.distributed.process import is_main_process, is_worker_process
 from mowa.training.save import atomic_output_dir, finalize_run, replace_parameters
-from mowa.types import LanguageModel
+from mowa.types import CausalModel
 
 # Relative difference allowed between the loss before saving and after loading again.
 FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2
@@ -27,7 +27,7 @@ FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2
 
 def save_run(
     recipe: CausalRecipe,
-    model: LanguageModel,
+    model: CausalModel,
     splits: CausalSplits,
     trainer: Any,
     output_dir: Path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mowa.training.config.causal import CausalRecipe
 from mowa.training.distributed import strategy
 from mowa.training.gradient_checkpointing import set_gradient_checkpointing
 from mowa.training.trainer_args import resolve_eval_steps
-from mowa.types import Family, LanguageModel
+from mowa.types import CausalModel, Family
 
 PRETRAINED_LR, LORA_LR = 1e-5, 2e-4  # default peak rates of pretrained weights and of LoRA
 
@@ -30,14 +30,14 @@ class CausalRun:
     """Inputs of the trainer. `model` has the net as it is trained; `batches` index `splits.train`."""
 
     recipe: CausalRecipe
-    model: LanguageModel
+    model: CausalModel
     splits: CausalSplits
     max_steps: int
     eval_steps: int
     batches: list[list[int]]
 
 
-def prepare(recipe: CausalRecipe, model: LanguageModel) -> CausalRun:
+def prepare(recipe: CausalRecipe, model: CausalModel) -> CausalRun:
     """Load the data and change `model.net` in place: LoRA or requires_grad, gradient checkpointing.
 
     Raises:
@@ -79,7 +79,7 @@ def prepare(recipe: CausalRecipe, model: LanguageModel) -> CausalRun:
         seed=recipe.optimizer.seed,
     )
     max_steps = len(batches) // recipe.batches_per_step
-    trained = LanguageModel(net, model.family, model.origin, model.tokenizer)
+    trained = replace(model, net=net)
     return CausalRun(recipe, trained, splits, max_steps, resolve_eval_steps(recipe, max_steps), batches)
 
 
@@ -119,10 +119,4 @@ def set_trainable(net: Any, family: Family, recipe: CausalRecipe) -> None:
 
 def collate(run: CausalRun, samples: Sequence[TokenizedSample], packing: bool) -> dict[str, Tensor]:
     """Collate samples to a packed or padded batch."""
-    return causal.pack(samples) if packing else causal.pad(samples, pad_token_id(run.model.tokenizer))
-
-
-def pad_token_id(tokenizer: Any) -> int:
-    """Return a token id for padding; any would do, since padding is masked."""
-    found = tokenizer.pad_token_id
-    return int(found if found is not None else tokenizer.eos_token_id or 0)
+    return causal.pack(samples) if packing else causal.pad(samples, causal.pad_token_id(run.model.tokenizer))

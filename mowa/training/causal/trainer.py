@@ -33,12 +33,12 @@ from mowa.training.config.causal import CausalRecipe
 from mowa.training.distributed.process import is_main_process, is_worker_process
 from mowa.training.monitor import callbacks, progress
 from mowa.training.run_dir import lock_run_dir
-from mowa.types import IGNORE_INDEX, Family, LanguageModel
+from mowa.types import IGNORE_INDEX, CausalModel, Family
 
 REQUIRED_PACKAGES = ("accelerate", "datasets", "matplotlib", "peft", "trl")
 
 
-def train_causal(recipe: CausalRecipe, model: LanguageModel, output_dir: Path, *, threads: int | None = None) -> Path:
+def train_causal(recipe: CausalRecipe, model: CausalModel, output_dir: Path, *, threads: int | None = None) -> Path:
     """Fine-tune `model` and return `output_dir`, which then holds the checkpoint or adapter.
 
     Args:

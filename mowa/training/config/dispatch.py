@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mowa.errors import RecipeError
+from mowa.tasks.verbs import TASK_LABELS
 from mowa.training.config import causal, ctc, schema
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.config.ctc import CTCRecipe
-from mowa.types import LanguageModel, Model
+from mowa.types import AnyModel
 
 Recipe = CTCRecipe | CausalRecipe
 CONFIG_MODULES = {"ctc": ctc, "causal": causal}
@@ -54,26 +55,24 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     return parse(tree, str(path))
 
 
-def train(recipe: Recipe, model: Any, output_dir: Path, *, threads: int | None = None) -> Path:
+def train(recipe: Recipe, model: AnyModel, output_dir: Path, *, threads: int | None = None) -> Path:
     """Fine-tune `model` by `recipe` and return `output_dir`, which then holds the checkpoint or adapter.
 
     Args:
         recipe: the recipe; its class selects the trainer.
-        model: a `Model` for a CTC recipe, a `LanguageModel` for a causal one; its net is changed in place.
+        model: a model of the recipe's task; its net is changed in place.
         output_dir: folder of the run. Called again with the same recipe, an interrupted run resumes.
         threads: CPU threads; None: all cores.
 
     Raises:
         RecipeError: the recipe is for another kind of model; and what `train_ctc` and `train_causal` raise.
     """
+    if model.task != recipe.task:
+        raise RecipeError(f"{recipe.model} is {TASK_LABELS[model.task]}; set task: {model.task}")
     if isinstance(recipe, CausalRecipe):
-        if not isinstance(model, LanguageModel):
-            raise RecipeError(f"{recipe.model} is not a language model; task: causal needs one (speech: task: ctc)")
         from mowa.training.causal.trainer import train_causal
 
         return train_causal(recipe, model, output_dir, threads=threads)
-    if not isinstance(model, Model):
-        raise RecipeError(f"{recipe.model} is a language model; set task: causal")
     from mowa.training.ctc.trainer import train_ctc
 
     return train_ctc(recipe, model, output_dir, threads=threads)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mowa.errors import RecipeError
 from mowa.models.ctc_encoder import packing
 from mowa.models.ctc_encoder.positions import precompute_absolute_positions
-from mowa.types import Model
+from mowa.types import CTCModel
 
 
 def select_layers(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ def select_layers(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
     return tuple(round(index * (teacher_layers - 1) / (student_layers - 1)) for index in range(student_layers))
 
 
-def init_student(teacher: Model, student_layers: int) -> Model:
+def init_student(teacher: CTCModel, student_layers: int) -> CTCModel:
     """Return a copy of `teacher` with `student_layers` of its layers, and its front end and head."""
     kept = select_layers(teacher.net.config.num_hidden_layers, student_layers)
     layers = teacher.net.base_model.encoder.layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mowa.adapters import bottleneck, freeze, head, lora
@@ -18,7 +18,7 @@ from mowa.training.ctc.distillation import DistillationLoss, init_student
 from mowa.training.ctc.streaming import ChunkSchedule, resolve_schedule
 from mowa.training.gradient_checkpointing import set_gradient_checkpointing
 from mowa.training.trainer_args import resolve_eval_steps
-from mowa.types import Example, Model
+from mowa.types import CTCModel, Example, SpeechProcessor
 
 STREAMING_SUFFIX = "-streaming"  # of the name under which a data set is evaluated in chunks
 
@@ -28,7 +28,7 @@ class CTCRun:
     """Inputs of the Trainer. `model` has the net as it is trained, and the vocabulary of its new head."""
 
     recipe: CTCRecipe
-    model: Model
+    model: CTCModel
     data: CTCSplits
     max_steps: int
     eval_steps: int
@@ -39,7 +39,7 @@ class CTCRun:
     notes: tuple[str, ...]
 
 
-def prepare(recipe: CTCRecipe, model: Model, output_dir: Path) -> CTCRun:
+def prepare(recipe: CTCRecipe, model: CTCModel, output_dir: Path) -> CTCRun:
     """Load the data and change `model.net` in place: head, adapters, quantizers, requires_grad.
 
     Raises:
@@ -96,12 +96,12 @@ def prepare(recipe: CTCRecipe, model: Model, output_dir: Path) -> CTCRun:
         seed=recipe.optimizer.seed,
     )
     max_steps = len(batches) // recipe.batches_per_step
-    trained = Model(net, family, model.origin, data.vocabulary, model.preprocessing)
+    trained = replace(model, net=net, processor=SpeechProcessor(data.vocabulary, model.preprocessing))
     eval_steps = resolve_eval_steps(recipe, max_steps)
     return CTCRun(recipe, trained, data, max_steps, eval_steps, batches, new_head, distillation, chunks, notes)
 
 
-def _drop_stale_streaming(recipe: CTCRecipe, model: Model) -> tuple[str, ...]:
+def _drop_stale_streaming(recipe: CTCRecipe, model: CTCModel) -> tuple[str, ...]:
     """Remove the mark of a streaming checkpoint where the encoder is about to be trained at full context."""
     config = model.net.config
     if recipe.streaming.chunk_s or chunk_mask.get_trained_chunking(config) is None or recipe.method == "head":
@@ -115,7 +115,7 @@ def _drop_stale_streaming(recipe: CTCRecipe, model: Model) -> tuple[str, ...]:
     )
 
 
-def _init_student(recipe: CTCRecipe, model: Model) -> tuple[Model, DistillationLoss | None]:
+def _init_student(recipe: CTCRecipe, model: CTCModel) -> tuple[CTCModel, DistillationLoss | None]:
     """Return the model to train and, where the recipe uses a teacher, the loss against the original checkpoint."""
     if not recipe.uses_teacher:
         return model, None

@@ -41,7 +41,7 @@ from mowa.training.distributed.process import is_main_process
 from mowa.training.monitor import callbacks, progress
 from mowa.training.optimizer import OptimizerMixin
 from mowa.training.run_dir import lock_run_dir
-from mowa.types import Family, Model
+from mowa.types import CTCModel, Family
 
 REQUIRED_PACKAGES = ("accelerate", "jiwer", "matplotlib")
 
@@ -60,7 +60,7 @@ class CTCTrainer(OptimizerMixin, Trainer):
         )
 
 
-def train_ctc(recipe: CTCRecipe, model: Model, output_dir: Path, *, threads: int | None = None) -> Path:
+def train_ctc(recipe: CTCRecipe, model: CTCModel, output_dir: Path, *, threads: int | None = None) -> Path:
     """Fine-tune `model` and return `output_dir`, which then holds the checkpoint or adapter.
 
     Args:
