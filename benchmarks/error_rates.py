@@ -27,9 +27,8 @@ from benchmarks.views import VIEWS
 from mowa.data import audio
 from mowa.data.audio import augment
 from mowa.data.text.normalize import normalize_text
-from mowa.engines.transcription import Failure
 from mowa.tasks.metrics import error_rates
-from mowa.types import Example
+from mowa.types import Example, Failure
 
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 Transcriber = Callable[[list[str]], list[str]]

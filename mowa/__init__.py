@@ -6,7 +6,10 @@
     for word in transcript.words:
         print(word.start_s, word.text)
 
-Functions are imported on first use: `import mowa` alone imports neither torch nor transformers.
+    run = mowa.train(model="polish", data="train.jsonl", method="lora", out="medical")
+
+Functions are imported on first use: `import mowa` alone imports neither torch nor transformers. docs/python.md shows
+each of them.
 """
 
 from __future__ import annotations
@@ -15,23 +18,55 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mowa.engines.pytorch import open_engine
-    from mowa.engines.streaming import stream
-    from mowa.engines.transcription import iter_transcripts, transcribe
-    from mowa.loading import load
-    from mowa.training.config.dispatch import train
+    from mowa.api.artifacts import export as export
+    from mowa.api.artifacts import merge as merge
+    from mowa.api.artifacts import quantize as quantize
+    from mowa.api.measuring import Evaluation as Evaluation
+    from mowa.api.measuring import bench as bench
+    from mowa.api.measuring import evaluate as evaluate
+    from mowa.api.models import accelerate as accelerate
+    from mowa.api.models import load as load
+    from mowa.api.models import restore as restore
+    from mowa.api.speech import stream as stream
+    from mowa.api.speech import transcribe as transcribe
+    from mowa.api.text import generate as generate
+    from mowa.api.training import Run as Run
+    from mowa.api.training import distill as distill
+    from mowa.api.training import train as train
+    from mowa.engines.pytorch import open_engine as open_engine
+    from mowa.errors import AudioError as AudioError
+    from mowa.errors import DataError as DataError
+    from mowa.errors import HubUnreachable as HubUnreachable
+    from mowa.errors import MissingDependency as MissingDependency
+    from mowa.errors import ModelError as ModelError
+    from mowa.errors import MowaError as MowaError
+    from mowa.errors import RecipeError as RecipeError
+    from mowa.errors import TrainingStopped as TrainingStopped
+    from mowa.errors import UnknownModel as UnknownModel
+    from mowa.types import Artifact as Artifact
+    from mowa.types import Failure as Failure
+    from mowa.types import Generation as Generation
+    from mowa.types import Model as Model
+    from mowa.types import Segment as Segment
+    from mowa.types import Transcript as Transcript
+    from mowa.types import Word as Word
 
 __version__ = "0.1.0"
-__all__ = ["iter_transcripts", "load", "open_engine", "stream", "train", "transcribe"]
 
-_MODULES = {
-    "iter_transcripts": "mowa.engines.transcription",
-    "load": "mowa.loading",
-    "open_engine": "mowa.engines.pytorch",
-    "stream": "mowa.engines.streaming",
-    "train": "mowa.training.config.dispatch",
-    "transcribe": "mowa.engines.transcription",
+_ERRORS = ("AudioError", "DataError", "HubUnreachable", "MissingDependency", "ModelError", "MowaError", "RecipeError")
+_NAMES = {
+    "mowa.api.artifacts": ("export", "merge", "quantize"),
+    "mowa.api.measuring": ("Evaluation", "bench", "evaluate"),
+    "mowa.api.models": ("accelerate", "load", "restore"),
+    "mowa.api.speech": ("stream", "transcribe"),
+    "mowa.api.text": ("generate",),
+    "mowa.api.training": ("Run", "distill", "train"),
+    "mowa.engines.pytorch": ("open_engine",),
+    "mowa.errors": (*_ERRORS, "TrainingStopped", "UnknownModel"),
+    "mowa.types": ("Artifact", "Failure", "Generation", "Model", "Segment", "Transcript", "Word"),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
@@ -40,3 +75,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

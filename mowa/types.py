@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from mowa.errors import MowaError
+
 IGNORE_INDEX = -100  # label of positions without loss, as in torch and transformers
 
 
@@ -266,6 +268,14 @@ class Transcript:
         """Mean confidence of the words; 0 if there are none."""
         words = self.words
         return sum(word.confidence for word in words) / len(words) if words else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A recording that could not be transcribed, and why."""
+
+    file: str
+    error: MowaError
 
 
 @dataclass(frozen=True, slots=True)

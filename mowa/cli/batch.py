@@ -16,8 +16,8 @@ from mowa.errors import DataError, MowaError
 
 if TYPE_CHECKING:
     from mowa.engines.batch import CorpusSource
-    from mowa.engines.pipeline import Failure
     from mowa.engines.settings import EngineSpec, TranscriptionSettings, WorkerPool
+    from mowa.types import Failure
 
 
 def transcribe_batch(

@@ -15,7 +15,7 @@ from mowa.engines.settings import ENGINES, EngineSpec, TranscriptionSettings
 from mowa.errors import AudioError, DataError, MowaError
 
 if TYPE_CHECKING:
-    from mowa.engines.transcription import Failure
+    from mowa.types import Failure
 
 DEFAULTS = TranscriptionSettings()
 
@@ -139,7 +139,8 @@ def _transcribe_files(
     """Transcribe files to standard output or into `out`; return the exit code."""
     from mowa.cli import output
     from mowa.decode import captions
-    from mowa.engines.transcription import Failure, iter_transcripts, load_engine
+    from mowa.engines.transcription import iter_transcripts, load_engine
+    from mowa.types import Failure
 
     failures: list[Failure] = []
     files = list(_find_files(sources, failures, debug))
@@ -168,7 +169,7 @@ def _transcribe_files(
 def _find_files(sources: tuple[str, ...], failures: list[Failure], debug: bool) -> Iterator[Path]:
     """Yield every audio file once; a source that does not exist is reported and added to `failures`."""
     from mowa.data import audio
-    from mowa.engines.transcription import Failure
+    from mowa.types import Failure
 
     seen: set[Path] = set()
     for name in sources:

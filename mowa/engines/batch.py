@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from mowa import hardware
-from mowa.adapters import checkpoint
+from mowa.adapters.loading import adapter_sha256
 from mowa.data.manifests.examples import list_examples
 from mowa.engines import pipeline
-from mowa.engines.pipeline import Failure
 from mowa.engines.protocol import Engine
 from mowa.engines.results import ResultsFile
 from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import AudioError
 from mowa.hardware import installed_version
 from mowa.io.hashing import hash_weights
-from mowa.types import Example
+from mowa.types import Example, Failure
 
 DECODE_TIMEOUT_S = 600.0  # of one recording
 COST_ONLY_SETTINGS = {"batch_s"}  # settings that do not change transcripts
@@ -42,7 +41,7 @@ class CorpusSource:
 
 
 def build_header(
-    engine: Engine, settings: TranscriptionSettings, *, adapter: Path | None = None, shard: str = ""
+    engine: Engine, settings: TranscriptionSettings, *, adapter: str | Path | None = None, shard: str = ""
 ) -> dict[str, Any]:
     """Return the header of a results log: model, settings, package versions and shard."""
     origin = engine.origin
@@ -50,7 +49,7 @@ def build_header(
     if origin.revision is None:
         model["sha256"] = hash_weights(origin.folder)
     if adapter is not None:
-        model["adapter"] = checkpoint.read_adapter(adapter).sha256
+        model["adapter"] = adapter_sha256(Path(adapter))
     result_settings = {key: value for key, value in asdict(settings).items() if key not in COST_ONLY_SETTINGS}
     return {
         "model": model,

@@ -29,19 +29,11 @@ from mowa.engines.protocol import Engine, batch_by_length, hop_length, num_frame
 from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import AudioError, ModelError, MowaError
 from mowa.models.ctc_encoder.geometry import max_absolute_position
-from mowa.types import Example, Segment, Transcript
+from mowa.types import Example, Failure, Segment, Transcript
 
 PREFETCH_BATCHES = 8  # batches of windows that are read ahead and sorted by length
 MIN_TURN_GAP_S = 0.8  # a silence this long on a separate channel ends a segment: another speaker may have answered
 MAX_QUEUED_WINDOWS = 8  # per recording; its decoding thread blocks when the queue is full
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A recording that could not be transcribed, and why."""
-
-    file: str
-    error: MowaError
 
 
 @dataclass(slots=True)

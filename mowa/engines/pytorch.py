@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mowa import hardware
-from mowa.adapters import checkpoint
+from mowa.adapters.loading import load_adapter
 from mowa.engines.protocol import BatchPolicy, num_frames
 from mowa.errors import ModelError
 from mowa.models.ctc_encoder import cpu_plan
@@ -84,7 +84,7 @@ class PyTorchEngine:
                 f"unknown adapter {adapter!r}: neither a folder nor one of the loaded adapters"
                 f" ({', '.join(self.adapters) or 'none'})"
             )
-        model = checkpoint.load_adapter(self.model, adapter)
+        model = load_adapter(self.model, adapter)
         plan = _plan(model, self.device, self.precision, like=self.plan)
         return replace(
             self,

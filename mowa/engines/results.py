@@ -23,9 +23,8 @@ from typing import Any
 
 from mowa.data.manifests.discover import RESULTS_PREFIX
 from mowa.decode import captions
-from mowa.engines.pipeline import Failure
 from mowa.errors import DataError
-from mowa.types import Example, Transcript
+from mowa.types import Example, Failure, Transcript
 
 FORMAT_VERSION = 2
 SYNC_INTERVAL_S = 2.0  # between calls of fsync; at most this much work is lost in a power failure

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mowa import hardware
-from mowa.adapters import checkpoint
+from mowa.adapters.loading import load_adapter
 from mowa.engines import onnx, pytorch
 from mowa.engines.onnx import OnnxEngine
 from mowa.engines.protocol import Engine
@@ -67,7 +67,7 @@ def select_engine(
         raise ModelError(f"unknown engine {name!r}: use {', '.join(ENGINES)}")
     if name == "onnx":
         _require_cpu(device)
-        adapted = model if adapter is None else checkpoint.load_adapter(model, adapter)
+        adapted = model if adapter is None else load_adapter(model, adapter)
         return _log_choice(onnx.open_engine(adapted, dtype=dtype, threads=threads), "onnx: requested")
     cached = _open_cached_export(model, device, dtype, threads, adapter) if name == "auto" else None
     torch_engine = pytorch.open_engine(model, device=device, dtype=dtype, threads=threads).with_adapter(adapter)
@@ -149,7 +149,7 @@ def _open_cached_export(
         return None
     if not any((hardware.cache_folder() / "onnx").glob("*")):
         return None  # avoids hashing the weights
-    adapted = model if adapter is None else checkpoint.load_adapter(model, adapter)
+    adapted = model if adapter is None else load_adapter(model, adapter)
     folder = onnx.cache_path(adapted, dtype)
     if not folder.is_dir():
         return None

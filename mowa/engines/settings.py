@@ -34,7 +34,7 @@ class EngineSpec:
     """Which model to load and how to run it; names only, so that it can be sent to other processes and machines."""
 
     model: str
-    adapter: Path | None = None
+    adapter: str | Path | None = None
     revision: str | None = None
     offline: bool = False
     engine: str = "pytorch"

@@ -2,81 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-from mowa.adapters import checkpoint
-from mowa.data import audio
-from mowa.engines import pipeline, pytorch, selection
-from mowa.engines.pipeline import Failure
+from mowa.adapters.loading import is_adapter, read_base_name
+from mowa.data.audio import AudioBytes
+from mowa.engines import pipeline, selection
 from mowa.engines.protocol import Engine
 from mowa.engines.pytorch import PyTorchEngine
 from mowa.engines.selection import EngineChoice
 from mowa.engines.settings import EngineSpec, TranscriptionSettings
-from mowa.errors import AudioError
+from mowa.errors import ModelError
 from mowa.exporters import is_export, read_artifact
 from mowa.io.hub import MODEL_ALIASES
 from mowa.loading.ctc import load
-from mowa.types import CTCModel, Example, Transcript
+from mowa.tasks.verbs import require_ctc
+from mowa.types import CTCModel, Example, Failure, Model, Transcript
 
 DEFAULT_MODEL = "pl-tiny"
 
 
-@overload
-def transcribe(files: str | Path, model: str | CTCModel | PyTorchEngine | None = ..., **options: Any) -> Transcript: ...
-@overload
-def transcribe(
-    files: Sequence[str | Path], model: str | CTCModel | PyTorchEngine | None = ..., **options: Any
-) -> list[Transcript]: ...
-def transcribe(
-    files: str | Path | Sequence[str | Path],
-    model: str | CTCModel | PyTorchEngine | None = None,
-    *,
-    adapter: str | Path | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    threads: int | None = None,
-    **settings: Any,
-) -> Transcript | list[Transcript]:
-    """Transcribe a recording, or a list of recordings and folders.
+def open_engine(model: str | CTCModel | Engine | None, spec: EngineSpec) -> Engine:
+    """Return the engine for `model`: a name, a loaded model, or an engine, whose adapter the spec then selects.
 
-    Args:
-        files: a file, or a list of files and folders.
-        model: an alias, a folder, a Hub id, a `Model`, or an engine; None is the adapter's base model, or pl-tiny.
-        adapter: an adapter's folder, or the name of one that the engine was opened with.
-        device, dtype, threads: as `open_engine`; ignored where `model` is an engine.
-        settings: the fields of `TranscriptionSettings`.
-
-    Returns a Transcript for a single file, and a list in order for a list. Raises the MowaError of the first recording
-    that fails; `iter_transcripts` continues instead.
+    None is the adapter's base model, or pl-tiny. The engine of a name or model is selected as `mowa transcribe` does.
+    Raises as `load` and `select_engine` do.
     """
-    transcription_settings = TranscriptionSettings(**settings)
-    engine: Engine
-    options: Any = {"device": device, "dtype": dtype, "threads": threads}
-    if isinstance(model, str) and (folder := resolve_artifact(model)) is not None:
-        engine = selection.open_artifact(folder, adapter=adapter, **options).engine
-    else:
-        if not isinstance(model, PyTorchEngine):
-            loaded = load(model or resolve_base_model(adapter)) if model is None or isinstance(model, str) else model
-            model = pytorch.open_engine(loaded, **options)
-        engine = model.with_adapter(adapter)
-    single = isinstance(files, str | Path)
-    if single and Path(str(files)).is_dir():
-        raise AudioError(
-            f"{files}: is a folder. Pass it in a list, transcribe([folder]), to get a list of transcripts."
-        )
-    found = audio.find_audio_files([files] if isinstance(files, str | Path) else files)
-    transcripts = []
-    for outcome in iter_transcripts(found, engine, transcription_settings):
-        if isinstance(outcome, Failure):
-            raise outcome.error
-        transcripts.append(outcome)
-    return transcripts[0] if single else transcripts
+    if model is None or isinstance(model, str):
+        return load_engine(replace(spec, model=model or "")).engine
+    if isinstance(model, Model):
+        options: Any = {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads, "adapter": spec.adapter}
+        return selection.select_engine(require_ctc(model, "transcribe"), name=spec.engine, **options).engine
+    if spec.adapter is None:
+        return model
+    if not isinstance(model, PyTorchEngine):
+        raise ModelError(f"the {model.name} engine takes no adapter: open the model with the adapter instead")
+    return model.with_adapter(spec.adapter)
 
 
 def load_engine(spec: EngineSpec) -> EngineChoice:
-    """Load the model or export of a spec and select its engine. Raises as `load` and `select_engine` do."""
+    """Load the model, export or adapter of a spec and select its engine. Raises as `load` and `select_engine` do.
+
+    An empty model is the adapter's base model, or pl-tiny.
+    """
+    if is_adapter(Path(spec.model)) and spec.model not in MODEL_ALIASES and spec.adapter is None:
+        spec = replace(spec, model="", adapter=spec.model)
+    spec = replace(spec, model=spec.model or resolve_base_model(spec.adapter))
     options: Any = {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads, "adapter": spec.adapter}
     if (folder := resolve_artifact(spec.model)) is not None:
         return selection.open_artifact(folder, name=spec.engine, **options)
@@ -94,22 +67,37 @@ def resolve_artifact(name: str) -> Path | None:
 
 def resolve_base_model(adapter: str | Path | None) -> str:
     """Return the name of the base model of an adapter's folder; pl-tiny for None."""
-    return DEFAULT_MODEL if adapter is None else checkpoint.read_adapter(adapter).base.load_name
+    return DEFAULT_MODEL if adapter is None else read_base_name(Path(adapter))
 
 
 def iter_transcripts(
-    files: Iterable[str | Path],
+    sources: Iterable[str | Path | AudioBytes | Failure],
     engine: Engine,
     settings: TranscriptionSettings | None = None,
     *,
     on_progress: Callable[[float], object] = lambda seconds: None,
 ) -> Iterator[Transcript | Failure]:
-    """Yield one outcome per file, in order: its transcript, or a Failure for a file that cannot be read to its end.
+    """Yield one outcome per recording, in order: its transcript, or a Failure if it cannot be read to its end.
 
-    `on_progress` is called with the seconds of audio of each batch.
+    A Failure among the sources is yielded in its place. `on_progress` is called with the seconds of each batch.
     """
-    examples = (Example(str(file), str(file), "", 0.0) for file in files)
+    failures: dict[str, Failure] = {}
+
+    def examples() -> Iterator[Example]:
+        for number, source in enumerate(sources):
+            if isinstance(source, Failure):
+                failures[str(number)] = source
+                yield Example(str(number), source.file, "", 0.0)
+            elif isinstance(source, AudioBytes):
+                yield Example(str(number), source.name, "", 0.0, audio_bytes=source.data)
+            else:
+                yield Example(str(number), str(source), "", 0.0)
+
     for _, outcome in pipeline.transcribe_examples(
-        examples, engine, settings or TranscriptionSettings(), on_progress=on_progress
+        examples(),
+        engine,
+        settings or TranscriptionSettings(),
+        before_decode=lambda example: failures[example.id].error if example.id in failures else None,
+        on_progress=on_progress,
     ):
         yield outcome

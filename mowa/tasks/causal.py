@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,24 +69,39 @@ def count_trained_tokens(examples: Iterable[TokenizedExample]) -> int:
     return sum(int(np.asarray(example.loss_mask)[1:].sum()) for example in examples)
 
 
-@torch.inference_mode()
-def evaluate(net: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-    """Evaluate `net` over all trained tokens of `batches`, by its stock forward pass.
+@dataclass(frozen=True, slots=True)
+class SampleLosses:
+    """Sums over the trained tokens of each sample, [N] each: −log p (nats), correct top tokens, tokens."""
 
-    Returns:
-        loss (mean −log p, nats), accuracy (of the most likely token), tokens (their number).
-    """
+    nll: np.ndarray
+    correct: np.ndarray
+    tokens: np.ndarray
+
+
+@torch.inference_mode()
+def sample_losses(net: Any, batches: Iterable[dict[str, Tensor]]) -> SampleLosses:
+    """Evaluate `net` on every sample of `batches` (see `pad`), in their order, by its stock forward pass."""
     device = next(net.parameters()).device
-    loss, correct, count = 0.0, 0, 0
+    sums: list[Tensor] = []
     for batch in batches:
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         targets = batch["labels"][:, 1:].to(device)
-        trained = targets != IGNORE_INDEX
-        logits = net(**inputs, use_cache=False).logits[:, :-1][trained].float()
-        loss += float(torch.nn.functional.cross_entropy(logits, targets[trained], reduction="sum"))
-        correct += int((logits.argmax(-1) == targets[trained]).sum())
-        count += int(trained.sum())
-    return {"loss": loss / max(1, count), "accuracy": correct / max(1, count), "tokens": count}
+        logits = net(**inputs, use_cache=False).logits[:, :-1]
+        for row, labels in zip(logits, targets, strict=True):
+            trained = labels != IGNORE_INDEX
+            kept = row[trained].float()
+            nll = torch.nn.functional.cross_entropy(kept, labels[trained], reduction="sum")
+            correct = (kept.argmax(-1) == labels[trained]).sum()
+            sums.append(torch.stack([nll.double(), correct.double(), trained.sum().double()]).cpu())
+    columns = torch.stack(sums).numpy().T if sums else np.zeros((3, 0))
+    return SampleLosses(*columns)
+
+
+def evaluate(net: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    """Return loss (mean −log p, nats), accuracy (of the top token) and tokens (their number) over all of `batches`."""
+    found = sample_losses(net, batches)
+    count = int(found.tokens.sum())
+    return {"loss": found.nll.sum() / max(1, count), "accuracy": found.correct.sum() / max(1, count), "tokens": count}
 
 
 def eos_token_ids(model: CausalModel) -> tuple[int, ...]:

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mowa.engines.pipeline import Failure
 from mowa.engines.results import ResultsFile, merge_results, parse_transcript, read_header, read_records
 from mowa.errors import AudioError, DataError
-from mowa.types import Example, Segment, Transcript, Word
+from mowa.types import Example, Failure, Segment, Transcript, Word
 
 HEADER = {"model": {"name": "tiny", "sha256": "ab"}, "settings": {"vad_threshold": 0.1}, "versions": {"mowa": "1"}}
 

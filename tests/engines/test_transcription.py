@@ -10,10 +10,11 @@ import soxr
 import mowa
 from mowa.data import audio
 from mowa.engines import protocol
-from mowa.engines.transcription import Failure, TranscriptionSettings
+from mowa.engines.transcription import TranscriptionSettings
 from mowa.errors import AudioError, ModelError
 from mowa.io.hub import SAMPLE_CLIP as SAMPLE
 from mowa.tasks.metrics import error_rates
+from mowa.types import Failure
 
 REFERENCE = json.loads(SAMPLE.with_suffix(".json").read_text())["text"]
 

@@ -1,0 +1,113 @@
+"""`mowa.load`, `mowa.accelerate` and `mowa.restore`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal, overload
+
+import torch
+
+from mowa import loading
+from mowa.adapters import causal
+from mowa.adapters.loading import is_adapter, load_adapter, read_base_name
+from mowa.errors import ModelError
+from mowa.io.hub import resolve_model
+from mowa.loading.checkpoint import read_family
+from mowa.models.causal import accelerate as accelerate_model
+from mowa.models.causal.accelerate import Change, accelerate, restore
+from mowa.types import AnyModel, CausalModel, CTCModel
+
+__all__ = ["Change", "accelerate", "load", "restore"]
+
+log = logging.getLogger("mowa")
+
+
+@overload
+def load(
+    name: str | Path,
+    *,
+    task: Literal["ctc"],
+    adapter: str | Path | None = ...,
+    revision: str | None = ...,
+    dtype: str = ...,
+    device: str = ...,
+    accelerate: bool | Literal["auto"] = ...,
+    offline: bool = ...,
+) -> CTCModel: ...
+@overload
+def load(
+    name: str | Path,
+    *,
+    task: Literal["causal"],
+    adapter: str | Path | None = ...,
+    revision: str | None = ...,
+    dtype: str = ...,
+    device: str = ...,
+    accelerate: bool | Literal["auto"] = ...,
+    offline: bool = ...,
+) -> CausalModel: ...
+@overload
+def load(
+    name: str | Path,
+    *,
+    task: None = ...,
+    adapter: str | Path | None = ...,
+    revision: str | None = ...,
+    dtype: str = ...,
+    device: str = ...,
+    accelerate: bool | Literal["auto"] = ...,
+    offline: bool = ...,
+) -> AnyModel: ...
+def load(
+    name: str | Path,
+    *,
+    task: Literal["ctc", "causal"] | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    accelerate: bool | Literal["auto"] = "auto",
+    offline: bool = False,
+) -> AnyModel:
+    """Load a model of speech (CTC) or text (causal), in eval mode and without gradients.
+
+    Args:
+        name: an alias (`mowa models`), a folder, a Hub id `owner/name[@revision]`, or the folder of an adapter, whose
+            base model is then loaded too.
+        task: the task that the model must be of; None: whichever its config says.
+        adapter: folder of an adapter, by `mowa train` or PEFT, to load over the model.
+        dtype: float32, bfloat16 or float16; auto: float32, but on a GPU a language model's own.
+        device: cpu, cuda, cuda:1, …; auto: a GPU if there is one.
+        accelerate: replace a language model's attention, norms and MLPs by mowa's; auto: on a GPU. `restore` undoes it;
+            what was replaced is logged.
+        offline: use cached files only.
+
+    Raises:
+        ModelError: the model or adapter is unknown, damaged, unsupported or of another task.
+    """
+    name = str(name)
+    if adapter is None and is_adapter(Path(name)):
+        name, adapter = read_base_name(Path(name)), name
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = dtype
+    if dtype == "auto":
+        resolved = "float32" if device == "cpu" else _stored_dtype(name, revision, offline)
+    model: AnyModel = loading.load(name, task=task, revision=revision, dtype=resolved, device=device, offline=offline)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    if accelerate is True and model.task != "causal":
+        raise ModelError(f"{model.origin.name} is a speech model: accelerate replaces layers of language models only")
+    if model.task == "causal" and (accelerate is True or (accelerate == "auto" and device != "cpu")):
+        for change in accelerate_model.accelerate(model.net):
+            log.info("accelerate: %s", change)
+    return model
+
+
+def _stored_dtype(name: str, revision: str | None, offline: bool) -> str:
+    """Return the dtype of a language model's checkpoint; float32 for a speech model."""
+    folder = resolve_model(name, revision=revision, offline=offline).folder
+    if read_family(folder, name).task == "ctc":
+        return "float32"
+    return str(causal.stored_dtype(folder)).removeprefix("torch.")

@@ -1,0 +1,120 @@
+"""`mowa.transcribe` and `mowa.stream`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, TypeAlias, overload
+
+import numpy as np
+import torch
+
+from mowa.data.audio import find_audio_files
+from mowa.data.audio.values import to_audio_source
+from mowa.engines import transcription
+from mowa.engines.protocol import Engine
+from mowa.engines.settings import EngineSpec, TranscriptionSettings
+from mowa.engines.streaming import stream
+from mowa.errors import AudioError
+from mowa.types import CTCModel, Failure, Transcript
+
+__all__ = ["AudioInput", "stream", "transcribe"]
+
+AudioInput: TypeAlias = str | Path | bytes | IO[bytes] | np.ndarray | torch.Tensor | Mapping[str, Any]
+
+
+@overload
+def transcribe(
+    audio: AudioInput, model: str | CTCModel | Engine | None = ..., *, sampling_rate: int | None = ..., **options: Any
+) -> Transcript: ...
+@overload
+def transcribe(
+    audio: Iterable[AudioInput],
+    model: str | CTCModel | Engine | None = ...,
+    *,
+    sampling_rate: int | None = ...,
+    **options: Any,
+) -> Iterator[Transcript | Failure]: ...
+def transcribe(
+    audio: AudioInput | Iterable[AudioInput],
+    model: str | CTCModel | Engine | None = None,
+    *,
+    sampling_rate: int | None = None,
+    adapter: str | Path | None = None,
+    word_timestamps: bool = True,
+    engine: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    on_progress: Callable[[float], object] = lambda seconds: None,
+    **settings: Any,
+) -> Transcript | Iterator[Transcript | Failure]:
+    """Transcribe a recording, or several.
+
+    Args:
+        audio: a path, bytes, a binary file, an array with `sampling_rate`, a row of `datasets` (see
+            `data.audio.values.to_audio_source`); or a list or iterator of these, in which a folder stands for the
+            recordings in it.
+        model: an alias, a folder (also of an export or an adapter), a Hub id, a `Model`, or an engine that
+            `mowa.open_engine` returned; None is the adapter's base model, or pl-tiny.
+        sampling_rate: of arrays, in Hz.
+        adapter: an adapter's folder, or the name of one that the engine was opened with.
+        word_timestamps: return words with their times; without, only the text of each segment.
+        engine: auto (the fastest here), pytorch or onnx.
+        device, dtype, threads: as `mowa transcribe`.
+        on_progress: called with the seconds of audio of each batch.
+        settings: fields of `TranscriptionSettings`, such as batch_s, window_s, vad_threshold and channels.
+
+    Returns:
+        The Transcript of a single recording; for several, an iterator that yields, in order, a Transcript or, for a
+        recording that cannot be read to its end, a Failure.
+
+    Raises:
+        MowaError: the model cannot be loaded, or a single recording cannot be read.
+    """
+    spec = EngineSpec("", None if adapter is None else adapter, revision, offline, engine, device, dtype, threads)
+    loaded = transcription.open_engine(model, spec)
+    outcomes = transcription.iter_transcripts(
+        _sources(audio, sampling_rate), loaded, TranscriptionSettings(**settings), on_progress=on_progress
+    )
+    if not word_timestamps:
+        outcomes = map(_without_words, outcomes)
+    if not _is_single(audio):
+        return outcomes
+    outcome = next(outcomes)
+    if isinstance(outcome, Failure):
+        raise outcome.error
+    return outcome
+
+
+def _is_single(audio: Any) -> bool:
+    if isinstance(audio, str | Path | bytes | bytearray | memoryview | Mapping) or hasattr(audio, "read"):
+        return True
+    return hasattr(audio, "__array__") or hasattr(audio, "get_all_samples")
+
+
+def _sources(audio: Any, sampling_rate: int | None) -> Iterator[Any]:
+    """Yield what `iter_transcripts` reads; a value that is not audio is yielded as a Failure."""
+    if _is_single(audio):
+        if isinstance(audio, str | Path) and Path(audio).is_dir():
+            raise AudioError(f"{audio}: is a folder. Pass it in a list, transcribe([folder]).")
+        yield to_audio_source(audio, sampling_rate=sampling_rate)
+        return
+    for number, value in enumerate(audio, 1):
+        if isinstance(value, str | Path) and Path(value).is_dir():
+            yield from map(str, find_audio_files([value]))
+            continue
+        name = f"recording {number}"
+        try:
+            yield to_audio_source(value, sampling_rate=sampling_rate, name=name)
+        except AudioError as error:
+            yield Failure(name, error)
+
+
+def _without_words(outcome: Transcript | Failure) -> Transcript | Failure:
+    if isinstance(outcome, Failure):
+        return outcome
+    return replace(outcome, segments=tuple(replace(segment, words=()) for segment in outcome.segments))

@@ -1,0 +1,86 @@
+"""`mowa.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, overload
+
+import torch
+
+from mowa.api.models import load
+from mowa.engines import generation
+from mowa.engines.generation import GenerationSettings, Prompt
+from mowa.errors import DataError
+from mowa.tasks.verbs import require_causal
+from mowa.types import CausalModel, Generation
+
+__all__ = ["GenerationSettings", "Prompt", "generate"]
+
+
+@overload
+def generate(model: str | CausalModel, prompt: str, *, stream: Literal[False] = ..., **options: Any) -> Generation: ...
+@overload
+def generate(
+    model: str | CausalModel, prompt: list[str], *, stream: Literal[False] = ..., **options: Any
+) -> list[Generation]: ...
+@overload
+def generate(
+    model: str | CausalModel, prompt: Sequence[dict[str, Any]], *, stream: Literal[False] = ..., **options: Any
+) -> Generation: ...
+@overload
+def generate(model: str | CausalModel, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+def generate(
+    model: str | CausalModel,
+    prompt: Any,
+    *,
+    stream: bool = False,
+    system: str = "",
+    chat: bool | None = None,
+    threads: int | None = None,
+    batch_size: int = 8,
+    **settings: Any,
+) -> Generation | list[Generation] | Iterator[str]:
+    """Generate an answer with a language model.
+
+    Args:
+        model: a language model, or its name as in `mowa.load`.
+        prompt: a text, a conversation (a list of messages {"role", "content"}), or a list of either.
+        stream: return an iterator of pieces of text instead; one prompt only.
+        system: system message before a text.
+        chat: put a text into the chat template; None: if the model has one.
+        threads: CPU threads; None: as torch is set.
+        batch_size: prompts generated together.
+        settings: fields of `GenerationSettings`, such as max_new_tokens, temperature, top_p, stop and seed.
+
+    Returns:
+        A Generation (`.text`) for one prompt; a list of them for a list of prompts; an iterator of str with `stream`.
+
+    Raises:
+        ModelError: the model is no language model, or a setting is out of range.
+        DataError: a prompt is empty or longer than the model's context, or its messages do not fit the template.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    loaded = require_causal(load(model) if isinstance(model, str) else model, "generate")
+    options = GenerationSettings(**{**settings, "stop": _as_tuple(settings.get("stop", ()))})
+    single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
+    prompts = [_with_system(one, system) for one in ([prompt] if single else prompt)]
+    if system:
+        chat = None
+    if stream:
+        if not single:
+            raise DataError(f"stream=True takes one prompt, not {len(prompts)}")
+        return generation.stream_text(loaded, prompts[0], options, chat=chat)
+    answers = generation.generate(loaded, prompts, options, chat=chat, batch_size=batch_size)
+    return answers[0] if single else answers
+
+
+def _as_tuple(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _with_system(prompt: Prompt, system: str) -> Prompt:
+    if not system:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [{"role": "system", "content": system}, *messages]

@@ -1,0 +1,78 @@
+"""`mowa generate`: answer a prompt with a language model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mowa import hardware
+from mowa.errors import DataError
+
+
+# fmt: off
+@click.command(short_help="Generate text with a language model.")
+@click.argument("model")
+@click.option("-p", "--prompt", "prompts", multiple=True, metavar="TEXT",
+              help="Prompt, repeatable. [default: standard input]")
+@click.option("--system", default="", metavar="TEXT", help="System message before the prompt.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Adapter folder written by `mowa train` or PEFT.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True,
+              help="Maximum number of tokens of an answer.")
+@click.option("--temperature", type=click.FloatRange(min=0),
+              help="0: always the likeliest token; higher: more varied. [default: the model's]")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
+              help="Sample from the fewest tokens with this total probability. [default: the model's]")
+@click.option("--top-k", type=click.IntRange(min=0), help="Sample from this many tokens (0 = all)."
+              " [default: the model's]")
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True),
+              help="Penalty of tokens that occurred before (1 = none). [default: the model's]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text, repeatable.")
+@click.option("--seed", type=int, help="Seed of the sampling.")
+@click.option("--json", "as_json", is_flag=True,
+              help="Print one JSON object per prompt, with token counts and finish reason.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+              show_default=True, help="Compute dtype. auto: float32 on a CPU, the checkpoint's on a GPU.")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads. [default: all available cores]")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
+def generate(
+    model: str, prompts: tuple[str, ...], system: str, raw: bool, adapter: Path | None, max_new_tokens: int,
+    temperature: float | None, top_p: float | None, top_k: int | None, repetition_penalty: float | None,
+    stop: tuple[str, ...], seed: int | None, as_json: bool, device: str, dtype: str, threads: int | None,
+    revision: str | None, offline: bool,
+) -> None:
+    # fmt: on
+    """Answer a prompt with MODEL: a folder, a Hub id, or the folder of a fine-tuning run.
+
+    The prompt is put into the model's chat template, if it has one. The answer is printed as it is generated.
+    """
+    hardware.enable_huge_pages()
+    if raw and system:
+        raise DataError("--system needs the chat template: omit --raw")
+    texts = prompts or (sys.stdin.read().strip(),)
+    from mowa import api
+
+    loaded = api.load(
+        model, task="causal", adapter=adapter, device=device, dtype=dtype, revision=revision, offline=offline
+    )
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+        "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
+        "chat": False if raw else None, "system": system, "threads": threads,
+    }  # fmt: skip
+    if as_json:
+        for text, answer in zip(texts, api.generate(loaded, list(texts), **options), strict=True):
+            click.echo(json.dumps({"prompt": text} | asdict(answer), ensure_ascii=False))
+        return
+    for text in texts:
+        for piece in api.generate(loaded, text, stream=True, **options):
+            click.echo(piece, nl=False)
+        click.echo()

@@ -1,0 +1,142 @@
+"""Evaluate a model on data with known answers: error rates of speech, loss and perplexity of text, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mowa.data.chat import conversations, tokenize
+from mowa.data.manifests.examples import read_examples
+from mowa.engines import pipeline
+from mowa.engines.protocol import Engine
+from mowa.engines.settings import TranscriptionSettings
+from mowa.errors import DataError
+from mowa.tasks import causal, metrics
+from mowa.training.causal import batches
+from mowa.types import CausalModel, Failure
+
+ProgressCallback = Callable[[float], object]
+MAX_LENGTH = 2048  # tokens of a sample of text; longer ones are cut
+DEFAULT_SETTINGS = TranscriptionSettings()
+BATCH_TOKENS = 1024  # tokens whose logits are in memory at once
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A value and its 95 % confidence interval, by bootstrap over the samples."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Metrics of one model on one data set.
+
+    task      ctc: wer, cer (1.0: all wrong); causal: loss (nats per token), perplexity, accuracy of the top token
+    samples   recordings or texts that were evaluated
+    units     reference words, or tokens
+    failures  recordings that could not be read; they are not in the metrics
+    """
+
+    model: str
+    task: str
+    data: str
+    metrics: dict[str, Metric]
+    samples: int
+    units: int
+    failures: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        unit, percent = ("words", 100.0) if self.task == "ctc" else ("tokens", 1.0)
+        sign = " %" if self.task == "ctc" else ""
+        lines = [f"{self.model} on {self.data}: {self.samples:,} samples, {self.units:,} {unit}"]
+        for name, one in self.metrics.items():
+            digits = 1 if self.task == "ctc" else 3
+            spans = [f"{percent * edge:.{digits}f}" for edge in (one.value, one.low, one.high)]
+            lines.append(f"{name:<10} {spans[0]}{sign} (95 %: {spans[1]}–{spans[2]})")
+        lines += [f"not evaluated: {failure}" for failure in self.failures]
+        return "\n".join(lines)
+
+
+def evaluate_speech(
+    engine: Engine,
+    data: str | Path,
+    *,
+    split: str = "",
+    max_samples: int = 0,
+    settings: TranscriptionSettings = DEFAULT_SETTINGS,
+    on_progress: ProgressCallback = lambda seconds: None,
+) -> Evaluation:
+    """Transcribe recordings and compare with their texts.
+
+    Raises DataError if no recording has a text or none can be read; AudioError never: unreadable ones are listed.
+    """
+    examples = list(read_examples(data, split, require_text=True))
+    examples = examples[:max_samples] if max_samples else examples
+    references, hypotheses, failures = [], [], []
+    for example, outcome in pipeline.transcribe_examples(examples, engine, settings, on_progress=on_progress):
+        if isinstance(outcome, Failure):
+            failures.append(str(outcome.error))
+        else:
+            references.append(example.text)
+            hypotheses.append(outcome.text)
+    if not references:
+        raise DataError(
+            f"{data}: none of the {len(examples)} recordings could be read. {failures[0] if failures else ''}"
+        )
+    rates = metrics.bootstrap_error_rates(references, hypotheses)
+    found = {"wer": Metric(rates.wer, *rates.wer_interval), "cer": Metric(rates.cer, *rates.cer_interval)}
+    return Evaluation(engine.origin.name, "ctc", str(data), found, len(references), rates.num_words, tuple(failures))
+
+
+def evaluate_text(
+    model: CausalModel,
+    data: str | Path,
+    *,
+    split: str = "",
+    max_samples: int = 0,
+    train_on: str = "auto",
+    max_length: int = MAX_LENGTH,
+    on_progress: ProgressCallback = lambda samples: None,
+) -> Evaluation:
+    """Compute the loss of conversations (on the assistant's answers) or texts (on every token).
+
+    Samples longer than `max_length` tokens are cut. `train_on` is responses, last or all, as in recipes; auto:
+    responses of conversations, all of texts. Raises DataError if no sample is left.
+    """
+    items = list(conversations.read_conversations(str(data), split))
+    options: Any = {"train_on": train_on, "on_overflow": "truncate", "max_length": max_length}
+    samples = tokenize.tokenize_conversations(items, model.tokenizer, **options)[0]
+    samples = samples[:max_samples] if max_samples else samples
+    if not causal.count_trained_tokens(samples):
+        raise DataError(f"{data}: no sample with tokens to evaluate")
+    done = []
+    for group in batches.group_by_length([len(one) for one in samples], range(len(samples)), BATCH_TOKENS):
+        padded = causal.pad([samples[index] for index in group], 0, pad_to_multiple_of=1)
+        done.append(causal.sample_losses(model.net, [padded]))
+        on_progress(len(group))
+    nll, correct, tokens = (
+        np.concatenate([getattr(one, name) for one in done]) for name in ("nll", "correct", "tokens")
+    )
+    found = {"loss": metrics.bootstrap_ratio(nll, tokens), "accuracy": metrics.bootstrap_ratio(correct, tokens)}
+    loss = found["loss"]
+    perplexity = Metric(*(math.exp(edge) for edge in (loss.value, loss.low, loss.high)))
+    return Evaluation(
+        model.origin.name,
+        "causal",
+        str(data),
+        {"loss": loss, "perplexity": perplexity, "accuracy": found["accuracy"]},
+        len(samples),
+        int(tokens.sum()),
+    )
