@@ -75,9 +75,9 @@ def run_mowa(model: str, manifest: Path, method: str, steps: int, out: Path) -> 
 
     hardware.enable_huge_pages()  # as `mowa train` does
     from mowa.loading import load
+    from mowa.training import loop
     from mowa.training.config import ctc
     from mowa.training.ctc import trainer as ctc_trainer
-    from mowa.training.ctc.setup import prepare
     from mowa.types import Example
 
     rows = read_manifest(manifest)
@@ -93,7 +93,7 @@ def run_mowa(model: str, manifest: Path, method: str, steps: int, out: Path) -> 
         },
         "benchmark",
     )
-    run = prepare(recipe, load(model), out)
+    run = loop.prepare(ctc_trainer.TASK, recipe, load(model), out)
     examples = [Example(row["id"], row["audio"], row["text"], row["duration_s"]) for row in rows]
     run.batches[:] = [examples[8 * step : 8 * step + 8] for step in range(steps)]
     clock = step_clock()

@@ -196,6 +196,7 @@ def mowa_arm(given: argparse.Namespace) -> dict[str, Any]:
     hardware.enable_huge_pages()  # as `mowa train` does
     from mowa.loading import load
     from mowa.models.causal import accelerate
+    from mowa.training import loop
     from mowa.training.causal import trainer as causal_trainer
     from mowa.training.config import causal
 
@@ -231,7 +232,7 @@ def mowa_arm(given: argparse.Namespace) -> dict[str, Any]:
     )
     model = load(given.model, dtype="bfloat16" if bfloat16 else "float32")
     before_gib, clock = resident_gib(model.net), step_clock()
-    run = causal_trainer.prepare(recipe, model)
+    run = loop.prepare(causal_trainer.TASK, recipe, model, given.folder / "mowa")
     trainer, progress = causal_trainer.build_trainer(run, given.folder / "mowa", None)
     accelerate.accelerate(run.model.net, mlp_tiles=recipe.memory.mlp_tiles)
     trainer.args.logging_steps = 1

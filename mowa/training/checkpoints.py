@@ -1,8 +1,11 @@
-"""Write checkpoints that survive a kill at any moment: a checkpoint counts only once it has a completion marker."""
+"""Callbacks of the Trainer that make checkpoints survive a kill at any moment, and average weights.
+
+A checkpoint counts only once it has a completion marker (`run_dir`). Older ones are deleted only after a newer one is
+complete.
+"""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +14,36 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from mowa.training.distributed.process import is_main_process
+from mowa.training.run_dir import COMPLETE_MARKER, delete_checkpoint, list_checkpoints
 
-COMPLETE_MARKER, EMA_FILE = "complete", "ema.safetensors"
-
-
-def find_last_checkpoint(folder: Path) -> Path | None:
-    """Return the last complete checkpoint in `folder`; the main process deletes incomplete ones."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    complete = [path for path in found if (path / COMPLETE_MARKER).is_file()]
-    if is_main_process():
-        for path in set(found) - set(complete):
-            shutil.rmtree(path)
-    return complete[-1] if complete else None
+EMA_FILE = "ema.safetensors"
+KEPT_CHECKPOINTS = 2  # the last one and the best one
 
 
 class MarkCompleteCallback(TrainerCallback):
-    """Mark a checkpoint as complete. Must be the last callback of a run."""
+    """Mark a checkpoint as complete, then delete older ones but the best. Must be the last callback of a run.
+
+    It replaces `save_total_limit` of TrainingArguments, which deletes before the new checkpoint is complete.
+
+    Args:
+        keep: number of checkpoints to keep.
+    """
+
+    def __init__(self, keep: int = KEPT_CHECKPOINTS) -> None:
+        self.keep = keep
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # each process writes its shard
-        if state.is_world_process_zero and folder.is_dir():
-            (folder / COMPLETE_MARKER).touch()
+        if not (state.is_world_process_zero and folder.is_dir()):
+            return
+        (folder / COMPLETE_MARKER).touch()
+        complete = list_checkpoints(folder.parent)
+        protected = {folder.name, Path(state.best_model_checkpoint or "").name}
+        removable = [path for path in complete if path.name not in protected]
+        for path in removable[: max(0, len(complete) - self.keep)]:
+            delete_checkpoint(path)
 
 
 class EMACallback(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Write the results of a run of either task: checkpoint files, report, recipe and curve."""
+"""Write the results of a run: checkpoint files, report, recipe and curve."""
 
 from __future__ import annotations
 
@@ -16,17 +16,25 @@ from mowa.io.atomic import atomic_write
 from mowa.io.weights import fix_weight_permissions
 from mowa.training.config import schema
 from mowa.training.monitor import progress
-from mowa.training.run_dir import DONE_MARKER
+from mowa.training.run_dir import RUN_FOLDER, mark_finished
+
+CONFIG_FILE = "config.json"
 
 
 @contextmanager
 def atomic_output_dir(output_dir: Path) -> Iterator[Path]:
-    """Yield a temporary folder whose files are moved into `output_dir` when the block ends."""
-    partial = output_dir / "run" / ".partial"
-    partial.mkdir(parents=True, exist_ok=True)
+    """Yield a temporary folder whose files are moved into `output_dir` when the block ends.
+
+    config.json is moved last: until then the folder does not load as a new model.
+    """
+    partial = output_dir / ".partial"
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
     yield partial
     fix_weight_permissions(partial)
-    for file in sorted(partial.iterdir()):
+    (output_dir / CONFIG_FILE).unlink(missing_ok=True)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == CONFIG_FILE):
         file.replace(output_dir / file.name)
     partial.rmdir()
 
@@ -36,9 +44,7 @@ def finalize_run(recipe: Any, trainer: Any, output_dir: Path, report: dict[str, 
     atomic_write(output_dir / "report.json", json.dumps(report, ensure_ascii=False, indent=1))
     schema.write_yaml(recipe, output_dir / "recipe.yaml")
     progress.write_history(trainer.state.log_history, output_dir, best_step=best_step)
-    for folder in (output_dir / "run").glob("checkpoint-*"):
-        shutil.rmtree(folder)
-    (output_dir / "run" / DONE_MARKER).touch()
+    mark_finished(output_dir / RUN_FOLDER)
 
 
 def replace_parameters(net: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:

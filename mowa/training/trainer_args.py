@@ -24,7 +24,7 @@ def training_arguments(recipe: Any, output_dir: Path, net: Any, *, max_steps: in
     """Return keyword arguments of TrainingArguments for a run whose batches are planned, one per step and device.
 
     Evaluates and saves every `eval_steps`. Includes what `strategy.distributed_arguments` returns, but not how the best
-    checkpoint is selected.
+    checkpoint is selected. `checkpoints.MarkCompleteCallback` deletes old checkpoints.
     """
     config = recipe.optimizer
     settings: dict[str, Any] = {
@@ -39,7 +39,6 @@ def training_arguments(recipe: Any, output_dir: Path, net: Any, *, max_steps: in
         "eval_strategy": "steps",
         "eval_steps": eval_steps,
         "save_steps": eval_steps,
-        "save_total_limit": 2,
         "greater_is_better": False,
         "logging_steps": min(10, eval_steps),
         "dataloader_num_workers": 0,

@@ -1,9 +1,7 @@
 """`mowa train`: options and recipes, output, and which function trains."""
 
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import pytest
@@ -283,11 +281,8 @@ def calls(monkeypatch):
     seen = []
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    trainer = SimpleNamespace(
-        train_ctc=lambda recipe, model, out, *, threads: seen.append(("train", recipe, model, out, threads))
-    )
-    monkeypatch.setitem(sys.modules, "mowa.training.ctc.trainer", trainer)
-    monkeypatch.setattr("mowa.training.ctc.trainer", trainer, raising=False)
+    train = lambda recipe, model, out, *, threads: seen.append(("train", recipe, model, out, threads))  # noqa: E731
+    monkeypatch.setattr(dispatch, "train", train)
     monkeypatch.setattr(
         "mowa.loading.ctc.load", lambda name, **options: Model(name, get_family("wav2vec2"), None, options)
     )

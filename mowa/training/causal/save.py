@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,80 +13,61 @@ from mowa.adapters import causal, lora
 from mowa.errors import TrainingStopped
 from mowa.io.hub import silence_transformers
 from mowa.io.weights import ensure_safetensors
-from mowa.training.causal.dataset import CausalSplits, evaluate
-from mowa.training.config.causal import CausalRecipe
-from mowa.training.distributed import strategy
-from mowa.training.distributed.process import is_main_process, is_worker_process
-from mowa.training.save import atomic_output_dir, finalize_run, replace_parameters
-from mowa.types import CausalModel
+from mowa.training.causal.dataset import evaluate
+from mowa.training.causal.setup import CausalRun
+from mowa.training.distributed.process import is_worker_process
+from mowa.training.save import atomic_output_dir
 
 # Relative difference allowed between the loss before saving and after loading again.
 FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2
 
 
-def save_run(
-    recipe: CausalRecipe,
-    model: CausalModel,
-    splits: CausalSplits,
-    trainer: Any,
-    output_dir: Path,
-    train_time_s: float,
-    baseline: Mapping[str, Mapping[str, float]],
-    eval_loss: float,
-) -> None:
-    """Write checkpoint or adapter, load it with transformers and PEFT, evaluate that, and write the report.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a session measures.
 
-    Args:
-        recipe: the recipe.
-        model: the trained model; its net is moved to the CPU.
-        splits: the data; dev and test are evaluated.
-        trainer: the trainer, after training.
-        output_dir: folder of the run.
-        train_time_s: seconds of the run.
-        baseline: metrics of the original checkpoint by set.
-        eval_loss: loss of the trained net on the first dev set, nats per token.
+    baseline    metrics of the original checkpoint by set; empty where the net is sharded
+    eval_loss   loss of the trained net on the first dev set, nats per token
+    base_dtype  dtype of the frozen weights, in which the saved model is evaluated; float32 if there are none
+    """
+
+    baseline: Mapping[str, Mapping[str, float]]
+    eval_loss: float
+    base_dtype: torch.dtype
+
+
+def save(run: CausalRun, output_dir: Path, measured: Measured) -> None:
+    """Write checkpoint or adapter, and the tokenizer; the net is moved to the CPU."""
+    model, net = run.model, run.model.net
+    net.to("cpu")  # frees memory for the copy that `verify` loads
+    if run.recipe.method == "lora":
+        causal.save_adapter(net, output_dir, base=model.origin, tokenizer=model.tokenizer, metrics={})
+        return
+    net.to(causal.stored_dtype(model.origin.folder))
+    with atomic_output_dir(output_dir) as folder:
+        causal.write_checkpoint(model, folder)
+
+
+def verify(run: CausalRun, output_dir: Path, measured: Measured) -> dict[str, Any]:
+    """Load what `save` wrote with transformers and PEFT alone, evaluate it, and return the report.
 
     Raises:
         TrainingStopped: the loaded model has another loss than the trained one.
     """
-    state = strategy.gather_state_dict(trainer) if is_worker_process() else None
-    if not is_main_process():
-        return
-    net = model.net
-    if state is not None:
-        replace_parameters(net, state)
-    parameters = sum(p.numel() for p in net.parameters())
-    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    device, dtype = net.device, next((p.dtype for p in net.parameters() if not p.requires_grad), torch.float32)
-    net.to("cpu")  # frees memory for the copy that is loaded
+    recipe, model, splits = run.recipe, run.model, run.splits
     if recipe.method == "lora":
-        causal.save_adapter(net, output_dir, base=model.origin, tokenizer=model.tokenizer, metrics={})
-        loaded = lora.load_peft_model(_load_stock(model.origin.folder, dtype), output_dir)
+        loaded = lora.load_peft_model(_load_stock(model.origin.folder, measured.base_dtype), output_dir)
     else:
-        net.to(causal.stored_dtype(model.origin.folder))
-        with atomic_output_dir(output_dir) as folder:
-            causal.write_checkpoint(model, folder)
-        loaded = _load_stock(output_dir, dtype)
-    loaded = loaded.to(device).eval()
+        loaded = _load_stock(output_dir, measured.base_dtype)
+    on_gpu = torch.cuda.is_available() and not is_worker_process()  # what was sharded may not fit on one GPU
+    loaded = loaded.to("cuda" if on_gpu else "cpu").eval()
     metrics = {name: evaluate(loaded, samples) for name, samples in (splits.dev | splits.test).items()}
-    exact = recipe.optimizer.precision == "float32" and net.dtype == torch.float32
+    exact = recipe.optimizer.precision == "float32" and model.net.dtype == torch.float32
     tolerance = FLOAT32_TOLERANCE if exact else HALF_TOLERANCE
-    _verify_loss(eval_loss, metrics[next(iter(splits.dev))]["loss"], tolerance)
-    report = {
-        "model": recipe.model,
-        "method": recipe.method,
-        "global_step": trainer.state.global_step,
-        "train_runtime_s": train_time_s,
-        "num_parameters": parameters,
-        "num_trainable_parameters": trainable,
-        "baseline_metrics": baseline,
-        "metrics": metrics,
-        "versions": {name: version(name) for name in ("mowa", "torch", "transformers", "trl", "peft")},
-    }
+    _verify_loss(measured.eval_loss, metrics[next(iter(splits.dev))]["loss"], tolerance)
     if recipe.method == "lora":
         causal.write_metrics(output_dir, metrics=metrics)
-    finalize_run(recipe, trainer, output_dir, report, best_step=trainer.state.best_global_step)
-    print(format_table(baseline, metrics), file=sys.stderr)
+    return {"baseline_metrics": measured.baseline, "metrics": metrics}
 
 
 def _verify_loss(trained: float, loaded: float, tolerance: float) -> None:
@@ -110,8 +90,9 @@ def _load_stock(folder: Path, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_pretrained(ensure_safetensors(folder), config=config, dtype=dtype)
 
 
-def format_table(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> str:
-    """Format losses and accuracies before and after training, one set per line."""
+def format_table(report: Mapping[str, Any]) -> str:
+    """Format the losses and accuracies of a report before and after training, one set per line."""
+    before, after = report["baseline_metrics"], report["metrics"]
     rows = ["texts            tokens     loss before → after     accuracy before → after"]
     for name, row in after.items():
         old = before.get(name)

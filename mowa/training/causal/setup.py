@@ -37,20 +37,27 @@ class CausalRun:
     batches: list[list[int]]
 
 
-def prepare(recipe: CausalRecipe, model: CausalModel) -> CausalRun:
-    """Load the data and change `model.net` in place: LoRA or requires_grad, gradient checkpointing.
-
-    Raises:
-        RecipeError: the model does not support the recipe.
-        DataError: no sample is left to train or evaluate on.
-    """
+def validate(recipe: CausalRecipe, model: CausalModel) -> None:
+    """Raise RecipeError where the model does not support the recipe."""
     unsupported = model.family.unsupported
     reason = unsupported.get("packing") or (
         "" if recipe.memory.accelerate else unsupported.get("packing_unaccelerated")
     )
     if recipe.batch.packing and reason:
         raise RecipeError(f"batch: packing: {model.family.name} does not support it: {reason}; set packing: false")
-    splits = load_splits(recipe, model)
+
+
+def read_data(recipe: CausalRecipe, model: CausalModel, output_dir: Path) -> CausalSplits:
+    """Read and tokenize the samples. Raises as `load_splits`."""
+    return load_splits(recipe, model)
+
+
+def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> CausalRun:
+    """Change `model.net` in place (LoRA or requires_grad, gradient checkpointing) and plan the batches.
+
+    Raises:
+        RecipeError: the model does not support the recipe.
+    """
     net = model.net
     if recipe.method == "lora":
         config = recipe.lora

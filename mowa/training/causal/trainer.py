@@ -1,89 +1,70 @@
-"""Fine-tune a language model by a `CausalRecipe`, with TRL's stock `SFTTrainer`.
+"""What the training loop (`mowa.training.loop`) needs to fine-tune a language model by a `CausalRecipe`.
 
-Batches are planned before the first step and packed without padding; a resumed run has the same batches. `dataset` says
-which tokens are trained; `mowa.models.causal.accelerate` makes the net faster.
+TRL's stock `SFTTrainer` trains. Batches are planned before the first step and packed without padding; a resumed run has
+the same ones. `dataset` says which tokens are trained; `mowa.models.causal.accelerate` makes the net faster.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
 
-from mowa import hardware
-from mowa.adapters import freeze, lora
+from mowa.adapters import lora
 from mowa.data.chat.tokenize import TokenizedSample
-from mowa.errors import MissingDependency, TrainingStopped
+from mowa.errors import TrainingStopped
 from mowa.io.atomic import atomic_write, read_json
 from mowa.models.causal import accelerate
-from mowa.models.causal.accelerate import Change
-from mowa.training import checkpoints, optimizer, trainer_args
+from mowa.training import optimizer, trainer_args
+from mowa.training.causal import save, setup
 from mowa.training.causal.batches import plan_eval_batches
 from mowa.training.causal.dataset import evaluate
-from mowa.training.causal.save import save_run
-from mowa.training.causal.setup import CausalRun, collate, prepare, resolve_learning_rate
+from mowa.training.causal.save import Measured
+from mowa.training.causal.setup import CausalRun, collate, resolve_learning_rate
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.distributed.process import is_main_process, is_worker_process
+from mowa.training.loop import Session, Task
 from mowa.training.monitor import callbacks, progress
-from mowa.training.run_dir import lock_run_dir
-from mowa.types import IGNORE_INDEX, CausalModel, Family
-
-REQUIRED_PACKAGES = ("accelerate", "datasets", "matplotlib", "peft", "trl")
+from mowa.training.run_dir import RUN_FOLDER
+from mowa.types import IGNORE_INDEX, Family
 
 
-def train_causal(recipe: CausalRecipe, model: CausalModel, output_dir: Path, *, threads: int | None = None) -> Path:
-    """Fine-tune `model` and return `output_dir`, which then holds the checkpoint or adapter.
-
-    Args:
-        recipe: the recipe.
-        model: the model; its net is changed in place.
-        output_dir: folder of the run. An interrupted run resumes; a finished one returns at once.
-        threads: CPU threads; None: all cores.
+@contextmanager
+def session(run: CausalRun, output_dir: Path, resume_from: Path | None) -> Iterator[Session[Measured]]:
+    """Evaluate the original checkpoint and set up the net for training; checks that packing does not change the loss.
 
     Raises:
-        RecipeError: `output_dir` holds another run, or the model does not support the recipe.
-        DataError: no sample is left to train or evaluate on.
-        TrainingStopped: a monitor found that the run will not succeed, or a comparison failed.
-        MissingDependency: a package for training is not installed.
+        TrainingStopped: the loss computed packed and unpacked differs.
     """
-    installed = hardware.optional_package_versions()
-    if missing := [name for name in REQUIRED_PACKAGES if installed[name] is None]:
-        raise MissingDependency(f"fine-tuning language models needs {', '.join(missing)}: pip install 'mowa[text]'")
-    torch.set_num_threads(threads or hardware.cpu_count())
-    set_seed(recipe.optimizer.seed)
-    if lock_run_dir(recipe, output_dir):
-        print(f"{output_dir}: this run is already finished", file=sys.stderr)
-        return output_dir
-    run = prepare(recipe, model)
-    net = run.model.net
-    resume_from = checkpoints.find_last_checkpoint(output_dir / "run")
-    started = time.time()
+    recipe, splits, net = run.recipe, run.splits, run.model.net
     sharded = is_worker_process() and torch.cuda.is_available()  # the whole net may not fit on one GPU
     if torch.cuda.is_available() and not sharded:
         net.to("cuda")
-    baseline = {} if sharded else evaluate_baseline(run, output_dir / "run" / "baseline_metrics.json")
-    unpacked = None if sharded else evaluate(net, select_short_samples(run.splits.train))
+    baseline = {} if sharded else evaluate_baseline(run, output_dir / RUN_FOLDER / "baseline_metrics.json")
+    unpacked = None if sharded else evaluate(net, select_short_samples(splits.train))
     with lora.suppress_peft_warnings():
         trainer, reporter = build_trainer(run, output_dir, resume_from)
     changes = accelerate.accelerate(net, mlp_tiles=recipe.memory.mlp_tiles) if recipe.memory.accelerate else ()
+    tokens = sum(len(splits.train[index]) for batch in run.batches for index in batch)
+    length = f"{run.max_steps} steps over {tokens:,} tokens, evaluated every {run.eval_steps} steps"
+    shown = (*splits.notes, splits.preview) if resume_from is None else ()
+
+    def measure() -> Measured:
+        loss = evaluate_loss(trainer, next(iter(trainer.eval_dataset.values())))["loss"]
+        return Measured(baseline, loss, next((p.dtype for p in net.parameters() if not p.requires_grad), torch.float32))
+
     try:
-        _log_plan(run, changes, resume_from)
         if unpacked is not None:
             verify_packing(run, unpacked)
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        eval_loss = evaluate_loss(trainer, next(iter(trainer.eval_dataset.values())))["loss"]
+        yield Session(trainer, reporter, (*shown, *map(str, changes), length), measure)
     finally:
-        reporter.close()
         accelerate.restore(net)
-    save_run(recipe, run.model, run.splits, trainer, output_dir, time.time() - started, baseline, eval_loss)
-    return output_dir
 
 
 def build_trainer(run: CausalRun, output_dir: Path, resume_from: Path | None) -> tuple[Any, progress.ProgressReporter]:
@@ -252,16 +233,16 @@ def verify_packing(run: CausalRun, unpacked: dict[str, float]) -> None:
         )
 
 
-def _log_plan(run: CausalRun, changes: Sequence[Change], resume_from: Path | None) -> None:
-    """Print what was left out of the data, samples, what is trained, what is accelerated, and for how long."""
-    if not is_main_process():
-        return
-    splits = run.splits
-    lines = [*splits.notes, splits.preview] if resume_from is None else []
-    lines.append(freeze.format_table(freeze.count_parameters(run.model.net, run.model.family)))
-    lines += [str(change) for change in changes]
-    tokens = sum(len(splits.train[index]) for batch in run.batches for index in batch)
-    lines.append(f"{run.max_steps} steps over {tokens:,} tokens, evaluated every {run.eval_steps} steps")
-    if resume_from:
-        lines.append(f"resuming from {resume_from.name}")
-    print("\n".join(lines), file=sys.stderr)
+TASK = Task(
+    packages=("accelerate", "datasets", "matplotlib", "peft", "trl"),
+    extra="text",
+    versions=("transformers", "trl", "peft"),
+    validate=setup.validate,
+    read_data=setup.read_data,
+    prepare=setup.prepare,
+    saves_frozen=lambda run: run.recipe.method != "lora",
+    session=session,
+    save=save.save,
+    verify=save.verify,
+    format_table=save.format_table,
+)

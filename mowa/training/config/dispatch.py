@@ -1,10 +1,11 @@
-"""Read a recipe of any task, and run it with the trainer of that task."""
+"""Read a recipe of any task, and run it: recipes and trainers are registered here by the name of their task."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mowa.errors import RecipeError
 from mowa.tasks.verbs import TASK_LABELS
@@ -13,8 +14,12 @@ from mowa.training.config.causal import CausalRecipe
 from mowa.training.config.ctc import CTCRecipe
 from mowa.types import AnyModel
 
+if TYPE_CHECKING:
+    from mowa.training.loop import Task
+
 Recipe = CTCRecipe | CausalRecipe
 CONFIG_MODULES = {"ctc": ctc, "causal": causal}
+TASK_MODULES = {"ctc": "mowa.training.ctc.trainer", "causal": "mowa.training.causal.trainer"}  # each has a TASK
 NO_LEAF_NAME = {"data.train"}  # keys whose last part does not stand alone: `train` reads like a switch
 
 
@@ -59,20 +64,22 @@ def train(recipe: Recipe, model: AnyModel, output_dir: Path, *, threads: int | N
     """Fine-tune `model` by `recipe` and return `output_dir`, which then holds the checkpoint or adapter.
 
     Args:
-        recipe: the recipe; its class selects the trainer.
+        recipe: the recipe.
         model: a model of the recipe's task; its net is changed in place.
         output_dir: folder of the run. Called again with the same recipe, an interrupted run resumes.
         threads: CPU threads; None: all cores.
 
     Raises:
-        RecipeError: the recipe is for another kind of model; and what `train_ctc` and `train_causal` raise.
+        RecipeError: the recipe is for another kind of model; and as `mowa.training.loop.train`.
     """
+    from mowa.training import loop
+
     if model.task != recipe.task:
         raise RecipeError(f"{recipe.model} is {TASK_LABELS[model.task]}; set task: {model.task}")
-    if isinstance(recipe, CausalRecipe):
-        from mowa.training.causal.trainer import train_causal
+    return loop.train(load_task(recipe.task), recipe, model, output_dir, threads=threads)
 
-        return train_causal(recipe, model, output_dir, threads=threads)
-    from mowa.training.ctc.trainer import train_ctc
 
-    return train_ctc(recipe, model, output_dir, threads=threads)
+def load_task(name: str) -> Task[Any, Any, Any]:
+    """Return the training task of that name; imports its trainer."""
+    task: Task[Any, Any, Any] = importlib.import_module(TASK_MODULES[name]).TASK
+    return task

@@ -1,56 +1,47 @@
-"""Evaluate the trained net and write it: weights or adapter, vocabulary, report and curve."""
+"""Evaluate a trained CTC net, write it, load it again and compare; format the table of error rates."""
 
 from __future__ import annotations
 
-import sys
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import Trainer
 
+from mowa import loading
 from mowa.adapters import checkpoint
+from mowa.errors import TrainingStopped
 from mowa.io import processor
 from mowa.models.ctc_encoder import chunk_mask
+from mowa.models.diff import ModelDiff, compare_emissions
 from mowa.quantization import qat
 from mowa.tasks import metrics
 from mowa.training.config.ctc import ADAPTER_METHODS
+from mowa.training.ctc.batches import BatchDataset
 from mowa.training.ctc.module import decode_frames, decode_labels
-from mowa.training.ctc.setup import CTCRun, build_eval_datasets
-from mowa.training.distributed import strategy
-from mowa.training.distributed.process import is_main_process, is_worker_process
-from mowa.training.save import atomic_output_dir, finalize_run, replace_parameters
+from mowa.training.ctc.setup import CTCRun, build_eval_datasets, eval_batch_options
+from mowa.training.save import atomic_output_dir
+from mowa.types import CTCModel
 
 BOOTSTRAP_RESAMPLES = 1000
+COMPARED_CLIPS = 4  # of the first dev set, on which the net in memory and the saved one must agree
+# Largest difference of a log-probability, in nats. On a GPU convolutions may be computed by another algorithm.
+CPU_TOLERANCE, GPU_TOLERANCE = 1e-3, 2e-2
+_KEPT = "The checkpoint in run/ is kept; please report this model"
 
 
-def save_run(run: CTCRun, trainer: Trainer, output_dir: Path, train_time_s: float) -> None:
-    """Evaluate the dev and test sets and write checkpoint or adapter, report.json, recipe.yaml and curve.png."""
+def save(run: CTCRun, output_dir: Path, results: Mapping[str, Any]) -> None:
+    """Write checkpoint or adapter, with vocabulary and audio settings. `results` are what `evaluate` returned."""
     recipe, model = run.recipe, run.model
-    if recipe.qat != "none":
-        qat.round_weights(model.net)
-    results = _evaluate(run, trainer)
-    state = strategy.gather_state_dict(trainer) if is_worker_process() else None
-    if not is_main_process():
-        return
     net = model.net
-    if state is not None:
-        replace_parameters(net, {name.removeprefix("net."): value for name, value in state.items()})
     if recipe.qat != "none":
         qat.convert(net)
         setattr(net.config, qat.CONFIG_KEY, qat.config_entry(recipe.qat, recipe.qat_group_size))
     if run.chunks is not None:
         chunk_mask.set_trained_chunking(net.config, run.chunks.trained_chunking())
-    report = {
-        "model": recipe.model,
-        "method": recipe.method,
-        "global_step": trainer.state.global_step,
-        "train_runtime_s": train_time_s,
-        "num_parameters": sum(p.numel() for p in net.parameters()),
-        "num_trainable_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
-        "metrics": results,
-        "versions": {name: version(name) for name in ("mowa", "torch", "transformers")},
-    }
     if recipe.method in ADAPTER_METHODS:
         checkpoint.save_adapter(
             net,
@@ -62,18 +53,76 @@ def save_run(run: CTCRun, trainer: Trainer, output_dir: Path, train_time_s: floa
             metrics=results,
             language=recipe.language,
         )
-    else:
-        with atomic_output_dir(output_dir) as folder:
-            net.save_pretrained(folder)
-            processor.write_processor(model.vocabulary, model.preprocessing, folder)
-    best_step = None if recipe.optimizer.ema_decay else trainer.state.best_global_step
-    finalize_run(recipe, trainer, output_dir, report, best_step=best_step)
-    print(_format_table(results), file=sys.stderr)
+        return
+    with atomic_output_dir(output_dir) as folder:
+        net.save_pretrained(folder)
+        processor.write_processor(model.vocabulary, model.preprocessing, folder)
 
 
-def _evaluate(run: CTCRun, trainer: Trainer) -> dict[str, dict[str, Any]]:
-    """Return error rates with 95 % confidence intervals of every dev and test set, by name."""
+def verify(run: CTCRun, output_dir: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Load what `save` wrote, compare it with the net in memory on a few short dev clips, and return the report.
+
+    The net in memory is moved to the CPU.
+
+    Raises:
+        TrainingStopped: vocabulary or log-probabilities differ.
+    """
+    net = run.model.net.float().eval()
+    device = net.device
+    clips = select_short_clips(run)
+    trained = _log_probs(net, clips)
+    net.to("cpu")  # frees memory for the copy that is loaded
+    loaded = load_again(run, output_dir)
+    if loaded.vocabulary.tokens != run.model.vocabulary.tokens:
+        raise TrainingStopped(f"{output_dir}: the saved vocabulary differs from the trained one.\n  {_KEPT}")
+    found = compare_emissions(trained, _log_probs(loaded.net.to(device), clips), run.model.vocabulary.blank)
+    verify_emissions(found, GPU_TOLERANCE if device.type == "cuda" else CPU_TOLERANCE)
+    return {"metrics": results, "saved_model_difference": {"max_log_prob": found.max_abs_diff, "clips": len(clips)}}
+
+
+def verify_emissions(found: ModelDiff, tolerance: float) -> None:
+    """Raise TrainingStopped where the saved net and the trained one differ by more than `tolerance`."""
+    if found.max_abs_diff > tolerance or found.num_frames == 0:
+        raise TrainingStopped(
+            f"the saved model differs from the trained one: loaded again, a log-probability differs by "
+            f"{found.max_abs_diff:.2g} nats (at most {tolerance:g}), and the top token is the same in "
+            f"{found.agreement:.1%} of {found.num_frames} frames.\n  {_KEPT}"
+        )
+
+
+def load_again(run: CTCRun, output_dir: Path) -> CTCModel:
+    """Load the checkpoint in `output_dir`, or the adapter over the checkpoint that the run started from."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # under ZeRO-3 the net would be sharded while it is loaded
+    if run.recipe.method not in ADAPTER_METHODS:
+        return loading.ctc.load(str(output_dir))
+    base = loading.ctc.load(str(run.model.origin.folder), require_head=run.recipe.vocabulary != "new")
+    return checkpoint.load_adapter(replace(base, origin=run.model.origin), output_dir)
+
+
+def select_short_clips(run: CTCRun) -> list[torch.Tensor]:
+    """Return the samples of the shortest recordings of the first dev set, float32 [1, N] each."""
+    examples = sorted(next(iter(run.data.dev.values())), key=lambda example: example.duration_s)[:COMPARED_CLIPS]
+    options = replace(eval_batch_options(run), packing=False)
+    dataset = BatchDataset([[example] for example in examples], options)
+    return [dataset[index]["input_values"] for index in range(len(dataset))]
+
+
+@torch.no_grad()
+def _log_probs(net: Any, clips: list[torch.Tensor]) -> list[np.ndarray]:
+    """Return the log-probabilities of each clip, float32 [T, V]."""
+    return [net(clip.to(net.device)).logits[0].float().log_softmax(-1).cpu().numpy() for clip in clips]
+
+
+def evaluate(run: CTCRun, trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """Return error rates with 95 % confidence intervals of every dev and test set, by name.
+
+    With `qat`, the weights are rounded first.
+    """
     vocabulary, results = run.model.vocabulary, {}
+    if run.recipe.qat != "none":
+        qat.round_weights(run.model.net)
     for name, dataset in build_eval_datasets(run, run.data.dev | run.data.test).items():
         prediction: Any = trainer.predict(dataset, metric_key_prefix=name)
         references = decode_labels(prediction.label_ids, vocabulary)
@@ -90,7 +139,9 @@ def _evaluate(run: CTCRun, trainer: Trainer) -> dict[str, dict[str, Any]]:
     return results
 
 
-def _format_table(results: dict[str, Any]) -> str:
+def format_table(report: Mapping[str, Any]) -> str:
+    """Format the error rates of a report, one set per line."""
+    results = report["metrics"]
     width = max(14, *map(len, results))
     rows = [f"{'recordings':<{width}} clips     h   WER % (95 %)          CER % (95 %)"]
     for name, row in results.items():

@@ -39,13 +39,8 @@ class CTCRun:
     notes: tuple[str, ...]
 
 
-def prepare(recipe: CTCRecipe, model: CTCModel, output_dir: Path) -> CTCRun:
-    """Load the data and change `model.net` in place: head, adapters, quantizers, requires_grad.
-
-    Raises:
-        RecipeError: the checkpoint does not support the recipe.
-        DataError: no recording is left to train or evaluate on.
-    """
+def validate(recipe: CTCRecipe, model: CTCModel) -> None:
+    """Raise RecipeError where the checkpoint does not support the recipe."""
     net, family = model.net, model.family
     if any(isinstance(module, QuantizedLinear) for module in net.modules()):
         raise RecipeError(
@@ -55,13 +50,27 @@ def prepare(recipe: CTCRecipe, model: CTCModel, output_dir: Path) -> CTCRun:
     if recipe.batch.packing and (reason := packing.unsupported_reason(family.name, net.config)):
         raise RecipeError(f"batch: packing: this model does not support it: {reason}; set packing: false")
     validate_streaming(recipe, "streaming")
-    rate_hz = model.preprocessing.rate_hz
-    chunks = resolve_schedule(recipe.streaming, net, rate_hz)
-    frames = frame_geometry(net.config)
+    resolve_schedule(recipe.streaming, net, model.preprocessing.rate_hz)
+
+
+def read_data(recipe: CTCRecipe, model: CTCModel, output_dir: Path) -> CTCSplits:
+    """Read the recordings; those in archives are extracted to `output_dir`/audio. Raises as `load_splits`."""
+    frames, rate_hz = frame_geometry(model.net.config), model.preprocessing.rate_hz
     vocabulary = model.vocabulary if len(model.vocabulary) else None
-    data = load_splits(
+    return load_splits(
         recipe, vocabulary, lambda seconds: frames.num_frames(int(seconds * rate_hz)), output_dir / "audio"
     )
+
+
+def prepare(recipe: CTCRecipe, model: CTCModel, data: CTCSplits) -> CTCRun:
+    """Change `model.net` in place (head, adapters, quantizers, requires_grad) and plan the batches.
+
+    Raises:
+        RecipeError: the checkpoint does not support the recipe.
+    """
+    net, family = model.net, model.family
+    chunks = resolve_schedule(recipe.streaming, net, model.preprocessing.rate_hz)
+    vocabulary = model.vocabulary if len(model.vocabulary) else None
     vars(net.config).pop(qat.CONFIG_KEY, None)  # the weights leave the quantization grid
     notes = _drop_stale_streaming(recipe, model)
     model, distillation = _init_student(recipe, model)

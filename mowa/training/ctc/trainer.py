@@ -1,13 +1,11 @@
-"""Fine-tune a CTC checkpoint by a `CTCRecipe`, with the stock `transformers.Trainer`.
+"""What the training loop (`mowa.training.loop`) needs to fine-tune a CTC checkpoint by a `CTCRecipe`.
 
-A run that was interrupted at any moment resumes from the last complete checkpoint in its folder with the same batches,
-masks and dropout; on a CPU it ends with bit-identical weights.
+The stock `transformers.Trainer` trains. Batch i, its masks and its augmentation depend on the seed and i alone, so a
+resumed run has the same ones.
 """
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,16 +14,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments
 
 from mowa import hardware
-from mowa.adapters import freeze
-from mowa.errors import MissingDependency
 from mowa.models.ctc_encoder import packing, positions
 from mowa.models.ctc_encoder.fast_training import channels_last_front_end, fast_dropout
 from mowa.models.ctc_encoder.geometry import max_absolute_position
 from mowa.training import checkpoints, optimizer, trainer_args
 from mowa.training.config.ctc import NO_AUGMENT, CTCRecipe
+from mowa.training.ctc import save, setup
 from mowa.training.ctc.batches import BatchDataset
 from mowa.training.ctc.module import (
     CTCModule,
@@ -35,15 +32,12 @@ from mowa.training.ctc.module import (
     decode_frames,
     decode_labels,
 )
-from mowa.training.ctc.save import save_run
-from mowa.training.ctc.setup import STREAMING_SUFFIX, CTCRun, build_eval_datasets, eval_batch_options, prepare
+from mowa.training.ctc.setup import STREAMING_SUFFIX, CTCRun, build_eval_datasets, eval_batch_options
 from mowa.training.distributed.process import is_main_process
+from mowa.training.loop import Session, Task
 from mowa.training.monitor import callbacks, progress
 from mowa.training.optimizer import OptimizerMixin
-from mowa.training.run_dir import lock_run_dir
-from mowa.types import CTCModel, Family
-
-REQUIRED_PACKAGES = ("accelerate", "jiwer", "matplotlib")
+from mowa.types import Family
 
 
 class CTCTrainer(OptimizerMixin, Trainer):
@@ -60,58 +54,25 @@ class CTCTrainer(OptimizerMixin, Trainer):
         )
 
 
-def train_ctc(recipe: CTCRecipe, model: CTCModel, output_dir: Path, *, threads: int | None = None) -> Path:
-    """Fine-tune `model` and return `output_dir`, which then holds the checkpoint or adapter.
-
-    Args:
-        recipe: the recipe.
-        model: a float32 model; its net is changed in place.
-        output_dir: folder of the run. An interrupted run resumes; a finished one returns at once.
-        threads: CPU threads; None: all cores.
-
-    Raises:
-        RecipeError: `output_dir` holds another run, or the checkpoint does not support the recipe.
-        DataError: no recording is left to train or evaluate on.
-        TrainingStopped: a monitor found that the run will not succeed.
-        MissingDependency: a package for training is not installed.
-    """
-    installed = hardware.optional_package_versions()
-    if missing := [name for name in REQUIRED_PACKAGES if installed[name] is None]:
-        raise MissingDependency(f"training needs {', '.join(missing)}: pip install 'mowa[train]'")
-    torch.set_num_threads(threads or hardware.cpu_count())
-    set_seed(recipe.optimizer.seed)
-    if lock_run_dir(recipe, output_dir):
-        print(f"{output_dir}: this run is already finished", file=sys.stderr)
-        return output_dir
-    run = prepare(recipe, model, output_dir)
-    resume_from = checkpoints.find_last_checkpoint(output_dir / "run")
-    started = time.time()
+@contextmanager
+def session(run: CTCRun, output_dir: Path, resume_from: Path | None) -> Iterator[Session[dict[str, Any]]]:
+    """Set up the net for training; the session measures the error rates of the dev and test sets."""
+    hours = sum(example.duration_s for batch in run.batches for example in batch) / 3600
+    length = f"{run.max_steps} steps over {hours:.1f} h of audio, evaluated every {run.eval_steps} steps"
     with training_patches(run.model.net, run):
-        _log_plan(run, resume_from)
         trainer, reporter, ema = build_trainer(run, output_dir, resume_from)
         module: Any = trainer.model
-        try:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        finally:
-            reporter.close()
+
+        def measure() -> dict[str, Any]:
             module.remove_chunk_mask()
-        if ema is not None:
-            ema.copy_to_model()
-        save_run(run, trainer, output_dir, time.time() - started)
-    return output_dir
+            if ema is not None:
+                ema.copy_to_model()
+            return save.evaluate(run, trainer)
 
-
-def _log_plan(run: CTCRun, resume_from: Path | None) -> None:
-    """Print what was left out of the data, what is trained, and for how long."""
-    if not is_main_process():
-        return
-    parameters = freeze.format_table(freeze.count_parameters(run.model.net, run.model.family))
-    lines = [*run.data.notes, parameters, *run.notes]
-    hours = sum(example.duration_s for batch in run.batches for example in batch) / 3600
-    lines.append(f"{run.max_steps} steps over {hours:.1f} h of audio, evaluated every {run.eval_steps} steps")
-    if resume_from:
-        lines.append(f"resuming from {resume_from.name}")
-    print("\n".join(lines), file=sys.stderr)
+        try:
+            yield Session(trainer, reporter, (*run.data.notes, *run.notes, length), measure)
+        finally:
+            module.remove_chunk_mask()
 
 
 @contextmanager
@@ -209,3 +170,18 @@ def _single_item(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the only item of a batch; the dataset's items are already collated."""
     (batch,) = items
     return batch
+
+
+TASK = Task(
+    packages=("accelerate", "jiwer", "matplotlib"),
+    extra="train",
+    versions=("transformers",),
+    validate=setup.validate,
+    read_data=setup.read_data,
+    prepare=setup.prepare,
+    saves_frozen=lambda run: False,
+    session=session,
+    save=save.save,
+    verify=save.verify,
+    format_table=save.format_table,
+)

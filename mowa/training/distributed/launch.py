@@ -17,7 +17,7 @@ from mowa.training.config import schema
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.config.ctc import CTCRecipe
 from mowa.training.distributed.strategy import validate_hardware
-from mowa.training.run_dir import check_recipe_file, check_run_format
+from mowa.training.run_dir import RUN_FOLDER, is_finished
 
 NEEDS_LAUNCHER = ("zero2", "zero3", "fsdp")  # strategies that need worker processes even on one device
 SHUTDOWN_TIMEOUT_S = 10  # for a process that is asked to end
@@ -47,10 +47,7 @@ def launch_workers(recipe: CTCRecipe | CausalRecipe, output_dir: Path, *, thread
         KeyboardInterrupt: after Ctrl-C, when all processes have ended.
     """
     file = output_dir / "recipe.yaml"
-    check_run_format(output_dir / "run")
-    for existing in (file, output_dir / "run" / "recipe.yaml"):
-        if existing.is_file():
-            check_recipe_file(recipe, existing)
+    is_finished(recipe, output_dir / RUN_FOLDER)
     output_dir.mkdir(parents=True, exist_ok=True)
     partial = output_dir / f"recipe.{os.uname().nodename}.partial"  # several machines may share the folder
     schema.write_yaml(recipe, partial)

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from mowa.families import get_family
-from mowa.training.config.causal import CausalRecipe
 from mowa.training.config.ctc import CTCRecipe
 
 USABLE_SHARE = 0.8  # of a device's memory
@@ -93,7 +92,7 @@ def estimate_memory(
 
     Args:
         net: the net, with requires_grad set; may be on the "meta" device.
-        recipe: a CTCRecipe for a CTC net, a CausalRecipe for a language model.
+        recipe: a recipe for the net's task.
         gpu_bytes: memory of one device.
         host_bytes: memory of one machine.
         num_devices: devices over all machines.
@@ -104,7 +103,7 @@ def estimate_memory(
     shard, block = trainable / num_devices, max_block_parameters(net)
     checkpointing = recipe.optimizer.gradient_checkpointing
     options = {"precision": precision, "gradient_checkpointing": checkpointing}
-    if isinstance(recipe, CausalRecipe):
+    if recipe.task == "causal":
         activations = causal_activation_bytes(net, recipe.batch.tokens, **options)
     else:
         options["frame_ratio"] = streaming_frame_ratio(recipe)

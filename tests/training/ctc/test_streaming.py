@@ -18,8 +18,8 @@ from mowa.engines.streaming import StreamingConfig, create_streaming_encoder
 from mowa.errors import RecipeError
 from mowa.models.ctc_encoder import chunk_mask
 from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, TrainedChunking, apply_chunk_mask
-from mowa.training import optimizer
-from mowa.training.config import ctc, schema
+from mowa.training import loop, optimizer
+from mowa.training.config import ctc, dispatch, schema
 from mowa.training.config.ctc import ChunkedTraining, CTCRecipe
 from mowa.training.ctc import setup, streaming, trainer
 from mowa.training.ctc.batches import BatchDataset
@@ -57,12 +57,12 @@ def make_recipe(base, manifest, **overrides):
 
 
 def run(recipe, out):
-    return trainer.train_ctc(recipe, loading.load(recipe.model), out, threads=1)
+    return dispatch.train(recipe, loading.load(recipe.model), out, threads=1)
 
 
 def make_module(base, manifest, tmp_path, **overrides):
     """Return the module that is trained, and its training batches."""
-    run = setup.prepare(make_recipe(base, manifest, **overrides), loading.load(str(base)), tmp_path)
+    run = loop.prepare(trainer.TASK, make_recipe(base, manifest, **overrides), loading.load(str(base)), tmp_path)
     module = CTCModule(run.model.net, packing=False, use_attention_mask=True, chunks=run.chunks)
     options = dataclasses.replace(setup.eval_batch_options(run), chunks=run.chunks)
     return module.train(), BatchDataset(run.batches, options)
@@ -208,7 +208,7 @@ def test_the_mark_of_a_streaming_checkpoint_is_dropped_where_its_encoder_is_trai
     def prepare(**overrides):
         model = loading.load(str(base))
         chunk_mask.set_trained_chunking(model.net.config, before)
-        run = setup.prepare(make_recipe(base, manifest, **overrides), model, base)
+        run = loop.prepare(trainer.TASK, make_recipe(base, manifest, **overrides), model, base)
         return chunk_mask.get_trained_chunking(run.model.net.config), "\n".join(run.notes)
 
     before = TrainedChunking((16,), None, (0, 8))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import HubertConfig, HubertForCTC, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from mowa.errors import MissingDependency, RecipeError
+from mowa.training import run_dir
 from mowa.training.config import ctc
 from mowa.training.distributed import launch, memory, strategy, zero_config
 
@@ -95,7 +96,11 @@ def test_launch_writes_the_recipe_and_starts_mowa_train_on_it(torchrun, tmp_path
     assert args.training_script == "mowa"
     assert args.training_script_args == ["train", str(file), "-o", str(tmp_path / "out"), "--threads", "3"]
     assert environment["OMP_NUM_THREADS"] == "3"
-    launch.launch_workers(recipe, tmp_path / "out")  # resumes
+    launch.launch_workers(recipe, tmp_path / "out")  # starts again
+    run = tmp_path / "out" / "run"
+    with run_dir.lock_run_dir(recipe, run):
+        (run / "checkpoint-1").mkdir()
+        (run / "checkpoint-1" / "complete").touch()
     with pytest.raises(RecipeError, match=r"another recipe \(method\)"):
         launch.launch_workers(replace(recipe, method="head"), tmp_path / "out")
 
@@ -178,6 +183,7 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from mowa.errors import MowaError
+from mowa.training import run_dir
 from mowa.training.config import ctc
 from mowa.training.distributed import launch
 recipe = ctc.parse({"model": "none", "data": {"train": "none"}, "distributed": {"devices": 2}}, "test")
