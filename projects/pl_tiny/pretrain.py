@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,24 +19,24 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCTC, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
-from transformers.trainer_utils import get_last_checkpoint
 
 from mowa import hardware
 from mowa.data.manifests.examples import read_examples
 from mowa.decode import ctc as decoder
 from mowa.errors import DataError, MissingDependency, RecipeError
-from mowa.io.atomic import atomic_write
+from mowa.io.atomic import atomic_write, replace_atomically
 from mowa.models.ctc_encoder import chunk_mask, positions
 from mowa.models.ctc_encoder.fast_training import channels_last_front_end
 from mowa.tasks import metrics
 from mowa.tasks.ctc import SPECIAL_TOKENS, WORD_DELIMITER, build_vocabulary
+from mowa.training import checkpoints, resources, run_dir
 from mowa.training.ctc.batches import group_by_padded_duration
 from mowa.types import Preprocessing, Vocabulary
 from projects.pl_tiny import save
 from projects.pl_tiny.batches import BatchDataset, Clip, WindowDataset, plan_batches, seconds_to_frames
 from projects.pl_tiny.feature_distillation import FeatureDistillationModule, LossWeights, Teacher
 from projects.pl_tiny.initialize import initialize_from_teacher
-from projects.pl_tiny.recipe import DevSet, OptimizerConfig, Stage, StagedRecipe, read_recipe, write_recipe
+from projects.pl_tiny.recipe import DevSet, OptimizerConfig, Stage, StagedRecipe
 
 REQUIRED_PACKAGES = ("accelerate", "jiwer", "matplotlib")
 DOWNLOADS = Path("build/teachers")
@@ -66,16 +65,19 @@ def train(recipe: StagedRecipe, out: Path, *, threads: int | None = None, downlo
     torch.manual_seed(recipe.stages[0].optimizer.seed)
     net = AutoModelForCTC.from_config(build_config(recipe, vocabulary))
     _check_disk_space(net, recipe, out)
+    folders = [out / "stages" / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages)]
     teacher = None
     if recipe.teacher:
         clips = [source for stage in data for source, _ in stage.sources if source[0].features]
         initial = out / "stages" / "initial.safetensors"
+        if not (run_dir.list_checkpoints(folders[0]) or (folders[0] / run_dir.DONE_MARKER).is_file()):
+            initial.unlink(missing_ok=True)  # of a failed attempt, perhaps with other recordings
         teacher = initialize_from_teacher(net, recipe.teacher, clips, initial, downloads)
     log: list[dict[str, Any]] = []
-    for number, stage in enumerate(recipe.stages):
+    for number, folder in enumerate(folders):
         until_now = dataclasses.replace(recipe, stages=recipe.stages[: number + 1])
-        folder = out / "stages" / f"{number}-{stage.name}"
-        log.extend(_run_stage(until_now, net, teacher, data[number], folder))
+        with run_dir.lock_run_dir(until_now, folder):
+            log.extend(_run_stage(until_now, net, teacher, data[number], folder))
     save.save_checkpoint(net, recipe, vocabulary, preprocessing, out)
     save.write_history(log, recipe, out)
     return out
@@ -148,8 +150,8 @@ def _run_stage(
     """Train the recipe's last stage on `net` in place, or load its result. Return its log."""
     stage, number = recipe.stages[-1], len(recipe.stages)
     finished, log = folder / "weights.safetensors", folder / "log.json"
-    resume = _lock_stage(recipe, folder)
-    if finished.is_file():
+    if run_dir.is_finished(recipe, folder):
+        run_dir.mark_finished(folder)  # deletes checkpoints, where the run was killed while it did
         net.load_state_dict(load_file(finished))
         return list(json.loads(log.read_text()))
     _validate_stage(stage, net, teacher)
@@ -160,18 +162,19 @@ def _run_stage(
         channels_last_front_end(net),
         positions.freeze_absolute_positions(net) if teacher is not None else nullcontext(),
     ):
-        trainer = _build_trainer(recipe, net, teacher, data, folder / "checkpoints")
-        trainer.train(resume_from_checkpoint=resume)
+        trainer = _build_trainer(recipe, net, teacher, data, folder)
+        resume_from = run_dir.find_last_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         if how.average_checkpoints > 1:
-            average_checkpoints(net, folder / "checkpoints", how.average_checkpoints)
+            average_checkpoints(net, run_dir.list_checkpoints(folder)[-how.average_checkpoints :])
     for name, value in net.wav2vec2.state_dict().items() if before else ():
         value.lerp_(before[name], 1 - share)
     steps_before = sum(earlier.optimizer.max_steps for earlier in recipe.stages[:-1])
     rows = [row | {"stage": stage.name, "step": row["step"] + steps_before} for row in trainer.state.log_history]
     atomic_write(log, json.dumps(rows))
-    partial = finished.with_suffix(".partial")
-    save_file({name: value.contiguous() for name, value in net.state_dict().items()}, partial)
-    partial.replace(finished)
+    with replace_atomically(finished) as partial:
+        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, partial)
+    run_dir.mark_finished(folder)
     return rows
 
 
@@ -203,28 +206,19 @@ def _build_trainer(recipe: StagedRecipe, net: Any, teacher: Teacher | None, data
         compute_metrics=(lambda outputs: _compute_metrics(outputs, vocabulary)) if stage.ctc_weight else None,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         optimizers=(optimizer, get_cosine_schedule_with_warmup(optimizer, how.warmup_steps, how.max_steps)),
+        callbacks=[checkpoints.MarkCompleteCallback(_kept_checkpoints(how))],
     )
-
-
-def _lock_stage(recipe: StagedRecipe, folder: Path) -> str | None:
-    """Write the recipe into the stage's folder and return its last checkpoint. RecipeError for another recipe's run."""
-    note, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
-    if note.exists() and read_recipe(note) != recipe:
-        raise RecipeError(f"{folder} holds a run of another recipe: choose another folder, or delete that one")
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    write_recipe(recipe, note)
-    return get_last_checkpoint(str(checkpoints))
 
 
 def _check_disk_space(net: Any, recipe: StagedRecipe, out: Path) -> None:
     """Raise DataError if the disk cannot hold the checkpoints: weights and two Adam moments, in float32."""
     weights = 4 * sum(parameter.numel() for parameter in net.parameters())
-    kept = 1 + max(max(2, stage.optimizer.average_checkpoints) for stage in recipe.stages)
-    out.mkdir(parents=True, exist_ok=True)
-    needed, free = weights * (3 * kept + len(recipe.stages)), shutil.disk_usage(out).free
-    existing = sum(file.stat().st_size for file in (out / "stages").rglob("*") if file.is_file())
-    if free + existing < needed:
-        raise DataError(f"{out}: checkpoints need {needed >> 20} MB of disk, {free >> 20} MB are free")
+    kept = 1 + max(_kept_checkpoints(stage.optimizer) for stage in recipe.stages)
+    resources.check_disk(weights * (3 * kept + len(recipe.stages)), out)
+
+
+def _kept_checkpoints(how: OptimizerConfig) -> int:
+    return max(checkpoints.KEPT_CHECKPOINTS, how.average_checkpoints)
 
 
 def build_optimizer(module: FeatureDistillationModule, how: OptimizerConfig) -> torch.optim.Optimizer:
@@ -250,9 +244,8 @@ def build_optimizer(module: FeatureDistillationModule, how: OptimizerConfig) -> 
     )
 
 
-def average_checkpoints(net: Any, checkpoints: Path, count: int) -> None:
-    """Load the mean of the last `count` checkpoints into `net` (Izmailov et al. 2018, arXiv:1803.05407)."""
-    folders = sorted(checkpoints.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))[-count:]
+def average_checkpoints(net: Any, folders: Sequence[Path]) -> None:
+    """Load the mean of the checkpoints in `folders` into `net` (Izmailov et al. 2018, arXiv:1803.05407)."""
     total: dict[str, torch.Tensor] = {}
     for folder in folders:
         for name, value in load_file(folder / "model.safetensors").items():
@@ -275,7 +268,6 @@ def _training_arguments(stage: Stage, folder: Path) -> TrainingArguments:
         eval_strategy="steps",
         eval_steps=how.eval_steps,
         save_steps=how.eval_steps,
-        save_total_limit=max(2, how.average_checkpoints),
         logging_steps=min(50, how.eval_steps),
         dataloader_num_workers=1,
         remove_unused_columns=False,

@@ -10,6 +10,7 @@ import torch
 
 from mowa.io import processor
 from mowa.models.ctc_encoder.chunk_mask import TrainedChunking, set_trained_chunking
+from mowa.training.save import atomic_output_dir
 from mowa.types import Preprocessing, Vocabulary
 from projects.pl_tiny.batches import seconds_to_frames
 from projects.pl_tiny.recipe import StagedRecipe, write_recipe
@@ -28,8 +29,9 @@ def save_checkpoint(
             left_context = seconds_to_frames(net.config, streaming.left_context_s) or None
             sizes = tuple(frames for frames in chunks if frames)
             set_trained_chunking(net.config, TrainedChunking(sizes, left_context, tuple(lookaheads)))
-    net.half().save_pretrained(out)
-    processor.write_processor(vocabulary, preprocessing, out)
+    with atomic_output_dir(out) as folder:
+        net.half().save_pretrained(folder)
+        processor.write_processor(vocabulary, preprocessing, folder)
     write_recipe(recipe, out / "recipe.yaml")
 
 

@@ -15,6 +15,7 @@ from mowa.data.manifests.examples import read_examples
 from mowa.errors import DataError, MissingDependency, RecipeError
 from mowa.models.ctc_encoder.chunk_mask import TrainedChunking, get_trained_chunking
 from mowa.models.ctc_encoder.fast_training import ChannelsLastGELU, channels_last_front_end
+from mowa.training import checkpoints, run_dir
 from mowa.types import Example
 from projects.pl_tiny import batches, pretrain
 from projects.pl_tiny.batches import BatchDataset, Clip, WindowDataset, plan_batches
@@ -60,14 +61,22 @@ def with_optimizer(recipe, **changes):
     return dataclasses.replace(recipe, stages=(dataclasses.replace(stage, optimizer=optimizer),))
 
 
-def test_run_resumes_and_loads_anywhere(recipe, tmp_path):
+def test_run_resumes_and_loads_anywhere(recipe, tmp_path, monkeypatch):
     whole = pretrain.train(recipe, tmp_path / "whole", threads=1)
-    # The same run, interrupted after step 3: the later checkpoint and the result are missing.
-    shutil.copytree(tmp_path / "whole" / "stages", tmp_path / "broken" / "stages")
+    marked = checkpoints.MarkCompleteCallback.on_save
+
+    def interrupt(self, args, state, control, **more):
+        marked(self, args, state, control, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.MarkCompleteCallback, "on_save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.train(recipe, tmp_path / "broken", threads=1)
     stage = tmp_path / "broken" / "stages" / "0-letters"
-    shutil.rmtree(stage / "checkpoints" / "checkpoint-6")
-    (stage / "weights.safetensors").unlink()
+    assert [path.name for path in run_dir.list_checkpoints(stage)] == ["checkpoint-3"]
     broken = pretrain.train(recipe, tmp_path / "broken", threads=1)
+    assert not list(stage.glob("checkpoint-*"))
     ours, theirs = (AutoModelForCTC.from_pretrained(folder).state_dict() for folder in (whole, broken))
     for key, value in ours.items():
         torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-4)
@@ -148,9 +157,15 @@ def test_lr_multipliers_freeze_and_are_checked(recipe):
         pretrain.build_optimizer(module, OptimizerConfig(lr_multipliers={"wav2vec3": 1.0}))
 
 
-def test_averaged_checkpoints_are_the_mean_of_the_last(recipe, tmp_path):
+def test_averaged_checkpoints_are_the_mean_of_the_last(recipe, tmp_path, monkeypatch):
+    states, average = [], pretrain.average_checkpoints
+
+    def record(net, folders):
+        states.extend(pretrain.load_file(folder / "model.safetensors") for folder in folders)
+        average(net, folders)
+
+    monkeypatch.setattr(pretrain, "average_checkpoints", record)
     out = pretrain.train(with_optimizer(recipe, average_checkpoints=2), tmp_path, threads=1)
-    states = [pretrain.load_file(f) for f in sorted(out.glob("stages/*/checkpoints/*/model.safetensors"))]
     mean = pretrain.load_file(out / "stages" / "0-letters" / "weights.safetensors")
     for name, value in mean.items():
         torch.testing.assert_close(value, (states[0][f"net.{name}"] + states[1][f"net.{name}"]) / 2)
@@ -176,7 +191,7 @@ def test_weight_interpolation_below_the_head_and_blank_bias(recipe, tmp_path):
 
 
 def test_a_full_disk_is_reported_before_training(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(DataError, match=r"checkpoints need .* MB of disk, 0 MB are free"):
         pretrain.train(recipe, tmp_path / "out")
 
