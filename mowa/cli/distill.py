@@ -16,7 +16,7 @@ from mowa.training.distributed.process import is_main_process
 FIXED_KEYS = ("task", "model", "method", "vocabulary", "distillation.student_layers", "batch.packing")
 
 
-@click.command(short_help="Distill a model into one with fewer layers.")
+@click.command(cls=recipe_options.TrainingCommand, task="ctc", short_help="Distill a model into one with fewer layers.")
 @click.argument("model", metavar="TEACHER")
 @click.option("--student-layers", type=click.IntRange(min=1), required=True,
               help="Number of teacher layers kept in the student, evenly spaced.")  # fmt: skip

@@ -11,10 +11,13 @@ import re
 import typing
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
 
+from mowa.errors import MowaError
 from mowa.training.config import schema
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.config.ctc import CTCRecipe
@@ -42,12 +45,16 @@ KEY_BY_FLAG = {
 """Flag → recipe key, for the options that `--help` shows. `mowa train --list-options` and docs/recipes.md show all."""
 
 ONE_LETTER_FLAGS = {"model": "-m"}
+RECIPES = {"ctc": CTCRecipe, "causal": CausalRecipe}  # the first one is the default task
+TASK_TITLES = {"ctc": "speech recognition, the default", "causal": "language models"}
+TASK_META = "mowa.task"  # key of a click context's `meta`: the task of the command line, where it names one
+LEAVES_BY_TASK = {task: {leaf.dotted: leaf for leaf in schema.iter_options(kind)} for task, kind in RECIPES.items()}
 
 
 def _all_leaves() -> tuple[OptionSpec, ...]:
     """Return the options of all recipe classes; an option that several share has the choices of all of them."""
     found: dict[str, OptionSpec] = {}
-    for leaf in (leaf for kind in (CTCRecipe, CausalRecipe) for leaf in schema.iter_options(kind)):
+    for leaf in (leaf for leaves in LEAVES_BY_TASK.values() for leaf in leaves.values()):
         known = found.setdefault(leaf.dotted, leaf)
         found[leaf.dotted] = dataclasses.replace(known, choices=tuple(dict.fromkeys(known.choices + leaf.choices)))
     return tuple(found.values())
@@ -118,6 +125,71 @@ class RecipeOption(click.Option):
         super().__init__([parameter, *short, flags], default=None, **_click_type(leaf), **settings)
         self.leaf, self.flag = leaf, flag
 
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return flags and help text: of the context's task if it has one, else of all tasks that have the key."""
+        record, task = super().get_help_record(ctx), ctx.meta.get(TASK_META)
+        tasks = [next(iter(RECIPES))] if self.leaf.dotted == "task" else [task] if task else list(RECIPES)
+        leaves = {name: leaf for name in tasks if (leaf := LEAVES_BY_TASK[name].get(self.leaf.dotted))}
+        return (record[0], _describe(leaves, self, all_tasks=len(tasks) > 1)) if record and leaves else None
+
+
+def _describe(leaves: dict[str, OptionSpec], option: RecipeOption, *, all_tasks: bool) -> str:
+    """Return the help text of a key from its leaf in each task; what differs from the first one is named."""
+    (first_task, first), *others = leaves.items()
+    words = _sentence(first.help)
+    for task, leaf in others:
+        words += "" if leaf.help == first.help else f" With --task {task}: {leaf.help}."
+    words += " Repeatable." if option.multiple else ""
+    notes = [] if f"--{first.dotted}" == option.flag else [first.dotted]
+    notes += [f"--task {first_task} only"] if all_tasks and len(leaves) < len(RECIPES) else []
+    if first.default not in (dataclasses.MISSING, (), ""):
+        notes.append(f"default: {format_default(first)}")
+        notes += [
+            f"with --task {task}: {format_default(leaf)}" for task, leaf in others if leaf.default != first.default
+        ]
+    return f"{words}  [{'; '.join(notes)}]" if notes else words
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
+
+
+class TrainingCommand(click.Command):
+    """A command with recipe options whose `--help` shows the defaults of the task at hand.
+
+    Args:
+        task: the task of every recipe that the command makes; None: `--task` or the recipe file names it.
+    """
+
+    def __init__(self, *arguments: Any, task: str | None = None, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.task = task
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        texts = (given.get(key) for key in ("task_option", "recipe"))
+        task, recipe = (text if isinstance(text, str) else None for text in texts)
+        with suppress(MowaError):  # the command reports it
+            set_task(ctx, self.task or task, recipe)
+        return super().parse_args(ctx, args)
+
+    def get_help(self, ctx: click.Context) -> str:
+        ctx.meta.setdefault(TASK_META, self.task)
+        return super().get_help(ctx)
+
+
+def set_task(context: click.Context, task: str | None, recipe: str | Path | None) -> str | None:
+    """Set and return the context's task: `task`, or that of the recipe file; None if neither is given.
+
+    Raises:
+        RecipeError: the recipe cannot be read.
+    """
+    if task is None and recipe is not None:
+        tree = schema.read_yaml(Path(recipe))
+        task = tree.get("task", next(iter(RECIPES))) if isinstance(tree, dict) else None
+    context.meta[TASK_META] = task if isinstance(task, str) and task in RECIPES else None
+    return context.meta[TASK_META]
+
 
 def recipe_options() -> list[click.Parameter]:
     """Return the options of a training command.
@@ -128,13 +200,7 @@ def recipe_options() -> list[click.Parameter]:
     leaf_of = {leaf.dotted: leaf for leaf in LEAVES}
     options: list[click.Parameter] = []
     for name, dotted in KEY_BY_FLAG.items():
-        leaf = leaf_of[dotted]
-        path = "" if dotted == name else dotted
-        default = "" if leaf.default in (dataclasses.MISSING, (), "") else f"default: {format_default(leaf)}"
-        notes = "; ".join(part for part in (path, default) if part)
-        words = f"{leaf.help[0].upper()}{leaf.help[1:]}."
-        words += " Repeatable." if _click_type(leaf).get("multiple") else ""
-        options.append(RecipeOption(leaf, f"--{name}", help=f"{words}  [{notes}]" if notes else words))
+        options.append(RecipeOption(leaf_of[dotted], f"--{name}", help=leaf_of[dotted].help))
     taken = set(FLAG_BY_KEY.values())
     for leaf in LEAVES:
         for flag in dict.fromkeys((flag_name(leaf), leaf_flag_name(leaf))):
@@ -178,9 +244,9 @@ def collect_overrides(context: click.Context) -> dict[str, Any]:
     return found
 
 
-def option_rows() -> Iterator[tuple[str, str, str, str]]:
-    """Yield the rows of `mowa train --list-options`: recipe key, flag, default, description."""
-    for leaf in LEAVES:
+def option_rows(task: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the rows of `mowa train --list-options` for a task: recipe key, flag, default, description."""
+    for leaf in LEAVES_BY_TASK[task].values():
         flag = FLAG_BY_KEY.get(leaf.dotted) or leaf_flag_name(leaf) or flag_name(leaf)
         yield leaf.dotted, flag, format_default(leaf), _description(leaf)
 

@@ -16,27 +16,29 @@ if TYPE_CHECKING:
     from mowa.training.config.dispatch import Recipe
 
 
-def _list_options(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if not value or context.resilient_parsing:
-        return
+def _list_options(task: str | None) -> None:
+    """Print the options of a task; None: of every task, one table after the other."""
     from mowa.cli import output
 
-    output.print_table(("key", "flag", "default", "description"), list(recipe_options.option_rows()))
-    context.exit()
+    for index, name in enumerate([task] if task else recipe_options.RECIPES):
+        if task is None:
+            click.echo(f"{chr(10) * min(index, 1)}task: {name} ({recipe_options.TASK_TITLES[name]})\n")
+        output.print_table(("key", "flag", "default", "description"), list(recipe_options.option_rows(name)))
 
 
 # fmt: off
-@click.command(short_help="Fine-tune a model from a recipe.")
+@click.command(cls=recipe_options.TrainingCommand, short_help="Fine-tune a model from a recipe.")
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path),
               help="Output folder for the checkpoint or adapter.  [required]")
 @click.option("--dry-run", is_flag=True, help="Print the complete recipe, defaults included, and exit.")
-@click.option("--list-options", is_flag=True, is_eager=True, expose_value=False, callback=_list_options,
-              help="List every recipe option and exit.")
+@click.option("--list-options", is_flag=True,
+              help="List every recipe option of the task (--task, or RECIPE's) and exit; without either, of each task.")
 @click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads. [default: all available cores]")
 @click.pass_context
 def train(
-    context: click.Context, recipe: Path | None, out: Path | None, dry_run: bool, threads: int | None, **_: Any
+    context: click.Context, recipe: Path | None, out: Path | None, dry_run: bool, list_options: bool,
+    threads: int | None, **_: Any,
 ) -> None:
     # fmt: on
     """Fine-tune a model from RECIPE (YAML).
@@ -45,7 +47,11 @@ def train(
     key is an option: --optimizer.weight-decay 0.1, or --weight-decay 0.1 where the last part is unique. An interrupted
     run resumes from its last checkpoint.
     """
-    loaded = _read_recipe(recipe, recipe_options.collect_overrides(context))
+    settings = recipe_options.collect_overrides(context)
+    if list_options:
+        _list_options(recipe_options.set_task(context, settings.get("task"), recipe))
+        return
+    loaded = _read_recipe(recipe, settings)
     if dry_run:
         from mowa.training.config import schema
 

@@ -212,22 +212,63 @@ def test_dry_run_without_a_recipe(capsys):
     assert ctc.parse(yaml.safe_load(out), "printed") == ctc.parse(LEAST, "least")
 
 
-def test_list_options_lists_all(capsys):
+def listed(text):
+    """The rows of a table of options: key → (flag, default)."""
+    rows = [line.split() for line in text.splitlines() if line]
+    return {row[0]: tuple(row[1:3]) for row in rows if row[0] not in ("key", "task:")}
+
+
+CAUSAL_KEYS = {leaf.dotted for leaf in schema.iter_options(CausalRecipe)}
+
+
+def test_list_options_lists_each_task_under_its_title(capsys):
     code, out, _ = run(capsys, "--list-options")
     assert code == 0
-    listed = [line.split()[0] for line in out.splitlines()[1:]]
-    assert listed[: len(LEAVES)] == [leaf.dotted for leaf in LEAVES]
-    causal = {leaf.dotted for leaf in schema.iter_options(CausalRecipe)}
-    assert set(listed) == {leaf.dotted for leaf in LEAVES} | causal
-    (line,) = (line for line in out.splitlines() if line.startswith("optimizer.learning_rate "))
-    assert line.split()[1:3] == ["--learning-rate", "0.0"]
+    speech, text = out.split("task: causal (language models)\n")
+    assert speech.startswith("task: ctc (speech recognition, the default)\n")
+    assert list(listed(speech)) == [leaf.dotted for leaf in LEAVES]
+    assert set(listed(text)) == CAUSAL_KEYS
+    assert listed(speech)["optimizer.epochs"] == ("--epochs", "10.0")
+    assert listed(text)["optimizer.epochs"] == ("--epochs", "2.0")
 
 
-def test_help_shows_only_the_short_flags():
+@pytest.mark.parametrize(
+    ("arguments", "keys", "epochs"),
+    [
+        (["--task", "causal"], CAUSAL_KEYS, "2.0"),
+        (["--task=ctc"], {leaf.dotted for leaf in LEAVES}, "10.0"),
+        (["CAUSAL"], CAUSAL_KEYS, "2.0"),
+        (["SPEECH"], {leaf.dotted for leaf in LEAVES}, "10.0"),
+        (["SPEECH", "--task", "causal"], CAUSAL_KEYS, "2.0"),
+    ],
+)
+def test_list_options_and_help_are_those_of_the_task_at_hand(capsys, recipe, tmp_path, arguments, keys, epochs):
+    (tmp_path / "causal.yaml").write_text("task: causal\nmodel: m\n")
+    files = {"SPEECH": recipe, "CAUSAL": tmp_path / "causal.yaml"}
+    arguments = [files.get(argument, argument) for argument in arguments]
+    _, out, _ = run(capsys, *arguments, "--list-options")
+    assert set(listed(out)) == keys
+    assert listed(out)["optimizer.epochs"] == ("--epochs", epochs)
+    for asked in ([*arguments, "--help"], ["--help", *arguments]):
+        words = " ".join(run(capsys, *asked)[1].split())
+        assert f"[optimizer.epochs; default: {epochs}]" in words
+        assert ("--vocabulary" in words) == ("vocabulary" in keys)
+        assert "--task causal" not in words
+
+
+def test_list_options_of_a_missing_recipe_is_an_error(capsys):
+    assert run(capsys, "lost.yaml", "--list-options")[2] == "mowa: lost.yaml: no such recipe file\n"
+    assert run(capsys, "lost.yaml", "--help")[0] == 0
+
+
+def test_help_shows_only_the_short_flags_and_the_defaults_of_both_tasks():
     text = CliRunner().invoke(train, ["--help"], help_option_names=HELP).output
     assert all(re.search(rf"--{name}\b", text) for name in recipe_options.KEY_BY_FLAG)
     assert "--optimizer." not in text.split("Options:")[1]
-    assert "[optimizer.seed; default: 0]" in " ".join(text.split())
+    words = " ".join(text.split())
+    assert "[optimizer.seed; default: 0]" in words
+    assert "[optimizer.epochs; default: 10.0; with --task causal: 2.0]" in words
+    assert "[--task ctc only; default: keep]" in words
 
 
 @pytest.mark.parametrize(
