@@ -28,6 +28,7 @@ TRACKERS = ("tensorboard", "wandb")
 BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 GAP = "·"  # stands for a missing character in aligned texts
 SPEED_WINDOW = 50  # steps over which the speed is averaged
+ESTIMATE_STEPS = 5  # steps after which the rest of the run is estimated; the first one, which warms up, does not count
 
 
 class ProgressReporter(TrainerCallback):
@@ -47,6 +48,7 @@ class ProgressReporter(TrainerCallback):
         self.loss = ""
         self.step_times: deque[tuple[float, float]] = deque(maxlen=SPEED_WINDOW)  # size of a step, and its seconds
         self.began_s, self.since_s, self.first, self.batch = 0.0, 0.0, 0, 0
+        self.eval_times: dict[str, float] = {}  # seconds of the last evaluation of each set
 
     def set_texts(self, references: Sequence[str], hypotheses: Sequence[str]) -> None:
         """Set the texts of the evaluation that is reported next."""
@@ -79,6 +81,19 @@ class ProgressReporter(TrainerCallback):
         self.since_s = now
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+        left = state.max_steps - state.global_step
+        if state.is_world_process_zero and left and state.global_step - self.first == ESTIMATE_STEPS:
+            self._print(self._estimate(left, sum(self.sizes[state.global_step * per_step :]), args.eval_steps))
+
+    def _estimate(self, steps: int, size: float, eval_steps: float | None) -> str:
+        """Return the time that `steps` more steps over `size` will take, from the speed of the steps so far."""
+        sizes, times = zip(*list(self.step_times)[1:], strict=True)
+        seconds = sum(times) / sum(sizes) * size if sum(sizes) else sum(times) / len(times) * steps
+        text = f"{steps} more steps will take about {tqdm.format_interval(seconds)}, estimated from {len(times)} steps"
+        if not (eval_steps and self.eval_times):
+            return f"{text}; evaluations are not included"
+        count, each = math.ceil(steps / eval_steps), sum(self.eval_times.values())
+        return f"{text}, and {count} evaluation{'s' * (count > 1)} about {tqdm.format_interval(count * each)}"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" not in logs or not state.is_world_process_zero:
@@ -101,6 +116,7 @@ class ProgressReporter(TrainerCallback):
         if found is None or not state.is_world_process_zero:
             return
         name, values = found
+        self.eval_times[name] = values.get("runtime", 0.0)
         if "wer" in values:
             self.metric_texts[name] = f"{name} WER {values['wer']:.1%}"
         elif "accuracy" in values:

@@ -225,3 +225,30 @@ def test_trackers_must_be_known_and_installed(monkeypatch):
     assert progress.validate_report_to(("tensorboard",)) == ["tensorboard"]
     with pytest.raises(MissingDependency, match="wandb"):
         progress.validate_report_to(("tensorboard", "wandb"))
+
+
+def test_the_rest_of_the_run_is_estimated_after_the_first_steps(monkeypatch, capsys):
+    """Steps take 10 s for the first and then 2 s per unit; the planned sizes of the rest are known."""
+    clock = iter([0.0, 10.0, 12.0, 16.0, 18.0, 20.0, 22.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    state = SimpleNamespace(global_step=0, max_steps=8, is_world_process_zero=True)
+    arguments = SimpleNamespace(gradient_accumulation_steps=1, world_size=1, eval_steps=2)
+    reporter = progress.ProgressReporter(sizes=[1, 1, 2, 1, 1, 1, 30, 29])
+    reporter.on_train_begin(arguments, state, None)
+    reporter.eval_times = {"dev": 20.0, "replay": 10.0}
+    for step in range(1, 7):
+        state.global_step = step
+        reporter.on_step_end(arguments, state, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    expected = "3 more steps will take about 02:00, estimated from 4 steps, and 2 evaluations about 01:00"
+    assert line == expected
+
+
+def test_a_run_without_measured_evaluations_says_so(tmp_path, capsys):
+    run(tmp_path, progress.ProgressReporter(0), steps=8)
+    assert "more steps will take about 00:00" in capsys.readouterr().err
+    reporter = progress.ProgressReporter(0)
+    reporter.step_times.extend([(0.0, 9.0), (0.0, 2.0), (0.0, 4.0)])
+    assert reporter._estimate(10, 0, 5) == (
+        "10 more steps will take about 00:30, estimated from 2 steps; evaluations are not included"
+    )
