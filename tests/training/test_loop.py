@@ -159,7 +159,9 @@ def test_a_speech_model_that_is_saved_wrong_is_not_reported(folder, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(ctc_save, "load_again", damaged)
-        with pytest.raises(TrainingStopped, match=r"differs by .* nats \(at most 0.001\).*\n  The checkpoint in run/"):
+        with pytest.raises(
+            TrainingStopped, match=r"differs by .* nats, .*limit: at most 0.001 nats.*\n  The checkpoint in run/"
+        ):
             train(recipe, out)
     assert run_dir.find_last_checkpoint(out / "run").name == "checkpoint-2"
     assert not (out / "report.json").exists()
@@ -168,9 +170,15 @@ def test_a_speech_model_that_is_saved_wrong_is_not_reported(folder, tmp_path, mo
     assert report["saved_model_difference"]["clips"] == 4
 
 
-def test_frames_that_are_not_numbers_are_not_reported():
+def test_a_comparison_of_no_frames_does_not_count():
     with pytest.raises(TrainingStopped):
         ctc_save.verify_emissions(ModelDiff(0.0, 0.0, 0.0, 1.0, 0.0, num_frames=0), 1e-3)
+
+
+def test_half_precision_is_compared_by_its_top_tokens():
+    ctc_save.verify_emissions(ModelDiff(0.5, 0.1, 0.01, agreement=0.95, blank_ratio_change=0.0, num_frames=99), None)
+    with pytest.raises(TrainingStopped, match="limit: at least 90% of frames"):
+        ctc_save.verify_emissions(ModelDiff(0.5, 0.1, 0.01, 0.85, 0.0, 99), None)
 
 
 def test_a_language_model_that_is_saved_wrong_is_not_reported(folder, tmp_path, monkeypatch):

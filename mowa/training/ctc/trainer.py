@@ -55,7 +55,7 @@ class CTCTrainer(OptimizerMixin, Trainer):
 
 
 @contextmanager
-def session(run: CTCRun, output_dir: Path, resume_from: Path | None) -> Iterator[Session[dict[str, Any]]]:
+def session(run: CTCRun, output_dir: Path, resume_from: Path | None) -> Iterator[Session[save.Measured]]:
     """Set up the net for training; the session measures the error rates of the dev and test sets."""
     hours = sum(example.duration_s for batch in run.batches for example in batch) / 3600
     length = f"{run.max_steps} steps over {hours:.1f} h of audio, evaluated every {run.eval_steps} steps"
@@ -63,11 +63,11 @@ def session(run: CTCRun, output_dir: Path, resume_from: Path | None) -> Iterator
         trainer, reporter, ema = build_trainer(run, output_dir, resume_from)
         module: Any = trainer.model
 
-        def measure() -> dict[str, Any]:
+        def measure() -> save.Measured:
             module.remove_chunk_mask()
             if ema is not None:
                 ema.copy_to_model()
-            return save.evaluate(run, trainer)
+            return save.measure(run, trainer)
 
         try:
             yield Session(trainer, reporter, (*run.data.notes, *run.notes, length), measure)
