@@ -32,9 +32,8 @@ from benchmarks.transcribe import checkpoint
 from benchmarks.views import VIEWS
 from mowa import hardware
 from mowa.engines import selection
-from mowa.engines.protocol import num_frames
 from mowa.kernels.prepacked_linear import PrepackedLinear, is_supported
-from mowa.models.ctc_encoder.geometry import max_absolute_position
+from mowa.models.ctc_encoder.geometry import frame_geometry, max_absolute_position
 
 DTYPES = ("float32", "bfloat16", "int8")
 SQUARES = (1024, 2048, 4096)
@@ -141,7 +140,7 @@ def main() -> None:
     model = options.model or str(checkpoint(Path("build/bench/xlsr-random")))
     config = mowa.load(model).net.config
     samples = int(options.seconds * 16_000)
-    products = measure_products(config, num_frames(config, samples), 4 * options.rounds)
+    products = measure_products(config, frame_geometry(config).num_frames(samples), 4 * options.rounds)
     peaks = {dtype: products[-1].get(dtype, np.inf) * 1e9 for dtype in DTYPES}
     counts = arithmetic(config, samples)
     total = sum(counts.values())

@@ -73,7 +73,12 @@ class Family:
     non_block_weights module outside the blocks → dtype of its matrices in integer schemes: float16, or int8 (per row or
                       output channel, dequantized for the product); vectors stay float32
     unsupported       operation → reason why it does not apply: keys of `fused_modules`, `packing`,
-                      `packing_unaccelerated` (with transformers' own attention), `attention`, `fused_loss`, `experts`
+                      `packing_unaccelerated` (with transformers' own attention), `attention`, `fused_loss`, `experts`;
+                      and for speech, reasons why a capability is not in `supports`
+    supports          of speech families, what was tested to give the outputs of transformers, because mowa or a format
+                      computes the net by itself: `cpu_plan` (faster inference on CPUs, int8), `packing` (training
+                      without padding), `chunked` (chunked attention and cached streaming), `coreml`, `ctranslate2`
+                      (exports), `tensorrt_mask` (TensorRT exports whose batches may be padded)
     """
 
     name: str
@@ -89,6 +94,7 @@ class Family:
     tensor_names: Mapping[str, str] = field(default_factory=dict)
     non_block_weights: Mapping[str, str] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
+    supports: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

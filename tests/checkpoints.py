@@ -7,8 +7,12 @@ import numpy as np
 import soundfile
 import torch
 from transformers import (
+    Data2VecAudioConfig,
+    Data2VecAudioForCTC,
     HubertConfig,
     HubertForCTC,
+    UniSpeechSatConfig,
+    UniSpeechSatForCTC,
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
@@ -34,9 +38,13 @@ CLASSES = {
     "wav2vec2": (Wav2Vec2Config, Wav2Vec2ForCTC),
     "hubert": (HubertConfig, HubertForCTC),
     "wavlm": (WavLMConfig, WavLMForCTC),
+    "unispeech-sat": (UniSpeechSatConfig, UniSpeechSatForCTC),
+    "data2vec-audio": (Data2VecAudioConfig, Data2VecAudioForCTC),
 }
-# Every family with both front ends: layer norm with pre-norm blocks, group norm with post-norm blocks.
-KINDS = [(family, norm) for family in CLASSES for norm in ("layer", "group")]
+# Every family with both front ends: layer norm with pre-norm blocks, group norm with post-norm blocks. data2vec has one
+# net, with layer norm and post-norm blocks, and ignores these keys of its config.
+KINDS = [(family, norm) for family in CLASSES for norm in ("layer", "group")][:-1]
+DATA2VEC_POSITIONS = {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 9}  # a stack of three convolutions
 
 
 def tiny(folder: Path, family: str = "wav2vec2", norm: str = "layer", **changes: object) -> Path:
@@ -49,6 +57,7 @@ def tiny(folder: Path, family: str = "wav2vec2", norm: str = "layer", **changes:
         "num_conv_pos_embedding_groups": 4, "feat_extract_norm": norm, "do_stable_layer_norm": norm == "layer",
         "conv_bias": norm == "layer", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
+    settings |= DATA2VEC_POSITIONS if family == "data2vec-audio" else {}
     net = net_class(config_class(**settings | changes)).eval()
     with torch.no_grad():  # else a random head predicts nearly always the same token
         net.lm_head.weight.mul_(8)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from mowa import hardware
-from mowa.engines.protocol import ArtifactEngine, BatchPolicy, log_softmax, num_frames
+from mowa.engines.protocol import ArtifactEngine, BatchPolicy, log_softmax
 from mowa.errors import ModelError
 from mowa.exporters import ctranslate2 as exporter
 from mowa.exporters import manifest
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.types import Artifact
 
 FORMAT = "ctranslate2"
@@ -47,7 +48,7 @@ class CTranslate2Engine(ArtifactEngine):
         if min(lengths) != max(lengths):
             raise ValueError(f"clips of different lengths {lengths} cannot share a batch in CTranslate2")
         logits = log_softmax(exporter.run(self.runtime_model, clips))
-        return [row[: num_frames(self.config, lengths[0])] for row in logits]
+        return [row[: frame_geometry(self.config).num_frames(lengths[0])] for row in logits]
 
 
 def open_engine(folder: str | Path, dtype: str = "auto", threads: int | None = None) -> CTranslate2Engine:

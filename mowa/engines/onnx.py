@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from mowa import exporters, hardware
-from mowa.engines.protocol import ArtifactEngine, BatchPolicy, log_softmax, num_frames
+from mowa.engines.protocol import ArtifactEngine, BatchPolicy, log_softmax
 from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.exporters import manifest
 from mowa.exporters.onnx.exporter import run
 from mowa.io.manifest import EXPORT_FORMAT_VERSION
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.quantization import quantize
 from mowa.types import FLOAT32, CTCModel, Model
 
@@ -76,7 +77,8 @@ class OnnxEngine(ArtifactEngine):
         logits = log_softmax(
             run(self.session, clips, self.artifact.details["attention_mask"], self.preprocessing.padding_value)
         )
-        return [row[: num_frames(self.config, int(n))] for row, n in zip(logits, lengths, strict=True)]
+        geometry = frame_geometry(self.config)
+        return [row[: geometry.num_frames(int(n))] for row, n in zip(logits, lengths, strict=True)]
 
 
 def open_engine(source: CTCModel | str | Path, *, dtype: str = "auto", threads: int | None = None) -> OnnxEngine:

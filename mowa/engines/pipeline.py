@@ -25,10 +25,10 @@ from mowa.data import audio
 from mowa.data.audio.decoders import AudioBytes
 from mowa.data.audio.vad import MIN_TAIL_S, Window, split_windows
 from mowa.decode import ctc
-from mowa.engines.protocol import Engine, batch_by_length, hop_length, num_frames
+from mowa.engines.protocol import Engine, batch_by_length
 from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import AudioError, ModelError, MowaError
-from mowa.models.ctc_encoder.geometry import max_absolute_position
+from mowa.models.ctc_encoder.geometry import frame_geometry, max_absolute_position
 from mowa.types import Example, Failure, Segment, Transcript
 
 PREFETCH_BATCHES = 8  # batches of windows that are read ahead and sorted by length
@@ -127,9 +127,8 @@ def validate_window_length(engine: Engine, settings: TranscriptionSettings) -> N
     """Raise ModelError if windows are longer than the net's positions (config key `absolute_positions`) allow."""
     if (max_frames := max_absolute_position(engine.config)) is None:
         return
-    longest_s = (
-        max_frames * hop_length(engine.config) / engine.preprocessing.rate_hz - MIN_TAIL_S - 2 * settings.context_s
-    )
+    max_samples = max_frames * frame_geometry(engine.config).hop
+    longest_s = max_samples / engine.preprocessing.rate_hz - MIN_TAIL_S - 2 * settings.context_s
     if settings.window_s > longest_s:
         raise ModelError(
             f"{engine.origin.name} takes windows of at most {longest_s:g} s with {settings.context_s:g} s of context on"
@@ -223,7 +222,11 @@ def _split(
             duration_s=example.duration_s if example.is_excerpt else None,
         )
         windows = split_windows(
-            blocks, rate_hz, max_window_s=settings.window_s, context_s=settings.context_s, hop=hop_length(engine.config)
+            blocks,
+            rate_hz,
+            max_window_s=settings.window_s,
+            context_s=settings.context_s,
+            hop=frame_geometry(engine.config).hop,
         )
         yield from ((channel, window) for window in windows)
 
@@ -271,7 +274,7 @@ def _run(
     rate_hz = engine.preprocessing.rate_hz
     spoken = []
     for job, channel, window in pool:
-        too_short = not num_frames(engine.config, len(window.samples))
+        too_short = not frame_geometry(engine.config).num_frames(len(window.samples))
         if too_short or window.speech_prob < settings.vad_threshold or audio.is_silent(window.samples):
             channel.paths[window.core_start] = _blank_path(window, engine)
             job.num_pending -= 1
@@ -299,10 +302,10 @@ def _run(
 
 def _frames(window: Window, engine: Engine) -> tuple[int, int]:
     """Return the range of frames that belong to the window's core; the last window keeps all frames to its end."""
-    step = hop_length(engine.config)
+    step = frame_geometry(engine.config).hop
     first = (window.core_start - window.start) // step
     if window.is_last:
-        return first, num_frames(engine.config, len(window.samples))
+        return first, frame_geometry(engine.config).num_frames(len(window.samples))
     return first, (window.core_end - window.start) // step
 
 
@@ -332,7 +335,7 @@ def _segments(channel: _ChannelResult, engine: Engine) -> list[Segment]:
     rate_hz = engine.preprocessing.rate_hz
     path = ctc.concat_paths(channel.paths[start] for start in channel.cuts)
     words = ctc.path_to_words(
-        path, engine.vocabulary, frame_s=hop_length(engine.config) / rate_hz, end_s=channel.samples / rate_hz
+        path, engine.vocabulary, frame_s=frame_geometry(engine.config).hop / rate_hz, end_s=channel.samples / rate_hz
     )
     cuts = [start / rate_hz for start in channel.cuts[1:]]
     if channel.number is not None:  # so that the turns of speakers on separate channels interleave

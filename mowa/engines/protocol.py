@@ -117,24 +117,3 @@ def batch_by_length(lengths: Sequence[int], max_padded_samples: int, policy: Bat
         else:
             grouped.append([index])
     return grouped
-
-
-def hop_length(config: Any) -> int:
-    """Return the number of samples from one frame to the next: 320 for every stock front end."""
-    step = int(np.prod(config.conv_stride))
-    return (
-        step * int(config.adapter_stride) ** int(config.num_adapter_layers)
-        if getattr(config, "add_adapter", False)
-        else step
-    )
-
-
-def num_frames(config: Any, num_samples: int) -> int:
-    """Return how many frames the net outputs for `num_samples` (0 below its receptive field)."""
-    n = num_samples
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        n = (n - kernel) // stride + 1 if n >= kernel else 0
-    if getattr(config, "add_adapter", False):
-        for _ in range(config.num_adapter_layers):
-            n = (n - 1) // config.adapter_stride + 1 if n else 0
-    return n

@@ -17,9 +17,11 @@ import torch
 
 from mowa import hardware
 from mowa.adapters.loading import load_adapter
-from mowa.engines.protocol import BatchPolicy, num_frames
+from mowa.engines.protocol import BatchPolicy
 from mowa.errors import ModelError
 from mowa.models.ctc_encoder import cpu_plan
+from mowa.models.ctc_encoder.anatomy import read_anatomy
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.models.ctc_encoder.positions import precompute_absolute_positions
 from mowa.types import CTCModel, Origin, Preprocessing, Vocabulary
 
@@ -113,7 +115,8 @@ class PyTorchEngine:
         with torch.inference_mode(), hardware.matmul_precision(self.precision.matmul), _exact_convolutions():
             logits = self.model.net(values.to(self.device, dtype), attention_mask=mask).logits
             scores = torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
-        return [row[: num_frames(self.model.net.config, n)] for row, n in zip(scores, lengths, strict=True)]
+        geometry = frame_geometry(self.model.net.config)
+        return [row[: geometry.num_frames(n)] for row, n in zip(scores, lengths, strict=True)]
 
 
 def open_engine(
@@ -194,7 +197,7 @@ def _batch_policy(
         return BatchPolicy.SINGLE
     if plan is None and model.scheme.activations != "none":  # activations are quantized by the range of the whole batch
         return BatchPolicy.SINGLE
-    padded = plan is not None or model.net.config.feat_extract_norm != "group"  # a plan does not pad
+    padded = plan is not None or read_anatomy(model.net).is_padding_exact  # a plan does not pad
     return BatchPolicy.PADDED if padded else BatchPolicy.EQUAL_LENGTH
 
 

@@ -35,7 +35,7 @@ from mowa.decode.stream import (
 )
 from mowa.engines import pytorch, selection
 from mowa.engines.onnx import OnnxEngine
-from mowa.engines.protocol import Engine, hop_length, log_softmax
+from mowa.engines.protocol import Engine, log_softmax
 from mowa.engines.pytorch import PyTorchEngine
 from mowa.engines.streaming_encoders import (
     CachedEncoder,
@@ -49,7 +49,9 @@ from mowa.errors import ModelError
 from mowa.loading.ctc import load
 from mowa.models.ctc_encoder import chunk_mask
 from mowa.models.ctc_encoder import streaming as encoder_streaming
+from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.models.ctc_encoder.chunk_mask import TrainedChunking
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.models.ctc_encoder.streaming import CacheShape, EagerPlan
 from mowa.types import CTCModel, Model
 
@@ -97,7 +99,7 @@ def create_streaming_encoder(engine: Engine, config: StreamingConfig = Streaming
 
     Raises ModelError as `stream` does.
     """
-    frame_s = hop_length(engine.config) / engine.preprocessing.rate_hz
+    frame_s = frame_geometry(engine.config).hop / engine.preprocessing.rate_hz
     trained, mode = chunk_mask.get_trained_chunking(engine.config), config.mode
     if mode == "auto":
         mode = "cached" if trained and _chunk_step(engine) is not None else "window"
@@ -113,7 +115,7 @@ def create_streaming_encoder(engine: Engine, config: StreamingConfig = Streaming
     left_s = WINDOW_LEFT_CONTEXT_S if config.left_context_s is None else config.left_context_s
     lookahead_s = WINDOW_LOOKAHEAD_S if config.lookahead_s is None else config.lookahead_s
     left, ahead = (math.ceil(round(s / frame_s, 6) / size) * size for s in (left_s, lookahead_s))
-    if isinstance(engine, PyTorchEngine) and engine.config.feat_extract_norm == "layer":
+    if isinstance(engine, PyTorchEngine) and not read_anatomy(engine.model.net).normalizes_over_time:
         return FeatureWindowEncoder(engine, size, left, ahead)
     return WaveformWindowEncoder(engine, size, left, ahead)
 
@@ -168,9 +170,9 @@ class _OnnxStep:
         self._session = engine.streaming_session
         inputs = self._session.get_inputs()
         layers, _, _, heads, head_dim = inputs[2].shape
-        conv_frames, hidden_size = inputs[3].shape if len(inputs) > 3 else (0, 0)
+        conv_frames, conv_size = inputs[3].shape if len(inputs) > 3 else (0, 0)
         self._names = [one.name for one in inputs]
-        self.cache_shape = CacheShape(layers, heads, head_dim, conv_frames, hidden_size)
+        self.cache_shape = CacheShape(layers, heads, head_dim, conv_frames, conv_size)
 
     def __call__(
         self, samples: Samples, position: int, kv_cache: FloatArray, conv_cache: FloatArray

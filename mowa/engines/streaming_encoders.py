@@ -16,10 +16,10 @@ from mowa import hardware
 from mowa.data import audio
 from mowa.data.audio import running_norm
 from mowa.decode.stream import Arrays, LogProbs, Samples
-from mowa.engines.protocol import Engine, hop_length, num_frames
+from mowa.engines.protocol import Engine
 from mowa.engines.pytorch import PyTorchEngine
 from mowa.errors import ModelError
-from mowa.models.ctc_encoder.geometry import max_absolute_position, receptive_field
+from mowa.models.ctc_encoder.geometry import frame_geometry, max_absolute_position
 from mowa.models.ctc_encoder.streaming import CacheShape, EagerPlan
 
 CACHE_RESET_S, CACHE_OVERLAP_S = 20.0, 1.92
@@ -43,8 +43,8 @@ class _ChunkedEncoder:
     def __init__(self, engine: Engine, chunk_frames: int, lookahead_frames: int) -> None:
         self.engine, self.chunk_frames = engine, chunk_frames
         self.vocabulary, self.rate_hz = engine.vocabulary, engine.preprocessing.rate_hz
-        self.hop_length = hop_length(engine.config)
-        self.receptive_field = receptive_field(engine.config)
+        self._geometry = frame_geometry(engine.config)
+        self.hop_length, self.receptive_field = self._geometry.hop, self._geometry.receptive_field
         self.latency_s = (
             (chunk_frames + lookahead_frames) * self.hop_length + self.receptive_field - self.hop_length
         ) / self.rate_hz
@@ -136,7 +136,7 @@ class CachedEncoder(_ChunkedEncoder):
         shape = self._step.cache_shape
         return {
             "kv_cache": np.zeros((shape.num_layers, 2, 0, shape.num_heads, shape.head_dim), np.float32),
-            "conv_cache": np.zeros((shape.conv_frames, shape.hidden_size), np.float32),
+            "conv_cache": np.zeros((shape.conv_frames, shape.conv_size), np.float32),
             "frame_counts": np.zeros(2, np.int64),
         }
 
@@ -205,7 +205,7 @@ class FeatureWindowEncoder(_ChunkedEncoder):
     def _scores(self, features: FloatArray) -> LogProbs:
         """Run the encoder and head: features [T, C] → log-probabilities [T, V]."""
         with torch.inference_mode(), hardware.matmul_precision(self._pytorch.precision.matmul):
-            parameter = next(self._pytorch.model.net.base_model.feature_projection.parameters())
+            parameter = next(self._plan.anatomy.projection.parameters())
             (logits,) = self._plan.logits_from_features([torch.from_numpy(features).to(parameter)])
             return torch.log_softmax(logits, -1).cpu().numpy()
 
@@ -235,7 +235,7 @@ class WaveformWindowEncoder(_ChunkedEncoder):
             first = max(0, final + self.chunk_frames - self.left_frames)
             sound, final = sound[first * self.hop_length :], final + self.chunk_frames - first
         if is_last:
-            if num_frames(self.engine.config, len(sound)) > final:
+            if self._geometry.num_frames(len(sound)) > final:
                 stable.append(self._scores(sound)[final:])
             unstable = self._no_frames()
         state = {"samples": sound, "final_frames": np.array([final])}

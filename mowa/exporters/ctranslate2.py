@@ -30,7 +30,6 @@ from mowa.types import CTCModel, Scheme
 log = logging.getLogger("mowa")
 
 MODEL_FOLDER = "ctranslate2"
-SUPPORTED_MODEL_TYPES = ("wav2vec2", "hubert")
 REQUIRED_CONFIG: Mapping[str, Any] = {
     "feat_extract_norm": "layer",
     "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
@@ -66,7 +65,7 @@ UNSUPPORTED_SCHEMES = {
 def unsupported_reason(model: CTCModel) -> str:
     """See `Exporter.unsupported_reason`."""
     config = model.net.config
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
+    if "ctranslate2" not in model.family.supports:
         return f"CTranslate2 does not implement {model.family.name}; use onnx"
     for name, required in REQUIRED_CONFIG.items():
         value = getattr(config, name, required)

@@ -9,6 +9,7 @@ from torch import nn
 
 from mowa.adapters import merge
 from mowa.kernels.quant.linear import QuantizedLinear
+from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.models.ctc_encoder.positions import precompute_absolute_positions
 from mowa.types import CTCModel
 
@@ -29,9 +30,9 @@ def prepare_for_export(model: CTCModel, *, dequantize: bool = False, position_ta
                 net.set_submodule(name, dequantize_linear(module))
     if position_table:
         precompute_absolute_positions(net, frozen=True)
-    positions = net.base_model.encoder.pos_conv_embed
-    if hasattr(getattr(positions, "conv", None), "parametrizations"):
-        positions.conv = _fold_weight_norm(positions.conv)
+    for layer in read_anatomy(net).position_layers:
+        if hasattr(layer.conv, "parametrizations"):
+            layer.module.conv = _fold_weight_norm(layer.conv)
     if net.config._attn_implementation != "eager":
         net.set_attn_implementation("eager")  # sdpa's mask is exported as a selection in every layer
     return net.eval().requires_grad_(False)

@@ -6,6 +6,7 @@ Importing this package registers all families and does not import torch.
 
 from mowa.families import (
     bert,
+    data2vec_audio,
     deepseek,
     gemma,
     gpt_oss,
@@ -19,6 +20,7 @@ from mowa.families import (
     phi,
     qwen,
     qwen2_5_vl,
+    unispeech_sat,
     wav2vec2,
     wavlm,
 )
@@ -33,6 +35,7 @@ from mowa.families.registry import (
 
 __all__ = [
     "bert",
+    "data2vec_audio",
     "deepseek",
     "gemma",
     "get_family",
@@ -52,6 +55,7 @@ __all__ = [
     "qwen2_5_vl",
     "register",
     "resolve_family",
+    "unispeech_sat",
     "wav2vec2",
     "wavlm",
 ]

@@ -29,5 +29,6 @@ HUBERT = register(
             "lm_head": "float16",
         },
         unsupported={"fused_loss": "CTC vocabularies are small, so their logits need little memory"},
+        supports=frozenset({"cpu_plan", "packing", "chunked", "coreml", "ctranslate2", "tensorrt_mask"}),
     )
 )

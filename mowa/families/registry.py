@@ -19,6 +19,8 @@ from mowa.types import Family
 log = logging.getLogger("mowa")
 
 ENTRY_POINT_GROUP = "mowa.families"
+CAPABILITIES = frozenset({"cpu_plan", "packing", "chunked", "coreml", "ctranslate2", "tensorrt_mask"})
+"""What `Family.supports` may contain."""
 _BY_TYPE: dict[str, Family] = {}
 _entry_points_loaded = False
 
@@ -27,7 +29,7 @@ def register(family: Family) -> Family:
     """Register `family` under its model types, and return it.
 
     Raises:
-        ValueError: the name or a model type is taken.
+        ValueError: the name or a model type is taken, or `supports` has an unknown capability.
         re.error: a name pattern is not a regular expression.
     """
     for known in _BY_TYPE.values():
@@ -36,6 +38,8 @@ def register(family: Family) -> Family:
     for model_type in family.model_types:
         if model_type in _BY_TYPE:
             raise ValueError(f"{model_type!r} belongs to the family {_BY_TYPE[model_type].name!r} already")
+    if unknown := sorted(family.supports - CAPABILITIES):
+        raise ValueError(f"{family.name}: supports: unknown {', '.join(unknown)}; known are {sorted(CAPABILITIES)}")
     for pattern in family.name_patterns:
         re.compile(pattern)
     _BY_TYPE.update(dict.fromkeys(family.model_types, family))

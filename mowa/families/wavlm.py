@@ -28,8 +28,11 @@ WAVLM = register(
         },
         unsupported={
             "attention": "it passes raw weights to a torch function",
+            "cpu_plan": "it has an attention of its own",
             "packing": "it has an attention of its own",
+            "chunked": "it has an attention of its own",
             "fused_loss": "CTC vocabularies are small, so their logits need little memory",
         },
+        supports=frozenset({"coreml"}),
     )
 )

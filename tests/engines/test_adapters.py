@@ -7,8 +7,8 @@ import torch
 
 import mowa
 from mowa.adapters import checkpoint, merge
-from mowa.engines import protocol
 from mowa.errors import ModelError
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from tests.adapters.tiny_adapters import OTHER_VOCABULARY, logits, save_tiny_adapter
 from tests.checkpoints import clip, tiny
 
@@ -101,4 +101,4 @@ def test_the_bundled_model_precomputes_positions_with_an_adapter(tmp_path):
     (scores,) = chosen.with_adapter("m").emissions([sound])
     expected = logits(ours.net, samples=16_000)[0].log_softmax(-1).numpy()
     np.testing.assert_allclose(scores, expected, atol=2e-4)
-    assert protocol.num_frames(net.config, 16_000) == len(expected)
+    assert frame_geometry(net.config).num_frames(16_000) == len(expected)

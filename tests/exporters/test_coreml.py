@@ -19,7 +19,7 @@ from mowa.exporters import manifest
 from mowa.exporters.coreml import check, exporter
 from mowa.exporters.coreml import net as coreml_net
 from mowa.exporters.protocol import export
-from mowa.models.ctc_encoder.positions import absolute_position_table
+from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.types import Scheme
 from tests.checkpoints import KINDS, clip, tiny
 from tests.quantized import quantized_linears, tiny_quantized
@@ -190,7 +190,7 @@ def test_positions_of_the_bundled_net_are_in_a_table(tmp_path):
     model = mowa.load("pl-tiny")
     out = export(model, "coreml", tmp_path / "out", lengths_s=(1.0, 30.0))
     assert out.details["lengths"][-1] // out.details["hop"] > len(
-        absolute_position_table(exporter.prepare_for_export(model))
+        read_anatomy(exporter.prepare_for_export(model)).absolute_positions
     )
     assert json.loads((out.folder / "mowa.json").read_text())["verification"]["max_abs_diff"] < 2e-4
 

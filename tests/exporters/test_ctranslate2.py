@@ -58,7 +58,7 @@ def half_model(model, scheme):
     return replace(model, scheme=scheme)
 
 
-@pytest.fixture(scope="module", params=["wav2vec2", "hubert"])
+@pytest.fixture(scope="module", params=["wav2vec2", "hubert", "unispeech-sat"])
 def exported(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     base = supported(root / "base", request.param)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mowa.families import get_family, list_families, list_model_types
+from mowa.families.registry import CAPABILITIES
 from mowa.types import Family
 from tests.checkpoints import SMALLEST
 from tests.families.tiny import CAUSAL, EMBEDDING, TEXT, VISION, VOCABULARY, tiny
@@ -170,7 +171,9 @@ def _formula(operation: str, module: Any, x: Tensor, *, round_after: bool = Fals
 @pytest.mark.parametrize("family", list_families(), ids=lambda family: family.name)
 def test_unsupported_operations_have_a_reason(family: Family) -> None:
     assert set(family.fused_modules) <= OPERATIONS
-    assert set(family.unsupported) <= OPERATIONS | OTHER_OPERATIONS
+    assert set(family.unsupported) <= OPERATIONS | OTHER_OPERATIONS | (CAPABILITIES if family.task == "ctc" else set())
+    assert family.task == "ctc" or not family.supports
+    assert not family.supports & set(family.unsupported)
     assert not set(family.fused_modules) & set(family.unsupported)
     if family.task == "ctc":
         return

@@ -109,6 +109,8 @@ CALLED = {
     "facebook/mms-1b-all": "wav2vec2",
     "facebook/hubert-large-ls960-ft": "hubert",
     "microsoft/wavlm-base-plus": "wavlm",
+    "facebook/data2vec-audio-large-960h": "data2vec-audio",
+    "microsoft/unispeech-sat-base-100h-libri-ft": "unispeech-sat",
 }
 STRANGERS = (
     "meta-llama/Llama-3.2-11B-Vision-Instruct",

@@ -13,6 +13,7 @@ from transformers import AutoModelForCTC, Wav2Vec2FeatureExtractor
 import mowa
 from mowa.data import audio
 from mowa.engines import protocol
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from tests.checkpoints import KINDS, clip, tiny
 
 
@@ -52,18 +53,18 @@ def test_num_frames_equals_transformers(pair):
     _, net, _ = pair
     for samples in (1, 399, 400, 719, 720, 16_000, 480_000):
         expected = int(net._get_feat_extract_output_lengths(torch.tensor(samples))) if samples >= 400 else 0
-        assert protocol.num_frames(net.config, samples) == expected
+        assert frame_geometry(net.config).num_frames(samples) == expected
 
 
 def test_conv_adapter_changes_the_hop(tmp_path):
     folder = tiny(tmp_path, add_adapter=True, num_adapter_layers=2, adapter_stride=2, output_hidden_size=32)
     engine = mowa.open_engine(mowa.load(str(folder)), device="cpu", dtype="float32")
-    assert protocol.hop_length(engine.model.net.config) == 1280
+    assert frame_geometry(engine.model.net.config).hop == 1280
     for samples in (400, 5_000, 16_000, 33_333):
         scores = engine.emissions([clip(1, samples)])[0]
         assert (
             len(scores)
-            == protocol.num_frames(engine.model.net.config, samples)
+            == frame_geometry(engine.model.net.config).num_frames(samples)
             == len(engine.model.net(torch.from_numpy(clip(1, samples))[None]).logits[0])
         )
 

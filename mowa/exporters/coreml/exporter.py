@@ -20,7 +20,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import math
 import re
 import traceback
 from collections.abc import Iterator, Sequence
@@ -42,14 +41,14 @@ from mowa.exporters.manifest import ExportResult
 from mowa.exporters.onnx.exporter import collect_metadata, silence_exporter
 from mowa.exporters.prepare import prepare_for_export
 from mowa.io.hub import SAMPLE_CLIP
-from mowa.models.ctc_encoder.geometry import receptive_field
+from mowa.models.ctc_encoder import anatomy
+from mowa.models.ctc_encoder.geometry import frame_geometry, receptive_field
 from mowa.types import CTCModel
 
 log = logging.getLogger("mowa")
 
 PACKAGE = "model.mlpackage"
 DEFAULT_LENGTHS_S = (5.0, 10.0, 20.0)
-SUPPORTED_NETS = ("Wav2Vec2ForCTC", "HubertForCTC", "WavLMForCTC")
 MAX_FP16_NORM_INPUT = 128.0  # its square is a quarter of the largest float16
 NORM_SAMPLE_S = 10
 MINIMUM_OS = {"iOS16": "iOS 16 or macOS 13", "iOS17": "iOS 17 or macOS 14", "iOS18": "iOS 18 or macOS 15"}
@@ -62,9 +61,8 @@ NOT_RUN = "Core ML was not run, because it needs macOS"
 
 def unsupported_reason(model: CTCModel) -> str:
     """See `Exporter.unsupported_reason`."""
-    name = type(model.net).__name__
-    if name not in SUPPORTED_NETS:
-        return f"{name} is not supported, only {', '.join(SUPPORTED_NETS)}; use onnx"
+    if reason := anatomy.unsupported_reason(model.net, "coreml"):
+        return f"{reason}; use onnx"
     if getattr(model.net.config, "add_adapter", False):
         return "convolutional adapters (add_adapter) are not supported; use onnx"
     return UNSUPPORTED_SCHEMES.get(model.scheme.weights, "")
@@ -87,17 +85,18 @@ def write(model: CTCModel, folder: Path, *, lengths_s: Sequence[float] = DEFAULT
     """
     reference, half = prepare_for_export(model, dequantize=True), model.scheme.weights != "float32"
     lengths = _convert_lengths(reference.config, model.preprocessing.rate_hz, lengths_s)
-    takes_mask, target = reference.config.feat_extract_norm == "layer", _minimum_target(model)
+    takes_mask, target = anatomy.read_anatomy(reference).is_padding_exact, _minimum_target(model)
     float32_norms = _find_large_norms(model, reference) if half else []
     graph = nets.prepare_for_coreml(
         prepare_for_export(model), lengths, per_group_scales=target == "iOS18", float32_norms=float32_norms
     )
+    geometry = frame_geometry(reference.config)
     details = {
         "model": PACKAGE,
         "lengths": lengths,
         "attention_mask": takes_mask,
-        "receptive_field": receptive_field(reference.config),
-        "hop": math.prod(reference.config.conv_stride),
+        "receptive_field": geometry.receptive_field,
+        "hop": geometry.hop,
         "compute_dtype": "float16" if half else "float32",
         "activations": "static" if model.scheme.activations == "static" else "none",
         "float32_norms": float32_norms,

@@ -7,7 +7,6 @@ possible.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch.nn import functional
 
 from mowa.exporters.prepare import dequantize_linear
 from mowa.kernels.quant.linear import QuantizedLinear
-from mowa.models.ctc_encoder.geometry import receptive_field
-from mowa.models.ctc_encoder.positions import absolute_position_table
+from mowa.models.ctc_encoder.anatomy import read_anatomy
+from mowa.models.ctc_encoder.geometry import frame_geometry
+from mowa.models.ctc_encoder.positions import replace_position_module
 
 MASK_VALUE = -3e4  # added to attention scores of padding; the largest float16 is 65504
 
@@ -48,32 +48,15 @@ class CoreMLNet(nn.Module):
 
     def __init__(self, net: Any, frames: Tensor, fixed_length: bool) -> None:
         super().__init__()
-        self.net = net
-        self.frame_ends = LengthTable(
-            frames * math.prod(net.config.conv_stride) + receptive_field(net.config), fixed_length
-        )
+        self.net, geometry = net, frame_geometry(net.config)
+        self.frame_ends = LengthTable(frames * geometry.hop + geometry.receptive_field, fixed_length)
 
     def forward(self, input_values: Tensor, samples: Tensor | None = None) -> Tensor:
-        base, stable, mask = self.net.base_model, self.net.config.do_stable_layer_norm, None
-        states = _first(base.feature_projection(base.feature_extractor(input_values).transpose(1, 2)))
+        anatomy = read_anatomy(self.net)
+        states, valid = anatomy.project(anatomy.features(input_values)), None
         if samples is not None:
-            valid = (self.frame_ends(states) <= samples).to(states.dtype)
-            states = states * valid[None, :, None]
-            mask = (1 - valid)[None, None, None] * MASK_VALUE
-        states = states + base.encoder.pos_conv_embed(states)
-        states = states if stable else base.encoder.layer_norm(states)
-        position_bias: dict[str, Any] = {}
-        for layer in base.encoder.layers:
-            output = layer(states, attention_mask=mask, **position_bias)
-            states = _first(output)
-            position_bias = {"position_bias": output[1]} if isinstance(output, tuple) and len(output) > 1 else {}
-        states = base.encoder.layer_norm(states) if stable else states
-        logits: Tensor = self.net.lm_head(states)
-        return logits
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
+            valid = (self.frame_ends(states) <= samples).to(states.dtype)[None]
+        return anatomy.masked_logits(states, valid, MASK_VALUE)
 
 
 class Float32Module(nn.Module):
@@ -160,12 +143,9 @@ def prepare_for_coreml(
     norms that are computed in float32.
     """
     fixed_length = len(lengths) == 1
-    frames = torch.arange(
-        (lengths[-1] - receptive_field(net.config)) // math.prod(net.config.conv_stride) + 1, dtype=torch.int32
-    )
-    if (positions := absolute_position_table(net)) is not None:
-        table = positions[frames.clamp(max=len(positions) - 1)]
-        net.base_model.encoder.pos_conv_embed = LengthTable(table, fixed_length)
+    frames = torch.arange(frame_geometry(net.config).num_frames(lengths[-1]), dtype=torch.int32)
+    if (positions := read_anatomy(net).absolute_positions) is not None:
+        replace_position_module(net, LengthTable(positions.at(frames, positions.table), fixed_length))
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantizedLinear):
             net.set_submodule(name, _convert_linear(module, per_group_scales))

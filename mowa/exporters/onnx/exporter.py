@@ -31,6 +31,7 @@ from mowa.exporters.onnx import initializers, quant_ops
 from mowa.exporters.onnx import streaming as chunk_export
 from mowa.exporters.prepare import prepare_for_export
 from mowa.io.hub import silence_transformers
+from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, get_trained_chunking
 from mowa.types import CTCModel
 
@@ -67,7 +68,7 @@ def write(
     if opset not in OPSETS:
         raise ModelError(f"opset {opset} is not supported: use {OPSETS[0]} to {OPSETS[-1]}")
     reference = prepare_for_export(model, dequantize=True)
-    takes_mask = reference.config.feat_extract_norm == "layer" and attention_mask is not False
+    takes_mask = read_anatomy(reference).is_padding_exact and attention_mask is not False
     name, chunking = model.origin.name, get_trained_chunking(reference.config)
     net = quant_ops.replace_linears(prepare_for_export(model), include_unquantized=chunking is not None)
     graphs = [GRAPH_FILE]

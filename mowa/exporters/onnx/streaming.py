@@ -4,7 +4,7 @@ Inputs
 - `input_values` float32 [N]: samples of the chunk, of its look-ahead, and of the remaining receptive field
 - `position` int64 [1]: number of frames before the chunk
 - `kv_cache` float32 [layers, 2, S, heads, head_dim]: keys and values of the S frames before it, S ≥ 0
-- `conv_cache` float32 [P, D], only without absolute positions: input of the positional convolution for the P frames
+- `conv_cache` float32 [P, D], only without absolute positions: inputs of the positional convolutions for the P frames
   before it, initially zeros
 
 Outputs, per frame of chunk and look-ahead
@@ -17,7 +17,6 @@ The caller appends the outputs of the chunk's own frames, without the look-ahead
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from mowa.data.audio import running_norm
 from mowa.exporters import verify
 from mowa.models.ctc_encoder import streaming
 from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, apply_chunk_mask
-from mowa.models.ctc_encoder.geometry import receptive_field
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.models.ctc_encoder.streaming import CacheShape, EagerPlan
 
 CHUNK_GRAPH_FILE = "chunk.onnx"
@@ -61,7 +60,7 @@ def make_chunk_inputs(cache_shape: CacheShape, samples: Tensor, cached_frames: i
     inputs = (samples, torch.tensor([cached_frames]), kv_cache)
     if not cache_shape.conv_frames:
         return inputs
-    return (*inputs, torch.zeros(cache_shape.conv_frames, cache_shape.hidden_size))
+    return (*inputs, torch.zeros(cache_shape.conv_frames, cache_shape.conv_size))
 
 
 def export_chunk_graph(net: Any, file: Path, opset: int) -> None:
@@ -94,7 +93,8 @@ def compare_chunked(net: Any, session: Any, speech: np.ndarray, chunks: ChunkCon
 
     Returns the values of `verify.compare_logits`.
     """
-    stride, receptive = math.prod(net.config.conv_stride), receptive_field(net.config)
+    geometry = frame_geometry(net.config)
+    stride, receptive = geometry.hop, geometry.receptive_field
     speech, _ = running_norm.normalize_running(speech, running_norm.RunningStats.prior())
     with apply_chunk_mask(net, chunks):
         reference = verify.compute_logits(net, [speech])

@@ -40,6 +40,7 @@ from mowa.exporters.tensorrt import build as building
 from mowa.exporters.verify import MAX_ABS_DIFF, MIN_AGREEMENT
 from mowa.io.hub import SAMPLE_CLIP
 from mowa.kernels.quant.linear import QuantizedLinear
+from mowa.models.ctc_encoder import anatomy
 from mowa.models.ctc_encoder.geometry import frame_geometry, receptive_field
 from mowa.types import FLOAT32, CTCModel
 
@@ -50,7 +51,6 @@ Profile = Sequence[Sequence[int]]
 DEFAULT_PROFILE: Profile = ((1, 16_000), (1, 160_000), (4, 480_000))
 MAX_VERIFY_S = 5  # limit for the length of compared inputs, except for the largest of the profile
 TOLERANCE_FACTOR = 2.0  # relative to the error of the same arithmetic in torch or ONNX Runtime
-MASKABLE_NETS = ("Wav2Vec2ForCTC", "HubertForCTC")
 HALF_DTYPES = {"float16": "float16", "bfloat16": "bfloat16", "int8": "float16"}  # scheme → unquantized products
 MASK_VALUE = -1e9  # added to attention scores of padding
 SUPPORTED_SCHEMES = (("float32", "none"), ("float16", "none"), ("bfloat16", "none"), ("int8", "static"))
@@ -145,9 +145,9 @@ def _validate_profile(profile: Profile, min_samples: int) -> None:
 
 
 def _supports_mask(net: Any) -> bool:
-    config = net.config
-    is_maskable = type(net).__name__ in MASKABLE_NETS and not getattr(config, "add_adapter", False)
-    return is_maskable and config.feat_extract_norm == "layer"
+    has_adapter = getattr(net.config, "add_adapter", False)
+    is_maskable = not anatomy.unsupported_reason(net, "tensorrt_mask") and not has_adapter
+    return is_maskable and anatomy.read_anatomy(net).is_padding_exact
 
 
 class _LogitsNet(nn.Module):
@@ -166,20 +166,11 @@ class _LogitsNet(nn.Module):
         if attention_mask is None:
             logits: Tensor = self.net(input_values).logits
             return logits
-        base, stable = self.net.base_model, self.net.config.do_stable_layer_norm
-        states = base.feature_projection(base.feature_extractor(input_values).transpose(1, 2))
-        states = states[0] if isinstance(states, tuple) else states
+        parts = anatomy.read_anatomy(self.net)
+        states = parts.project(parts.features(input_values))
         ends = torch.arange(states.shape[1]) * self.geometry.hop + self.geometry.receptive_field
         valid = (ends[None] <= attention_mask.sum(-1, keepdim=True)).to(states.dtype)
-        states = states * valid[..., None]
-        states = states + base.encoder.pos_conv_embed(states)
-        states = states if stable else base.encoder.layer_norm(states)
-        for layer in base.encoder.layers:
-            output = layer(states, attention_mask=(1 - valid[:, None, None]) * MASK_VALUE)
-            states = output[0] if isinstance(output, tuple) else output
-        states = base.encoder.layer_norm(states) if stable else states
-        masked_logits: Tensor = self.net.lm_head(states)
-        return masked_logits
+        return parts.masked_logits(states, valid, MASK_VALUE)
 
 
 def _trace(model: CTCModel, net: Any, folder: Path, takes_mask: bool) -> None:

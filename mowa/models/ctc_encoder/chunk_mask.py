@@ -29,9 +29,10 @@ from torch.nn import functional
 
 from mowa.errors import ModelError
 from mowa.kernels.attention.dispatch import AttentionMask
-from mowa.models.ctc_encoder.positions import absolute_position_table, look_up
+from mowa.models.ctc_encoder import anatomy
+from mowa.models.ctc_encoder.anatomy import Anatomy, PositionLayer, read_anatomy
+from mowa.models.ctc_encoder.positions import replace_positions
 
-SUPPORTED_CLASSES = ("Wav2Vec2ForCTC", "HubertForCTC")
 # config key: {"chunk_frames": [16, 32], "left_context_frames": None, "lookahead_frames": [0, 8]}
 STREAMING_CONFIG_KEY = "streaming"
 STREAMING_CONFIG_KEYS = {"chunk_frames", "left_context_frames", "lookahead_frames"}
@@ -114,10 +115,10 @@ def set_trained_chunking(config: Any, trained: TrainedChunking | None) -> None:
 
 def unsupported_reason(net: Any) -> str:
     """Return why `net` cannot run with chunked attention, or an empty string where it can."""
-    config, name = net.config, type(net).__name__
-    if name not in SUPPORTED_CLASSES:
-        return f"{name} has an attention of its own"
-    if config.feat_extract_norm == "group":
+    if reason := anatomy.unsupported_reason(net, "chunked"):
+        return reason
+    config = net.config
+    if read_anatomy(net).normalizes_over_time:
         return "its front end normalizes over the whole recording (group norm)"
     if getattr(config, "conv_pos_batch_norm", False):
         return "its positional convolution has batch norm"
@@ -139,34 +140,27 @@ def apply_chunk_mask(net: Any, config: ChunkConfig | None) -> Iterator[Callable[
         return
     if reason := unsupported_reason(net):
         raise ValueError(reason)
-    encoder, hooks = net.base_model.encoder, _ChunkHooks(config)
-    module, table = encoder.pos_conv_embed, absolute_position_table(net)
-    original = vars(module).get("forward")
-    module.forward = partial(_chunked_positions, module, config, hooks, table)
+    parts, hooks = read_anatomy(net), _ChunkHooks(config)
     handles = [
-        encoder.register_forward_pre_hook(hooks.expand_frames, with_kwargs=True),
-        encoder.register_forward_hook(hooks.drop_lookahead_output),
-        *(
-            layer.attention.register_forward_pre_hook(hooks.mask_attention, with_kwargs=True)
-            for layer in encoder.layers
-        ),
+        parts.encoder.register_forward_pre_hook(hooks.expand_frames, with_kwargs=True),
+        parts.encoder.register_forward_hook(hooks.drop_lookahead_output),
+        *(block.attention.register_forward_pre_hook(hooks.mask_attention, with_kwargs=True) for block in parts.blocks),
     ]
     try:
-        yield hooks.drop_lookahead
+        with replace_positions(net, partial(_chunked_positions, parts, config, hooks)):
+            yield hooks.drop_lookahead
     finally:
         for handle in handles:
             handle.remove()
-        del module.forward
-        if original is not None:
-            module.forward = original
 
 
 class _ChunkHooks:
-    """Hooks on an encoder and its attention layers, and the layout of the current batch."""
+    """Hooks on an encoder and its attention layers, the layout of the current batch and its padding mask [B, N]."""
 
     def __init__(self, config: ChunkConfig) -> None:
         self._config = config
         self.layout = ChunkLayout(config, 0)
+        self.valid: Tensor | None = None
 
     def expand_frames(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Repeat look-ahead frames at the input of the encoder: [B, T, D] → [B, N, D]."""
@@ -174,8 +168,9 @@ class _ChunkHooks:
         states = args[0] if args else kwargs.pop("hidden_states")
         self.layout = ChunkLayout(self._config, states.shape[1], states.device)
         mask = kwargs.get("attention_mask")
+        self.valid = None if mask is None else mask[:, self.layout.frame_index]
         if mask is not None:
-            kwargs["attention_mask"] = mask[:, self.layout.frame_index]
+            kwargs["attention_mask"] = self.valid
         return (states[:, self.layout.frame_index], *args[1:]), kwargs
 
     def drop_lookahead_output(self, module: Any, args: tuple[Any, ...], out: Any) -> Any:
@@ -204,19 +199,28 @@ class _ChunkHooks:
         return args, kwargs | {"attention_mask": visible}
 
 
-def _chunked_positions(
-    module: Any, config: ChunkConfig, hooks: _ChunkHooks, table: Tensor | None, states: Tensor
-) -> Tensor:
+def _chunked_positions(parts: Anatomy, config: ChunkConfig, hooks: _ChunkHooks, states: Tensor) -> Tensor:
     """Positions of states [B, N, C] in the layout of the chunks, each chunk seeing zeros after its look-ahead."""
-    layout = hooks.layout
-    if table is not None:
-        return look_up(table, layout.frame_index, states).expand_as(states)
-    conv, main = module.conv, states[:, layout.is_main]
-    kernel, chunks = conv.kernel_size[0], len(layout.valid)
-    before, length = kernel // 2, config.size + config.lookahead
-    padded = functional.pad(main.transpose(1, 2), (before, (chunks - 1) * config.size + length - main.shape[1]))
-    windows = padded.unfold(2, before + length, config.size).transpose(1, 2).flatten(0, 1)
+    if parts.absolute_positions is not None:
+        return parts.absolute_positions.at(hooks.layout.frame_index, states).expand_as(states)
+    for index, layer in enumerate(parts.position_layers):
+        if index and hooks.valid is not None:  # the encoder itself zeroes padding before the first one
+            states = states.masked_fill(~hooks.valid[..., None].bool(), 0)
+        states = _convolve_chunks(layer, config, hooks.layout, states)
+    return states
+
+
+def _convolve_chunks(layer: PositionLayer, config: ChunkConfig, layout: ChunkLayout, states: Tensor) -> Tensor:
+    """One convolution over states [B, N, C]: of each chunk with its look-ahead and the main frames before it."""
+    conv, (chunks, length) = layer.conv, layout.valid.shape
+    kernel = conv.kernel_size[0]
+    before = kernel // 2
+    main = functional.pad(states[:, layout.is_main].transpose(1, 2), (before, config.size))
+    earlier = main.unfold(2, before, config.size)[:, :, :chunks]
+    own = states.new_zeros(len(states), chunks, length, states.shape[-1])
+    own[:, layout.valid] = states
+    windows = torch.cat([earlier.transpose(1, 2), own.transpose(2, 3)], 3).flatten(0, 1)
     windows = functional.pad(windows, (0, kernel - 1 - before))  # [B · chunks, C, before + length + …]
-    convolved = module.activation(functional.conv1d(windows, conv.weight, conv.bias, groups=conv.groups))
+    convolved = layer.activate(functional.conv1d(windows, conv.weight, conv.bias, groups=conv.groups))
     positions: Tensor = convolved.unflatten(0, (len(states), chunks)).transpose(2, 3)[:, layout.valid]
     return positions

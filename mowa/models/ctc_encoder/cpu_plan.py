@@ -30,22 +30,21 @@ from torch.nn import functional
 from mowa.kernels.attention.encoder import encoder_attention
 from mowa.kernels.prepacked_linear import ComputeDtype, PrepackedLinear, is_supported
 from mowa.kernels.quant.linear import QuantizedLinear
-from mowa.models.ctc_encoder.geometry import frame_geometry
-from mowa.models.ctc_encoder.positions import absolute_position_table, look_up
+from mowa.models.ctc_encoder import anatomy
+from mowa.models.ctc_encoder.anatomy import BlockParts, PositionLayer, read_anatomy
 
 FRONT_END_CHUNK_FRAMES = 64  # frames of the front end computed at a time
 FRAME_MULTIPLE = 16  # recordings are padded to a multiple of this many frames: oneDNN prepares anew for every shape
-SUPPORTED_CLASSES = ("Wav2Vec2ForCTC", "HubertForCTC")
 PackedWeights = dict[tuple[object, ...], "PrepackedLinear | _Bfloat16Linear"]
 
 
 def unsupported_reason(net: Any, compute_dtype: ComputeDtype) -> str:
     """Return why there is no plan for `net` in this compute dtype, or an empty string where there is."""
-    config, name = net.config, type(net).__name__
+    config = net.config
     if any(weight.device.type != "cpu" for weight in net.parameters()):
         return "the CPU plan needs a net on the CPU"
-    if name not in SUPPORTED_CLASSES:
-        return f"{name} has an attention of its own"
+    if reason := anatomy.unsupported_reason(net, "cpu_plan"):
+        return reason
     if getattr(config, "conv_pos_batch_norm", False):
         return "its positional convolution has batch norm"
     if {config.hidden_act, config.feat_extract_activation} != {"gelu"}:
@@ -73,8 +72,7 @@ class CpuPlan:
     """
 
     def __init__(self, net: Any, compute_dtype: ComputeDtype, share_weights_with: CpuPlan | None = None) -> None:
-        core = net.base_model
-        self.net, self.compute_dtype = net, compute_dtype
+        self.anatomy, self.compute_dtype = read_anatomy(net), compute_dtype
         other = share_weights_with
         share = other is not None and other.compute_dtype == compute_dtype
         self._packs: PackedWeights = other._packs if other is not None and share else {}
@@ -82,20 +80,19 @@ class CpuPlan:
         self._states = torch.bfloat16 if compute_dtype == "bfloat16" else torch.float32
         self._half = torch.float32 if compute_dtype == "float32" else torch.bfloat16
         self._quantized = any(isinstance(module, QuantizedLinear) for module in net.modules())
-        self._front = self._build_front_end(core.feature_extractor)
-        projection = core.feature_projection.projection
+        self._front = self._build_front_end()
+        projection = self.anatomy.projection.projection
         is_quantized = isinstance(projection, QuantizedLinear)  # which would dequantize its weights in every call
         self._projection = self._packed([projection], compute_dtype="float32") if is_quantized else None
-        self.position_table = absolute_position_table(net)
-        self._positions = self._build_positions(core.encoder.pos_conv_embed)
-        self.blocks = [_Block(self, layer) for layer in core.encoder.layers]
+        self._position_layers = [self._build_position_layer(layer) for layer in self.anatomy.position_layers]
+        self.blocks = [_Block(self, parts) for parts in self.anatomy.block_parts()]
 
     def __call__(self, clips: Sequence[Tensor]) -> list[Tensor]:
         return self.logits_from_features([self.front_end(clip) for clip in clips])
 
     def front_end(self, samples: Tensor) -> Tensor:
         """Return the front end's frames [T, C] of normalized samples, float32 [n]."""
-        like = next(self.net.base_model.feature_projection.parameters(), None)
+        like = next(self.anatomy.projection.parameters(), None)
         return self._front(samples).to(self._states if like is None else like.dtype)
 
     def logits_from_features(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -104,34 +101,24 @@ class CpuPlan:
         bounds = list(zip(pairwise([0, *accumulate(map(len, features))]), counts, strict=True))
         states = self.project(torch.cat(features))
         positions = [_pad_to_frame_multiple(self._positions(states[a : a + count])) for (a, _), count in bounds]
-        states = states + torch.cat(positions)
-        states = self.input_norm(states)
+        states = self.anatomy.before_blocks(states + torch.cat(positions))
         for block in self.blocks:
             q, k, v = block.qkv(states)
             attended = [encoder_attention(q[a:b], k[a:b], v[a:b], block.scaling, count) for (a, b), count in bounds]
             states = block.after_attention(states, attended[0] if len(attended) == 1 else torch.cat(attended))
-        adapter = getattr(self.net.base_model, "adapter", None)
-        return [self.head(states[a : a + count], adapter) for (a, _), count in bounds]
+        return [self.head(states[a : a + count]) for (a, _), count in bounds]
 
     def project(self, features: Tensor) -> Tensor:
         """Return hidden states [T, D] of frames [T, C], without positions."""
-        module = self.net.base_model.feature_projection
         if self._projection is not None:
+            module = self.anatomy.projection
             normed = module.layer_norm(features) if getattr(module, "feat_proj_layer_norm", True) else features
             return self._projection(normed.float()).to(self._states)
-        states = module(features[None])
-        return (states[0] if isinstance(states, tuple) else states)[0].to(self._states)
+        return self.anatomy.project(features[None])[0].to(self._states)
 
-    def input_norm(self, states: Tensor) -> Tensor:
-        """Return the input of the first block, given states with positions added."""
-        stable = self.net.config.do_stable_layer_norm
-        return states if stable else self.net.base_model.encoder.layer_norm(states)
-
-    def head(self, states: Tensor, adapter: Any = None) -> Tensor:
-        """Return logits, float32 [T, V], of the last block's states [T, D]; adapter: convolutional, if any."""
-        states = self.net.base_model.encoder.layer_norm(states) if self.net.config.do_stable_layer_norm else states
-        states = states if adapter is None else adapter(states[None])[0]
-        logits: Tensor = self.net.lm_head(states).float()
+    def head(self, states: Tensor) -> Tensor:
+        """Return logits, float32 [T', V], of the last block's states [T, D]."""
+        logits: Tensor = self.anatomy.head(self.anatomy.after_blocks(states[None])[0]).float()
         return logits
 
     def linear_kind(self, layer: Any) -> tuple[ComputeDtype, tuple[float, int] | None]:
@@ -161,11 +148,11 @@ class CpuPlan:
             self._packs[key] = _Bfloat16Linear(packed, out_dtype or torch.float32) if cast else packed
         return self._packs[key]
 
-    def _build_front_end(self, module: Any) -> Callable[[Tensor], Tensor]:
-        layers = [self._build_convolution(layer, first=index == 0) for index, layer in enumerate(module.conv_layers)]
-        geometry = frame_geometry(self.net.config)
-        hop, receptive_field = geometry.hop, geometry.receptive_field
-        over_time = any(isinstance(layer.layer_norm, nn.GroupNorm) for layer in module.conv_layers[:1])
+    def _build_front_end(self) -> Callable[[Tensor], Tensor]:
+        convolutions = self.anatomy.front_end.conv_layers
+        layers = [self._build_convolution(layer, first=index == 0) for index, layer in enumerate(convolutions)]
+        geometry = self.anatomy.geometry
+        hop, receptive_field = geometry.feature_hop, geometry.receptive_field
 
         def whole(samples: Tensor) -> Tensor:
             frames = samples.float()[:, None]
@@ -174,7 +161,7 @@ class CpuPlan:
             return frames
 
         def in_chunks(samples: Tensor) -> Tensor:
-            total = (len(samples) - receptive_field) // hop + 1
+            total = geometry.num_features(len(samples))
             padded = -(-total // FRAME_MULTIPLE) * FRAME_MULTIPLE
             starts = range(0, total, FRONT_END_CHUNK_FRAMES)
             last_frames = [min(start + FRONT_END_CHUNK_FRAMES, padded) - 1 for start in starts]
@@ -183,7 +170,7 @@ class CpuPlan:
             chunks = [whole(samples[start * hop : end]) for start, end in zip(starts, ends, strict=True)]
             return torch.cat(chunks)[:total]
 
-        return whole if over_time else in_chunks
+        return whole if self.anatomy.normalizes_over_time else in_chunks
 
     def _build_convolution(self, layer: Any, *, first: bool) -> Callable[[Tensor], Tensor]:
         """Return a function of frames [T, C] → [T', C'], norm and GELU included. The first one stays in float32."""
@@ -216,11 +203,17 @@ class CpuPlan:
 
         return apply
 
-    def _build_positions(self, module: Any) -> Callable[[Tensor], Tensor]:
-        """Return a function of states [T, D] → positions [T, D]."""
-        if (table := self.position_table) is not None:
-            return lambda states: look_up(table, torch.arange(len(states)), states)
-        conv, half = module.conv, self._half
+    def _positions(self, states: Tensor) -> Tensor:
+        """Return the positions [T, D] of one recording's states [T, D]."""
+        if (table := self.anatomy.absolute_positions) is not None:
+            return table.at(torch.arange(len(states)), states)
+        for layer in self._position_layers:
+            states = layer(states)
+        return states
+
+    def _build_position_layer(self, layer: PositionLayer) -> Callable[[Tensor], Tensor]:
+        """Return a function of states [T, D] → [T, D]."""
+        conv, norm, half = layer.conv, layer.norm, self._half
         kernel, groups = conv.kernel_size[0], conv.groups
         weight = conv.weight.detach().to(half)[:, :, None].to(memory_format=torch.channels_last)
         bias = conv.bias.detach().to(half)
@@ -228,7 +221,8 @@ class CpuPlan:
         def convolve(states: Tensor) -> Tensor:
             row = _pad_to_frame_multiple(states.to(half))[None, None].permute(0, 3, 1, 2)  # [1, C, 1, T], channels last
             out = functional.conv2d(row, weight, bias, padding=(0, kernel // 2), groups=groups)
-            return functional.gelu(out.permute(0, 2, 3, 1)[0, 0, : len(states)]).to(states.dtype)
+            out = out.permute(0, 2, 3, 1)[0, 0, : len(states)]
+            return functional.gelu(out if norm is None else norm(out)).to(states.dtype)
 
         return convolve
 
@@ -236,32 +230,24 @@ class CpuPlan:
 class _Block:
     """One block, in two parts around its attention."""
 
-    def __init__(self, plan: CpuPlan, layer: Any) -> None:
-        attention, feed_forward = layer.attention, layer.feed_forward
-        self._layer, self._stable, self._states = layer, plan.net.config.do_stable_layer_norm, plan._states
-        self._qkv = _Linears(plan, (attention.q_proj, attention.k_proj, attention.v_proj), plan._half)
-        self._out, self._up, self._down = (
-            _Linears(plan, (one,))
-            for one in (attention.out_proj, feed_forward.intermediate_dense, feed_forward.output_dense)
-        )
-        self._heads, self.scaling = attention.num_heads, attention.scaling
+    def __init__(self, plan: CpuPlan, parts: BlockParts) -> None:
+        self._parts, self._states, self.scaling = parts, plan._states, parts.scaling
+        self._qkv = _Linears(plan, (parts.q, parts.k, parts.v), plan._half)
+        self._out, self._up, self._down = (_Linears(plan, (one,)) for one in (parts.out, parts.up, parts.down))
 
     def qkv(self, states: Tensor) -> tuple[Tensor, ...]:
         """Return q, k and v, [T, H, d] each, of states [T, D]; q is not scaled."""
-        projected = self._qkv(self._layer.layer_norm(states) if self._stable else states)
-        return projected.unflatten(-1, (3, self._heads, -1)).unbind(1)
+        projected = self._qkv(self._parts.attention_input(states))
+        return projected.unflatten(-1, (3, self._parts.num_heads, -1)).unbind(1)
 
     def after_attention(self, states: Tensor, attended: Tensor) -> Tensor:
         """Return the states after the block, given those before it [T, D] and the attention's output [T, H, d]."""
-        layer, attended = self._layer, attended.flatten(1).to(self._states)
-        if not self._stable:
-            states = layer.layer_norm(self._out.linear_add(attended, states))
-            out: Tensor = layer.final_layer_norm(self._down.linear_add(self._up(states, gelu=True), states))
-            return out
-        states = self._out.linear_add(attended, states)
-        states = self._down.linear_add(self._up(layer.final_layer_norm(states), gelu=True), states)
-        adapter = getattr(layer, "adapter_layer", None)
-        return states if adapter is None else states + adapter(states)
+        return self._parts.after_attention(
+            states,
+            attended.flatten(1).to(self._states),
+            add_output=self._out.linear_add,
+            add_feed_forward=lambda x, residual: self._down.linear_add(self._up(x, gelu=True), residual),
+        )
 
 
 class _Bfloat16Linear:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mowa.kernels.dropout import cpu_dropout
+from mowa.models.ctc_encoder.anatomy import read_anatomy
 
 
 class ChannelsLastGELU(nn.Module):
@@ -29,10 +30,11 @@ class ChannelsLastGELU(nn.Module):
 
 @contextmanager
 def channels_last_front_end(net: nn.Module) -> Iterator[int]:
-    """Replace the activation of every layer-norm convolution of `net` inside the context; yields their number."""
+    """Replace the activation of every layer-norm convolution of a CTC net in the context; yields their number."""
     replaced = []
-    for layer in net.modules():
-        if type(layer).__name__.endswith("LayerNormConvLayer") and type(layer.activation).__name__ == "GELUActivation":
+    for layer in read_anatomy(net).front_end.conv_layers:
+        norm = getattr(layer, "layer_norm", None)
+        if isinstance(norm, nn.LayerNorm) and type(layer.activation).__name__ == "GELUActivation":
             replaced.append((layer, layer.activation))
             layer.activation = ChannelsLastGELU()
     try:

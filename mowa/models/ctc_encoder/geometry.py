@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from operator import mul
 from typing import Any
 
 POSITIONS_CONFIG_KEY = "absolute_positions"  # in config.json: the last position, in frames; see `positions`
@@ -10,22 +13,46 @@ POSITIONS_CONFIG_KEY = "absolute_positions"  # in config.json: the last position
 
 @dataclass(frozen=True, slots=True)
 class FrameGeometry:
-    """A front end that makes one frame every `hop` samples, each from `receptive_field` samples."""
+    """Which samples the frames of a net come from.
 
-    hop: int
+    conv_hops        samples from one frame to the next after each convolution of the front end
+    receptive_field  samples that a frame of the front end depends on
+    adapter_strides  strides of the convolutional adapter after the blocks; empty without one
+    """
+
+    conv_hops: tuple[int, ...]
     receptive_field: int
+    adapter_strides: tuple[int, ...] = ()
+
+    @property
+    def feature_hop(self) -> int:
+        """Samples from one frame of the front end to the next: 320 in every stock net."""
+        return self.conv_hops[-1]
+
+    @property
+    def hop(self) -> int:
+        """Samples from one frame of the logits to the next."""
+        return self.feature_hop * prod(self.adapter_strides)
+
+    def num_features(self, samples: int) -> int:
+        """Return the number of front-end frames of a recording of `samples` samples."""
+        return max(0, (samples - self.receptive_field) // self.feature_hop + 1)
 
     def num_frames(self, samples: int) -> int:
-        """Return the number of frames of a recording of `samples` samples."""
-        return max(0, (samples - self.receptive_field) // self.hop + 1)
+        """Return the number of frames of the logits of a recording of `samples` samples."""
+        frames = self.num_features(samples)
+        for stride in self.adapter_strides:
+            frames = (frames - 1) // stride + 1 if frames else 0
+        return frames
 
 
 def frame_geometry(config: Any) -> FrameGeometry:
-    """Return the geometry of a wav2vec2-like config (`conv_kernel`, `conv_stride`)."""
-    hop, receptive_field = 1, 1
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        receptive_field, hop = receptive_field + (kernel - 1) * hop, hop * stride
-    return FrameGeometry(hop, receptive_field)
+    """Return the geometry of a wav2vec2-like config (`conv_kernel`, `conv_stride`, `add_adapter`)."""
+    hops = tuple(accumulate(config.conv_stride, mul))
+    spans = ((kernel - 1) * hop for kernel, hop in zip(config.conv_kernel, (1, *hops[:-1]), strict=True))
+    has_adapter = getattr(config, "add_adapter", False)
+    strides = (int(config.adapter_stride),) * int(config.num_adapter_layers) if has_adapter else ()
+    return FrameGeometry(hops, 1 + sum(spans), strides)
 
 
 def receptive_field(config: Any) -> int:

@@ -24,23 +24,23 @@ from mowa.errors import ModelError
 from mowa.kernels.attention.dispatch import AttentionMask
 from mowa.kernels.attention.varlen import PackedSequences
 from mowa.models.causal import attention_interface
-from mowa.models.ctc_encoder.geometry import FrameGeometry, frame_geometry
-from mowa.models.ctc_encoder.positions import absolute_position_table
+from mowa.models.ctc_encoder import anatomy
+from mowa.models.ctc_encoder.anatomy import Anatomy, read_anatomy
+from mowa.models.ctc_encoder.geometry import FrameGeometry
 
 ATTN_IMPLEMENTATION = attention_interface.ATTN_IMPLEMENTATION
-SUPPORTED_FAMILIES = ("wav2vec2", "hubert")
 FRAME_MULTIPLE = 32  # rows are padded to a multiple of this many frames, as oneDNN prepares anew for every shape
 FRONT_END_CHUNK_FRAMES = 256  # frames that a frozen front end computes at a time
 MAX_KERNEL_RATIO = 4  # with a kernel longer than this many times the recordings, convolve each separately
 
 
-def unsupported_reason(family: str, config: Any) -> str:
-    """Return why a net of this family and config cannot run over packed recordings; empty where it can."""
-    if family not in SUPPORTED_FAMILIES:
-        return f"{family} has an attention of its own"
-    if getattr(config, "add_adapter", False):
+def unsupported_reason(net: Any) -> str:
+    """Return why `net` cannot run over packed recordings; empty where it can."""
+    if reason := anatomy.unsupported_reason(net, "packing"):
+        return reason
+    if getattr(net.config, "add_adapter", False):
         return "its convolutional adapter mixes neighboring frames"
-    if getattr(config, "conv_pos_batch_norm", False):
+    if getattr(net.config, "conv_pos_batch_norm", False):
         return "its positional convolution has batch norm"
     return ""
 
@@ -108,21 +108,20 @@ def forward_packed(
     Returns:
         Logits [U, T, V], zero after each recording's own frames, and hidden states [F, D] for each of `hidden_layers`.
     """
-    core = net.base_model
-    counts = [frame_geometry(core.config).num_frames(length) for length in lengths]
-    features = _features(core, input_values, lengths, counts)
+    parts = read_anatomy(net)
+    counts = [parts.geometry.num_features(length) for length in lengths]
+    features = _features(parts, input_values, lengths, counts)
     padding = -features.shape[1] % FRAME_MULTIPLE
     if padding:
         features = torch.nn.functional.pad(features, (0, 0, 0, padding))
     sequences = PackedSequences((*counts, padding) if padding else tuple(counts))
-    states = core.feature_projection(features)
-    states = states[0] if isinstance(states, tuple) else states
-    states = _spec_augment(core, states, counts, mask_time_indices, mask_feature_indices)
-    states = states + _positions(core, states, sequences, len(counts)).to(states)
-    states, hidden = _blocks(core, states, sequences, hidden_layers)
-    logits = net.lm_head(net.dropout(states))[0]
-    parts = [logits[a : a + count] for a, count in zip(sequences.offsets, counts, strict=False)]
-    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), [part[0, : sum(counts)] for part in hidden]
+    states = parts.project(features)
+    states = _spec_augment(parts, states, counts, mask_time_indices, mask_feature_indices)
+    states = states + _positions(parts, states, sequences, len(counts)).to(states)
+    states, hidden = _blocks(parts, states, sequences, hidden_layers)
+    logits = parts.head(net.dropout(states))[0]
+    rows = [logits[a : a + count] for a, count in zip(sequences.offsets, counts, strict=False)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), [one[0, : sum(counts)] for one in hidden]
 
 
 def forward_padded(
@@ -147,48 +146,49 @@ def forward_padded(
     Returns:
         Logits [U, T, V].
     """
-    core = net.base_model
-    counts = [frame_geometry(core.config).num_frames(length) for length in lengths]
-    states = core.feature_projection(core.feature_extractor(input_values).transpose(1, 2))
-    states = states[0] if isinstance(states, tuple) else states
+    parts = read_anatomy(net)
+    counts = [parts.geometry.num_features(length) for length in lengths]
+    states = parts.project(parts.features(input_values))
     valid = torch.arange(states.shape[1], device=states.device) < torch.tensor(counts, device=states.device)[:, None]
     if mask_time_indices is not None or mask_feature_indices is not None:
-        flat = _spec_augment(core, states[valid][None], counts, mask_time_indices, mask_feature_indices)[0]
+        flat = _spec_augment(parts, states[valid][None], counts, mask_time_indices, mask_feature_indices)[0]
         states = states.masked_scatter(valid[..., None], flat)
-    states = core.encoder(states, attention_mask=valid if use_attention_mask else None).last_hidden_state
-    return net.lm_head(net.dropout(states))
+    states = parts.encoder(states, attention_mask=valid if use_attention_mask else None).last_hidden_state
+    states = states if parts.adapter is None else parts.adapter(states)
+    logits: Tensor = parts.head(net.dropout(states))
+    return logits
 
 
-def _features(core: Any, values: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
+def _features(parts: Anatomy, values: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
     """Front-end frames [1, F, C] of all recordings, concatenated."""
-    geometry = frame_geometry(core.config)
-    hop, offsets = geometry.hop, frame_offsets(lengths, geometry)
-    if core.config.feat_extract_norm == "group":  # normalizes over all samples of a recording
+    geometry = parts.geometry
+    hop, offsets = geometry.feature_hop, frame_offsets(lengths, geometry)
+    if parts.normalizes_over_time:
         clips = (values[:, offset * hop : offset * hop + n] for offset, n in zip(offsets, lengths, strict=False))
-        return torch.cat([core.feature_extractor(clip) for clip in clips], dim=2).transpose(1, 2)
-    frozen = not any(weight.requires_grad for weight in core.feature_extractor.parameters())
+        return torch.cat([parts.front_end(clip) for clip in clips], dim=2).transpose(1, 2)
+    frozen = not any(weight.requires_grad for weight in parts.front_end.parameters())
     if frozen and not is_deepspeed_zero3_enabled():  # whose processes must call every module equally often
-        features = _front_end_in_chunks(core.feature_extractor, values, geometry)
+        features = _front_end_in_chunks(parts, values)
     else:
-        features = core.feature_extractor(values).transpose(1, 2)
-    parts = [features[:, offset : offset + count] for offset, count in zip(offsets, counts, strict=False)]
-    return torch.cat(parts, dim=1)
+        features = parts.features(values)
+    return torch.cat([features[:, at : at + count] for at, count in zip(offsets, counts, strict=False)], dim=1)
 
 
 @torch.no_grad()
-def _front_end_in_chunks(module: Any, values: Tensor, geometry: FrameGeometry) -> Tensor:
+def _front_end_in_chunks(parts: Anatomy, values: Tensor) -> Tensor:
     """The same frames [1, T, C], computed in chunks, which bounds the memory of intermediate layers."""
-    total = geometry.num_frames(values.shape[1])
+    hop, receptive_field = parts.geometry.feature_hop, parts.geometry.receptive_field
+    total = parts.geometry.num_features(values.shape[1])
     chunks = []
     for first in range(0, total, FRONT_END_CHUNK_FRAMES):
         count = min(FRONT_END_CHUNK_FRAMES, total - first)
-        last = (first + count - 1) * geometry.hop + geometry.receptive_field
-        chunks.append(module(values[:, first * geometry.hop : last]).transpose(1, 2))
+        last = (first + count - 1) * hop + receptive_field
+        chunks.append(parts.features(values[:, first * hop : last]))
     return torch.cat(chunks, dim=1)
 
 
 def _spec_augment(
-    core: Any,
+    parts: Anatomy,
     states: Tensor,
     counts: Sequence[int],
     mask_time_indices: Tensor | None,
@@ -196,7 +196,7 @@ def _spec_augment(
 ) -> Tensor:
     total = sum(counts)
     if mask_time_indices is not None:
-        embedding = getattr(core, "masked_spec_embed", None)
+        embedding = parts.mask_embedding
         fill = embedding.to(states.dtype) if embedding is not None else states.new_zeros(states.shape[-1])
         masked = torch.zeros(states.shape[1], dtype=torch.bool, device=states.device)
         masked[:total] = mask_time_indices
@@ -209,38 +209,39 @@ def _spec_augment(
     return states
 
 
-def _positions(core: Any, states: Tensor, sequences: PackedSequences, count: int) -> Tensor:
-    """Positional convolution of each of the first `count` sequences separately; zeros for the rest."""
-    module = core.encoder.pos_conv_embed
-    kernel = module.conv.kernel_size[0]
+def _positions(parts: Anatomy, states: Tensor, sequences: PackedSequences, count: int) -> Tensor:
+    """Positions of each of the first `count` sequences separately; zeros for the rest."""
+    kernel = max((layer.conv.kernel_size[0] for layer in parts.position_layers), default=0)
     offsets, lengths = sequences.offsets, sequences.lengths[:count]
-    rest = states.shape[1] - offsets[count]
-    table = absolute_position_table(core) is not None
-    if table or (kernel > MAX_KERNEL_RATIO * max(lengths) and not is_deepspeed_zero3_enabled()):
-        parts = [module(states[:, a : a + n]) for a, n in zip(offsets, lengths, strict=False)]
-    else:
-        gap = states.new_zeros(1, kernel // 2, states.shape[-1])
+    padding = states.new_zeros(1, states.shape[1] - offsets[count], states.shape[-1])
+    long_kernel = kernel > MAX_KERNEL_RATIO * max(lengths) and not is_deepspeed_zero3_enabled()
+    if parts.absolute_positions is not None or long_kernel:
+        alone = [parts.position_module(states[:, a : a + n]) for a, n in zip(offsets, lengths, strict=False)]
+        return torch.cat([*alone, padding.to(alone[0])], dim=1)
+    for layer in parts.position_layers:
+        gap = states.new_zeros(1, layer.conv.kernel_size[0] // 2, states.shape[-1])
         row = [part for a, n in zip(offsets, lengths, strict=False) for part in (states[:, a : a + n], gap)]
-        convolved = module(torch.cat(row, dim=1))
-        shifts = [index * (kernel // 2) for index in range(count)]
-        parts = [convolved[:, a + shift : a + shift + n] for a, shift, n in zip(offsets, shifts, lengths, strict=False)]
-    return torch.cat([*parts, states.new_zeros(1, rest, states.shape[-1]).to(parts[0])], dim=1)
+        convolved = layer(torch.cat(row, dim=1))
+        starts = [a + index * gap.shape[1] for index, a in enumerate(offsets[:count])]
+        cut = [convolved[:, start : start + n] for start, n in zip(starts, lengths, strict=True)]
+        states = torch.cat([*cut, padding.to(cut[0])], dim=1)
+    return states
 
 
 def _blocks(
-    core: Any, states: Tensor, sequences: PackedSequences, hidden_layers: Sequence[int]
+    parts: Anatomy, states: Tensor, sequences: PackedSequences, hidden_layers: Sequence[int]
 ) -> tuple[Tensor, list[Tensor]]:
     """Run the blocks. Return the encoder's output and the states after each of `hidden_layers`."""
-    encoder, config, kept = core.encoder, core.config, {}
-    stable = config.do_stable_layer_norm
-    states = encoder.dropout(states if stable else encoder.layer_norm(states))
+    encoder, kept = parts.encoder, {}
+    states = encoder.dropout(parts.before_blocks(states))
     mask = AttentionMask(documents=(sequences,))
     lockstep = is_deepspeed_zero3_enabled()  # then every process must run every block
-    for index, layer in enumerate(encoder.layers):
-        drop = core.training and config.layerdrop > 0 and bool(torch.rand([]) < config.layerdrop)
+    layerdrop = parts.config.layerdrop if encoder.training else 0.0
+    for index, block in enumerate(parts.blocks):
+        drop = layerdrop > 0 and bool(torch.rand([]) < layerdrop)
         if lockstep or not drop:
-            out = layer(states, attention_mask=mask)
+            out = block(states, attention_mask=mask)
             states = out[0] if isinstance(out, tuple) else out
         if index in hidden_layers:
             kept[index] = states
-    return (encoder.layer_norm(states) if stable else states), [kept[index] for index in hidden_layers]
+    return parts.after_blocks(states), [kept[index] for index in hidden_layers]

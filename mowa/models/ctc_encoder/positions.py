@@ -2,53 +2,41 @@
 
 A checkpoint made by projects/pl_tiny has the config key `absolute_positions`: its positional convolution reads only
 channels that are constant over time, with taps only for earlier frames. What it adds to frame t then depends on t
-alone, and is constant from the last position on. This module computes that table, [N, D], and lets one net look it up
-instead of multiplying thousands of taps. Other modules call `absolute_position_table(net)`, which returns the table
-or None.
+alone, and is constant from the last position on. This module computes that table and stores it, an `AbsolutePositions`,
+beside the convolution of one net, which then looks positions up instead of multiplying thousands of taps. Other modules
+find it as `read_anatomy(net).absolute_positions`, or None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from mowa.errors import RecipeError
+from mowa.models.ctc_encoder.anatomy import AbsolutePositions, read_anatomy
 from mowa.models.ctc_encoder.geometry import POSITIONS_CONFIG_KEY, max_absolute_position
 
 
-class TableForward:
-    """Replacement for `forward` of a positional convolution: states [B, T, D] → positions [B, T, D], from a table.
+class _TableForward:
+    """Replacement for `forward` of a positional convolution: states [B, T, D] → positions, from its table.
 
-    Args:
-        module: the convolution, used outside of inference mode unless `frozen`.
-        table: [N, D].
-        frozen: the weights do not change, so the table may be used in training too.
+    Outside of inference mode the convolution itself is used, unless `frozen`.
     """
 
-    def __init__(self, module: nn.Module, table: Tensor, frozen: bool) -> None:
-        self.module, self.table, self.frozen = module, table, frozen
+    def __init__(self, module: Any, frozen: bool) -> None:
+        self.module, self.frozen = module, frozen
 
     def __call__(self, states: Tensor) -> Tensor:
         if not (self.frozen or torch.is_inference_mode_enabled()):
             out: Tensor = type(self.module).forward(self.module, states)
             return out
-        return look_up(self.table, torch.arange(states.shape[1]), states).expand_as(states)
-
-
-def absolute_position_table(net: Any) -> Tensor | None:
-    """Return the table [N, D] that `precompute_absolute_positions` installed in `net`, or None."""
-    forward = vars(net.base_model.encoder.pos_conv_embed).get("forward")
-    return forward.table if isinstance(forward, TableForward) else None
-
-
-def look_up(table: Tensor, frames: Tensor, like: Tensor) -> Tensor:
-    """Return the positions of `frames`, int [T], as [T, D] in dtype and device of `like`; the last row repeats."""
-    return table.to(like.device)[frames.to(like.device).clamp(max=len(table) - 1)].to(like.dtype)
+        positions: AbsolutePositions = self.module.absolute_positions
+        return positions.at(torch.arange(states.shape[1]), states).expand_as(states)
 
 
 @torch.no_grad()
@@ -81,7 +69,8 @@ def precompute_absolute_positions(net: Any, *, frozen: bool = False) -> bool:
         groups=width // per_group,
     )
     table = functional.gelu(convolved).transpose(1, 2)[0, : kernel // 2 + 1]
-    module.forward = TableForward(module, table, frozen)
+    module.absolute_positions = AbsolutePositions(table)
+    module.forward = _TableForward(module, frozen)
     return True
 
 
@@ -115,13 +104,33 @@ def freeze_absolute_positions(net: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del module.forward
+        del module.forward, module.absolute_positions
         for parameter in trainable:
             parameter.requires_grad_(True)
         for hook in hooks:
             hook.remove()
 
 
+@contextmanager
+def replace_positions(net: Any, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `net` compute its positions with `compute`, states [B, T, D] → positions, inside the context."""
+    module = read_anatomy(net).position_module
+    installed = vars(module).get("forward")
+    module.forward = compute
+    try:
+        yield
+    finally:
+        del module.forward
+        if installed is not None:
+            module.forward = installed
+
+
+def replace_position_module(net: Any, module: Any) -> None:
+    """Put `module`, states [B, T, D] → positions, in the place of the positional convolution, for good."""
+    read_anatomy(net).encoder.pos_conv_embed = module
+
+
 def _position_modules(net: Any) -> tuple[Any, Any]:
     """The positional convolution, and the linear whose constant channels it reads."""
-    return net.base_model.encoder.pos_conv_embed, net.base_model.feature_projection.projection
+    anatomy = read_anatomy(net)
+    return anatomy.position_module, anatomy.projection.projection

@@ -11,17 +11,17 @@ DistilHuBERT (arXiv:2110.01900).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mowa.errors import RecipeError
 from mowa.models.ctc_encoder import packing
+from mowa.models.ctc_encoder.anatomy import copy_with_blocks
 from mowa.models.ctc_encoder.positions import precompute_absolute_positions
 from mowa.types import CTCModel
 
@@ -44,16 +44,7 @@ def select_layers(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
 def init_student(teacher: CTCModel, student_layers: int) -> CTCModel:
     """Return a copy of `teacher` with `student_layers` of its layers, and its front end and head."""
     kept = select_layers(teacher.net.config.num_hidden_layers, student_layers)
-    layers = teacher.net.base_model.encoder.layers
-    teacher.net.base_model.encoder.layers = nn.ModuleList()  # copy no layer twice
-    try:
-        net = copy.deepcopy(teacher.net)
-    finally:
-        teacher.net.base_model.encoder.layers = layers
-    shared = {id(teacher.net.config): net.config}  # layers refer to the config, of which the net has one
-    net.base_model.encoder.layers = nn.ModuleList(copy.deepcopy(layers[index], shared) for index in kept)
-    net.config.num_hidden_layers = student_layers
-    return replace(teacher, net=net)
+    return replace(teacher, net=copy_with_blocks(teacher.net, kept))
 
 
 def kl_loss(student_logits: Tensor, teacher_logits: Tensor, num_frames: Sequence[int], temperature: float) -> Tensor:

@@ -47,7 +47,7 @@ def validate(recipe: CTCRecipe, model: CTCModel) -> None:
             f"model: {model.origin.name} is quantized ({model.scheme.name}) and cannot be fine-tuned; start from the "
             "full-precision checkpoint"
         )
-    if recipe.batch.packing and (reason := packing.unsupported_reason(family.name, net.config)):
+    if recipe.batch.packing and (reason := packing.unsupported_reason(net)):
         raise RecipeError(f"batch: packing: this model does not support it: {reason}; set packing: false")
     validate_streaming(recipe, "streaming")
     resolve_schedule(recipe.streaming, net, model.preprocessing.rate_hz)

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mowa.families import get_family
+from mowa.models.ctc_encoder.anatomy import read_anatomy
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.training.config.ctc import CTCRecipe
 
 USABLE_SHARE = 0.8  # of a device's memory
@@ -164,7 +166,7 @@ def ctc_activation_bytes(
     net: Any, seconds: float, *, precision: str, gradient_checkpointing: bool, frame_ratio: float = 1.0
 ) -> float:
     """Estimate the bytes of one batch of `seconds` of audio: saved activations, and the largest temporary tensors."""
-    config, rates = net.config, _frame_rates(net.config)
+    config, rates = net.config, _conv_rates(net.config)
     front = max(seconds * rate * width * 12 for rate, width in zip(rates, config.conv_dim, strict=True))
     saved = saved_activation_bytes(
         net, seconds, precision=precision, gradient_checkpointing=gradient_checkpointing, frame_ratio=frame_ratio
@@ -190,19 +192,20 @@ def saved_activation_bytes(
     look-ahead (`frame_ratio` > 1) blocks process that many times T frames.
     tests/training/distributed/test_launch.py compares this with the tensors that autograd saves.
     """
-    config, rates = net.config, _frame_rates(net.config)
-    element, width, frames = _element(precision), config.hidden_size, seconds * rates[-1]
+    config, rates = net.config, _conv_rates(net.config)
+    anatomy, element = read_anatomy(net), _element(precision)
+    width, frames = config.hidden_size, seconds * rates[-1]
     block = seconds * frame_ratio * _block_bytes(config, precision)
     depth, front, fed = _backward_extent(net)
     inputs = depth * frame_ratio * frames * 4 * width
     size = inputs + (block if depth else 0) if gradient_checkpointing else depth * block
     size += frames * (element * width + 4 * config.vocab_size)
-    if fed or (depth and getattr(config, "do_stable_layer_norm", False)):
+    if fed or (depth and anatomy.stable):
         size += frames * 4 * width  # the encoder's layer norm, before or after the blocks
     if fed:
         size += frames * ((4 + element) * config.conv_dim[-1] + 2 * element * width)
     if front:
-        normed = len(rates) if config.feat_extract_norm == "layer" else 1
+        normed = 1 if anatomy.normalizes_over_time else len(rates)
         each = [8 + element if index < normed else 2 * element for index in range(len(rates))]
         size += sum(seconds * r * c * bytes_ for r, c, bytes_ in zip(rates, config.conv_dim, each, strict=True))
     return size
@@ -213,34 +216,26 @@ def _block_bytes(config: Any, precision: str) -> float:
     width, inner, element = config.hidden_size, config.intermediate_size, _element(precision)
     masks = 2 * width * (config.hidden_dropout > 0) + inner * (config.activation_dropout > 0)
     copies = (4 if element == 4 else 6) * width
-    return _frame_rates(config)[-1] * (8 * width + element * (5 * width + 2 * inner) + copies + masks)
+    return _conv_rates(config)[-1] * (8 * width + element * (5 * width + 2 * inner) + copies + masks)
 
 
 def _element(precision: str) -> int:
     return 2 if precision in HALF_PRECISION else 4
 
 
-def _frame_rates(config: Any) -> list[float]:
+def _conv_rates(config: Any) -> list[float]:
     """Frames per second after each convolution of the front end."""
-    rates, rate = [], float(RATE_HZ)
-    for stride in config.conv_stride:
-        rate /= stride
-        rates.append(rate)
-    return rates
+    return [RATE_HZ / hop for hop in frame_geometry(config).conv_hops]
 
 
 def _backward_extent(net: Any) -> tuple[int, bool, bool]:
     """Return how many blocks gradients pass through, and whether they reach the front end and what lies between."""
-    core = net.base_model
-    front = _is_trainable(core.feature_extractor.parameters())
-    blocks = list(core.encoder.layers)
-    inside = {id(parameter) for part in (core.feature_extractor, *blocks) for parameter in part.parameters()}
-    between = (parameter for parameter in core.parameters() if id(parameter) not in inside)
-    tail = {id(parameter) for parameter in core.encoder.layer_norm.parameters()}
-    stable = getattr(net.config, "do_stable_layer_norm", False)
-    fed = front or _is_trainable(
-        p for p in between if not (stable and id(p) in tail)
-    )  # with stable layer norm it follows the blocks
+    anatomy = read_anatomy(net)
+    front, blocks = _is_trainable(anatomy.front_end.parameters()), list(anatomy.blocks)
+    inside = {id(parameter) for part in (anatomy.front_end, *blocks) for parameter in part.parameters()}
+    between = (parameter for parameter in net.base_model.parameters() if id(parameter) not in inside)
+    after = {id(parameter) for parameter in anatomy.norm.parameters()} if anatomy.stable else set()
+    fed = front or _is_trainable(parameter for parameter in between if id(parameter) not in after)
     if fed:
         return len(blocks), front, True
     lowest = next((index for index, block in enumerate(blocks) if _is_trainable(block.parameters())), len(blocks))

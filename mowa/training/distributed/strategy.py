@@ -9,6 +9,7 @@ from typing import Any
 from mowa import hardware
 from mowa.errors import MissingDependency, RecipeError
 from mowa.families import get_family
+from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.config.ctc import CTCRecipe
 from mowa.training.distributed import memory, zero_config
@@ -135,7 +136,8 @@ def unsupported_reason(strategy: str, recipe: CTCRecipe | CausalRecipe, net: Any
         return "qat rounds whole weights, which no process has under this strategy; use ddp or zero2"
     if recipe.optimizer.ema_decay:
         return "optimizer: ema_decay needs all weights on one process; use ddp or zero2"
-    if recipe.batch.packing and getattr(net.config, "feat_extract_norm", "") == "group":
+    packed_speech = isinstance(recipe, CTCRecipe) and recipe.batch.packing
+    if packed_speech and read_anatomy(net).normalizes_over_time:
         return (
             "a group-norm front end encodes packed recordings one by one, so the processes would run out of step; use "
             "batch: packing: false, or ddp or zero2"

@@ -14,7 +14,8 @@ from transformers import AutoModelForCTC, WhisperConfig, WhisperFeatureExtractor
 
 import mowa
 from mowa.errors import DataError, ModelError, RecipeError
-from mowa.models.ctc_encoder.positions import absolute_position_table, freeze_absolute_positions
+from mowa.models.ctc_encoder.anatomy import read_anatomy
+from mowa.models.ctc_encoder.positions import freeze_absolute_positions
 from projects.pl_tiny import pretrain, teachers, whisper_encoder
 from projects.pl_tiny.feature_distillation import (
     FeatureDistillationModule,
@@ -216,7 +217,7 @@ def test_positional_convolution_gives_positions(encoder, net):
         with freeze_absolute_positions(net):
             torch.testing.assert_close(blocks.pos_conv_embed(long), conv, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(low + blocks.pos_conv_embed(low), after)
-        assert absolute_position_table(net) is None  # the convolution is restored
+        assert read_anatomy(net).absolute_positions is None  # the convolution is restored
 
 
 def test_frozen_positions_keep_their_channels_constant(encoder, net):

@@ -27,6 +27,9 @@ KINDS = {
     "odd kernel": {"num_conv_pos_embeddings": 15},
     "hubert": {"family": "hubert"},
     "adapters": {"adapter_attn_dim": 4},
+    "unispeech-sat": {"family": "unispeech-sat"},
+    "data2vec": {"family": "data2vec-audio"},
+    "data2vec even kernel": {"family": "data2vec-audio", "conv_pos_kernel_size": 6},
 }
 SAMPLE = Path(mowa.__file__).parent / "assets" / "sample.flac"
 CLIP = torch.from_numpy(audio.normalize(clip(3, 40_123)))
@@ -119,7 +122,7 @@ def in_chunks(plan, net, clip, config):
     """`encode_chunk` over `clip`, chunk by chunk."""
     shape, field = streaming.cache_shape(net), receptive_field(net.config)
     kv_cache = torch.zeros(shape.num_layers, 2, 0, shape.num_heads, shape.head_dim)
-    conv_cache = torch.zeros(shape.conv_frames, shape.hidden_size)
+    conv_cache = torch.zeros(shape.conv_frames, shape.conv_size)
     out, position = [], 0
     for start in range(0, len(clip) - field + 1, config.size * 320):
         samples = clip[start : start + (config.size + config.lookahead) * 320 + field - 320]
@@ -171,7 +174,7 @@ def test_pl_tiny_chunk_by_chunk_equals_the_masked_net(absolute, config):
 def test_unsupported_nets(tmp_path):
     group, other = net_of(tiny(tmp_path / "group", norm="group")), net_of(tiny(tmp_path / "wavlm", "wavlm"))
     assert "normalizes over the whole recording" in chunk_mask.unsupported_reason(group)
-    assert "WavLMForCTC has an attention of its own" in chunk_mask.unsupported_reason(other)
+    assert "has an attention of its own" in chunk_mask.unsupported_reason(other)
     more = net_of(tiny(tmp_path / "more", add_adapter=True, num_adapter_layers=1, output_hidden_size=32))
     assert "convolutional adapter" in chunk_mask.unsupported_reason(more)
     with pytest.raises(ValueError, match="normalizes"), apply_chunk_mask(group, ChunkConfig(4)):

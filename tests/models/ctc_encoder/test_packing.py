@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from transformers import HubertConfig, HubertForCTC, Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import (
+    Data2VecAudioConfig,
+    Data2VecAudioForCTC,
+    HubertConfig,
+    HubertForCTC,
+    UniSpeechSatConfig,
+    UniSpeechSatForCTC,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    WavLMConfig,
+    WavLMForCTC,
+)
 
 from mowa.errors import ModelError
 from mowa.models.ctc_encoder import packing
@@ -43,6 +54,17 @@ KINDS = {
         {"num_conv_pos_embeddings": 3000, "do_stable_layer_norm": True, "feat_extract_norm": "layer"},
     ),
     "hubert": (HubertForCTC, HubertConfig, {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
+    "unispeech-sat": (UniSpeechSatForCTC, UniSpeechSatConfig, {"do_stable_layer_norm": True}),
+    "data2vec": (
+        Data2VecAudioForCTC,
+        Data2VecAudioConfig,
+        {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 9},
+    ),
+    "data2vec even kernel": (
+        Data2VecAudioForCTC,
+        Data2VecAudioConfig,
+        {"num_conv_pos_embeddings": 2, "conv_pos_kernel_size": 6},
+    ),
 }
 LENGTHS = (1000, 31, 4097, 777)
 
@@ -196,7 +218,11 @@ def test_a_recording_without_a_frame_is_refused(net):
 
 
 def test_unsupported_nets():
-    assert "has an attention of its own" in packing.unsupported_reason("wavlm", Wav2Vec2Config())
-    assert "neighboring frames" in packing.unsupported_reason("wav2vec2", Wav2Vec2Config(add_adapter=True))
-    assert "batch norm" in packing.unsupported_reason("hubert", HubertConfig(conv_pos_batch_norm=True))
-    assert not packing.unsupported_reason("wav2vec2", Wav2Vec2Config())
+    def reason(kind, config, **settings):
+        return packing.unsupported_reason(kind(config(**(SMALL | settings))))
+
+    assert "has an attention of its own" in reason(WavLMForCTC, WavLMConfig)
+    assert "neighboring frames" in reason(Wav2Vec2ForCTC, Wav2Vec2Config, add_adapter=True, num_adapter_layers=1)
+    assert "batch norm" in reason(HubertForCTC, HubertConfig, conv_pos_batch_norm=True)
+    assert not reason(Wav2Vec2ForCTC, Wav2Vec2Config)
+    assert "Linear is not supported, only Data2VecAudioForCTC" in packing.unsupported_reason(torch.nn.Linear(1, 1))
