@@ -2,11 +2,13 @@
 
 import ast
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
 
 import mowa
+from mowa.families import list_families
 
 PACKAGE = Path(mowa.__file__).parent
 LAYERS = [
@@ -108,6 +110,42 @@ def test_heavy_packages_are_imported_where_used(name):
 
 def test_the_package_imports_nothing_beside_it():
     assert not [name for name, path in NAMES.items() for other in imported(path) if other.split(".")[0] == "projects"]
+
+
+# How transformers names the parts of a wav2vec2-like net; `Anatomy` names them for everybody else.
+PARTS = {"feature_extractor", "feature_projection", "pos_conv_embed", "masked_spec_embed", "do_stable_layer_norm"}
+CTC_ENCODER = PACKAGE / "models" / "ctc_encoder"
+
+
+def parts_called(source: str) -> list[str]:
+    """Attributes of a file that name a part of a net, and where it looks for a replaced forward pass."""
+    found = [line for line in source.splitlines() if re.search(r'"forward" in vars|vars\(.*(\[|get\()"forward"', line)]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            inner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            if node.attr in PARTS or (inner, node.attr) == ("encoder", "layers"):
+                found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, path in NAMES.items() if CTC_ENCODER not in path.parents])
+def test_only_the_anatomy_calls_the_parts_of_a_ctc_net(name):
+    if not name.startswith("mowa.models.causal"):  # it replaces forward passes of language models
+        assert not parts_called(NAMES[name].read_text())
+
+
+def test_calls_of_parts_are_found():
+    loops = "for layer in net.base_model.encoder.layers: pass", "for layer in encoder.layers: pass"
+    others = "core.feature_extractor(x)", 'vars(module).get("forward")', 'print("forward" in vars(module))'
+    assert all(len(parts_called(line)) == 1 for line in (*loops, *others))
+    assert not parts_called('"wav2vec2.encoder.layers.0"; processor.decode(x); decoder.layers')
+
+
+def test_the_supported_nets_are_listed_in_families_only():
+    nets = {kind for family in list_families() if family.task == "ctc" for kind in family.architectures}
+    for name, path in NAMES.items():
+        constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert package(name) == "families" or not nets & constants, name
 
 
 def test_packages_are_small_and_say_what_they_are_for():

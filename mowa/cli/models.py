@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from mowa.types import Family
 
 ALIAS_NOTES = {
     "pl-tiny": "drafts and experiments, offline; Polish speech, 28 M parameters",
@@ -12,7 +16,7 @@ ALIAS_NOTES = {
 }
 
 GENERIC_ACCELERATIONS = ("attention", "packing", "fused_loss")
-"""Accelerations of every family unless its `unsupported` lists them; `Family.fused_modules` has the specific ones."""
+"""Accelerations of every text family unless `unsupported` lists them; `fused_modules` has the specific ones."""
 
 
 @click.command(short_help="List model aliases, supported families and cached models.")
@@ -67,8 +71,7 @@ def _families() -> None:
             family.name,
             ", ".join(family.model_types),
             family.task,
-            " ".join([*family.fused_modules, *(one for one in GENERIC_ACCELERATIONS if one not in family.unsupported)])
-            or "–",
+            " ".join(_accelerations(family)) or "–",
             "; ".join(f"{group}: {' '.join(linears)}" for group, linears in family.linears.items()),
         ]
         for family in list_families()
@@ -82,6 +85,11 @@ def _families() -> None:
         ["unsupported", "reason", "families"],
         [[*limit, ", ".join(names)] for limit, names in sorted(unsupported.items())],
     )
+
+
+def _accelerations(family: Family) -> list[str]:
+    generic = ("attention", *sorted(family.supports)) if family.task == "ctc" else GENERIC_ACCELERATIONS
+    return [*family.fused_modules, *(one for one in generic if one not in family.unsupported)]
 
 
 def _by_task() -> dict[str, list[str]]:

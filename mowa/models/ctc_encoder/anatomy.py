@@ -130,11 +130,12 @@ class Anatomy:
     def is_padding_exact(self) -> bool:
         """Whether an attention mask keeps padding out of every frame of a recording.
 
-        It does not with group norm over time, nor where a positional convolution sees values other than zero in
-        padding: after another one of a stack, or after a batch norm.
+        It does not with group norm over time, nor where a convolution sees values other than zero in padding: a
+        positional one after another one or after a batch norm, and an adapter after the blocks.
         """
-        changed = len(self.position_layers) > 1 or hasattr(self.position_module, "batch_norm")
-        return not (self.normalizes_over_time or changed)
+        has_batch_norm = getattr(self.position_module, "batch_norm", None) is not None
+        changes_padding = len(self.position_layers) > 1 or has_batch_norm or self.adapter is not None
+        return not (self.normalizes_over_time or changes_padding)
 
     def features(self, samples: Tensor) -> Tensor:
         """Return the frames of the front end, [B, T, C], of normalized samples [B, N]."""

@@ -161,6 +161,19 @@ def test_forward_padded_is_the_stock_net():
         torch.testing.assert_close(a[:count], b[:count])
 
 
+def test_forward_padded_applies_a_convolutional_adapter():
+    kind, config, settings = KINDS["stable"]
+    torch.manual_seed(0)
+    more = {"add_adapter": True, "num_adapter_layers": 2, "adapter_stride": 2, "output_hidden_size": 32}
+    net = kind(config(**(SMALL | settings | more))).double().eval()
+    values = torch.from_numpy(sounds((4097,))[0])[None].double()
+    with torch.no_grad():
+        ours = packing.forward_padded(net, values, [4097], use_attention_mask=True)
+        theirs = net(values).logits
+    assert ours.shape[1] == frame_geometry(net.config).num_frames(4097)
+    torch.testing.assert_close(ours, theirs)
+
+
 def packing_preprocessing():
     from mowa.types import Preprocessing
 
