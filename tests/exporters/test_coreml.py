@@ -65,7 +65,7 @@ def test_every_length_gives_what_transformers_gives(exported):
     model, out = exported
     net, program = mowa.load(model.origin.source).net.double().eval(), open_program(out.folder)
     assert out.details["lengths"] == [6_400, 16_000]
-    assert out.details["attention_mask"] == (net.config.feat_extract_norm == "layer")
+    assert out.details["attention_mask"] == read_anatomy(net).is_padding_exact
     for length in out.details["lengths"]:
         for valid in (length, length - 1, length // 2 + 63, 400) if out.details["attention_mask"] else (length,):
             samples = audio.normalize(clip(valid, valid))
@@ -266,7 +266,7 @@ def test_unsupported_schemes_are_rejected(tmp_path, scheme, message):
 
 def test_unsupported_nets_are_rejected(tmp_path):
     model = mowa.load(str(tiny(tmp_path / "base", **SHORT)))
-    assert "Linear is not supported, only Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC" in exporter.unsupported_reason(
+    assert "Linear is not supported, only Data2VecAudioForCTC, HubertForCTC" in exporter.unsupported_reason(
         replace(model, net=nn.Linear(1, 1))
     )
     model.net.config.add_adapter = True

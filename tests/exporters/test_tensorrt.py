@@ -80,10 +80,13 @@ def node_dtypes(graph):
     ]
 
 
-@pytest.fixture(scope="module", params=["wav2vec2-layer", "hubert-group", "wavlm-layer"])
+NETS = ["wav2vec2-layer", "hubert-group", "wavlm-layer", "unispeech-sat-layer", "data2vec-audio-layer"]
+
+
+@pytest.fixture(scope="module", params=NETS)
 def artifacts(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
-    base = tiny(root / "base", *request.param.split("-"))
+    base = tiny(root / "base", *request.param.rsplit("-", 1))
     return base, export_tensorrt(mowa.load(str(base)), root / "out")
 
 
