@@ -1,15 +1,14 @@
 """Decode all recordings of a corpus once and report its contents and problems.
 
 Two recordings are duplicates if the mean of their channels, rounded to 16 bits, is equal at the same sample rate,
-whatever their names and containers; lossy formats are compared as decoded. Two texts are duplicates if their letters
-and digits are equal, ignoring case. Memory: a hash of 8 bytes per recording and text, and the ids.
+whatever their names and containers; lossy formats are compared as decoded. Two texts are duplicates if
+`normalize_text` makes them equal. Memory: a hash of 8 bytes per recording and text, and the ids.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ import numpy as np
 
 from mowa.data import audio
 from mowa.data.audio.decoders import AudioBytes, AudioInfo
+from mowa.data.text.normalize import normalize_text
 from mowa.errors import AudioError, MowaError
 from mowa.types import Example
 
@@ -178,12 +178,6 @@ def _hash_text(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _normalize(text: str) -> str:
-    """Return letters and digits, case-folded, words separated by one space. Used for hashes and counts only."""
-    text = unicodedata.normalize("NFC", text).casefold()
-    return " ".join("".join(c if c.isalnum() else " " for c in text).split())
-
-
 # --- all recordings ---------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +222,7 @@ class _Tally:
         for tag, counter in self.tags.items():
             if value := example.tags.get(tag):
                 counter[value] += 1
-        text = _normalize(example.text)
+        text = normalize_text(example.text)
         if not text:
             self.issues["empty_text"].add(example.id, "")
             return
@@ -251,7 +245,7 @@ class _Tally:
                 self.issues["duplicate_audio"].add(example.id, first)
         if stats.clipped > MAX_CLIPPED_RATIO * stats.samples:
             self.issues["clipped"].add(example.id, f"{stats.clipped / stats.samples:.2%} of its samples")
-        if characters := len(_normalize(example.text).replace(" ", "")):
+        if characters := len(normalize_text(example.text).replace(" ", "")):
             speed = characters / stats.duration_s
             self.speeds.append(speed)
             for extreme, value in ((self.slowest, -speed), (self.fastest, speed)):

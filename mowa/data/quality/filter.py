@@ -6,7 +6,6 @@ Only texts, durations and ids are used; no audio is decoded.
 from __future__ import annotations
 
 import random
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -210,7 +209,7 @@ def _overlap_keys(example: Example) -> tuple[str, str, str]:
 
 
 def _sentence(example: Example) -> str:
-    return normalize_text(unicodedata.normalize("NFC", example.text))
+    return normalize_text(example.text)
 
 
 def _speaker(example: Example) -> str:

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 
+from mowa.data.text.normalize import lower_dotted_i, remove_stress
+
 OOV_POLICIES = ("map", "drop", "reject")
 
 SUBSTITUTES: dict[str, tuple[str, ...]] = {
@@ -31,7 +33,6 @@ _UNIFY = str.maketrans(
     {variant: one for one, variants in _VARIANTS.items() for variant in variants}
     | {invisible: None for invisible in "\u00ad\u200b\u200c\u200d\u2060\ufeff"}
 )
-_STRESS = re.compile("(?<=[аеёиоуыэюяіїєАЕЁИОУЫЭЮЯІЇЄ])[\u0300\u0301]+")  # marks pronunciation, is not spelling
 _EDGE = r"\s!-/:-@\[-`{-~\u00a1-\u00bf\u2010-\u206f\u3000-\u303f"
 _LOOSE = re.compile(rf"(?<![^{_EDGE}])-|-(?![^{_EDGE}])|(?<![^{_EDGE}])'(?![^{_EDGE}])")
 _MIN_APOSTROPHES, _MIN_HYPHENS = 1 / 200, 1 / 100  # per word, to be part of a new alphabet
@@ -65,15 +66,15 @@ def build_alphabet(texts: Iterable[str], *, min_count: int = 1, char_map: Mappin
 
 def normalize_characters(text: str) -> str:
     """Normalize to NFC, unify apostrophes and hyphens, and keep these only where they touch a letter."""
-    text = _STRESS.sub("", unicodedata.normalize("NFC", text.translate(_UNIFY)))
+    text = remove_stress(unicodedata.normalize("NFC", text.translate(_UNIFY)))
     # again, since a removed character may have been between a letter and its mark
     text = unicodedata.normalize("NFC", text).translate(_UNIFY)
-    return _LOOSE.sub(" ", text.replace("i\u0307", "i"))
+    return _LOOSE.sub(" ", lower_dotted_i(text))
 
 
 def _lower(text: str) -> str:
     """Convert to lower case without the combining dot that a Turkish İ leaves."""
-    return text.lower().replace("i\u0307", "i")
+    return lower_dotted_i(text.lower())
 
 
 def compile_char_map(char_map: Mapping[str, str]) -> Callable[[str], str]:
@@ -123,7 +124,7 @@ class VocabularyMapper:
             if verdict:
                 characters[verdict].add(c)
         mapped = [(c.lower(), self._decisions[c][0], text.count(c)) for c in sorted(characters["mapped"])]
-        joined = _LOOSE.sub(" ", _STRESS.sub("", "".join(out)))  # a hyphen may have lost its letter
+        joined = _LOOSE.sub(" ", remove_stress("".join(out)))  # a hyphen may have lost its letter
         rejected = frozenset(c.lower() for c in characters["rejected"])
         return " ".join(joined.translate(self._variants).split()), mapped, rejected
 
