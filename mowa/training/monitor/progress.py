@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from mowa.errors import MissingDependency, RecipeError
+from mowa.tasks.metrics import align_characters
 from mowa.training.monitor.callbacks import parse_eval_metrics
 
 TRACKERS = ("tensorboard", "wandb")
@@ -171,17 +172,12 @@ def format_examples(references: Sequence[str], hypotheses: Sequence[str], count:
 
 
 def _aligned(reference: str, hypothesis: str, width: int) -> str:
-    import jiwer
-
-    alignment = jiwer.process_characters(reference, hypothesis)
-    (ref,), (hyp,) = alignment.references, alignment.hypotheses
     cells: list[tuple[str, str, str]] = []
-    for chunk in alignment.alignments[0]:
-        parts = (ref[chunk.ref_start_idx : chunk.ref_end_idx], hyp[chunk.hyp_start_idx : chunk.hyp_end_idx])
+    for *parts, equal in align_characters(reference, hypothesis):
         for first, second in itertools.zip_longest(*parts, fillvalue=GAP):
             columns = max(_columns(first), _columns(second))
             first, second = (character + " " * (columns - _columns(character)) for character in (first, second))
-            cells.append((first, second, (" " if chunk.type == "equal" else "^") * columns))
+            cells.append((first, second, (" " if equal else "^") * columns))
     lines = []
     for row in _wrap(cells, max(10, width - len("  ref  "))):
         above, below, marks = ("".join(part) for part in zip(*row, strict=True)) if row else ("", "", "")
