@@ -64,9 +64,11 @@ def right_answers(model: Any, samples: list[list[dict[str, str]]]) -> np.ndarray
 
 def estimate(right: np.ndarray) -> dict[str, float]:
     """The share of right answers with its 95 % interval (bootstrap)."""
-    draws = np.random.default_rng(0).choice(right, (2000, len(right))).mean(1)
-    edges = {"value": right.mean(), "low": np.quantile(draws, 0.025), "high": np.quantile(draws, 0.975)}
-    return {edge: round(float(value), 4) for edge, value in edges.items()}
+    from mowa.tasks.metrics import bootstrap_mean
+
+    found = bootstrap_mean(right)
+    edges = {"value": found.value, "low": found.interval[0], "high": found.interval[1]}
+    return {edge: round(value, 4) for edge, value in edges.items()}
 
 
 def drift(first: Any, second: Any, samples: list[list[dict[str, str]]]) -> dict[str, float]:
@@ -81,7 +83,7 @@ def drift(first: Any, second: Any, samples: list[list[dict[str, str]]]) -> dict[
             yield {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
     found = causal.compare_logits(first, second, batches())
-    return {"agreement": round(found.agreement, 5), "kl": round(found.mean_kl, 6)}
+    return {"agreement": round(found.agreement, 5), "kl": round(found.kl, 6)}
 
 
 def main() -> None:

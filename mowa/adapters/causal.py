@@ -8,6 +8,7 @@ one before it is written.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,11 +31,11 @@ from mowa.io.manifest import (
     validate_format_version,
 )
 from mowa.io.weights import fix_weight_permissions
+from mowa.models.diff import ModelDiff, compare_pairs
+from mowa.models.tolerances import MERGE_DRIFT_RATIO, MERGE_KL_FLOOR, MERGE_MIN_AGREEMENT
 from mowa.types import CausalModel, Origin, TextProcessor
 
 TASK, WEIGHTS_FILE, CHAT_TEMPLATE_FILE = "causal", "adapter_model.safetensors", "chat_template.jinja"
-MIN_AGREEMENT = 0.995  # least fraction of positions with the same top token after merging in float32
-MAX_DRIFT_RATIO = 2.0  # in half precision: largest difference, relative to that of rounding the base model
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +48,6 @@ class CausalAdapter:
     parameters: int
     package_versions: Mapping[str, str]
     metrics: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class LogitDiff:
-    """Difference between two models over `tokens` positions: KL divergence of the next token (mean and maximum, nats),
-    and the fraction of positions with the same top token."""
-
-    mean_kl: float
-    max_kl: float
-    agreement: float
-    tokens: int
-
-    def __str__(self) -> str:
-        return (
-            f"same top token at {self.agreement:.2%} of {self.tokens:,} positions, KL divergence {self.mean_kl:.2g}"
-            f" nats (maximum {self.max_kl:.2g})"
-        )
 
 
 def is_causal_adapter(folder: Path) -> bool:
@@ -163,17 +147,18 @@ def merge_adapter(model: CausalModel, dtype: str) -> CausalModel:
     return replace(model, net=net.eval())
 
 
-def verify_merge(merged: LogitDiff, base_rounded: LogitDiff | None = None) -> None:
+def verify_merge(merged: ModelDiff, base_rounded: ModelDiff | None = None) -> None:
     """Raise ModelError if a merged model differs too much from the unmerged one.
 
-    In float32 the top token must agree at `MIN_AGREEMENT` of the positions. In half precision, where near ties flip,
-    the difference may be `MAX_DRIFT_RATIO` times that between the base model and its rounded copy, `base_rounded`.
+    In float32 the top token must agree at `MERGE_MIN_AGREEMENT` of the positions. In half precision, where near ties
+    flip, the difference may be `MERGE_DRIFT_RATIO` times that between the base model and its rounded copy,
+    `base_rounded`. NaN is never allowed.
     """
-    disagreement, limit = 1 - merged.agreement, 1 - MIN_AGREEMENT
+    limit, kl_limit = 1 - MERGE_MIN_AGREEMENT, math.inf
     if base_rounded is not None:
-        limit = max(limit, MAX_DRIFT_RATIO * (1 - base_rounded.agreement))
-    kl_limit = torch.inf if base_rounded is None else MAX_DRIFT_RATIO * base_rounded.mean_kl + 1e-6
-    if disagreement <= limit and merged.mean_kl <= kl_limit:
+        limit = max(limit, MERGE_DRIFT_RATIO * (1 - base_rounded.agreement))
+        kl_limit = MERGE_DRIFT_RATIO * base_rounded.kl + MERGE_KL_FLOOR
+    if 1 - merged.agreement <= limit and merged.kl <= kl_limit and math.isfinite(merged.kl):
         return
     rounding = f"; rounding the base model alone: {base_rounded}" if base_rounded else ""
     raise ModelError(
@@ -191,26 +176,34 @@ def stored_dtype(folder: Path) -> torch.dtype:
 @torch.inference_mode()
 def compare_logits(
     reference: CausalModel, candidate: CausalModel, batches: Iterable[Mapping[str, Tensor]]
-) -> LogitDiff:
+) -> ModelDiff:
     """Compare the next-token distributions of two models over batches (input_ids and attention_mask, int64 [B, N]).
 
-    Computed in float64, in nats. Raises ModelError if the batches hold no tokens.
+    Raises ModelError if the vocabularies have other sizes, or the batches hold no tokens.
     """
-    total_kl, max_kl, agreements, tokens = 0.0, 0.0, 0, 0
-    for batch in batches:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        mask = inputs["attention_mask"].bool()
-        ours, theirs = (
-            model.net(**{k: value.to(model.net.device) for k, value in inputs.items()}, use_cache=False).logits.cpu()
-            for model in (reference, candidate)
-        )
-        p, q = (logits[mask].double().log_softmax(-1) for logits in (ours, theirs))
-        kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
-        total_kl, max_kl = total_kl + float(kl.sum()), max(max_kl, float(kl.max()))
-        agreements, tokens = agreements + int((p.argmax(-1) == q.argmax(-1)).sum()), tokens + len(p)
-    if not tokens:
+
+    def outputs() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            mask = inputs["attention_mask"].bool()
+            ours, theirs = (_logits(model.net, inputs)[mask] for model in (reference, candidate))
+            if ours.shape != theirs.shape:
+                raise ModelError(
+                    f"the models predict {ours.shape[-1]} and {theirs.shape[-1]} tokens: they do not match"
+                )
+            yield ours, theirs
+
+    found = compare_pairs(outputs())
+    if not found.num_frames:
         raise ModelError("the batches hold no tokens: nothing was compared")
-    return LogitDiff(total_kl / tokens, max_kl, agreements / tokens, tokens)
+    return found
+
+
+def _logits(net: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits of a batch, [B, N, V] on the CPU."""
+    on_device = {name: value.to(net.device) for name, value in inputs.items()}
+    logits: Tensor = net(**on_device, use_cache=False).logits.cpu()
+    return logits
 
 
 @contextmanager

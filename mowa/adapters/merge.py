@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +23,8 @@ from mowa.io import processor
 from mowa.io.atomic import atomic_folder
 from mowa.io.hub import silence_transformers
 from mowa.io.weights import fix_weight_permissions
+from mowa.models.diff import ModelDiff, compare
 from mowa.types import CTCModel
-
-
-@dataclass(frozen=True, slots=True)
-class EmissionDiff:
-    """Difference between the emissions of two models: largest difference of a log-probability in nats, fraction of
-    frames with the same top token, and number of frames."""
-
-    max_abs_diff: float
-    agreement: float
-    frames: int
 
 
 def merge_adapter(model: CTCModel) -> CTCModel:
@@ -51,7 +42,7 @@ def merge_adapter(model: CTCModel) -> CTCModel:
 
 
 @torch.inference_mode()
-def compare_emissions(reference: CTCModel, candidate: CTCModel, clips: Sequence[np.ndarray]) -> EmissionDiff:
+def compare_emissions(reference: CTCModel, candidate: CTCModel, clips: Sequence[np.ndarray]) -> ModelDiff:
     """Compare the emissions of two models over `clips` (float32 [n] each, at the models' rate, not normalized).
 
     Computed in float64 and one clip at a time, so that only differences of the weights are measured.
@@ -63,26 +54,22 @@ def compare_emissions(reference: CTCModel, candidate: CTCModel, clips: Sequence[
             f"{reference.origin.name} and {candidate.origin.name} cannot be compared: their vocabularies or audio"
             " settings differ"
         )
-    largest, agreements, frames = 0.0, 0, 0
-    for ours, theirs in zip(_emissions(reference, clips), _emissions(candidate, clips), strict=True):
-        largest = max(largest, float((ours - theirs).abs().max()))
-        agreements += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        frames += len(ours)
-    if not frames:
+    found = compare(_logits(reference, clips), _logits(candidate, clips))
+    if not found.num_frames:
         raise ModelError("no clip is long enough for a frame: nothing was compared")
-    return EmissionDiff(largest, agreements / frames, frames)
+    return found
 
 
-def _emissions(model: CTCModel, clips: Sequence[np.ndarray]) -> list[Tensor]:
-    """Return the log-probabilities of each clip, float64 [T, V] on the CPU."""
+def _logits(model: CTCModel, clips: Sequence[np.ndarray]) -> list[Tensor]:
+    """Return the logits of each clip, float64 [T, V] on the CPU."""
     net = copy.deepcopy(model.net).double().eval()
     device = next(net.parameters()).device
-    emissions = []
+    logits = []
     for clip in clips:
         samples = audio.normalize(clip) if model.preprocessing.normalize else clip
         values = torch.from_numpy(np.ascontiguousarray(samples))[None].to(device, torch.float64)
-        emissions.append(net(values).logits[0].log_softmax(-1).cpu())
-    return emissions
+        logits.append(net(values).logits[0].cpu())
+    return logits
 
 
 @contextmanager

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from mowa.adapters.causal import CausalAdapter
     from mowa.adapters.checkpoint import Adapter, BaseCheckpoint
-    from mowa.adapters.merge import EmissionDiff
+    from mowa.models.diff import ModelDiff
     from mowa.types import CausalModel
 
 CHUNK_S, MAX_COMPARED_S = 15.0, 60.0  # emissions are compared on chunks of at most this much of each recording
@@ -162,8 +162,8 @@ def _merge_speech(
             )
 
 
-def _diff_row(label: str, diff: EmissionDiff) -> list[str]:
-    return [label, f"{diff.max_abs_diff:.2e}", f"{diff.agreement:.2%}", str(diff.frames)]
+def _diff_row(label: str, diff: ModelDiff) -> list[str]:
+    return [label, f"{diff.max_abs_diff:.2e}", f"{diff.agreement:.2%}", str(diff.num_frames)]
 
 
 def _load_clips(audio_files: tuple[Path, ...], rate_hz: int) -> list[np.ndarray[Any, Any]]:

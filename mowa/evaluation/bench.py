@@ -16,7 +16,7 @@ from mowa.errors import DataError, ModelError
 from mowa.evaluation.worker import Measurement, MeasurementRequest, Throughput, measure
 from mowa.exporters import is_export, read_artifact
 from mowa.io.hub import SAMPLE_CLIP, resolve_model
-from mowa.models.diff import compare_emissions
+from mowa.models.diff import compare, have_same_shapes
 from mowa.tasks.metrics import ErrorRates, bootstrap_error_rates
 from mowa.types import Example
 
@@ -115,7 +115,7 @@ def results_to_dict(results: Sequence[BenchResult]) -> dict[str, Any]:
 
 
 def _result(case: BenchCase, found: Measurement, first: Measurement, texts: Sequence[str]) -> BenchResult:
-    same_shapes = all(a.shape == b.shape for a, b in zip(first.emissions, found.emissions, strict=True))
+    comparable = have_same_shapes(first.emissions, found.emissions)
     return BenchResult(
         model=case.model,
         engine=found.engine,
@@ -125,7 +125,7 @@ def _result(case: BenchCase, found: Measurement, first: Measurement, texts: Sequ
         load_s=found.load_s,
         latency_s=found.latency_s,
         rtf=found.inference_s / found.audio_s,
-        agreement=compare_emissions(first.emissions, found.emissions, 0).agreement if same_shapes else 0.0,
+        agreement=compare(first.emissions, found.emissions).agreement if comparable else 0.0,
         throughput=found.throughput,
         error_rates=bootstrap_error_rates(texts, found.texts) if all(texts) else None,
     )

@@ -11,23 +11,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mowa.errors import ModelError
 from mowa.evaluation.worker import Measurement, Throughput
 from mowa.io.atomic import atomic_write
-from mowa.models.diff import ModelDiff, compare_emissions
+from mowa.models.diff import ModelDiff, compare, have_same_shapes
+from mowa.models.tolerances import MAX_WER_INCREASE, MIN_AGREEMENT, MIN_WORDS
 from mowa.tasks.metrics import ErrorRateChange, ErrorRates, bootstrap_error_rates, paired_bootstrap
 from mowa.types import Example
 
 FORMAT_VERSION = 2
 JSON_FILE, HTML_FILE = "quant_report.json", "quant_report.html"
 PASS, INCONCLUSIVE, FAIL = "pass", "inconclusive", "fail"
-MAX_WER_INCREASE = 0.02  # relative
-MIN_AGREEMENT = 0.8
-MIN_WORDS = 200  # in the references; fewer are inconclusive
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,9 @@ def build_row(
     `float32` is the size in bytes and the measurement of float32 in `export_format`. Error rates need a transcript for
     every example. Raises ModelError if the log-probabilities have other shapes.
     """
-    diff = compare_emissions(reference.emissions, measurement.emissions, blank_id)
+    if not have_same_shapes(reference.emissions, measurement.emissions):
+        raise ModelError("the log-probabilities have other shapes than the reference's: the models do not match")
+    diff = compare(reference.emissions, measurement.emissions, blank_id)
     error_rates = change = None
     by_group: dict[str, GroupChange] = {}
     if all(example.text for example in examples):
@@ -172,7 +174,7 @@ def decide_verdict(
 
 
 def write_json(report: QuantReport, path: Path) -> None:
-    """Write the report as JSON, floats rounded to six decimals."""
+    """Write the report as JSON, floats rounded to six decimals, infinite ones as null."""
     values = {"version": FORMAT_VERSION} | _rounded(asdict(report))
     atomic_write(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
@@ -182,4 +184,6 @@ def _rounded(value: Any) -> Any:
         return {key: _rounded(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(one) for one in value]
-    return round(value, 6) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value

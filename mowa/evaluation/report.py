@@ -25,6 +25,7 @@ from mowa.evaluation import quant_report
 from mowa.evaluation.quant_report import FAIL, PASS, QuantReport, ReportRow
 from mowa.evaluation.worker import MEASUREMENT_FILE, Measurement, MeasurementRequest, measure
 from mowa.exporters import export, manifest, protocol
+from mowa.models.tolerances import MAX_WER_INCREASE
 from mowa.quantization import calibration, quantize, schemes
 from mowa.types import FLOAT32, Artifact, CTCModel, Example, Scheme
 
@@ -56,7 +57,7 @@ class ReportConfig:
     split: str = ""
     max_samples: int = 0
     calibration: str = ""
-    max_wer_increase: float = quant_report.MAX_WER_INCREASE
+    max_wer_increase: float = MAX_WER_INCREASE
     group_by: str = ""
     throughput: tuple[tuple[int, int], ...] = ()
     keep_failed: bool = False

@@ -25,6 +25,7 @@ from mowa.errors import MissingDependency, ModelError
 from mowa.exporters import verify
 from mowa.exporters.manifest import ExportResult
 from mowa.exporters.prepare import prepare_for_export
+from mowa.models.diff import ModelDiff, compare
 from mowa.types import CTCModel, Scheme
 
 log = logging.getLogger("mowa")
@@ -102,10 +103,10 @@ def write(model: CTCModel, folder: Path) -> tuple[Any, ExportResult]:
     try:
         _convert(net, model.vocabulary.tokens, folder / MODEL_FOLDER, quantization)
         loaded = open_model(folder / MODEL_FOLDER, model.scheme)
-        max_abs_diff, agreement = _compare(model, net, loaded)
+        diff = _compare(model, net, loaded)
     except (AttributeError, RuntimeError, ValueError) as error:
         raise ModelError(f"CTranslate2 cannot run {name}: {str(error).strip()}; use onnx") from error
-    verify.verify_tolerance(model, f"CTranslate2 {quantization}", max_abs_diff, agreement, alternative="onnx")
+    verify.verify_tolerance(model, f"CTranslate2 {quantization}", diff, alternative="onnx")
     details = {
         "model": MODEL_FOLDER,
         "quantization": quantization,
@@ -113,7 +114,7 @@ def write(model: CTCModel, folder: Path) -> tuple[Any, ExportResult]:
         "attention_mask": False,
     }
     files = tuple(f"{MODEL_FOLDER}/{file.name}" for file in sorted((folder / MODEL_FOLDER).iterdir()))
-    return net, ExportResult(files, details, max_abs_diff, agreement, packages=("ctranslate2",))
+    return net, ExportResult(files, details, diff.max_abs_diff, diff.agreement, packages=("ctranslate2",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +158,8 @@ def run(model: Any, clips: Sequence[np.ndarray]) -> np.ndarray:
     return np.array(model.encode(ctranslate2.StorageView.from_array(batch), to_cpu=True))
 
 
-def _compare(model: CTCModel, net: Any, loaded: Any) -> tuple[float, float]:
-    """Compare CTranslate2 with the net as `compare_logits`, in batches of one and two."""
+def _compare(model: CTCModel, net: Any, loaded: Any) -> ModelDiff:
+    """Compare CTranslate2 with the net, in batches of one and two."""
     speech, noise, shortest = verify.load_clips(model)
     logits: list[torch.Tensor] = []
     reference: list[torch.Tensor] = []
@@ -170,4 +171,4 @@ def _compare(model: CTCModel, net: Any, loaded: Any) -> tuple[float, float]:
                 f"CTranslate2 computes {len(logits[-1])} frames for {model.origin.name}, and the model"
                 f" {len(reference[-1])}: use onnx"
             )
-    return verify.compare_logits(logits, reference)
+    return compare(reference, logits)

@@ -41,6 +41,7 @@ from mowa.io.hub import silence_transformers
 from mowa.io.weights import fix_weight_permissions
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.models.ctc_encoder.geometry import receptive_field
+from mowa.models.diff import compare
 from mowa.quantization import formats
 from mowa.types import CTCModel
 
@@ -97,14 +98,14 @@ def write(model: CTCModel, folder: Path, **options: Any) -> tuple[ExportedNet, E
         net = copy.deepcopy(net).to("cpu", torch.float32)
     clips = verify.load_clips(model)
     logits = verify.compute_logits(loaded, clips)
-    max_abs_diff, agreement = verify.compare_logits(logits, verify.compute_logits(net, clips))
-    verify.verify_tolerance(
-        model, WEIGHTS_FILE, max_abs_diff, agreement, exact=model.scheme.weights in FLOAT_DTYPES, alternative="onnx"
-    )
+    diff = compare(verify.compute_logits(net, clips), logits)
+    verify.verify_tolerance(model, WEIGHTS_FILE, diff, exact=model.scheme.weights in FLOAT_DTYPES, alternative="onnx")
     method = quantization_config["quant_method"] if quantization_config else ""
     details = {"quant_method": method, "transformers": _compare_transformers(model, folder, method, clips, logits)}
     packages = ("safetensors", method) if method else ("safetensors",)
-    return ExportedNet(config), ExportResult((WEIGHTS_FILE,), details, max_abs_diff, agreement, packages=packages)
+    return ExportedNet(config), ExportResult(
+        (WEIGHTS_FILE,), details, diff.max_abs_diff, diff.agreement, packages=packages
+    )
 
 
 def _compare_transformers(
@@ -115,11 +116,11 @@ def _compare_transformers(
         if find_spec(package.replace("-", "_")) is None:
             log.info("%s is not installed: the export was not compared in transformers", package)
             return f"not compared: {package} is not installed"
-    max_abs_diff, agreement = verify.compare_logits(verify.compute_logits(_load_in_transformers(folder), clips), logits)
+    diff = compare(logits, verify.compute_logits(_load_in_transformers(folder), clips))
     exact = model.scheme.activations == "none" and method != formats.BITSANDBYTES
     label = f"{WEIGHTS_FILE} in transformers"
-    verify.verify_tolerance(model, label, max_abs_diff, agreement, exact=exact, alternative="onnx")
-    return {"max_abs_diff": max_abs_diff, "agreement": agreement}
+    verify.verify_tolerance(model, label, diff, exact=exact, alternative="onnx")
+    return {"max_abs_diff": diff.max_abs_diff, "agreement": diff.agreement}
 
 
 def _quantized_linears(net: Any) -> dict[str, QuantizedLinear]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,12 @@ from mowa.data import audio
 from mowa.errors import ModelError
 from mowa.io.hub import SAMPLE_CLIP
 from mowa.models.ctc_encoder.geometry import receptive_field
+from mowa.models.diff import ModelDiff
+from mowa.models.tolerances import MAX_ABS_DIFF, MIN_AGREEMENT
 from mowa.types import CTCModel
 
 log = logging.getLogger("mowa")
 
-MAX_ABS_DIFF = 1e-3  # nats: largest difference of any log-probability in float32
-MIN_LOG_PROB = -50.0  # nats: log-probabilities are clamped to this, below which float32 is too coarse
-MIN_AGREEMENT = 0.8  # least fraction of frames with the same top token, for quantized and half-precision models
 SAMPLE_S = 5
 
 
@@ -46,43 +46,30 @@ def compute_logits(net: Any, clips: Sequence[np.ndarray]) -> list[Tensor]:
         return [net(torch.from_numpy(clip)[None]).logits[0].float() for clip in clips]
 
 
-def compare_logits(logits: Sequence[Tensor], reference: Sequence[Tensor]) -> tuple[float, float]:
-    """Compare logits [T, V] of several clips with those of the reference.
-
-    Returns the largest difference of a log-probability in nats, infinite if one is NaN, and the fraction of frames with
-    the same top token.
-    """
-    ours, theirs = (torch.cat(list(side)).log_softmax(-1).clamp(min=MIN_LOG_PROB) for side in (logits, reference))
-    max_abs_diff = float((ours - theirs).abs().nan_to_num(nan=torch.inf).max())
-    same_top = (ours.argmax(-1) == theirs.argmax(-1)) & ~ours.isnan().any(-1)
-    return max_abs_diff, float(same_top.double().mean())
-
-
 def verify_tolerance(
-    model: CTCModel,
-    label: str,
-    max_abs_diff: float,
-    agreement: float,
-    *,
-    exact: bool | None = None,
-    alternative: str = "",
+    model: CTCModel, label: str, diff: ModelDiff, *, exact: bool | None = None, alternative: str = ""
 ) -> None:
     """Raise ModelError if an export differs too much from the net, and suggest `alternative`.
 
     With `exact` (by default for float32) log-probabilities may differ by `MAX_ABS_DIFF`; else the top token must be the
-    same in `MIN_AGREEMENT` of the frames.
+    same in `MIN_AGREEMENT` of the frames, and none may be NaN.
     """
     name, scheme = model.origin.name, model.scheme
     if exact if exact is not None else scheme.weights == "float32":
-        if not max_abs_diff <= MAX_ABS_DIFF:
+        if not diff.max_abs_diff <= MAX_ABS_DIFF:
             raise ModelError(
-                f"the {label} export of {name} differs from the model by {max_abs_diff:.2g} nats (limit {MAX_ABS_DIFF})"
-                + (f"; use {alternative}" if alternative else "")
+                f"the {label} export of {name} differs from the model by {diff.max_abs_diff:.2g} nats (limit"
+                f" {MAX_ABS_DIFF})" + (f"; use {alternative}" if alternative else "")
             )
         return
-    if agreement < MIN_AGREEMENT:
+    if not math.isfinite(diff.max_abs_diff):
         raise ModelError(
-            f"{scheme.name} is too lossy for {name} in {label}: the top token changes in {100 * (1 - agreement):.0f} %"
-            f" of frames (limit {100 * (1 - MIN_AGREEMENT):.0f} %); use {alternative or 'float32'}"
+            f"{scheme.name} overflows for {name} in {label}: NaN in the output; use {alternative or 'float32'}"
         )
-    log.info("%s: same top token in %.1f %% of the sample's frames", scheme.name, agreement * 100)
+    if diff.agreement < MIN_AGREEMENT:
+        raise ModelError(
+            f"{scheme.name} is too lossy for {name} in {label}: the top token changes in"
+            f" {100 * (1 - diff.agreement):.0f} % of frames (limit {100 * (1 - MIN_AGREEMENT):.0f} %);"
+            f" use {alternative or 'float32'}"
+        )
+    log.info("%s: same top token in %.1f %% of the sample's frames", scheme.name, diff.agreement * 100)

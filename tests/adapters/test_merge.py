@@ -85,7 +85,7 @@ def test_differences_of_emissions_are_measured(base):
     found = merge.compare_emissions(before, after, clips)
     normal = [torch.from_numpy(audio.normalize(one)) for one in clips]
     ours, theirs = (model.net(torch.stack(normal)).logits.detach().log_softmax(-1) for model in (before, after))
-    assert found.frames == same.frames == ours.shape[0] * ours.shape[1]
+    assert found.num_frames == same.num_frames == ours.shape[0] * ours.shape[1]
     assert found.max_abs_diff == pytest.approx(float((ours - theirs).abs().max()), abs=1e-5)
     assert found.agreement == pytest.approx(float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()))
     assert found.agreement < 1.0

@@ -19,12 +19,13 @@ from mowa.errors import MissingDependency, ModelError
 from mowa.exporters.protocol import export
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.kernels.quant.weights import quantize
+from mowa.models.tolerances import MIN_AGREEMENT
 from mowa.types import Scheme
 from tests.checkpoints import clip, tiny
 
 pytest.importorskip("ctranslate2")
 from mowa.engines import ctranslate2 as engines
-from mowa.exporters import ctranslate2, verify
+from mowa.exporters import ctranslate2
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SUPPORTED = {
@@ -118,7 +119,7 @@ def test_int8_is_smaller_and_its_agreement_is_logged(tmp_path, caplog):
     with caplog.at_level("INFO", "mowa"):
         quantized = export(int8_model(mowa.load(str(base))), "ctranslate2", tmp_path / "int8")
     float32 = export(mowa.load(str(base)), "ctranslate2", tmp_path / "float32")
-    assert verify.MIN_AGREEMENT <= quantized.agreement < 1
+    assert MIN_AGREEMENT <= quantized.agreement < 1
     assert f"{quantized.agreement * 100:.1f} % of the sample's frames" in caplog.text
     assert quantized.details["compute_type"] == "int8_float32"
     assert quantized.size_bytes < 0.4 * float32.size_bytes

@@ -9,7 +9,8 @@ import pytest
 
 import mowa
 from mowa.errors import ModelError
-from mowa.exporters import protocol, verify
+from mowa.exporters import protocol
+from mowa.models import tolerances
 from tests.checkpoints import tiny
 from tests.quantized import SHORT_FRONT_END, tiny_quantized
 
@@ -36,5 +37,5 @@ def test_the_example_exports_a_model(registered, tmp_path):
     assert artifact.files == ("model.pt2",)
     with pytest.raises(ModelError, match="use onnx"):
         protocol.export(tiny_quantized(tmp_path / "int8", "int8-weight"), registered, tmp_path / "int8-out")
-    assert verify.MAX_ABS_DIFF == 1e-3  # as the page says
-    assert verify.MIN_AGREEMENT == 0.8
+    assert tolerances.MAX_ABS_DIFF == 1e-3  # as the page says
+    assert tolerances.MIN_AGREEMENT == 0.8

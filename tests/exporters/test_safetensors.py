@@ -14,9 +14,10 @@ from transformers import AutoModelForCTC, AutoTokenizer, Wav2Vec2FeatureExtracto
 import mowa
 from mowa.adapters import checkpoint, merge
 from mowa.errors import DataError, ModelError
-from mowa.exporters import manifest, protocol, safetensors, verify
+from mowa.exporters import manifest, protocol, safetensors
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.kernels.quant.weights import quantize
+from mowa.models.tolerances import MIN_AGREEMENT
 from mowa.quantization import formats
 from mowa.types import Scheme
 from tests.adapters.tiny_adapters import OTHER_VOCABULARY, save_tiny_adapter
@@ -95,8 +96,8 @@ def test_the_manifest_describes_the_export(exported):
     package = "bitsandbytes" if model.scheme.name == "nf4" else "compressed-tensors"
     assert (artifact.format, artifact.scheme, artifact.files) == ("safetensors", model.scheme, ("model.safetensors",))
     assert artifact.details["quant_method"] == package
-    assert artifact.details["transformers"]["agreement"] >= verify.MIN_AGREEMENT
-    assert artifact.agreement >= verify.MIN_AGREEMENT
+    assert artifact.details["transformers"]["agreement"] >= MIN_AGREEMENT
+    assert artifact.agreement >= MIN_AGREEMENT
     assert manifest_data["package_versions"][package]
     config = json.loads((artifact.folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == package
@@ -211,7 +212,7 @@ def test_without_the_package_it_is_not_compared_in_transformers(tmp_path, monkey
         artifact = protocol.export(model, "safetensors", tmp_path / "out")
     assert artifact.details["transformers"] == "not compared: compressed-tensors is not installed"
     assert "compressed-tensors is not installed" in caplog.text
-    assert artifact.agreement >= verify.MIN_AGREEMENT
+    assert artifact.agreement >= MIN_AGREEMENT
 
 
 def test_zero_points_with_quantized_inputs_are_rejected(tmp_path):

@@ -43,6 +43,7 @@ from mowa.exporters.prepare import prepare_for_export
 from mowa.io.hub import SAMPLE_CLIP
 from mowa.models.ctc_encoder import anatomy
 from mowa.models.ctc_encoder.geometry import frame_geometry, receptive_field
+from mowa.models.diff import ModelDiff, compare
 from mowa.types import CTCModel
 
 log = logging.getLogger("mowa")
@@ -107,9 +108,9 @@ def write(model: CTCModel, folder: Path, *, lengths_s: Sequence[float] = DEFAULT
         _set_metadata(program, model, details)
         program.save(str(folder / PACKAGE))
         del program, graph
-        max_abs_diff, agreement, unverified_reason = _compare(model, reference, folder / PACKAGE, lengths, takes_mask)
-    if max_abs_diff is not None and agreement is not None:
-        verify.verify_tolerance(model, "Core ML", max_abs_diff, agreement)
+        diff, unverified_reason = _compare(model, reference, folder / PACKAGE, lengths, takes_mask)
+    if diff is not None:
+        verify.verify_tolerance(model, "Core ML", diff)
     if not takes_mask:
         log.warning(
             "%s has no attention mask: padding changes the last tokens of recordings that are not exactly %s s long",
@@ -117,7 +118,8 @@ def write(model: CTCModel, folder: Path, *, lengths_s: Sequence[float] = DEFAULT
         )
     files = [file for file in sorted((folder / PACKAGE).rglob("*")) if file.is_file()]
     names = tuple(file.relative_to(folder).as_posix() for file in files)
-    result = ExportResult(names, details, max_abs_diff, agreement, unverified_reason, packages=("coremltools",))
+    largest, agreement = (diff.max_abs_diff, diff.agreement) if diff else (None, None)
+    result = ExportResult(names, details, largest, agreement, unverified_reason, packages=("coremltools",))
     return reference, result
 
 
@@ -205,8 +207,8 @@ def _set_metadata(program: Any, model: CTCModel, details: dict[str, Any]) -> Non
 @torch.inference_mode()
 def _compare(
     model: CTCModel, net: Any, package: Path, lengths: Sequence[int], takes_mask: bool
-) -> tuple[float | None, float | None, str]:
-    """Compare the program with the net as `compare_logits`, and return what was not compared as the third value.
+) -> tuple[ModelDiff | None, str]:
+    """Compare the program with the net, and return what was not compared as the second value.
 
     Every length is compared with speech that fills it and, with a mask, with two thirds of it and with a single frame.
     A float32 program is compared with float64, since float32 has rounding errors of its own.
@@ -225,8 +227,8 @@ def _compare(
             try:
                 logits.append(check.run_program(program, inputs)["logits"][0, : len(reference[-1])])
             except check.UnsupportedOperator as operator:
-                return None, None, f"{NOT_RUN}; mowa's interpreter does not support {operator}"
-    return *verify.compare_logits(logits, reference), f"{NOT_RUN}; its operators were computed by torch"
+                return None, f"{NOT_RUN}; mowa's interpreter does not support {operator}"
+    return compare(reference, logits), f"{NOT_RUN}; its operators were computed by torch"
 
 
 @contextmanager

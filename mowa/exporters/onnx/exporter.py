@@ -33,6 +33,7 @@ from mowa.exporters.prepare import prepare_for_export
 from mowa.io.hub import silence_transformers
 from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, get_trained_chunking
+from mowa.models.diff import ModelDiff, compare
 from mowa.types import CTCModel
 
 log = logging.getLogger("mowa")
@@ -79,15 +80,13 @@ def write(
             graphs.append(chunk_export.CHUNK_GRAPH_FILE)
     files = initializers.rewrite_graphs(folder, graphs, model.scheme, collect_metadata(model, takes_mask))
     (folder / TOKENS_FILE).write_text(format_tokens(model), encoding="utf-8")
-    max_abs_diff, agreement = _compare(model, reference, folder / GRAPH_FILE, takes_mask)
+    diffs = [_compare(model, reference, folder / GRAPH_FILE, takes_mask)]
     if chunking is not None:
         config = ChunkConfig(chunking.chunk_sizes[0], chunking.left_context, chunking.lookaheads[-1])
         session = _open_session(folder / chunk_export.CHUNK_GRAPH_FILE)
-        chunk_diff, chunk_agreement = chunk_export.compare_chunked(
-            reference, session, verify.load_sample(model), config
-        )
-        max_abs_diff, agreement = max(max_abs_diff, chunk_diff), min(agreement, chunk_agreement)
-    verify.verify_tolerance(model, "ONNX", max_abs_diff, agreement)
+        diffs.append(chunk_export.compare_chunked(reference, session, verify.load_sample(model), config))
+    for diff in diffs:
+        verify.verify_tolerance(model, "ONNX", diff)
     details = {
         "attention_mask": takes_mask,
         "opset": opset,
@@ -95,6 +94,7 @@ def write(
         "chunk": chunk_export.CHUNK_GRAPH_FILE if chunking else None,
     }
     packages = ("onnx", "onnxscript", "onnxruntime")
+    max_abs_diff, agreement = max(diff.max_abs_diff for diff in diffs), min(diff.agreement for diff in diffs)
     return reference, ExportResult(files, details, max_abs_diff, agreement, packages=packages)
 
 
@@ -177,14 +177,14 @@ def _root_cause(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _compare(model: CTCModel, net: Any, graph: Path, takes_mask: bool) -> tuple[float, float]:
-    """Compare the graph with the net as `compare_logits`, in padded batches if there is a mask."""
+def _compare(model: CTCModel, net: Any, graph: Path, takes_mask: bool) -> ModelDiff:
+    """Compare the graph with the net, in padded batches if there is a mask."""
     session, clips = _open_session(graph), verify.load_clips(model)
     reference, logits = verify.compute_logits(net, clips), []
     for batch in (clips[:2], clips[2:]) if takes_mask else ([clip] for clip in clips):
         logits += list(torch.from_numpy(run(session, batch, takes_mask)))
     valid = [row[: len(expected)] for row, expected in zip(logits, reference, strict=True)]
-    return verify.compare_logits(valid, reference)
+    return compare(reference, valid)
 
 
 def run(session: Any, clips: Sequence[np.ndarray], takes_mask: bool, padding_value: float = 0.0) -> np.ndarray:

@@ -30,6 +30,7 @@ from mowa.models.ctc_encoder import streaming
 from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, apply_chunk_mask
 from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.models.ctc_encoder.streaming import CacheShape, EagerPlan
+from mowa.models.diff import ModelDiff, compare
 
 CHUNK_GRAPH_FILE = "chunk.onnx"
 TRACE_SAMPLES = 16_000  # longer than the receptive field of any supported net
@@ -88,11 +89,8 @@ def export_chunk_graph(net: Any, file: Path, opset: int) -> None:
 
 
 @torch.inference_mode()
-def compare_chunked(net: Any, session: Any, speech: np.ndarray, chunks: ChunkConfig) -> tuple[float, float]:
-    """Compare the graph, chunk by chunk over `speech` (float32 [n]), with the net under `apply_chunk_mask`.
-
-    Returns the values of `verify.compare_logits`.
-    """
+def compare_chunked(net: Any, session: Any, speech: np.ndarray, chunks: ChunkConfig) -> ModelDiff:
+    """Compare the graph, chunk by chunk over `speech` (float32 [n]), with the net under `apply_chunk_mask`."""
     geometry = frame_geometry(net.config)
     stride, receptive = geometry.hop, geometry.receptive_field
     speech, _ = running_norm.normalize_running(speech, running_norm.RunningStats.prior())
@@ -111,4 +109,4 @@ def compare_chunked(net: Any, session: Any, speech: np.ndarray, chunks: ChunkCon
         caches = zip(conv_cache, new_conv, strict=True)
         conv_cache = [np.concatenate([old, new[: chunks.size]])[-len(old) :] for old, new in caches]
         parts.append(torch.from_numpy(logits[: chunks.size]))
-    return verify.compare_logits([torch.cat(parts)], reference)
+    return compare(reference, [torch.cat(parts)])

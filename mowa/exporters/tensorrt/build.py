@@ -5,22 +5,23 @@
 
 The graph is strongly typed, so TensorRT chooses no precision. An engine works only on the GPU model and TensorRT
 version that it was built with. `build.json` holds the input shapes and tolerances, `reference.npz` inputs and the
-model's logits. Needs TensorRT 10 or 11, torch with CUDA, and numpy.
+model's logits, and `diff.py` compares. Needs TensorRT 10 or 11, torch with CUDA, and numpy.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-MIN_LOG_PROB = -50.0  # nats: log-probabilities are clamped to this
-MIN_LOG_PROB_RMS = -10.0  # nats: the same for `rms`, which improbable tokens would dominate
+DIFF_FILE = "diff.py"  # mowa/models/diff.py, which measures how far two models are apart
 
 
 def build_engine(folder: Path) -> bytes:
@@ -89,41 +90,24 @@ def select_inputs(case: Mapping[str, np.ndarray]) -> Arrays:
     return {name: value for name, value in case.items() if name not in ("logits", "frames")}
 
 
-def compare_logits(logits: Sequence[np.ndarray], cases: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Compare logits with the model's over the valid frames.
-
-    Returns `max_abs_diff` and `rms` of the log-probabilities in nats, infinite if one is NaN, and `agreement`, the
-    fraction of frames with the same top token.
-    """
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
+def valid_rows(
+    logits: Sequence[np.ndarray], cases: Sequence[Mapping[str, np.ndarray]]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the model's logits and `logits`, float32 [T, V] for each row of the cases, without frames of padding."""
+    reference, found = [], []
     for ours, case in zip(logits, cases, strict=True):
         for row, theirs, frames in zip(ours, case["logits"], case["frames"], strict=True):
-            parts.append((row[:frames], theirs[:frames]))
-    found, reference = (_log_softmax(np.concatenate(side)) for side in zip(*parts, strict=True))
-    if not np.isfinite(found).all():
-        return {"max_abs_diff": np.inf, "rms": np.inf, "agreement": 0.0}
-    diff = np.maximum(found, MIN_LOG_PROB_RMS) - np.maximum(reference, MIN_LOG_PROB_RMS)
-    return {
-        "max_abs_diff": float(np.abs(found - reference).max()),
-        "rms": float(np.sqrt(np.square(diff).mean())),
-        "agreement": float((found.argmax(-1) == reference.argmax(-1)).mean()),
-    }
+            reference.append(theirs[:frames])
+            found.append(row[:frames])
+    return reference, found
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        logits = logits.astype(np.float64)
-        logits = logits - logits.max(-1, keepdims=True)
-        clamped: np.ndarray = np.maximum(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), MIN_LOG_PROB)
-    return clamped
-
-
-def check_tolerances(measured: Mapping[str, float], tolerances: Mapping[str, float]) -> str:
+def check_tolerances(diff: Any, tolerances: Mapping[str, float]) -> str:
     """Return which tolerance is violated; empty if none is. `agreement` has a lower limit, the others upper ones."""
     for name, limit in tolerances.items():
-        within = measured[name] >= limit if name == "agreement" else measured[name] <= limit
-        if not within:
-            return f"{name} is {measured[name]:.3g} (limit {limit:.3g})"
+        value = getattr(diff, name)
+        if not (value >= limit if name == "agreement" else value <= limit):
+            return f"{name} is {value:.3g} (limit {limit:.3g})"
     return ""
 
 
@@ -133,15 +117,16 @@ def main(folder: Path, engine_file: str = "") -> int:
     cases = read_references(folder)
     try:
         engine = (folder / engine_file).read_bytes() if engine_file else build_engine(folder)
-        measured = compare_logits(run_engine(engine, [select_inputs(case) for case in cases]), cases)
+        logits = run_engine(engine, [select_inputs(case) for case in cases])
+        diff = runpy.run_path(str(folder / DIFF_FILE))["compare"](*valid_rows(logits, cases))
     except (ImportError, OSError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
     finally:
         if engine_file:
             (folder / engine_file).unlink(missing_ok=True)
-    print(", ".join(f"{name} {value:.3g}" for name, value in measured.items()))
-    if reason := check_tolerances(measured, settings["tolerances"]):
+    print(diff)
+    if reason := check_tolerances(diff, settings["tolerances"]):
         print(f"the engine differs from the model: {reason}; it was not saved", file=sys.stderr)
         return 1
     out = folder / settings["engine"]

@@ -1,8 +1,8 @@
 """Export CTC models to TensorRT: a strongly typed ONNX graph, and an engine or the files to build one elsewhere.
 
-The folder holds `model.onnx` with its weights; `build.py`, `build.json` and `reference.npz`, which build the engine on
-a machine with a GPU and save it only if it matches the model; `build.sh`, the same with trtexec; and `model.engine`,
-if TensorRT and a GPU are available at export.
+The folder holds `model.onnx` with its weights; `build.py`, `diff.py`, `build.json` and `reference.npz`, which build the
+engine on a machine with a GPU and save it only if it matches the model; `build.sh`, the same with trtexec; and
+`model.engine`, if TensorRT and a GPU are available at export.
 
 - inputs: `input_values` float32 [B, N], normalized as the audio settings say; for models with layer norm in the feature
   extractor also `attention_mask` int64 [B, N], 1 for samples and 0 for padding.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -37,11 +38,13 @@ from mowa.exporters.onnx import initializers, quant_ops, strong_typing
 from mowa.exporters.onnx.exporter import DEFAULT_OPSET, GRAPH_FILE
 from mowa.exporters.prepare import dequantize_linear, prepare_for_export
 from mowa.exporters.tensorrt import build as building
-from mowa.exporters.verify import MAX_ABS_DIFF, MIN_AGREEMENT
 from mowa.io.hub import SAMPLE_CLIP
 from mowa.kernels.quant.linear import QuantizedLinear
+from mowa.models import diff as model_diff
 from mowa.models.ctc_encoder import anatomy
 from mowa.models.ctc_encoder.geometry import frame_geometry, receptive_field
+from mowa.models.diff import ModelDiff, compare
+from mowa.models.tolerances import ENGINE_DRIFT_RATIO, MAX_ABS_DIFF, MIN_AGREEMENT
 from mowa.types import FLOAT32, CTCModel
 
 log = logging.getLogger("mowa")
@@ -50,7 +53,6 @@ ENGINE_FILE = "model.engine"
 Profile = Sequence[Sequence[int]]
 DEFAULT_PROFILE: Profile = ((1, 16_000), (1, 160_000), (4, 480_000))
 MAX_VERIFY_S = 5  # limit for the length of compared inputs, except for the largest of the profile
-TOLERANCE_FACTOR = 2.0  # relative to the error of the same arithmetic in torch or ONNX Runtime
 HALF_DTYPES = {"float16": "float16", "bfloat16": "bfloat16", "int8": "float16"}  # scheme → unquantized products
 MASK_VALUE = -1e9  # added to attention scores of padding
 SUPPORTED_SCHEMES = (("float32", "none"), ("float16", "none"), ("bfloat16", "none"), ("int8", "static"))
@@ -100,19 +102,19 @@ def write(
     files = initializers.rewrite_graphs(folder, [GRAPH_FILE], FLOAT32, graphs.collect_metadata(model, takes_mask))
     exact = model.scheme.weights == "float32"
     cases, float32_error = _reference_cases(model, net, optimization_profile, takes_mask, exact=exact)
-    measured = building.compare_logits(_run_graph(folder / GRAPH_FILE, cases), cases)
+    found = compare(*building.valid_rows(_run_graph(folder / GRAPH_FILE, cases), cases))
     if exact:
-        tolerances = {"max_abs_diff": max(TOLERANCE_FACTOR * float32_error["max_abs_diff"], MAX_ABS_DIFF)}
+        tolerances = {"max_abs_diff": max(ENGINE_DRIFT_RATIO * float32_error.max_abs_diff, MAX_ABS_DIFF)}
     else:
-        tolerances = {"rms": max(TOLERANCE_FACTOR * measured["rms"], MAX_ABS_DIFF), "agreement": MIN_AGREEMENT}
-    _verify_graph(model, measured, tolerances)
+        tolerances = {"rms_diff": max(ENGINE_DRIFT_RATIO * found.rms_diff, MAX_ABS_DIFF), "agreement": MIN_AGREEMENT}
+    _verify_graph(model, found, tolerances)
     names = ["input_values", *(["attention_mask"] if takes_mask else [])]
     shapes = {name: [list(shape) for shape in optimization_profile] for name in names}
     settings = {"graph": GRAPH_FILE, "engine": ENGINE_FILE, "profile": shapes, "tolerances": tolerances}
     _write_build_files(folder, settings, cases)
     engine, unverified_reason = ENGINE_FILE if _can_build() else None, ""
     if engine is not None:
-        measured = _build_and_verify(model, folder, tolerances, cases)
+        found = _build_and_verify(model, folder, tolerances, cases)
         files = (*files, engine)
     else:
         unverified_reason = (
@@ -121,10 +123,7 @@ def write(
         )
     details = settings | {"engine": engine, "attention_mask": takes_mask, "opset": DEFAULT_OPSET}
     packages = ("onnx", "onnxscript", "onnxruntime", *(["tensorrt"] if engine else []))
-    result = ExportResult(
-        files, details, measured["max_abs_diff"], measured["agreement"], unverified_reason, packages=packages
-    )
-    return net, result
+    return net, ExportResult(files, details, found.max_abs_diff, found.agreement, unverified_reason, packages=packages)
 
 
 def _validate_profile(profile: Profile, min_samples: int) -> None:
@@ -211,7 +210,7 @@ def _save(model: Any, folder: Path) -> None:
 
 def _reference_cases(
     model: CTCModel, net: Any, profile: Profile, takes_mask: bool, *, exact: bool
-) -> tuple[list[building.Arrays], dict[str, float]]:
+) -> tuple[list[building.Arrays], ModelDiff]:
     """Return inputs with the shapes of the profile, the net's logits for them, and the error of float32.
 
     With `exact` the logits are computed in float64. Rows are speech and noise in turn, and of different lengths if
@@ -245,7 +244,7 @@ def _reference_cases(
                 logits = exact_net(**double).logits.float().numpy()
         frames = [geometry.num_frames(int(n)) if takes_mask else logits.shape[1] for n in lengths]
         cases.append(case | {"logits": logits, "frames": np.array(frames)})
-    return cases, building.compare_logits(float32_logits, cases)
+    return cases, compare(*building.valid_rows(float32_logits, cases))
 
 
 def _run_graph(graph_file: Path, cases: Sequence[building.Arrays]) -> list[np.ndarray]:
@@ -264,22 +263,21 @@ def _run_graph(graph_file: Path, cases: Sequence[building.Arrays]) -> list[np.nd
         return [session.run(["logits"], building.select_inputs(case))[0] for case in cases]
 
 
-def _verify_graph(model: CTCModel, measured: dict[str, float], tolerances: dict[str, float]) -> None:
+def _verify_graph(model: CTCModel, diff: ModelDiff, tolerances: dict[str, float]) -> None:
     name, scheme = model.origin.name, model.scheme
     if scheme.weights == "float32":
-        if reason := building.check_tolerances(measured, tolerances):
+        if reason := building.check_tolerances(diff, tolerances):
             raise ModelError(f"the TensorRT graph of {name} differs from the model: {reason}")
     else:
         alternative = "bf16" if scheme.weights == "float16" else "float32"
-        verify.verify_tolerance(
-            model, "TensorRT", measured["max_abs_diff"], measured["agreement"], alternative=alternative
-        )
+        verify.verify_tolerance(model, "TensorRT", diff, alternative=alternative)
 
 
 def _write_build_files(folder: Path, settings: dict[str, Any], cases: Sequence[building.Arrays]) -> None:
     """Write the files that build and verify the engine on another machine."""
     (folder / "build.json").write_text(json.dumps(settings, indent=1))
-    (folder / "build.py").write_text(Path(building.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    for name, module in (("build.py", building), (building.DIFF_FILE, model_diff)):
+        shutil.copyfile(str(module.__file__), folder / name)
     arrays: dict[str, Any] = {f"{index}.{name}": v for index, case in enumerate(cases) for name, v in case.items()}
     np.savez_compressed(folder / "reference.npz", **arrays)
     shapes = []
@@ -315,14 +313,14 @@ def _can_build() -> bool:
 
 def _build_and_verify(
     model: CTCModel, folder: Path, tolerances: dict[str, float], cases: Sequence[building.Arrays]
-) -> dict[str, float]:
+) -> ModelDiff:
     try:
         engine = building.build_engine(folder)
         logits = building.run_engine(engine, [building.select_inputs(case) for case in cases])
     except RuntimeError as error:
         raise ModelError(f"{model.origin.name}: {error}") from error
-    measured = building.compare_logits(logits, cases)
-    if reason := building.check_tolerances(measured, tolerances):
+    found = compare(*building.valid_rows(logits, cases))
+    if reason := building.check_tolerances(found, tolerances):
         raise ModelError(f"the TensorRT engine of {model.origin.name} differs from the model: {reason}")
     (folder / ENGINE_FILE).write_bytes(engine)
-    return measured
+    return found

@@ -13,13 +13,11 @@ from mowa.adapters import causal, lora
 from mowa.errors import TrainingStopped
 from mowa.io.hub import silence_transformers
 from mowa.io.weights import ensure_safetensors
+from mowa.models.tolerances import SAVED_LOSS_FLOAT32, SAVED_LOSS_HALF
 from mowa.training.causal.dataset import evaluate
 from mowa.training.causal.setup import CausalRun
 from mowa.training.distributed.process import is_worker_process
 from mowa.training.save import atomic_output_dir
-
-# Relative difference allowed between the loss before saving and after loading again.
-FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ def verify(run: CausalRun, output_dir: Path, measured: Measured) -> dict[str, An
     loaded = loaded.to("cuda" if on_gpu else "cpu").eval()
     metrics = {name: evaluate(loaded, samples) for name, samples in (splits.dev | splits.test).items()}
     exact = recipe.optimizer.precision == "float32" and model.net.dtype == torch.float32
-    tolerance = FLOAT32_TOLERANCE if exact else HALF_TOLERANCE
+    tolerance = SAVED_LOSS_FLOAT32 if exact else SAVED_LOSS_HALF
     _verify_loss(measured.eval_loss, metrics[next(iter(splits.dev))]["loss"], tolerance)
     if recipe.method == "lora":
         causal.write_metrics(output_dir, metrics=metrics)

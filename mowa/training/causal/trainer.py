@@ -21,6 +21,7 @@ from mowa.data.chat.tokenize import TokenizedSample
 from mowa.errors import TrainingStopped
 from mowa.io.atomic import atomic_write, read_json
 from mowa.models.causal import accelerate
+from mowa.models.tolerances import PACKED_LOSS_FLOAT32, PACKED_LOSS_HALF
 from mowa.training import optimizer, trainer_args
 from mowa.training.causal import save, setup
 from mowa.training.causal.batches import plan_eval_batches
@@ -226,7 +227,8 @@ def verify_packing(run: CausalRun, unpacked: dict[str, float]) -> None:
         out = net(**{name: value.to(net.device) for name, value in batch.items()}, fused_lm_head=True)
     loss = -float(out.log_probs.double().sum()) / max(1.0, unpacked["tokens"])
     exact = next(net.parameters()).dtype == torch.float32
-    if abs(loss - unpacked["loss"]) > (1e-4 if exact else 2e-2) * max(1.0, unpacked["loss"]):
+    tolerance = PACKED_LOSS_FLOAT32 if exact else PACKED_LOSS_HALF
+    if abs(loss - unpacked["loss"]) > tolerance * max(1.0, unpacked["loss"]):
         raise TrainingStopped(
             f"the loss computed packed and unpacked differs: {loss:.5f} and {unpacked['loss']:.5f} nats per token.\n"
             "  Try memory.accelerate: false and batch.packing: false, and report this with the name of the model"

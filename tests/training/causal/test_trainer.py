@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -11,6 +12,7 @@ from mowa import loading
 from mowa.adapters import causal as adapters
 from mowa.errors import DataError, ModelError, RecipeError, TrainingStopped
 from mowa.models.causal import accelerate
+from mowa.models.diff import ModelDiff
 from mowa.tasks import causal
 from mowa.training import optimizer
 from mowa.training.causal import dataset
@@ -59,7 +61,7 @@ def test_a_merged_checkpoint_has_the_same_logits(adapter, tmp_path):
     found = adapters.compare_logits(adapted, again, batches)
     assert found.agreement == 1.0
     assert found.max_kl < 1e-8
-    assert adapters.compare_logits(base, again, batches).mean_kl > 1e-3  # the adapter changes the logits
+    assert adapters.compare_logits(base, again, batches).kl > 1e-3  # the adapter changes the logits
     assert not list(tmp_path.glob(".merged*"))
 
 
@@ -92,11 +94,13 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
 
 def test_a_merge_that_drifts_is_refused():
     def diff(divergence, agreement):
-        return adapters.LogitDiff(divergence, 1.0, agreement, 1000)
+        return ModelDiff(1.0, 0.1, 0.1, divergence, 1.0, agreement, 1000)
 
     adapters.verify_merge(diff(0.0, 0.996))
     with pytest.raises(ModelError, match="the merged model differs from the trained one"):
         adapters.verify_merge(diff(0.0, 0.99))
+    with pytest.raises(ModelError, match="differs from the trained one"):
+        adapters.verify_merge(diff(np.inf, 0.999))  # NaN somewhere
     rounding = diff(1e-3, 0.98)  # of the base itself, in half precision
     adapters.verify_merge(diff(1.5e-3, 0.97), rounding)
     for found in (diff(1.5e-3, 0.95), diff(5e-3, 0.99)):

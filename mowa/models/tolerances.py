@@ -1,0 +1,18 @@
+"""Say how far two models may differ where mowa compares them: exports, merges, quantized models, reloaded checkpoints.
+
+Differences of outputs are those of `mowa.models.diff`.
+"""
+
+MAX_ABS_DIFF = 1e-3  # nats: largest difference of a log-probability between a float32 export and its net
+MIN_AGREEMENT = 0.8  # fraction of frames with the same top token, for exports and models below float32
+ENGINE_DRIFT_RATIO = 2.0  # TensorRT: error of an engine, relative to that of the same arithmetic elsewhere
+
+MERGE_MIN_AGREEMENT = 0.995  # fraction of positions with the same top token after a LoRA is merged in float32
+MERGE_DRIFT_RATIO = 2.0  # in half precision: difference after merging, relative to that of rounding the base model
+MERGE_KL_FLOOR = 1e-6  # nats per token that such a merge may always differ by
+
+PACKED_LOSS_FLOAT32, PACKED_LOSS_HALF = 1e-4, 2e-2  # relative difference of the loss, packed against padded batches
+SAVED_LOSS_FLOAT32, SAVED_LOSS_HALF = 1e-3, 3e-2  # the same, before saving against after loading again
+
+MAX_WER_INCREASE = 0.02  # relative: a quantized model passes if its word errors increase by at most this
+MIN_WORDS = 200  # in the reference transcripts; with fewer words the verdict is inconclusive
