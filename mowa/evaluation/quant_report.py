@@ -4,8 +4,8 @@
 |--------------|------------------------------------------------------------------------------------------------------|
 | pass         | word errors increase by at most `max_wer_increase` (relative)                                        |
 | inconclusive | they increase by more, but not significantly; or there are no transcripts, or fewer than `MIN_WORDS` |
-| fail         | they increase by more and significantly, in total or for one value of a tag; or fewer than 80 % of   |
-|              | frames have the same top-1 token as float32                                                          |
+| fail         | they increase by more and significantly, in total or for one value of a tag; or fewer than 94 % of   |
+|              | frames have the same top-1 token as float32 (`MIN_AGREEMENT`)                                        |
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def write(
 
     The graph is run in ONNX Runtime with its own dtypes emulated, and the engine if it can be built. In float32,
     log-probabilities may differ from the net's in float64 by 1e-3 nats, or twice as much as the net's own in float32;
-    else the top token must be the same in 80 % of frames. An engine may differ from the net by twice as much as the
+    else the top token must be the same in 94 % of frames. An engine may differ from the net by twice as much as the
     graph does.
     """
     net = prepare_for_export(model, dequantize=True)

@@ -41,7 +41,7 @@ class CTCRun:
 
 def validate(recipe: CTCRecipe, model: CTCModel) -> None:
     """Raise RecipeError where the checkpoint does not support the recipe."""
-    net, family = model.net, model.family
+    net = model.net
     if any(isinstance(module, QuantizedLinear) for module in net.modules()):
         raise RecipeError(
             f"model: {model.origin.name} is quantized ({model.scheme.name}) and cannot be fine-tuned; start from the "
