@@ -4,7 +4,7 @@ Differences of outputs are those of `mowa.models.diff`.
 """
 
 MAX_ABS_DIFF = 1e-3  # nats: largest difference of a log-probability between a float32 export and its net
-MIN_AGREEMENT = 0.94  # fraction of frames with the same top token, for exports and models below float32 (docs/quantize.md)
+MIN_AGREEMENT = 0.94  # fraction of frames with the same top token below float32; docs/quantize.md says why 0.94
 ENGINE_DRIFT_RATIO = 2.0  # TensorRT: error of an engine, relative to that of the same arithmetic elsewhere
 
 MERGE_MIN_AGREEMENT = 0.995  # fraction of positions with the same top token after a LoRA is merged in float32

@@ -1,5 +1,7 @@
 """Post-training quantization: which layers are quantized, how large errors are, which requests are refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import soundfile
@@ -67,15 +69,11 @@ def test_weights_on_a_grid_are_kept(base):
     """As quantization-aware training leaves them."""
     model = mowa.load(str(base))
     once = quantize(model, "int4-weight")
-    again = quantize(mowa.types.Model(prepare_for_export(once, dequantize=True), *_rest(model)), "int4-weight")
+    again = quantize(replace(model, net=prepare_for_export(once, dequantize=True)), "int4-weight")
     for name, one in once.net.named_modules():
         if isinstance(one, QuantizedLinear):
             other = again.net.get_submodule(name)
             assert torch.equal(one.weight, other.weight)
-
-
-def _rest(model):
-    return model.family, model.origin, model.vocabulary, model.preprocessing
 
 
 def test_an_adapter_is_merged_first(base, tmp_path):
