@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,14 +128,10 @@ def evaluate_text(
     nll, correct, tokens = (
         np.concatenate([getattr(one, name) for one in done]) for name in ("nll", "correct", "tokens")
     )
-    found = {"loss": metrics.bootstrap_ratio(nll, tokens), "accuracy": metrics.bootstrap_ratio(correct, tokens)}
-    loss = found["loss"]
-    perplexity = Metric(*(math.exp(edge) for edge in (loss.value, loss.low, loss.high)))
-    return Evaluation(
-        model.origin.name,
-        "causal",
-        str(data),
-        {"loss": loss, "perplexity": perplexity, "accuracy": found["accuracy"]},
-        len(samples),
-        int(tokens.sum()),
-    )
+    loss, accuracy = metrics.bootstrap_loss(nll, tokens), metrics.bootstrap_ratio(correct, tokens)
+    found = {
+        "loss": Metric(loss.loss, *loss.loss_interval),
+        "perplexity": Metric(loss.perplexity, *loss.perplexity_interval),
+        "accuracy": Metric(accuracy.value, *accuracy.interval),
+    }
+    return Evaluation(model.origin.name, "causal", str(data), found, len(samples), int(tokens.sum()))

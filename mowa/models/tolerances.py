@@ -14,5 +14,8 @@ MERGE_KL_FLOOR = 1e-6  # nats per token that such a merge may always differ by
 PACKED_LOSS_FLOAT32, PACKED_LOSS_HALF = 1e-4, 2e-2  # relative difference of the loss, packed against padded batches
 SAVED_LOSS_FLOAT32, SAVED_LOSS_HALF = 1e-3, 3e-2  # the same, before saving against after loading again
 
+SAVED_LOG_PROB, SAVED_LOG_PROB_GPU = 1e-3, 2e-2  # nats, of a saved CTC net; a GPU may use other algorithms
+SAVED_MIN_AGREEMENT_HALF = 0.9  # fraction of frames, where a saved CTC net can only be compared in half precision
+
 MAX_WER_INCREASE = 0.02  # relative: a quantized model passes if its word errors increase by at most this
 MIN_WORDS = 200  # in the reference transcripts; with fewer words the verdict is inconclusive

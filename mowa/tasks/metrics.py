@@ -70,7 +70,7 @@ class LossChange:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Mean over samples with its 95 % confidence interval."""
+    """Mean or rate over samples with its 95 % confidence interval."""
 
     value: float
     interval: Interval
@@ -112,7 +112,7 @@ def paired_bootstrap(references: Sequence[str], baseline: Sequence[str], candida
     return ErrorRateChange(wer, cer, wer_interval, cer_interval)
 
 
-def bootstrap_loss(losses: Sequence[float], num_tokens: Sequence[int]) -> Loss:
+def bootstrap_loss(losses: Sequence[float] | np.ndarray, num_tokens: Sequence[int] | np.ndarray) -> Loss:
     """Return loss and perplexity over all tokens, with intervals over samples.
 
     Args:
@@ -133,6 +133,11 @@ def paired_bootstrap_loss(
     difference = np.asarray(candidate, np.float64) - np.asarray(baseline, np.float64)
     loss, interval = _bootstrap_ratio(difference, num_tokens)
     return LossChange(loss, _exp(loss), interval, _exp_both(interval))
+
+
+def bootstrap_ratio(numerators: Sequence[int] | np.ndarray, denominators: Sequence[int] | np.ndarray) -> Mean:
+    """Return a rate over samples of different sizes, such as right tokens / tokens, with its interval."""
+    return Mean(*_bootstrap_ratio(numerators, denominators))
 
 
 def bootstrap_mean(values: Sequence[float] | np.ndarray) -> Mean:

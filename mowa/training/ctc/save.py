@@ -16,7 +16,8 @@ from mowa.adapters import checkpoint
 from mowa.errors import TrainingStopped
 from mowa.io import processor
 from mowa.models.ctc_encoder import chunk_mask
-from mowa.models.diff import ModelDiff, compare_emissions
+from mowa.models.diff import ModelDiff, compare
+from mowa.models.tolerances import SAVED_LOG_PROB, SAVED_LOG_PROB_GPU, SAVED_MIN_AGREEMENT_HALF
 from mowa.quantization import qat
 from mowa.tasks import metrics
 from mowa.training.config.ctc import ADAPTER_METHODS
@@ -30,9 +31,6 @@ from mowa.types import CTCModel
 
 BOOTSTRAP_RESAMPLES = 1000
 COMPARED_CLIPS = 4  # of the first dev set, on which the net in memory and the saved one must agree
-# Largest difference of a log-probability, in nats. On a GPU convolutions may be computed by another algorithm.
-CPU_TOLERANCE, GPU_TOLERANCE = 1e-3, 2e-2
-HALF_AGREEMENT = 0.9  # least fraction of frames with the same top token, where only half precision can be compared
 _KEPT = "The checkpoint in run/ is kept; please report this model"
 
 
@@ -91,9 +89,9 @@ def verify(run: CTCRun, output_dir: Path, measured: Measured) -> dict[str, Any]:
     loaded = load_again(run, output_dir)
     if loaded.vocabulary.tokens != run.model.vocabulary.tokens:
         raise TrainingStopped(f"{output_dir}: the saved vocabulary differs from the trained one.\n  {_KEPT}")
-    found = compare_emissions(trained, _log_probs(loaded.net.to(device), clips), run.model.vocabulary.blank)
+    found = compare(trained, _log_probs(loaded.net.to(device), clips), run.model.vocabulary.blank)
     exact = measured.log_probs is None or strategy.resolve_precision(run.recipe, net.config) == "float32"
-    verify_emissions(found, (GPU_TOLERANCE if torch.cuda.is_available() else CPU_TOLERANCE) if exact else None)
+    verify_emissions(found, (SAVED_LOG_PROB_GPU if torch.cuda.is_available() else SAVED_LOG_PROB) if exact else None)
     difference = {"max_log_prob": found.max_abs_diff, "agreement": found.agreement, "clips": len(clips)}
     return {"metrics": measured.results, "saved_model_difference": difference}
 
@@ -101,11 +99,11 @@ def verify(run: CTCRun, output_dir: Path, measured: Measured) -> dict[str, Any]:
 def verify_emissions(found: ModelDiff, tolerance: float | None) -> None:
     """Raise TrainingStopped where the saved net and the trained one differ by more than `tolerance` nats.
 
-    With None, the trained one was run in half precision: the top token must agree in HALF_AGREEMENT of the frames.
+    With None, the trained one was run in half precision: the top token must agree in SAVED_MIN_AGREEMENT_HALF of the frames.
     """
-    different = found.agreement < HALF_AGREEMENT if tolerance is None else found.max_abs_diff > tolerance
+    different = found.agreement < SAVED_MIN_AGREEMENT_HALF if tolerance is None else found.max_abs_diff > tolerance
     if different or found.num_frames == 0:
-        limit = f"at least {HALF_AGREEMENT:.0%} of frames" if tolerance is None else f"at most {tolerance:g} nats"
+        limit = f"at least {SAVED_MIN_AGREEMENT_HALF:.0%} of frames" if tolerance is None else f"at most {tolerance:g} nats"
         raise TrainingStopped(
             f"the saved model differs from the trained one: loaded again, a log-probability differs by "
             f"{found.max_abs_diff:.2g} nats, and the top token is the same in {found.agreement:.1%} of "
