@@ -51,7 +51,7 @@ def open_model(model: str) -> Transcriber:
 
     def transcribe(files: list[str]) -> list[str]:
         texts = []
-        for outcome in mowa.iter_transcripts(files, engine):
+        for outcome in mowa.transcribe(files, engine):
             if isinstance(outcome, Failure):
                 raise outcome.error
             texts.append(outcome.text)

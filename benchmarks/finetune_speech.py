@@ -132,7 +132,7 @@ def evaluate_base(model: str, splits: Splits) -> record.Row:
     row: record.Row = {"method": "before"}
     for name, path in test_sets(splits).items():
         rows = read_lines(path)
-        texts = [outcome.text for outcome in mowa.iter_transcripts([one["audio"] for one in rows], engine)]
+        texts = [outcome.text for outcome in mowa.transcribe([one["audio"] for one in rows], engine)]
         rates = error_rates([one["text"] for one in rows], texts)
         row |= {f"{name}_{key}": round(rates[key], 4) for key in ("wer", "cer")}
     return row

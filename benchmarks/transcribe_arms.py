@@ -72,11 +72,10 @@ def mowa_engine(name: str, dtype: str, model: str) -> Any:
 
     engine = selection.select_engine(mowa.load(model), name=name, device="cpu", dtype=dtype, threads=THREADS).engine
     threshold = 0.0 if "xlsr" in model else TranscriptionSettings().vad_threshold  # random weights: skip nothing
-    settings = TranscriptionSettings(vad_threshold=threshold)
 
     def run(files: list[str]) -> list[str]:
         texts = []
-        for outcome in mowa.iter_transcripts(files, engine, settings):
+        for outcome in mowa.transcribe(files, engine, vad_threshold=threshold):
             if not hasattr(outcome, "text"):
                 raise SystemExit(f"{outcome.file}: {outcome.error}")
             texts.append(outcome.text)

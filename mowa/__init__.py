@@ -21,16 +21,17 @@ if TYPE_CHECKING:
     from mowa.api.artifacts import export as export
     from mowa.api.artifacts import merge as merge
     from mowa.api.artifacts import quantize as quantize
+    from mowa.api.corpus import transcribe_corpus as transcribe_corpus
     from mowa.api.measuring import Evaluation as Evaluation
     from mowa.api.measuring import bench as bench
     from mowa.api.measuring import evaluate as evaluate
+    from mowa.api.models import Run as Run
     from mowa.api.models import accelerate as accelerate
     from mowa.api.models import load as load
     from mowa.api.models import restore as restore
     from mowa.api.speech import stream as stream
     from mowa.api.speech import transcribe as transcribe
     from mowa.api.text import generate as generate
-    from mowa.api.training import Run as Run
     from mowa.api.training import distill as distill
     from mowa.api.training import train as train
     from mowa.engines.pytorch import open_engine as open_engine
@@ -56,11 +57,12 @@ __version__ = "0.1.0"
 _ERRORS = ("AudioError", "DataError", "HubUnreachable", "MissingDependency", "ModelError", "MowaError", "RecipeError")
 _NAMES = {
     "mowa.api.artifacts": ("export", "merge", "quantize"),
+    "mowa.api.corpus": ("transcribe_corpus",),
     "mowa.api.measuring": ("Evaluation", "bench", "evaluate"),
-    "mowa.api.models": ("accelerate", "load", "restore"),
+    "mowa.api.models": ("Run", "accelerate", "load", "restore"),
     "mowa.api.speech": ("stream", "transcribe"),
     "mowa.api.text": ("generate",),
-    "mowa.api.training": ("Run", "distill", "train"),
+    "mowa.api.training": ("distill", "train"),
     "mowa.engines.pytorch": ("open_engine",),
     "mowa.errors": (*_ERRORS, "TrainingStopped", "UnknownModel"),
     "mowa.types": ("Artifact", "Failure", "Generation", "Model", "Segment", "Transcript", "Word"),

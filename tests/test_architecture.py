@@ -24,6 +24,7 @@ LAYERS = [
     {"exporters"},
     {"engines"},
     {"evaluation"},
+    {"api"},
     {"cli"},
 ]
 LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}

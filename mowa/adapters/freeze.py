@@ -143,7 +143,7 @@ def _parameters(net: Any, family: Family) -> Iterator[_Parameter]:
     """Yield every parameter of `net` with the part that it belongs to."""
     block_names = (name for name, module in net.named_modules() if type(module).__name__ in family.blocks)
     blocks = {f"{name}.": index for index, name in enumerate(block_names)}
-    stable = read_anatomy(net).stable
+    stable = family.task == "ctc" and read_anatomy(net).stable
     for name, parameter in net.named_parameters():
         block = next((index for prefix, index in blocks.items() if name.startswith(prefix)), None)
         yield _Parameter(name, parameter, _part(name, block, net.base_model_prefix, family, stable), block)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, overload
 
 from mowa import quantization
 from mowa.adapters import causal
 from mowa.adapters import merge as merging
-from mowa.api.models import load
-from mowa.api.training import Run
-from mowa.exporters import protocol
+from mowa.api.models import Run, load, resolve_model
+from mowa.errors import ModelError
+from mowa.exporters import merged, protocol
+from mowa.exporters.merged import OnComparison
 from mowa.quantization import calibration, schemes
 from mowa.tasks.verbs import require_ctc
-from mowa.types import AnyModel, Artifact, CausalModel, CTCModel
+from mowa.types import AnyModel, Artifact, Model
 
 __all__ = ["export", "merge", "quantize"]
 
@@ -22,22 +23,58 @@ ModelT = TypeVar("ModelT", bound=AnyModel)
 ProgressCallback = Callable[[float], object]
 
 
-def merge(adapted: Run | str | Path | ModelT, *, dtype: str = "auto") -> ModelT:
-    """Return a model whose adapter is merged into its weights. It needs no PEFT.
+@overload
+def merge(
+    adapted: ModelT,
+    *,
+    out: None = ...,
+    dtype: str = ...,
+) -> ModelT: ...
+@overload
+def merge(
+    adapted: Run | str | Path,
+    *,
+    out: str | Path | None = ...,
+    dtype: str = ...,
+    base_model: str | None = ...,
+    audio_files: Sequence[str | Path] = ...,
+    data: Sequence[str] = ...,
+    tolerance: float = ...,
+    offline: bool = ...,
+    on_comparison: OnComparison = ...,
+) -> AnyModel: ...
+def merge(
+    adapted: Run | str | Path | AnyModel,
+    *,
+    out: str | Path | None = None,
+    dtype: str = "auto",
+    on_comparison: OnComparison = lambda label, diff: None,
+    **options: Any,
+) -> AnyModel:
+    """Return a model whose adapter is merged into its weights; with `out`, write it as a checkpoint too.
 
     Args:
         adapted: a run, an adapter's folder, or a model with an adapter; it does not change. A bottleneck adapter stays
             in layers of its own, as in transformers.
-        dtype: of a language model's weights; auto: as they are.
+        out: folder to create, of a run or an adapter's folder. The checkpoint is loaded again and compared with base
+            model plus adapter before it is kept.
+        dtype: of a language model's weights; auto: as they are stored.
+        on_comparison: called with what was compared and a `ModelDiff`.
+        options: with `out`, base_model, audio_files, data, tolerance and offline, as in `mowa adapter merge`.
 
-    Raises: ModelError as `mowa.load`.
+    Raises:
+        ModelError: as `mowa.load`, or the checkpoint differs, and `out` is not created; DataError: `out` exists.
     """
+    if out is not None:
+        if isinstance(adapted, Model):
+            raise ModelError("merge: to write a checkpoint, name the folder of the run or adapter instead of a model")
+        folder = adapted.folder if isinstance(adapted, Run) else Path(adapted)
+        merged.write_merged(folder, Path(out), dtype=dtype, on_comparison=on_comparison, **options)
+        return load(out)
     model: Any = resolve_model(adapted)
     if model.task == "ctc":
-        return cast(ModelT, merging.merge_adapter(cast(CTCModel, model)))
-    if dtype == "auto":
-        dtype = str(model.net.dtype).removeprefix("torch.")
-    return cast(ModelT, causal.merge_adapter(cast(CausalModel, model), dtype))
+        return merging.merge_adapter(model)
+    return causal.merge_adapter(model, str(model.net.dtype).removeprefix("torch.") if dtype == "auto" else dtype)
 
 
 def quantize(
@@ -73,6 +110,8 @@ def export(
     *,
     scheme: str = "",
     adapter: str | Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
     calibration_data: str = "",
     calibration_split: str = "",
     on_progress: ProgressCallback = lambda fraction: None,
@@ -85,6 +124,7 @@ def export(
         to: onnx, safetensors, coreml, tensorrt or ctranslate2.
         scheme: quantize first; empty: as the model is.
         adapter: folder of an adapter to merge first.
+        revision, offline: as in `mowa.load`, of a name.
         options: of the format, as in `mowa export --help`.
 
     Raises:
@@ -92,7 +132,9 @@ def export(
             created. DataError: `out` exists, or the disk is full. MissingDependency: a package is not installed.
     """
     protocol.get_exporter(to).require_packages()
-    loaded = load(model if isinstance(model, str | Path) else "", adapter=adapter) if adapter else resolve_model(model)
+    if scheme:
+        schemes.parse_scheme(scheme)
+    loaded = resolve_model(model, adapter=adapter, revision=revision, offline=offline)
     if scheme:
         loaded = quantize(
             loaded,
@@ -102,10 +144,3 @@ def export(
             on_progress=on_progress,
         )
     return protocol.export(loaded, to, out, **options)
-
-
-def resolve_model(model: Any) -> AnyModel:
-    """Return a model: itself, that of a run, or the one with this name."""
-    if isinstance(model, Run):
-        return model.model
-    return load(model) if isinstance(model, str | Path) else cast(AnyModel, model)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mowa.api.artifacts import resolve_model
-from mowa.api.training import Run
+import torch
+
+from mowa.api.models import Run, load, read_task, resolve_model
 from mowa.engines import transcription
 from mowa.engines.settings import EngineSpec, TranscriptionSettings
+from mowa.engines.transcription import resolve_artifact
 from mowa.evaluation import scoring
 from mowa.evaluation.bench import BenchResult, expand_cases, run_bench
 from mowa.evaluation.scoring import Evaluation
-from mowa.types import AnyModel
+from mowa.types import AnyModel, Model
 
 __all__ = ["BenchResult", "Evaluation", "bench", "evaluate"]
 
@@ -24,10 +27,15 @@ def evaluate(
     *,
     split: str = "",
     max_samples: int = 0,
+    adapter: str | Path | None = None,
     engine: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    train_on: str = "auto",
+    max_length: int = 2048,
     on_progress: Callable[[float], object] = lambda amount: None,
     **settings: Any,
 ) -> Evaluation:
@@ -38,7 +46,11 @@ def evaluate(
         data: for speech, recordings with transcripts; for text, conversations or texts.
         split: split of the data, if it has several.
         max_samples: evaluate at most this many; 0: all.
-        engine, device, dtype, threads: of speech, as in `mowa.transcribe`.
+        adapter: folder of an adapter over the model.
+        engine: of speech, as in `mowa.transcribe`.
+        device, dtype, threads, revision, offline: as in `mowa.load`.
+        train_on, max_length: of text, which tokens count and where samples are cut, as in recipes; auto: answers of
+            conversations, all tokens of texts.
         on_progress: called with seconds of audio, or numbers of texts.
         settings: of speech, fields of `TranscriptionSettings`.
 
@@ -48,24 +60,18 @@ def evaluate(
     Raises:
         DataError: there is nothing to evaluate; ModelError as `mowa.load`.
     """
-    if isinstance(model, str | Path) and transcription.resolve_artifact(str(model)) is not None:
-        found: Any = str(model)
-    else:
-        found = resolve_model(model)
-        if found.task == "causal":
-            return scoring.evaluate_text(
-                found, data, split=split, max_samples=max_samples, on_progress=on_progress, **settings
-            )
-    spec = EngineSpec("", engine=engine, device=device, dtype=dtype, threads=threads)
-    opened = transcription.open_engine(found, spec)
-    return scoring.evaluate_speech(
-        opened,
-        data,
-        split=split,
-        max_samples=max_samples,
-        settings=TranscriptionSettings(**settings),
-        on_progress=on_progress,
-    )
+    options: Any = {"split": split, "max_samples": max_samples, "on_progress": on_progress}
+    spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads)
+    found: Any = model
+    if not isinstance(model, str | Path):
+        found, spec = resolve_model(model, adapter=adapter), replace(spec, adapter=None)
+    elif resolve_artifact(str(model)) is None and read_task(model, revision=revision, offline=offline) == "causal":
+        found = load(model, adapter=adapter, device=device, dtype=dtype, revision=revision, offline=offline)
+    if isinstance(found, Model) and found.task == "causal":
+        torch.set_num_threads(threads or torch.get_num_threads())
+        return scoring.evaluate_text(found, data, train_on=train_on, max_length=max_length, **options)
+    opened = transcription.open_engine(found if isinstance(found, Model) else str(found), spec)
+    return scoring.evaluate_speech(opened, data, settings=TranscriptionSettings(**settings), **options)
 
 
 def bench(

@@ -1,10 +1,12 @@
-"""`mowa.load`, `mowa.accelerate` and `mowa.restore`."""
+"""`mowa.load`, `mowa.accelerate` and `mowa.restore`, and the run that `mowa.train` returns."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -12,13 +14,14 @@ from mowa import loading
 from mowa.adapters import causal
 from mowa.adapters.loading import is_adapter, load_adapter, read_base_name
 from mowa.errors import ModelError
-from mowa.io.hub import resolve_model
+from mowa.io.atomic import read_json
+from mowa.io.hub import fetch_config
 from mowa.loading.checkpoint import read_family
 from mowa.models.causal import accelerate as accelerate_model
 from mowa.models.causal.accelerate import Change, accelerate, restore
 from mowa.types import AnyModel, CausalModel, CTCModel
 
-__all__ = ["Change", "accelerate", "load", "restore"]
+__all__ = ["Change", "Run", "accelerate", "load", "restore"]
 
 log = logging.getLogger("mowa")
 
@@ -105,9 +108,53 @@ def load(
     return model
 
 
+@dataclass(frozen=True)
+class Run:
+    """A finished training run: the folder with its checkpoint or adapter."""
+
+    folder: Path
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """The content of report.json: metrics of every data set, numbers of parameters, versions."""
+        return read_json(self.folder / "report.json")
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Metrics of every dev and test set, by name."""
+        metrics: dict[str, Any] = self.report["metrics"]
+        return metrics
+
+    @cached_property
+    def model(self) -> AnyModel:
+        """The trained model, loaded from the folder; an adapter over its base model."""
+        return load(self.folder)
+
+
+def resolve_model(
+    model: Run | str | Path | AnyModel,
+    *,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> AnyModel:
+    """Return a model: itself, that of a run, or the one with this name; with `adapter`, the adapter over it."""
+    if isinstance(model, str | Path):
+        return load(model, adapter=adapter, revision=revision, offline=offline)
+    loaded = model.model if isinstance(model, Run) else model
+    return loaded if adapter is None else load_adapter(loaded, adapter)
+
+
+def read_task(name: str | Path, *, revision: str | None = None, offline: bool = False) -> str:
+    """Return the task of a model or adapter, without fetching weights. Raises ModelError as `load`."""
+    name = read_base_name(Path(name)) if is_adapter(Path(name)) else str(name)
+    folder = fetch_config(name, revision=revision, offline=offline)
+    return read_family(folder, name).task
+
+
 def _stored_dtype(name: str, revision: str | None, offline: bool) -> str:
     """Return the dtype of a language model's checkpoint; float32 for a speech model."""
-    folder = resolve_model(name, revision=revision, offline=offline).folder
+    folder = fetch_config(name, revision=revision, offline=offline)
     if read_family(folder, name).task == "ctc":
         return "float32"
     return str(causal.stored_dtype(folder)).removeprefix("torch.")

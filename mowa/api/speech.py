@@ -10,35 +10,38 @@ from typing import IO, Any, TypeAlias, overload
 import numpy as np
 import torch
 
+from mowa.api.models import Run
 from mowa.data.audio import find_audio_files
 from mowa.data.audio.values import to_audio_source
-from mowa.engines import transcription
+from mowa.decode.stream import DEFAULT_ENDPOINTING, EndpointConfig, TranscriptionStream
+from mowa.engines import streaming, transcription
 from mowa.engines.protocol import Engine
 from mowa.engines.settings import EngineSpec, TranscriptionSettings
-from mowa.engines.streaming import stream
+from mowa.engines.streaming import StreamingConfig
 from mowa.errors import AudioError
 from mowa.types import CTCModel, Failure, Transcript
 
-__all__ = ["AudioInput", "stream", "transcribe"]
+__all__ = ["AudioInput", "SpeechModel", "stream", "transcribe"]
 
+SpeechModel: TypeAlias = str | Path | Run | CTCModel | Engine
 AudioInput: TypeAlias = str | Path | bytes | IO[bytes] | np.ndarray | torch.Tensor | Mapping[str, Any]
 
 
 @overload
 def transcribe(
-    audio: AudioInput, model: str | CTCModel | Engine | None = ..., *, sampling_rate: int | None = ..., **options: Any
+    audio: AudioInput, model: SpeechModel | None = ..., *, sampling_rate: int | None = ..., **options: Any
 ) -> Transcript: ...
 @overload
 def transcribe(
     audio: Iterable[AudioInput],
-    model: str | CTCModel | Engine | None = ...,
+    model: SpeechModel | None = ...,
     *,
     sampling_rate: int | None = ...,
     **options: Any,
 ) -> Iterator[Transcript | Failure]: ...
 def transcribe(
     audio: AudioInput | Iterable[AudioInput],
-    model: str | CTCModel | Engine | None = None,
+    model: SpeechModel | None = None,
     *,
     sampling_rate: int | None = None,
     adapter: str | Path | None = None,
@@ -59,7 +62,7 @@ def transcribe(
             `data.audio.values.to_audio_source`); or a list or iterator of these, in which a folder stands for the
             recordings in it.
         model: an alias, a folder (also of an export or an adapter), a Hub id, a `Model`, or an engine that
-            `mowa.open_engine` returned; None is the adapter's base model, or pl-tiny.
+            `mowa.open_engine` returned, a `Run`; None is the adapter's base model, or pl-tiny.
         sampling_rate: of arrays, in Hz.
         adapter: an adapter's folder, or the name of one that the engine was opened with.
         word_timestamps: return words with their times; without, only the text of each segment.
@@ -76,7 +79,7 @@ def transcribe(
         MowaError: the model cannot be loaded, or a single recording cannot be read.
     """
     spec = EngineSpec("", None if adapter is None else adapter, revision, offline, engine, device, dtype, threads)
-    loaded = transcription.open_engine(model, spec)
+    loaded = _open_engine(model, spec)
     outcomes = transcription.iter_transcripts(
         _sources(audio, sampling_rate), loaded, TranscriptionSettings(**settings), on_progress=on_progress
     )
@@ -88,6 +91,38 @@ def transcribe(
     if isinstance(outcome, Failure):
         raise outcome.error
     return outcome
+
+
+def stream(
+    model: SpeechModel | None = None,
+    *,
+    adapter: str | Path | None = None,
+    engine: str = "pytorch",
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    endpointing: EndpointConfig = DEFAULT_ENDPOINTING,
+    **config: Any,
+) -> TranscriptionStream:
+    """Open a live stream: `feed(samples)` returns what became known, `close()` the rest. docs/live.md shows it.
+
+    Args:
+        model: as in `mowa.transcribe`. Streams over one engine share its weights and may be fed from different threads.
+        endpointing: when a segment ends.
+        config: fields of `StreamingConfig`: mode, chunk_s, left_context_s and lookahead_s.
+        adapter, engine, device, dtype, threads, revision, offline: as in `mowa.transcribe`.
+
+    Raises:
+        ModelError: the model or engine does not support the configuration, or as `mowa.load`.
+    """
+    spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads)
+    return streaming.stream(_open_engine(model, spec), StreamingConfig(**config), endpointing)
+
+
+def _open_engine(model: SpeechModel | None, spec: EngineSpec) -> Engine:
+    return transcription.open_engine(model.folder if isinstance(model, Run) else model, spec)
 
 
 def _is_single(audio: Any) -> bool:

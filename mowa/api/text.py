@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, overload
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 
-from mowa.api.models import load
+from mowa.api.models import Run, resolve_model
 from mowa.engines import generation
 from mowa.engines.generation import GenerationSettings, Prompt
 from mowa.errors import DataError
 from mowa.tasks.verbs import require_causal
 from mowa.types import CausalModel, Generation
 
-__all__ = ["GenerationSettings", "Prompt", "generate"]
+__all__ = ["GenerationSettings", "Prompt", "TextModel", "generate"]
+
+TextModel: TypeAlias = str | Path | Run | CausalModel
 
 
 @overload
-def generate(model: str | CausalModel, prompt: str, *, stream: Literal[False] = ..., **options: Any) -> Generation: ...
+def generate(model: TextModel, prompt: str, *, stream: Literal[False] = ..., **options: Any) -> Generation: ...
 @overload
 def generate(
-    model: str | CausalModel, prompt: list[str], *, stream: Literal[False] = ..., **options: Any
+    model: TextModel, prompt: list[str], *, stream: Literal[False] = ..., **options: Any
 ) -> list[Generation]: ...
 @overload
 def generate(
-    model: str | CausalModel, prompt: Sequence[dict[str, Any]], *, stream: Literal[False] = ..., **options: Any
+    model: TextModel, prompt: Sequence[dict[str, Any]], *, stream: Literal[False] = ..., **options: Any
 ) -> Generation: ...
 @overload
-def generate(model: str | CausalModel, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+def generate(model: TextModel, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
 def generate(
-    model: str | CausalModel,
+    model: TextModel,
     prompt: Any,
     *,
     stream: bool = False,
@@ -43,7 +46,7 @@ def generate(
     """Generate an answer with a language model.
 
     Args:
-        model: a language model, or its name as in `mowa.load`.
+        model: a language model, its name or folder as in `mowa.load`, or a `Run`.
         prompt: a text, a conversation (a list of messages {"role", "content"}), or a list of either.
         stream: return an iterator of pieces of text instead; one prompt only.
         system: system message before a text.
@@ -61,7 +64,7 @@ def generate(
     """
     if threads:
         torch.set_num_threads(threads)
-    loaded = require_causal(load(model) if isinstance(model, str) else model, "generate")
+    loaded = require_causal(resolve_model(model), "generate")
     options = GenerationSettings(**{**settings, "stop": _as_tuple(settings.get("stop", ()))})
     single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
     prompts = [_with_system(one, system) for one in ([prompt] if single else prompt)]

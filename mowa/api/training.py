@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from mowa import loading
-from mowa.api.models import load
-from mowa.errors import ModelError, RecipeError
-from mowa.io.atomic import read_json
-from mowa.io.hub import fetch_config
-from mowa.loading.checkpoint import read_family
-from mowa.training.config import dispatch, schema
-from mowa.training.config.causal import CausalRecipe
-from mowa.training.config.dispatch import Recipe
-from mowa.training.distributed import launch
-from mowa.training.distributed.process import is_worker_process
+from mowa.api.models import Run
+from mowa.errors import ModelError
+from mowa.training.config import dispatch
+from mowa.training.config.dispatch import SECTIONS, Recipe
 from mowa.types import AnyModel, Model
 
-__all__ = ["Run", "distill", "train"]
+__all__ = ["Run", "distill", "read_recipe", "train"]
 
 Data = str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished training run: the folder with its checkpoint or adapter."""
-
-    folder: Path
-
-    @cached_property
-    def report(self) -> dict[str, Any]:
-        """The content of report.json: metrics of every data set, numbers of parameters, versions."""
-        return read_json(self.folder / "report.json")
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """Metrics of every dev and test set, by name."""
-        metrics: dict[str, Any] = self.report["metrics"]
-        return metrics
-
-    @cached_property
-    def model(self) -> AnyModel:
-        """The trained model, loaded from the folder; an adapter over its base model."""
-        return load(self.folder)
 
 
 def train(
@@ -83,17 +51,16 @@ def train(
         MissingDependency: a package for training is not installed.
     """
     loaded = model if isinstance(model, Model) else None
-    named = {"data.train": data, "data.dev": dev, "data.test": test, "method": method}
-    overrides = {key: _plain(value) for key, value in named.items() if value is not None}
-    if model is not None:
-        overrides["model"] = _load_name(loaded) if loaded is not None else str(model)
-    found = _read_recipe(recipe, overrides | _flatten(options))
-    folder = Path(out)
-    if launch.needs_launcher(found) and not is_worker_process():
-        launch.launch_workers(found, folder, threads=threads)
-    else:
-        dispatch.train(found, loaded or _load_for(found), folder, threads=threads)
-    return Run(folder)
+    name = model if loaded is None else _load_name(loaded)
+    named = {"model": name, "data.train": data, "data.dev": dev, "data.test": test, "method": method}
+    overrides = {key: value for key, value in named.items() if value is not None}
+    found = read_recipe(recipe, **overrides, **options)
+    return Run(dispatch.train(found, Path(out), model=loaded, threads=threads))
+
+
+def read_recipe(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, **options: Any) -> Recipe:
+    """Return the complete recipe that `train` would follow. Raises RecipeError as `train`."""
+    return dispatch.resolve_recipe(recipe, _flatten(options))
 
 
 def distill(teacher: str | Path, student_layers: int, *, out: str | Path, data: Data, dev: Data, **options: Any) -> Run:
@@ -109,35 +76,18 @@ def distill(teacher: str | Path, student_layers: int, *, out: str | Path, data: 
 
     Raises: as `train`.
     """
-    distillation = {"distillation": {"student_layers": student_layers}}
-    return train({"task": "ctc"} | distillation, model=teacher, out=out, data=data, dev=dev, **options)
+    tree = {"task": "ctc", "distillation": {"student_layers": student_layers}}
+    return train(tree, model=teacher, out=out, data=data, dev=dev, **options)
 
 
-def _read_recipe(recipe: Any, overrides: dict[str, Any]) -> Recipe:
-    if isinstance(recipe, str | Path):
-        return dispatch.read_recipe(Path(recipe), overrides)
-    if is_dataclass(recipe) and not isinstance(recipe, type):
-        if not overrides:
-            return cast(Recipe, recipe)
-        import yaml
-
-        recipe = yaml.safe_load(schema.to_yaml(recipe))
-    tree = schema.apply_overrides(dict(recipe or {}), dispatch.expand_leaf_names(overrides))
-    if "model" not in tree:
-        raise RecipeError("train: name a model, or a recipe")
-    if "task" not in tree:
-        tree["task"] = read_family(fetch_config(str(tree["model"])), str(tree["model"])).task
-    return dispatch.parse(tree, "train")
-
-
-def _flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optimizer": {"max_steps": 20}} → {"optimizer.max_steps": 20}"""
+def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
+    """{"optimizer": {"max_steps": 20}} → {"optimizer.max_steps": 20}; the value of a key may be a mapping."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+        if key in SECTIONS and isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": _plain(inner) for name, inner in value.items()}
         else:
-            flat[f"{prefix}{key}"] = _plain(value)
+            flat[key] = _plain(value)
     return flat
 
 
@@ -157,12 +107,3 @@ def _load_name(model: AnyModel) -> str:
         )
     origin = model.origin
     return f"{origin.source}@{origin.revision}" if origin.revision else origin.name
-
-
-def _load_for(recipe: Recipe) -> AnyModel:
-    """Load the recipe's model in the dtype in which it is trained, without a head where a new one is trained."""
-    if not isinstance(recipe, CausalRecipe):
-        return loading.load(recipe.model, task="ctc", require_head=recipe.vocabulary != "new")
-    from mowa.training.causal.setup import resolve_base_dtype
-
-    return loading.load(recipe.model, task="causal", dtype=resolve_base_dtype(recipe, fetch_config(recipe.model)))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -16,76 +14,48 @@ from mowa.errors import DataError, MowaError
 
 if TYPE_CHECKING:
     from mowa.engines.batch import CorpusSource
-    from mowa.engines.settings import EngineSpec, TranscriptionSettings, WorkerPool
+    from mowa.engines.results import ResultsFile
+    from mowa.engines.selection import EngineChoice
+    from mowa.engines.settings import WorkerPool
     from mowa.types import Failure
 
 
-def transcribe_batch(
-    source: CorpusSource,
-    spec: EngineSpec,
-    settings: TranscriptionSettings,
-    path: Path,
-    *,
-    retry_failed: bool,
-    decode_threads: int | None,
-    allow_remote: bool,
-    cluster: tuple[str, WorkerPool] | None,
-) -> int:
-    """Transcribe `source` into the results log at `path`; `cluster` is the Ray address and the worker pool, if any.
-
-    Return the exit code: 2 if any recording in the log failed, else 0.
-    """
-    from mowa.engines import batch, ray_data
-    from mowa.engines.results import ResultsFile
-    from mowa.engines.transcription import load_engine
-
-    choice = load_engine(spec)
-    engine = choice.engine
-    if spec.engine == "auto":
-        click.echo(choice.reason, err=True)
-    shard = f"{source.shard[0]}/{source.shard[1]}" if source.shard else ""
-    header = batch.build_header(engine, settings, adapter=spec.adapter, shard=shard)
-    with ResultsFile.open(path, header, retry_failed=retry_failed) as results:
-        if results.done_ids:
-            click.echo(f"{path}: resuming, {len(results.done_ids)} recordings are already in it", err=True)
-        try:
-            with _progress(source, results.done_ids) as bar:
-
-                def on_failure(failure: Failure) -> None:
-                    bar.clear()
-                    click.echo(f"mowa: {failure.error}", err=True)
-
-                options: Any = {"allow_remote": allow_remote, "on_progress": bar.update, "on_failure": on_failure}
-                if cluster is None:
-                    batch.transcribe_corpus(
-                        source.examples(), engine, settings, results, decode_threads=decode_threads, **options
-                    )
-                else:
-                    address, workers = cluster
-                    spec = replace(spec, engine=engine.name, dtype=engine.dtype)
-                    ray_data.transcribe_on_ray(
-                        source, spec, settings, results, address=address, workers=workers, **options
-                    )
-        except KeyboardInterrupt:
-            click.echo(f"{path}: {len(results.done_ids)} recordings are in it; rerun the command to resume", err=True)
-            raise
-        click.echo(f"{path}: {len(results.done_ids)} recordings, {results.num_failed} failed", err=True)
-        return 2 if results.num_failed else 0
-
-
-@contextmanager
-def _progress(source: CorpusSource, done_ids: set[str]) -> Iterator[Any]:
-    """Yield the progress bar. On a terminal, a thread sums up the duration of the corpus for the bar's total."""
+def transcribe_batch(source: CorpusSource, path: Path, model: str | None, **options: Any) -> int:
+    """Run `mowa.transcribe_corpus` with a progress bar. Return the exit code: 2 if any recording failed, else 0."""
+    import mowa
     from mowa.cli import output
 
     stop = Event()
-    with output.audio_progress(None) as bar:
+    done: Collection[str] = ()
+
+    def on_open(choice: EngineChoice, log: ResultsFile) -> None:
+        nonlocal done
+        done = log.done_ids
+        if options["engine"] == "auto":
+            click.echo(choice.reason, err=True)
+        if done:
+            click.echo(f"{path}: resuming, {len(done)} recordings are already in it", err=True)
         if sys.stderr.isatty():
-            Thread(target=_sum_durations, args=(source, frozenset(done_ids), bar, stop), daemon=True).start()
+            Thread(target=_sum_durations, args=(source, frozenset(done), bar, stop), daemon=True).start()
+
+    def on_failure(failure: Failure) -> None:
+        bar.clear()
+        click.echo(f"mowa: {failure.error}", err=True)
+
+    callbacks: Any = {"on_open": on_open, "on_failure": on_failure}
+    parts: Any = {"split": source.split, "columns": source.columns, "shard": source.shard}
+    with output.audio_progress(None) as bar:
         try:
-            yield bar
+            found = mowa.transcribe_corpus(
+                source.sources, path, model, on_progress=bar.update, **parts, **callbacks, **options
+            )
+        except KeyboardInterrupt:
+            click.echo(f"{path}: {len(done)} recordings are in it; rerun the command to resume", err=True)
+            raise
         finally:
             stop.set()
+    click.echo(f"{path}: {found.recordings} recordings, {found.failed} failed", err=True)
+    return 2 if found.failed else 0
 
 
 def _sum_durations(source: CorpusSource, done_ids: frozenset[str], bar: Any, stop: Event) -> None:

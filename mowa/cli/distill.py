@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from mowa import hardware
 from mowa.cli import recipe_options
-from mowa.cli.train import launch_training
+from mowa.errors import RecipeError
 from mowa.training.config import schema
 from mowa.training.config.ctc import CTCRecipe
-from mowa.training.distributed.process import is_main_process
+from mowa.training.distributed.process import is_worker_process
 
 FIXED_KEYS = ("task", "model", "method", "vocabulary", "distillation.student_layers", "batch.packing")
 
@@ -30,17 +31,18 @@ def distill(context: click.Context, model: str, student_layers: int, out: Path, 
     hidden states. Training recordings need no transcripts; the --dev set does. Every `mowa train` option is accepted,
     e.g. --distillation.temperature 2.
     """
-    from mowa.errors import RecipeError
-    from mowa.training.config import ctc
-
     settings = recipe_options.collect_overrides(context)
-    if missing := [recipe_options.FLAG_BY_KEY[path] for path in ("data.train", "data.dev") if path not in settings]:
+    if missing := [recipe_options.FLAG_BY_KEY[key] for key in ("data.train", "data.dev") if key not in settings]:
         raise RecipeError(
             f"missing {' and '.join(missing)}: distillation needs training recordings (--data) and transcribed"
             " recordings to evaluate on (--dev)"
         )
-    tree = schema.apply_overrides({}, settings | {"model": model, "distillation.student_layers": student_layers})
-    if launch_training(ctc.parse(tree, "command line"), out, threads) and is_main_process():
+    hardware.enable_huge_pages()
+    import mowa
+
+    data, dev = settings.pop("data.train"), settings.pop("data.dev")
+    mowa.distill(model, student_layers, out=out, data=data, dev=dev, threads=threads, **settings)
+    if not is_worker_process():
         click.echo(str(out))
 
 

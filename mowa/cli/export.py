@@ -50,25 +50,16 @@ def export(
     The result is loaded again and compared with the model before the folder is created. `mowa transcribe -m FOLDER`
     runs formats that have an engine here; `mowa quantize` measures what a scheme costs in accuracy.
     """
-    from mowa.adapters import checkpoint
-    from mowa.exporters import protocol
-    from mowa.loading.ctc import load
-    from mowa.quantization import calibration, quantize, schemes
+    import mowa
+    from mowa.quantization import schemes
 
-    parsed = schemes.parse_scheme(scheme)
-    protocol.get_exporter(to).require_packages()
     options = _exporter_options(to, format_options)
-    loaded = load(model, revision=revision, offline=offline)
-    loaded = loaded if adapter is None else checkpoint.load_adapter(loaded, adapter)
-    clips = None
-    if calibration_data and schemes.calibration_reason(parsed):
-        clips = calibration.load_clips(calibration_data, loaded, split=calibration_split)
     with output.stage_progress() as on_progress:
-        quantized = quantize(
-            loaded, parsed, clips, on_progress=lambda fraction: on_progress(f"{scheme}: quantizing", fraction)
-        )
-        on_progress(f"{scheme}: writing {to}", 1.0)
-        artifact = protocol.export(quantized, to, out, **options)
+        artifact = mowa.export(
+            model, to, out, scheme=scheme, adapter=adapter, calibration_data=calibration_data,
+            calibration_split=calibration_split, revision=revision, offline=offline,
+            on_progress=lambda fraction: on_progress(f"{scheme}: quantizing", fraction), **options,
+        )  # fmt: skip
     click.echo(f"{out}  {output.format_size(artifact.size_bytes)}, {to}, {schemes.format_scheme(artifact.scheme)}")
     if artifact.unverified_reason:
         click.echo(f"not verified on this machine: {artifact.unverified_reason}")

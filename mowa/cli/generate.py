@@ -58,9 +58,9 @@ def generate(
     if raw and system:
         raise DataError("--system needs the chat template: omit --raw")
     texts = prompts or (sys.stdin.read().strip(),)
-    from mowa import api
+    import mowa
 
-    loaded = api.load(
+    loaded = mowa.load(
         model, task="causal", adapter=adapter, device=device, dtype=dtype, revision=revision, offline=offline
     )
     options: dict[str, Any] = {
@@ -69,10 +69,10 @@ def generate(
         "chat": False if raw else None, "system": system, "threads": threads,
     }  # fmt: skip
     if as_json:
-        for text, answer in zip(texts, api.generate(loaded, list(texts), **options), strict=True):
+        for text, answer in zip(texts, mowa.generate(loaded, list(texts), **options), strict=True):
             click.echo(json.dumps({"prompt": text} | asdict(answer), ensure_ascii=False))
         return
     for text in texts:
-        for piece in api.generate(loaded, text, stream=True, **options):
+        for piece in mowa.generate(loaded, text, stream=True, **options):
             click.echo(piece, nl=False)
         click.echo()

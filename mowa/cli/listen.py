@@ -88,19 +88,18 @@ def listen(
         return _list_devices()
     hardware.enable_huge_pages()
     audio_source = _open_source(source, sample_rate, realtime, speed, input_device)
-    from mowa.engines import streaming
+    import mowa
     from mowa.engines.stream_session import StreamSession
-    from mowa.engines.transcription import load_engine, resolve_base_model
 
-    spec = EngineSpec(
-        model or resolve_base_model(adapter), adapter, revision, offline,
-        engine=engine, device=device, dtype=dtype, threads=threads,
-    )  # fmt: skip
     endpointing = replace(
         DEFAULT_ENDPOINTING, min_silence_s=min_silence_s, max_segment_s=max_segment_s, vad=not no_vad
     )
-    config = streaming.StreamingConfig(**{key: value for key, value in streaming_options.items() if value is not None})
-    session = StreamSession(streaming.stream(load_engine(spec).engine, config, endpointing))
+    given = {key: value for key, value in streaming_options.items() if value is not None}
+    stream = mowa.stream(
+        model, adapter=adapter, revision=revision, offline=offline, engine=engine, device=device, dtype=dtype,
+        threads=threads, endpointing=endpointing, **given,
+    )  # fmt: skip
+    session = StreamSession(stream)
     blocks = BufferedSource(audio_source, session.stream.encoder.rate_hz)
     with stop_on_signal(blocks) as stopped, blocks:
         writer = _event_writer(format_name)

@@ -18,6 +18,8 @@ from mowa.errors import MowaError
 COMMANDS = {
     "transcribe": ("mowa.cli.transcribe:transcribe", "Transcribe audio files."),
     "listen": ("mowa.cli.listen:listen", "Transcribe live audio as it arrives."),
+    "generate": ("mowa.cli.generate:generate", "Answer a prompt with a language model."),
+    "evaluate": ("mowa.cli.evaluate:evaluate", "Measure a model on data with known answers."),
     "results": ("mowa.cli.results:results", "Inspect, merge and convert results logs."),
     "models": ("mowa.cli.models:models", "List model aliases, supported families and cached models."),
     "doctor": ("mowa.cli.doctor:doctor", "Show hardware and installed packages, and run a self-test."),

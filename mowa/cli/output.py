@@ -58,6 +58,17 @@ def audio_progress(total_s: float | None) -> tqdm:
 
 
 @contextmanager
+def count_progress(label: str) -> Iterator[Callable[[float], None]]:
+    """Yield a callback (amount) that counts up, with rate and elapsed time; the total is not known."""
+    with tqdm(desc=label, disable=None, leave=False, bar_format="{desc} {n:.0f} [{elapsed}, {rate_noinv_fmt}]") as bar:
+
+        def on_progress(amount: float) -> None:
+            bar.update(amount)
+
+        yield on_progress
+
+
+@contextmanager
 def stage_progress() -> Iterator[Callable[[str, float], None]]:
     """Yield a callback (stage, fraction in [0, 1]) that updates a bar for work in several stages."""
     bar = tqdm(total=100, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}]", leave=False)

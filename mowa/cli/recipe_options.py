@@ -19,9 +19,7 @@ import click
 
 from mowa.errors import MowaError
 from mowa.training.config import schema
-from mowa.training.config.causal import CausalRecipe
-from mowa.training.config.ctc import CTCRecipe
-from mowa.training.config.dispatch import NO_LEAF_NAME
+from mowa.training.config.dispatch import NO_LEAF_NAME, RECIPES
 from mowa.training.config.schema import OptionSpec
 
 KEY_BY_FLAG = {
@@ -45,7 +43,6 @@ KEY_BY_FLAG = {
 """Flag → recipe key, for the options that `--help` shows. `mowa train --list-options` and docs/recipes.md show all."""
 
 ONE_LETTER_FLAGS = {"model": "-m"}
-RECIPES = {"ctc": CTCRecipe, "causal": CausalRecipe}  # the first one is the default task
 TASK_TITLES = {"ctc": "speech recognition, the default", "causal": "language models"}
 TASK_META = "mowa.task"  # key of a click context's `meta`: the task of the command line, where it names one
 LEAVES_BY_TASK = {task: {leaf.dotted: leaf for leaf in schema.iter_options(kind)} for task, kind in RECIPES.items()}

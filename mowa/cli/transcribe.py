@@ -11,7 +11,7 @@ import click
 
 from mowa import hardware
 from mowa.decode.captions import FORMAT_SUFFIXES
-from mowa.engines.settings import ENGINES, EngineSpec, TranscriptionSettings
+from mowa.engines.settings import ENGINES, TranscriptionSettings
 from mowa.errors import AudioError, DataError, MowaError
 
 if TYPE_CHECKING:
@@ -91,55 +91,49 @@ def transcribe(
     """
     hardware.enable_huge_pages()
     from mowa.cli import batch
-    from mowa.engines.transcription import resolve_base_model
 
     settings["channels"] = batch.parse_channels(settings["channels"])
-    transcription_settings = TranscriptionSettings(**settings)
-    spec = EngineSpec(
-        model or resolve_base_model(adapter), adapter, revision, offline,
-        engine=engine, device=device, dtype=dtype, threads=threads,
-    )  # fmt: skip
+    options: dict[str, Any] = settings | {
+        "adapter": adapter, "revision": revision, "offline": offline, "engine": engine, "device": device,
+        "dtype": dtype, "threads": threads,
+    }  # fmt: skip
     shard_index, column_names = batch.parse_shard(shard), batch.parse_columns(columns)
-    batch_options = (retry_failed, shard_index, split, column_names, decode_threads, allow_remote, ray)
-    if results is None and any(batch_options):
+    corpus_options = (retry_failed, shard_index, split, column_names, decode_threads, allow_remote, ray)
+    if results is None and any(corpus_options):
         raise DataError(
             "--retry-failed, --shard, --split, --column, --decode-threads, --allow-remote and --ray need --results FILE"
         )
-    if results is not None:
-        if out is not None or format_name != "text" or char_times:
-            raise DataError(
-                "--results cannot be combined with --out, --format or --char-times: convert the log afterwards with"
-                " `mowa results export`"
-            )
-        from mowa.engines.batch import CorpusSource
-
-        return batch.transcribe_batch(
-            CorpusSource(sources, split, column_names, shard_index),
-            spec,
-            transcription_settings,
-            results,
-            retry_failed=retry_failed,
-            decode_threads=decode_threads,
-            allow_remote=allow_remote,
-            cluster=(ray, batch.parse_workers(workers, worker_cpus, worker_gpus)) if ray else None,
+    if results is None:
+        debug = debug or click.get_current_context().find_root().params["debug"]
+        return _transcribe_files(sources, model, options, out, format_name, char_times, debug)
+    if out is not None or format_name != "text" or char_times:
+        raise DataError(
+            "--results cannot be combined with --out, --format or --char-times: convert the log afterwards with"
+            " `mowa results export`"
         )
-    debug = debug or click.get_current_context().find_root().params["debug"]
-    return _transcribe_files(sources, spec, transcription_settings, out, format_name, char_times, debug)
+    from mowa.engines.batch import CorpusSource
+
+    source = CorpusSource(sources, split, column_names, shard_index)
+    pool = batch.parse_workers(workers, worker_cpus, worker_gpus)
+    return batch.transcribe_batch(
+        source, results, model, retry_failed=retry_failed, decode_threads=decode_threads, allow_remote=allow_remote,
+        ray=ray or "", workers=pool, **options,
+    )  # fmt: skip
 
 
 def _transcribe_files(
     sources: tuple[str, ...],
-    spec: EngineSpec,
-    settings: TranscriptionSettings,
+    model: str | None,
+    options: dict[str, Any],
     out: Path | None,
     format_name: str,
     char_times: bool,
     debug: bool,
 ) -> int:
     """Transcribe files to standard output or into `out`; return the exit code."""
+    import mowa
     from mowa.cli import output
     from mowa.decode import captions
-    from mowa.engines.transcription import iter_transcripts, load_engine
     from mowa.types import Failure
 
     failures: list[Failure] = []
@@ -148,10 +142,9 @@ def _transcribe_files(
         _create_folder(out)
     if not files:
         return 2 if failures else 0
-    engine = load_engine(spec).engine
     names = _output_names(files, sources) if out is not None else {}
     with output.audio_progress(_total_duration_s(files)) as bar:
-        for outcome in iter_transcripts(files, engine, settings, on_progress=bar.update):
+        for outcome in mowa.transcribe(files, model, on_progress=bar.update, **options):
             if isinstance(outcome, Failure):
                 failures.append(outcome)
                 bar.clear()

@@ -33,7 +33,6 @@ from mowa.decode.stream import (
     StreamingEncoder,
     TranscriptionStream,
 )
-from mowa.engines import pytorch, selection
 from mowa.engines.onnx import OnnxEngine
 from mowa.engines.protocol import Engine, log_softmax
 from mowa.engines.pytorch import PyTorchEngine
@@ -44,16 +43,13 @@ from mowa.engines.streaming_encoders import (
     FloatArray,
     WaveformWindowEncoder,
 )
-from mowa.engines.transcription import DEFAULT_MODEL, resolve_artifact
 from mowa.errors import ModelError
-from mowa.loading.ctc import load
 from mowa.models.ctc_encoder import chunk_mask
 from mowa.models.ctc_encoder import streaming as encoder_streaming
 from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.models.ctc_encoder.chunk_mask import TrainedChunking
 from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.models.ctc_encoder.streaming import CacheShape, EagerPlan
-from mowa.types import CTCModel, Model
 
 CACHED_CHUNK_S, WINDOW_CHUNK_S, WINDOW_LEFT_CONTEXT_S, WINDOW_LOOKAHEAD_S = 0.32, 1.28, 4.0, 1.28
 
@@ -76,22 +72,14 @@ class StreamingConfig:
 
 
 def stream(
-    model: str | CTCModel | Engine | None = None,
-    config: StreamingConfig = StreamingConfig(),
-    endpointing: EndpointConfig = DEFAULT_ENDPOINTING,
+    engine: Engine, config: StreamingConfig = StreamingConfig(), endpointing: EndpointConfig = DEFAULT_ENDPOINTING
 ) -> TranscriptionStream:
-    """Open a live stream over a model: an alias, a folder, a Hub id, a `Model` or an engine; None is pl-tiny.
+    """Open a live stream over an engine. Each stream has its own VAD and state.
 
-    Streams over one engine share its weights and may be fed from different threads; each has its own VAD and state.
-    Raises ModelError if the model or engine does not support the configuration.
+    Raises ModelError if the engine does not support the configuration.
     """
-    if model is None or isinstance(model, str):
-        folder = resolve_artifact(model or DEFAULT_MODEL)
-        model = load(model or DEFAULT_MODEL) if folder is None else selection.open_artifact(folder).engine
-    engine = pytorch.open_engine(model) if isinstance(model, Model) else model
-    return TranscriptionStream(
-        create_streaming_encoder(engine, config), SileroVAD() if endpointing.vad else None, endpointing
-    )
+    encoder = create_streaming_encoder(engine, config)
+    return TranscriptionStream(encoder, SileroVAD() if endpointing.vad else None, endpointing)
 
 
 def create_streaming_encoder(engine: Engine, config: StreamingConfig = StreamingConfig()) -> StreamingEncoder:

@@ -24,14 +24,14 @@ from mowa.types import CTCModel, Example, Failure, Model, Transcript
 DEFAULT_MODEL = "pl-tiny"
 
 
-def open_engine(model: str | CTCModel | Engine | None, spec: EngineSpec) -> Engine:
+def open_engine(model: str | Path | CTCModel | Engine | None, spec: EngineSpec) -> Engine:
     """Return the engine for `model`: a name, a loaded model, or an engine, whose adapter the spec then selects.
 
     None is the adapter's base model, or pl-tiny. The engine of a name or model is selected as `mowa transcribe` does.
     Raises as `load` and `select_engine` do.
     """
-    if model is None or isinstance(model, str):
-        return load_engine(replace(spec, model=model or "")).engine
+    if model is None or isinstance(model, str | Path):
+        return load_engine(replace(spec, model=str(model or ""))).engine
     if isinstance(model, Model):
         options: Any = {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads, "adapter": spec.adapter}
         return selection.select_engine(require_ctc(model, "transcribe"), name=spec.engine, **options).engine
@@ -47,14 +47,19 @@ def load_engine(spec: EngineSpec) -> EngineChoice:
 
     An empty model is the adapter's base model, or pl-tiny.
     """
-    if is_adapter(Path(spec.model)) and spec.model not in MODEL_ALIASES and spec.adapter is None:
-        spec = replace(spec, model="", adapter=spec.model)
-    spec = replace(spec, model=spec.model or resolve_base_model(spec.adapter))
+    spec = resolve_spec(spec)
     options: Any = {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads, "adapter": spec.adapter}
     if (folder := resolve_artifact(spec.model)) is not None:
         return selection.open_artifact(folder, name=spec.engine, **options)
     model = load(spec.model, revision=spec.revision, offline=spec.offline)
     return selection.select_engine(model, name=spec.engine, **options)
+
+
+def resolve_spec(spec: EngineSpec) -> EngineSpec:
+    """Return `spec` with its model named; where it is none, or an adapter's folder: pl-tiny, or the base model."""
+    if is_adapter(Path(spec.model)) and spec.model not in MODEL_ALIASES and spec.adapter is None:
+        spec = replace(spec, model="", adapter=spec.model)
+    return replace(spec, model=spec.model or resolve_base_model(spec.adapter))
 
 
 def resolve_artifact(name: str) -> Path | None:

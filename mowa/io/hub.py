@@ -91,14 +91,14 @@ class _ConfigFetched(Exception):
     """Raised with the folder of a Hub model once its config and tokenizer are downloaded, to skip its weights."""
 
 
-def fetch_config(name: str, *, offline: bool = False) -> Path:
+def fetch_config(name: str, *, revision: str | None = None, offline: bool = False) -> Path:
     """Return a folder with the config and tokenizer of a model, without fetching weights. Raises as `resolve_model`."""
 
     def stop(folder: Path) -> None:
         raise _ConfigFetched(folder)
 
     try:
-        return resolve_model(name, offline=offline, validate=stop).folder
+        return resolve_model(name, revision=revision, offline=offline, validate=stop).folder
     except _ConfigFetched as fetched:
         folder: Path = fetched.args[0]
         return folder

@@ -62,6 +62,7 @@ class Task(Generic[Data, Run, Measured]):
     packages      packages that must be installed
     extra         extra of mowa that installs them
     versions      packages whose versions are reported
+    load          (recipe) → the model, in the dtype in which it is trained; ModelError as `mowa.load`
     validate      (recipe, model): raise RecipeError where the model does not support the recipe
     read_data     (recipe, model, output_dir) → the samples; DataError where none is left
     prepare       (recipe, model, data) → the run; changes the net in place: adapters, head, requires_grad
@@ -76,6 +77,7 @@ class Task(Generic[Data, Run, Measured]):
     packages: tuple[str, ...]
     extra: str
     versions: tuple[str, ...]
+    load: Callable[[Any], AnyModel]
     validate: Callable[[Any, AnyModel], None]
     read_data: Callable[[Any, AnyModel, Path], Data]
     prepare: Callable[[Any, AnyModel, Data], Run]

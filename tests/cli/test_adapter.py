@@ -46,11 +46,11 @@ def test_merge_writes_a_checkpoint_that_transformers_loads(run, base, tmp_path, 
     )
     assert (code, err) == (0, "")
     head, merged, alone, path = out.splitlines()
-    assert head.split() == ["log-probabilities", "max", "abs", "diff", "agreement", "frames"]
+    assert head.split() == ["compared", "max", "abs", "diff", "KL", "agreement", "positions"]
     assert merged.startswith("base + adapter → merged")
-    assert float(merged.split()[-3]) < 1e-5
+    assert float(merged.split()[-4]) < 1e-5
     assert merged.split()[-2:] == ["100.00%", "936"]
-    assert float(alone.split()[-3]) > 1e-2
+    assert float(alone.split()[-4]) > 1e-2
     assert path == str(tmp_path / "whole")
     stock = AutoModelForCTC.from_pretrained(tmp_path / "whole").eval()
     torch.testing.assert_close(logits(stock), logits(ours.net), atol=1e-5, rtol=0)
@@ -93,7 +93,7 @@ def test_a_merge_that_differs_is_not_written(run, base, tmp_path, monkeypatch):
     save_tiny_adapter(base, "lora", tmp_path / "medical")
     code, out, err = run("adapter", "merge", tmp_path / "medical", "-o", tmp_path / "whole")
     assert code == 2
-    assert out.startswith("log-probabilities")
+    assert out.startswith("compared")
     assert err.startswith("mowa: the merged checkpoint differs from base model plus")
     assert err.endswith("whole was not written\n")
     assert [path.name for path in tmp_path.iterdir()] == ["medical"]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mowa import loading
 from mowa.adapters import causal
 from mowa.cli.main import main
 from mowa.training.config import dispatch
@@ -18,7 +17,7 @@ from tests.training.causal import chats
 def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     plan = dispatch.parse(chats.recipe(folder, optimizer__max_steps=10, evaluation__eval_steps=5), "test")
-    dispatch.train(plan, loading.load(plan.model), folder / "adapter", threads=1)
+    dispatch.train(plan, folder / "adapter", threads=1)
     return folder / "adapter"
 
 
@@ -39,24 +38,24 @@ def test_show(capsys, adapter):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_merge_writes_a_checkpoint_that_agrees(capsys, adapter, tmp_path, dtype):
     code, out, err = run(capsys, "adapter", "merge", adapter, "-o", tmp_path / "whole", "--dtype", dtype)
-    assert (code, out) == (0, f"{tmp_path / 'whole'}\n"), err
-    assert f"merged in {dtype}, held-out data: " in err
+    assert (code, out.endswith(f"\n{tmp_path / 'whole'}\n")) == (0, True), err
+    assert f"merged in {dtype}, held-out data  " in out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole").dtype == getattr(torch, dtype)
 
 
 def test_merge_compares_on_data_or_on_built_in_prompts(capsys, adapter, tmp_path):
     named = chats.conversations(tmp_path / "others.jsonl", 5)
-    code, _, err = run(
+    code, out, _ = run(
         capsys, "adapter", "merge", adapter, "-o", tmp_path / "one", "--data", named, "--dtype", "float32"
     )
-    assert (code, f"{named}: " in err) == (0, True)
+    assert (code, f"merged in float32, {named}  " in out) == (0, True)
     data = adapter.parent / "chats.jsonl"
     data.rename(tmp_path / "away")
     try:
-        code, _, err = run(capsys, "adapter", "merge", adapter, "-o", tmp_path / "two", "--dtype", "float32")
+        code, out, _ = run(capsys, "adapter", "merge", adapter, "-o", tmp_path / "two", "--dtype", "float32")
     finally:
         (tmp_path / "away").rename(data)
-    assert (code, "eight built-in prompts: " in err) == (0, True)
+    assert (code, "eight built-in prompts  " in out) == (0, True)
 
 
 def test_a_merge_that_differs_is_not_written(capsys, adapter, tmp_path, monkeypatch):

@@ -278,10 +278,10 @@ def test_help_shows_only_the_short_flags_and_the_defaults_of_both_tasks():
         (["--model", "m"], "mowa: name a recipe, or give --data; `mowa train --list-options` lists all options"),
         (["lost.yaml"], "mowa: lost.yaml: no such recipe"),
         ([STAGED], f"mowa: {STAGED}: stages are not supported by mowa train; run `python -m projects.pl_tiny train"),
-        (["--model", "m", "--data", "a", "--batch.seconds", 0], "mowa: command line: batch: seconds is 0.0; it must"),
+        (["--model", "m", "--data", "a", "--batch.seconds", 0], "mowa: train: batch: seconds is 0.0; it must"),
         (
             ["RECIPE", "--epochs", 3],
-            "mowa: RECIPE sets max_steps, so --epochs would have no effect: add --max-steps 0",
+            "mowa: RECIPE sets max_steps, so epochs would have no effect: set max_steps to 0 as well",
         ),
         (["RECIPE", "--method", "top-x"], "mowa: RECIPE: method: 'top-x'"),
     ],
@@ -322,8 +322,9 @@ def calls(monkeypatch):
     seen = []
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    train = lambda recipe, model, out, *, threads: seen.append(("train", recipe, model, out, threads))  # noqa: E731
-    monkeypatch.setattr(dispatch, "train", train)
+    train = lambda task, recipe, model, out, threads: seen.append(("train", recipe, model, out, threads))  # noqa: E731
+    monkeypatch.setattr("mowa.training.loop.train", train)
+    monkeypatch.setattr(dispatch, "_read_task", lambda name: "ctc")
     monkeypatch.setattr(
         "mowa.loading.ctc.load", lambda name, **options: Model(name, get_family("wav2vec2"), None, options)
     )
@@ -341,17 +342,19 @@ def test_one_process_loads_and_trains(capsys, recipe, calls, tmp_path, vocabular
     assert (code, printed) == (0, f"{out}\n")
 
 
-def test_several_processes_are_launched_and_the_first_prints_the_folder(capsys, monkeypatch, recipe, calls, tmp_path):
+def test_several_processes_are_launched_and_only_the_launcher_prints_the_folder(
+    capsys, monkeypatch, recipe, calls, tmp_path
+):
     out = tmp_path / "out"
     expected = ctc.read_recipe(recipe, {"distributed.devices": 2})
-    assert run(capsys, recipe, "-o", out, "--devices", 2)[:2] == (0, "")
+    assert run(capsys, recipe, "-o", out, "--devices", 2)[:2] == (0, f"{out}\n")
     assert calls == [("launch", expected, out, None)]
     calls.clear()
-    for rank, printed in (("0", f"{out}\n"), ("1", "")):
+    for rank in ("0", "1"):
         for name in ("RANK", "LOCAL_RANK"):
             monkeypatch.setenv(name, rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert run(capsys, recipe, "-o", out, "--devices", 2)[:2] == (0, printed)
+        assert run(capsys, recipe, "-o", out, "--devices", 2)[:2] == (0, "")
     assert [name for name, *_ in calls] == ["train", "train"]
 
 

@@ -12,7 +12,6 @@ from mowa.adapters import checkpoint
 from mowa.data import audio
 from mowa.engines import onnx, protocol
 from mowa.engines.protocol import BatchPolicy
-from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import MissingDependency, ModelError
 from mowa.exporters import export
 from mowa.quantization import quantize
@@ -95,9 +94,7 @@ def test_recordings_are_transcribed(base, exported, tmp_path):
     file = tmp_path / "noise.wav"
     soundfile.write(file, clip(3, 20_000), 16_000)
     folder = str(base)
-    ours = next(
-        iter(mowa.iter_transcripts([file], onnx.open_engine(mowa.load(folder)), TranscriptionSettings(vad_threshold=0)))
-    )
+    ours = mowa.transcribe(file, onnx.open_engine(mowa.load(folder)), vad_threshold=0.0)
     theirs = mowa.transcribe(file, folder, device="cpu", dtype="float32", vad_threshold=0.0)
     assert ours.text == theirs.text
     assert ours.text

@@ -14,7 +14,6 @@ import mowa
 from mowa.data import audio
 from mowa.engines import protocol
 from mowa.engines.protocol import BatchPolicy
-from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import MissingDependency, ModelError
 from mowa.exporters.protocol import export
 from mowa.kernels.quant.linear import QuantizedLinear
@@ -95,8 +94,7 @@ def test_the_transcript_is_that_of_the_pytorch_engine(exported):
     base, out = exported
     file = EXAMPLES / "dzien-dobry.flac"
     theirs = mowa.transcribe(file, str(base), device="cpu", dtype="float32").text
-    settings = TranscriptionSettings()
-    ours = next(iter(mowa.iter_transcripts([file], engines.open_engine(out), settings))).text
+    ours = mowa.transcribe(file, out).text
     assert ours == theirs
     assert len(theirs) > 20
     command = [sys.executable, str(EXAMPLES / "run_ctranslate2.py"), str(out), str(file)]

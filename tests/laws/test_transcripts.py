@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import mowa
 from mowa.data import audio
-from mowa.engines.transcription import TranscriptionSettings
 from tests.checkpoints import KINDS, clip, tiny
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -51,8 +50,7 @@ def alone(engine, files):
 @given(order=st.permutations(range(7)), count=st.integers(1, 7), batch_s=st.sampled_from([1.0, 4.0, 32.0]))
 def test_batches_and_order_do_not_matter(engine, files, alone, order, count, batch_s):
     chosen = [files[index] for index in order[:count]]
-    settings = TranscriptionSettings(window_s=2.0, context_s=0.5, vad_threshold=0.0, batch_s=batch_s)
-    together = list(mowa.iter_transcripts(chosen, engine, settings))
+    together = list(mowa.transcribe(chosen, engine, window_s=2.0, context_s=0.5, vad_threshold=0.0, batch_s=batch_s))
     assert [outcome.file for outcome in together] == [str(file) for file in chosen]
     for outcome in together:
         expected = alone[outcome.file]

@@ -164,7 +164,7 @@ def test_the_result_is_a_stock_checkpoint_that_quantize_does_not_change(base, ma
         manifest_used = str(Path(manifest).parent / "mute.jsonl")
         Path(manifest_used).write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = plan(base, manifest, qat=to, **{"data.train": [{"path": manifest_used}], "method": "encoder"})
-    out = dispatch.train(recipe, loading.load(str(base)), tmp_path / "out", threads=1)
+    out = dispatch.train(recipe, tmp_path / "out", threads=1)
     net = AutoModelForCTC.from_pretrained(out)
     model = loading.load(str(out))
     assert net.config.qat == {"scheme": qat.SCHEMES[to], "group_size": 32 if to == "int4" else 0}
@@ -183,7 +183,7 @@ def test_training_reduces_the_loss_from_rounding(base, manifest, tmp_path):
         base, manifest, **{"optimizer.max_steps": 40, "evaluation.eval_steps": 40, "distillation.ctc_weight": 0.0}
     )
     teacher = loading.load(str(base))
-    out = dispatch.train(recipe, loading.load(str(base)), tmp_path / "out", threads=1)
+    out = dispatch.train(recipe, tmp_path / "out", threads=1)
     values = torch.randn(4, 8000, generator=torch.Generator().manual_seed(0))
 
     def divergence(model):
@@ -196,7 +196,7 @@ def test_training_reduces_the_loss_from_rounding(base, manifest, tmp_path):
 
 def test_a_resumed_run_ends_in_the_same_bits(base, manifest, tmp_path, monkeypatch):
     recipe = plan(base, manifest)
-    whole = dispatch.train(recipe, loading.load(str(base)), tmp_path / "whole", threads=1)
+    whole = dispatch.train(recipe, tmp_path / "whole", threads=1)
     marked = checkpoints.MarkCompleteCallback.on_save
 
     def broken(self, args, state, control, **more):
@@ -206,8 +206,8 @@ def test_a_resumed_run_ends_in_the_same_bits(base, manifest, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.MarkCompleteCallback, "on_save", broken)
         with pytest.raises(KeyboardInterrupt):
-            dispatch.train(recipe, loading.load(str(base)), tmp_path / "broken", threads=1)
-    out = dispatch.train(recipe, loading.load(str(base)), tmp_path / "broken", threads=1)
+            dispatch.train(recipe, tmp_path / "broken", threads=1)
+    out = dispatch.train(recipe, tmp_path / "broken", threads=1)
     ours, theirs = (AutoModelForCTC.from_pretrained(folder).state_dict() for folder in (out, whole))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
@@ -224,7 +224,7 @@ def test_a_resumed_run_ends_in_the_same_bits(base, manifest, tmp_path, monkeypat
 )
 def test_it_combines_with_other_options(base, manifest, tmp_path, settings):
     recipe = plan(base, manifest, **{"optimizer.max_steps": 2, "evaluation.eval_steps": 2} | settings)
-    out = dispatch.train(recipe, loading.load(str(base)), tmp_path / "out", threads=1)
+    out = dispatch.train(recipe, tmp_path / "out", threads=1)
     model = loading.load(str(out))
     quantized = quantize(model, replace(parse_scheme("int4-weight"), group_size=recipe.qat_group_size))
     for name in qat.select_linears(model.net, model.family, "int4", recipe.qat_group_size)[0]:
@@ -236,7 +236,7 @@ def test_fine_tuning_without_qat_removes_the_config_entry(base, manifest, tmp_pa
         plan(base, manifest, **{"optimizer.max_steps": 1}), loading.load(str(base)), tmp_path / "one", threads=1
     )
     again = plan(first, manifest, qat="none", **{"optimizer.max_steps": 1})
-    second = dispatch.train(again, loading.load(str(first)), tmp_path / "two", threads=1)
+    second = dispatch.train(again, tmp_path / "two", threads=1)
     assert "qat" in json.loads((first / "config.json").read_text())
     assert "qat" not in json.loads((second / "config.json").read_text())
 

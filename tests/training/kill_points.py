@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
-from mowa import loading
 from mowa.training.config import dispatch, schema
 from mowa.training.config.ctc import parse
 from projects.pl_tiny import pretrain
@@ -87,7 +86,7 @@ def make_run(kind: str, folder: Path):
     if kind == "causal":
         tree = chats.recipe(folder, optimizer__max_steps=3, evaluation__eval_steps=1)
         recipe = dispatch.parse(schema.apply_overrides(tree, {"data.max_eval_samples": 4}), "test")
-        return lambda out: dispatch.train(recipe, loading.load(recipe.model), out, threads=1)
+        return lambda out: dispatch.train(recipe, out, threads=1)
     manifest = corpus(folder / "corpus", 8)
     if kind == "ctc":
         base = tiny(folder / "base", conv_dim=(8,) * 7, intermediate_size=32, num_hidden_layers=1)
@@ -99,7 +98,7 @@ def make_run(kind: str, folder: Path):
             "evaluation": {"eval_steps": 1, "log_examples": 0},
         }
         recipe = parse(tree, "test")
-        return lambda out: dispatch.train(recipe, loading.load(recipe.model), out, threads=1)
+        return lambda out: dispatch.train(recipe, out, threads=1)
     how = OptimizerConfig(
         max_steps=3, batch_s=1.0, shortest_first=1, warmup_steps=1, bf16=False, eval_steps=1, average_checkpoints=2
     )

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from mowa import loading
 from mowa.adapters import lora
 from mowa.data.chat.tokenize import TokenizedSample
 from mowa.errors import RecipeError
+from mowa.io.hub import fetch_config
 from mowa.models.causal import fused_modules
 from mowa.tasks import causal
 from mowa.training.causal.batches import plan_batches
@@ -88,6 +90,11 @@ def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> C
     max_steps = len(batches) // recipe.batches_per_step
     trained = replace(model, net=net)
     return CausalRun(recipe, trained, splits, max_steps, resolve_eval_steps(recipe, max_steps), batches)
+
+
+def load(recipe: CausalRecipe) -> CausalModel:
+    """Load the checkpoint in the dtype of `resolve_base_dtype`."""
+    return loading.causal.load(recipe.model, dtype=resolve_base_dtype(recipe, fetch_config(recipe.model)))
 
 
 def resolve_base_dtype(recipe: CausalRecipe, folder: Path) -> str:

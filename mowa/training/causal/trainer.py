@@ -239,6 +239,7 @@ TASK = Task(
     packages=("accelerate", "datasets", "matplotlib", "peft", "trl"),
     extra="text",
     versions=("transformers", "trl", "peft"),
+    load=setup.load,
     validate=setup.validate,
     read_data=setup.read_data,
     prepare=setup.prepare,

@@ -97,9 +97,14 @@ def to_yaml(value: Any) -> str:
 
     Dumper.add_representer(str, represent_str)
     Dumper.add_representer(float, represent_float)
-    plain = json.loads(json.dumps(dataclasses.asdict(value)))  # tuples become lists
-    written: str = yaml.dump(plain, Dumper=Dumper, allow_unicode=True, sort_keys=False, width=120)
+    written: str = yaml.dump(to_tree(value), Dumper=Dumper, allow_unicode=True, sort_keys=False, width=120)
     return written
+
+
+def to_tree(value: Any) -> dict[str, Any]:
+    """Return a dataclass as plain values, with every option; `from_dict` reads it back to an equal value."""
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(value)))  # tuples become lists
+    return tree
 
 
 def write_yaml(value: Any, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mowa import loading
 from mowa.adapters import bottleneck, freeze, head, lora
 from mowa.errors import RecipeError
 from mowa.kernels.quant.linear import QuantizedLinear
@@ -37,6 +38,11 @@ class CTCRun:
     distillation: DistillationLoss | None
     chunks: ChunkSchedule | None
     notes: tuple[str, ...]
+
+
+def load(recipe: CTCRecipe) -> CTCModel:
+    """Load the checkpoint, without a head where a new one is trained."""
+    return loading.ctc.load(recipe.model, require_head=recipe.vocabulary != "new")
 
 
 def validate(recipe: CTCRecipe, model: CTCModel) -> None:

@@ -176,6 +176,7 @@ TASK = Task(
     packages=("accelerate", "jiwer", "matplotlib"),
     extra="train",
     versions=("transformers",),
+    load=setup.load,
     validate=setup.validate,
     read_data=setup.read_data,
     prepare=setup.prepare,

@@ -22,7 +22,7 @@ from tests.training.causal import chats
 
 def train(folder, out="out", **overrides):
     recipe = dispatch.parse(chats.recipe(folder, **overrides), "test")
-    dispatch.train(recipe, loading.load(recipe.model), folder / out, threads=1)
+    dispatch.train(recipe, folder / out, threads=1)
     return folder / out
 
 
@@ -179,7 +179,7 @@ def test_acceleration_is_undone_when_a_run_is_stopped(tmp_path):
     )
     model = loading.load(recipe.model)
     with pytest.raises(TrainingStopped):
-        dispatch.train(recipe, model, tmp_path / "out", threads=1)
+        dispatch.train(recipe, tmp_path / "out", model=model, threads=1)
     assert not accelerate._UNDO.get(model.net)
     assert model.net.config._attn_implementation != "mowa"
 
@@ -212,7 +212,7 @@ def test_errors_before_training(tmp_path, overrides, error, message):
 def test_a_model_of_another_task_is_refused(tmp_path):
     recipe = dispatch.parse({"model": str(chats.model(tmp_path / "base")), "data": {"train": "none"}}, "test")
     with pytest.raises(RecipeError, match="is a language model; set task: causal"):
-        dispatch.train(recipe, loading.load(recipe.model), tmp_path / "out")
+        dispatch.train(recipe, tmp_path / "out")
 
 
 def test_another_recipe_in_the_same_folder_is_refused(adapter):

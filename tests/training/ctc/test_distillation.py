@@ -99,7 +99,7 @@ def test_distillation_reduces_the_divergence_from_the_teacher(base, tmp_path, te
     )
     teacher = loading.load(str(base))
     initial = distillation.init_student(loading.load(str(base)), 3)
-    out = dispatch.train(recipe, copy.deepcopy(teacher), tmp_path / "out", threads=1)
+    out = dispatch.train(recipe, tmp_path / "out", model=copy.deepcopy(teacher), threads=1)
     finished = AutoModelForCTC.from_pretrained(out)
     assert finished.config.num_hidden_layers == 3
     values = torch.randn(4, 8000, generator=torch.Generator().manual_seed(0))

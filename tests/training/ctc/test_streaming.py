@@ -57,7 +57,7 @@ def make_recipe(base, manifest, **overrides):
 
 
 def run(recipe, out):
-    return dispatch.train(recipe, loading.load(recipe.model), out, threads=1)
+    return dispatch.train(recipe, out, threads=1)
 
 
 def make_module(base, manifest, tmp_path, **overrides):
@@ -182,7 +182,7 @@ def test_a_fine_tuned_checkpoint_streams(base, manifest, tmp_path):
     assert [row["step"] for row in rows if "eval_dev-streaming_wer" in row] == [0, 2, 4]
     assert [row["step"] for row in rows if "eval_dev_wer" in row] == [0, 2, 4]
     samples = clip(1, 32_000)
-    stream = mowa.stream(model, StreamingConfig("cached", 0.1), EndpointConfig(vad=False))
+    stream = mowa.stream(model, mode="cached", chunk_s=0.1, endpointing=EndpointConfig(vad=False))
     assert [event for event in (*stream.feed(samples), *stream.close())]
     encoder = create_streaming_encoder(mowa.open_engine(model, device="cpu", dtype="float32"), StreamingConfig("auto"))
     assert (encoder.lookahead_frames, encoder.left_frames) == (2, 50)

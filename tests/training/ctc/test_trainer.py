@@ -55,7 +55,7 @@ def recipe(base, manifest, **overrides):
 
 def run(recipe, out):
     model = loading.load(recipe.model, require_head=recipe.vocabulary != "new")
-    return dispatch.train(recipe, model, out, threads=1)
+    return dispatch.train(recipe, out, model=model, threads=1)
 
 
 @pytest.mark.parametrize("method", ["head", "top-1", "encoder", "full"])
@@ -97,7 +97,7 @@ def test_a_new_vocabulary_is_built_from_the_texts(base, manifest, tmp_path):
 @pytest.mark.parametrize("method", ["lora", "bottleneck"])
 def test_a_loaded_adapter_equals_the_trained_net(base, manifest, tmp_path, method):
     trained = loading.load(str(base))
-    out = dispatch.train(recipe(base, manifest, method=method), trained, tmp_path / "out", threads=1)
+    out = dispatch.train(recipe(base, manifest, method=method), tmp_path / "out", model=trained, threads=1)
     assert not (out / "model.safetensors").exists()
     adapted = checkpoint.load_adapter(loading.load(str(base)), out)
     values = torch.from_numpy(clip(0, 16_000))[None]
@@ -189,7 +189,7 @@ def test_a_run_of_an_older_format_is_refused(base, manifest, tmp_path):
 def test_a_quantized_net_is_refused(base, manifest, tmp_path):
     quantized = quantize(loading.load(str(base)), "int8-weight")
     with pytest.raises(RecipeError, match=r"is quantized \(int8-weight\) and cannot be fine-tuned"):
-        dispatch.train(recipe(base, manifest), quantized, tmp_path / "out")
+        dispatch.train(recipe(base, manifest), tmp_path / "out", model=quantized)
 
 
 def test_accumulated_batches_weigh_all_tokens_equally(base, manifest, tmp_path):
@@ -223,7 +223,7 @@ def test_accumulated_batches_weigh_all_tokens_equally(base, manifest, tmp_path):
     expected = sum(float(p.grad.square().sum()) for p in model.net.parameters() if p.grad is not None) ** 0.5
     again = loading.load(config.model)
     disable_dropout(again.net)
-    out = dispatch.train(config, again, tmp_path / "out", threads=1)
+    out = dispatch.train(config, tmp_path / "out", model=again, threads=1)
     (row,) = [row for line in (out / "history.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
     assert row["loss"] == pytest.approx(sum(losses), rel=1e-4)
     assert row["grad_norm"] == pytest.approx(expected, rel=1e-3)

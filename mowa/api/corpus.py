@@ -1,0 +1,93 @@
+"""`mowa.transcribe_corpus`: recordings of any number into a results log that can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mowa.engines import batch, ray_data, transcription
+from mowa.engines.batch import CorpusSource
+from mowa.engines.results import ResultsFile
+from mowa.engines.selection import EngineChoice
+from mowa.engines.settings import EngineSpec, TranscriptionSettings, WorkerPool
+from mowa.types import Failure
+
+__all__ = ["CorpusSummary", "WorkerPool", "transcribe_corpus"]
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusSummary:
+    """A results log after a run: how many recordings it holds, and how many of them failed."""
+
+    results: Path
+    recordings: int
+    failed: int
+
+
+def transcribe_corpus(
+    sources: str | Path | Sequence[str | Path],
+    results: str | Path,
+    model: str | None = None,
+    *,
+    split: str = "",
+    columns: Mapping[str, str] | None = None,
+    shard: tuple[int, int] | None = None,
+    retry_failed: bool = False,
+    decode_threads: int | None = None,
+    allow_remote: bool = False,
+    ray: str = "",
+    workers: WorkerPool | None = None,
+    adapter: str | Path | None = None,
+    engine: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    on_open: Callable[[EngineChoice, ResultsFile], object] = lambda choice, log: None,
+    on_progress: Callable[[float], object] = lambda seconds: None,
+    on_failure: Callable[[Failure], object] = lambda failure: None,
+    **settings: Any,
+) -> CorpusSummary:
+    """Transcribe a corpus into a results log, one JSON line per recording; called again, it resumes.
+
+    Args:
+        sources: files, folders, patterns, manifests, corpora or archives, as in docs/corpora.md.
+        results: the log (JSON Lines).
+        model: as in `mowa.transcribe`, by name.
+        split: split of the corpus; empty: train, or the only one.
+        columns: role (audio, id, duration, offset) → column of a table.
+        shard: (index from 1, count): every count-th recording only.
+        retry_failed: transcribe again what failed.
+        decode_threads: threads that decode audio ahead; None: half the cores.
+        allow_remote: open remote URLs that a manifest lists.
+        ray: address of a Ray cluster, or auto; empty: this process.
+        workers: of the cluster; None: as many as fit.
+        on_open: called with the engine's choice and the opened log, before the first recording.
+        on_progress, on_failure: called with seconds of audio, and with every failed recording.
+        settings: as in `mowa.transcribe`; the other arguments too.
+
+    Raises:
+        MowaError: the model cannot be loaded, the log is of another model or settings, or a source cannot be listed.
+            What was finished until then is in the log.
+    """
+    chosen = TranscriptionSettings(**settings)
+    spec = EngineSpec(model or "", adapter, revision, offline, engine, device, dtype, threads)
+    spec = transcription.resolve_spec(spec)
+    names = (sources,) if isinstance(sources, str | Path) else sources
+    source = CorpusSource(tuple(map(str, names)), split, columns or {}, shard)
+    choice = transcription.load_engine(spec)
+    opened = choice.engine
+    part = "/".join(map(str, shard)) if shard else ""
+    header = batch.build_header(opened, chosen, adapter=spec.adapter, shard=part)
+    options: Any = {"allow_remote": allow_remote, "on_progress": on_progress, "on_failure": on_failure}
+    with ResultsFile.open(Path(results), header, retry_failed=retry_failed) as log:
+        on_open(choice, log)
+        if ray:
+            spec = replace(spec, engine=opened.name, dtype=opened.dtype)
+            ray_data.transcribe_on_ray(source, spec, chosen, log, address=ray, workers=workers, **options)
+        else:
+            batch.transcribe_corpus(source.examples(), opened, chosen, log, decode_threads=decode_threads, **options)
+        return CorpusSummary(Path(results), len(log.done_ids), log.num_failed)

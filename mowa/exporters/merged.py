@@ -1,0 +1,149 @@
+"""Write a checkpoint with an adapter merged into its weights, after comparing it with base model plus adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from mowa import loading
+from mowa.adapters import causal, merge
+from mowa.adapters.loading import load_adapter, read_base_name
+from mowa.data import audio
+from mowa.data.chat import conversations, tokenize
+from mowa.errors import DataError, ModelError, RecipeError
+from mowa.io.hub import SAMPLE_CLIP
+from mowa.models.diff import ModelDiff
+from mowa.models.tolerances import MAX_ABS_DIFF
+from mowa.tasks.causal import pad
+from mowa.training.causal import batches, dataset
+from mowa.training.config import dispatch
+from mowa.types import CausalModel, CTCModel
+
+OnComparison = Callable[[str, ModelDiff], object]  # what was compared, and how far apart it is
+
+CHUNK_S, MAX_COMPARED_S = 15.0, 60.0  # emissions are compared on chunks of at most this much of each recording
+MAX_SAMPLES = 64  # that a merged language model is compared on
+FALLBACK_PROMPTS = (
+    "What is the capital of Poland?",
+    "Write a short poem about the sea.",
+    "Explain in one sentence why the sky is blue.",
+    "List three fruits that are red.",
+    "How do I boil an egg?",
+    "Translate to French: Good morning, how are you?",
+    "What is 17 plus 25?",
+    "Name a famous composer and one of his works.",
+)
+
+
+def write_merged(
+    adapter: Path,
+    out: Path,
+    *,
+    base_model: str | None = None,
+    dtype: str = "auto",
+    audio_files: Sequence[str | Path] = (),
+    data: Sequence[str] = (),
+    tolerance: float = MAX_ABS_DIFF,
+    offline: bool = False,
+    on_comparison: OnComparison = lambda label, diff: None,
+) -> None:
+    """Merge the adapter in a folder into its base model and write the checkpoint to the new folder `out`.
+
+    Args:
+        adapter: folder of an adapter of mowa or PEFT, of speech or text.
+        out: folder to create.
+        base_model: name of the base model, if it is not where the adapter recorded it.
+        dtype: of a language model's weights; auto: the base model's.
+        audio_files: recordings to compare a speech model on; none: the bundled sample.
+        data: files to compare a language model on; none: what the run held out, or else FALLBACK_PROMPTS.
+        tolerance: largest difference of a log-probability of a speech model, in nats.
+        offline: use cached files only.
+        on_comparison: called after each comparison.
+
+    Raises:
+        ModelError: the merged model differs; `out` is then not created. And as `load` and `load_adapter`.
+        DataError: `out` exists, or nothing is left to compare on.
+    """
+    base = loading.load(base_model or read_base_name(adapter), offline=offline)
+    adapted = load_adapter(base, adapter)
+    if base.task == "ctc":
+        clips = _load_clips(audio_files or (SAMPLE_CLIP,), adapted.preprocessing.rate_hz)
+        _write_ctc(base, adapted, out, clips, tolerance, on_comparison)
+    else:
+        samples, source = _comparison_samples(adapter, cast(CausalModel, adapted), data)
+        if dtype == "auto":
+            dtype = str(causal.stored_dtype(base.origin.folder)).removeprefix("torch.")
+
+        def report(label: str, diff: ModelDiff) -> None:
+            on_comparison(f"{label}, {source}", diff)
+
+        _write_causal(base, adapted, out, samples, dtype, report)
+
+
+def _write_ctc(
+    base: CTCModel, adapted: CTCModel, out: Path, clips: list[np.ndarray], tolerance: float, on_comparison: OnComparison
+) -> None:
+    with merge.atomic_checkpoint(merge.merge_adapter(adapted), out) as written:
+        diff = merge.compare_emissions(adapted, loading.ctc.load(str(written)), clips)
+        on_comparison("base + adapter → merged", diff)
+        if base.vocabulary == adapted.vocabulary:
+            on_comparison("base → merged", merge.compare_emissions(base, adapted, clips))
+        if diff.max_abs_diff > tolerance:
+            raise ModelError(
+                f"the merged checkpoint differs from base model plus adapter: log-probabilities by up to"
+                f" {diff.max_abs_diff:.2g} (tolerance {tolerance:g}); {out} was not written"
+            )
+
+
+def _write_causal(
+    base: CausalModel, adapted: CausalModel, out: Path, samples: list[Any], dtype: str, on_comparison: OnComparison
+) -> None:
+    rounding = None
+    if dtype != "float32":
+        rounded = loading.causal.load(str(base.origin.folder), dtype=dtype)
+        rounding = causal.compare_logits(base, rounded, _comparison_batches(samples))
+        on_comparison(f"base → base in {dtype}", rounding)
+    with causal.atomic_checkpoint(causal.merge_adapter(adapted, dtype), out) as written:
+        loaded = loading.causal.load(str(written), dtype=dtype)
+        diff = causal.compare_logits(adapted, loaded, _comparison_batches(samples))
+        on_comparison(f"base + adapter → merged in {dtype}", diff)
+        causal.verify_merge(diff, rounding)
+
+
+def _load_clips(files: Sequence[str | Path], rate_hz: int) -> list[np.ndarray]:
+    """Return chunks of every recording, float32 [n] of at least 0.1 s each."""
+    chunk = int(CHUNK_S * rate_hz)
+    loaded = [
+        audio.load_audio(file, rate_hz)[: int(MAX_COMPARED_S * rate_hz)] for file in audio.find_audio_files(files)
+    ]
+    chunks = [samples[start : start + chunk] for samples in loaded for start in range(0, len(samples), chunk)]
+    return [samples for samples in chunks if len(samples) >= rate_hz // 10]
+
+
+def _comparison_samples(folder: Path, model: CausalModel, data: Sequence[str]) -> tuple[list[Any], str]:
+    """Return tokenized samples to compare on, and where they are from."""
+    options: Any = {"train_on": "all", "on_overflow": "truncate", "max_length": dataset.EVAL_BATCH_TOKENS}
+    if data:
+        items = [item for path in data for item in conversations.read_conversations(path)]
+        samples = tokenize.tokenize_conversations(items, model.tokenizer, **options)[0]
+        return samples[:MAX_SAMPLES], ", ".join(data)
+    try:
+        splits = dataset.load_splits(cast(Any, dispatch.read_recipe(folder / "recipe.yaml")), model)
+    except (DataError, RecipeError):  # the data has moved, or PEFT wrote the adapter
+        items = [
+            conversations.Conversation(str(number), (conversations.Message("user", prompt),))
+            for number, prompt in enumerate(FALLBACK_PROMPTS)
+        ]
+        return tokenize.tokenize_conversations(items, model.tokenizer, **options)[0], "eight built-in prompts"
+    held_out = [sample for samples in (splits.test | splits.dev).values() for sample in samples]
+    return held_out[:MAX_SAMPLES], "held-out data"
+
+
+def _comparison_batches(samples: list[Any]) -> Iterator[Any]:
+    """Yield padded batches, int64 [B, N], of samples of similar length."""
+    lengths = [len(sample) for sample in samples]
+    for group in batches.group_by_length(lengths, range(len(samples)), dataset.EVAL_BATCH_TOKENS):
+        yield pad([samples[index] for index in group], 0, pad_to_multiple_of=1)
