@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mowa.api.text import generate as generate
     from mowa.api.training import distill as distill
     from mowa.api.training import train as train
+    from mowa.decode.stream import EndpointConfig as EndpointConfig
     from mowa.engines.pytorch import open_engine as open_engine
     from mowa.errors import AudioError as AudioError
     from mowa.errors import DataError as DataError
@@ -63,6 +64,7 @@ _NAMES = {
     "mowa.api.speech": ("stream", "transcribe"),
     "mowa.api.text": ("generate",),
     "mowa.api.training": ("distill", "train"),
+    "mowa.decode.stream": ("EndpointConfig",),
     "mowa.engines.pytorch": ("open_engine",),
     "mowa.errors": (*_ERRORS, "TrainingStopped", "UnknownModel"),
     "mowa.types": ("Artifact", "Failure", "Generation", "Model", "Segment", "Transcript", "Word"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from mowa.api.options import TranscriptionOptions
 from mowa.engines import batch, ray_data, transcription
 from mowa.engines.batch import CorpusSource
 from mowa.engines.results import ResultsFile
@@ -49,7 +50,7 @@ def transcribe_corpus(
     on_open: Callable[[EngineChoice, ResultsFile], object] = lambda choice, log: None,
     on_progress: Callable[[float], object] = lambda seconds: None,
     on_failure: Callable[[Failure], object] = lambda failure: None,
-    **settings: Any,
+    **settings: Unpack[TranscriptionOptions],
 ) -> CorpusSummary:
     """Transcribe a corpus into a results log, one JSON line per recording; called again, it resumes.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from mowa.api.models import Run, load, read_task, resolve_model
+from mowa.api.options import TranscriptionOptions
 from mowa.engines import transcription
 from mowa.engines.settings import EngineSpec, TranscriptionSettings
 from mowa.engines.transcription import resolve_artifact
@@ -37,7 +38,7 @@ def evaluate(
     train_on: str = "auto",
     max_length: int = 2048,
     on_progress: Callable[[float], object] = lambda amount: None,
-    **settings: Any,
+    **settings: Unpack[TranscriptionOptions],
 ) -> Evaluation:
     """Measure a model on data with known answers.
 

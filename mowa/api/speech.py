@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, TypeAlias, overload
+from typing import IO, Any, TypeAlias, Unpack, overload
 
 import numpy as np
 import torch
 
 from mowa.api.models import Run
+from mowa.api.options import StreamingOptions, TranscribeOptions, TranscriptionOptions
 from mowa.data.audio import find_audio_files
 from mowa.data.audio.values import to_audio_source
 from mowa.decode.stream import DEFAULT_ENDPOINTING, EndpointConfig, TranscriptionStream
@@ -28,8 +29,12 @@ AudioInput: TypeAlias = str | Path | bytes | IO[bytes] | np.ndarray | torch.Tens
 
 
 @overload
-def transcribe(
-    audio: AudioInput, model: SpeechModel | None = ..., *, sampling_rate: int | None = ..., **options: Any
+def transcribe(  # type: ignore[overload-overlap]  # str and Mapping are iterables too
+    audio: AudioInput,
+    model: SpeechModel | None = ...,
+    *,
+    sampling_rate: int | None = ...,
+    **options: Unpack[TranscribeOptions],
 ) -> Transcript: ...
 @overload
 def transcribe(
@@ -37,7 +42,7 @@ def transcribe(
     model: SpeechModel | None = ...,
     *,
     sampling_rate: int | None = ...,
-    **options: Any,
+    **options: Unpack[TranscribeOptions],
 ) -> Iterator[Transcript | Failure]: ...
 def transcribe(
     audio: AudioInput | Iterable[AudioInput],
@@ -53,7 +58,7 @@ def transcribe(
     revision: str | None = None,
     offline: bool = False,
     on_progress: Callable[[float], object] = lambda seconds: None,
-    **settings: Any,
+    **settings: Unpack[TranscriptionOptions],
 ) -> Transcript | Iterator[Transcript | Failure]:
     """Transcribe a recording, or several.
 
@@ -104,7 +109,7 @@ def stream(
     revision: str | None = None,
     offline: bool = False,
     endpointing: EndpointConfig = DEFAULT_ENDPOINTING,
-    **config: Any,
+    **config: Unpack[StreamingOptions],
 ) -> TranscriptionStream:
     """Open a live stream: `feed(samples)` returns what became known, `close()` the rest. docs/live.md shows it.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, Unpack, overload
 
 import torch
 
 from mowa.api.models import Run, resolve_model
+from mowa.api.options import GenerateOptions
 from mowa.engines import generation
 from mowa.engines.generation import GenerationSettings, Prompt
 from mowa.errors import DataError
@@ -21,7 +22,9 @@ TextModel: TypeAlias = str | Path | Run | CausalModel
 
 
 @overload
-def generate(model: TextModel, prompt: str, *, stream: Literal[False] = ..., **options: Any) -> Generation: ...
+def generate(
+    model: TextModel, prompt: str, *, stream: Literal[False] = ..., **options: Unpack[GenerateOptions]
+) -> Generation: ...
 @overload
 def generate(
     model: TextModel, prompt: list[str], *, stream: Literal[False] = ..., **options: Any
@@ -31,7 +34,9 @@ def generate(
     model: TextModel, prompt: Sequence[dict[str, Any]], *, stream: Literal[False] = ..., **options: Any
 ) -> Generation: ...
 @overload
-def generate(model: TextModel, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+def generate(
+    model: TextModel, prompt: Prompt, *, stream: Literal[True], **options: Unpack[GenerateOptions]
+) -> Iterator[str]: ...
 def generate(
     model: TextModel,
     prompt: Any,
