@@ -35,7 +35,7 @@ with open("examples/tour.jsonl", "w", encoding="utf-8") as file:
     file.write(f'{{"audio": "dzien-dobry.flac", "text": "{TEXT}"}}\n')
 run = mowa.train(
     model="pl-tiny", data="examples/tour.jsonl", dev="examples/tour.jsonl", method="lora", out="tour/adapter",
-    max_steps=60, eval_steps=20, learning_rate=1e-3,
+    max_steps=30, eval_steps=10, learning_rate=1e-3,
 )  # fmt: skip
 print(f"4. train: {run.folder}, {run.report['train_runtime_s']:.0f} s")
 print(f"   before: {mowa.evaluate('pl-tiny', 'examples/tour.jsonl')}")

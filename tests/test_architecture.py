@@ -104,6 +104,33 @@ def test_no_module_imports_itself_through_others():
     assert not {name: sorted(others & graph.keys()) for name, others in graph.items()}
 
 
+def package_imports() -> dict[str, set[str]]:
+    """Package → packages that it imports, without those that it reaches through another one."""
+    direct: dict[str, set[str]] = {name: set() for name in LAYER_OF}
+    for name, path in NAMES.items():
+        if package(name) in direct:
+            direct[package(name)] |= {package(other) for other in imported(path)} & LAYER_OF.keys() - {package(name)}
+
+    def reached(name: str) -> set[str]:
+        return direct[name].union(*map(reached, direct[name]))
+
+    return {name: others - set().union(*map(reached, others)) for name, others in direct.items()}
+
+
+def drawing() -> str:
+    """The packages and their imports as a Mermaid graph, a layer per line."""
+    lines = ["```mermaid", "graph TD"]
+    for layer in reversed(LAYERS):
+        for name in sorted(layer):
+            lines += [f"    {name} --> {other}" for other in sorted(package_imports()[name])]
+    return "\n".join([*lines, "```"])
+
+
+def test_the_docs_draw_the_imports():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    assert drawing() in page, f"put this into docs/architecture.md:\n\n{drawing()}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_heavy_packages_are_imported_where_used(name):
     assert not HEAVY & {other.split(".")[0] for other in imported(NAMES[name], top_only=True)}

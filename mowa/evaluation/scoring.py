@@ -59,11 +59,13 @@ class Evaluation:
     def __str__(self) -> str:
         unit, percent = ("words", 100.0) if self.task == "ctc" else ("tokens", 1.0)
         sign = " %" if self.task == "ctc" else ""
-        lines = [f"{self.model} on {self.data}: {self.samples:,} samples, {self.units:,} {unit}"]
+        plural = "" if self.samples == 1 else "s"
+        lines = [f"{self.model} on {self.data}: {self.samples:,} sample{plural}, {self.units:,} {unit}"]
         for name, one in self.metrics.items():
             digits = 1 if self.task == "ctc" else 3
             spans = [f"{percent * edge:.{digits}f}" for edge in (one.value, one.low, one.high)]
-            lines.append(f"{name:<10} {spans[0]}{sign} (95 %: {spans[1]}–{spans[2]})")
+            interval = f" (95 %: {spans[1]}–{spans[2]})" if self.samples > 1 else ""
+            lines.append(f"{name:<10} {spans[0]}{sign}{interval}")
         lines += [f"not evaluated: {failure}" for failure in self.failures]
         return "\n".join(lines)
 
