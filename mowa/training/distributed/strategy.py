@@ -136,7 +136,7 @@ def unsupported_reason(strategy: str, recipe: CTCRecipe | CausalRecipe, net: Any
         return "qat rounds whole weights, which no process has under this strategy; use ddp or zero2"
     if recipe.optimizer.ema_decay:
         return "optimizer: ema_decay needs all weights on one process; use ddp or zero2"
-    packed_speech = isinstance(recipe, CTCRecipe) and recipe.batch.packing
+    packed_speech = recipe.task == "ctc" and recipe.batch.packing
     if packed_speech and read_anatomy(net).normalizes_over_time:
         return (
             "a group-norm front end encodes packed recordings one by one, so the processes would run out of step; use "
