@@ -13,7 +13,7 @@ from mowa.families import list_families
 PACKAGE = Path(mowa.__file__).parent
 LAYERS = [
     {"errors"},
-    {"types", "hardware"},
+    {"types", "hardware", "plugins"},
     {"io", "kernels", "families"},
     {"data", "decode"},
     {"models"},

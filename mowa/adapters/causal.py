@@ -20,17 +20,11 @@ from torch import Tensor
 
 from mowa.adapters import checkpoint, lora
 from mowa.errors import DataError, ModelError
-from mowa.io.atomic import atomic_folder, read_json, write_json
-from mowa.io.hashing import sha256_file
+from mowa.families import get_family
+from mowa.io.atomic import atomic_folder, atomic_update, read_json
 from mowa.io.hub import silence_transformers
-from mowa.io.manifest import (
-    ADAPTER_FORMAT_VERSION,
-    MANIFEST_FILE,
-    package_versions,
-    read_manifest,
-    validate_format_version,
-)
-from mowa.io.weights import fix_weight_permissions
+from mowa.io.manifest import MANIFEST_FILE, damaged, find_manifest, write_manifest
+from mowa.io.weights import fix_weight_permissions, weight_files
 from mowa.models.diff import ModelDiff, compare_pairs
 from mowa.models.tolerances import MERGE_DRIFT_RATIO, MERGE_KL_FLOOR, MERGE_MIN_AGREEMENT
 from mowa.types import CausalModel, Origin, TextProcessor
@@ -46,13 +40,14 @@ class CausalAdapter:
     base: checkpoint.BaseCheckpoint
     sha256: str
     parameters: int
-    package_versions: Mapping[str, str]
+    package_versions: Mapping[str, str | None]
     metrics: Mapping[str, Any]
 
 
 def is_causal_adapter(folder: Path) -> bool:
     """Return whether `folder` holds an adapter of a language model."""
-    return read_manifest(folder).get("task") == TASK
+    manifest = find_manifest(folder)
+    return manifest is not None and (manifest.artifact, manifest.task) == ("adapter", TASK)
 
 
 def save_adapter(net: Any, folder: Path, *, base: Origin, tokenizer: Any, metrics: Mapping[str, Any]) -> Path:
@@ -61,32 +56,26 @@ def save_adapter(net: Any, folder: Path, *, base: Origin, tokenizer: Any, metric
     Other files in it are kept.
     """
     base_checkpoint = checkpoint.base_from_origin(base)
-    with checkpoint.atomic_update(folder) as staging:
+    with atomic_update(folder, MANIFEST_FILE) as staging:
         net.peft_config[lora.ADAPTER_NAME].base_model_name_or_path = base_checkpoint.source
         net.peft_config[lora.ADAPTER_NAME].revision = base_checkpoint.revision
         net.save_pretrained(staging, save_embedding_layers=False)
         (staging / "README.md").unlink(missing_ok=True)  # PEFT's template
         tokenizer.save_pretrained(staging)
-        manifest = {
-            "format_version": ADAPTER_FORMAT_VERSION,
-            "task": TASK,
-            "adapter_type": checkpoint.LORA,
-            "base": asdict(base_checkpoint),
-            "weights": {
-                "file": WEIGHTS_FILE,
-                "sha256": sha256_file(staging / WEIGHTS_FILE),
+        write_manifest(
+            staging,
+            "adapter",
+            task=TASK,
+            family=get_family(net.config.model_type).name,
+            origin=asdict(base_checkpoint),
+            files=[WEIGHTS_FILE],
+            adapter={
+                "type": checkpoint.LORA,
                 "parameters": sum(value.numel() for name, value in net.named_parameters() if ".lora_" in name),
             },
-            "package_versions": package_versions(),
-            "metrics": metrics,
-        }
-        write_json(staging / MANIFEST_FILE, manifest)
+            metrics=metrics,
+        )
     return folder
-
-
-def write_metrics(folder: Path, *, metrics: Mapping[str, Any]) -> None:
-    """Replace the metrics in the manifest of `folder`."""
-    write_json(folder / MANIFEST_FILE, read_json(folder / MANIFEST_FILE) | {"metrics": metrics})
 
 
 def read_adapter(folder: Path) -> CausalAdapter:
@@ -94,21 +83,18 @@ def read_adapter(folder: Path) -> CausalAdapter:
 
     Raises ModelError if there is no adapter of a language model, it has another format version, or it is damaged.
     """
-    if not is_causal_adapter(folder):
-        raise ModelError(f"{folder} holds no adapter of a language model: use a folder that `mowa train` wrote")
-    manifest = read_manifest(folder)
-    validate_format_version(folder, manifest, ADAPTER_FORMAT_VERSION, "train the adapter again")
+    manifest = checkpoint.find_adapter_manifest(folder, TASK)
     try:
         return CausalAdapter(
             folder=folder,
-            base=checkpoint.BaseCheckpoint(**manifest["base"]),
-            sha256=manifest["weights"]["sha256"],
-            parameters=manifest["weights"]["parameters"],
-            package_versions=manifest["package_versions"],
-            metrics=manifest["metrics"],
+            base=checkpoint.BaseCheckpoint(**manifest.origin),
+            sha256=manifest.files[WEIGHTS_FILE],
+            parameters=manifest.sections["adapter"]["parameters"],
+            package_versions=manifest.package_versions,
+            metrics=manifest.sections["metrics"],
         )
     except (KeyError, TypeError) as error:
-        raise ModelError(f"{folder}/{MANIFEST_FILE} is damaged: {error} is missing") from None
+        raise damaged(folder / MANIFEST_FILE, error) from None
 
 
 def load_adapter(model: CausalModel, folder: str | Path) -> CausalModel:
@@ -122,8 +108,7 @@ def load_adapter(model: CausalModel, folder: str | Path) -> CausalModel:
     folder = Path(folder)
     adapter = read_adapter(folder)
     checkpoint.validate_base(adapter, model)
-    if sha256_file(folder / WEIGHTS_FILE) != adapter.sha256:
-        raise ModelError(f"{folder}/{WEIGHTS_FILE} is damaged: its checksum does not match {MANIFEST_FILE}")
+    checkpoint.find_adapter_manifest(folder, TASK).verify_files()
     net = lora.load_peft_model(checkpoint.copy_sharing_weights(model.net), folder, autocast_adapter_dtype=False)
     net.mowa_adapter = str(folder)
     tokenizer = copy.copy(model.tokenizer)
@@ -211,6 +196,14 @@ def atomic_checkpoint(model: CausalModel, out: Path) -> Iterator[Path]:
     """Write the checkpoint of `model` to a temporary folder and yield it; it becomes `out` as in `atomic_folder`."""
     with atomic_folder(out) as folder:
         write_checkpoint(model, folder)
+        write_manifest(
+            folder,
+            "checkpoint",
+            task=TASK,
+            family=model.family.name,
+            origin=model.origin,
+            files=[file.name for file in weight_files(folder)],
+        )
         yield folder
 
 

@@ -17,14 +17,11 @@ before loading adapters, not after.
 from __future__ import annotations
 
 import copy
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,11 +29,10 @@ from torch import Tensor, nn
 from mowa.adapters import bottleneck, lora
 from mowa.errors import ModelError
 from mowa.families import get_family
-from mowa.io import manifest as manifests
-from mowa.io.atomic import read_json, write_json
-from mowa.io.hashing import hash_weights, sha256_file
+from mowa.io.atomic import atomic_update, read_json
+from mowa.io.hashing import hash_weights
 from mowa.io.hub import MODEL_ALIASES
-from mowa.io.manifest import ADAPTER_FORMAT_VERSION, MANIFEST_FILE
+from mowa.io.manifest import MANIFEST_FILE, Manifest, damaged, find_manifest, write_manifest
 from mowa.io.processor import read_preprocessing, write_processor
 from mowa.types import CTCModel, Family, Origin, Preprocessing, SpeechProcessor, Vocabulary
 
@@ -72,7 +68,7 @@ class Adapter:
     parameters: int
     vocabulary: Vocabulary
     preprocessing: Preprocessing
-    package_versions: Mapping[str, str]
+    package_versions: Mapping[str, str | None]
     metrics: Mapping[str, Any]
 
 
@@ -95,30 +91,30 @@ def save_adapter(
     """
     family = get_family(net.config.model_type)
     name = re.sub(r"[^\w-]+", "-", language or folder.resolve().name) or "adapter"
-    with atomic_update(folder) as staging:
+    with atomic_update(folder, MANIFEST_FILE) as staging:
         collect = _collect_lora if adapter_type == LORA else _collect_bottlenecks
         file, tensors = collect(net, family, name, base, staging)
         _write_tensors(tensors, staging / file)
         write_processor(vocabulary, preprocessing, staging)
-        manifest = {
-            "format_version": ADAPTER_FORMAT_VERSION,
-            "adapter_type": adapter_type,
-            "base": asdict(base_from_origin(base)),
-            "language": language,
-            "weights": {
-                "file": file,
-                "sha256": sha256_file(staging / file),
+        write_manifest(
+            staging,
+            "adapter",
+            task=family.task,
+            family=family.name,
+            origin=asdict(base_from_origin(base)),
+            files=[file],
+            adapter={
+                "type": adapter_type,
+                "language": language,
                 "parameters": sum(value.numel() for value in tensors.values()),
             },
-            "vocabulary": {
+            vocabulary={
                 "blank": vocabulary.blank,
                 "delimiter": vocabulary.delimiter,
                 "specials": sorted(vocabulary.specials),
             },
-            "package_versions": manifests.package_versions(),
-            "metrics": metrics,
-        }
-        write_json(staging / MANIFEST_FILE, manifest)
+            metrics=metrics,
+        )
     return folder
 
 
@@ -128,24 +124,21 @@ def read_adapter(folder: str | Path) -> Adapter:
     Raises ModelError if there is no adapter, it has another format version, or its files are missing or damaged.
     """
     folder = Path(folder)
-    manifest = manifests.read_manifest(folder)
-    if not manifest or manifests.is_export_manifest(manifest):
-        reason = "holds no adapter" if folder.is_dir() else "is not a folder"
-        raise ModelError(f"{folder} {reason}: use a folder with a {MANIFEST_FILE} that `mowa train` wrote")
-    manifests.validate_format_version(folder, manifest, ADAPTER_FORMAT_VERSION, "train the adapter again")
-    if manifest.get("adapter_type") not in (LORA, BOTTLENECK):
-        raise ModelError(f"{folder}/{MANIFEST_FILE}: unknown adapter_type {manifest.get('adapter_type')!r}")
+    manifest = find_adapter_manifest(folder)
     ids = read_json(folder / "vocab.json")
     try:
-        special = manifest["vocabulary"]
+        described, special = manifest.sections["adapter"], manifest.sections["vocabulary"]
+        if described["type"] not in (LORA, BOTTLENECK):
+            raise ModelError(f"{folder}/{MANIFEST_FILE}: unknown type of adapter {described['type']!r}")
+        ((weights_file, sha256),) = manifest.files.items()
         return Adapter(
             folder=folder,
-            adapter_type=manifest["adapter_type"],
-            base=BaseCheckpoint(**manifest["base"]),
-            language=manifest["language"],
-            weights_file=manifest["weights"]["file"],
-            sha256=manifest["weights"]["sha256"],
-            parameters=manifest["weights"]["parameters"],
+            adapter_type=described["type"],
+            base=BaseCheckpoint(**manifest.origin),
+            language=described["language"],
+            weights_file=weights_file,
+            sha256=sha256,
+            parameters=described["parameters"],
             vocabulary=Vocabulary(
                 tuple(sorted(ids, key=ids.__getitem__)),
                 blank=special["blank"],
@@ -153,11 +146,22 @@ def read_adapter(folder: str | Path) -> Adapter:
                 specials=frozenset(special["specials"]),
             ),
             preprocessing=read_preprocessing(folder),
-            package_versions=manifest["package_versions"],
-            metrics=manifest["metrics"],
+            package_versions=manifest.package_versions,
+            metrics=manifest.sections["metrics"],
         )
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"{folder}/{MANIFEST_FILE} is damaged: {error} is missing") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(folder / MANIFEST_FILE, error) from None
+
+
+def find_adapter_manifest(folder: Path, task: str = "ctc") -> Manifest:
+    """Return the manifest of the adapter in `folder`. Raises ModelError if it holds none of a model of this task."""
+    manifest = find_manifest(folder)
+    if manifest is None or manifest.artifact != "adapter" or manifest.task != task:
+        reason = "holds no adapter" if folder.is_dir() else "is not a folder"
+        if manifest is not None and manifest.artifact == "adapter":
+            reason = f"holds an adapter of a {manifest.task} model, not of a {task} model"
+        raise ModelError(f"{folder} {reason}: use a folder with a {MANIFEST_FILE} that `mowa train` wrote")
+    return manifest
 
 
 def load_adapter(model: CTCModel, folder: str | Path) -> CTCModel:
@@ -234,22 +238,6 @@ def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     save_file(separate, file, metadata={"format": "pt"})
 
 
-@contextmanager
-def atomic_update(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success its files are moved into `folder`, the manifest last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".adapter-") as name:
-        staging = Path(name)
-        yield staging
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        mode = (staging / MANIFEST_FILE).stat().st_mode  # safetensors makes its files readable by their owner only
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == MANIFEST_FILE):
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
-            file.chmod(mode)
-            os.replace(file, folder / file.name)
-
-
 def validate_base(adapter: Any, model: Any) -> None:
     """Raise ModelError if `adapter` was trained over another model than `model`, or `model` has an adapter already."""
     if present := getattr(model.net, "mowa_adapter", None):
@@ -267,12 +255,8 @@ def validate_base(adapter: Any, model: Any) -> None:
 def _read_tensors(adapter: Adapter) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    file = adapter.folder / adapter.weights_file
-    if not file.is_file():
-        raise ModelError(f"{file} is missing: copy it again, or train the adapter again")
-    if sha256_file(file) != adapter.sha256:
-        raise ModelError(f"{file} is damaged: its checksum does not match {MANIFEST_FILE}")
-    return load_file(file)
+    find_adapter_manifest(adapter.folder).verify_files()
+    return load_file(adapter.folder / adapter.weights_file)
 
 
 def _insert_lora(net: Any, family: Family, adapter: Adapter, state: Mapping[str, Tensor]) -> None:

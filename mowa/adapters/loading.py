@@ -11,7 +11,7 @@ from mowa.adapters import causal, checkpoint, lora
 from mowa.errors import ModelError
 from mowa.io.atomic import read_json
 from mowa.io.hashing import sha256_file
-from mowa.io.manifest import is_export_manifest, read_manifest
+from mowa.io.manifest import find_manifest
 from mowa.types import AnyModel, CTCModel
 
 log = logging.getLogger("mowa")
@@ -22,16 +22,16 @@ ModelT = TypeVar("ModelT", bound=AnyModel)
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether `folder` holds an adapter, and no checkpoint of its own."""
+    """Return whether `folder` holds an adapter, and no checkpoint of its own. Raises ModelError as `find_manifest`."""
     if not folder.is_dir() or (folder / "config.json").is_file():
         return False
-    manifest = read_manifest(folder)
-    return (bool(manifest) and not is_export_manifest(manifest)) or _is_peft_adapter(folder)
+    manifest = find_manifest(folder)
+    return _is_peft_adapter(folder) if manifest is None else manifest.artifact == "adapter"
 
 
 def read_base_name(folder: Path) -> str:
     """Return the name by which to load the base model of the adapter in `folder`. Raises ModelError if it has none."""
-    if _is_peft_adapter(folder) and not read_manifest(folder):
+    if _is_peft_adapter(folder) and find_manifest(folder) is None:
         config = read_json(folder / PEFT_CONFIG_FILE)
         if not (name := config.get("base_model_name_or_path")):
             raise ModelError(f"{folder}/{PEFT_CONFIG_FILE} names no base model: pass it, and the adapter beside it")
@@ -43,7 +43,7 @@ def read_base_name(folder: Path) -> str:
 
 def adapter_sha256(folder: Path) -> str:
     """Return the SHA-256 (hex) of the weights of the speech adapter in `folder`."""
-    if not read_manifest(folder) and _is_peft_adapter(folder):
+    if find_manifest(folder) is None and _is_peft_adapter(folder):
         return sha256_file(folder / PEFT_WEIGHTS_FILE)
     return checkpoint.read_adapter(folder).sha256
 
@@ -55,7 +55,7 @@ def load_adapter(model: ModelT, folder: str | Path) -> ModelT:
     files are damaged; MissingDependency for LoRA without PEFT.
     """
     folder = Path(folder)
-    if not read_manifest(folder) and _is_peft_adapter(folder):
+    if find_manifest(folder) is None and _is_peft_adapter(folder):
         return _load_peft_adapter(model, folder)
     is_causal = causal.is_causal_adapter(folder)
     if is_causal != (model.task == "causal"):

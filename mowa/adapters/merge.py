@@ -22,7 +22,8 @@ from mowa.errors import ModelError
 from mowa.io import processor
 from mowa.io.atomic import atomic_folder
 from mowa.io.hub import silence_transformers
-from mowa.io.weights import fix_weight_permissions
+from mowa.io.manifest import write_manifest
+from mowa.io.weights import fix_weight_permissions, weight_files
 from mowa.models.diff import ModelDiff, compare
 from mowa.types import CTCModel
 
@@ -80,4 +81,12 @@ def atomic_checkpoint(model: CTCModel, out: Path) -> Iterator[Path]:
             model.net.save_pretrained(folder)
         processor.write_processor(model.vocabulary, model.preprocessing, folder)
         fix_weight_permissions(folder)
+        write_manifest(
+            folder,
+            "checkpoint",
+            task=model.task,
+            family=model.family.name,
+            origin=model.origin,
+            files=[file.name for file in weight_files(folder)],
+        )
         yield folder

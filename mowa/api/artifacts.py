@@ -121,7 +121,7 @@ def export(
 
     Args:
         model: a model, or its name or folder as in `mowa.load`; it does not change.
-        to: onnx, safetensors, coreml, tensorrt or ctranslate2.
+        to: a format in `exporters.registry`: onnx, safetensors, coreml, tensorrt, ctranslate2, or that of a package.
         scheme: quantize first; empty: as the model is.
         adapter: folder of an adapter to merge first.
         revision, offline: as in `mowa.load`, of a name.
@@ -131,7 +131,7 @@ def export(
         ModelError: the format does not support the model or scheme, or the export differs from it: `out` is then not
             created. DataError: `out` exists, or the disk is full. MissingDependency: a package is not installed.
     """
-    protocol.get_exporter(to).require_packages()
+    protocol.require_packages(to)
     if scheme:
         schemes.parse_scheme(scheme)
     loaded = resolve_model(model, adapter=adapter, revision=revision, offline=offline)

@@ -13,9 +13,11 @@ import torch
 from mowa import loading
 from mowa.adapters import causal
 from mowa.adapters.loading import is_adapter, load_adapter, read_base_name
+from mowa.engines.selection import describe_format
 from mowa.errors import ModelError
 from mowa.io.atomic import read_json
-from mowa.io.hub import fetch_config
+from mowa.io.hub import MODEL_ALIASES, fetch_config
+from mowa.io.manifest import find_manifest
 from mowa.loading.checkpoint import read_family
 from mowa.models.causal import accelerate as accelerate_model
 from mowa.models.causal.accelerate import Change, accelerate, restore
@@ -76,8 +78,8 @@ def load(
     """Load a model of speech (CTC) or text (causal), in eval mode and without gradients.
 
     Args:
-        name: an alias (`mowa models`), a folder, a Hub id `owner/name[@revision]`, or the folder of an adapter, whose
-            base model is then loaded too.
+        name: an alias (`mowa models`), a folder (a checkpoint, a finished run, or what `mowa export --to safetensors`
+            wrote), a Hub id `owner/name[@revision]`, or the folder of an adapter, whose base model is then loaded too.
         task: the task that the model must be of; None: whichever its config says.
         adapter: folder of an adapter, by `mowa train` or PEFT, to load over the model.
         dtype: float32, bfloat16 or float16; auto: float32, but on a GPU a language model's own.
@@ -87,11 +89,14 @@ def load(
         offline: use cached files only.
 
     Raises:
-        ModelError: the model or adapter is unknown, damaged, unsupported or of another task.
+        ModelError: the model or adapter is unknown, damaged, unsupported or of another task, or the folder holds an
+            export; the message says what runs it.
     """
     name = str(name)
-    if adapter is None and is_adapter(Path(name)):
-        name, adapter = read_base_name(Path(name)), name
+    if name not in MODEL_ALIASES:
+        _reject_export(Path(name))
+        if adapter is None and is_adapter(Path(name)):
+            name, adapter = read_base_name(Path(name)), name
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     resolved = dtype
@@ -150,6 +155,15 @@ def read_task(name: str | Path, *, revision: str | None = None, offline: bool = 
     name = read_base_name(Path(name)) if is_adapter(Path(name)) else str(name)
     folder = fetch_config(name, revision=revision, offline=offline)
     return read_family(folder, name).task
+
+
+def _reject_export(folder: Path) -> None:
+    manifest = find_manifest(folder)
+    if manifest is not None and manifest.artifact == "export":
+        raise ModelError(
+            f"{folder} cannot be loaded, it is {describe_format(manifest.sections['format'])};"
+            f" the original model is {manifest.origin['name']}"
+        )
 
 
 def _stored_dtype(name: str, revision: str | None, offline: bool) -> str:

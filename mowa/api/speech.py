@@ -17,6 +17,7 @@ from mowa.data.audio.values import to_audio_source
 from mowa.decode.stream import DEFAULT_ENDPOINTING, EndpointConfig, TranscriptionStream
 from mowa.engines import streaming, transcription
 from mowa.engines.protocol import Engine
+from mowa.engines.registry import AUTO
 from mowa.engines.settings import EngineSpec, TranscriptionSettings
 from mowa.engines.streaming import StreamingConfig
 from mowa.errors import AudioError
@@ -71,7 +72,7 @@ def transcribe(
         sampling_rate: of arrays, in Hz.
         adapter: an adapter's folder, or the name of one that the engine was opened with.
         word_timestamps: return words with their times; without, only the text of each segment.
-        engine: auto (the fastest here), pytorch or onnx.
+        engine: auto (the fastest here), pytorch, onnx, or another in `engines.registry`; an export has its own.
         device, dtype, threads: as `mowa transcribe`.
         on_progress: called with the seconds of audio of each batch.
         settings: fields of `TranscriptionSettings`, such as batch_s, window_s, vad_threshold and channels.
@@ -102,7 +103,7 @@ def stream(
     model: SpeechModel | None = None,
     *,
     adapter: str | Path | None = None,
-    engine: str = "pytorch",
+    engine: str = "",
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
@@ -117,7 +118,8 @@ def stream(
         model: as in `mowa.transcribe`. Streams over one engine share its weights and may be fed from different threads.
         endpointing: when a segment ends.
         config: fields of `StreamingConfig`: mode, chunk_s, left_context_s and lookahead_s.
-        adapter, engine, device, dtype, threads, revision, offline: as in `mowa.transcribe`.
+        engine: empty: pytorch, or that of an export.
+        adapter, device, dtype, threads, revision, offline: as in `mowa.transcribe`.
 
     Raises:
         ModelError: the model or engine does not support the configuration, or as `mowa.load`.
@@ -127,7 +129,11 @@ def stream(
 
 
 def _open_engine(model: SpeechModel | None, spec: EngineSpec) -> Engine:
-    return transcription.open_engine(model.folder if isinstance(model, Run) else model, spec)
+    source = model.folder if isinstance(model, Run) else model
+    if not spec.engine:
+        is_export = isinstance(source, str | Path) and transcription.resolve_artifact(str(source)) is not None
+        spec = replace(spec, engine=AUTO if is_export else "pytorch")
+    return transcription.open_engine(source, spec)
 
 
 def _is_single(audio: Any) -> bool:

@@ -81,7 +81,7 @@ def _base_rows(base: BaseCheckpoint) -> list[list[str]]:
     ]
 
 
-def _file_rows(weights: Path, versions: Mapping[str, str]) -> list[list[str]]:
+def _file_rows(weights: Path, versions: Mapping[str, str | None]) -> list[list[str]]:
     from mowa.cli.output import format_size
 
     return [

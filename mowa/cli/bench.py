@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mowa.cli import output
+from mowa.engines.registry import ENGINES
 from mowa.errors import ModelError
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ COLUMNS = ("model", "engine", "dtype", "MB", "RAM MB", "load s", "median s", "RT
 @click.command(short_help="Benchmark models, engines and dtypes on this machine.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--engine", "engines", multiple=True, metavar="NAME",
-              help="Inference engine, pytorch or onnx; repeatable. [default: pytorch; for an export, its own]")
+              help=f"Inference engine, {', '.join(ENGINES.names())}; repeatable."
+              " [default: pytorch; for an export, its own]")
 @click.option("--dtype", "dtypes", multiple=True, metavar="NAME",
               help="Compute dtype, float32, bfloat16, int8 or auto; repeatable. [default: auto]")
 @click.option("--data", metavar="SOURCE",

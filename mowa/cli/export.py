@@ -9,22 +9,35 @@ import click
 
 from mowa.cli import output
 from mowa.errors import ModelError
+from mowa.exporters.registry import FORMATS, get_format
 from mowa.quantization.schemes import SCHEMES
 
-FORMAT_OF_OPTION = {
-    "opset": "onnx",
-    "no_attention_mask": "onnx",
-    "lengths_s": "coreml",
-    "optimization_profile": "tensorrt",
-}
-"""Options that only one format takes."""
+
+class ExportCommand(click.Command):
+    """`mowa export`, with the options of every format: those of installed packages too."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        flags: dict[str, click.Parameter] = {}
+        for found in FORMATS.all():
+            for option in found.options:
+                takes_text = option.constant is None
+                flags.setdefault(
+                    option.flag,
+                    click.Option(
+                        [option.flag, option.name],
+                        is_flag=not takes_text,
+                        metavar=None if not takes_text else option.metavar,
+                        help=f"{found.name}: {option.help}",
+                    ),
+                )
+        return [*super().get_params(ctx), *flags.values()]
 
 
 # fmt: off
-@click.command(short_help="Export a model to another runtime.")
+@click.command(cls=ExportCommand, short_help="Export a model to another runtime.")
 @click.argument("model")
 @click.option("--to", required=True, metavar="FORMAT",
-              help="Output format: onnx, safetensors, coreml, tensorrt or ctranslate2.")
+              help=f"Output format: {', '.join(FORMATS.names())}.")
 @click.option("--scheme", default="float32", show_default=True, metavar="SCHEME",
               help=f"Weight storage scheme: {', '.join(SCHEMES)}; suffixes as in `mowa quantize`.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist.")
@@ -32,12 +45,6 @@ FORMAT_OF_OPTION = {
 @click.option("--calibration-data", default="", metavar="SOURCE",
               help="Calibration recordings, for schemes that need them.")
 @click.option("--calibration-split", default="", help="Split of --calibration-data.")
-@click.option("--opset", type=int, help="onnx: opset version, 18 to 23. [default: 20]")
-@click.option("--no-attention-mask", is_flag=True,
-              help="onnx: omit the attention_mask input; batches then need equal lengths.")
-@click.option("--lengths-s", metavar="LIST", help="coreml: input lengths to accept, in seconds. [default: 5,10,20]")
-@click.option("--optimization-profile", metavar="LIST",
-              help="tensorrt: min, opt and max input shape as batch x samples. [default: 1x16000,1x160000,4x480000]")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
 def export(
@@ -53,7 +60,7 @@ def export(
     import mowa
     from mowa.quantization import schemes
 
-    options = _exporter_options(to, format_options)
+    options = read_options(to, format_options)
     with output.stage_progress() as on_progress:
         artifact = mowa.export(
             model, to, out, scheme=scheme, adapter=adapter, calibration_data=calibration_data,
@@ -65,25 +72,16 @@ def export(
         click.echo(f"not verified on this machine: {artifact.unverified_reason}")
 
 
-def _exporter_options(to: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the exporter's keyword arguments. Raises ModelError for an option of another format and for a bad list."""
-    options = {name: value for name, value in given.items() if value}
-    for name in options:
-        if FORMAT_OF_OPTION[name] != to:
-            raise ModelError(f"--{name.replace('_', '-')} is an option of {FORMAT_OF_OPTION[name]}, not of {to}")
-    if options.pop("no_attention_mask", False):
-        options["attention_mask"] = False
-    if "lengths_s" in options:
-        try:
-            options["lengths_s"] = tuple(float(one) for one in options["lengths_s"].split(","))
-        except ValueError:
-            raise ModelError(f"--lengths-s {options['lengths_s']}: expected seconds, e.g. 5,10,20") from None
-    if "optimization_profile" in options:
-        shapes = [one.partition("x") for one in options["optimization_profile"].split(",")]
-        if len(shapes) != 3 or not all(batch.isdigit() and samples.isdigit() for batch, _, samples in shapes):
-            raise ModelError(
-                f"--optimization-profile {options['optimization_profile']}: expected three shapes, e.g."
-                " 1x16000,1x160000,4x480000"
-            )
-        options["optimization_profile"] = tuple((int(batch), int(samples)) for batch, _, samples in shapes)
-    return options
+def read_options(to: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the exporter's keyword arguments. Raises ModelError for an option of another format or a bad value."""
+    own = {option.name: option for option in get_format(to).options}
+    values = {}
+    for name, text in given.items():
+        if text is None or text is False:
+            continue
+        if name not in own:
+            others = ((one, option) for one in FORMATS.all() for option in one.options)
+            owner, option = next((one, option) for one, option in others if option.name == name)
+            raise ModelError(f"{option.flag} is an option of {owner.name}, not of {to}")
+        values[name] = own[name].constant if text is True else own[name].read(text)
+    return values

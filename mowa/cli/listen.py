@@ -20,12 +20,13 @@ from mowa.data.audio.decoders import RATE_RANGE_HZ
 from mowa.data.inputs.source import AudioSource, BufferedSource
 from mowa.data.inputs.stdin import RAW_RATE_HZ
 from mowa.decode.stream import DEFAULT_ENDPOINTING
+from mowa.engines.registry import ENGINES
 from mowa.engines.settings import EngineSpec
 from mowa.errors import AudioError, DataError
 from mowa.types import Segment, Word
 
 if TYPE_CHECKING:
-    from mowa.engines.stream_session import StreamSession, TimedSegment
+    from mowa.engines.streaming import StreamSession, TimedSegment
 
 DEFAULTS = EngineSpec("")
 
@@ -61,8 +62,8 @@ DEFAULTS = EngineSpec("")
 @click.option("--max-segment-s", type=click.FloatRange(min=0), default=DEFAULT_ENDPOINTING.max_segment_s,
               show_default=True, help="End a segment at the next word after this many seconds.")
 @click.option("--no-vad", is_flag=True, help="Transcribe everything; do not run voice activity detection.")
-@click.option("--engine", type=click.Choice(["pytorch", "onnx"]), default=DEFAULTS.engine, show_default=True,
-              help="Inference engine.")
+@click.option("--engine", type=click.Choice(ENGINES.names()),
+              help="Inference engine. [default: pytorch; for an export, its own]")
 @click.option("--device", default=DEFAULTS.device, show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option("--dtype", default=DEFAULTS.dtype, show_default=True,
               help="Compute dtype: float32, bfloat16, float16, int8, or auto (the fastest on this machine).")
@@ -71,7 +72,7 @@ DEFAULTS = EngineSpec("")
 def listen(
     source: str | None, model: str | None, adapter: Path | None, revision: str | None, offline: bool, format_name: str,
     input_device: str | None, list_devices: bool, sample_rate: int | None, realtime: bool, speed: float | None,
-    min_silence_s: float, max_segment_s: float, no_vad: bool, engine: str, device: str, dtype: str,
+    min_silence_s: float, max_segment_s: float, no_vad: bool, engine: str | None, device: str, dtype: str,
     threads: int | None, debug: bool, **streaming_options: Any,
 ) -> int:
     # fmt: on
@@ -89,14 +90,14 @@ def listen(
     hardware.enable_huge_pages()
     audio_source = _open_source(source, sample_rate, realtime, speed, input_device)
     import mowa
-    from mowa.engines.stream_session import StreamSession
+    from mowa.engines.streaming import StreamSession
 
     endpointing = replace(
         DEFAULT_ENDPOINTING, min_silence_s=min_silence_s, max_segment_s=max_segment_s, vad=not no_vad
     )
     given = {key: value for key, value in streaming_options.items() if value is not None}
     stream = mowa.stream(
-        model, adapter=adapter, revision=revision, offline=offline, engine=engine, device=device, dtype=dtype,
+        model, adapter=adapter, revision=revision, offline=offline, engine=engine or "", device=device, dtype=dtype,
         threads=threads, endpointing=endpointing, **given,
     )  # fmt: skip
     session = StreamSession(stream)

@@ -11,7 +11,8 @@ import click
 
 from mowa import hardware
 from mowa.decode.captions import FORMAT_SUFFIXES
-from mowa.engines.settings import ENGINES, TranscriptionSettings
+from mowa.engines.registry import engine_choices
+from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import AudioError, DataError, MowaError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ DEFAULTS = TranscriptionSettings()
               help="With --ray: CPUs per worker.")
 @click.option("--worker-gpus", type=click.FloatRange(min=0), default=0.0, show_default=True,
               help="With --ray: GPUs per worker; 0.5 lets two workers share one.")
-@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True,
+@click.option("--engine", type=click.Choice(engine_choices()), default="auto", show_default=True,
               help="Inference engine. auto: the fastest on this machine.")
 @click.option("--char-times", is_flag=True, help="Include character timestamps (json, textgrid).")
 @click.option("--resample", type=click.Choice(["best", "fast"]), default=DEFAULTS.resample, show_default=True,

@@ -14,14 +14,15 @@ import numpy as np
 
 from mowa import hardware
 from mowa.engines.protocol import ArtifactEngine, BatchPolicy, log_softmax
+from mowa.engines.registry import get_engine_info, validate_device_and_dtype
 from mowa.errors import ModelError
 from mowa.exporters import ctranslate2 as exporter
 from mowa.exporters import manifest
+from mowa.exporters.protocol import require_packages
 from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.types import Artifact
 
 FORMAT = "ctranslate2"
-DTYPES = ("auto", "float32", "int8")
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,20 @@ class CTranslate2Engine(ArtifactEngine):
         return [row[: frame_geometry(self.config).num_frames(lengths[0])] for row in logits]
 
 
-def open_engine(folder: str | Path, dtype: str = "auto", threads: int | None = None) -> CTranslate2Engine:
+def open_engine(
+    folder: str | Path, *, device: str = "auto", dtype: str = "auto", threads: int | None = None
+) -> CTranslate2Engine:
     """Open the export in `folder`. Its dtype is fixed: `dtype` must be "auto" or that one.
 
-    Raises ModelError for another dtype and for a missing or damaged export, MissingDependency without CTranslate2.
+    Raises ModelError for another device or dtype and for a missing or damaged export; MissingDependency without
+    CTranslate2.
     """
+    validate_device_and_dtype(get_engine_info(FORMAT), device, dtype)
     exported = manifest.read_artifact(Path(folder), (FORMAT,))
     available = _dtype(exported)
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not supported by CTranslate2: use {', '.join(DTYPES)}")
     if dtype not in ("auto", available):
         raise ModelError(f"{folder} was exported for {available}: omit --dtype, or export the model for {dtype}")
-    exporter.require_packages()
+    require_packages(FORMAT)
     model = exporter.open_model(
         exported.folder / exported.details["model"], exported.scheme, threads or hardware.cpu_count()
     )

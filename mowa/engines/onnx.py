@@ -18,18 +18,20 @@ from typing import Any
 import numpy as np
 
 from mowa import exporters, hardware
-from mowa.engines.protocol import ArtifactEngine, BatchPolicy, log_softmax
+from mowa.decode.stream import LogProbs, Samples
+from mowa.engines.protocol import ArtifactEngine, BatchPolicy, ChunkStep, FloatArray, log_softmax
+from mowa.engines.registry import get_engine_info, validate_device_and_dtype
 from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.exporters import manifest
 from mowa.exporters.onnx.exporter import run
-from mowa.io.manifest import EXPORT_FORMAT_VERSION
+from mowa.io.manifest import FORMAT_VERSION
 from mowa.models.ctc_encoder.geometry import frame_geometry
+from mowa.models.ctc_encoder.streaming import CacheShape
 from mowa.quantization import quantize
 from mowa.types import FLOAT32, CTCModel, Model
 
 log = logging.getLogger("mowa")
 
-DTYPES = ("auto", "float32", "int8")
 FORMAT = "onnx"
 FLOAT_MATMUL_WEIGHTS = (
     "float32",
@@ -68,6 +70,10 @@ class OnnxEngine(ArtifactEngine):
             return BatchPolicy.SINGLE
         return BatchPolicy.PADDED if self.artifact.details["attention_mask"] else BatchPolicy.EQUAL_LENGTH
 
+    def chunk_step(self) -> ChunkStep | None:
+        """As `SteppingEngine.chunk_step`."""
+        return None if self.streaming_session is None else _OnnxStep(self)
+
     def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         """As `Engine.emissions`. Raises ValueError for clips that cannot share a batch."""
         lengths = np.array([len(clip) for clip in clips])
@@ -81,18 +87,45 @@ class OnnxEngine(ArtifactEngine):
         return [row[: geometry.num_frames(int(n))] for row, n in zip(logits, lengths, strict=True)]
 
 
-def open_engine(source: CTCModel | str | Path, *, dtype: str = "auto", threads: int | None = None) -> OnnxEngine:
+class _OnnxStep:
+    """Inputs of the graph, in order: samples, position, key-value cache and, without absolute positions, conv cache."""
+
+    def __init__(self, engine: OnnxEngine) -> None:
+        self._session = engine.streaming_session
+        inputs = self._session.get_inputs()
+        layers, _, _, heads, head_dim = inputs[2].shape
+        conv_frames, conv_size = inputs[3].shape if len(inputs) > 3 else (0, 0)
+        self._names = [one.name for one in inputs]
+        self.cache_shape = CacheShape(layers, heads, head_dim, conv_frames, conv_size)
+
+    def __call__(
+        self, samples: Samples, position: int, kv_cache: FloatArray, conv_cache: FloatArray
+    ) -> tuple[LogProbs, FloatArray, FloatArray]:
+        values = (samples, np.array([position]), np.ascontiguousarray(kv_cache), conv_cache)
+        logits, new_kv, *new_conv = self._session.run(None, dict(zip(self._names, values, strict=False)))
+        scores = log_softmax(logits)
+        return scores, new_kv, new_conv[0] if new_conv else np.zeros((len(scores), 0), np.float32)
+
+
+def open_engine(
+    source: CTCModel | str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    from_disk: bool = False,
+) -> OnnxEngine:
     """Open an export, or a model, which is exported to the cache first unless it was before.
 
-    `dtype` "auto" is the export's, or the model's own scheme. Raises ModelError for an unsupported dtype and for a
-    missing or damaged export, and as `export` does.
+    Args:
+        dtype: auto: the export's, or the model's own scheme.
+        from_disk: the model was loaded by name and has not changed since, so that its files identify it.
+
+    Raises ModelError for an unsupported device or dtype and for a missing or damaged export, and as `export` does.
     """
-    if dtype not in DTYPES:
-        raise ModelError(
-            f"dtype {dtype!r} is not supported by ONNX Runtime: use {', '.join(DTYPES)}, or --engine pytorch"
-        )
+    validate_device_and_dtype(get_engine_info(FORMAT), device, dtype)
     if isinstance(source, Model):
-        exported = manifest.read_artifact(export_to_cache(source, dtype), (FORMAT,))
+        exported = manifest.read_artifact(export_to_cache(source, dtype, from_disk=from_disk), (FORMAT,))
     else:
         exported = manifest.read_artifact(Path(source), (FORMAT,))
         if dtype not in ("auto", exported.scheme.weights):
@@ -102,12 +135,28 @@ def open_engine(source: CTCModel | str | Path, *, dtype: str = "auto", threads: 
     return OnnxEngine(exported, _session(exported.folder / exported.details["graph"], threads), threads)
 
 
-def export_to_cache(model: CTCModel, dtype: str = "auto") -> Path:
+def open_cached_engine(
+    model: CTCModel, *, device: str, dtype: str, threads: int | None, from_disk: bool
+) -> OnnxEngine | None:
+    """Return the engine of the model's export in the cache; None if there is none, or it is damaged."""
+    if not any((hardware.cache_folder() / "onnx").glob("*")):
+        return None  # avoids hashing the weights
+    folder = cache_path(model, dtype, from_disk=from_disk)
+    if not folder.is_dir():
+        return None
+    try:
+        return open_engine(folder, threads=threads)
+    except ModelError as error:
+        log.warning("%s", error)
+        return None
+
+
+def export_to_cache(model: CTCModel, dtype: str = "auto", *, from_disk: bool = False) -> Path:
     """Return the folder of the model's export in the cache, exporting it if it is missing or damaged.
 
     With `dtype` int8, a float32 model is quantized with int8-dynamic first.
     """
-    folder = cache_path(model, dtype)
+    folder = cache_path(model, dtype, from_disk=from_disk)
     try:
         manifest.read_artifact(folder, (FORMAT,))
         return folder
@@ -129,16 +178,21 @@ def _needs_int8(model: CTCModel, dtype: str) -> bool:
     return dtype == "int8" and model.scheme == FLOAT32
 
 
-def cache_path(model: CTCModel, dtype: str = "auto") -> Path:
-    """Return the folder of the model's export in the cache, which need not exist."""
+def cache_path(model: CTCModel, dtype: str = "auto", *, from_disk: bool = False) -> Path:
+    """Return the folder of the model's export in the cache, which need not exist.
+
+    It is named by the weights in memory; with `from_disk`, their checksum is looked up by that of the files.
+    """
+    adapter = getattr(model.net, "mowa_adapter", None)
+    identity = manifest.loaded_model_sha256(model, adapter) if from_disk else manifest.model_sha256(model)
     versions = [
         f"{package} {hardware.installed_version(package)}"
         for package in ("mowa", "torch", "transformers", "onnxruntime")
     ]
     key = [
-        manifest.model_sha256(model),
+        identity,
         "int8" if _needs_int8(model, dtype) else "as it is",
-        str(EXPORT_FORMAT_VERSION),
+        str(FORMAT_VERSION),
         *versions,
     ]
     key += [repr(model.vocabulary), repr(model.preprocessing)]

@@ -15,11 +15,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mowa.decode.stream import LogProbs, Samples
 from mowa.types import Artifact, Origin, Preprocessing, Vocabulary
+
+if TYPE_CHECKING:
+    from mowa.models.ctc_encoder.streaming import CacheShape
+
+
+FloatArray = NDArray[np.float32]
 
 
 class BatchPolicy(Enum):
@@ -33,7 +41,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """pytorch, onnx or ctranslate2."""
+        """The name in `registry.ENGINES`."""
 
     @property
     def origin(self) -> Origin: ...
@@ -62,6 +70,23 @@ class Engine(Protocol):
 
         T_i is the number of frames of clip i alone; frames of padding are not returned.
         """
+
+
+class ChunkStep(Protocol):
+    """Encodes one chunk, as `models.ctc_encoder.streaming.encode_chunk` does, on arrays."""
+
+    cache_shape: CacheShape
+
+    def __call__(
+        self, samples: Samples, position: int, kv_cache: FloatArray, conv_cache: FloatArray
+    ) -> tuple[LogProbs, FloatArray, FloatArray]: ...
+
+
+class SteppingEngine(Engine, Protocol):
+    """An engine with the capability `step`: cached streaming."""
+
+    def chunk_step(self) -> ChunkStep | None:
+        """Return the function that encodes one chunk; None if there is none for this net."""
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,18 @@ import torch
 
 from mowa import hardware
 from mowa.adapters.loading import load_adapter
-from mowa.engines.protocol import BatchPolicy
+from mowa.decode.stream import LogProbs, Samples
+from mowa.engines.protocol import BatchPolicy, ChunkStep, FloatArray
+from mowa.engines.registry import get_engine_info
 from mowa.errors import ModelError
-from mowa.models.ctc_encoder import cpu_plan
+from mowa.loading.ctc import load
+from mowa.models.ctc_encoder import chunk_mask, cpu_plan
+from mowa.models.ctc_encoder import streaming as encoder_streaming
 from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.models.ctc_encoder.positions import precompute_absolute_positions
+from mowa.models.ctc_encoder.streaming import EagerPlan
 from mowa.types import CTCModel, Origin, Preprocessing, Vocabulary
-
-DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,10 @@ class PyTorchEngine:
             adapters={},
         )
 
+    def chunk_step(self) -> ChunkStep | None:
+        """As `SteppingEngine.chunk_step`."""
+        return None if chunk_mask.unsupported_reason(self.model.net) else _PyTorchStep(self)
+
     def emissions(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         """As `Engine.emissions`. Raises ValueError for clips that cannot share a batch."""
         lengths = [len(clip) for clip in clips]
@@ -119,15 +126,31 @@ class PyTorchEngine:
         return [row[: geometry.num_frames(n)] for row, n in zip(scores, lengths, strict=True)]
 
 
+class _PyTorchStep:
+    def __init__(self, engine: PyTorchEngine) -> None:
+        self._engine, self._plan = engine, engine.plan or EagerPlan(engine.model.net)
+        self.cache_shape = encoder_streaming.cache_shape(engine.model.net)
+
+    def __call__(
+        self, samples: Samples, position: int, kv_cache: FloatArray, conv_cache: FloatArray
+    ) -> tuple[LogProbs, FloatArray, FloatArray]:
+        device = self._engine.device
+        with torch.inference_mode(), hardware.matmul_precision(self._engine.precision.matmul):
+            sound, kv, conv = (torch.from_numpy(one).to(device) for one in (samples, kv_cache, conv_cache))
+            logits, new_kv, new_conv = encoder_streaming.encode_chunk(self._plan, sound, position, kv, conv)
+            scores = torch.log_softmax(logits, -1)
+            return scores.cpu().numpy(), new_kv.float().cpu().numpy(), new_conv.float().cpu().numpy()
+
+
 def open_engine(
-    model: CTCModel,
+    model: CTCModel | Path,
     *,
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> PyTorchEngine:
-    """Move the model to a device and dtype, in place, and return its engine.
+    """Move the model (or the one in a folder) to a device and dtype, in place, and return its engine.
 
     device: "auto" is a GPU if there is one. dtype: "auto" is the dtype that `hardware` measured to be fastest; for a
     model whose scheme quantizes activations it is int8 where the CPU supports it. Another dtype computes with the
@@ -136,8 +159,10 @@ def open_engine(
 
     Raises ModelError for an unavailable device, an unsupported dtype and an adapter of another base model.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if dtype not in (dtypes := get_engine_info("pytorch").dtypes):
+        raise ModelError(f"unknown dtype {dtype!r}: use {', '.join(dtypes)}")
+    if isinstance(model, Path):
+        model = load(str(model))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():

@@ -7,9 +7,7 @@ shape. Only dtypes that keep the transcript are candidates: float32, and bfloat1
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +17,25 @@ import numpy as np
 
 from mowa import hardware
 from mowa.adapters.loading import load_adapter
-from mowa.engines import onnx, pytorch
-from mowa.engines.onnx import OnnxEngine
 from mowa.engines.protocol import Engine
-from mowa.engines.pytorch import PyTorchEngine
-from mowa.engines.settings import ENGINES
+from mowa.engines.registry import (
+    AUTO,
+    ENGINES,
+    EngineInfo,
+    find_engine_of_format,
+    get_engine_info,
+    validate_device_and_dtype,
+)
 from mowa.errors import ModelError
 from mowa.exporters import manifest
+from mowa.exporters.registry import FORMATS
+from mowa.io.atomic import read_json_cache, update_json_cache
+from mowa.plugins import import_function
 from mowa.types import CTCModel
 
 log = logging.getLogger("mowa")
 
-EXTERNAL_FORMATS = {
-    "coreml": "a Core ML package, which runs on Apple devices: see examples/run_coreml.py",
-    "tensorrt": "a TensorRT export, which runs on a GPU with TensorRT: see examples/run_tensorrt.py",
-}
+DEFAULT_ENGINE = "pytorch"
 TIMED_CLIPS_S = (2.0, 5.0)
 ROUNDS = 3
 TIMINGS_FILE = "engine_timings.json"
@@ -50,36 +52,41 @@ class EngineChoice:
 def select_engine(
     model: CTCModel,
     *,
-    name: str = "auto",
+    name: str = AUTO,
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
     adapter: str | Path | None = None,
+    from_disk: bool = False,
 ) -> EngineChoice:
     """Return an engine that runs `model` in `dtype` on `device`, with the adapter in folder `adapter` if given.
 
-    `name` is pytorch, onnx or auto. auto is PyTorch, unless an ONNX export of this model is in the cache (`--engine
-    onnx` puts it there), supports the dtype and device, and is faster. The net may be converted in place.
+    Args:
+        name: an engine that opens models, or auto: PyTorch, unless an export of this model is in the cache (`--engine
+            onnx` puts it there), supports the dtype and device, and is faster. The net may be converted in place.
+        from_disk: the model was loaded by name and has not changed since: its export in the cache is found by the
+            checksums of its files. Otherwise its weights are hashed, which finds what changed in memory too.
 
     Raises ModelError for an unknown name and for a device or dtype that the engine does not support.
     """
-    if name not in ENGINES:
-        raise ModelError(f"unknown engine {name!r}: use {', '.join(ENGINES)}")
-    if name == "onnx":
-        _require_cpu(device)
-        adapted = model if adapter is None else load_adapter(model, adapter)
-        return _log_choice(onnx.open_engine(adapted, dtype=dtype, threads=threads), "onnx: requested")
-    cached = _open_cached_export(model, device, dtype, threads, adapter) if name == "auto" else None
-    torch_engine = pytorch.open_engine(model, device=device, dtype=dtype, threads=threads).with_adapter(adapter)
-    if name == "pytorch":
-        return _log_choice(torch_engine, f"pytorch, {torch_engine.dtype}: requested")
+    info = get_engine_info(DEFAULT_ENGINE if name == AUTO else name)
+    if "models" not in info.capabilities:
+        formats = " or ".join(info.artifact_formats)
+        raise ModelError(
+            f"the {name} engine runs exports only: `mowa export --to {formats}` {model.origin.name} first, or omit"
+            " --engine"
+        )
+    validate_device_and_dtype(info, device, dtype)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
+    cached = _open_cached(model, options, adapter, from_disk) if name == AUTO else None
+    engine = _open(info, model, options, adapter, from_disk)
+    if name != AUTO:
+        return _log_choice(engine, f"{name}, {engine.dtype}: requested")
     if cached is None:
-        reason = "GPU" if torch_engine.device != "cpu" else _dtype_reason(torch_engine, dtype)
-        return _log_choice(torch_engine, f"pytorch, {torch_engine.dtype} on {torch_engine.device}: {reason}")
-    seconds = _cached_timings([torch_engine, cached])
-    fastest: PyTorchEngine | OnnxEngine = (
-        cached if seconds[_label(cached)] < seconds[_label(torch_engine)] else torch_engine
-    )
+        reason = "GPU" if engine.device != "cpu" else _dtype_reason(engine, model, dtype)
+        return _log_choice(engine, f"{engine.name}, {engine.dtype} on {engine.device}: {reason}")
+    seconds = _cached_timings([engine, cached])
+    fastest = cached if seconds[_label(cached)] < seconds[_label(engine)] else engine
     timings = ", ".join(f"{label} {elapsed_s:.2f} s" for label, elapsed_s in seconds.items())
     audio_s = sum(TIMED_CLIPS_S)
     return _log_choice(fastest, f"{fastest.name}, {fastest.dtype}: fastest on {audio_s:.0f} s of audio ({timings})")
@@ -88,20 +95,21 @@ def select_engine(
 def open_artifact(
     folder: Path,
     *,
-    name: str = "auto",
+    name: str = AUTO,
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
     adapter: str | Path | None = None,
 ) -> EngineChoice:
-    """Return the engine of an export in a format other than safetensors.
+    """Return the engine of an export, the one in the registry that opens its format.
 
     Raises ModelError for a format without an engine here, and for an engine, device or adapter it does not support.
     """
     export_format = manifest.read_artifact(folder).format
-    if export_format in EXTERNAL_FORMATS:
-        raise ModelError(f"{folder} is {EXTERNAL_FORMATS[export_format]}")
-    if name not in ("auto", export_format):
+    info = find_engine_of_format(export_format) if name == AUTO else get_engine_info(name)
+    if info is None:
+        raise ModelError(f"{folder} is {describe_format(export_format)}")
+    if export_format not in info.artifact_formats:
         raise ModelError(
             f"{folder} is an export to {export_format} and cannot run with --engine {name}: omit --engine, or name the"
             " original model"
@@ -110,13 +118,50 @@ def open_artifact(
         raise ModelError(
             f"{folder} is an export and takes no adapter: use `mowa export --adapter` on the original model"
         )
-    _require_cpu(device)
-    if export_format == "onnx":
-        return _log_choice(onnx.open_engine(folder, dtype=dtype, threads=threads), "onnx: format of the export")
-    from mowa.engines import ctranslate2
+    validate_device_and_dtype(info, device, dtype)
+    engine = import_function(info.open)(folder, device=device, dtype=dtype, threads=threads)
+    return _log_choice(engine, f"{info.name}: format of the export")
 
-    engine = ctranslate2.open_engine(folder, dtype=dtype, threads=threads)
-    return _log_choice(engine, f"{export_format}: format of the export")
+
+def describe_format(export_format: str) -> str:
+    """Return what an export in this format is and what runs it, to follow "FOLDER is"."""
+    if find_engine_of_format(export_format) is not None:
+        return f"an export to {export_format}, which mowa.transcribe(audio, model=FOLDER) runs"
+    known = FORMATS.find(export_format)
+    return known.runs if known and known.runs else f"an export to {export_format}, for which there is no engine here"
+
+
+def _open(
+    info: EngineInfo, model: CTCModel, options: dict[str, Any], adapter: str | Path | None, from_disk: bool
+) -> Any:
+    """Open the engine of a model with an adapter: the engine's own way, or else loaded over the model before."""
+    if "cache" in info.capabilities:
+        options = options | {"from_disk": from_disk}
+    opened = import_function(info.open)
+    if adapter is None:
+        return opened(model, **options)
+    if "adapters" in info.capabilities:
+        return opened(model, **options).with_adapter(adapter)
+    return opened(load_adapter(model, adapter), **options)
+
+
+def _open_cached(
+    model: CTCModel, options: dict[str, Any], adapter: str | Path | None, from_disk: bool
+) -> Engine | None:
+    """Return an engine whose export of the model is in the cache. Call it before the net is converted."""
+    import torch
+
+    device, dtype = options["device"], options["dtype"]
+    if device == "auto" and torch.cuda.is_available():
+        return None
+    for info in ENGINES.all():
+        fits = device in ("auto", *info.devices) and dtype in info.dtypes
+        if fits and info.open_cached and (hardware.cache_folder() / info.name).is_dir():
+            adapted = model if adapter is None else load_adapter(model, adapter)
+            engine: Engine | None = import_function(info.open_cached)(adapted, **options, from_disk=from_disk)
+            if engine is not None:
+                return engine
+    return None
 
 
 def _log_choice(engine: Engine, reason: str) -> EngineChoice:
@@ -124,40 +169,14 @@ def _log_choice(engine: Engine, reason: str) -> EngineChoice:
     return EngineChoice(engine, reason)
 
 
-def _require_cpu(device: str) -> None:
-    if device not in ("auto", "cpu"):
-        raise ModelError(f"this engine runs on the CPU only: omit --device, or use --engine pytorch on {device}")
-
-
-def _dtype_reason(engine: PyTorchEngine, dtype: str) -> str:
+def _dtype_reason(engine: Engine, model: CTCModel, dtype: str) -> str:
     if engine.dtype == "int8" and dtype == "auto":
-        return f"the model's scheme is {engine.model.scheme.name}"
+        return f"the model's scheme is {model.scheme.name}"
     if dtype != "auto":
         return "dtype requested, no ONNX export of this model in the cache"
     if engine.dtype == "float32":
         return f"bfloat16 is less than {hardware.MIN_BFLOAT16_SPEEDUP} times as fast on this CPU"
     return f"more than {hardware.MIN_BFLOAT16_SPEEDUP} times as fast as float32 on this CPU"
-
-
-def _open_cached_export(
-    model: CTCModel, device: str, dtype: str, threads: int | None, adapter: str | Path | None
-) -> OnnxEngine | None:
-    """Return the model's ONNX export in the cache if it is a candidate. Call it before the net is converted."""
-    import torch
-
-    if device not in ("auto", "cpu") or (device == "auto" and torch.cuda.is_available()) or dtype not in onnx.DTYPES:
-        return None
-    if not any((hardware.cache_folder() / "onnx").glob("*")):
-        return None  # avoids hashing the weights
-    adapted = model if adapter is None else load_adapter(model, adapter)
-    folder = onnx.cache_path(adapted, dtype)
-    if not folder.is_dir():
-        return None
-    try:
-        return onnx.open_engine(folder, threads=threads)
-    except ModelError as error:
-        log.warning("%s", error)
-        return None
 
 
 def time_engines(engines: list[Any]) -> dict[str, float]:
@@ -188,17 +207,8 @@ def _cached_timings(engines: list[Any]) -> dict[str, float]:
     parts = [hardware.cpu_name(), f"{hardware.cpu_count()} cores", *versions, *shape, list(config.conv_dim), *labels]
     key = " · ".join(map(str, parts))
     file = hardware.cache_folder() / TIMINGS_FILE
-    try:
-        known: dict[str, dict[str, float]] = json.loads(file.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known: dict[str, dict[str, float]] = read_json_cache(file)
     if key not in known:
         known[key] = time_engines(engines)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            fresh = file.with_suffix(f".{os.getpid()}")
-            fresh.write_text(json.dumps(known, ensure_ascii=False, indent=1))
-            fresh.replace(file)
-        except OSError:
-            pass  # in a read-only cache folder the engines are timed again
+        update_json_cache(file, {key: known[key]})
     return known[key]

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ENGINES = ("auto", "pytorch", "onnx")
-
 
 @dataclass(frozen=True, slots=True)
 class TranscriptionSettings:

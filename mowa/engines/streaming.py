@@ -11,45 +11,36 @@ window   for all nets. Each chunk is encoded with `left_context_s` before and `l
          `lookahead_s` after its audio.
 
 Samples are normalized with running statistics (`data.audio.running_norm`), not with those of audio still to come.
-The encoders are in `streaming_encoders`.
+The encoders are in `streaming_encoders`. `StreamSession` runs a stream over a live source.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
-import numpy as np
-import torch
-
-from mowa import hardware
 from mowa.data.audio.vad import SileroVAD
+from mowa.data.inputs.source import AudioBlock, BufferedSource
 from mowa.decode.stream import (
     DEFAULT_ENDPOINTING,
     EndpointConfig,
-    LogProbs,
-    Samples,
     StreamingEncoder,
     TranscriptionStream,
 )
-from mowa.engines.onnx import OnnxEngine
-from mowa.engines.protocol import Engine, log_softmax
+from mowa.engines.protocol import ChunkStep, Engine, SteppingEngine
 from mowa.engines.pytorch import PyTorchEngine
-from mowa.engines.streaming_encoders import (
-    CachedEncoder,
-    ChunkStep,
-    FeatureWindowEncoder,
-    FloatArray,
-    WaveformWindowEncoder,
-)
-from mowa.errors import ModelError
+from mowa.engines.registry import ENGINES
+from mowa.engines.streaming_encoders import CachedEncoder, FeatureWindowEncoder, WaveformWindowEncoder
+from mowa.errors import AudioError, ModelError
 from mowa.models.ctc_encoder import chunk_mask
-from mowa.models.ctc_encoder import streaming as encoder_streaming
 from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.models.ctc_encoder.chunk_mask import TrainedChunking
 from mowa.models.ctc_encoder.geometry import frame_geometry
-from mowa.models.ctc_encoder.streaming import CacheShape, EagerPlan
+from mowa.types import Segment
 
 CACHED_CHUNK_S, WINDOW_CHUNK_S, WINDOW_LEFT_CONTEXT_S, WINDOW_LOOKAHEAD_S = 0.32, 1.28, 4.0, 1.28
 
@@ -130,42 +121,92 @@ def _cached(
 
 def _chunk_step(engine: Engine) -> ChunkStep | None:
     """Return the function that encodes one chunk, or None if the engine has none for this net."""
-    if isinstance(engine, PyTorchEngine) and not chunk_mask.unsupported_reason(engine.model.net):
-        return _PyTorchStep(engine)
-    return _OnnxStep(engine) if isinstance(engine, OnnxEngine) and engine.streaming_session is not None else None
+    info = ENGINES.find(engine.name)
+    return cast(SteppingEngine, engine).chunk_step() if info and "step" in info.capabilities else None
 
 
-class _PyTorchStep:
-    def __init__(self, engine: PyTorchEngine) -> None:
-        self._engine, self._plan = engine, engine.plan or EagerPlan(engine.model.net)
-        self.cache_shape = encoder_streaming.cache_shape(engine.model.net)
-
-    def __call__(
-        self, samples: Samples, position: int, kv_cache: FloatArray, conv_cache: FloatArray
-    ) -> tuple[LogProbs, FloatArray, FloatArray]:
-        device = self._engine.device
-        with torch.inference_mode(), hardware.matmul_precision(self._engine.precision.matmul):
-            sound, kv, conv = (torch.from_numpy(one).to(device) for one in (samples, kv_cache, conv_cache))
-            logits, new_kv, new_conv = encoder_streaming.encode_chunk(self._plan, sound, position, kv, conv)
-            scores = torch.log_softmax(logits, -1)
-            return scores.cpu().numpy(), new_kv.float().cpu().numpy(), new_conv.float().cpu().numpy()
+# --- a stream over a live source --------------------------------------------------------------------------------------
 
 
-class _OnnxStep:
-    """Inputs of the graph, in order: samples, position, key-value cache and, without absolute positions, conv cache."""
+@dataclass(frozen=True, slots=True)
+class TimedSegment:
+    """A segment with times of the source, in seconds.
 
-    def __init__(self, engine: OnnxEngine) -> None:
-        self._session = engine.streaming_session
-        inputs = self._session.get_inputs()
-        layers, _, _, heads, head_dim = inputs[2].shape
-        conv_frames, conv_size = inputs[3].shape if len(inputs) > 3 else (0, 0)
-        self._names = [one.name for one in inputs]
-        self.cache_shape = CacheShape(layers, heads, head_dim, conv_frames, conv_size)
+    `processed_s` is how much audio had been processed; `latency_s` the time since the end of its last word was
+    recorded, None for a segment without words.
+    """
 
-    def __call__(
-        self, samples: Samples, position: int, kv_cache: FloatArray, conv_cache: FloatArray
-    ) -> tuple[LogProbs, FloatArray, FloatArray]:
-        values = (samples, np.array([position]), np.ascontiguousarray(kv_cache), conv_cache)
-        logits, new_kv, *new_conv = self._session.run(None, dict(zip(self._names, values, strict=False)))
-        scores = log_softmax(logits)
-        return scores, new_kv, new_conv[0] if new_conv else np.zeros((len(scores), 0), np.float32)
+    segment: Segment
+    processed_s: float
+    latency_s: float | None
+
+
+class StreamSession:
+    """A stream fed from a source; it tracks compute time, latency and lost audio.
+
+    Where audio was lost, the stream is flushed and later segments are shifted by the length of the gap.
+    """
+
+    def __init__(self, stream: TranscriptionStream) -> None:
+        self.stream = stream
+        self.compute_s = self.lost_s = 0.0
+        self.latency_s: float | None = None  # of the latest words
+        self._captures: deque[tuple[float, float]] = deque(maxlen=8192)  # (end of block, when it was recorded)
+
+    @property
+    def processed_s(self) -> float:
+        return self.stream.received_s + self.lost_s
+
+    def events(self, blocks: BufferedSource) -> Iterator[list[TimedSegment]]:
+        """Yield the segments that each block brings, often none; at the end, and before an AudioError, the open ones.
+
+        Raises AudioError as the source does.
+        """
+        failure = None
+        try:
+            for block in blocks:
+                yield self._feed(block)
+        except AudioError as error:
+            failure = error
+        yield self._with_times(time.monotonic(), self.stream.close())
+        if failure is not None:
+            raise failure
+
+    def _feed(self, block: AudioBlock) -> list[TimedSegment]:
+        flushed = []
+        if block.lost_s:
+            flushed = self._with_times(time.monotonic(), self.stream.flush())
+            self.lost_s += block.lost_s
+        started_s = time.monotonic()
+        found = self.stream.feed(block.samples)
+        if len(block.samples):
+            self._captures.append((self.processed_s, block.captured_at_s))
+        return flushed + self._with_times(started_s, found)
+
+    def _with_times(self, started_s: float, found: list[Segment]) -> list[TimedSegment]:
+        now_s = time.monotonic()
+        self.compute_s += now_s - started_s
+        events = []
+        for segment in found:
+            shifted = _shift(segment, self.lost_s)
+            latency_s = max(0.0, now_s - self._recorded_at_s(shifted.end_s)) if shifted.words else None
+            self.latency_s = self.latency_s if latency_s is None else latency_s
+            events.append(TimedSegment(shifted, self.processed_s, latency_s))
+        return events
+
+    def _recorded_at_s(self, position_s: float) -> float:
+        """Return when the audio at `position_s` was recorded, interpolated within its block."""
+        later_end_s, later_s = self._captures[-1]
+        for end_s, captured_s in reversed(self._captures):
+            if end_s < position_s:
+                fraction = min(1.0, (position_s - end_s) / (later_end_s - end_s)) if later_end_s > end_s else 1.0
+                return captured_s + fraction * (later_s - captured_s)
+            later_end_s, later_s = end_s, captured_s
+        return later_s
+
+
+def _shift(segment: Segment, by_s: float) -> Segment:
+    if not by_s:
+        return segment
+    words = tuple(replace(word, start_s=word.start_s + by_s, end_s=word.end_s + by_s) for word in segment.words)
+    return replace(segment, start_s=segment.start_s + by_s, end_s=segment.end_s + by_s, words=words)

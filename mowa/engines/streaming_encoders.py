@@ -6,35 +6,22 @@ All of them are stateless; the state of an utterance is a dict of arrays that `s
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mowa import hardware
 from mowa.data import audio
 from mowa.data.audio import running_norm
 from mowa.decode.stream import Arrays, LogProbs, Samples
-from mowa.engines.protocol import Engine
+from mowa.engines.protocol import ChunkStep, Engine, FloatArray
 from mowa.engines.pytorch import PyTorchEngine
 from mowa.errors import ModelError
 from mowa.models.ctc_encoder.geometry import frame_geometry, max_absolute_position
-from mowa.models.ctc_encoder.streaming import CacheShape, EagerPlan
+from mowa.models.ctc_encoder.streaming import EagerPlan
 
 CACHE_RESET_S, CACHE_OVERLAP_S = 20.0, 1.92
 CACHE_GROWTH_FRAMES = 256  # frames by which the key-value cache is enlarged
-FloatArray = NDArray[np.float32]
-
-
-class ChunkStep(Protocol):
-    """Encodes one chunk, as `models.ctc_encoder.streaming.encode_chunk` does, on arrays."""
-
-    cache_shape: CacheShape
-
-    def __call__(
-        self, samples: Samples, position: int, kv_cache: FloatArray, conv_cache: FloatArray
-    ) -> tuple[LogProbs, FloatArray, FloatArray]: ...
 
 
 class _ChunkedEncoder:
@@ -247,5 +234,5 @@ class WaveformWindowEncoder(_ChunkedEncoder):
         return scores
 
 
-def _stats_array(stats: running_norm.RunningStats) -> NDArray[np.float64]:
+def _stats_array(stats: running_norm.RunningStats) -> np.ndarray:
     return np.array([stats.count, stats.total, stats.sum_squares])

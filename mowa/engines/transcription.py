@@ -15,8 +15,8 @@ from mowa.engines.pytorch import PyTorchEngine
 from mowa.engines.selection import EngineChoice
 from mowa.engines.settings import EngineSpec, TranscriptionSettings
 from mowa.errors import ModelError
-from mowa.exporters import is_export, read_artifact
 from mowa.io.hub import MODEL_ALIASES
+from mowa.io.manifest import find_manifest
 from mowa.loading.ctc import load
 from mowa.tasks.verbs import require_ctc
 from mowa.types import CTCModel, Example, Failure, Model, Transcript
@@ -52,7 +52,7 @@ def load_engine(spec: EngineSpec) -> EngineChoice:
     if (folder := resolve_artifact(spec.model)) is not None:
         return selection.open_artifact(folder, name=spec.engine, **options)
     model = load(spec.model, revision=spec.revision, offline=spec.offline)
-    return selection.select_engine(model, name=spec.engine, **options)
+    return selection.select_engine(model, name=spec.engine, **options, from_disk=True)
 
 
 def resolve_spec(spec: EngineSpec) -> EngineSpec:
@@ -63,11 +63,12 @@ def resolve_spec(spec: EngineSpec) -> EngineSpec:
 
 
 def resolve_artifact(name: str) -> Path | None:
-    """Return the folder `name` if it holds an export that an engine other than PyTorch runs, else None."""
-    folder = Path(name)
-    if name in MODEL_ALIASES or not is_export(folder) or read_artifact(folder).format == "safetensors":
-        return None
-    return folder
+    """Return the folder `name` if it holds an export that `mowa.load` does not open, else None.
+
+    Raises ModelError as `find_manifest`.
+    """
+    manifest = None if name in MODEL_ALIASES else find_manifest(Path(name))
+    return Path(name) if manifest is not None and manifest.artifact == "export" else None
 
 
 def resolve_base_model(adapter: str | Path | None) -> str:

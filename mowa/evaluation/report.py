@@ -20,18 +20,19 @@ import numpy as np
 
 from mowa import hardware
 from mowa.data.manifests.examples import read_examples
+from mowa.engines.registry import find_engine_of_format
 from mowa.errors import DataError, ModelError
 from mowa.evaluation import quant_report
 from mowa.evaluation.quant_report import FAIL, PASS, QuantReport, ReportRow
 from mowa.evaluation.worker import MEASUREMENT_FILE, Measurement, MeasurementRequest, measure
 from mowa.exporters import export, manifest, protocol
+from mowa.exporters.registry import get_format
 from mowa.models.tolerances import MAX_WER_INCREASE
 from mowa.quantization import calibration, quantize, schemes
 from mowa.types import FLOAT32, Artifact, CTCModel, Example, Scheme
 
 log = logging.getLogger("mowa")
 
-RUNNABLE_FORMATS = ("safetensors", "onnx", "ctranslate2")
 VERSIONED_PACKAGES = ("mowa", "torch", "transformers", "onnxruntime", "ctranslate2")
 SOURCE_FILE = "source.sha256"  # in each export: hash of the model and the recordings of the report
 _OLD_SOURCE_FILE = "made_of"  # format 1
@@ -99,9 +100,9 @@ def build_report(
     `keep_failed`. Raises DataError without recordings to measure, and as `export` does.
     """
     for to in config.formats:
-        if to in protocol.FORMATS and to not in RUNNABLE_FORMATS:
+        if find_engine_of_format(get_format(to).name) is None:
             raise ModelError(f"{to} cannot be run by mowa, so it cannot be measured: use `mowa export --to {to}`")
-        protocol.get_exporter(to).require_packages()
+        protocol.require_packages(to)
     examples, clips = _recordings(model, config)
     with ExitStack() as open_:
         folder = Path(open_.enter_context(TemporaryDirectory())) if out is None else out

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mowa.errors import MissingDependency, ModelError
+from mowa.errors import ModelError
 from mowa.exporters import verify
 from mowa.exporters.manifest import ExportResult
 from mowa.exporters.prepare import prepare_for_export
@@ -81,14 +81,6 @@ def unsupported_reason(model: CTCModel) -> str:
 
 def _storage(scheme: Scheme) -> tuple[str, str]:
     return scheme.weights, scheme.activations
-
-
-def require_packages() -> None:
-    """See `Exporter.require_packages`."""
-    try:
-        import_module("ctranslate2")
-    except ImportError:
-        raise MissingDependency("CTranslate2 export needs ctranslate2: pip install 'mowa[ctranslate2]'") from None
 
 
 def write(model: CTCModel, folder: Path) -> tuple[Any, ExportResult]:

@@ -11,22 +11,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mowa.errors import ModelError
-from mowa.hardware import installed_version
-from mowa.io.atomic import write_json
-from mowa.io.hashing import sha256_file
-from mowa.io.manifest import (
-    EXPORT_FORMAT_VERSION,
-    MANIFEST_FILE,
-    is_export_manifest,
-    package_versions,
-    read_manifest,
-    validate_format_version,
-)
+from mowa.hardware import cache_folder
+from mowa.io.atomic import read_json_cache, update_json_cache
+from mowa.io.hashing import hash_weights, sha256_file, sha256_files
+from mowa.io.manifest import MANIFEST_FILE, Manifest, damaged, find_manifest, package_versions
+from mowa.io.manifest import write_manifest as write_any_manifest
 from mowa.io.processor import write_processor
 from mowa.types import Artifact, CTCModel, Origin, Preprocessing, Scheme, Vocabulary
+
+CACHE_FILE = "model_sha256.json"  # in the cache folder: checksum of the files of a model → its `model_sha256`
+ADAPTER_SUFFIXES = (".json", ".safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,35 +44,38 @@ class ExportResult:
     packages: tuple[str, ...] = ()
 
 
-def write_manifest(model: CTCModel, net: Any, export_format: str, folder: Path, result: ExportResult) -> None:
+def write_manifest(
+    model: CTCModel, net: Any, export_format: str, folder: Path, result: ExportResult, *, artifact: str = "export"
+) -> None:
     """Write the manifest, config, vocabulary and audio settings into `folder`. `net` is the net that was written."""
     net.config.save_pretrained(folder)
     write_processor(model.vocabulary, model.preprocessing, folder)
     vocabulary = model.vocabulary
-    manifest = {
-        "format_version": EXPORT_FORMAT_VERSION,
-        "format": export_format,
-        "family": model.family.name,
-        "scheme": asdict(model.scheme),
-        "origin": {name: value for name, value in asdict(model.origin).items() if name != "folder"},
-        "model_sha256": model_sha256(model),
-        "files": {name: sha256_file(folder / name) for name in sorted(result.files)},
-        "details": dict(result.details),
-        "verification": {
+    write_any_manifest(
+        folder,
+        "checkpoint" if artifact == "checkpoint" else "export",
+        task=model.task,
+        family=model.family.name,
+        origin=model.origin,
+        files=result.files,
+        packages=result.packages,
+        format=export_format,
+        scheme=asdict(model.scheme),
+        model_sha256=model_sha256(model),
+        details=dict(result.details),
+        verification={
             "max_abs_diff": result.max_abs_diff,
             "agreement": result.agreement,
             "unverified_reason": result.unverified_reason,
         },
-        "vocabulary": {
+        vocabulary={
             "tokens": vocabulary.tokens,
             "blank": vocabulary.blank,
             "delimiter": vocabulary.delimiter,
             "specials": sorted(vocabulary.specials),
         },
-        "preprocessing": asdict(model.preprocessing),
-        "package_versions": package_versions() | {name: installed_version(name) for name in result.packages},
-    }
-    write_json(folder / MANIFEST_FILE, manifest)
+        preprocessing=asdict(model.preprocessing),
+    )
 
 
 def read_artifact(folder: Path, formats: Iterable[str] = ()) -> Artifact:
@@ -87,24 +85,22 @@ def read_artifact(folder: Path, formats: Iterable[str] = ()) -> Artifact:
     """
     from transformers import AutoConfig
 
-    manifest = read_manifest(folder)
-    if not is_export_manifest(manifest):
+    manifest, formats = find_manifest(folder), tuple(formats)
+    if manifest is None or not _is_of_export(manifest):
         raise ModelError(f"{folder} is not an export: use a folder that `mowa export` wrote")
-    validate_format_version(folder, manifest, EXPORT_FORMAT_VERSION, "export the model again")
-    found, formats = manifest.get("format"), tuple(formats)
+    found = manifest.sections["format"]
     if formats and found not in formats:
         raise ModelError(f"{folder} is an export in the format {found}, expected {' or '.join(formats)}")
+    manifest.verify_files()
     try:
-        for name, checksum in manifest["files"].items():
-            if not (folder / name).is_file() or sha256_file(folder / name) != checksum:
-                raise ModelError(f"{folder}/{name} is missing or damaged: export the model again")
-        vocabulary, verification = manifest["vocabulary"], manifest["verification"]
+        sections = manifest.sections
+        vocabulary, verification = sections["vocabulary"], sections["verification"]
         return Artifact(
             folder=folder,
-            format=manifest["format"],
-            family=manifest["family"],
-            scheme=Scheme(**manifest["scheme"]),
-            origin=Origin(**manifest["origin"] | {"folder": folder}),
+            format=found,
+            family=manifest.family,
+            scheme=Scheme(**sections["scheme"]),
+            origin=Origin(**manifest.origin, folder=folder),
             config=AutoConfig.from_pretrained(folder),
             vocabulary=Vocabulary(
                 tuple(vocabulary["tokens"]),
@@ -112,29 +108,60 @@ def read_artifact(folder: Path, formats: Iterable[str] = ()) -> Artifact:
                 vocabulary["delimiter"],
                 frozenset(vocabulary["specials"]),
             ),
-            preprocessing=Preprocessing(**manifest["preprocessing"]),
-            files=tuple(manifest["files"]),
-            details=manifest["details"],
+            preprocessing=Preprocessing(**sections["preprocessing"]),
+            files=tuple(manifest.files),
+            details=sections["details"],
             agreement=verification["agreement"],
             unverified_reason=verification["unverified_reason"],
         )
     except (KeyError, TypeError) as error:
-        raise ModelError(f"{folder}/{MANIFEST_FILE} is damaged ({error} is missing): export the model again") from None
+        raise damaged(folder / MANIFEST_FILE, error) from None
 
 
 def is_export(folder: Path) -> bool:
-    """Return whether `folder` holds an export, of any format and version."""
+    """Return whether `folder` holds what `mowa export` wrote, in any format."""
     try:
-        return is_export_manifest(read_manifest(folder))
+        manifest = find_manifest(folder)
     except ModelError:
         return False
+    return manifest is not None and _is_of_export(manifest)
+
+
+def _is_of_export(manifest: Manifest) -> bool:
+    return "format" in manifest.sections
 
 
 def model_sha256(model: CTCModel) -> str:
     """Return the SHA-256 (hex) of everything that determines the outputs: weights with adapters, config and scheme."""
+    import torch
+
     digest = hashlib.sha256(model.net.config.to_json_string().encode())
     digest.update(repr(model.scheme).encode())
     for name, value in sorted(model.net.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def loaded_model_sha256(model: CTCModel, adapter: str | Path | None = None) -> str:
+    """Return `model_sha256` of a model that was loaded by name, with this adapter, and has not changed since.
+
+    It is cached under the checksums of the checkpoint's and the adapter's files, which are cached themselves: weights
+    are read again only if a file changed.
+    """
+    folder = model.origin.folder
+    parts = [hash_weights(folder), sha256_file(folder / "config.json"), repr(model.scheme), str(_dtypes(model))]
+    if adapter is not None:
+        parts.append(sha256_files(sorted(path for path in Path(adapter).iterdir() if path.suffix in ADAPTER_SUFFIXES)))
+    parts += [f"{name} {version}" for name, version in package_versions().items()]
+    key, cache = hashlib.sha256("\n".join(parts).encode()).hexdigest(), cache_folder() / CACHE_FILE
+    known = read_json_cache(cache).get(key)
+    if isinstance(known, str):
+        return known
+    found = model_sha256(model)
+    update_json_cache(cache, {key: found})
+    return found
+
+
+def _dtypes(model: CTCModel) -> list[str]:
+    return sorted({str(value.dtype) for value in model.net.parameters()})

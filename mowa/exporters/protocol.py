@@ -1,37 +1,24 @@
 """Export a model: check that the format supports it, write it, compare it with the net, and move the folder into place.
 
-Defines the interface of an exporter, which is a module per format, listed in `MODULES`.
+Defines the interface of an exporter, which is a module per format; `registry` lists them.
 """
 
 from __future__ import annotations
 
-import difflib
 import errno
 import shutil
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from mowa.errors import DataError, ModelError
+from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.exporters import manifest
 from mowa.exporters.manifest import ExportResult
+from mowa.exporters.registry import get_format, validate_task
 from mowa.io.atomic import atomic_folder
 from mowa.types import Artifact, CTCModel
 
-MODULES = {
-    "onnx": "mowa.exporters.onnx.exporter",
-    "safetensors": "mowa.exporters.safetensors",
-    "coreml": "mowa.exporters.coreml.exporter",
-    "tensorrt": "mowa.exporters.tensorrt.exporter",
-    "ctranslate2": "mowa.exporters.ctranslate2",
-}
-FORMATS = {
-    "onnx": "ONNX, for ONNX Runtime on CPUs, phones and in browsers",
-    "safetensors": "a checkpoint, quantized or not, that transformers loads",
-    "coreml": "an mlprogram for Apple's Core ML",
-    "tensorrt": "an engine for NVIDIA GPUs, or the files to build it there",
-    "ctranslate2": "CTranslate2",
-}
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -41,9 +28,6 @@ class Exporter(Protocol):
     def unsupported_reason(self, model: CTCModel) -> str:
         """Return why this model or its scheme cannot be exported and what to use instead; empty if it can."""
 
-    def require_packages(self) -> None:
-        """Raise MissingDependency, with the pip extra, if a required package is not installed."""
-
     def write(self, model: CTCModel, folder: Path, **options: Any) -> tuple[Any, ExportResult]:
         """Write `model` into the empty `folder`, load it again and compare it with the net.
 
@@ -52,13 +36,23 @@ class Exporter(Protocol):
         """
 
 
-def get_exporter(to: str) -> Exporter:
-    """Return the exporter of a format. Raises ModelError, with the closest match, if there is none."""
-    if to not in FORMATS:
-        close = difflib.get_close_matches(to, FORMATS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(FORMATS)}"
-        raise ModelError(f"unknown format {to!r}: {hint}")
-    return cast(Exporter, import_module(MODULES[to]))
+def require_packages(to: str) -> None:
+    """Raise MissingDependency, with what pip installs, if writing this format needs a package that is missing.
+
+    Raises ModelError for an unknown format.
+    """
+    found = get_format(to)
+    for package in found.packages:
+        if not _is_installed(package):
+            install = found.install or package
+            raise MissingDependency(f"export to {found.name} needs {package}: pip install '{install}'")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # in sys.modules without a spec
+        return True
 
 
 def export(model: CTCModel, to: str, out: str | Path, **options: Any) -> Artifact:
@@ -67,14 +61,17 @@ def export(model: CTCModel, to: str, out: str | Path, **options: Any) -> Artifac
     Raises ModelError if the format is unknown or does not support the model or scheme, or if the export differs from
     the net, in which case `out` is not created; MissingDependency; DataError if `out` exists or the disk is full.
     """
-    exporter, out = get_exporter(to), Path(out)
+    found, out = get_format(to), Path(out)
+    validate_task(found, model.origin.name, model.task)
+    found.validate_options(options)
+    exporter = cast(Exporter, import_module(found.module))
     if reason := exporter.unsupported_reason(model):
         raise ModelError(f"{model.origin.name} ({model.scheme.name}) cannot be exported to {to}: {reason}")
-    exporter.require_packages()
+    require_packages(to)
     try:
         with atomic_folder(out) as folder:
             net, result = exporter.write(model, folder, **options)
-            manifest.write_manifest(model, net, to, folder, result)
+            manifest.write_manifest(model, net, to, folder, result, artifact=found.artifact)
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise

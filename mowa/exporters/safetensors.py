@@ -74,10 +74,6 @@ def unsupported_reason(model: CTCModel) -> str:
     return ""
 
 
-def require_packages() -> None:
-    """See `Exporter.require_packages`; none is needed to write."""
-
-
 def write(model: CTCModel, folder: Path, **options: Any) -> tuple[ExportedNet, ExportResult]:
     """See `Exporter.write`; there are no options.
 

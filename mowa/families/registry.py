@@ -10,10 +10,11 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any
 
 from mowa.errors import ModelError
+from mowa.plugins import load_entry_point
 from mowa.types import Family
 
 log = logging.getLogger("mowa")
@@ -168,11 +169,7 @@ def _load_entry_points() -> None:
         return
     _entry_points_loaded = True  # before loading: a package may ask for one of our families
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        try:
-            _register_all(point.load())
-        except Exception as error:  # third-party code may raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("skipping the families of %s (%s): %s", _distribution(point), point.value, reason)
+        load_entry_point(point, _register_all)
 
 
 def _register_all(loaded: object) -> None:
@@ -187,7 +184,3 @@ def _register_all(loaded: object) -> None:
         _BY_TYPE.clear()
         _BY_TYPE.update(before)
         raise
-
-
-def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else point.name

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,6 +39,25 @@ def atomic_write(path: Path, data: str | bytes) -> None:
         unfinished.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def read_json_cache(file: Path) -> dict[str, Any]:
+    """Read a JSON object that may be lost: empty if the file is missing or damaged."""
+    with suppress(OSError, ValueError):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def update_json_cache(file: Path, entries: Mapping[str, Any], *, max_entries: int = 1000) -> None:
+    """Add entries to a JSON object that may be lost, and drop the oldest; do nothing if it cannot be written.
+
+    Of two processes that write at once, one loses its entries.
+    """
+    known = {name: value for name, value in read_json_cache(file).items() if name not in entries} | dict(entries)
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, dict(list(known.items())[-max_entries:]))
+
+
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to. On success it is flushed to disk and replaces `path`."""
@@ -67,3 +87,29 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         if out.is_dir():
             out.rmdir()
         os.replace(folder, out)
+
+
+@contextmanager
+def atomic_update(folder: Path, last: str) -> Iterator[Path]:
+    """Yield a temporary folder to write into. On success its files are moved into `folder`, whose other files stay.
+
+    The file `last` says what the folder is: it is deleted before the others are moved, and moved after them, so that
+    an interrupted update is not taken for a complete one. All files get its permissions: safetensors makes its files
+    readable by their owner only.
+    """
+    partial = folder / ".partial"
+    if partial.exists():
+        shutil.rmtree(partial)  # of a process that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        mode = (partial / last).stat().st_mode
+        (folder / last).unlink(missing_ok=True)
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == last):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+                file.chmod(mode)
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

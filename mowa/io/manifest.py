@@ -1,48 +1,139 @@
-"""Read `mowa.json`, the manifest of exports and adapters, and check its format version."""
+"""Write and read `mowa.json`, the manifest of everything that mowa writes: runs, adapters, checkpoints and exports.
+
+All have a header: format version, kind of artifact, task, family, origin, files with checksums, package versions. What
+only one kind needs stands beside it under names of its own, such as `adapter`, `run`, `scheme` or `details`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mowa.errors import ModelError
 from mowa.hardware import installed_version
-from mowa.io.atomic import read_json
+from mowa.io.atomic import read_json, write_json
+from mowa.io.hashing import sha256_file
+from mowa.types import Origin
 
 MANIFEST_FILE = "mowa.json"
-EXPORT_FORMAT_VERSION = 3
-ADAPTER_FORMAT_VERSION = 2
+FORMAT_VERSION = 4
 VERSIONED_PACKAGES = ("mowa", "torch", "transformers", "peft")
+ArtifactKind = Literal["run", "adapter", "checkpoint", "export"]
+REMEDIES = {
+    "run": "train the model again",
+    "adapter": "train the adapter again",
+    "checkpoint": "export the model again, or merge its adapter again",
+    "export": "export the model again",
+}
+_HEADER = ("format_version", "artifact", "task", "family", "origin", "files", "package_versions")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest in `folder`; empty if there is none. Raises ModelError if it is not a JSON object."""
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of a manifest.
+
+    folder            where it lies
+    artifact          run (a trained checkpoint), adapter, checkpoint (merged, or written by `mowa export`), or export
+    task, family      of the model
+    origin            name, source, revision and license of the model that it was made from; of an adapter, of its base,
+                      with the SHA-256 of its weights
+    files             weights and graphs, relative to the folder → SHA-256
+    package_versions  versions of the packages that wrote it; None: not installed
+    sections          what only this kind has
+    """
+
+    folder: Path
+    artifact: ArtifactKind
+    task: str
+    family: str
+    origin: Mapping[str, Any]
+    files: Mapping[str, str]
+    package_versions: Mapping[str, str | None]
+    sections: Mapping[str, Any]
+
+    def verify_files(self) -> None:
+        """Raise ModelError if a file is missing or changed. Checksums of unchanged files are cached."""
+        for name, checksum in self.files.items():
+            if not (self.folder / name).is_file() or sha256_file(self.folder / name) != checksum:
+                raise ModelError(f"{self.folder / name} is missing or damaged: {REMEDIES[self.artifact]}")
+
+
+def write_manifest(
+    folder: Path,
+    artifact: ArtifactKind,
+    *,
+    task: str,
+    family: str,
+    origin: Origin | Mapping[str, Any],
+    files: Iterable[str],
+    packages: Iterable[str] = (),
+    **sections: Any,
+) -> None:
+    """Write the manifest of `folder`, with the checksums of `files` in it and the versions of `packages`, atomically.
+
+    Args:
+        origin: see `Manifest.origin`; the folder of an `Origin` is left out.
+        sections: what only this kind has, JSON values by name.
+    """
+    if isinstance(origin, Origin):
+        origin = {name: value for name, value in asdict(origin).items() if name != "folder"}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "artifact": artifact,
+        "task": task,
+        "family": family,
+        "origin": dict(origin),
+        "files": {name: sha256_file(folder / name) for name in sorted(files)},
+        "package_versions": package_versions() | {name: installed_version(name) for name in packages},
+    }
+    write_json(folder / MANIFEST_FILE, header | sections)
+
+
+def update_manifest(folder: Path, **sections: Any) -> None:
+    """Replace sections of the manifest of `folder`; its header stays."""
+    write_json(folder / MANIFEST_FILE, read_json(folder / MANIFEST_FILE) | sections)
+
+
+def find_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of `folder`; None if it has none.
+
+    Raises ModelError if it is damaged, or was written by an older or newer version of mowa.
+    """
     file = folder / MANIFEST_FILE
-    return read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    _validate_format_version(file, content)
+    try:
+        if content["artifact"] not in REMEDIES:
+            raise ModelError(f"{file}: unknown artifact {content['artifact']!r}: update mowa")
+        header = {name: content[name] for name in _HEADER[1:]}
+    except KeyError as error:
+        raise damaged(file, error) from None
+    sections = {name: value for name, value in content.items() if name not in _HEADER}
+    return Manifest(folder=folder, sections=sections, **header)
 
 
-def is_export_manifest(manifest: Mapping[str, Any]) -> bool:
-    """Return whether a manifest is that of an export, of any format and version."""
-    return "files" in manifest and ("format" in manifest or "kind" in manifest)  # "kind" up to version 2
+def damaged(file: Path, missing: Exception) -> ModelError:
+    """Return the error for a manifest that lacks a key."""
+    return ModelError(f"{file} is damaged ({missing} is missing): write it again with the command that made it")
 
 
-def validate_format_version(folder: Path, manifest: Mapping[str, Any], expected: int, remedy: str) -> None:
-    """Raise ModelError, with `remedy` for older ones, if a manifest has another format version than `expected`."""
-    found = manifest.get("format_version", manifest.get("format"))
-    if "format_version" in manifest and found == expected:
+def _validate_format_version(file: Path, content: Mapping[str, Any]) -> None:
+    found = content.get("format_version", content.get("format"))
+    if "format_version" in content and found == FORMAT_VERSION:
         return
-    if isinstance(found, int) and found > expected:
-        raise ModelError(
-            f"{folder}/{MANIFEST_FILE} has format version {found}, this version of mowa reads {expected}: update mowa"
-        )
+    if isinstance(found, int) and found > FORMAT_VERSION:
+        raise ModelError(f"{file} has format version {found}, this version of mowa reads {FORMAT_VERSION}: update mowa")
+    kind = content.get("artifact", "export" if "files" in content else "adapter")  # older ones do not name it
     raise ModelError(
-        f"{folder}/{MANIFEST_FILE} was written by an older version of mowa (format version {found}, this one reads"
-        f" {expected}): {remedy}"
+        f"{file} was written by an older version of mowa (format version {found}, this one reads"
+        f" {FORMAT_VERSION}): {REMEDIES.get(kind, 'write it again')}"
     )
 
 
-def package_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str | None]:
     """Return the installed versions of mowa, torch, transformers and PEFT."""
-    versions = {name: installed_version(name) for name in VERSIONED_PACKAGES}
-    return {name: version for name, version in versions.items() if version}
+    return {name: version for name in VERSIONED_PACKAGES if (version := installed_version(name))}

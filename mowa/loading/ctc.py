@@ -43,7 +43,7 @@ def load(
     read_supported_family = partial(read_ctc_family, name=name, require_head=require_head)
     origin = resolve_model(name, revision=revision, offline=offline, validate=read_supported_family)
     family = read_ctc_family(origin.folder, origin.source, require_head=require_head)
-    manifest = quantized.read_export_manifest(origin.folder)
+    manifest = quantized.read_checkpoint_manifest(origin.folder)
     net = _load_net(origin.folder, family, dtype, require_head=require_head)
     return Model(
         net=net.to(device),

@@ -12,33 +12,30 @@ from typing import Any
 import torch
 
 from mowa.errors import ModelError
-from mowa.io import manifest as manifests
 from mowa.io.atomic import read_json
-from mowa.io.hashing import sha256_file
-from mowa.io.manifest import EXPORT_FORMAT_VERSION, MANIFEST_FILE
+from mowa.io.manifest import MANIFEST_FILE, Manifest, damaged, find_manifest
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.loading import checkpoint
 from mowa.quantization import formats
 from mowa.types import FLOAT32, Family, Scheme
 
-FORMAT = "safetensors"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def read_export_manifest(folder: Path) -> Mapping[str, Any]:
-    """Return the manifest of a safetensors export and check its files; empty if `folder` is not an export.
+def read_checkpoint_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of a checkpoint that `mowa export` wrote, and check its files; None for other folders.
 
-    Raises ModelError if files are missing or changed, and for exports in other formats, which cannot be loaded.
+    Raises ModelError if files are missing or changed, and for exports to other formats, which cannot be loaded.
     """
-    manifest = manifests.read_manifest(folder)
-    if not manifests.is_export_manifest(manifest):
-        return {}
-    manifests.validate_format_version(folder, manifest, EXPORT_FORMAT_VERSION, "export the model again")
-    if manifest["format"] != FORMAT:
-        raise ModelError(f"{folder} is an export ({manifest['format']}) and can only be run; use the original model")
-    for name, checksum in manifest["files"].items():
-        if not (folder / name).is_file() or sha256_file(folder / name) != checksum:
-            raise ModelError(f"{folder / name} is missing or damaged: export the model again")
+    manifest = find_manifest(folder)
+    if manifest is None or "format" not in manifest.sections:
+        return None
+    if manifest.artifact == "export":
+        raise ModelError(
+            f"{folder} is an export ({manifest.sections['format']}) and can only be run; use the original model,"
+            f" {manifest.origin['name']}"
+        )
+    manifest.verify_files()
     return manifest
 
 
@@ -80,13 +77,13 @@ def load_quantized_net(
     return net.to(getattr(torch, dtype))
 
 
-def infer_scheme(manifest: Mapping[str, Any], net: Any, family: Family) -> Scheme:
+def infer_scheme(manifest: Manifest | None, net: Any, family: Family) -> Scheme:
     """Return the scheme of a net, from its manifest, or else from the quantized linear layers of its blocks."""
-    if manifest:
+    if manifest is not None:
         try:
-            return Scheme(**manifest["scheme"])
+            return Scheme(**manifest.sections["scheme"])
         except (KeyError, TypeError) as error:
-            raise ModelError(f"{MANIFEST_FILE} is damaged ({error} is missing): export the model again") from None
+            raise damaged(manifest.folder / MANIFEST_FILE, error) from None
     names = [name for group in family.linears.values() for name in group]
     schemes = {
         _infer_linear_scheme(module)

@@ -143,7 +143,8 @@ def train(
         entries = task.verify(run, output_dir, measured)
         versions = {name: hardware.installed_version(name) for name in ("mowa", "torch", *task.versions)}
         best_step = None if recipe.optimizer.ema_decay else trainer.state.best_global_step
-        finalize_run(recipe, trainer, output_dir, report | entries | {"versions": versions}, best_step=best_step)
+        report |= entries | {"versions": versions}
+        finalize_run(recipe, run.model, trainer, output_dir, report, best_step=best_step)
         print(task.format_table(entries), file=sys.stderr)
     return output_dir
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from mowa.io.atomic import atomic_write
-from mowa.io.weights import fix_weight_permissions
+from mowa.io.atomic import atomic_update, write_json
+from mowa.io.hashing import sha256_file
+from mowa.io.manifest import MANIFEST_FILE, find_manifest, update_manifest, write_manifest
+from mowa.io.weights import weight_files
 from mowa.training.config import schema
 from mowa.training.monitor import progress
-from mowa.training.run_dir import RUN_FOLDER, mark_finished
+from mowa.training.run_dir import RECIPE_FILE, RUN_FOLDER, mark_finished
+from mowa.types import AnyModel
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, REPORT_FILE = "config.json", "report.json"
 
 
 @contextmanager
@@ -27,24 +28,46 @@ def atomic_output_dir(output_dir: Path) -> Iterator[Path]:
 
     config.json is moved last: until then the folder does not load as a new model.
     """
-    partial = output_dir / ".partial"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    yield partial
-    fix_weight_permissions(partial)
-    (output_dir / CONFIG_FILE).unlink(missing_ok=True)
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == CONFIG_FILE):
-        file.replace(output_dir / file.name)
-    partial.rmdir()
+    with atomic_update(output_dir, CONFIG_FILE) as partial:
+        yield partial
+        (output_dir / MANIFEST_FILE).unlink(missing_ok=True)  # of an earlier model
 
 
-def finalize_run(recipe: Any, trainer: Any, output_dir: Path, report: dict[str, Any], *, best_step: int | None) -> None:
-    """Write report.json, recipe.yaml, history.jsonl and curve.png (with `best_step` marked), and delete checkpoints."""
-    atomic_write(output_dir / "report.json", json.dumps(report, ensure_ascii=False, indent=1))
-    schema.write_yaml(recipe, output_dir / "recipe.yaml")
+def finalize_run(
+    recipe: Any, model: AnyModel, trainer: Any, output_dir: Path, report: dict[str, Any], *, best_step: int | None
+) -> None:
+    """Write report.json, recipe.yaml, history.jsonl, curve.png (with `best_step` marked) and the manifest of the run.
+
+    Checkpoints are deleted.
+    """
+    write_json(output_dir / REPORT_FILE, report)
+    schema.write_yaml(recipe, output_dir / RECIPE_FILE)
     progress.write_history(trainer.state.log_history, output_dir, best_step=best_step)
+    _write_run_manifest(recipe, model, output_dir, report)
     mark_finished(output_dir / RUN_FOLDER)
+
+
+def _write_run_manifest(recipe: Any, model: AnyModel, output_dir: Path, report: dict[str, Any]) -> None:
+    """Write the manifest of a trained checkpoint, or add the section `run` to that of a trained adapter."""
+    run = {
+        "method": recipe.method,
+        "model": recipe.model,
+        "global_step": report["global_step"],
+        "report": REPORT_FILE,
+        "recipe": {"file": RECIPE_FILE, "sha256": sha256_file(output_dir / RECIPE_FILE)},
+    }
+    if find_manifest(output_dir) is not None:
+        update_manifest(output_dir, run=run)
+        return
+    write_manifest(
+        output_dir,
+        "run",
+        task=model.task,
+        family=model.family.name,
+        origin=model.origin,
+        files=[file.name for file in weight_files(output_dir)],
+        run=run,
+    )
 
 
 def replace_parameters(net: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:

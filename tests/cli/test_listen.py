@@ -20,8 +20,8 @@ from mowa.cli import listen, live_display
 from mowa.cli.main import main
 from mowa.data import audio
 from mowa.data.inputs.source import AudioBlock, AudioChunk, AudioSource
-from mowa.engines import stream_session
-from mowa.engines.stream_session import StreamSession
+from mowa.engines import streaming
+from mowa.engines.streaming import StreamSession
 from mowa.errors import AudioError
 from mowa.types import Segment, Word
 
@@ -285,7 +285,7 @@ def segment(text, *, end_s=1.0, final=True, ends=False):
 
 def test_latency_counts_from_the_time_of_recording(monkeypatch):
     now = types.SimpleNamespace(monotonic=lambda: 50.0)
-    monkeypatch.setattr(stream_session, "time", now)
+    monkeypatch.setattr(streaming, "time", now)
     stream = types.SimpleNamespace(
         received_s=0.0, feed=None, flush=lambda: [], close=lambda: [segment("end", end_s=2.5)]
     )

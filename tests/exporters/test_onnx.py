@@ -127,7 +127,7 @@ def test_the_manifest_describes_the_export(exported):
     assert found.config.conv_stride == loaded.net.config.conv_stride
     assert found.origin.source == str(base)
     data = json.loads((out / "mowa.json").read_text())
-    assert (data["format_version"], data["format"]) == (3, "onnx")
+    assert (data["format_version"], data["artifact"], data["format"]) == (4, "export", "onnx")
     assert data["verification"]["max_abs_diff"] < 1e-4
     assert set(data["files"]) == {"model.onnx", "model.onnx.data"}
     assert data["package_versions"]["onnx"]
@@ -303,20 +303,21 @@ def test_damaged_exports_are_rejected(tmp_path, one_export):
     (out / "mowa.json").write_text(json.dumps({"format": 2, "kind": "onnx", "files": {}}))
     with pytest.raises(ModelError, match=r"older version of mowa .*: export the model again"):
         exporting.read_artifact(out)
-    (out / "mowa.json").write_text(json.dumps({"format_version": 3, "format": "onnx", "files": {}}))
-    with pytest.raises(ModelError, match=r"is damaged \('vocabulary' is missing\): export the model again"):
+    data = {name: value for name, value in data.items() if name != "vocabulary"} | {"files": {}}
+    (out / "mowa.json").write_text(json.dumps(data))
+    with pytest.raises(ModelError, match=r"is damaged \('vocabulary' is missing\): write it again"):
         exporting.read_artifact(out)
 
 
 def test_an_export_cannot_be_loaded_as_a_model(one_export):
-    with pytest.raises(ModelError, match=r"is an export \(onnx\) and can only be run; use the original model"):
+    with pytest.raises(ModelError, match=r"cannot be loaded, it is an export to onnx, which mowa.transcribe"):
         mowa.load(str(one_export))
 
 
 def test_a_missing_package_is_an_error_with_the_pip_extra(tmp_path, monkeypatch):
     model = mowa.load(str(tiny(tmp_path / "base")))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingDependency, match=r"ONNX export needs onnxscript: pip install 'mowa\[onnx\]'"):
+    with pytest.raises(MissingDependency, match=r"export to onnx needs onnxscript: pip install 'mowa\[onnx\]'"):
         write(model, tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""Format versions of mowa.json."""
+"""mowa.json: one header for runs, adapters, checkpoints and exports."""
 
 import json
 
@@ -6,7 +6,45 @@ import pytest
 
 from mowa.errors import ModelError
 from mowa.io import manifest
-from mowa.io.manifest import MANIFEST_FILE
+from mowa.io.manifest import FORMAT_VERSION, MANIFEST_FILE
+from mowa.types import Origin
+
+ORIGIN = {"name": "base", "source": "owner/base", "revision": None, "license": "mit"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "weights").write_bytes(b"0123")
+    manifest.write_manifest(
+        tmp_path,
+        "checkpoint",
+        task="ctc",
+        family="wav2vec2",
+        origin=Origin(**ORIGIN, folder=tmp_path),
+        files=["weights"],
+        packages=["pytest", "nothing-of-that-name"],
+        details={"a": 1},
+    )
+    return tmp_path
+
+
+def test_what_was_written_is_read(folder):
+    found = manifest.find_manifest(folder)
+    assert (found.artifact, found.task, found.family, found.origin) == ("checkpoint", "ctc", "wav2vec2", ORIGIN)
+    assert found.files == {"weights": "1be2e452b46d7a0d9656bbb1f768e8248eba1b75baed65f5d99eafa948899a6a"}
+    assert found.sections == {"details": {"a": 1}}
+    assert found.package_versions["pytest"]
+    assert found.package_versions["nothing-of-that-name"] is None
+    found.verify_files()
+    manifest.update_manifest(folder, details={}, metrics=[1])
+    assert manifest.find_manifest(folder).sections == {"details": {}, "metrics": [1]}
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"012"), lambda file: file.unlink()])
+def test_missing_and_changed_files_are_rejected(folder, damage):
+    damage(folder / "weights")
+    with pytest.raises(ModelError, match="weights is missing or damaged: export the model again"):
+        manifest.find_manifest(folder).verify_files()
 
 
 @pytest.mark.parametrize(
@@ -14,33 +52,28 @@ from mowa.io.manifest import MANIFEST_FILE
     [
         (
             {"format": 1, "kind": "lora"},
-            r"older version of mowa \(format version 1, this one reads 2\): train again",
+            r"older version of mowa \(format version 1, this one reads 4\)",
         ),
-        ({"format_version": 1}, r"older version of mowa \(format version 1, this one reads 2\): train again"),
-        ({"format_version": 3}, "has format version 3, this version of mowa reads 2: update mowa"),
+        ({"format_version": 2, "adapter_type": "lora"}, r"older version .*version 2, .*: train the adapter again"),
+        (
+            {"format_version": 3, "format": "onnx", "files": {}},
+            r"older version .*version 3, .*: export the model",
+        ),
+        ({"format_version": 5}, "has format version 5, this version of mowa reads 4: update mowa"),
         ({}, r"older version of mowa \(format version None"),
+        ({"format_version": 4, "artifact": "song"}, "unknown artifact 'song'"),
+        ({"format_version": 4, "artifact": "run"}, r"is damaged \('task' is missing\)"),
     ],
 )
-def test_other_format_versions_are_rejected(tmp_path, content, message):
+def test_other_manifests_are_rejected(tmp_path, content, message):
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(content))
+    assert FORMAT_VERSION == 4
     with pytest.raises(ModelError, match=message):
-        manifest.validate_format_version(tmp_path, content, 2, "train again")
+        manifest.find_manifest(tmp_path)
 
 
-def test_the_expected_format_version_is_accepted(tmp_path):
-    manifest.validate_format_version(tmp_path, {"format_version": 2}, 2, "train again")
-
-
-def test_exports_are_recognized_in_any_version():
-    assert manifest.is_export_manifest({"format_version": 3, "format": "onnx", "files": {}})
-    assert manifest.is_export_manifest({"format": 2, "kind": "onnx", "files": {}})
-    assert not manifest.is_export_manifest({"format_version": 2, "adapter_type": "lora"})
-    assert not manifest.is_export_manifest({})
-
-
-def test_a_folder_without_a_manifest_has_an_empty_one(tmp_path):
-    assert manifest.read_manifest(tmp_path) == {}
-    (tmp_path / MANIFEST_FILE).write_text(json.dumps({"format_version": 2}))
-    assert manifest.read_manifest(tmp_path) == {"format_version": 2}
+def test_a_folder_without_a_manifest(tmp_path):
+    assert manifest.find_manifest(tmp_path) is None
     (tmp_path / MANIFEST_FILE).write_text("{")
     with pytest.raises(ModelError, match=r"mowa\.json cannot be read"):
-        manifest.read_manifest(tmp_path)
+        manifest.find_manifest(tmp_path)

@@ -214,12 +214,12 @@ def test_the_size_of_checkpoints_is_that_of_the_files(prepared, tmp_path, monkey
     sizes = []
     finish = loop.finalize_run
 
-    def measure(recipe, trainer, output_dir, report, **options):
+    def measure(recipe, model, trainer, output_dir, report, **options):
         sizes.extend(
             sum(file.stat().st_size for file in path.glob("*") if file.suffix in (".safetensors", ".pt"))
             for path in run_dir.list_checkpoints(output_dir / "run")
         )
-        finish(recipe, trainer, output_dir, report, **options)
+        finish(recipe, model, trainer, output_dir, report, **options)
 
     monkeypatch.setattr(loop, "finalize_run", measure)
     out = loop.train(task, run.recipe, loading.load(run.recipe.model), tmp_path / "out", threads=1)

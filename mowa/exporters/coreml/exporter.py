@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from mowa.data import audio
-from mowa.errors import MissingDependency, ModelError
+from mowa.errors import ModelError
 from mowa.exporters import verify
 from mowa.exporters.coreml import check
 from mowa.exporters.coreml import net as nets
@@ -67,15 +67,6 @@ def unsupported_reason(model: CTCModel) -> str:
     if getattr(model.net.config, "add_adapter", False):
         return "convolutional adapters (add_adapter) are not supported; use onnx"
     return UNSUPPORTED_SCHEMES.get(model.scheme.weights, "")
-
-
-def require_packages() -> None:
-    """See `Exporter.require_packages`."""
-    with _silence_coremltools():
-        try:
-            import_module("coremltools")
-        except ImportError:
-            raise MissingDependency("Core ML export needs coremltools: pip install 'mowa[coreml]'") from None
 
 
 def write(model: CTCModel, folder: Path, *, lengths_s: Sequence[float] = DEFAULT_LENGTHS_S) -> tuple[Any, ExportResult]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mowa.errors import MissingDependency, ModelError
+from mowa.errors import ModelError
 from mowa.exporters import verify
 from mowa.exporters.manifest import ExportResult
 from mowa.exporters.onnx import initializers, quant_ops
@@ -46,16 +46,6 @@ DEFAULT_OPSET = 20  # the first with a Gelu operator
 def unsupported_reason(model: CTCModel) -> str:
     """See `Exporter.unsupported_reason`; every scheme is supported."""
     return ""
-
-
-def require_packages() -> None:
-    """See `Exporter.require_packages`."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingDependency(f"ONNX export needs {error.name}: pip install 'mowa[onnx]'") from None
 
 
 def write(

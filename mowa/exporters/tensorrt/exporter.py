@@ -80,11 +80,6 @@ def unsupported_reason(model: CTCModel) -> str:
     return f"{UNSUPPORTED_SCHEMES.get(storage, 'TensorRT does not support this scheme')}; use int8-static, or bf16"
 
 
-def require_packages() -> None:
-    """See `Exporter.require_packages`; TensorRT itself is not required."""
-    graphs.require_packages()
-
-
 def write(
     model: CTCModel, folder: Path, *, optimization_profile: Profile = DEFAULT_PROFILE
 ) -> tuple[Any, ExportResult]:

@@ -12,6 +12,7 @@ import torch
 from mowa.adapters import causal, lora
 from mowa.errors import TrainingStopped
 from mowa.io.hub import silence_transformers
+from mowa.io.manifest import update_manifest
 from mowa.io.weights import ensure_safetensors
 from mowa.models.tolerances import SAVED_LOSS_FLOAT32, SAVED_LOSS_HALF
 from mowa.training.causal.dataset import evaluate
@@ -64,7 +65,7 @@ def verify(run: CausalRun, output_dir: Path, measured: Measured) -> dict[str, An
     tolerance = SAVED_LOSS_FLOAT32 if exact else SAVED_LOSS_HALF
     _verify_loss(measured.eval_loss, metrics[next(iter(splits.dev))]["loss"], tolerance)
     if recipe.method == "lora":
-        causal.write_metrics(output_dir, metrics=metrics)
+        update_manifest(output_dir, metrics=metrics)
     return {"baseline_metrics": measured.baseline, "metrics": metrics}
 
 

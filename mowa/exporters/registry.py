@@ -1,0 +1,185 @@
+"""The formats of `mowa export` by name, with their options. Other packages add formats by an entry point.
+
+The entry point group is `mowa.exporters`; each names an `ExportFormat`. Importing this module imports no exporter.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mowa.errors import ModelError
+from mowa.plugins import Registry
+from mowa.tasks.verbs import TASK_LABELS
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOption:
+    """An option of `mowa export` that one format takes.
+
+    name      keyword of the exporter's `write`
+    flag      on the command line
+    help      its help text
+    parse     text → value; raises ValueError
+    expected  what a text must be, for the error
+    constant  value that the flag stands for; None: it takes a text
+    metavar   name of the text in the help
+    """
+
+    name: str
+    flag: str
+    help: str
+    parse: Callable[[str], Any] = str
+    expected: str = "a text"
+    constant: Any = None
+    metavar: str = "LIST"
+
+    def read(self, text: str) -> Any:
+        """Return the value of a text from the command line. Raises ModelError."""
+        try:
+            return self.parse(text)
+        except ValueError:
+            raise ModelError(f"{self.flag} {text}: expected {self.expected}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportFormat:
+    """Description of one format.
+
+    name         unique name, for `--to`
+    description  what it is
+    module       module with the functions of `protocol.Exporter`
+    artifact     kind of what is written: `checkpoint`, which `mowa.load` opens, or `export`, which only runs
+    packages     packages that writing needs
+    install      what pip installs to get them
+    tasks        tasks of the models that it takes
+    options      its options
+    runs         of formats that no engine here opens: where they run, and how
+    """
+
+    name: str
+    description: str
+    module: str
+    artifact: str = "export"
+    packages: tuple[str, ...] = ()
+    install: str = ""
+    tasks: tuple[str, ...] = ("ctc",)
+    options: tuple[ExportOption, ...] = ()
+    runs: str = ""
+
+    def validate_options(self, options: Mapping[str, Any]) -> None:
+        """Raise ModelError if the format lacks one of these options."""
+        for name in options:
+            if name not in (known := [option.name for option in self.options]):
+                raise ModelError(f"{self.name} has no option {name!r}: it has {', '.join(known) or 'none'}")
+
+
+def parse_seconds(text: str) -> tuple[float, ...]:
+    """Parse 5,10,20. Raises ValueError."""
+    return tuple(float(one) for one in text.split(","))
+
+
+def parse_profile(text: str) -> tuple[tuple[int, int], ...]:
+    """Parse three shapes, batch x samples, such as 1x16000,1x160000,4x480000. Raises ValueError."""
+    shapes = [one.partition("x") for one in text.split(",")]
+    if len(shapes) != 3:
+        raise ValueError(f"{len(shapes)} shapes")
+    return tuple((int(batch), int(samples)) for batch, _, samples in shapes)
+
+
+FORMATS = Registry(
+    "mowa.exporters",
+    ExportFormat,
+    (
+        ExportFormat(
+            name="onnx",
+            description="ONNX, for ONNX Runtime on CPUs, phones and in browsers",
+            module="mowa.exporters.onnx.exporter",
+            packages=("onnx", "onnxruntime", "onnxscript"),
+            install="mowa[onnx]",
+            options=(
+                ExportOption(
+                    "opset",
+                    "--opset",
+                    "opset version, 18 to 23. [default: 20]",
+                    parse=int,
+                    expected="a number, 18 to 23",
+                    metavar="INTEGER",
+                ),
+                ExportOption(
+                    "attention_mask",
+                    "--no-attention-mask",
+                    "omit the attention_mask input; batches then need equal lengths.",
+                    constant=False,
+                ),
+            ),
+        ),
+        ExportFormat(
+            name="safetensors",
+            description="a checkpoint, quantized or not, that transformers loads",
+            module="mowa.exporters.safetensors",
+            artifact="checkpoint",
+        ),
+        ExportFormat(
+            name="coreml",
+            description="an mlprogram for Apple's Core ML",
+            module="mowa.exporters.coreml.exporter",
+            packages=("coremltools",),
+            install="mowa[coreml]",
+            options=(
+                ExportOption(
+                    "lengths_s",
+                    "--lengths-s",
+                    "input lengths to accept, in seconds. [default: 5,10,20]",
+                    parse_seconds,
+                    "seconds, e.g. 5,10,20",
+                ),
+            ),
+            runs="a Core ML package, which runs on Apple devices: see examples/run_coreml.py",
+        ),
+        ExportFormat(
+            name="tensorrt",
+            description="an engine for NVIDIA GPUs, or the files to build it there",
+            module="mowa.exporters.tensorrt.exporter",
+            packages=("onnx", "onnxruntime", "onnxscript"),
+            install="mowa[onnx]",
+            options=(
+                ExportOption(
+                    "optimization_profile",
+                    "--optimization-profile",
+                    "min, opt and max input shape as batch x samples. [default: 1x16000,1x160000,4x480000]",
+                    parse_profile,
+                    "three shapes, e.g. 1x16000,1x160000,4x480000",
+                ),
+            ),
+            runs="a TensorRT export, which runs on a GPU with TensorRT: see examples/run_tensorrt.py",
+        ),
+        ExportFormat(
+            name="ctranslate2",
+            description="CTranslate2",
+            module="mowa.exporters.ctranslate2",
+            packages=("ctranslate2",),
+            install="mowa[ctranslate2]",
+        ),
+    ),
+)
+
+
+def get_format(name: str) -> ExportFormat:
+    """Return the format called `name`. Raises ModelError, with the closest match, if there is none."""
+    if (found := FORMATS.find(name)) is not None:
+        return found
+    close = difflib.get_close_matches(name, FORMATS.names(), 1)
+    hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(FORMATS.names())}"
+    raise ModelError(f"unknown format {name!r}: {hint}")
+
+
+def validate_task(found: ExportFormat, name: str, task: str) -> None:
+    """Raise ModelError, with the formats for it, if the format does not take models of this task."""
+    if task not in found.tasks:
+        others = ", ".join(one.name for one in FORMATS.all() if task in one.tasks) or "none yet"
+        raise ModelError(
+            f"{name} is {TASK_LABELS.get(task, task)}, which {found.name} does not take; formats for it: {others}"
+        )
