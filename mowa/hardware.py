@@ -208,7 +208,7 @@ def _cached_timing(hidden_size: int, intermediate_size: int) -> MatmulTiming:
     timing = benchmark_matmul(hidden_size, intermediate_size)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")
+        unfinished = file.with_suffix(f".{os.getpid()}")  # io.atomic is above this module
         unfinished.write_text(json.dumps(cached | {key: asdict(timing)}, ensure_ascii=False, indent=1))
         unfinished.replace(file)
     except OSError:

@@ -24,6 +24,7 @@ from typing import Any
 from mowa.data.manifests.discover import RESULTS_PREFIX
 from mowa.decode import captions
 from mowa.errors import DataError
+from mowa.io.atomic import replace_atomically
 from mowa.types import Example, Failure, Transcript
 
 FORMAT_VERSION = 2
@@ -335,11 +336,6 @@ def _truncate_torn_line(file: Any) -> int:
 @contextmanager
 def rewrite_results(path: Path, header: Mapping[str, Any]) -> Iterator[Any]:
     """Yield a function that writes records to a new log; it replaces `path` if no exception is raised."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with fresh.open("wb") as file:
-            file.write(_encode(header))
-            yield lambda record: file.write(_encode(record))
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with replace_atomically(path) as unfinished, unfinished.open("wb") as file:
+        file.write(_encode(header))
+        yield lambda record: file.write(_encode(record))

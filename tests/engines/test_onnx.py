@@ -136,7 +136,7 @@ def test_an_export_folder_is_opened(tmp_path):
         onnx.open_engine(out, dtype="float32")
     with pytest.raises(ModelError, match="is not an export"):
         onnx.open_engine(tmp_path / "base")
-    with pytest.raises(ModelError, match="dtype 'bfloat16' is not supported by ONNX Runtime"):
+    with pytest.raises(ModelError, match="dtype 'bfloat16' is not supported by the onnx engine"):
         onnx.open_engine(out, dtype="bfloat16")
 
 

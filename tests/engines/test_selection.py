@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import mowa
 from mowa import hardware
 from mowa.data import audio
-from mowa.engines import onnx, selection
+from mowa.engines import onnx, selection, transcription
+from mowa.engines.settings import EngineSpec
 from mowa.errors import ModelError
+from mowa.exporters import manifest
+from mowa.io import hashing
 from tests.adapters.tiny_adapters import OTHER_VOCABULARY, save_tiny_adapter
 from tests.checkpoints import clip
 from tests.checkpoints import tiny as whole_tiny
@@ -111,6 +116,54 @@ def test_a_damaged_export_is_logged_and_ignored(base, exported, caplog):
     next(exported.glob("onnx/*/model.onnx")).write_bytes(b"nothing")
     assert selection.select_engine(mowa.load(base), device="cpu", dtype="float32").engine.name == "pytorch"
     assert "is missing or damaged" in caplog.text
+
+
+def test_a_model_that_was_changed_in_memory_does_not_get_the_export_of_its_files(base, exported):
+    model = mowa.load(base)
+    with torch.no_grad():
+        model.net.lm_head.weight.mul_(0.5)
+    expected = mowa.open_engine(mowa.load(base), device="cpu", dtype="float32").emissions([SOUND])[0]
+    engine = selection.select_engine(model, name="onnx").engine
+    assert np.abs(engine.emissions([SOUND])[0] - expected).max() > 0.1
+    assert len(list((exported / "onnx").iterdir())) == 2
+
+
+@pytest.fixture
+def settled(base, exported, monkeypatch):
+    """Counts the files and nets that are hashed; the files count as settled, and the cache of checksums is empty."""
+    reads = []
+    read, hash_net = hashing._read_and_hash, manifest.model_sha256
+    monkeypatch.setattr(hashing, "MIN_AGE_S", -1.0)
+    monkeypatch.setattr(hashing, "_read_and_hash", lambda file: reads.append(file.name) or read(file))
+    monkeypatch.setattr(manifest, "model_sha256", lambda model: reads.append("net") or hash_net(model))
+    hashing._sha256.cache_clear()
+    return reads
+
+
+@pytest.mark.parametrize("name", ["onnx", "auto"])
+def test_a_second_start_by_name_hashes_no_weights(base, settled, monkeypatch, name):
+    monkeypatch.setattr(selection, "_cached_timings", lambda engines: {"pytorch float32": 2.0, "onnx float32": 1.0})
+    spec = EngineSpec(base, engine=name, device="cpu", dtype="float32")
+    assert transcription.load_engine(spec).engine.name == "onnx"
+    assert {"net", "model.safetensors", "model.onnx.data"} <= set(settled)
+    settled.clear()
+    hashing._sha256.cache_clear()  # as another process
+    assert transcription.load_engine(spec).engine.name == "onnx"
+    assert settled == []
+
+
+def test_changed_files_get_an_export_of_their_own(base, exported, settled, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "copy")
+    spec = EngineSpec(str(folder), engine="onnx")
+    transcription.load_engine(spec)
+    assert len(list((exported / "onnx").iterdir())) == 1  # the same weights
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 0.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    engine = transcription.load_engine(spec).engine
+    assert len(list((exported / "onnx").iterdir())) == 2
+    native = mowa.open_engine(mowa.load(folder), device="cpu", dtype="float32")
+    np.testing.assert_allclose(engine.emissions([SOUND])[0], native.emissions([SOUND])[0], atol=1e-4)
 
 
 def test_int8_is_used_only_on_request(base, monkeypatch):

@@ -303,8 +303,9 @@ def test_damaged_exports_are_rejected(tmp_path, one_export):
     (out / "mowa.json").write_text(json.dumps({"format": 2, "kind": "onnx", "files": {}}))
     with pytest.raises(ModelError, match=r"older version of mowa .*: export the model again"):
         exporting.read_artifact(out)
-    data = {name: value for name, value in data.items() if name != "vocabulary"} | {"files": {}}
-    (out / "mowa.json").write_text(json.dumps(data))
+    content = json.loads((one_export / "mowa.json").read_text()) | {"files": {}}
+    del content["vocabulary"]
+    (out / "mowa.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match=r"is damaged \('vocabulary' is missing\): write it again"):
         exporting.read_artifact(out)
 

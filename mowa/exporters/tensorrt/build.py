@@ -130,7 +130,7 @@ def main(folder: Path, engine_file: str = "") -> int:
         print(f"the engine differs from the model: {reason}; it was not saved", file=sys.stderr)
         return 1
     out = folder / settings["engine"]
-    unfinished = folder / f".{out.name}.{os.getpid()}"
+    unfinished = folder / f".{out.name}.{os.getpid()}"  # this script runs where mowa is not installed
     unfinished.write_bytes(engine)
     os.replace(unfinished, out)
     print(f"{out}: {len(engine) / 1e6:.1f} MB")

@@ -49,9 +49,7 @@ def launch_workers(recipe: CTCRecipe | CausalRecipe, output_dir: Path, *, thread
     file = output_dir / "recipe.yaml"
     is_finished(recipe, output_dir / RUN_FOLDER)
     output_dir.mkdir(parents=True, exist_ok=True)
-    partial = output_dir / f"recipe.{os.uname().nodename}.partial"  # several machines may share the folder
-    schema.write_yaml(recipe, partial)
-    partial.replace(file)
+    schema.write_yaml(recipe, file)
     each = max(1, (threads or hardware.cpu_count()) // recipe.distributed.devices)
     command = ["--module", "mowa", "train", str(file), "-o", str(output_dir), "--threads", str(each)]
     run_torchrun(command, recipe, output_dir, threads=each)
