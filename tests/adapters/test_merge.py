@@ -8,6 +8,7 @@ from mowa import loading
 from mowa.adapters import checkpoint, merge
 from mowa.data import audio
 from mowa.errors import DataError, ModelError
+from mowa.io.manifest import find_manifest
 from tests.adapters.tiny_adapters import OTHER_VOCABULARY, logits, save_tiny_adapter
 from tests.checkpoints import clip, tiny
 
@@ -36,6 +37,10 @@ def test_merging_keeps_the_emissions_and_transformers_loads_the_checkpoint(base,
         assert not (tmp_path / "whole").exists()
         assert loading.load(str(folder)).vocabulary == adapted.vocabulary
     assert len({file.stat().st_mode for file in (tmp_path / "whole").iterdir()}) == 1
+    found = find_manifest(tmp_path / "whole")
+    assert found.artifact == "checkpoint"
+    assert found.origin["name"] == adapted.origin.name
+    found.verify_files()
     stock, loading_info = AutoModelForCTC.from_pretrained(tmp_path / "whole", output_loading_info=True)
     assert not loading_info["missing_keys"]
     assert not loading_info["unexpected_keys"]

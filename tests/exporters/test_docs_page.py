@@ -2,7 +2,6 @@
 
 import re
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,19 @@ from mowa.errors import ModelError
 from mowa.exporters import protocol
 from mowa.models import tolerances
 from tests.checkpoints import tiny
+from tests.installed import install
 from tests.quantized import SHORT_FRONT_END, tiny_quantized
 
 PAGE = (Path(__file__).parents[2] / "docs" / "add-an-exporter.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def registered(monkeypatch):
+def registered(monkeypatch, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    name = re.match(r"# mowa/exporters/(\w+)\.py", code)[1]
-    module = types.ModuleType(f"mowa.exporters.{name}")
-    exec(compile(code, f"{name}.py", "exec"), vars(module))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(protocol.MODULES, name, module.__name__)
-    monkeypatch.setitem(protocol.FORMATS, name, "an example")
-    return name
+    name = re.match(r"# (\w+)\.py", code)[1]
+    install(tmp_path / "site", monkeypatch, "mowa.exporters", "pt2", f"{name}:FORMAT", code)
+    yield "pt2"
+    sys.modules.pop(name, None)
 
 
 def test_the_example_exports_a_model(registered, tmp_path):

@@ -11,15 +11,18 @@ import pytest
 import torch
 from transformers import Trainer
 
+import mowa
 from mowa import hardware, loading
 from mowa.adapters import checkpoint
 from mowa.errors import DataError, MissingDependency, RecipeError, TrainingStopped
+from mowa.io.hashing import sha256_file
+from mowa.io.manifest import find_manifest
 from mowa.models.diff import ModelDiff
 from mowa.training import checkpoints, loop, resources, run_dir
 from mowa.training.causal import save as causal_save
 from mowa.training.config import dispatch, schema
 from mowa.training.ctc import save as ctc_save
-from tests.checkpoints import corpus, tiny
+from tests.checkpoints import clip, corpus, tiny
 from tests.training.causal import chats
 
 
@@ -119,6 +122,23 @@ def test_after_a_failure_while_saving_another_recipe_trains_in_the_folder(folder
     assert not (out / ".partial").exists()
     with pytest.raises(RecipeError, match="another recipe"):
         train(make_recipe(folder, task), out)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_finished_run_has_a_manifest_and_opens_by_its_folder(folder, tmp_path, method):
+    recipe = make_recipe(folder, "ctc", method=method)
+    out = train(recipe, tmp_path / "out")
+    found = find_manifest(out)
+    assert (found.artifact, found.task, found.family) == ("run" if method == "full" else "adapter", "ctc", "wav2vec2")
+    assert found.origin["name"] == str(folder / "speech")
+    found.verify_files()
+    run = found.sections["run"]
+    assert (run["method"], run["model"], run["global_step"]) == (method, recipe.model, 2)
+    assert run["recipe"] == {"file": "recipe.yaml", "sha256": sha256_file(out / "recipe.yaml")}
+    assert (out / run["report"]).is_file()
+    options = {"sampling_rate": 16_000, "vad_threshold": 0.0}
+    by_path, loaded = (mowa.transcribe(clip(0, 16_000), model, **options) for model in (out, mowa.load(out)))
+    assert by_path.text == loaded.text
 
 
 HOLD_LOCK = """import fcntl, sys
