@@ -125,7 +125,7 @@ def test_int8_is_smaller_and_its_agreement_is_logged(tmp_path, caplog):
     assert (engine.dtype, engine.scheme, engine.batch_policy) == ("int8", "int8-dynamic", BatchPolicy.SINGLE)
     with pytest.raises(ModelError, match="was exported for int8"):
         engines.open_engine(quantized.folder, dtype="float32")
-    with pytest.raises(ModelError, match="dtype 'bfloat16' is not supported by CTranslate2"):
+    with pytest.raises(ModelError, match="dtype 'bfloat16' is not supported by the ctranslate2 engine"):
         engines.open_engine(quantized.folder, dtype="bfloat16")
 
 
