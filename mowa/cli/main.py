@@ -21,7 +21,7 @@ COMMANDS = {
     "generate": ("mowa.cli.generate:generate", "Answer a prompt with a language model."),
     "evaluate": ("mowa.cli.evaluate:evaluate", "Measure a model on data with known answers."),
     "results": ("mowa.cli.results:results", "Inspect, merge and convert results logs."),
-    "models": ("mowa.cli.models:models", "List model aliases, supported families and cached models."),
+    "models": ("mowa.cli.models:models", "List, download and remove models."),
     "doctor": ("mowa.cli.doctor:doctor", "Show hardware and installed packages, and run a self-test."),
     "data": ("mowa.cli.data:data", "Check speech corpora and make synthetic ones."),
     "adapter": ("mowa.cli.adapter:adapter", "Inspect adapters and merge them into their base model."),

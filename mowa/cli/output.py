@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -66,6 +67,21 @@ def count_progress(label: str) -> Iterator[Callable[[float], None]]:
             bar.update(amount)
 
         yield on_progress
+
+
+@contextmanager
+def hub_progress() -> Iterator[None]:
+    """Show huggingface_hub's progress bars within the context only if standard error is a terminal."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hidden = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hidden:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            enable_progress_bars()
 
 
 @contextmanager

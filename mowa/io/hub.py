@@ -1,4 +1,4 @@
-"""Resolve a model name (alias, folder or Hub id) to a local folder, downloading it if needed, and list cached models.
+"""Resolve a model name (alias, folder or Hub id) to a local folder, downloading it if needed.
 
 The Hub is contacted only for Hub ids, and never with `offline`. huggingface_hub's environment variables apply:
 HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE.
@@ -10,15 +10,12 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from mowa.errors import HubUnreachable, ModelError, UnknownModel
-from mowa.hardware import cache_folder
-from mowa.io.atomic import read_json
-from mowa.io.weights import PICKLES, SAFETENSORS, safetensors_metadata, weight_files
+from mowa.io.weights import PICKLES, SAFETENSORS, weight_files
 from mowa.types import Origin
 
 log = logging.getLogger("mowa")
@@ -37,21 +34,9 @@ _SMALL_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "README.md", "generation_config.json", "chat_template*"),
     *("tokenizer.model", "merges.txt"),
 )
-_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PROBE_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class CachedModel:
-    """A model in the local cache: a Hub snapshot, or (`converted`) safetensors converted from the pickles in `name`."""
-
-    name: str
-    folder: Path
-    size_bytes: int
-    model_type: str
-    revision: str | None = None
-    converted: bool = False
 
 
 def resolve_model(
@@ -77,7 +62,7 @@ def resolve_model(
         return Origin(name=name, source=str(target), folder=folder, license=_license(folder))
     if isinstance(target, Path):
         raise ModelError(f"the bundled model {name} is missing from this installation ({target}): reinstall mowa")
-    hub_id = _HUB_ID.fullmatch(target)
+    hub_id = HUB_ID.fullmatch(target)
     if hub_id is None:
         raise _unknown_model(name)
     if revision and hub_id["revision"] not in (None, revision):
@@ -209,40 +194,3 @@ def silence_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # also enables those of huggingface_hub
         if hub_bars_disabled:
             disable_progress_bars()
-
-
-def list_cached_models(model_types: Container[str]) -> list[CachedModel]:
-    """List cached Hub models whose config has one of `model_types`, then converted weights, each sorted by name.
-
-    Needs neither network nor torch.
-    """
-    groups = _cached_snapshots(model_types), _cached_conversions()
-    return [model for group in groups for model in sorted(group, key=lambda model: model.name)]
-
-
-def _cached_snapshots(model_types: Container[str]) -> Iterator[CachedModel]:
-    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
-
-    try:
-        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except CacheNotFound:
-        return
-    for repo in repos:
-        for snapshot in repo.revisions if repo.repo_type == "model" else ():
-            model_type = _model_type(snapshot.snapshot_path)
-            if model_type in model_types and weight_files(snapshot.snapshot_path):
-                folder, size = snapshot.snapshot_path, snapshot.size_on_disk
-                yield CachedModel(repo.repo_id, folder, size, model_type, revision=snapshot.commit_hash)
-
-
-def _cached_conversions() -> Iterator[CachedModel]:
-    for file in (cache_folder() / "converted").glob("*/model.safetensors"):
-        source = safetensors_metadata(file).get("source", "")
-        yield CachedModel(source, file.parent, file.stat().st_size, _model_type(Path(source)), converted=True)
-
-
-def _model_type(folder: Path) -> str:
-    try:
-        return str(read_json(folder / "config.json").get("model_type", ""))
-    except ModelError:
-        return ""

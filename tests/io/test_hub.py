@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from mowa.errors import HubUnreachable, ModelError, UnknownModel
 from mowa.hardware import cache_folder
 from mowa.io import weights
-from mowa.io.hub import MODEL_ALIASES, list_cached_models, resolve_model
+from mowa.io.hub import MODEL_ALIASES, resolve_model
 from tests.hub import NOWHERE, Hub, point_client_at, running
 from tests.io.checkpoints import write_checkpoint
 
@@ -246,28 +246,3 @@ sys.exit('torch' in sys.modules)
     folder = Path(child.stdout.strip())
     assert folder.name == commit
     assert folder.is_relative_to(tmp_path / "hf")
-
-
-# list_cached_models
-
-
-def test_without_a_cache_the_list_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    point_client_at(NOWHERE, tmp_path / "hf", monkeypatch)
-    assert list_cached_models({"wav2vec2"}) == []
-
-
-def test_the_cache_lists_known_models_and_conversions(hub: Hub, tmp_path: Path) -> None:
-    commit = hub.publish(REPO, write_checkpoint(tmp_path / "src", safetensors=False, pickled=True, size=4097))
-    other = write_checkpoint(tmp_path / "other")
-    (other / "config.json").write_text('{"model_type": "whisper"}')
-    hub.publish("someone/whisper", other)
-    resolve_model("someone/whisper")
-    origin = resolve_model(REPO)
-    converted = weights.ensure_safetensors(origin.folder)
-    snapshot, conversion = list_cached_models({"wav2vec2", "hubert"})
-    assert (snapshot.name, snapshot.revision, snapshot.model_type) == (REPO, commit, "wav2vec2")
-    assert snapshot.folder.samefile(origin.folder)
-    assert snapshot.size_bytes > 4 * 4097
-    assert (conversion.name, conversion.folder, conversion.converted) == (str(origin.folder), converted, True)
-    assert conversion.model_type == "wav2vec2"
-    assert conversion.size_bytes == (converted / "model.safetensors").stat().st_size
