@@ -1,4 +1,4 @@
-"""`mowa data`: check corpora before training on them, and make synthetic ones."""
+"""`mowa data`: check and split corpora before training on them, and make synthetic ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mowa.cli.split import split
 from mowa.cli.synthesize import synthesize
 
 if TYPE_CHECKING:
@@ -20,11 +21,12 @@ STANDARD_SPLITS = ("train", "dev", "validation", "valid", "val", "test")
 MAX_PRINTED = 5  # issues printed per kind; --json lists more
 
 
-@click.group(short_help="Check speech corpora and make synthetic ones.")
+@click.group(short_help="Check, split and synthesize speech corpora.")
 def data() -> None:
-    """Check corpora before training on them, and make synthetic ones."""
+    """Check and split corpora before training on them, and make synthetic ones."""
 
 
+data.add_command(split)
 data.add_command(synthesize)
 
 

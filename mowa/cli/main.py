@@ -23,7 +23,7 @@ COMMANDS = {
     "results": ("mowa.cli.results:results", "Inspect, merge and convert results logs."),
     "models": ("mowa.cli.models:models", "List, download and remove models."),
     "doctor": ("mowa.cli.doctor:doctor", "Show hardware and installed packages, and run a self-test."),
-    "data": ("mowa.cli.data:data", "Check speech corpora and make synthetic ones."),
+    "data": ("mowa.cli.data:data", "Check, split and synthesize speech corpora."),
     "adapter": ("mowa.cli.adapter:adapter", "Inspect adapters and merge them into their base model."),
     "explain": ("mowa.cli.explain:explain", "Show which implementation each layer would use, and why."),
     "train": ("mowa.cli.train:train", "Fine-tune a model from a recipe."),

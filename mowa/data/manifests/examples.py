@@ -84,7 +84,12 @@ def list_examples(
 
 
 def read_examples(
-    path: str | Path, split: str = "", *, cache_dir: Path | None = None, require_text: bool = True
+    path: str | Path,
+    split: str = "",
+    *,
+    columns: Mapping[str, str] | None = None,
+    cache_dir: Path | None = None,
+    require_text: bool = True,
 ) -> Iterator[Example]:
     """Yield the Examples of one source, in order and lazily; each recording is an existing file with a duration.
 
@@ -97,7 +102,7 @@ def read_examples(
     is needed and cannot be read; MissingDependency without `datasets`; HubUnreachable.
     """
     cache_dir = cache_dir or cache_folder() / "audio"
-    for entry in _list_entries([path], split, {}, require_text=require_text, allow_audio=not require_text):
+    for entry in _list_entries([path], split, columns or {}, require_text=require_text, allow_audio=not require_text):
         example = entry.example
         if example.offset_s:
             raise DataError(

@@ -1,5 +1,5 @@
-"""Report what is wrong with a corpus, and filter the recordings that can be trained on.
+"""Report what is wrong with a corpus, filter the recordings that can be trained on, and split them.
 
-`corpus_report` decodes every recording (`mowa data check`); `filter` uses only texts, durations and ids, and is what
-training runs apply.
+`corpus_report` decodes every recording (`mowa data check`); `filter`, which training runs apply, and `split` (`mowa
+data split`) use only texts, durations, speakers and ids.
 """
