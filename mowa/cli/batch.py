@@ -44,7 +44,7 @@ def transcribe_batch(source: CorpusSource, path: Path, model: str | None, **opti
 
     callbacks: Any = {"on_open": on_open, "on_failure": on_failure}
     parts: Any = {"split": source.split, "columns": source.columns, "shard": source.shard}
-    with output.audio_progress(None) as bar:
+    with output.audio_progress(None) as bar, output.print_warnings(bar):
         try:
             found = mowa.transcribe_corpus(
                 source.sources, path, model, on_progress=bar.update, **parts, **callbacks, **options

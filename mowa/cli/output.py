@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,14 +45,14 @@ def throughput_lines(label: str, measured: Iterable[Throughput]) -> Iterator[str
 
 def set_progress_total(bar: tqdm, total_s: float) -> None:
     """Set the total of a running `audio_progress` bar, in seconds of audio."""
-    bar.bar_format, bar.total = _BAR, round(total_s)
+    bar.bar_format, bar.total = _BAR, math.ceil(total_s)
     bar.refresh()
 
 
 def audio_progress(total_s: float | None) -> tqdm:
     """Return a bar in seconds of audio; without a total it shows no percentage."""
     return tqdm(
-        total=None if total_s is None else round(total_s),
+        total=None if total_s is None else math.ceil(total_s),
         desc="transcribing",
         unit="s",
         disable=None,
@@ -67,6 +69,23 @@ def count_progress(label: str) -> Iterator[Callable[[float], None]]:
             bar.update(amount)
 
         yield on_progress
+
+
+@contextmanager
+def print_warnings(bar: tqdm) -> Iterator[None]:
+    """Print the warnings that mowa logs within the context to standard error, each on a line of its own above `bar`."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            bar.clear()
+            click.echo(f"mowa: {record.getMessage()}", err=True)
+
+    handler, log = Handler(logging.WARNING), logging.getLogger("mowa")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 @contextmanager

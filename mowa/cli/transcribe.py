@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mowa.types import Failure
 
 DEFAULTS = TranscriptionSettings()
+DEFAULT_MODEL_NOTE = "pl-tiny: draft quality, Polish; use --model polish for transcripts to keep"
 
 
 # fmt: off
@@ -93,6 +94,8 @@ def transcribe(
     hardware.enable_huge_pages()
     from mowa.cli import batch
 
+    if model is None and adapter is None and sys.stderr.isatty():
+        click.secho(DEFAULT_MODEL_NOTE, dim=True, err=True)
     settings["channels"] = batch.parse_channels(settings["channels"])
     options: dict[str, Any] = settings | {
         "adapter": adapter, "revision": revision, "offline": offline, "engine": engine, "device": device,
@@ -144,7 +147,7 @@ def _transcribe_files(
     if not files:
         return 2 if failures else 0
     names = _output_names(files, sources) if out is not None else {}
-    with output.audio_progress(_total_duration_s(files)) as bar:
+    with output.audio_progress(_total_duration_s(files)) as bar, output.print_warnings(bar):
         for outcome in mowa.transcribe(files, model, on_progress=bar.update, **options):
             if isinstance(outcome, Failure):
                 failures.append(outcome)

@@ -25,6 +25,7 @@ from mowa.data import audio
 from mowa.data.audio.decoders import AudioBytes
 from mowa.data.audio.vad import MIN_TAIL_S, Window, split_windows
 from mowa.decode import ctc
+from mowa.engines import confidence
 from mowa.engines.protocol import Engine, batch_by_length
 from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import AudioError, ModelError, MowaError
@@ -321,7 +322,7 @@ def _outcome(job: _Job, engine: Engine, settings: TranscriptionSettings) -> Tran
         return Failure(file, job.failure)
     by_channel = [_segments(channel, engine) for channel in job.channels]
     segments = sorted(chain.from_iterable(by_channel), key=lambda segment: segment.start_s)
-    return Transcript(
+    transcript = Transcript(
         file=file,
         text=" ".join(segment.text for segment in segments if segment.text),
         duration_s=max(channel.samples for channel in job.channels) / engine.preprocessing.rate_hz,
@@ -329,6 +330,8 @@ def _outcome(job: _Job, engine: Engine, settings: TranscriptionSettings) -> Tran
         model=f"{engine.origin.source}@{engine.origin.revision}" if engine.origin.revision else engine.origin.name,
         settings=asdict(settings) | {"device": engine.device, "dtype": engine.dtype},
     )
+    confidence.warn_if_low(transcript, engine.origin.name)
+    return transcript
 
 
 def _segments(channel: _ChannelResult, engine: Engine) -> list[Segment]:
