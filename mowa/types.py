@@ -44,13 +44,17 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a model came from: the given name, the resolved Hub id or folder, and its commit and license if known."""
+    """Where a model came from: the given name, the resolved Hub id or folder, and its commit and license if known.
+
+    `target_lang` is the language that was selected of an MMS checkpoint.
+    """
 
     name: str
     source: str
     folder: Path
     revision: str | None = None
     license: str | None = None
+    target_lang: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

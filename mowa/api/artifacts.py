@@ -111,6 +111,7 @@ def export(
     scheme: str = "",
     adapter: str | Path | None = None,
     revision: str | None = None,
+    target_lang: str | None = None,
     offline: bool = False,
     calibration_data: str = "",
     calibration_split: str = "",
@@ -124,7 +125,7 @@ def export(
         to: a format in `exporters.registry`: onnx, safetensors, coreml, tensorrt, ctranslate2, or that of a package.
         scheme: quantize first; empty: as the model is.
         adapter: folder of an adapter to merge first.
-        revision, offline: as in `mowa.load`, of a name.
+        revision, target_lang, offline: as in `mowa.load`, of a name.
         options: of the format, as in `mowa export --help`.
 
     Raises:
@@ -134,7 +135,7 @@ def export(
     protocol.require_packages(to)
     if scheme:
         schemes.parse_scheme(scheme)
-    loaded = resolve_model(model, adapter=adapter, revision=revision, offline=offline)
+    loaded = resolve_model(model, adapter=adapter, revision=revision, target_lang=target_lang, offline=offline)
     if scheme:
         loaded = quantize(
             loaded,

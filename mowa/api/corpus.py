@@ -46,6 +46,7 @@ def transcribe_corpus(
     dtype: str = "auto",
     threads: int | None = None,
     revision: str | None = None,
+    target_lang: str | None = None,
     offline: bool = False,
     on_open: Callable[[EngineChoice, ResultsFile], object] = lambda choice, log: None,
     on_progress: Callable[[float], object] = lambda seconds: None,
@@ -75,7 +76,7 @@ def transcribe_corpus(
             What was finished until then is in the log.
     """
     chosen = TranscriptionSettings(**settings)
-    spec = EngineSpec(model or "", adapter, revision, offline, engine, device, dtype, threads)
+    spec = EngineSpec(model or "", adapter, revision, offline, engine, device, dtype, threads, target_lang)
     spec = transcription.resolve_spec(spec)
     names = (sources,) if isinstance(sources, str | Path) else sources
     source = CorpusSource(tuple(map(str, names)), split, columns or {}, shard)

@@ -34,6 +34,7 @@ def evaluate(
     dtype: str = "auto",
     threads: int | None = None,
     revision: str | None = None,
+    target_lang: str | None = None,
     offline: bool = False,
     train_on: str = "auto",
     max_length: int = 2048,
@@ -49,7 +50,7 @@ def evaluate(
         max_samples: evaluate at most this many; 0: all.
         adapter: folder of an adapter over the model.
         engine: of speech, as in `mowa.transcribe`.
-        device, dtype, threads, revision, offline: as in `mowa.load`.
+        device, dtype, threads, revision, target_lang, offline: as in `mowa.load`.
         train_on, max_length: of text, which tokens count and where samples are cut, as in recipes; auto: answers of
             conversations, all tokens of texts.
         on_progress: called with seconds of audio, or numbers of texts.
@@ -62,7 +63,7 @@ def evaluate(
         DataError: there is nothing to evaluate; ModelError as `mowa.load`.
     """
     options: Any = {"split": split, "max_samples": max_samples, "on_progress": on_progress}
-    spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads)
+    spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads, target_lang)
     found: Any = model
     if not isinstance(model, str | Path):
         found, spec = resolve_model(model, adapter=adapter), replace(spec, adapter=None)

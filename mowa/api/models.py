@@ -39,6 +39,7 @@ def load(
     device: str = ...,
     accelerate: bool | Literal["auto"] = ...,
     offline: bool = ...,
+    target_lang: str | None = ...,
 ) -> CTCModel: ...
 @overload
 def load(
@@ -51,6 +52,7 @@ def load(
     device: str = ...,
     accelerate: bool | Literal["auto"] = ...,
     offline: bool = ...,
+    target_lang: str | None = ...,
 ) -> CausalModel: ...
 @overload
 def load(
@@ -63,6 +65,7 @@ def load(
     device: str = ...,
     accelerate: bool | Literal["auto"] = ...,
     offline: bool = ...,
+    target_lang: str | None = ...,
 ) -> AnyModel: ...
 def load(
     name: str | Path,
@@ -74,6 +77,7 @@ def load(
     device: str = "cpu",
     accelerate: bool | Literal["auto"] = "auto",
     offline: bool = False,
+    target_lang: str | None = None,
 ) -> AnyModel:
     """Load a model of speech (CTC) or text (causal), in eval mode and without gradients.
 
@@ -87,6 +91,7 @@ def load(
         accelerate: replace a language model's attention, norms and MLPs by mowa's; auto: on a GPU. `restore` undoes it;
             what was replaced is logged.
         offline: use cached files only.
+        target_lang: language of an MMS checkpoint, such as pol; None: the default of its tokenizer.
 
     Raises:
         ModelError: the model or adapter is unknown, damaged, unsupported or of another task, or the folder holds an
@@ -102,7 +107,8 @@ def load(
     resolved = dtype
     if dtype == "auto":
         resolved = "float32" if device == "cpu" else _stored_dtype(name, revision, offline)
-    model: AnyModel = loading.load(name, task=task, revision=revision, dtype=resolved, device=device, offline=offline)
+    options: loading.LoadOptions = {"revision": revision, "dtype": resolved, "device": device, "offline": offline}
+    model: AnyModel = loading.load(name, task=task, target_lang=target_lang, **options)
     if adapter is not None:
         model = load_adapter(model, adapter)
     if accelerate is True and model.task != "causal":
@@ -141,11 +147,12 @@ def resolve_model(
     *,
     adapter: str | Path | None = None,
     revision: str | None = None,
+    target_lang: str | None = None,
     offline: bool = False,
 ) -> AnyModel:
     """Return a model: itself, that of a run, or the one with this name; with `adapter`, the adapter over it."""
     if isinstance(model, str | Path):
-        return load(model, adapter=adapter, revision=revision, offline=offline)
+        return load(model, adapter=adapter, revision=revision, target_lang=target_lang, offline=offline)
     loaded = model.model if isinstance(model, Run) else model
     return loaded if adapter is None else load_adapter(loaded, adapter)
 

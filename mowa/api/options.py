@@ -48,6 +48,7 @@ class EngineOptions(TypedDict, total=False):
     dtype: str
     threads: int | None
     revision: str | None
+    target_lang: str | None
     offline: bool
 
 

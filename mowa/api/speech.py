@@ -57,6 +57,7 @@ def transcribe(
     dtype: str = "auto",
     threads: int | None = None,
     revision: str | None = None,
+    target_lang: str | None = None,
     offline: bool = False,
     on_progress: Callable[[float], object] = lambda seconds: None,
     **settings: Unpack[TranscriptionOptions],
@@ -74,6 +75,7 @@ def transcribe(
         word_timestamps: return words with their times; without, only the text of each segment.
         engine: auto (the fastest here), pytorch, onnx, or another in `engines.registry`; an export has its own.
         device, dtype, threads: as `mowa transcribe`.
+        revision, target_lang, offline: as in `mowa.load`.
         on_progress: called with the seconds of audio of each batch.
         settings: fields of `TranscriptionSettings`, such as batch_s, window_s, vad_threshold and channels.
 
@@ -84,7 +86,7 @@ def transcribe(
     Raises:
         MowaError: the model cannot be loaded, or a single recording cannot be read.
     """
-    spec = EngineSpec("", None if adapter is None else adapter, revision, offline, engine, device, dtype, threads)
+    spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads, target_lang)
     loaded = _open_engine(model, spec)
     outcomes = transcription.iter_transcripts(
         _sources(audio, sampling_rate), loaded, TranscriptionSettings(**settings), on_progress=on_progress
@@ -108,6 +110,7 @@ def stream(
     dtype: str = "auto",
     threads: int | None = None,
     revision: str | None = None,
+    target_lang: str | None = None,
     offline: bool = False,
     endpointing: EndpointConfig = DEFAULT_ENDPOINTING,
     **config: Unpack[StreamingOptions],
@@ -119,12 +122,12 @@ def stream(
         endpointing: when a segment ends.
         config: fields of `StreamingConfig`: mode, chunk_s, left_context_s and lookahead_s.
         engine: empty: pytorch, or that of an export.
-        adapter, device, dtype, threads, revision, offline: as in `mowa.transcribe`.
+        adapter, device, dtype, threads, revision, target_lang, offline: as in `mowa.transcribe`.
 
     Raises:
         ModelError: the model or engine does not support the configuration, or as `mowa.load`.
     """
-    spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads)
+    spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads, target_lang)
     return streaming.stream(_open_engine(model, spec), StreamingConfig(**config), endpointing)
 
 

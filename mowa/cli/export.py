@@ -46,10 +46,11 @@ class ExportCommand(click.Command):
               help="Calibration recordings, for schemes that need them.")
 @click.option("--calibration-split", default="", help="Split of --calibration-data.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--target-lang", metavar="LANG", help="Language of an MMS checkpoint, such as pol.")
 @click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
 def export(
     model: str, to: str, scheme: str, out: Path, adapter: Path | None, calibration_data: str, calibration_split: str,
-    revision: str | None, offline: bool, **format_options: Any,
+    revision: str | None, target_lang: str | None, offline: bool, **format_options: Any,
 ) -> None:
     # fmt: on
     """Export MODEL to FORMAT.
@@ -64,8 +65,8 @@ def export(
     with output.stage_progress() as on_progress:
         artifact = mowa.export(
             model, to, out, scheme=scheme, adapter=adapter, calibration_data=calibration_data,
-            calibration_split=calibration_split, revision=revision, offline=offline,
-            on_progress=lambda fraction: on_progress(f"{scheme}: quantizing", fraction), **options,
+            calibration_split=calibration_split, revision=revision, target_lang=target_lang,
+            offline=offline, on_progress=lambda fraction: on_progress(f"{scheme}: quantizing", fraction), **options,
         )  # fmt: skip
     click.echo(f"{out}  {output.format_size(artifact.size_bytes)}, {to}, {schemes.format_scheme(artifact.scheme)}")
     if artifact.unverified_reason:

@@ -39,6 +39,7 @@ DEFAULTS = EngineSpec("")
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Adapter folder written by `mowa train`.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--target-lang", metavar="LANG", help="Language of an MMS checkpoint, such as pol.")
 @click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
 @click.option("-f", "--format", "format_name", type=click.Choice(["text", "json"]), default="text", show_default=True,
               help="text: final words, with partial words dimmed on a terminal; json: one JSON object per event.")
@@ -70,7 +71,8 @@ DEFAULTS = EngineSpec("")
 @click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads. [default: all available cores]")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def listen(
-    source: str | None, model: str | None, adapter: Path | None, revision: str | None, offline: bool, format_name: str,
+    source: str | None, model: str | None, adapter: Path | None, revision: str | None,
+    target_lang: str | None, offline: bool, format_name: str,
     input_device: str | None, list_devices: bool, sample_rate: int | None, realtime: bool, speed: float | None,
     min_silence_s: float, max_segment_s: float, no_vad: bool, engine: str | None, device: str, dtype: str,
     threads: int | None, debug: bool, **streaming_options: Any,
@@ -97,7 +99,7 @@ def listen(
     )
     given = {key: value for key, value in streaming_options.items() if value is not None}
     stream = mowa.stream(
-        model, adapter=adapter, revision=revision, offline=offline, engine=engine or "", device=device, dtype=dtype,
+        model, adapter=adapter, revision=revision, target_lang=target_lang, offline=offline, engine=engine or "", device=device, dtype=dtype,
         threads=threads, endpointing=endpointing, **given,
     )  # fmt: skip
     session = StreamSession(stream)

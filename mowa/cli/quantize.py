@@ -66,11 +66,12 @@ def parse_ratio(context: click.Context, parameter: click.Parameter, text: str) -
               " resume. [default: print the table, keep no files]")
 @click.option("--force", is_flag=True, help="Keep schemes that fail.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--target-lang", metavar="LANG", help="Language of an MMS checkpoint, such as pol.")
 @click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
 def quantize(
     model: str, scheme_names: tuple[str, ...], formats: tuple[str, ...], data: str, split: str, max_samples: int,
     calibration_data: str, max_wer_increase: float, baseline: str, group_by: str, throughput: bool, out: Path | None,
-    force: bool, revision: str | None, offline: bool,
+    force: bool, revision: str | None, target_lang: str | None, offline: bool,
 ) -> int:
     # fmt: on
     """Quantize MODEL in one or more schemes and formats, evaluate each on recordings, and report whether it passes.
@@ -100,7 +101,7 @@ def quantize(
     )
     if out is not None and out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file: name a folder with --out")
-    loaded = load(model, revision=revision, offline=offline)
+    loaded = load(model, revision=revision, offline=offline, target_lang=target_lang)
     with output.stage_progress() as on_progress:
         made = report.build_report(loaded, config, out, on_progress=on_progress)
     _print(made)

@@ -30,6 +30,7 @@ DEFAULT_MODEL_NOTE = "pl-tiny: draft quality, Polish; use --model polish for tra
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Adapter folder written by `mowa train`.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--target-lang", metavar="LANG", help="Language of an MMS checkpoint, such as pol.")
 @click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
 @click.option("-f", "--format", "format_name", type=click.Choice(list(FORMAT_SUFFIXES)), default="text",
               show_default=True, help="Output format.")
@@ -78,7 +79,8 @@ DEFAULT_MODEL_NOTE = "pl-tiny: draft quality, Polish; use --model polish for tra
 @click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads. [default: all available cores]")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def transcribe(
-    sources: tuple[str, ...], model: str | None, adapter: Path | None, revision: str | None, offline: bool,
+    sources: tuple[str, ...], model: str | None, adapter: Path | None, revision: str | None,
+    target_lang: str | None, offline: bool,
     format_name: str, out: Path | None, results: Path | None, retry_failed: bool, shard: str | None, split: str,
     columns: tuple[str, ...], decode_threads: int | None, allow_remote: bool, ray: str | None, workers: str,
     worker_cpus: float, worker_gpus: float, engine: str, char_times: bool, device: str, dtype: str,
@@ -98,7 +100,7 @@ def transcribe(
         click.secho(DEFAULT_MODEL_NOTE, dim=True, err=True)
     settings["channels"] = batch.parse_channels(settings["channels"])
     options: dict[str, Any] = settings | {
-        "adapter": adapter, "revision": revision, "offline": offline, "engine": engine, "device": device,
+        "adapter": adapter, "revision": revision, "target_lang": target_lang, "offline": offline, "engine": engine, "device": device,
         "dtype": dtype, "threads": threads,
     }  # fmt: skip
     shard_index, column_names = batch.parse_shard(shard), batch.parse_columns(columns)

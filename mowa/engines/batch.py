@@ -48,6 +48,8 @@ def build_header(
     model: dict[str, Any] = {"name": origin.name, "source": origin.source, "revision": origin.revision}
     if origin.revision is None:
         model["sha256"] = hash_weights(origin.folder)
+    if origin.target_lang is not None:
+        model["target_lang"] = origin.target_lang
     if adapter is not None:
         model["adapter"] = adapter_sha256(Path(adapter))
     result_settings = {key: value for key, value in asdict(settings).items() if key not in COST_ONLY_SETTINGS}

@@ -39,6 +39,7 @@ class EngineSpec:
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    target_lang: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,8 +50,10 @@ def load_engine(spec: EngineSpec) -> EngineChoice:
     spec = resolve_spec(spec)
     options: Any = {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads, "adapter": spec.adapter}
     if (folder := resolve_artifact(spec.model)) is not None:
+        if spec.target_lang is not None:
+            raise ModelError(f"{folder} is an export and takes no target_lang: omit {spec.target_lang!r}")
         return selection.open_artifact(folder, name=spec.engine, **options)
-    model = load(spec.model, revision=spec.revision, offline=spec.offline)
+    model = load(spec.model, revision=spec.revision, offline=spec.offline, target_lang=spec.target_lang)
     return selection.select_engine(model, name=spec.engine, **options, from_disk=True)
 
 

@@ -45,11 +45,13 @@ def resolve_model(
     revision: str | None = None,
     offline: bool = False,
     validate: Callable[[Path], object] | None = None,
+    extra_files: tuple[str, ...] = (),
 ) -> Origin:
     """Resolve `name` (alias, folder or Hub id `owner/name[@revision]`) to a local folder.
 
     `validate` is called with a Hub model's folder when only its config and tokenizer are downloaded, and may raise, so
-    that an unusable model is rejected before its weights are fetched. `Origin.revision` is the full commit id.
+    that an unusable model is rejected before its weights are fetched. Those of `extra_files` that a Hub model has are
+    fetched too. `Origin.revision` is the full commit id.
 
     Raises UnknownModel if there is no such model, HubUnreachable if the Hub cannot be reached and nothing is cached,
     and ModelError if the model is gated, the revision does not exist or is given for a folder, or `validate` raises it.
@@ -68,7 +70,7 @@ def resolve_model(
     if revision and hub_id["revision"] not in (None, revision):
         raise ModelError(f"two revisions were given, {hub_id['revision']!r} and {revision!r}: omit one")
     repo = hub_id["repo"]
-    folder = _from_hub(repo, revision or hub_id["revision"] or "main", offline, validate)
+    folder = _from_hub(repo, revision or hub_id["revision"] or "main", offline, validate, extra_files)
     return Origin(name=name, source=repo, folder=folder, revision=folder.name, license=_license(folder))
 
 
@@ -110,7 +112,9 @@ def _license(folder: Path) -> str | None:
     return found[1] if found else None
 
 
-def _from_hub(repo: str, revision: str, offline: bool, validate: Callable[[Path], object] | None) -> Path:
+def _from_hub(
+    repo: str, revision: str, offline: bool, validate: Callable[[Path], object] | None, extra_files: tuple[str, ...]
+) -> Path:
     """Return the snapshot folder of `repo`, named by its commit. A cached commit needs no request."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import validate_repo_id
@@ -121,12 +125,12 @@ def _from_hub(repo: str, revision: str, offline: bool, validate: Callable[[Path]
         raise UnknownModel(f"{repo} is neither a folder nor a valid Hub id") from None
     offline = offline or constants.HF_HUB_OFFLINE
     cached = _snapshot(repo, revision)
-    if cached and (offline or _COMMIT.fullmatch(revision)):
+    if cached and (offline or (_COMMIT.fullmatch(revision) and _has_any(cached, extra_files))):
         return cached
     if offline:
         raise HubUnreachable(f"{repo} ({revision}) is not cached and mowa is offline: download it once")
     try:
-        return _download(repo, revision, validate)
+        return _download(repo, revision, validate, extra_files)
     except errors.GatedRepoError:
         page = f"{constants.ENDPOINT}/{repo}"
         raise ModelError(f"{repo} is gated: accept its terms at {page}, then set HF_TOKEN") from None
@@ -155,7 +159,13 @@ def _snapshot(repo: str, revision: str) -> Path | None:
     return folder if weight_files(folder) else None
 
 
-def _download(repo: str, revision: str, validate: Callable[[Path], object] | None) -> Path:
+def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
+    return not names or any((folder / name).is_file() for name in names)
+
+
+def _download(
+    repo: str, revision: str, validate: Callable[[Path], object] | None, extra_files: tuple[str, ...]
+) -> Path:
     """Resolve the commit (one request), download the small files, validate them, then download the weights.
 
     Pickles are downloaded only if there are no safetensors; other frameworks' weights and n-gram models never.
@@ -164,7 +174,7 @@ def _download(repo: str, revision: str, validate: Callable[[Path], object] | Non
 
     info = HfApi().model_info(repo, revision=revision, timeout=_PROBE_TIMEOUT_S)
     cached = _snapshot(repo, revision)
-    if cached and cached.name == info.sha:
+    if cached and cached.name == info.sha and _has_any(cached, extra_files):
         return cached
     files = {file.rfilename for file in info.siblings or ()}
     weights = SAFETENSORS if files & {"model.safetensors", "model.safetensors.index.json"} else PICKLES
@@ -172,8 +182,15 @@ def _download(repo: str, revision: str, validate: Callable[[Path], object] | Non
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(_SMALL_FILES)))
     if validate:
         validate(folder)
-    snapshot_download(repo, revision=folder.name, allow_patterns=[*_SMALL_FILES, *weights])
+    snapshot_download(
+        repo, revision=folder.name, allow_patterns=[*_SMALL_FILES, *weights, *_preferred(extra_files, files)]
+    )
     return folder
+
+
+def _preferred(names: tuple[str, ...], available: set[str]) -> tuple[str, ...]:
+    """Return the first of `names` that is available, if any."""
+    return tuple(name for name in names if name in available)[:1]
 
 
 @contextmanager

@@ -51,18 +51,20 @@ def read_preprocessing(folder: Path) -> Preprocessing:
     )
 
 
-def read_vocabulary(folder: Path, head_size: int) -> Vocabulary:
+def read_vocabulary(folder: Path, head_size: int, target_lang: str | None = None) -> Vocabulary:
     """Read the tokens of a CTC head with `head_size` outputs from vocab.json and the tokenizer files beside it.
 
     The blank is `pad_token_id` of config.json, or the tokenizer's pad token if that is missing. If they disagree, the
     config is used and a warning is logged, since the CTC loss was computed with it. Added tokens with ids beyond the
-    head are ignored.
+    head are ignored. Of several languages (MMS), `target_lang` selects one; None is the tokenizer's target_lang.
 
     Raises ModelError if vocab.json is missing, has several languages (MMS) and target_lang selects none, or does not
     match the head, or if there is no blank.
     """
     files = ("special_tokens_map.json", "tokenizer_config.json")
     settings = {key: value for name in files for key, value in _read_optional(folder / name).items()}
+    if target_lang is not None:
+        settings["target_lang"] = target_lang
     ids = _token_ids(folder, settings, head_size)
     pad = ids.get(_content(settings.get("pad_token")) or DEFAULT_TOKENS["pad_token"])
     blank = read_json(folder / "config.json").get("pad_token_id")
@@ -125,6 +127,7 @@ def _token_ids(folder: Path, settings: Mapping[str, Any], head_size: int) -> dic
     vocab = read_json(folder / "vocab.json")
     if any(isinstance(value, dict) for value in vocab.values()):
         vocab = _select_language(folder, vocab, settings.get("target_lang"))
+        settings = {}  # its added tokens are those of another language
     added = _read_optional(folder / "added_tokens.json")
     added |= {token["content"]: int(id) for id, token in _added_tokens(settings).items()}
     ids = vocab | {token: id for token, id in added.items() if token not in vocab and id < head_size}

@@ -110,6 +110,19 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
     return header.get("__metadata__", {}) if isinstance(header, dict) else {}
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, or a pickle without running its code. Raises ModelError if it is damaged."""
+    if path.suffix != ".safetensors":
+        return _read_pickle(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
+
+
 def fix_weight_permissions(folder: Path) -> None:
     """Give weights the permissions of config.json; safetensors makes them readable by their owner only."""
     mode = (folder / "config.json").stat().st_mode

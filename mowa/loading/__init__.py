@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, overload
 
+from mowa.errors import ModelError
 from mowa.io.hub import resolve_model
-from mowa.loading import causal, ctc
+from mowa.loading import causal, ctc, languages
 from mowa.loading.checkpoint import read_family
 from mowa.types import AnyModel, CausalModel, CTCModel, Family
 
@@ -33,22 +34,46 @@ class LoadOptions(TypedDict, total=False):
 
 
 @overload
-def load(name: str, *, task: Literal["ctc"], require_head: bool = ..., **options: Unpack[LoadOptions]) -> CTCModel: ...
+def load(
+    name: str,
+    *,
+    task: Literal["ctc"],
+    require_head: bool = ...,
+    target_lang: str | None = ...,
+    **options: Unpack[LoadOptions],
+) -> CTCModel: ...
 @overload
 def load(
-    name: str, *, task: Literal["causal"], require_head: bool = ..., **options: Unpack[LoadOptions]
+    name: str,
+    *,
+    task: Literal["causal"],
+    require_head: bool = ...,
+    target_lang: str | None = ...,
+    **options: Unpack[LoadOptions],
 ) -> CausalModel: ...
 @overload
 def load(
-    name: str, *, task: str | None = ..., require_head: bool = ..., **options: Unpack[LoadOptions]
+    name: str,
+    *,
+    task: str | None = ...,
+    require_head: bool = ...,
+    target_lang: str | None = ...,
+    **options: Unpack[LoadOptions],
 ) -> AnyModel: ...
-def load(name: str, *, task: str | None = None, require_head: bool = True, **options: Unpack[LoadOptions]) -> AnyModel:
+def load(
+    name: str,
+    *,
+    task: str | None = None,
+    require_head: bool = True,
+    target_lang: str | None = None,
+    **options: Unpack[LoadOptions],
+) -> AnyModel:
     """Load a model by alias, folder or Hub id, in eval mode and without gradients.
 
     Args:
         name: the model.
         task: ctc or causal, which the model must be of; None: whichever its config says.
-        require_head: as in `ctc.load`.
+        require_head, target_lang: as in `ctc.load`.
         options: see `LoadOptions`.
 
     Raises:
@@ -57,11 +82,20 @@ def load(name: str, *, task: str | None = None, require_head: bool = True, **opt
 
     def read_task_family(folder: Path) -> Family:
         if (task or read_family(folder, name).task) == "ctc":
+            languages.validate_language(folder, target_lang, name)
             return ctc.read_ctc_family(folder, name, require_head=require_head)
+        if target_lang is not None:
+            raise ModelError(f"{name} is not a speech model and takes no target_lang: omit {target_lang!r}")
         return causal.read_causal_family(folder, name)
 
     revision, offline = options.get("revision"), options.get("offline", False)
-    origin = resolve_model(name, revision=revision, offline=offline, validate=read_task_family)
+    origin = resolve_model(
+        name,
+        revision=revision,
+        offline=offline,
+        validate=read_task_family,
+        extra_files=languages.adapter_files(target_lang),
+    )
     if read_task_family(origin.folder).task == "ctc":
-        return ctc.load(name, require_head=require_head, **options)
+        return ctc.load(name, require_head=require_head, target_lang=target_lang, **options)
     return causal.load(name, **options)

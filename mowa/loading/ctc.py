@@ -7,7 +7,7 @@ settings is rejected.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mowa.errors import ModelError
 from mowa.io.atomic import read_json
 from mowa.io.hub import resolve_model
 from mowa.io.processor import read_preprocessing, read_vocabulary
-from mowa.loading import checkpoint, quantized
+from mowa.loading import checkpoint, languages, quantized
 from mowa.loading.checkpoint import validate_device, validate_dtype, validate_loading_info
 from mowa.types import CTCModel, Family, Model, SpeechProcessor, Vocabulary
 
@@ -30,27 +30,42 @@ def load(
     device: str = "cpu",
     offline: bool = False,
     require_head: bool = True,
+    target_lang: str | None = None,
 ) -> CTCModel:
     """Load a CTC model by alias, folder or Hub id onto `device` in `dtype`, in eval mode and without gradients.
 
     With `require_head=False`, for training a new head, a checkpoint without one is accepted; its vocabulary is empty.
+    `target_lang` selects a language of an MMS checkpoint (`loading.languages`); None is its default.
 
     Raises ModelError if the name, family, dtype or device is unknown, if there is no CTC head, or if config,
     vocabulary, audio settings or weights are missing, damaged or do not match. Also raises as `resolve_model`.
     """
     validate_dtype(dtype)
     validate_device(device)
-    read_supported_family = partial(read_ctc_family, name=name, require_head=require_head)
-    origin = resolve_model(name, revision=revision, offline=offline, validate=read_supported_family)
+
+    def read_supported_family(folder: Path) -> Family:
+        family = read_ctc_family(folder, name, require_head=require_head)
+        languages.validate_language(folder, target_lang, name)
+        return family
+
+    origin = resolve_model(
+        name,
+        revision=revision,
+        offline=offline,
+        validate=read_supported_family,
+        extra_files=languages.adapter_files(target_lang),
+    )
+    read_supported_family(origin.folder)
     family = read_ctc_family(origin.folder, origin.source, require_head=require_head)
     manifest = quantized.read_checkpoint_manifest(origin.folder)
     net = _load_net(origin.folder, family, dtype, require_head=require_head)
+    languages.load_language(net, family, origin.folder, target_lang)
     return Model(
         net=net.to(device),
         family=family,
-        origin=origin,
+        origin=replace(origin, target_lang=target_lang),
         processor=SpeechProcessor(
-            _load_vocabulary(origin.folder, family, net, require_head), read_preprocessing(origin.folder)
+            _load_vocabulary(origin.folder, family, net, require_head, target_lang), read_preprocessing(origin.folder)
         ),
         scheme=quantized.infer_scheme(manifest, net, family),
     )
@@ -71,10 +86,10 @@ def read_ctc_family(folder: Path, name: str = "", *, require_head: bool = True) 
     return family
 
 
-def _load_vocabulary(folder: Path, family: Family, net: Any, require_head: bool) -> Vocabulary:
+def _load_vocabulary(folder: Path, family: Family, net: Any, require_head: bool, target_lang: str | None) -> Vocabulary:
     if not require_head and not (folder / "vocab.json").is_file():
         return Vocabulary((), blank=0, delimiter=None)
-    return read_vocabulary(folder, net.get_submodule(family.head).out_features)
+    return read_vocabulary(folder, net.get_submodule(family.head).out_features, target_lang)
 
 
 def _load_net(folder: Path, family: Family, dtype: str, *, require_head: bool) -> Any:

@@ -338,7 +338,15 @@ def test_one_process_loads_and_trains(capsys, recipe, calls, tmp_path, vocabular
     out = tmp_path / "out"
     code, printed, _ = run(capsys, recipe, "-o", out, "--vocabulary", vocabulary, "--threads", 3)
     expected = ctc.read_recipe(recipe, {"vocabulary": vocabulary})
-    assert calls == [("train", expected, Model("m", get_family("wav2vec2"), None, {"require_head": head}), out, 3)]
+    assert calls == [
+        (
+            "train",
+            expected,
+            Model("m", get_family("wav2vec2"), None, {"require_head": head, "target_lang": None}),
+            out,
+            3,
+        )
+    ]
     assert (code, printed) == (0, f"{out}\n")
 
 

@@ -145,6 +145,7 @@ class CTCRecipe:
         "the head's vocabulary: keep, new (from the texts), extend (keep, and add the texts' characters)",
         choices=("keep", "new", "extend"),
     )
+    target_lang: str = option("", "language of an MMS checkpoint to start from, such as pol; empty: its default")
     language: str = option("", "BCP 47 tag of the language, for the model card")
     batch: CTCBatch = field(default_factory=CTCBatch)
     streaming: ChunkedTraining = field(default_factory=ChunkedTraining)

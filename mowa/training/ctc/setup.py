@@ -42,7 +42,9 @@ class CTCRun:
 
 def load(recipe: CTCRecipe) -> CTCModel:
     """Load the checkpoint, without a head where a new one is trained."""
-    return loading.ctc.load(recipe.model, require_head=recipe.vocabulary != "new")
+    return loading.ctc.load(
+        recipe.model, require_head=recipe.vocabulary != "new", target_lang=recipe.target_lang or None
+    )
 
 
 def validate(recipe: CTCRecipe, model: CTCModel) -> None:
@@ -52,6 +54,10 @@ def validate(recipe: CTCRecipe, model: CTCModel) -> None:
         raise RecipeError(
             f"model: {model.origin.name} is quantized ({model.scheme.name}) and cannot be fine-tuned; start from the "
             "full-precision checkpoint"
+        )
+    if recipe.target_lang and recipe.method == "lora":
+        raise RecipeError(
+            "method: lora: the adapter would not record target_lang and be loaded over another language; use bottleneck"
         )
     if recipe.batch.packing and (reason := packing.unsupported_reason(net)):
         raise RecipeError(f"batch: packing: this model does not support it: {reason}; set packing: false")
@@ -95,7 +101,8 @@ def prepare(recipe: CTCRecipe, model: CTCModel, data: CTCSplits) -> CTCRun:
             variant=config.variant,
         )
     elif recipe.method == "bottleneck":
-        bottleneck.add(net, family, recipe.bottleneck_dim)
+        present = net.config.adapter_attn_dim if recipe.target_lang else None
+        bottleneck.add(net, family, present or recipe.bottleneck_dim)
     if recipe.qat != "none":
         qat.prepare(net, family, recipe.qat, recipe.qat_group_size)
     freeze.set_trainable(net, family, recipe.method)
