@@ -127,6 +127,9 @@ def _trainer_class() -> Any:
             super().__init__(**settings)
             self.recipe, self.family, self.on_batch = recipe, family, on_batch
 
+        def _send_telemetry(self) -> None:
+            """Send nothing; TRL would report the class and machine to the Hub (`tests/laws/test_no_network.py`)."""
+
         def param_groups(self, net: nn.Module) -> list[dict[str, Any]]:
             learning_rate = resolve_learning_rate(self.recipe)
             return optimizer.build_param_groups(net, self.family, self.recipe.optimizer, learning_rate)
