@@ -99,8 +99,8 @@ def listen(
     )
     given = {key: value for key, value in streaming_options.items() if value is not None}
     stream = mowa.stream(
-        model, adapter=adapter, revision=revision, target_lang=target_lang, offline=offline, engine=engine or "", device=device, dtype=dtype,
-        threads=threads, endpointing=endpointing, **given,
+        model, adapter=adapter, revision=revision, target_lang=target_lang, offline=offline, engine=engine or "",
+        device=device, dtype=dtype, threads=threads, endpointing=endpointing, **given,
     )  # fmt: skip
     session = StreamSession(stream)
     blocks = BufferedSource(audio_source, session.stream.encoder.rate_hz)

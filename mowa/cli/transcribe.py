@@ -100,8 +100,8 @@ def transcribe(
         click.secho(DEFAULT_MODEL_NOTE, dim=True, err=True)
     settings["channels"] = batch.parse_channels(settings["channels"])
     options: dict[str, Any] = settings | {
-        "adapter": adapter, "revision": revision, "target_lang": target_lang, "offline": offline, "engine": engine, "device": device,
-        "dtype": dtype, "threads": threads,
+        "adapter": adapter, "revision": revision, "target_lang": target_lang, "offline": offline, "engine": engine,
+        "device": device, "dtype": dtype, "threads": threads,
     }  # fmt: skip
     shard_index, column_names = batch.parse_shard(shard), batch.parse_columns(columns)
     corpus_options = (retry_failed, shard_index, split, column_names, decode_threads, allow_remote, ray)

@@ -195,7 +195,7 @@ def cache_path(model: CTCModel, dtype: str = "auto", *, from_disk: bool = False)
         str(FORMAT_VERSION),
         *versions,
     ]
-    key += [repr(model.vocabulary), repr(model.preprocessing)]
+    key += [repr(model.vocabulary), repr(model.preprocessing), str(model.origin.target_lang)]
     return hardware.cache_folder() / "onnx" / hashlib.sha256("\n".join(key).encode()).hexdigest()[:24]
 
 

@@ -17,7 +17,7 @@ from mowa.errors import ModelError, UnknownModel
 from mowa.hardware import cache_folder
 from mowa.io.atomic import read_json
 from mowa.io.hub import HUB_ID, MODEL_ALIASES, resolve_model
-from mowa.io.manifest import read_manifest
+from mowa.io.manifest import find_manifest
 from mowa.io.weights import safetensors_metadata, weight_files
 
 ModelKind = Literal["snapshot", "converted", "onnx"]
@@ -134,11 +134,11 @@ def _conversions() -> Iterator[CachedModel]:
 def _onnx_exports() -> Iterator[CachedModel]:
     for folder in (cache_folder() / "onnx").glob("*"):
         try:
-            manifest = read_manifest(folder)
+            manifest = find_manifest(folder)
         except ModelError:
-            manifest = {}
-        origin, files = manifest.get("origin") or {}, [file for file in folder.glob("*") if file.is_file()]
-        if origin:
+            manifest = None
+        if manifest is not None:
+            origin, files = manifest.origin, [file for file in folder.glob("*") if file.is_file()]
             yield CachedModel(
                 name=origin["name"] if origin.get("revision") is None else origin["source"],
                 folder=folder,
