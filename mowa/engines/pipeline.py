@@ -24,8 +24,7 @@ import numpy as np
 from mowa.data import audio
 from mowa.data.audio.decoders import AudioBytes
 from mowa.data.audio.vad import MIN_TAIL_S, Window, split_windows
-from mowa.decode import ctc
-from mowa.engines import confidence
+from mowa.decode import confidence, ctc
 from mowa.engines.protocol import Engine, batch_by_length
 from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import AudioError, ModelError, MowaError

@@ -18,6 +18,7 @@ from mowa.io.hashing import hash_weights, sha256_file, sha256_files
 from mowa.io.manifest import MANIFEST_FILE, Manifest, damaged, find_manifest, package_versions
 from mowa.io.manifest import write_manifest as write_any_manifest
 from mowa.io.processor import write_processor
+from mowa.loading.languages import adapter_files
 from mowa.types import Artifact, CTCModel, Origin, Preprocessing, Scheme, Vocabulary
 
 CACHE_FILE = "model_sha256.json"  # in the cache folder: checksum of the files of a model → its `model_sha256`
@@ -151,6 +152,11 @@ def loaded_model_sha256(model: CTCModel, adapter: str | Path | None = None) -> s
     """
     folder = model.origin.folder
     parts = [hash_weights(folder), sha256_file(folder / "config.json"), repr(model.scheme), str(_dtypes(model))]
+    if (language := model.origin.target_lang) is not None:
+        parts += [
+            language,
+            *(sha256_file(folder / name) for name in adapter_files(language) if (folder / name).is_file()),
+        ]
     if adapter is not None:
         parts.append(sha256_files(sorted(path for path in Path(adapter).iterdir() if path.suffix in ADAPTER_SUFFIXES)))
     parts += [f"{name} {version}" for name, version in package_versions().items()]

@@ -9,7 +9,7 @@ from mowa.io import manifest
 from mowa.io.manifest import FORMAT_VERSION, MANIFEST_FILE
 from mowa.types import Origin
 
-ORIGIN = {"name": "base", "source": "owner/base", "revision": None, "license": "mit"}
+ORIGIN = {"name": "base", "source": "owner/base", "revision": None, "license": "mit", "target_lang": None}
 
 
 @pytest.fixture

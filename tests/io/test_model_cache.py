@@ -12,6 +12,7 @@ from mowa.cli.main import main
 from mowa.errors import HubUnreachable, ModelError, UnknownModel
 from mowa.io import model_cache, weights
 from mowa.io.hub import resolve_model
+from mowa.io.manifest import write_manifest
 from mowa.io.model_cache import list_cached, pull, remove
 from tests.hub import NOWHERE, Hub, point_client_at, running
 from tests.io.checkpoints import write_checkpoint
@@ -40,8 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, st
 def write_onnx_export(folder: Path, source: str, revision: str | None) -> Path:
     folder.mkdir(parents=True)
     origin = {"name": "polish", "source": source, "revision": revision, "license": None}
-    manifest = {"format_version": 3, "format": "onnx", "files": {}, "origin": origin}
-    (folder / "mowa.json").write_text(json.dumps(manifest))
+    write_manifest(folder, "export", task="ctc", family="wav2vec2", origin=origin, files=[], format="onnx")
     (folder / "config.json").write_text('{"model_type": "wav2vec2"}')
     (folder / "model.onnx").write_bytes(bytes(5000))
     return folder

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2ForCTC, Wav2Vec2Processor
 import mowa
 from mowa.adapters import bottleneck
 from mowa.cli.main import main
+from mowa.engines import onnx
 from mowa.errors import MowaError, RecipeError
+from mowa.exporters.manifest import loaded_model_sha256
 from tests.checkpoints import clip, corpus, tiny
 from tests.hub import running
 
@@ -148,3 +151,11 @@ def test_the_commands_take_a_language(mms, tmp_path, capsys):
         "is an export and takes no target_lang"
         in run("transcribe", tmp_path / "a.wav", "--model", tmp_path / "onnx", *options)[2]
     )
+
+
+def test_languages_have_onnx_exports_of_their_own(mms):
+    models = [mowa.load(mms, target_lang=lang) for lang in ("pol", "ces", "pol")]
+    same_letters = [replace(model, processor=models[0].processor) for model in models]
+    paths = [onnx.cache_path(model, from_disk=True) for model in same_letters]
+    assert (paths[0] == paths[2], paths[0] == paths[1]) == (True, False)
+    assert loaded_model_sha256(models[0]) != loaded_model_sha256(models[1])

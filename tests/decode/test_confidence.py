@@ -9,7 +9,7 @@ import soundfile
 
 import mowa
 from mowa.cli.main import main
-from mowa.engines.confidence import MIN_CONFIDENCE, warn_if_low
+from mowa.decode.confidence import MIN_CONFIDENCE, warn_if_low
 from mowa.io.hub import SAMPLE_CLIP
 from mowa.types import Segment, Transcript, Word
 from tests.checkpoints import tiny
