@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mowa.api.models import accelerate as accelerate
     from mowa.api.models import load as load
     from mowa.api.models import restore as restore
+    from mowa.api.reports import compare_schemes as compare_schemes
     from mowa.api.speech import stream as stream
     from mowa.api.speech import transcribe as transcribe
     from mowa.api.text import generate as generate
@@ -61,6 +62,7 @@ _NAMES = {
     "mowa.api.corpus": ("transcribe_corpus",),
     "mowa.api.measuring": ("Evaluation", "bench", "evaluate"),
     "mowa.api.models": ("Run", "accelerate", "load", "restore"),
+    "mowa.api.reports": ("compare_schemes",),
     "mowa.api.speech": ("stream", "transcribe"),
     "mowa.api.text": ("generate",),
     "mowa.api.training": ("distill", "train"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from mowa.errors import MowaError
+from mowa.errors import ModelError, MowaError
 
 IGNORE_INDEX = -100  # label of positions without loss, as in torch and transformers
 
@@ -193,6 +193,7 @@ AnyModel = Model[Any]
 class Artifact:
     """An exported model on disk: a folder with a manifest.
 
+    `processor` is None for language models, whose tokenizer is in the folder.
     `config` is the transformers config of the net, `details` holds the settings that a runtime of this `format` needs,
     `agreement` is the fraction of frames with the same top token as the net, and `unverified_reason` says what could
     not be compared, and why.
@@ -204,12 +205,27 @@ class Artifact:
     scheme: Scheme
     origin: Origin
     config: Any
-    vocabulary: Vocabulary
-    preprocessing: Preprocessing
+    processor: SpeechProcessor | None
     files: tuple[str, ...]
     details: Mapping[str, Any]
     agreement: float | None
     unverified_reason: str = ""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Meaning of the outputs of a speech model. Raises ModelError for a language model."""
+        return self._speech_processor.vocabulary
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Audio settings of a speech model. Raises ModelError for a language model."""
+        return self._speech_processor.preprocessing
+
+    @property
+    def _speech_processor(self) -> SpeechProcessor:
+        if self.processor is None:
+            raise ModelError(f"{self.folder} holds a language model, which has no audio settings")
+        return self.processor
 
     @property
     def size_bytes(self) -> int:

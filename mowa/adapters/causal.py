@@ -117,18 +117,24 @@ def load_adapter(model: CausalModel, folder: str | Path) -> CausalModel:
     return replace(model, net=net.eval().requires_grad_(False), processor=TextProcessor(tokenizer))
 
 
-def merge_adapter(model: CausalModel, dtype: str) -> CausalModel:
-    """Return a copy of `model` (a PeftModel) in `dtype` whose LoRA is merged into the weights and that needs no PEFT.
+def merge_adapter(model: CausalModel, dtype: str = "auto") -> CausalModel:
+    """Return a copy of `model` in `dtype` whose LoRA, if it has any, is merged into the weights. It needs no PEFT.
 
-    Sums are computed in float64 and rounded once.
+    Sums are computed in float64 and rounded once. With `dtype` auto, weights keep their dtype. Buffers keep theirs:
+    transformers computes rotary frequencies in float32.
     """
-    torch_dtype = getattr(torch, dtype)
-    net = checkpoint.copy_sharing_weights(model.net).get_base_model()
-    lora.merge_and_unload(net, torch_dtype)
-    if net.dtype != torch_dtype:
-        net = copy.deepcopy(net).to(torch_dtype)
-    adapter = getattr(model.net, "mowa_adapter", "of this model")
-    net.mowa_adapter = f"{adapter} (merged)"  # so that no other is loaded over it
+    net = checkpoint.copy_sharing_weights(model.net)
+    torch_dtype = net.dtype if dtype == "auto" else getattr(torch, dtype)
+    if lora.has(net):
+        net = net.get_base_model()
+        lora.merge_and_unload(net, torch_dtype)
+        vars(net).pop("peft_config", None)
+        adapter = getattr(model.net, "mowa_adapter", "of this model")
+        net.mowa_adapter = f"{adapter} (merged)"  # so that no other is loaded over it
+    if {parameter.dtype for parameter in net.parameters()} != {torch_dtype}:
+        net = copy.deepcopy(net)
+        for parameter in net.parameters():
+            parameter.data = parameter.data.to(torch_dtype)
     return replace(model, net=net.eval())
 
 

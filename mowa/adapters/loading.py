@@ -1,4 +1,4 @@
-"""Load an adapter of any kind over its base model: of mowa or of PEFT alone, for speech or text."""
+"""Load an adapter of any kind over its base model, and merge it: of mowa or of PEFT alone, for speech or text."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from mowa.adapters import causal, checkpoint, lora
+from mowa.adapters import causal, checkpoint, lora, merge
 from mowa.errors import ModelError
 from mowa.io.atomic import read_json
 from mowa.io.hashing import sha256_file
 from mowa.io.manifest import find_manifest
-from mowa.types import AnyModel, CTCModel
+from mowa.types import AnyModel, CausalModel, CTCModel
 
 log = logging.getLogger("mowa")
 
@@ -64,6 +64,16 @@ def load_adapter(model: ModelT, folder: str | Path) -> ModelT:
     if is_causal:
         return cast(ModelT, causal.load_adapter(model, folder))
     return cast(ModelT, checkpoint.load_adapter(model, folder))
+
+
+def merge_adapter(model: ModelT, dtype: str = "auto") -> ModelT:
+    """Return a copy of `model`, of any task, whose LoRA is merged into the weights and that needs no PEFT.
+
+    `dtype` is that of a language model's weights; auto: as they are.
+    """
+    if model.task == "causal":
+        return cast(ModelT, causal.merge_adapter(cast(CausalModel, model), dtype))
+    return cast(ModelT, merge.merge_adapter(cast(CTCModel, model)))
 
 
 def _is_peft_adapter(folder: Path) -> bool:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from mowa import quantization
-from mowa.adapters import causal
-from mowa.adapters import merge as merging
+from mowa.adapters.loading import merge_adapter
 from mowa.api.models import Run, load, resolve_model
 from mowa.errors import ModelError
 from mowa.exporters import merged, protocol
@@ -71,10 +70,7 @@ def merge(
         folder = adapted.folder if isinstance(adapted, Run) else Path(adapted)
         merged.write_merged(folder, Path(out), dtype=dtype, on_comparison=on_comparison, **options)
         return load(out)
-    model: Any = resolve_model(adapted)
-    if model.task == "ctc":
-        return merging.merge_adapter(model)
-    return causal.merge_adapter(model, str(model.net.dtype).removeprefix("torch.") if dtype == "auto" else dtype)
+    return merge_adapter(resolve_model(adapted), dtype)
 
 
 def quantize(
@@ -90,14 +86,14 @@ def quantize(
     Args:
         model: a model, or its name or folder as in `mowa.load`; it does not change.
         scheme: int8, int4, nf4, fp16, … with modifiers such as int4+gptq; see docs/quantize.md.
-        calibration_data: recordings, for schemes that need them.
+        calibration_data: recordings, for the schemes of speech models that need them.
         on_progress: called with the fraction done.
 
     Raises:
         ModelError: an unknown scheme, or one that does not fit the model; DataError without calibration data.
     """
-    loaded, parsed = resolve_model(model), schemes.parse_scheme(scheme)
-    clips = None
+    loaded = resolve_model(model)
+    parsed, clips = schemes.parse_scheme(scheme, loaded.task), None
     if calibration_data and schemes.calibration_reason(parsed):
         clips = calibration.load_clips(calibration_data, require_ctc(loaded, "calibration"), split=calibration_split)
     return quantization.quantize(loaded, parsed, clips, on_progress=on_progress)

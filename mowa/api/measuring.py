@@ -14,12 +14,14 @@ from mowa.api.options import TranscriptionOptions
 from mowa.engines import transcription
 from mowa.engines.settings import EngineSpec, TranscriptionSettings
 from mowa.engines.transcription import resolve_artifact
+from mowa.errors import DataError
 from mowa.evaluation import scoring
 from mowa.evaluation.bench import BenchResult, expand_cases, run_bench
 from mowa.evaluation.scoring import Evaluation
+from mowa.evaluation.text_bench import TextBenchResult, is_text_bench, run_text_bench
 from mowa.types import AnyModel, Model
 
-__all__ = ["BenchResult", "Evaluation", "bench", "evaluate"]
+__all__ = ["BenchResult", "Evaluation", "TextBenchResult", "bench", "evaluate"]
 
 
 def evaluate(
@@ -86,18 +88,24 @@ def bench(
     max_samples: int = 20,
     throughput: Sequence[tuple[int, int]] = (),
     on_progress: Callable[[str, float], object] = lambda stage, fraction: None,
-) -> list[BenchResult]:
+) -> list[BenchResult] | list[TextBenchResult]:
     """Measure latency, throughput, memory and size of models, each in a process of its own.
 
     Args:
-        models: aliases, folders, Hub ids or exports.
-        engines: pytorch, onnx; empty: pytorch, and for an export its own.
+        models: aliases, folders, Hub ids or exports, of one task.
+        engines: pytorch, onnx; empty: pytorch, and for an export its own. Language models run with pytorch.
         dtypes: float32, bfloat16, int8 or auto; empty: auto.
-        data: recordings; None: a bundled sample.
-        throughput: (threads, batch size) pairs to time.
+        data: of speech, recordings; None: a bundled sample.
+        throughput: of speech, (threads, batch size) pairs to time.
         on_progress: called with a stage and the fraction done.
 
-    Raises: DataError if `data` has no recordings. A model that cannot be run is a result with an `error`.
+    Raises: DataError if `data` has no recordings; ModelError for speech and language models together. A model that
+    cannot be run is a result with an `error`.
     """
-    cases = expand_cases([models] if isinstance(models, str) else list(models), engines, dtypes)
+    names = [models] if isinstance(models, str) else list(models)
+    if is_text_bench(names):
+        if data or throughput:
+            raise DataError("language models are measured on random tokens: data and throughput are options of speech")
+        return run_text_bench(names, engines, dtypes, on_progress)
+    cases = expand_cases(names, engines, dtypes)
     return run_bench(cases, data, split, max_samples, tuple(throughput), on_progress)

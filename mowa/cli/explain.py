@@ -20,16 +20,21 @@ def explain(model: str, seq_length: int, device: str, dtype: str, packing: bool,
     # fmt: on
     """Show which implementation each layer of MODEL would use on this machine, and why. Weights are not loaded.
 
+    Of a language model: attention, norms, MLPs, rotary embeddings, LoRA and loss in training. Of a speech model:
+    attention, inference on CPUs, batches and live speech.
+
     MODEL is a folder or a Hub id; of a Hub model only the config files are downloaded.
     """
     from mowa.cli.output import print_table
     from mowa.io.hub import fetch_config
     from mowa.loading.checkpoint import load_config, read_family
-    from mowa.models.explain import default_device, explain_layers
+    from mowa.models.explain import build_on_meta, default_device, explain_layers, explain_modules
 
     folder = fetch_config(model, offline=offline)
     family = read_family(folder, model)
     config = load_config(folder, family)
     device = device or default_device()
     rows = explain_layers(config, family, length=seq_length, device=device, dtype=dtype, packed=packing)
+    if family.task in ("ctc", "causal"):
+        rows += explain_modules(build_on_meta(config, family), family, device=device, dtype=dtype)
     print_table(["layers", "count", "implementation", "reason"], [[str(cell) for cell in row] for row in rows])

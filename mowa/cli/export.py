@@ -56,7 +56,8 @@ def export(
     """Export MODEL to FORMAT.
 
     The result is loaded again and compared with the model before the folder is created. `mowa transcribe -m FOLDER`
-    runs formats that have an engine here; `mowa quantize` measures what a scheme costs in accuracy.
+    runs formats that have an engine here; `mowa quantize` measures what a scheme costs in accuracy. Language models
+    are exported to safetensors, which `mowa generate` and transformers load.
     """
     import mowa
     from mowa.quantization import schemes

@@ -13,6 +13,7 @@ import numpy as np
 from mowa import __version__, hardware
 from mowa.data.manifests.examples import read_examples
 from mowa.errors import DataError, ModelError
+from mowa.evaluation.text_bench import TextBenchResult, weights_size
 from mowa.evaluation.worker import Measurement, MeasurementRequest, Throughput, measure
 from mowa.exporters import is_export, read_artifact
 from mowa.io.hub import SAMPLE_CLIP, resolve_model
@@ -104,7 +105,7 @@ def run_bench(
     return results
 
 
-def results_to_dict(results: Sequence[BenchResult]) -> dict[str, Any]:
+def results_to_dict(results: Sequence[BenchResult | TextBenchResult]) -> dict[str, Any]:
     """Return the results as JSON values, with the versions and the machine they are from."""
     return {
         "version": FORMAT_VERSION,
@@ -135,6 +136,4 @@ def _size(model: str) -> int:
     """Return the size of the weights on disk, in bytes."""
     if is_export(Path(model)):
         return read_artifact(Path(model)).size_bytes
-    folder = resolve_model(model, offline=True).folder
-    files = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-    return sum(file.stat().st_size for file in files)
+    return weights_size(resolve_model(model, offline=True).folder)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mowa.errors import ModelError
 from mowa.evaluation.worker import Measurement, Throughput
@@ -24,6 +24,9 @@ from mowa.models.diff import ModelDiff, compare, have_same_shapes
 from mowa.models.tolerances import MAX_WER_INCREASE, MIN_AGREEMENT, MIN_WORDS
 from mowa.tasks.metrics import ErrorRateChange, ErrorRates, bootstrap_error_rates, paired_bootstrap
 from mowa.types import Example
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMAT_VERSION = 2
 JSON_FILE, HTML_FILE = "quant_report.json", "quant_report.html"
@@ -173,7 +176,7 @@ def decide_verdict(
     return INCONCLUSIVE, f"{summary}, not significant ({low:+.1%} to {high:+.1%})"
 
 
-def write_json(report: QuantReport, path: Path) -> None:
+def write_json(report: DataclassInstance, path: Path) -> None:
     """Write the report as JSON, floats rounded to six decimals, infinite ones as null."""
     values = {"version": FORMAT_VERSION} | _rounded(asdict(report))
     atomic_write(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")

@@ -39,6 +39,9 @@ _OLD_SOURCE_FILE = "made_of"  # format 1
 ProgressCallback = Callable[[str, float], object]  # stage, fraction of it that is done
 
 
+DEFAULT_FORMATS = ("safetensors", "onnx")
+
+
 @dataclass(frozen=True, slots=True)
 class ReportConfig:
     """What to report.
@@ -53,7 +56,7 @@ class ReportConfig:
     """
 
     schemes: tuple[Scheme, ...]
-    formats: tuple[str, ...] = ("safetensors", "onnx")
+    formats: tuple[str, ...] = DEFAULT_FORMATS
     data: str = ""
     split: str = ""
     max_samples: int = 0

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mowa.data.chat import conversations, tokenize
+from mowa.data.chat.tokenize import TokenizedSample
 from mowa.data.manifests.examples import read_examples
 from mowa.engines import pipeline
 from mowa.engines.protocol import Engine
 from mowa.engines.settings import TranscriptionSettings
 from mowa.errors import DataError
+from mowa.models.diff import ModelDiff, compare_pairs
 from mowa.tasks import causal, metrics
+from mowa.tasks.causal import SampleLosses
 from mowa.training.causal import batches
 from mowa.types import CausalModel, Failure
 
@@ -116,24 +120,74 @@ def evaluate_text(
     Samples longer than `max_length` tokens are cut. `train_on` is responses, last or all, as in recipes; auto:
     responses of conversations, all of texts. Raises DataError if no sample is left.
     """
-    items = list(conversations.read_conversations(str(data), split))
-    options: Any = {"train_on": train_on, "on_overflow": "truncate", "max_length": max_length}
-    samples = tokenize.tokenize_conversations(items, model.tokenizer, **options)[0]
-    samples = samples[:max_samples] if max_samples else samples
-    if not causal.count_trained_tokens(samples):
-        raise DataError(f"{data}: no sample with tokens to evaluate")
-    done = []
-    for group in batches.group_by_length([len(one) for one in samples], range(len(samples)), BATCH_TOKENS):
-        padded = causal.pad([samples[index] for index in group], 0, pad_to_multiple_of=1)
-        done.append(causal.sample_losses(model.net, [padded]))
-        on_progress(len(group))
-    nll, correct, tokens = (
-        np.concatenate([getattr(one, name) for one in done]) for name in ("nll", "correct", "tokens")
+    samples = read_text_samples(
+        model, data, split=split, max_samples=max_samples, train_on=train_on, max_length=max_length
     )
-    loss, accuracy = metrics.bootstrap_loss(nll, tokens), metrics.bootstrap_ratio(correct, tokens)
+
+    def scored() -> Iterator[tuple[Tensor, Tensor]]:
+        for padded in _padded_batches(samples):
+            yield from causal.trained_logits(model.net, padded)
+            on_progress(len(padded["labels"]))
+
+    found_losses = causal.sum_losses(scored())
+    tokens = found_losses.tokens
+    loss = metrics.bootstrap_loss(found_losses.nll, tokens)
+    accuracy = metrics.bootstrap_ratio(found_losses.correct, tokens)
     found = {
         "loss": Metric(loss.loss, *loss.loss_interval),
         "perplexity": Metric(loss.perplexity, *loss.perplexity_interval),
         "accuracy": Metric(accuracy.value, *accuracy.interval),
     }
     return Evaluation(model.origin.name, "causal", str(data), found, len(samples), int(tokens.sum()))
+
+
+def read_text_samples(
+    model: CausalModel,
+    data: str | Path,
+    *,
+    split: str = "",
+    max_samples: int = 0,
+    train_on: str = "auto",
+    max_length: int = MAX_LENGTH,
+) -> list[TokenizedSample]:
+    """Read and tokenize what `evaluate_text` evaluates. Raises DataError if no sample is left."""
+    items = list(conversations.read_conversations(str(data), split))
+    options: Any = {"train_on": train_on, "on_overflow": "truncate", "max_length": max_length}
+    samples = tokenize.tokenize_conversations(items, model.tokenizer, **options)[0]
+    samples = samples[:max_samples] if max_samples else samples
+    if not causal.count_trained_tokens(samples):
+        raise DataError(f"{data}: no sample with tokens to evaluate")
+    return samples
+
+
+def compare_text(
+    reference: CausalModel,
+    candidate: CausalModel,
+    samples: Sequence[TokenizedSample],
+    on_progress: ProgressCallback = lambda samples: None,
+) -> tuple[SampleLosses, SampleLosses, ModelDiff]:
+    """Return the losses of two models on the same samples, in one order, and the difference of their predictions."""
+    ours: list[SampleLosses] = []
+    theirs: list[SampleLosses] = []
+
+    def outputs() -> Iterator[tuple[Tensor, Tensor]]:
+        for padded in _padded_batches(samples):
+            before = causal.trained_logits(reference.net, padded)
+            after = before if candidate is reference else causal.trained_logits(candidate.net, padded)
+            ours.append(causal.sum_losses(before))
+            theirs.append(causal.sum_losses(after))
+            yield from ((one[0], other[0]) for one, other in zip(before, after, strict=True))
+            on_progress(len(before))
+
+    diff = compare_pairs(outputs())
+    return _join(ours), _join(theirs), diff
+
+
+def _padded_batches(samples: Sequence[TokenizedSample]) -> Iterator[dict[str, Tensor]]:
+    for group in batches.group_by_length([len(one) for one in samples], range(len(samples)), BATCH_TOKENS):
+        yield causal.pad([samples[index] for index in group], 0, pad_to_multiple_of=1)
+
+
+def _join(parts: Sequence[SampleLosses]) -> SampleLosses:
+    columns = ([one.nll for one in parts], [one.correct for one in parts], [one.tokens for one in parts])
+    return SampleLosses(*map(np.concatenate, columns))

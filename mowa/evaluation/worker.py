@@ -12,11 +12,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ MEASUREMENT_FILE, EMISSIONS_FILE = "measurements.json", "emissions.npz"
 TIMED_AUDIO_S = 5.0  # length of the clips on which throughput is measured
 ROUNDS = 5
 MAX_CLIP_S = 20.0  # of a longer recording, only the beginning is measured
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +99,25 @@ class Measurement:
 
 def measure(request: MeasurementRequest) -> Measurement:
     """Measure in a child process. Raises ModelError with its last line of output if it fails."""
+    return run_worker(__name__, request.model, asdict(request), Measurement.read)
+
+
+def run_worker(module: str, model: str, request: dict[str, Any], read: Callable[[Path], ResultT]) -> ResultT:
+    """Run `python -m module REQUEST.json` and return what `read` finds in the request's folder.
+
+    Raises ModelError with the last line of its standard error if it fails; `model` is named where there is none.
+    """
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "request.json").write_text(json.dumps(asdict(request)))
-        command = [sys.executable, "-m", "mowa.evaluation.worker", str(folder / "request.json")]
+        (folder / "request.json").write_text(json.dumps(request))
+        command = [sys.executable, "-m", module, str(folder / "request.json")]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             raise ModelError(
-                lines[-1].removeprefix("mowa: ") if lines else f"measuring {request.model} failed without a message"
+                lines[-1].removeprefix("mowa: ") if lines else f"measuring {model} failed without a message"
             )
-        return Measurement.read(folder)
+        return read(folder)
 
 
 def _measure_in_process(request: MeasurementRequest, folder: Path) -> None:

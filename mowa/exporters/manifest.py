@@ -1,6 +1,7 @@
 """Write the manifest of an exported folder, `mowa.json`, and read it as an `Artifact`.
 
-transformers' config, vocabulary and audio settings are written beside it, whatever the format.
+transformers' config is written beside it, whatever the format, and vocabulary and audio settings of speech models or
+tokenizer and generation config of language models.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from mowa.errors import ModelError
 from mowa.hardware import cache_folder
 from mowa.io.atomic import read_json_cache, update_json_cache
 from mowa.io.hashing import hash_weights, sha256_file, sha256_files
+from mowa.io.hub import silence_transformers
 from mowa.io.manifest import MANIFEST_FILE, Manifest, damaged, find_manifest, package_versions
 from mowa.io.manifest import write_manifest as write_any_manifest
 from mowa.io.processor import write_processor
 from mowa.loading.languages import adapter_files
-from mowa.types import Artifact, CTCModel, Origin, Preprocessing, Scheme, Vocabulary
+from mowa.types import AnyModel, Artifact, Origin, Preprocessing, Scheme, SpeechProcessor, Vocabulary
 
 CACHE_FILE = "model_sha256.json"  # in the cache folder: checksum of the files of a model → its `model_sha256`
 ADAPTER_SUFFIXES = (".json", ".safetensors")
@@ -46,12 +48,11 @@ class ExportResult:
 
 
 def write_manifest(
-    model: CTCModel, net: Any, export_format: str, folder: Path, result: ExportResult, *, artifact: str = "export"
+    model: AnyModel, net: Any, export_format: str, folder: Path, result: ExportResult, *, artifact: str = "export"
 ) -> None:
-    """Write the manifest, config, vocabulary and audio settings into `folder`. `net` is the net that was written."""
+    """Write the manifest, config and processor files into `folder`. `net` is the net that was written."""
     net.config.save_pretrained(folder)
-    write_processor(model.vocabulary, model.preprocessing, folder)
-    vocabulary = model.vocabulary
+    write = _write_tokenizer if model.task == "causal" else _write_speech_processor
     write_any_manifest(
         folder,
         "checkpoint" if artifact == "checkpoint" else "export",
@@ -69,14 +70,31 @@ def write_manifest(
             "agreement": result.agreement,
             "unverified_reason": result.unverified_reason,
         },
-        vocabulary={
+        **write(model, folder),
+    )
+
+
+def _write_speech_processor(model: AnyModel, folder: Path) -> dict[str, Any]:
+    """Write vocabulary and audio settings, and return them for the manifest."""
+    vocabulary = model.vocabulary
+    write_processor(vocabulary, model.preprocessing, folder)
+    return {
+        "vocabulary": {
             "tokens": vocabulary.tokens,
             "blank": vocabulary.blank,
             "delimiter": vocabulary.delimiter,
             "specials": sorted(vocabulary.specials),
         },
-        preprocessing=asdict(model.preprocessing),
-    )
+        "preprocessing": asdict(model.preprocessing),
+    }
+
+
+def _write_tokenizer(model: AnyModel, folder: Path) -> dict[str, Any]:
+    """Write the tokenizer, with its chat template, and the generation config."""
+    with silence_transformers():
+        model.tokenizer.save_pretrained(folder)
+        model.net.generation_config.save_pretrained(folder)
+    return {}
 
 
 def read_artifact(folder: Path, formats: Iterable[str] = ()) -> Artifact:
@@ -94,8 +112,7 @@ def read_artifact(folder: Path, formats: Iterable[str] = ()) -> Artifact:
         raise ModelError(f"{folder} is an export in the format {found}, expected {' or '.join(formats)}")
     manifest.verify_files()
     try:
-        sections = manifest.sections
-        vocabulary, verification = sections["vocabulary"], sections["verification"]
+        sections, verification = manifest.sections, manifest.sections["verification"]
         return Artifact(
             folder=folder,
             format=found,
@@ -103,13 +120,7 @@ def read_artifact(folder: Path, formats: Iterable[str] = ()) -> Artifact:
             scheme=Scheme(**sections["scheme"]),
             origin=Origin(**manifest.origin, folder=folder),
             config=AutoConfig.from_pretrained(folder),
-            vocabulary=Vocabulary(
-                tuple(vocabulary["tokens"]),
-                vocabulary["blank"],
-                vocabulary["delimiter"],
-                frozenset(vocabulary["specials"]),
-            ),
-            preprocessing=Preprocessing(**sections["preprocessing"]),
+            processor=None if manifest.task == "causal" else _read_speech_processor(sections),
             files=tuple(manifest.files),
             details=sections["details"],
             agreement=verification["agreement"],
@@ -117,6 +128,19 @@ def read_artifact(folder: Path, formats: Iterable[str] = ()) -> Artifact:
         )
     except (KeyError, TypeError) as error:
         raise damaged(folder / MANIFEST_FILE, error) from None
+
+
+def _read_speech_processor(manifest: Mapping[str, Any]) -> SpeechProcessor:
+    vocabulary = manifest["vocabulary"]
+    return SpeechProcessor(
+        Vocabulary(
+            tuple(vocabulary["tokens"]),
+            vocabulary["blank"],
+            vocabulary["delimiter"],
+            frozenset(vocabulary["specials"]),
+        ),
+        Preprocessing(**manifest["preprocessing"]),
+    )
 
 
 def is_export(folder: Path) -> bool:
@@ -132,7 +156,7 @@ def _is_of_export(manifest: Manifest) -> bool:
     return "format" in manifest.sections
 
 
-def model_sha256(model: CTCModel) -> str:
+def model_sha256(model: AnyModel) -> str:
     """Return the SHA-256 (hex) of everything that determines the outputs: weights with adapters, config and scheme."""
     import torch
 
@@ -144,7 +168,7 @@ def model_sha256(model: CTCModel) -> str:
     return digest.hexdigest()
 
 
-def loaded_model_sha256(model: CTCModel, adapter: str | Path | None = None) -> str:
+def loaded_model_sha256(model: AnyModel, adapter: str | Path | None = None) -> str:
     """Return `model_sha256` of a model that was loaded by name, with this adapter, and has not changed since.
 
     It is cached under the checksums of the checkpoint's and the adapter's files, which are cached themselves: weights
@@ -169,5 +193,5 @@ def loaded_model_sha256(model: CTCModel, adapter: str | Path | None = None) -> s
     return found
 
 
-def _dtypes(model: CTCModel) -> list[str]:
+def _dtypes(model: AnyModel) -> list[str]:
     return sorted({str(value.dtype) for value in model.net.parameters()})

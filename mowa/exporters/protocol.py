@@ -17,7 +17,7 @@ from mowa.exporters import manifest
 from mowa.exporters.manifest import ExportResult
 from mowa.exporters.registry import get_format, validate_task
 from mowa.io.atomic import atomic_folder
-from mowa.types import Artifact, CTCModel
+from mowa.types import AnyModel, Artifact
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -25,10 +25,10 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 class Exporter(Protocol):
     """Interface of an exporter module."""
 
-    def unsupported_reason(self, model: CTCModel) -> str:
+    def unsupported_reason(self, model: Any) -> str:
         """Return why this model or its scheme cannot be exported and what to use instead; empty if it can."""
 
-    def write(self, model: CTCModel, folder: Path, **options: Any) -> tuple[Any, ExportResult]:
+    def write(self, model: Any, folder: Path, **options: Any) -> tuple[Any, ExportResult]:
         """Write `model` into the empty `folder`, load it again and compare it with the net.
 
         Returns the net that was written, whose config is saved beside it, and the result. Raises ModelError if the
@@ -55,7 +55,7 @@ def _is_installed(package: str) -> bool:
         return True
 
 
-def export(model: CTCModel, to: str, out: str | Path, **options: Any) -> Artifact:
+def export(model: AnyModel, to: str, out: str | Path, **options: Any) -> Artifact:
     """Export `model`, with its adapter, in the format `to` into the new folder `out`. `model` does not change.
 
     Raises ModelError if the format is unknown or does not support the model or scheme, or if the export differs from

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mowa.errors import ModelError
@@ -56,6 +56,7 @@ class ExportFormat:
     install      what pip installs to get them
     tasks        tasks of the models that it takes
     options      its options
+    unsupported  task → reason why its models are not taken
     runs         of formats that no engine here opens: where they run, and how
     """
 
@@ -66,6 +67,7 @@ class ExportFormat:
     packages: tuple[str, ...] = ()
     install: str = ""
     tasks: tuple[str, ...] = ("ctc",)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
     options: tuple[ExportOption, ...] = ()
     runs: str = ""
 
@@ -89,6 +91,10 @@ def parse_profile(text: str) -> tuple[tuple[int, int], ...]:
     return tuple((int(batch), int(samples)) for batch, _, samples in shapes)
 
 
+NO_CACHE = {
+    "causal": "the graph would have no cache of keys and values, so every token would cost a pass over the text"
+}
+
 FORMATS = Registry(
     "mowa.exporters",
     ExportFormat,
@@ -99,6 +105,7 @@ FORMATS = Registry(
             module="mowa.exporters.onnx.exporter",
             packages=("onnx", "onnxruntime", "onnxscript"),
             install="mowa[onnx]",
+            unsupported=NO_CACHE,
             options=(
                 ExportOption(
                     "opset",
@@ -121,6 +128,7 @@ FORMATS = Registry(
             description="a checkpoint, quantized or not, that transformers loads",
             module="mowa.exporters.safetensors",
             artifact="checkpoint",
+            tasks=("ctc", "causal"),
         ),
         ExportFormat(
             name="coreml",
@@ -128,6 +136,7 @@ FORMATS = Registry(
             module="mowa.exporters.coreml.exporter",
             packages=("coremltools",),
             install="mowa[coreml]",
+            unsupported=NO_CACHE,
             options=(
                 ExportOption(
                     "lengths_s",
@@ -145,6 +154,7 @@ FORMATS = Registry(
             module="mowa.exporters.tensorrt.exporter",
             packages=("onnx", "onnxruntime", "onnxscript"),
             install="mowa[onnx]",
+            unsupported={"causal": "mowa builds engines of speech models; TensorRT-LLM reads a safetensors export"},
             options=(
                 ExportOption(
                     "optimization_profile",
@@ -162,6 +172,9 @@ FORMATS = Registry(
             module="mowa.exporters.ctranslate2",
             packages=("ctranslate2",),
             install="mowa[ctranslate2]",
+            unsupported={
+                "causal": "mowa writes CTranslate2's speech models; its own converter reads a full-precision checkpoint"
+            },
         ),
     ),
 )
@@ -177,9 +190,11 @@ def get_format(name: str) -> ExportFormat:
 
 
 def validate_task(found: ExportFormat, name: str, task: str) -> None:
-    """Raise ModelError, with the formats for it, if the format does not take models of this task."""
+    """Raise ModelError, with the reason and the formats for it, if the format does not take models of this task."""
     if task not in found.tasks:
         others = ", ".join(one.name for one in FORMATS.all() if task in one.tasks) or "none yet"
+        reason = f": {found.unsupported[task]}" if task in found.unsupported else ""
         raise ModelError(
-            f"{name} is {TASK_LABELS.get(task, task)}, which {found.name} does not take; formats for it: {others}"
+            f"{name} is {TASK_LABELS.get(task, task)} and cannot be exported to {found.name}{reason}."
+            f" Formats for it: {others}"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from mowa.errors import ModelError
 from mowa.io.hub import resolve_model, silence_transformers
-from mowa.loading import checkpoint
+from mowa.loading import checkpoint, quantized
 from mowa.loading.checkpoint import validate_device, validate_dtype
 from mowa.types import CausalModel, Family, Model, TextProcessor
 
@@ -23,6 +23,8 @@ def load(
 ) -> CausalModel:
     """Load a causal language model by folder or Hub id onto `device` in `dtype`, in eval mode and without gradients.
 
+    The linear layers of a quantized checkpoint are `QuantizedLinear` modules; `dtype` is that of the other weights.
+
     Raises ModelError if the name, family, dtype or device is unknown, if it is a model for another task, or if config,
     weights or tokenizer are missing, damaged or do not match. Also raises as `resolve_model`.
     """
@@ -30,10 +32,12 @@ def load(
     validate_device(device)
     origin = resolve_model(name, revision=revision, offline=offline, validate=partial(read_causal_family, name=name))
     family = read_causal_family(origin.folder, origin.source)  # `resolve_model` validates Hub models only
+    manifest = quantized.read_checkpoint_manifest(origin.folder)
     tokenizer = load_tokenizer(origin.folder)
     net = _load_net(origin.folder, family, dtype)
     validate_tokenizer(tokenizer, net, origin.name)
-    return Model(net.to(device), family, origin, TextProcessor(tokenizer))
+    scheme = quantized.infer_scheme(manifest, net, family)
+    return Model(net.to(device), family, origin, TextProcessor(tokenizer), scheme)
 
 
 def read_causal_family(folder: Path, name: str = "") -> Family:
@@ -76,8 +80,11 @@ def validate_tokenizer(tokenizer: Any, net: Any, name: str) -> None:
 def _load_net(folder: Path, family: Family, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    net, loading_info = checkpoint.load_net(AutoModelForCausalLM, folder, family, dtype)
-    checkpoint.validate_loading_info(folder, net.base_model_prefix, loading_info)
+    if quantization_config := quantized.read_quantization_config(folder):
+        net = quantized.load_quantized_net(AutoModelForCausalLM, folder, family, dtype, quantization_config)
+    else:
+        net, loading_info = checkpoint.load_net(AutoModelForCausalLM, folder, family, dtype)
+        checkpoint.validate_loading_info(folder, net.base_model_prefix, loading_info)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 

@@ -14,6 +14,7 @@ import torch
 from mowa.errors import ModelError
 from mowa.io.atomic import read_json
 from mowa.io.manifest import MANIFEST_FILE, Manifest, damaged, find_manifest
+from mowa.io.weights import weight_files
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.loading import checkpoint
 from mowa.quantization import formats
@@ -52,17 +53,18 @@ def load_quantized_net(
 ) -> Any:
     """Load the net in `folder` with `auto_class`, with `QuantizedLinear` modules, in eval mode.
 
-    Scales stay in float32; other weights are in `dtype`. Raises ModelError if weights are missing, damaged or do not
-    match the config.
+    Scales and buffers stay in float32; other weights are in `dtype`. Raises ModelError if weights are missing, damaged
+    or do not match the config.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
+    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
+    if not files:
         raise ModelError(f"{folder} has no {WEIGHTS_FILE}, which a quantized checkpoint needs")
     try:
-        linears, others = formats.unpack_linears(quantization_config, load_file(file))
+        tensors = {name: value for file in files for name, value in load_file(file).items()}
+        linears, others = formats.unpack_linears(quantization_config, tensors)
     except SafetensorError as error:
         raise ModelError(f"the weights of {folder} are damaged: {error}") from error
     config = checkpoint.load_config(folder, family)
@@ -74,7 +76,9 @@ def load_quantized_net(
         net = formats.assign_weights(net, linears, others)
     except ModelError as error:
         raise ModelError(f"{folder} cannot be loaded: {error}") from error
-    return net.to(getattr(torch, dtype))
+    for parameter in net.parameters():  # not buffers: transformers computes rotary frequencies in float32
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return net
 
 
 def infer_scheme(manifest: Manifest | None, net: Any, family: Family) -> Scheme:

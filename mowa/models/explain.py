@@ -1,16 +1,23 @@
-"""Explain which attention implementation each layer of a model gets, and why, from its config alone."""
+"""Explain what computes each part of a model, and why, from its config alone: attention by kind of layer, and the rest.
+
+Weights are not needed: `build_on_meta` makes a net without any.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from mowa.errors import ModelError
 from mowa.kernels.attention.rules import AttentionSpec, available_packages, select_backend
+from mowa.models.causal import accelerate, fused_loss, fused_modules
+from mowa.models.ctc_encoder import chunk_mask, cpu_plan, packing
 from mowa.types import Family
 
 TORCH_CUDA_FEATURES = frozenset({"varlen", "varlen_window", "triton"})  # part of torch for CUDA
@@ -19,6 +26,13 @@ LAYER_TYPE_LABELS = {
     "sliding_attention": "sliding window",
     "chunked_attention": "chunked attention",
 }
+OP_LABELS = {
+    "rms_norm": "RMS norm",
+    "rms_norm_plus_one": "RMS norm, 1 + weight",
+    "swiglu": "MLP, SwiGLU",
+    "geglu": "MLP, GEGLU",
+}
+STOCK, OURS = "transformers", "mowa"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +91,72 @@ def explain_layers(
             )
         )
     return rows
+
+
+def build_on_meta(config: Any, family: Family) -> Any:
+    """Return the net of a speech or language model's config on the meta device, which holds no weights."""
+    from transformers import AutoModelForCausalLM, AutoModelForCTC
+
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
+    auto_class: Any = AutoModelForCausalLM if family.task == "causal" else AutoModelForCTC
+    with torch.device("meta"):
+        return auto_class.from_config(config)
+
+
+def explain_modules(net: Any, family: Family, *, device: str, dtype: str) -> list[LayerExplanation]:
+    """Explain what is beside attention: norms, MLPs, loss and LoRA; of speech, inference on CPUs, packing, chunks.
+
+    Args:
+        net: a speech or language model, which may be on the meta device.
+        family: its family.
+        device, dtype: as in `explain_layers`.
+    """
+    device_type = _parse_device(device)[0]
+    return list(_causal_parts(net, family, device_type) if family.task == "causal" else _ctc_parts(net, device, dtype))
+
+
+def _causal_parts(net: Any, family: Family, device_type: str) -> Iterator[LayerExplanation]:
+    classes = Counter(type(module).__name__ for module in net.modules())
+    for op, names in family.fused_modules.items():
+        if count := sum(classes[name] for name in names):
+            yield _fused_part(OP_LABELS[op], op, count, device_type)
+    for op in OP_LABELS.keys() & family.unsupported.keys():
+        yield LayerExplanation(OP_LABELS[op], 0, STOCK, family.unsupported[op])
+    experts = sum(any(weight.ndim == 3 for weight in module.parameters(recurse=False)) for module in net.modules())
+    if experts:
+        yield LayerExplanation("experts", experts, STOCK, family.unsupported.get("experts", ""))
+    rotary = sum("RotaryEmbedding" in name for name in classes.elements())
+    if rotary:
+        reason = "the function that applies them is shared by all nets of the family, so it is not replaced"
+        yield LayerExplanation("rotary embeddings", rotary, STOCK, reason)
+    leaves = {name for group in family.linears.values() for name in group}
+    linears = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    count = sum(name.rpartition(".")[2] in leaves for name in linears)
+    yield _fused_part("linears with LoRA", "lora_linear", count, device_type)
+    if reason := family.unsupported.get("fused_loss") or fused_loss.unsupported_reason(net):
+        yield LayerExplanation("loss", 1, STOCK, reason)
+    else:
+        yield LayerExplanation("loss", 1, OURS, accelerate.FUSED_LOSS_DESCRIPTION)
+
+
+def _fused_part(label: str, op: str, count: int, device_type: str) -> LayerExplanation:
+    if reason := fused_modules.not_faster_reason(op, device_type):
+        return LayerExplanation(label, count, STOCK, reason)
+    return LayerExplanation(label, count, OURS, accelerate.DESCRIPTIONS[op])
+
+
+def _ctc_parts(net: Any, device: str, dtype: str) -> Iterator[LayerExplanation]:
+    compute_dtype: Any = "float32" if dtype == "float16" else dtype
+    reason = "it is for inference on CPUs" if device != "cpu" else cpu_plan.unsupported_reason(net, compute_dtype)
+    plan = f"in {compute_dtype}: convolutions as products, q, k and v in one, weights prepacked, nothing padded"
+    yield LayerExplanation("inference", 1, STOCK if reason else "CPU plan", reason or plan)
+    reason = packing.unsupported_reason(net)
+    packed = "recordings are concatenated and attend to themselves only"
+    yield LayerExplanation("training batches", 1, "padded" if reason else "packed", reason or packed)
+    reason = chunk_mask.unsupported_reason(net)
+    chunked = "can be trained with a chunk mask (streaming), and then keeps keys and values"
+    yield LayerExplanation("live speech", 1, "sliding window" if reason else "chunked", reason or chunked)
 
 
 def _parse_device(device: str) -> tuple[str, tuple[int, int]]:

@@ -37,12 +37,15 @@ QuantizedLinears = Mapping[str, QuantizedLinear]
 Tensors = Mapping[str, Tensor]
 
 
-def quantization_config(linears: QuantizedLinears, unquantized: Iterable[str]) -> dict[str, Any]:
+def quantization_config(
+    linears: QuantizedLinears, unquantized: Iterable[str], compute_dtype: str = "float32"
+) -> dict[str, Any]:
     """Return the `quantization_config` of config.json for linears written by `pack_linear`.
 
     Args:
         linears: module name → linear.
         unquantized: module names of the other linears of the net.
+        compute_dtype: dtype in which bitsandbytes multiplies dequantized weights.
     """
     if any(linear.quant_type == "nf4" for linear in linears.values()):
         return {
@@ -50,7 +53,7 @@ def quantization_config(linears: QuantizedLinears, unquantized: Iterable[str]) -
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": "float32",
+            "bnb_4bit_compute_dtype": compute_dtype,
             "bnb_4bit_use_double_quant": False,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": sorted(unquantized),
@@ -169,6 +172,7 @@ def _is_supported(group: Mapping[str, Any]) -> bool:
         and weights.get("strategy") in ("channel", "group")
         and (bool(weights.get("symmetric")) or weights["num_bits"] == 4)
         and not weights.get("dynamic")
+        and weights.get("actorder") in (None, "weight", "static")  # others permute the columns
         and not group.get("output_activations")
         and (not inputs or [inputs.get(key) for key in ("num_bits", "type", "strategy")] == [8, "int", "tensor"])
         and not (inputs and inputs.get("symmetric"))
@@ -250,10 +254,12 @@ def _unpack_nf4(tensors: dict[str, Tensor]) -> QuantizedLinear:
 def assign_weights(net: Any, linears: QuantizedLinears, other_tensors: Tensors) -> Any:
     """Put `linears` and `other_tensors` (cast to float32) into `net`, and return it in eval mode without gradients.
 
+    Tied parameters stay tied, and buffers that no file holds, such as rotary frequencies, are computed.
+
     Args:
         net: a transformers net on the meta device; changed in place.
         linears: module name → linear.
-        other_tensors: all other tensors of its state dict.
+        other_tensors: all other tensors of its state dict; of tied ones, at least one.
 
     Raises:
         ModelError: a tensor is missing, unexpected or of the wrong shape.
@@ -271,12 +277,41 @@ def assign_weights(net: Any, linears: QuantizedLinears, other_tensors: Tensors) 
         f"{name}.{key}": value for name, linear in linears.items() for key, value in linear.state_dict().items()
     }
     others = {name: value.float() if value.is_floating_point() else value for name, value in other_tensors.items()}
+    tied = _tied_names(net)
     try:
         report = net.load_state_dict(quantized | others, strict=False, assign=True)
     except RuntimeError as error:
         raise ModelError(f"the weights do not fit config.json: {str(error).splitlines()[-1].strip()}") from error
-    if report.missing_keys:
-        raise ModelError(f"the weights do not fit config.json: {report.missing_keys[0]} is missing")
+    missing = set(report.missing_keys)
+    for names in tied:
+        if present := [name for name in names if name not in missing]:
+            for name in names:
+                module, _, leaf = name.rpartition(".")
+                net.get_submodule(module)._parameters[leaf] = net.get_parameter(present[0])
+            missing.difference_update(names)
+    if missing:
+        raise ModelError(f"the weights do not fit config.json: {min(missing)} is missing")
     if report.unexpected_keys:
         raise ModelError(f"the weights do not fit config.json: {report.unexpected_keys[0]} is unexpected")
+    _compute_buffers(net)
     return net.eval().requires_grad_(False)
+
+
+def _tied_names(net: Any) -> list[list[str]]:
+    """Return the names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [found for found in names.values() if len(found) > 1]
+
+
+def _compute_buffers(net: Any) -> None:
+    """Compute the buffers that are still on the meta device with transformers' own `_init_weights`, on the CPU."""
+    for parameter in net.parameters():
+        parameter._is_hf_initialized = True  # so that weights are kept
+    for module in net.modules():
+        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in empty:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if empty:
+            net._init_weights(module)

@@ -14,7 +14,7 @@ from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.kernels.quant.nf4 import quantize_nf4
 from mowa.kernels.quant.weights import QuantizedWeight
 from mowa.quantization.schemes import non_block_dtype, non_block_group_size
-from mowa.types import CTCModel, Scheme
+from mowa.types import AnyModel, Scheme
 
 QKV_PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # linears with the same input
 BYTES_PER_ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
@@ -32,12 +32,12 @@ class LinearGroup:
         return self.module_names[0] if len(self.module_names) == 1 else self.module_names[0].rpartition(".")[0] + ".qkv"
 
 
-def block_names(model: CTCModel) -> list[str]:
+def block_names(model: AnyModel) -> list[str]:
     """Return the module names of the model's blocks, in order."""
     return [name for name, module in model.net.named_modules() if type(module).__name__ in model.family.blocks]
 
 
-def linear_groups(model: CTCModel) -> list[LinearGroup]:
+def linear_groups(model: AnyModel) -> list[LinearGroup]:
     """Return the linears in the blocks that schemes quantize, in the order of the forward pass."""
     leaves = [name for group in model.family.linears.values() for name in group]
     found: dict[tuple[int, str], list[str]] = {}
@@ -75,7 +75,7 @@ def quantize_linear(
     return QuantizedLinear(quantized, linear.bias, scheme.activations, input_qparams)  # type: ignore[arg-type]
 
 
-def estimate_tensor_bytes(model: CTCModel) -> Iterator[tuple[str, int]]:
+def estimate_tensor_bytes(model: AnyModel) -> Iterator[tuple[str, int]]:
     """Yield each tensor of the model with its estimated size on disk in bytes, scales and zero points included.
 
     An export may be somewhat larger (its graph) or smaller (tensors folded into one).
@@ -99,6 +99,6 @@ def estimate_tensor_bytes(model: CTCModel) -> Iterator[tuple[str, int]]:
         yield name, 2 * len(weight) * groups + weight.numel() * BYTES_PER_ELEMENT[dtype]
 
 
-def estimate_size_bytes(model: CTCModel) -> int:
+def estimate_size_bytes(model: AnyModel) -> int:
     """Return the sum of `estimate_tensor_bytes`."""
     return sum(count for _, count in estimate_tensor_bytes(model))

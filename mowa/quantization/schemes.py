@@ -33,6 +33,23 @@ SCHEME_ALIASES = {
     "bfloat16": "bf16",
     "fp32": "float32",
 }
+CAUSAL_ALIASES = SCHEME_ALIASES | {"int8": "int8-weight"}
+CAUSAL_SCHEMES = ("int8-weight", "int4-weight", "nf4", "fp16", "bf16")  # of language models
+REPORT_SCHEMES = {
+    "ctc": (
+        "fp16",
+        "bf16",
+        "int8-dynamic",
+        "int8-static",
+        "int8-weight",
+        "int4-weight",
+        "int4-weight+gptq",
+        "nf4",
+        "mixed",
+    ),
+    "causal": CAUSAL_SCHEMES,
+}
+"""Task → the schemes that `mowa quantize --scheme all` compares."""
 GROUP_SIZES = (32, 64, 128)
 NON_BLOCK_GROUP_SIZE = 32
 MIN_QUANT_NUMEL = 16_384  # tensors outside the blocks with fewer elements stay in float16
@@ -43,14 +60,16 @@ SCHEME_SYNTAX = (
 )
 
 
-def parse_scheme(text: str) -> Scheme:
+def parse_scheme(text: str, task: str = "ctc") -> Scheme:
     """Return the scheme named `text`, such as int8, int4-weight+gptq+64 or mixed+20% (see `SCHEME_SYNTAX`).
+
+    int8 is int8-dynamic for speech models (`task` ctc), and int8-weight for language models (causal).
 
     Raises:
         ModelError: the name or a modifier is unknown, or the modifier does not apply to the scheme.
     """
     name, *modifiers = text.split("+")
-    name = SCHEME_ALIASES.get(name, name)
+    name = (CAUSAL_ALIASES if task == "causal" else SCHEME_ALIASES).get(name, name)
     if name not in SCHEMES:
         near = difflib.get_close_matches(name, [*SCHEMES, *SCHEME_ALIASES], 1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(SCHEMES)}"
@@ -105,6 +124,17 @@ def calibration_reason(scheme: Scheme) -> str:
     if scheme.activations == "static":
         return "to measure the range of each layer's inputs"
     return "to accumulate the Hessians of GPTQ" if scheme.gptq else ""
+
+
+def causal_unsupported_reason(scheme: Scheme) -> str:
+    """Return why a language model cannot be stored in the scheme, and what works; empty where it can."""
+    if scheme.name == FLOAT32.name or (scheme.name in CAUSAL_SCHEMES and not scheme.gptq):
+        return ""
+    if reason := calibration_reason(scheme):
+        reason = f"it needs calibration {reason}, which mowa does for recordings only"
+    else:
+        reason = "one range for the inputs of a whole batch would let answers depend on what shares the batch"
+    return f"{reason}; use {', '.join(CAUSAL_SCHEMES[:-1])} or {CAUSAL_SCHEMES[-1]}"
 
 
 def non_block_dtype(family: Family, parameter: str, base_prefix: str) -> str:

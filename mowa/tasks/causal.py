@@ -81,18 +81,27 @@ class SampleLosses:
 @torch.inference_mode()
 def sample_losses(net: Any, batches: Iterable[dict[str, Tensor]]) -> SampleLosses:
     """Evaluate `net` on every sample of `batches` (see `pad`), in their order, by its stock forward pass."""
+    return sum_losses(scored for batch in batches for scored in trained_logits(net, batch))
+
+
+@torch.inference_mode()
+def trained_logits(net: Any, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each sample of a batch (see `pad`), logits float32 [n, V] and labels int64 [n] of trained tokens."""
     device = next(net.parameters()).device
+    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    targets = batch["labels"][:, 1:].to(device)
+    logits = net(**inputs, use_cache=False).logits[:, :-1]
+    kept = targets != IGNORE_INDEX
+    return [(row[mask].float(), labels[mask]) for row, labels, mask in zip(logits, targets, kept, strict=True)]
+
+
+def sum_losses(scored: Iterable[tuple[Tensor, Tensor]]) -> SampleLosses:
+    """Return the sums over logits and labels of each sample, as `trained_logits` returns them."""
     sums: list[Tensor] = []
-    for batch in batches:
-        inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-        targets = batch["labels"][:, 1:].to(device)
-        logits = net(**inputs, use_cache=False).logits[:, :-1]
-        for row, labels in zip(logits, targets, strict=True):
-            trained = labels != IGNORE_INDEX
-            kept = row[trained].float()
-            nll = torch.nn.functional.cross_entropy(kept, labels[trained], reduction="sum")
-            correct = (kept.argmax(-1) == labels[trained]).sum()
-            sums.append(torch.stack([nll.double(), correct.double(), trained.sum().double()]).cpu())
+    for logits, labels in scored:
+        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(-1) == labels).sum()
+        sums.append(torch.tensor([float(nll), int(correct), len(labels)], dtype=torch.float64))
     columns = torch.stack(sums).numpy().T if sums else np.zeros((3, 0))
     return SampleLosses(*columns)
 

@@ -127,7 +127,9 @@ def bootstrap_loss(losses: Sequence[float] | np.ndarray, num_tokens: Sequence[in
 
 
 def paired_bootstrap_loss(
-    baseline: Sequence[float], candidate: Sequence[float], num_tokens: Sequence[int]
+    baseline: Sequence[float] | np.ndarray,
+    candidate: Sequence[float] | np.ndarray,
+    num_tokens: Sequence[int] | np.ndarray,
 ) -> LossChange:
     """Return the loss of `candidate` minus that of `baseline`; arguments are those of `bootstrap_loss`."""
     difference = np.asarray(candidate, np.float64) - np.asarray(baseline, np.float64)

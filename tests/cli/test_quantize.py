@@ -10,6 +10,7 @@ import soundfile
 from mowa.cli.main import main
 from mowa.data import audio
 from mowa.io.hub import SAMPLE_CLIP
+from tests.tiny_causal import tiny_causal
 
 ROOT = Path(__file__).parents[2]
 MICRO = str(ROOT / "tests" / "assets" / "micro")
@@ -118,3 +119,15 @@ def test_errors_are_one_line(run, arguments, message, tmp_path, monkeypatch):
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_language_model_is_exported(run, tmp_path):
+    base = tiny_causal(tmp_path / "base")
+    code, out, _ = run("export", base, "--to", "safetensors", "--scheme", "int8", "-o", tmp_path / "out")
+    assert (code, "safetensors, int8-weight" in out) == (0, True)
+    code, _, err = run("export", base, "--to", "onnx", "-o", tmp_path / "onnx")
+    assert code == 2
+    assert "is a language model and cannot be exported to onnx" in err
+    code, _, err = run("transcribe", "-m", tmp_path / "out", SAMPLE_CLIP)
+    assert code == 2
+    assert "is not a speech model (llama)" in err

@@ -183,7 +183,7 @@ def test_tensors_that_read_back_differently_are_rejected(tmp_path, monkeypatch):
 def test_an_export_that_differs_in_transformers_is_rejected(tmp_path, monkeypatch):
     model = tiny_quantized(tmp_path / "base", "int8-weight")
     other = tiny_quantized(tmp_path / "other", "int4-weight", num_hidden_layers=1)
-    monkeypatch.setattr(safetensors, "_load_in_transformers", lambda folder: other.net)
+    monkeypatch.setattr(safetensors, "_load_in_transformers", lambda *_: other.net)
     with pytest.raises(ModelError, match=r"in transformers export of .* differs .* nats \(limit 0\.001\); use onnx"):
         protocol.export(model, "safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -193,8 +193,8 @@ def test_an_export_that_transformers_cannot_load_is_rejected(tmp_path, monkeypat
     model = tiny_quantized(tmp_path / "base", "int8-weight")
     quantization_config = formats.quantization_config
 
-    def invalid_config(linears, others):
-        config = quantization_config(linears, others)
+    def invalid_config(*arguments):
+        config = quantization_config(*arguments)
         config["config_groups"]["group_0"]["weights"]["strategy"] = "unknown"
         return config
 
@@ -207,7 +207,7 @@ def test_an_export_that_transformers_cannot_load_is_rejected(tmp_path, monkeypat
 def test_without_the_package_it_is_not_compared_in_transformers(tmp_path, monkeypatch, caplog):
     model = tiny_quantized(tmp_path / "base", "int8-weight")
     monkeypatch.setattr(safetensors, "find_spec", lambda name: None)
-    monkeypatch.setattr(safetensors, "_load_in_transformers", lambda folder: pytest.fail("loaded"))
+    monkeypatch.setattr(safetensors, "_load_in_transformers", lambda *_: pytest.fail("loaded"))
     with caplog.at_level("INFO", "mowa"):
         artifact = protocol.export(model, "safetensors", tmp_path / "out")
     assert artifact.details["transformers"] == "not compared: compressed-tensors is not installed"

@@ -168,6 +168,7 @@ def test_unsupported_quantization_is_rejected(tmp_path, quantization_config, mes
         ("weights", {"type": "float"}),
         ("weights", {"strategy": "block"}),
         ("weights", {"symmetric": False}),
+        ("weights", {"actorder": "group"}),
     ],
 )
 def test_unsupported_compressed_tensors_are_rejected(out, part, values):

@@ -26,6 +26,7 @@ DESCRIPTIONS = {
     "lora_linear": "weight and update in one operation",
     "tiled_mlp": "MLPs over tiles of the sequence",
 }
+FUSED_LOSS_DESCRIPTION = "of trained tokens only, without the logits of a whole batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def accelerate(net: Any, *, mlp_tiles: int = 0) -> tuple[Change, ...]:
         changes.append(Change("loss", 0, reason))
     else:
         undo.append(fused_loss.fuse_loss(stock))
-        changes.append(Change("loss", 1, "of trained tokens only, without the logits of a whole batch"))
+        changes.append(Change("loss", 1, FUSED_LOSS_DESCRIPTION))
     return tuple(changes)
 
 

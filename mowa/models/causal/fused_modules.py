@@ -112,6 +112,13 @@ def fuse_modules(
     return FusedModules(net, dict(counts), dict(skipped))
 
 
+def not_faster_reason(op: str, device_type: str) -> str:
+    """Return why `op` is not replaced on a device of this type, or an empty string where it is."""
+    if op in FASTER_OPS.get(device_type, ()):
+        return ""
+    return f"{'not faster' if device_type in FASTER_OPS else 'not measured to be faster'} on {device_type}"
+
+
 def unfuse_modules(net: nn.Module) -> int:
     """Remove every forward that `fuse_modules` set in `net`; returns their number."""
     fused = [module for module in net.modules() if isinstance(vars(module).get("forward"), FusedForward)]
@@ -154,9 +161,8 @@ def _choose_forward(
     plain = FusedForward(module, _tiled_forward, {"tiles": tiles}) if gated and tiles else None
     if ops is not None and op not in ops:
         return plain, "not among the requested operations"
-    if ops is None and op not in FASTER_OPS.get(weight.device.type, ()):
-        measured = weight.device.type in FASTER_OPS
-        return plain, f"{'not faster' if measured else 'not measured to be faster'} on {weight.device.type}"
+    if ops is None and (reason := not_faster_reason(op, weight.device.type)):
+        return plain, reason
     if op == "lora_linear":
         reason = _unsupported_lora(module)
         return (None, reason) if reason else (FusedForward(module, _lora_forward, {}), "")

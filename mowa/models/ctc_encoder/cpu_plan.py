@@ -39,9 +39,12 @@ PackedWeights = dict[tuple[object, ...], "PrepackedLinear | _Bfloat16Linear"]
 
 
 def unsupported_reason(net: Any, compute_dtype: ComputeDtype) -> str:
-    """Return why there is no plan for `net` in this compute dtype, or an empty string where there is."""
+    """Return why there is no plan for `net` in this compute dtype, or an empty string where there is.
+
+    A net on the meta device gets the answer for the CPU.
+    """
     config = net.config
-    if any(weight.device.type != "cpu" for weight in net.parameters()):
+    if any(weight.device.type not in ("cpu", "meta") for weight in net.parameters()):
         return "the CPU plan needs a net on the CPU"
     if reason := anatomy.unsupported_reason(net, "cpu_plan"):
         return reason
