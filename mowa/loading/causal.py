@@ -47,7 +47,7 @@ def read_causal_family(folder: Path, name: str = "") -> Family:
     """
     family = checkpoint.read_family(folder, name)
     if family.task == "ctc":
-        raise ModelError(f"{folder} is a speech model ({family.name}); --task causal needs a language model")
+        raise ModelError(f"{folder} is a speech model ({family.name}); a language model is needed here")
     if family.task != "causal":
         raise ModelError(f"{folder} is a model for {family.task} ({family.name}), which mowa cannot load yet")
     return family

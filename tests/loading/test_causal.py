@@ -37,7 +37,7 @@ def test_the_net_has_the_requested_dtype(folder, dtype):
 def test_speech_and_language_models_are_not_interchangeable(folder):
     with pytest.raises(ModelError, match=r"is not a speech model \(llama\)"):
         ctc.load(str(folder))
-    with pytest.raises(ModelError, match=r"is a speech model \(wav2vec2\); --task causal needs a language model"):
+    with pytest.raises(ModelError, match=r"is a speech model \(wav2vec2\); a language model is needed here"):
         causal.load("pl-tiny")
 
 
