@@ -116,6 +116,8 @@ def load(
     if model.task == "causal" and (accelerate is True or (accelerate == "auto" and device != "cpu")):
         for change in accelerate_model.accelerate(model.net):
             log.info("accelerate: %s", change)
+    elif model.task == "causal":
+        log.info("accelerate: nothing is replaced on a CPU; accelerate=True does" if accelerate else "accelerate: off")
     return model
 
 
