@@ -3,6 +3,7 @@
 import ast
 import pkgutil
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ def package_imports() -> dict[str, set[str]]:
         if package(name) in direct:
             direct[package(name)] |= {package(other) for other in imported(path)} & LAYER_OF.keys() - {package(name)}
 
+    @cache
     def reached(name: str) -> set[str]:
         return direct[name].union(*map(reached, direct[name]))
 
@@ -119,10 +121,10 @@ def package_imports() -> dict[str, set[str]]:
 
 def drawing() -> str:
     """The packages and their imports as a Mermaid graph, a layer per line."""
-    lines = ["```mermaid", "graph TD"]
+    lines, imports = ["```mermaid", "graph TD"], package_imports()
     for layer in reversed(LAYERS):
         for name in sorted(layer):
-            lines += [f"    {name} --> {other}" for other in sorted(package_imports()[name])]
+            lines += [f"    {name} --> {other}" for other in sorted(imports[name])]
     return "\n".join([*lines, "```"])
 
 

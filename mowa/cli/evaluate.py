@@ -62,7 +62,7 @@ def evaluate(
                 )  # fmt: skip
             results.append(found)
             click.echo(f"{'' if len(results) == 1 else chr(10)}{found}")
-    if out is not None:
-        rows = [one.to_dict() for one in results]
-        atomic_write(out, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+            if out is not None:  # after each, so that a later failure loses nothing
+                rows = [one.to_dict() for one in results]
+                atomic_write(out, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
     return 2 if any(one.failures for one in results) else 0

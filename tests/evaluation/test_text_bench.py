@@ -19,6 +19,7 @@ def folders(tmp_path_factory):
     return str(base), str(mowa.export(str(base), "safetensors", root / "int8", scheme="int8").folder)
 
 
+@pytest.mark.slow
 def test_a_table_and_json(folders, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["bench", *folders, "--out", str(tmp_path / "bench.json")])

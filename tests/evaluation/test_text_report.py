@@ -100,8 +100,8 @@ def test_the_baseline_is_the_reference(base, data, tmp_path):
     ("arguments", "message"),
     [
         (["--scheme", "mixed"], "cannot be quantized to mixed: it needs calibration"),
-        (["--scheme", "int8", "--to", "onnx"], "is a language model: --to other than safetensors"),
-        (["--scheme", "int8", "--group-by", "language"], "--group-by and --throughput are options of speech models"),
+        (["--scheme", "int8", "--to", "onnx"], "is a language model: formats other than safetensors"),
+        (["--scheme", "int8", "--group-by", "language"], "grouping and throughput are options of speech models"),
         (["--scheme", "int5"], "unknown scheme 'int5'"),
     ],
 )

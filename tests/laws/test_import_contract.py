@@ -36,7 +36,6 @@ def snapshot():
 def train(out):
     from tests.data.chat.tokenizers import tokenizer as make_tokenizer
     import mowa
-    from mowa.training.config import dispatch
 
     tokenizer = make_tokenizer("chatml")
     torch.manual_seed(0)
@@ -50,8 +49,7 @@ def train(out):
         "task": "causal", "model": str(out / "model"), "data": {"train": str(out / "chats.jsonl"), "hold_out": 0.2},
         "optimizer": {"max_steps": 2, "precision": "float32"},
     }
-    plan = dispatch.parse(tree, "test")
-    mowa.train(plan, mowa.load(plan.model), out / "tuned")
+    mowa.train(tree, out=out / "tuned")
     assert (out / "tuned" / "adapter_model.safetensors").is_file()
 
 # what these libraries load and change themselves when they train

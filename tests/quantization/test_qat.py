@@ -232,9 +232,7 @@ def test_it_combines_with_other_options(base, manifest, tmp_path, settings):
 
 
 def test_fine_tuning_without_qat_removes_the_config_entry(base, manifest, tmp_path):
-    first = dispatch.train(
-        plan(base, manifest, **{"optimizer.max_steps": 1}), loading.load(str(base)), tmp_path / "one", threads=1
-    )
+    first = dispatch.train(plan(base, manifest, **{"optimizer.max_steps": 1}), tmp_path / "one", threads=1)
     again = plan(first, manifest, qat="none", **{"optimizer.max_steps": 1})
     second = dispatch.train(again, tmp_path / "two", threads=1)
     assert "qat" in json.loads((first / "config.json").read_text())

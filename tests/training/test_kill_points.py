@@ -22,7 +22,9 @@ def kill(kind, folder, *points):
     return found["points"], found["wrong"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "ctc" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_a_kill_while_a_checkpoint_or_the_result_is_written(kind, tmp_path):
     points, wrong = kill(kind, tmp_path, 0.45, 0.92)
     assert not wrong
