@@ -196,17 +196,28 @@ def _preferred(names: tuple[str, ...], available: set[str]) -> tuple[str, ...]:
 @contextmanager
 def silence_transformers() -> Iterator[None]:
     """Suppress progress bars and warnings of transformers and huggingface_hub within the context."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        with hide_progress_bars():
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def hide_progress_bars() -> Iterator[None]:
+    """Hide progress bars of transformers and huggingface_hub, such as that of saving, within the context."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    hub_bars_disabled = are_progress_bars_disabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
+    bars, hub_bars_disabled = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()  # also enables those of huggingface_hub
         if hub_bars_disabled:

@@ -24,6 +24,7 @@ from transformers import set_seed
 from mowa import hardware
 from mowa.adapters import freeze
 from mowa.errors import MissingDependency
+from mowa.io.hub import hide_progress_bars
 from mowa.training import resources
 from mowa.training.distributed import strategy
 from mowa.training.distributed.process import is_main_process, is_worker_process
@@ -119,7 +120,7 @@ def train(
     with lock_run_dir(recipe, run_dir):
         resume_from = find_last_checkpoint(run_dir)
         started = time.time()
-        with task.session(run, output_dir, resume_from) as session:
+        with hide_progress_bars(), task.session(run, output_dir, resume_from) as session:
             trainer, net = session.trainer, run.model.net
             _print_plan(run, [*session.plan, fit], resume_from)
             try:
