@@ -1,4 +1,4 @@
-"""Compare the speed of two checkouts of mowa: transcription, and fine-tuning of speech and text, in alternated pairs.
+"""Compare the speed of two checkouts of mowa: one command, transcription, and fine-tuning of speech and text, in alternated pairs.
 
     git worktree add --detach build/before COMMIT
     python -m benchmarks.before_after build/before --pairs 5
@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,14 @@ def train_text(checkout: Path, folder: Path) -> tuple[float, Any]:
     return sum(measured["seconds"][1:]), measured["loss"]
 
 
-MEASURES = {"transcribe": transcribe, "train_speech": train_speech, "train_text": train_text}
+def command(checkout: Path, folder: Path) -> tuple[float, Any]:
+    """Return seconds of `mowa transcribe` on the bundled recording, start and loading included, and its text."""
+    started = time.perf_counter()
+    text = run(checkout, "mowa", "transcribe", "examples/dzien-dobry.flac")
+    return time.perf_counter() - started, text
+
+
+MEASURES = {"command": command, "transcribe": transcribe, "train_speech": train_speech, "train_text": train_text}
 
 
 def main() -> None:
