@@ -1,4 +1,4 @@
-"""Compare the speed of two checkouts of mowa: one command, transcription, and fine-tuning of speech and text, in alternated pairs.
+"""Compare the speed of two checkouts of mowa: a command, transcription, and fine-tuning, in alternated pairs.
 
     git worktree add --detach build/before COMMIT
     python -m benchmarks.before_after build/before --pairs 5
