@@ -23,8 +23,8 @@ class EngineInfo:
                      export in one of `artifact_formats`; with the capability `models`, also a `CTCModel`
     artifact_formats formats of exports that it opens
     capabilities     `models`: opens models that are not exported; `adapters`: has `with_adapter`; `emissions`:
-                     log-probabilities of clips; `step`: has `chunk_step`, for cached streaming; `generate`: text;
-                     `cache`: exports models to the cache, and `open` takes `from_disk` (see `selection`)
+                     log-probabilities of clips; `step`: has `chunk_step`, for cached streaming; `cache`: exports models
+                     to the cache, and `open` takes `from_disk` (see `selection`)
     devices          devices without their index
     dtypes           values of `--dtype`, auto first
     open_cached      of engines with the capability `cache`: "module:function" with the arguments of `open`, which
@@ -49,7 +49,7 @@ ENGINES = Registry(
             name="pytorch",
             open="mowa.engines.pytorch:open_engine",
             artifact_formats=("safetensors",),
-            capabilities=frozenset({"models", "adapters", "emissions", "step", "generate"}),
+            capabilities=frozenset({"models", "adapters", "emissions", "step"}),
             devices=("cpu", "cuda", "mps", "xpu"),
             dtypes=(AUTO, "float32", "bfloat16", "float16", "int8"),
         ),
