@@ -6,12 +6,15 @@ package itself is imported when its value is used.
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, Protocol, TypeVar
+
+from mowa.errors import ModelError
 
 log = logging.getLogger("mowa")
 
@@ -28,9 +31,13 @@ ValueT = TypeVar("ValueT", bound=Named)
 
 @dataclass(frozen=True, slots=True)
 class Registry(Generic[ValueT]):
-    """Values of one kind by name: `builtins`, and those that entry points of `group` name, of other names."""
+    """Values of one kind by name: `builtins`, and those that entry points of `group` name, of other names.
+
+    `label` is what errors call a value.
+    """
 
     group: str
+    label: str
     kind: type[ValueT]
     builtins: tuple[ValueT, ...]
 
@@ -45,6 +52,14 @@ class Registry(Generic[ValueT]):
                 return one
         loaded = [self._load(point) for point in self._entry_points() if point.name == name]
         return next((one for one in loaded if one is not None), None)
+
+    def get(self, name: str) -> ValueT:
+        """Return the value called `name`. Raises ModelError, with the closest match, if there is none."""
+        if (found := self.find(name)) is not None:
+            return found
+        close = difflib.get_close_matches(name, names := self.names(), 1)
+        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(names)}"
+        raise ModelError(f"unknown {self.label} {name!r}: {hint}")
 
     def all(self) -> tuple[ValueT, ...]:
         """Return all values, built-in ones first. A package that fails is skipped with a warning."""

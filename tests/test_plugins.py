@@ -164,23 +164,23 @@ def test_a_package_that_fails_is_skipped(tmp_path, monkeypatch, caplog, source, 
     assert "skipping the engines of nested_bad" in caplog.text
     assert reason in caplog.text
     with pytest.raises(ModelError, match="unknown engine 'nested'"):
-        engines.get_engine_info("nested")
+        engines.ENGINES.get("nested")
     sys.modules.pop("nested_bad", None)
 
 
 def test_a_package_does_not_replace_a_built_in_engine(tmp_path, monkeypatch):
     install(tmp_path / "bad", monkeypatch, "mowa.engines", "onnx", "nested_bad:ENGINE", "raise RuntimeError")
     assert engines.engine_choices() == ("auto", "pytorch", "onnx", "ctranslate2")
-    assert engines.get_engine_info("onnx").open == "mowa.engines.onnx:open_engine"
+    assert engines.ENGINES.get("onnx").open == "mowa.engines.onnx:open_engine"
 
 
 def test_a_missing_package_is_named(monkeypatch):
     found = formats.ExportFormat("nested", "", "x", packages=("nothing_of_that_name",), install="nested[all]")
-    monkeypatch.setattr(formats, "FORMATS", Registry("mowa.exporters", formats.ExportFormat, (found,)))
-    from mowa.exporters.protocol import require_packages
+    from mowa.exporters import protocol
 
+    monkeypatch.setattr(protocol, "FORMATS", Registry("mowa.exporters", "format", formats.ExportFormat, (found,)))
     with pytest.raises(MissingDependency, match=r"export to nested needs nothing_of_that_name: pip install 'nested\["):
-        require_packages("nested")
+        protocol.require_packages("nested")
 
 
 def test_every_built_in_value_is_complete():

@@ -9,7 +9,7 @@ import click
 
 from mowa.cli import output
 from mowa.errors import ModelError
-from mowa.exporters.registry import FORMATS, get_format
+from mowa.exporters.registry import FORMATS
 from mowa.quantization.schemes import SCHEMES
 
 
@@ -76,7 +76,7 @@ def export(
 
 def read_options(to: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return the exporter's keyword arguments. Raises ModelError for an option of another format or a bad value."""
-    own = {option.name: option for option in get_format(to).options}
+    own = {option.name: option for option in FORMATS.get(to).options}
     values = {}
     for name, text in given.items():
         if text is None or text is False:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mowa import hardware
 from mowa.engines.protocol import ArtifactEngine, BatchPolicy, log_softmax
-from mowa.engines.registry import get_engine_info, validate_device_and_dtype
+from mowa.engines.registry import ENGINES, validate_device_and_dtype
 from mowa.errors import ModelError
 from mowa.exporters import ctranslate2 as exporter
 from mowa.exporters import manifest
@@ -60,7 +60,7 @@ def open_engine(
     Raises ModelError for another device or dtype and for a missing or damaged export; MissingDependency without
     CTranslate2.
     """
-    validate_device_and_dtype(get_engine_info(FORMAT), device, dtype)
+    validate_device_and_dtype(ENGINES.get(FORMAT), device, dtype)
     exported = manifest.read_artifact(Path(folder), (FORMAT,))
     available = _dtype(exported)
     if dtype not in ("auto", available):

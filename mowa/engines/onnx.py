@@ -20,7 +20,7 @@ import numpy as np
 from mowa import exporters, hardware
 from mowa.decode.stream import LogProbs, Samples
 from mowa.engines.protocol import ArtifactEngine, BatchPolicy, ChunkStep, FloatArray, log_softmax
-from mowa.engines.registry import get_engine_info, validate_device_and_dtype
+from mowa.engines.registry import ENGINES, validate_device_and_dtype
 from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.exporters import manifest
 from mowa.exporters.onnx.exporter import run
@@ -123,7 +123,7 @@ def open_engine(
 
     Raises ModelError for an unsupported device or dtype and for a missing or damaged export, and as `export` does.
     """
-    validate_device_and_dtype(get_engine_info(FORMAT), device, dtype)
+    validate_device_and_dtype(ENGINES.get(FORMAT), device, dtype)
     if isinstance(source, Model):
         exported = manifest.read_artifact(export_to_cache(source, dtype, from_disk=from_disk), (FORMAT,))
     else:

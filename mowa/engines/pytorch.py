@@ -19,7 +19,7 @@ from mowa import hardware
 from mowa.adapters.loading import load_adapter
 from mowa.decode.stream import LogProbs, Samples
 from mowa.engines.protocol import BatchPolicy, ChunkStep, FloatArray
-from mowa.engines.registry import get_engine_info
+from mowa.engines.registry import ENGINES
 from mowa.errors import ModelError
 from mowa.loading.ctc import load
 from mowa.models.ctc_encoder import chunk_mask, cpu_plan
@@ -159,7 +159,7 @@ def open_engine(
 
     Raises ModelError for an unavailable device, an unsupported dtype and an adapter of another base model.
     """
-    if dtype not in (dtypes := get_engine_info("pytorch").dtypes):
+    if dtype not in (dtypes := ENGINES.get("pytorch").dtypes):
         raise ModelError(f"unknown dtype {dtype!r}: use {', '.join(dtypes)}")
     if isinstance(model, Path):
         model = load(str(model))

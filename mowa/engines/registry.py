@@ -5,7 +5,6 @@ The entry point group is `mowa.engines`; each names an `EngineInfo`. Importing t
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from mowa.errors import ModelError
@@ -43,6 +42,7 @@ class EngineInfo:
 
 ENGINES = Registry(
     "mowa.engines",
+    "engine",
     EngineInfo,
     (
         EngineInfo(
@@ -74,15 +74,6 @@ ENGINES = Registry(
 def engine_choices() -> tuple[str, ...]:
     """Return the values of `--engine`: auto, and the names of all engines."""
     return (AUTO, *ENGINES.names())
-
-
-def get_engine_info(name: str) -> EngineInfo:
-    """Return the engine called `name`. Raises ModelError, with the closest match, if there is none."""
-    if (info := ENGINES.find(name)) is not None:
-        return info
-    close = difflib.get_close_matches(name, engine_choices(), 1)
-    hint = f"did you mean {close[0]}?" if close else f"use {', '.join(engine_choices())}"
-    raise ModelError(f"unknown engine {name!r}: {hint}")
 
 
 def find_engine_of_format(export_format: str) -> EngineInfo | None:

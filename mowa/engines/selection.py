@@ -23,7 +23,6 @@ from mowa.engines.registry import (
     ENGINES,
     EngineInfo,
     find_engine_of_format,
-    get_engine_info,
     validate_device_and_dtype,
 )
 from mowa.errors import ModelError
@@ -69,7 +68,7 @@ def select_engine(
 
     Raises ModelError for an unknown name and for a device or dtype that the engine does not support.
     """
-    info = get_engine_info(DEFAULT_ENGINE if name == AUTO else name)
+    info = ENGINES.get(DEFAULT_ENGINE if name == AUTO else name)
     if "models" not in info.capabilities:
         formats = " or ".join(info.artifact_formats)
         raise ModelError(
@@ -106,7 +105,7 @@ def open_artifact(
     Raises ModelError for a format without an engine here, and for an engine, device or adapter it does not support.
     """
     export_format = manifest.read_artifact(folder).format
-    info = find_engine_of_format(export_format) if name == AUTO else get_engine_info(name)
+    info = find_engine_of_format(export_format) if name == AUTO else ENGINES.get(name)
     if info is None:
         raise ModelError(f"{folder} is {describe_format(export_format)}")
     if export_format not in info.artifact_formats:

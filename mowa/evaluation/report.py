@@ -26,7 +26,7 @@ from mowa.evaluation import quant_report
 from mowa.evaluation.quant_report import FAIL, PASS, QuantReport, ReportRow
 from mowa.evaluation.worker import MEASUREMENT_FILE, Measurement, MeasurementRequest, measure
 from mowa.exporters import export, manifest, protocol
-from mowa.exporters.registry import get_format
+from mowa.exporters.registry import FORMATS
 from mowa.models.tolerances import MAX_WER_INCREASE
 from mowa.quantization import calibration, quantize, schemes
 from mowa.types import FLOAT32, Artifact, CTCModel, Example, Scheme
@@ -103,7 +103,7 @@ def build_report(
     `keep_failed`. Raises DataError without recordings to measure, and as `export` does.
     """
     for to in config.formats:
-        if find_engine_of_format(get_format(to).name) is None:
+        if find_engine_of_format(FORMATS.get(to).name) is None:
             raise ModelError(f"{to} cannot be run by mowa, so it cannot be measured: use `mowa export --to {to}`")
         protocol.require_packages(to)
     examples, clips = _recordings(model, config)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.exporters import manifest
 from mowa.exporters.manifest import ExportResult
-from mowa.exporters.registry import get_format, validate_task
+from mowa.exporters.registry import FORMATS, validate_task
 from mowa.io.atomic import atomic_folder
 from mowa.types import AnyModel, Artifact
 
@@ -41,7 +41,7 @@ def require_packages(to: str) -> None:
 
     Raises ModelError for an unknown format.
     """
-    found = get_format(to)
+    found = FORMATS.get(to)
     for package in found.packages:
         if not _is_installed(package):
             install = found.install or package
@@ -61,7 +61,7 @@ def export(model: AnyModel, to: str, out: str | Path, **options: Any) -> Artifac
     Raises ModelError if the format is unknown or does not support the model or scheme, or if the export differs from
     the net, in which case `out` is not created; MissingDependency; DataError if `out` exists or the disk is full.
     """
-    found, out = get_format(to), Path(out)
+    found, out = FORMATS.get(to), Path(out)
     validate_task(found, model.origin.name, model.task)
     found.validate_options(options)
     exporter = cast(Exporter, import_module(found.module))

@@ -5,7 +5,6 @@ The entry point group is `mowa.exporters`; each names an `ExportFormat`. Importi
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,6 +96,7 @@ NO_CACHE = {
 
 FORMATS = Registry(
     "mowa.exporters",
+    "format",
     ExportFormat,
     (
         ExportFormat(
@@ -178,15 +178,6 @@ FORMATS = Registry(
         ),
     ),
 )
-
-
-def get_format(name: str) -> ExportFormat:
-    """Return the format called `name`. Raises ModelError, with the closest match, if there is none."""
-    if (found := FORMATS.find(name)) is not None:
-        return found
-    close = difflib.get_close_matches(name, FORMATS.names(), 1)
-    hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(FORMATS.names())}"
-    raise ModelError(f"unknown format {name!r}: {hint}")
 
 
 def validate_task(found: ExportFormat, name: str, task: str) -> None:

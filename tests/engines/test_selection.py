@@ -186,7 +186,7 @@ def test_an_adapter_is_applied(base, tmp_path, name):
 
 def test_unsupported_choices_are_refused(base):
     model = mowa.load(base)
-    with pytest.raises(ModelError, match="unknown engine 'tensorrt': use auto, pytorch, onnx, ctranslate2"):
+    with pytest.raises(ModelError, match="unknown engine 'tensorrt': use one of pytorch, onnx, ctranslate2"):
         selection.select_engine(model, name="tensorrt")
     with pytest.raises(ModelError, match="the onnx engine runs on cpu only"):
         selection.select_engine(model, name="onnx", device="cuda")
