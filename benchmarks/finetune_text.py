@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,7 @@ def estimate(right: np.ndarray) -> dict[str, float]:
     """The share of right answers with its 95 % interval (bootstrap)."""
     from mowa.tasks.metrics import bootstrap_mean
 
-    found = bootstrap_mean(right)
-    edges = {"value": found.value, "low": found.interval[0], "high": found.interval[1]}
-    return {edge: round(value, 4) for edge, value in edges.items()}
+    return {edge: round(value, 4) for edge, value in asdict(bootstrap_mean(right)).items()}
 
 
 def drift(first: Any, second: Any, samples: list[list[dict[str, str]]]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from mowa.errors import DataError
 from mowa.models.diff import ModelDiff, compare_pairs
 from mowa.tasks import causal, metrics
 from mowa.tasks.causal import SampleLosses
+from mowa.tasks.metrics import Estimate
 from mowa.training.causal import batches
 from mowa.types import CausalModel, Failure
 
@@ -27,15 +28,6 @@ ProgressCallback = Callable[[float], object]
 MAX_LENGTH = 2048  # tokens of a sample of text; longer ones are cut
 DEFAULT_SETTINGS = TranscriptionSettings()
 BATCH_TOKENS = 1024  # tokens whose logits are in memory at once
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A value and its 95 % confidence interval, by bootstrap over the samples."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +43,7 @@ class Evaluation:
     model: str
     task: str
     data: str
-    metrics: dict[str, Metric]
+    metrics: dict[str, Estimate]
     samples: int
     units: int
     failures: tuple[str, ...] = ()
@@ -101,7 +93,7 @@ def evaluate_speech(
             f"{data}: none of the {len(examples)} recordings could be read. {failures[0] if failures else ''}"
         )
     rates = metrics.bootstrap_error_rates(references, hypotheses)
-    found = {"wer": Metric(rates.wer, *rates.wer_interval), "cer": Metric(rates.cer, *rates.cer_interval)}
+    found = {"wer": Estimate(rates.wer, *rates.wer_interval), "cer": Estimate(rates.cer, *rates.cer_interval)}
     return Evaluation(engine.origin.name, "ctc", str(data), found, len(references), rates.num_words, tuple(failures))
 
 
@@ -132,11 +124,10 @@ def evaluate_text(
     found_losses = causal.sum_losses(scored())
     tokens = found_losses.tokens
     loss = metrics.bootstrap_loss(found_losses.nll, tokens)
-    accuracy = metrics.bootstrap_ratio(found_losses.correct, tokens)
     found = {
-        "loss": Metric(loss.loss, *loss.loss_interval),
-        "perplexity": Metric(loss.perplexity, *loss.perplexity_interval),
-        "accuracy": Metric(accuracy.value, *accuracy.interval),
+        "loss": Estimate(loss.loss, *loss.loss_interval),
+        "perplexity": Estimate(loss.perplexity, *loss.perplexity_interval),
+        "accuracy": metrics.bootstrap_ratio(found_losses.correct, tokens),
     }
     return Evaluation(model.origin.name, "causal", str(data), found, len(samples), int(tokens.sum()))
 

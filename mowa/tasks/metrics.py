@@ -69,11 +69,12 @@ class LossChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Mean:
-    """Mean or rate over samples with its 95 % confidence interval."""
+class Estimate:
+    """A value over samples with its 95 % confidence interval, `low` to `high`."""
 
     value: float
-    interval: Interval
+    low: float
+    high: float
 
 
 def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
@@ -86,9 +87,7 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
     return {name: float(_ratio(errors.sum(), totals.sum())) for name, (errors, totals) in counts.items()}
 
 
-def bootstrap_error_rates(
-    references: Sequence[str], hypotheses: Sequence[str], *, n_resamples: int = BOOTSTRAP_RESAMPLES
-) -> ErrorRates:
+def bootstrap_error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRates:
     """Return error rates with confidence intervals.
 
     Raises:
@@ -96,10 +95,8 @@ def bootstrap_error_rates(
         DataError: there are no texts.
     """
     words, characters = (_count_errors(references, hypotheses, words=words) for words in (True, False))
-    (wer, wer_interval), (cer, cer_interval) = (
-        _bootstrap_ratio(*counts, n_resamples) for counts in (words, characters)
-    )
-    return ErrorRates(wer, cer, wer_interval, cer_interval, int(words[1].sum()))
+    wer, cer = bootstrap_ratio(*words), bootstrap_ratio(*characters)
+    return ErrorRates(wer.value, cer.value, _interval(wer), _interval(cer), int(words[1].sum()))
 
 
 def paired_bootstrap(references: Sequence[str], baseline: Sequence[str], candidate: Sequence[str]) -> ErrorRateChange:
@@ -107,9 +104,9 @@ def paired_bootstrap(references: Sequence[str], baseline: Sequence[str], candida
     found = []
     for words in (True, False):
         (old, _), (new, _) = (_count_errors(references, one, words=words) for one in (baseline, candidate))
-        found.append(_bootstrap_ratio(new - old, old))
-    (wer, wer_interval), (cer, cer_interval) = found
-    return ErrorRateChange(wer, cer, wer_interval, cer_interval)
+        found.append(bootstrap_ratio(new - old, old))
+    wer, cer = found
+    return ErrorRateChange(wer.value, cer.value, _interval(wer), _interval(cer))
 
 
 def bootstrap_loss(losses: Sequence[float] | np.ndarray, num_tokens: Sequence[int] | np.ndarray) -> Loss:
@@ -122,8 +119,9 @@ def bootstrap_loss(losses: Sequence[float] | np.ndarray, num_tokens: Sequence[in
     Raises:
         DataError: there are no samples.
     """
-    loss, interval = _bootstrap_ratio(losses, num_tokens)
-    return Loss(loss, _exp(loss), interval, _exp_both(interval), int(np.sum(num_tokens)))
+    loss = bootstrap_ratio(losses, num_tokens)
+    interval = _interval(loss)
+    return Loss(loss.value, _exp(loss.value), interval, _exp_both(interval), int(np.sum(num_tokens)))
 
 
 def paired_bootstrap_loss(
@@ -133,18 +131,34 @@ def paired_bootstrap_loss(
 ) -> LossChange:
     """Return the loss of `candidate` minus that of `baseline`; arguments are those of `bootstrap_loss`."""
     difference = np.asarray(candidate, np.float64) - np.asarray(baseline, np.float64)
-    loss, interval = _bootstrap_ratio(difference, num_tokens)
-    return LossChange(loss, _exp(loss), interval, _exp_both(interval))
+    loss = bootstrap_ratio(difference, num_tokens)
+    interval = _interval(loss)
+    return LossChange(loss.value, _exp(loss.value), interval, _exp_both(interval))
 
 
-def bootstrap_ratio(numerators: Sequence[int] | np.ndarray, denominators: Sequence[int] | np.ndarray) -> Mean:
-    """Return a rate over samples of different sizes, such as right tokens / tokens, with its interval."""
-    return Mean(*_bootstrap_ratio(numerators, denominators))
+def bootstrap_ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[int] | np.ndarray) -> Estimate:
+    """Return a rate over samples of different sizes, such as right tokens / tokens, with its interval.
+
+    It is the sum of `numerators` over that of `denominators`, [N] each. Raises DataError if there are no samples.
+    """
+    above, below = np.asarray(numerators), np.asarray(denominators)
+    if above.shape != below.shape:
+        raise ValueError(f"{len(above)} values for {len(below)} samples")
+    if not (count := len(above)):
+        raise DataError("there are no samples to evaluate")
+    rng, block = np.random.default_rng(0), max(1, MAX_INDICES // count)  # all models have the same resamples
+    resampled = []
+    for start in range(0, BOOTSTRAP_RESAMPLES, block):
+        indices = rng.integers(0, count, (min(block, BOOTSTRAP_RESAMPLES - start), count))
+        resampled.append(_ratio(above[indices].sum(1), below[indices].sum(1)))
+    edges = [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2]
+    low, high = np.quantile(np.concatenate(resampled), edges)
+    return Estimate(float(_ratio(above.sum(), below.sum())), float(low), float(high))
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray) -> Mean:
+def bootstrap_mean(values: Sequence[float] | np.ndarray) -> Estimate:
     """Return the mean of a value per sample, such as 1 for a right answer, with its interval."""
-    return Mean(*_bootstrap_ratio(values, np.ones(len(values), np.int64)))
+    return bootstrap_ratio(values, np.ones(len(values), np.int64))
 
 
 def align_characters(reference: str, hypothesis: str) -> list[tuple[str, str, bool]]:
@@ -161,25 +175,8 @@ def align_characters(reference: str, hypothesis: str) -> list[tuple[str, str, bo
     ]
 
 
-def _bootstrap_ratio(
-    numerators: Sequence[float] | np.ndarray,
-    denominators: Sequence[int] | np.ndarray,
-    n_resamples: int = BOOTSTRAP_RESAMPLES,
-) -> tuple[float, Interval]:
-    """Return the sum of `numerators` over that of `denominators`, [N] each, and its interval over resamples."""
-    above, below = np.asarray(numerators), np.asarray(denominators)
-    if above.shape != below.shape:
-        raise ValueError(f"{len(above)} values for {len(below)} samples")
-    if not (count := len(above)):
-        raise DataError("there are no samples to evaluate")
-    rng, block = np.random.default_rng(0), max(1, MAX_INDICES // count)  # all models have the same resamples
-    resampled = []
-    for start in range(0, n_resamples, block):
-        indices = rng.integers(0, count, (min(block, n_resamples - start), count))
-        resampled.append(_ratio(above[indices].sum(1), below[indices].sum(1)))
-    edges = [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2]
-    low, high = np.quantile(np.concatenate(resampled), edges)
-    return float(_ratio(above.sum(), below.sum())), (float(low), float(high))
+def _interval(estimate: Estimate) -> Interval:
+    return estimate.low, estimate.high
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

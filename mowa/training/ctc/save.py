@@ -29,7 +29,6 @@ from mowa.training.distributed.process import is_worker_process
 from mowa.training.save import atomic_output_dir
 from mowa.types import CTCModel
 
-BOOTSTRAP_RESAMPLES = 1000
 COMPARED_CLIPS = 4  # of the first dev set, on which the net in memory and the saved one must agree
 _KEPT = "The checkpoint in run/ is kept; please report this model"
 
@@ -164,7 +163,7 @@ def _evaluate(run: CTCRun, trainer: Trainer) -> dict[str, dict[str, Any]]:
         prediction: Any = trainer.predict(dataset, metric_key_prefix=name)
         references = decode_labels(prediction.label_ids, vocabulary)
         hypotheses = decode_frames(prediction.predictions, vocabulary)
-        rates = metrics.bootstrap_error_rates(references, hypotheses, n_resamples=BOOTSTRAP_RESAMPLES)
+        rates = metrics.bootstrap_error_rates(references, hypotheses)
         examples = [example for batch in dataset.batches for example in batch]
         results[name] = {
             "wer": rates.wer,
