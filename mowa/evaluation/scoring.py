@@ -117,7 +117,7 @@ def evaluate_text(
     )
 
     def scored() -> Iterator[tuple[Tensor, Tensor]]:
-        for padded in _padded_batches(samples):
+        for padded in batches.padded_batches(samples, BATCH_TOKENS):
             yield from causal.trained_logits(model.net, padded)
             on_progress(len(padded["labels"]))
 
@@ -162,7 +162,7 @@ def compare_text(
     theirs: list[SampleLosses] = []
 
     def outputs() -> Iterator[tuple[Tensor, Tensor]]:
-        for padded in _padded_batches(samples):
+        for padded in batches.padded_batches(samples, BATCH_TOKENS):
             before = causal.trained_logits(reference.net, padded)
             after = before if candidate is reference else causal.trained_logits(candidate.net, padded)
             ours.append(causal.sum_losses(before))
@@ -172,11 +172,6 @@ def compare_text(
 
     diff = compare_pairs(outputs())
     return _join(ours), _join(theirs), diff
-
-
-def _padded_batches(samples: Sequence[TokenizedSample]) -> Iterator[dict[str, Tensor]]:
-    for group in batches.group_by_length([len(one) for one in samples], range(len(samples)), BATCH_TOKENS):
-        yield causal.pad([samples[index] for index in group], 0, pad_to_multiple_of=1)
 
 
 def _join(parts: Sequence[SampleLosses]) -> SampleLosses:

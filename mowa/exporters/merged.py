@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +17,8 @@ from mowa.errors import DataError, ModelError, RecipeError
 from mowa.io.hub import SAMPLE_CLIP
 from mowa.models.diff import ModelDiff
 from mowa.models.tolerances import MAX_ABS_DIFF
-from mowa.tasks.causal import pad
-from mowa.training.causal import batches, dataset
+from mowa.training.causal import dataset
+from mowa.training.causal.batches import padded_batches
 from mowa.training.config import dispatch
 from mowa.types import CausalModel, CTCModel
 
@@ -104,11 +104,11 @@ def _write_causal(
     rounding = None
     if dtype != "float32":
         rounded = loading.causal.load(str(base.origin.folder), dtype=dtype)
-        rounding = causal.compare_logits(base, rounded, _comparison_batches(samples))
+        rounding = causal.compare_logits(base, rounded, padded_batches(samples, dataset.EVAL_BATCH_TOKENS))
         on_comparison(f"base → base in {dtype}", rounding)
     with causal.atomic_checkpoint(causal.merge_adapter(adapted, dtype), out) as written:
         loaded = loading.causal.load(str(written), dtype=dtype)
-        diff = causal.compare_logits(adapted, loaded, _comparison_batches(samples))
+        diff = causal.compare_logits(adapted, loaded, padded_batches(samples, dataset.EVAL_BATCH_TOKENS))
         on_comparison(f"base + adapter → merged in {dtype}", diff)
         causal.verify_merge(diff, rounding)
 
@@ -140,10 +140,3 @@ def _comparison_samples(folder: Path, model: CausalModel, data: Sequence[str]) -
         return tokenize.tokenize_conversations(items, model.tokenizer, **options)[0], "eight built-in prompts"
     held_out = [sample for samples in (splits.test | splits.dev).values() for sample in samples]
     return held_out[:MAX_SAMPLES], "held-out data"
-
-
-def _comparison_batches(samples: list[Any]) -> Iterator[Any]:
-    """Yield padded batches, int64 [B, N], of samples of similar length."""
-    lengths = [len(sample) for sample in samples]
-    for group in batches.group_by_length(lengths, range(len(samples)), dataset.EVAL_BATCH_TOKENS):
-        yield pad([samples[index] for index in group], 0, pad_to_multiple_of=1)

@@ -8,9 +8,12 @@ little space is left.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from torch import Tensor
+
+from mowa.tasks.causal import TokenizedExample, pad
 
 OPEN_BINS = 64  # batches that may still be filled, so that a sample stays near its place in the shuffled order
 
@@ -46,6 +49,15 @@ def group_by_length(lengths: Sequence[int], order: Iterable[int], max_tokens: in
             bins.append([])
         bins[-1].append(int(index))
     return bins
+
+
+def padded_batches(samples: Sequence[TokenizedExample], max_tokens: int) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of samples of similar length, padded as `tasks.causal.pad` does: at most `max_tokens` tokens each.
+
+    A longer sample is a batch of its own.
+    """
+    for group in group_by_length([len(one) for one in samples], range(len(samples)), max_tokens):
+        yield pad([samples[index] for index in group], 0, pad_to_multiple_of=1)
 
 
 def plan_batches(
