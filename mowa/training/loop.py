@@ -23,8 +23,9 @@ from transformers import set_seed
 
 from mowa import hardware
 from mowa.adapters import freeze
-from mowa.errors import MissingDependency
+from mowa.errors import MissingDependency, RecipeError
 from mowa.io.hub import hide_progress_bars
+from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.training import resources
 from mowa.training.distributed import strategy
 from mowa.training.distributed.process import is_main_process, is_worker_process
@@ -155,6 +156,11 @@ def prepare(task: Task[Any, Run, Any], recipe: Any, model: AnyModel, output_dir:
 
     Raises RecipeError and DataError as `train`.
     """
+    if any(isinstance(module, QuantizedLinear) for module in model.net.modules()):
+        raise RecipeError(
+            f"model: {model.origin.name} is quantized ({model.scheme.name}) and cannot be fine-tuned; start from the"
+            " full-precision checkpoint"
+        )
     task.validate(recipe, model)
     data = task.read_data(recipe, model, output_dir)
     set_seed(recipe.optimizer.seed)

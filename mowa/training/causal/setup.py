@@ -14,7 +14,6 @@ from mowa.adapters import lora
 from mowa.data.chat.tokenize import TokenizedSample
 from mowa.errors import RecipeError
 from mowa.io.hub import fetch_config
-from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.models.causal import fused_modules
 from mowa.tasks import causal
 from mowa.training.causal.batches import plan_batches
@@ -42,11 +41,6 @@ class CausalRun:
 
 def validate(recipe: CausalRecipe, model: CausalModel) -> None:
     """Raise RecipeError where the model does not support the recipe."""
-    if any(isinstance(module, QuantizedLinear) for module in model.net.modules()):
-        raise RecipeError(
-            f"model: {model.origin.name} is quantized ({model.scheme.name}) and cannot be fine-tuned; start from the"
-            " full-precision checkpoint"
-        )
     unsupported = model.family.unsupported
     reason = unsupported.get("packing") or (
         "" if recipe.memory.accelerate else unsupported.get("packing_unaccelerated")

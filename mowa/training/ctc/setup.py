@@ -8,7 +8,6 @@ from pathlib import Path
 from mowa import loading
 from mowa.adapters import bottleneck, freeze, head, lora
 from mowa.errors import RecipeError
-from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.models.ctc_encoder import chunk_mask, packing
 from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.quantization import qat
@@ -50,11 +49,6 @@ def load(recipe: CTCRecipe) -> CTCModel:
 def validate(recipe: CTCRecipe, model: CTCModel) -> None:
     """Raise RecipeError where the checkpoint does not support the recipe."""
     net = model.net
-    if any(isinstance(module, QuantizedLinear) for module in net.modules()):
-        raise RecipeError(
-            f"model: {model.origin.name} is quantized ({model.scheme.name}) and cannot be fine-tuned; start from the "
-            "full-precision checkpoint"
-        )
     if recipe.target_lang and recipe.method == "lora":
         raise RecipeError(
             "method: lora: the adapter would not record target_lang and be loaded over another language; use bottleneck"
