@@ -34,13 +34,13 @@ from mowa.training.run_dir import RUN_FOLDER, find_last_checkpoint, is_finished,
 from mowa.training.save import finalize_run, replace_parameters
 from mowa.types import AnyModel
 
-Data = TypeVar("Data")
-Run = TypeVar("Run")
-Measured = TypeVar("Measured")
+DataT = TypeVar("DataT")
+RunT = TypeVar("RunT")
+MeasuredT = TypeVar("MeasuredT")
 
 
 @dataclass(frozen=True, slots=True)
-class Session(Generic[Measured]):
+class Session(Generic[MeasuredT]):
     """A net that is set up for training.
 
     trainer   the stock Trainer, with its data, loss and callbacks
@@ -52,11 +52,11 @@ class Session(Generic[Measured]):
     trainer: Any
     reporter: ProgressReporter
     plan: tuple[str, ...]
-    measure: Callable[[], Measured]
+    measure: Callable[[], MeasuredT]
 
 
 @dataclass(frozen=True, slots=True)
-class Task(Generic[Data, Run, Measured]):
+class Task(Generic[DataT, RunT, MeasuredT]):
     """What distinguishes the training of one task from that of another.
 
     A run, the value that `prepare` returns, has `recipe`, `model`, `max_steps` and `eval_steps`.
@@ -81,12 +81,12 @@ class Task(Generic[Data, Run, Measured]):
     versions: tuple[str, ...]
     load: Callable[[Any], AnyModel]
     validate: Callable[[Any, AnyModel], None]
-    read_data: Callable[[Any, AnyModel, Path], Data]
-    prepare: Callable[[Any, AnyModel, Data], Run]
-    saves_frozen: Callable[[Run], bool]
-    session: Callable[[Run, Path, Path | None], AbstractContextManager[Session[Measured]]]
-    save: Callable[[Run, Path, Measured], None]
-    verify: Callable[[Run, Path, Measured], dict[str, Any]]
+    read_data: Callable[[Any, AnyModel, Path], DataT]
+    prepare: Callable[[Any, AnyModel, DataT], RunT]
+    saves_frozen: Callable[[RunT], bool]
+    session: Callable[[RunT, Path, Path | None], AbstractContextManager[Session[MeasuredT]]]
+    save: Callable[[RunT, Path, MeasuredT], None]
+    verify: Callable[[RunT, Path, MeasuredT], dict[str, Any]]
     format_table: Callable[[Mapping[str, Any]], str]
 
 
@@ -151,7 +151,7 @@ def train(
     return output_dir
 
 
-def prepare(task: Task[Any, Run, Any], recipe: Any, model: AnyModel, output_dir: Path) -> Run:
+def prepare(task: Task[Any, RunT, Any], recipe: Any, model: AnyModel, output_dir: Path) -> RunT:
     """Validate the recipe, read the data, and return the run. `output_dir` only gets audio extracted from archives.
 
     Raises RecipeError and DataError as `train`.
