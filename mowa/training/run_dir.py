@@ -69,7 +69,7 @@ def lock_run_dir(recipe: Any, folder: Path) -> Iterator[None]:
 
 
 def mark_finished(folder: Path) -> None:
-    """Mark the run in `folder` as finished, and delete its  Call it again after a kill at any moment."""
+    """Mark the run in `folder` as finished and delete its checkpoints. Call it again after a kill at any moment."""
     if not is_main_process():
         return
     (folder / DONE_MARKER).touch()
