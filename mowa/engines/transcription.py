@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mowa.adapters.loading import is_adapter, read_base_name
 from mowa.data.audio import AudioBytes
 from mowa.engines import pipeline, selection
 from mowa.engines.protocol import Engine
-from mowa.engines.pytorch import PyTorchEngine
+from mowa.engines.registry import ENGINES
 from mowa.engines.selection import EngineChoice
 from mowa.engines.settings import EngineSpec, TranscriptionSettings
 from mowa.errors import ModelError
@@ -37,9 +37,11 @@ def open_engine(model: str | Path | CTCModel | Engine | None, spec: EngineSpec) 
         return selection.select_engine(require_ctc(model, "transcribe"), name=spec.engine, **options).engine
     if spec.adapter is None:
         return model
-    if not isinstance(model, PyTorchEngine):
+    info = ENGINES.find(model.name)
+    if info is None or "adapters" not in info.capabilities:
         raise ModelError(f"the {model.name} engine takes no adapter: open the model with the adapter instead")
-    return model.with_adapter(spec.adapter)
+    adapted: Engine = cast(Any, model).with_adapter(spec.adapter)
+    return adapted
 
 
 def load_engine(spec: EngineSpec) -> EngineChoice:
