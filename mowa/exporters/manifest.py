@@ -10,15 +10,14 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mowa.errors import ModelError
 from mowa.hardware import cache_folder
 from mowa.io.atomic import read_json_cache, update_json_cache
 from mowa.io.hashing import hash_weights, sha256_file, sha256_files
 from mowa.io.hub import silence_transformers
-from mowa.io.manifest import MANIFEST_FILE, Manifest, damaged, find_manifest, package_versions
-from mowa.io.manifest import write_manifest as write_any_manifest
+from mowa.io.manifest import MANIFEST_FILE, Manifest, damaged, find_manifest, package_versions, write_manifest
 from mowa.io.processor import write_processor
 from mowa.loading.languages import adapter_files
 from mowa.types import AnyModel, Artifact, Origin, Preprocessing, Scheme, SpeechProcessor, Vocabulary
@@ -47,15 +46,21 @@ class ExportResult:
     packages: tuple[str, ...] = ()
 
 
-def write_manifest(
-    model: AnyModel, net: Any, export_format: str, folder: Path, result: ExportResult, *, artifact: str = "export"
+def write_export_manifest(
+    model: AnyModel,
+    net: Any,
+    export_format: str,
+    folder: Path,
+    result: ExportResult,
+    *,
+    artifact: Literal["checkpoint", "export"] = "export",
 ) -> None:
     """Write the manifest, config and processor files into `folder`. `net` is the net that was written."""
     net.config.save_pretrained(folder)
     write = _write_tokenizer if model.task == "causal" else _write_speech_processor
-    write_any_manifest(
+    write_manifest(
         folder,
-        "checkpoint" if artifact == "checkpoint" else "export",
+        artifact,
         task=model.task,
         family=model.family.name,
         origin=model.origin,

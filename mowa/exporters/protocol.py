@@ -71,7 +71,7 @@ def export(model: AnyModel, to: str, out: str | Path, **options: Any) -> Artifac
     try:
         with atomic_folder(out) as folder:
             net, result = exporter.write(model, folder, **options)
-            manifest.write_manifest(model, net, to, folder, result, artifact=found.artifact)
+            manifest.write_export_manifest(model, net, to, folder, result, artifact=found.artifact)
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise

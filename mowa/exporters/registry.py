@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mowa.errors import ModelError
 from mowa.plugins import Registry
@@ -62,7 +62,7 @@ class ExportFormat:
     name: str
     description: str
     module: str
-    artifact: str = "export"
+    artifact: Literal["checkpoint", "export"] = "export"
     packages: tuple[str, ...] = ()
     install: str = ""
     tasks: tuple[str, ...] = ("ctc",)

@@ -60,7 +60,7 @@ REQUIRED_PACKAGES = {
 
 @dataclass(frozen=True, slots=True)
 class ExportedNet:
-    """The config of the exported net, which `write_manifest` saves."""
+    """The config of the exported net, which `write_export_manifest` saves."""
 
     config: Any
 
