@@ -40,7 +40,7 @@ def unsupported_reason(model):
 def write(model, folder, *, gain=1.0):
     net = merge_adapter(model).net
     net.save_pretrained(folder / "nested")
-    return net, ExportResult(("nested/model.safetensors",), {"gain": gain}, 0.0, 1.0)
+    return ExportResult(net.config, ("nested/model.safetensors",), {"gain": gain}, 0.0, 1.0)
 '''
 ENGINE = '''
 """Run what `nested_exporter` wrote."""

@@ -83,7 +83,7 @@ def _storage(scheme: Scheme) -> tuple[str, str]:
     return scheme.weights, scheme.activations
 
 
-def write(model: CTCModel, folder: Path) -> tuple[Any, ExportResult]:
+def write(model: CTCModel, folder: Path) -> ExportResult:
     """See `Exporter.write`.
 
     Half-precision weights are multiplied in float32. With int8, CTranslate2 also quantizes the convolutions and the
@@ -106,7 +106,7 @@ def write(model: CTCModel, folder: Path) -> tuple[Any, ExportResult]:
         "attention_mask": False,
     }
     files = tuple(f"{MODEL_FOLDER}/{file.name}" for file in sorted((folder / MODEL_FOLDER).iterdir()))
-    return net, ExportResult(files, details, diff.max_abs_diff, diff.agreement, packages=("ctranslate2",))
+    return ExportResult(net.config, files, details, diff.max_abs_diff, diff.agreement, packages=("ctranslate2",))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ ADAPTER_SUFFIXES = (".json", ".safetensors")
 class ExportResult:
     """What an exporter wrote.
 
+    config             transformers config of the net that was written, which is saved beside it
     files              files that hold the model, relative to the folder
     details            settings that a runtime of this format needs
     max_abs_diff       largest difference of a log-probability from the net's, in nats; None if not compared
@@ -38,6 +39,7 @@ class ExportResult:
     packages           packages whose versions the manifest records
     """
 
+    config: Any
     files: tuple[str, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
     max_abs_diff: float | None = None
@@ -48,15 +50,14 @@ class ExportResult:
 
 def write_export_manifest(
     model: AnyModel,
-    net: Any,
     export_format: str,
     folder: Path,
     result: ExportResult,
     *,
     artifact: Literal["checkpoint", "export"] = "export",
 ) -> None:
-    """Write the manifest, config and processor files into `folder`. `net` is the net that was written."""
-    net.config.save_pretrained(folder)
+    """Write the manifest, config and processor files into `folder`."""
+    result.config.save_pretrained(folder)
     write = _write_tokenizer if model.task == "causal" else _write_speech_processor
     write_manifest(
         folder,

@@ -28,11 +28,10 @@ class Exporter(Protocol):
     def unsupported_reason(self, model: Any) -> str:
         """Return why this model or its scheme cannot be exported and what to use instead; empty if it can."""
 
-    def write(self, model: Any, folder: Path, **options: Any) -> tuple[Any, ExportResult]:
+    def write(self, model: Any, folder: Path, **options: Any) -> ExportResult:
         """Write `model` into the empty `folder`, load it again and compare it with the net.
 
-        Returns the net that was written, whose config is saved beside it, and the result. Raises ModelError if the
-        export differs from the net, or if the format lacks an operator.
+        Raises ModelError if the export differs from the net, or if the format lacks an operator.
         """
 
 
@@ -70,8 +69,8 @@ def export(model: AnyModel, to: str, out: str | Path, **options: Any) -> Artifac
     require_packages(to)
     try:
         with atomic_folder(out) as folder:
-            net, result = exporter.write(model, folder, **options)
-            manifest.write_export_manifest(model, net, to, folder, result, artifact=found.artifact)
+            result = exporter.write(model, folder, **options)
+            manifest.write_export_manifest(model, to, folder, result, artifact=found.artifact)
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise

@@ -26,7 +26,6 @@ import io
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -58,13 +57,6 @@ REQUIRED_PACKAGES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ExportedNet:
-    """The config of the exported net, which `write_export_manifest` saves."""
-
-    config: Any
-
-
 def unsupported_reason(model: AnyModel) -> str:
     """See `Exporter.unsupported_reason`."""
     stored = _quantized_linears(model.net)
@@ -77,7 +69,7 @@ def unsupported_reason(model: AnyModel) -> str:
     return ""
 
 
-def write(model: AnyModel, folder: Path, **options: Any) -> tuple[ExportedNet, ExportResult]:
+def write(model: AnyModel, folder: Path, **options: Any) -> ExportResult:
     """See `Exporter.write`; there are no options.
 
     Every tensor is read back and must be the one that was written. The net read by mowa and, if the package is
@@ -104,9 +96,7 @@ def write(model: AnyModel, folder: Path, **options: Any) -> tuple[ExportedNet, E
     method = quantization_config["quant_method"] if quantization_config else ""
     details = {"quant_method": method, "transformers": _compare_transformers(model, folder, method, inputs, logits)}
     packages = ("safetensors", method) if method else ("safetensors",)
-    return ExportedNet(config), ExportResult(
-        (WEIGHTS_FILE,), details, diff.max_abs_diff, diff.agreement, packages=packages
-    )
+    return ExportResult(config, (WEIGHTS_FILE,), details, diff.max_abs_diff, diff.agreement, packages=packages)
 
 
 def _auto_class(model: AnyModel) -> Any:

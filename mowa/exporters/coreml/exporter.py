@@ -69,7 +69,7 @@ def unsupported_reason(model: CTCModel) -> str:
     return UNSUPPORTED_SCHEMES.get(model.scheme.weights, "")
 
 
-def write(model: CTCModel, folder: Path, *, lengths_s: Sequence[float] = DEFAULT_LENGTHS_S) -> tuple[Any, ExportResult]:
+def write(model: CTCModel, folder: Path, *, lengths_s: Sequence[float] = DEFAULT_LENGTHS_S) -> ExportResult:
     """See `Exporter.write`. `lengths_s`: the input lengths of the program, in seconds.
 
     Tolerances are those of `verify_tolerance`. With int8-dynamic and mixed, inputs are not quantized, because Core ML
@@ -110,8 +110,9 @@ def write(model: CTCModel, folder: Path, *, lengths_s: Sequence[float] = DEFAULT
     files = [file for file in sorted((folder / PACKAGE).rglob("*")) if file.is_file()]
     names = tuple(file.relative_to(folder).as_posix() for file in files)
     largest, agreement = (diff.max_abs_diff, diff.agreement) if diff else (None, None)
-    result = ExportResult(names, details, largest, agreement, unverified_reason, packages=("coremltools",))
-    return reference, result
+    return ExportResult(
+        reference.config, names, details, largest, agreement, unverified_reason, packages=("coremltools",)
+    )
 
 
 def _convert_lengths(config: Any, rate_hz: int, lengths_s: Sequence[float]) -> list[int]:

@@ -50,7 +50,7 @@ def unsupported_reason(model: CTCModel) -> str:
 
 def write(
     model: CTCModel, folder: Path, *, opset: int = DEFAULT_OPSET, attention_mask: bool | None = None
-) -> tuple[Any, ExportResult]:
+) -> ExportResult:
     """See `Exporter.write`. With `attention_mask=False` the graph has no mask, and a batch needs equal lengths.
 
     The graph is compared with the dequantized net (inputs not quantized) on the clips of `verify.load_clips`, within
@@ -85,7 +85,7 @@ def write(
     }
     packages = ("onnx", "onnxscript", "onnxruntime")
     max_abs_diff, agreement = max(diff.max_abs_diff for diff in diffs), min(diff.agreement for diff in diffs)
-    return reference, ExportResult(files, details, max_abs_diff, agreement, packages=packages)
+    return ExportResult(reference.config, files, details, max_abs_diff, agreement, packages=packages)
 
 
 def collect_metadata(model: CTCModel, takes_mask: bool) -> dict[str, str]:

@@ -80,9 +80,7 @@ def unsupported_reason(model: CTCModel) -> str:
     return f"{UNSUPPORTED_SCHEMES.get(storage, 'TensorRT does not support this scheme')}; use int8-static, or bf16"
 
 
-def write(
-    model: CTCModel, folder: Path, *, optimization_profile: Profile = DEFAULT_PROFILE
-) -> tuple[Any, ExportResult]:
+def write(model: CTCModel, folder: Path, *, optimization_profile: Profile = DEFAULT_PROFILE) -> ExportResult:
     """See `Exporter.write`. `optimization_profile`: (batch, samples) of the smallest, the usual and the largest input.
 
     The graph is run in ONNX Runtime with its own dtypes emulated, and the engine if it can be built. In float32,
@@ -118,7 +116,9 @@ def write(
         )
     details = settings | {"engine": engine, "attention_mask": takes_mask, "opset": DEFAULT_OPSET}
     packages = ("onnx", "onnxscript", "onnxruntime", *(["tensorrt"] if engine else []))
-    return net, ExportResult(files, details, found.max_abs_diff, found.agreement, unverified_reason, packages=packages)
+    return ExportResult(
+        net.config, files, details, found.max_abs_diff, found.agreement, unverified_reason, packages=packages
+    )
 
 
 def _validate_profile(profile: Profile, min_samples: int) -> None:
