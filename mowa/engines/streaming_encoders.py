@@ -32,9 +32,7 @@ class _ChunkedEncoder:
         self.vocabulary, self.rate_hz = engine.vocabulary, engine.preprocessing.rate_hz
         self._geometry = frame_geometry(engine.config)
         self.hop_length, self.receptive_field = self._geometry.hop, self._geometry.receptive_field
-        self.latency_s = (
-            (chunk_frames + lookahead_frames) * self.hop_length + self.receptive_field - self.hop_length
-        ) / self.rate_hz
+        self.latency_s = self._geometry.num_samples(chunk_frames + lookahead_frames) / self.rate_hz
 
     def _initial_state(self, state: Arrays | None) -> Arrays:
         """norm_stats: running statistics; pending_samples: not normalized yet; samples: normalized, not encoded yet."""
@@ -86,7 +84,7 @@ class CachedEncoder(_ChunkedEncoder):
         state = self._normalize(state, samples, is_last)
         sound, stable, unstable = state["samples"], [], self._no_frames()
         chunk = self.chunk_frames * self.hop_length
-        needed = chunk + self.lookahead_frames * self.hop_length + self.receptive_field - self.hop_length
+        needed = self._geometry.num_samples(self.chunk_frames + self.lookahead_frames)
         while len(sound) >= (self.receptive_field if is_last else needed):
             if self._reset_frames is not None and state["frame_counts"][1] >= self._reset_frames:
                 state = self._rebuild_cache(state, sound[: needed - chunk])
@@ -164,7 +162,7 @@ class FeatureWindowEncoder(_ChunkedEncoder):
         state = self._normalize(state, samples, is_last)
         sound, features, final = state["samples"], state["features"], int(state["final_frames"][0])
         chunk, stable, unstable = self.chunk_frames * self.hop_length, [], self._no_frames()
-        needed = chunk + self.receptive_field - self.hop_length
+        needed = self._geometry.num_samples(self.chunk_frames)
         while len(sound) >= needed:
             features = np.concatenate([features, self._features(sound[:needed])])
             sound = sound[chunk:]
@@ -212,8 +210,7 @@ class WaveformWindowEncoder(_ChunkedEncoder):
         sound, final = np.concatenate([state["samples"], samples]), int(state["final_frames"][0])
         stable, unstable = [], self._no_frames()
         while True:
-            frames = final + self.chunk_frames + self.lookahead_frames
-            needed = frames * self.hop_length + self.receptive_field - self.hop_length
+            needed = self._geometry.num_samples(final + self.chunk_frames + self.lookahead_frames)
             if len(sound) < needed:
                 break
             scores = self._scores(sound[:needed])

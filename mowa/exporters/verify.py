@@ -14,7 +14,7 @@ from torch import Tensor
 from mowa.data import audio
 from mowa.errors import ModelError
 from mowa.io.hub import SAMPLE_CLIP
-from mowa.models.ctc_encoder.geometry import receptive_field
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.models.diff import ModelDiff
 from mowa.models.tolerances import MAX_ABS_DIFF, MAX_KL_CAUSAL, MIN_AGREEMENT
 from mowa.types import AnyModel, CausalModel, CTCModel
@@ -47,7 +47,8 @@ def load_token_ids(model: CausalModel) -> list[np.ndarray]:
 def load_clips(model: CTCModel) -> list[np.ndarray]:
     """Return preprocessed clips, float32 [n] each: the bundled sample, noise, and noise of one frame."""
     noise = np.random.default_rng(1).standard_normal(4_097).astype(np.float32)
-    return [preprocess(model, clip) for clip in (load_sample(model), noise, noise[: receptive_field(model.net.config)])]
+    frame = noise[: frame_geometry(model.net.config).receptive_field]
+    return [preprocess(model, clip) for clip in (load_sample(model), noise, frame)]
 
 
 def load_sample(model: CTCModel) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from mowa.data import audio
 from mowa.data.audio import augment, running_norm
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.tasks import ctc
 from mowa.training.ctc.batches import group_by_padded_duration, sample_pools
 from mowa.types import Example, Preprocessing, Vocabulary
@@ -39,7 +40,7 @@ def seconds_to_frames(config: Any, seconds: float) -> int:
     """Convert a length to output frames of the net; 0 stands for an infinite one."""
     if math.isinf(seconds):
         return 0
-    return round(seconds * Preprocessing().rate_hz / math.prod(config.conv_stride))
+    return round(seconds * Preprocessing().rate_hz / frame_geometry(config).hop)
 
 
 def plan_batches(

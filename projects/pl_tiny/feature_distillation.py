@@ -9,7 +9,6 @@ no transcripts. The net has the teacher's positions (`write_positions`), so its 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from mowa.errors import RecipeError
 from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, apply_chunk_mask
-from mowa.models.ctc_encoder.geometry import receptive_field
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.tasks import ctc
 from projects.pl_tiny.whisper_encoder import FRAME_SAMPLES, INPUT_RMS, LOG_MEL_MAX, WhisperEncoder
 from projects.pl_tiny.write_positions import SHIFT
@@ -164,9 +163,9 @@ class FeatureDistillationModule(nn.Module):
 
 def first_frame_center(config: Any) -> int:
     """Return the sample at the center of a net's first frame. Raise RecipeError if its stride is not the teacher's."""
-    stride = math.prod(config.conv_stride)
-    if stride != FRAME_SAMPLES:
+    geometry = frame_geometry(config)
+    if geometry.hop != FRAME_SAMPLES:
         raise RecipeError(
-            f"model_config: conv_stride gives frames of {stride} samples, the teacher's have {FRAME_SAMPLES}"
+            f"model_config: conv_stride gives frames of {geometry.hop} samples, the teacher's have {FRAME_SAMPLES}"
         )
-    return receptive_field(config) // 2
+    return geometry.receptive_field // 2

@@ -42,7 +42,7 @@ from mowa.exporters.onnx.exporter import collect_metadata, silence_exporter
 from mowa.exporters.prepare import prepare_for_export
 from mowa.io.hub import SAMPLE_CLIP
 from mowa.models.ctc_encoder import anatomy
-from mowa.models.ctc_encoder.geometry import frame_geometry, receptive_field
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.models.diff import ModelDiff, compare
 from mowa.types import CTCModel
 
@@ -118,8 +118,9 @@ def write(model: CTCModel, folder: Path, *, lengths_s: Sequence[float] = DEFAULT
 def _convert_lengths(config: Any, rate_hz: int, lengths_s: Sequence[float]) -> list[int]:
     """Return the lengths in samples, sorted."""
     lengths = sorted({round(length_s * rate_hz) for length_s in lengths_s})
-    if not lengths or lengths[0] < receptive_field(config):
-        min_s = receptive_field(config) / rate_hz
+    min_length = frame_geometry(config).receptive_field
+    if not lengths or lengths[0] < min_length:
+        min_s = min_length / rate_hz
         raise ModelError(f"input lengths must be at least {min_s} s, such as 5, 10 and 20; got {list(lengths_s)}")
     return lengths
 
@@ -207,7 +208,7 @@ def _compare(
     """
     program = check.open_program(package)
     exact_net = copy.deepcopy(net).double() if model.scheme.weights == "float32" else net
-    min_length = receptive_field(net.config)
+    min_length = frame_geometry(net.config).receptive_field
     logits: list[torch.Tensor] = []
     reference: list[torch.Tensor] = []
     for length in lengths:

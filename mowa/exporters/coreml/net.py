@@ -49,7 +49,7 @@ class CoreMLNet(nn.Module):
     def __init__(self, net: Any, frames: Tensor, fixed_length: bool) -> None:
         super().__init__()
         self.net, geometry = net, frame_geometry(net.config)
-        self.frame_ends = LengthTable(frames * geometry.hop + geometry.receptive_field, fixed_length)
+        self.frame_ends = LengthTable(geometry.num_samples(frames + 1), fixed_length)
 
     def forward(self, input_values: Tensor, samples: Tensor | None = None) -> Tensor:
         anatomy = read_anatomy(self.net)

@@ -92,7 +92,6 @@ def export_chunk_graph(net: Any, file: Path, opset: int) -> None:
 def compare_chunked(net: Any, session: Any, speech: np.ndarray, chunks: ChunkConfig) -> ModelDiff:
     """Compare the graph, chunk by chunk over `speech` (float32 [n]), with the net under `apply_chunk_mask`."""
     geometry = frame_geometry(net.config)
-    stride, receptive = geometry.hop, geometry.receptive_field
     speech, _ = running_norm.normalize_running(speech, running_norm.RunningStats.prior())
     with apply_chunk_mask(net, chunks):
         reference = verify.compute_logits(net, [speech])
@@ -100,10 +99,10 @@ def compare_chunked(net: Any, session: Any, speech: np.ndarray, chunks: ChunkCon
     _, _, kv_cache, *conv_cache = (tensor.numpy() for tensor in empty)
     names = [one.name for one in session.get_inputs()]
     parts = []
-    for start in range(0, len(speech) - receptive + 1, chunks.size * stride):
-        samples = speech[start : start + (chunks.size + chunks.lookahead) * stride + receptive - stride]
+    for start in range(0, len(speech) - geometry.receptive_field + 1, chunks.size * geometry.hop):
+        samples = speech[start : start + geometry.num_samples(chunks.size + chunks.lookahead)]
         first = 0 if chunks.left_context is None else max(0, kv_cache.shape[2] - chunks.left_context)
-        inputs = (samples, np.array([start // stride]), kv_cache[:, :, first:], *conv_cache)
+        inputs = (samples, np.array([start // geometry.hop]), kv_cache[:, :, first:], *conv_cache)
         logits, new_kv, *new_conv = session.run(None, dict(zip(names, inputs, strict=True)))
         kv_cache = np.concatenate([kv_cache, new_kv[:, :, : chunks.size]], 2)
         caches = zip(conv_cache, new_conv, strict=True)

@@ -42,7 +42,7 @@ from mowa.io.hub import SAMPLE_CLIP
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.models import diff as model_diff
 from mowa.models.ctc_encoder import anatomy
-from mowa.models.ctc_encoder.geometry import frame_geometry, receptive_field
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.models.diff import ModelDiff, compare
 from mowa.models.tolerances import ENGINE_DRIFT_RATIO, MAX_ABS_DIFF, MIN_AGREEMENT
 from mowa.types import FLOAT32, CTCModel
@@ -89,7 +89,7 @@ def write(model: CTCModel, folder: Path, *, optimization_profile: Profile = DEFA
     graph does.
     """
     net = prepare_for_export(model, dequantize=True)
-    _validate_profile(optimization_profile, receptive_field(net.config))
+    _validate_profile(optimization_profile, frame_geometry(net.config).receptive_field)
     takes_mask = _supports_mask(net)
     _trace(model, net, folder, takes_mask)
     files = initializers.rewrite_graphs(folder, [GRAPH_FILE], FLOAT32, graphs.collect_metadata(model, takes_mask))
@@ -162,7 +162,7 @@ class _LogitsNet(nn.Module):
             return logits
         parts = anatomy.read_anatomy(self.net)
         states = parts.project(parts.features(input_values))
-        ends = torch.arange(states.shape[1]) * self.geometry.hop + self.geometry.receptive_field
+        ends = self.geometry.num_samples(torch.arange(states.shape[1]) + 1)
         valid = (ends[None] <= attention_mask.sum(-1, keepdim=True)).to(states.dtype)
         return parts.masked_logits(states, valid, MASK_VALUE)
 

@@ -155,7 +155,6 @@ class CpuPlan:
         convolutions = self.anatomy.front_end.conv_layers
         layers = [self._build_convolution(layer, first=index == 0) for index, layer in enumerate(convolutions)]
         geometry = self.anatomy.geometry
-        hop, receptive_field = geometry.feature_hop, geometry.receptive_field
 
         def whole(samples: Tensor) -> Tensor:
             frames = samples.float()[:, None]
@@ -167,10 +166,11 @@ class CpuPlan:
             total = geometry.num_features(len(samples))
             padded = -(-total // FRAME_MULTIPLE) * FRAME_MULTIPLE
             starts = range(0, total, FRONT_END_CHUNK_FRAMES)
-            last_frames = [min(start + FRONT_END_CHUNK_FRAMES, padded) - 1 for start in starts]
-            ends = [frame * hop + receptive_field for frame in last_frames]
+            ends = [geometry.num_feature_samples(min(start + FRONT_END_CHUNK_FRAMES, padded)) for start in starts]
             samples = functional.pad(samples, (0, max(0, ends[-1] - len(samples))))
-            chunks = [whole(samples[start * hop : end]) for start, end in zip(starts, ends, strict=True)]
+            chunks = [
+                whole(samples[start * geometry.feature_hop : end]) for start, end in zip(starts, ends, strict=True)
+            ]
             return torch.cat(chunks)[:total]
 
         return whole if self.anatomy.normalizes_over_time else in_chunks

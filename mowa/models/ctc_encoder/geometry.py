@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from operator import mul
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CountT = TypeVar("CountT", int, "Tensor")
 POSITIONS_CONFIG_KEY = "absolute_positions"  # in config.json: the last position, in frames; see `positions`
 
 
@@ -45,6 +49,17 @@ class FrameGeometry:
             frames = (frames - 1) // stride + 1 if frames else 0
         return frames
 
+    def num_samples(self, frames: CountT) -> CountT:
+        """Return the number of samples that `frames` frames of the logits need at least: the inverse of `num_frames`.
+
+        A tensor of integers is computed element by element.
+        """
+        return frames * self.hop + (self.receptive_field - self.hop)
+
+    def num_feature_samples(self, features: int) -> int:
+        """Return the number of samples that `features` front-end frames need: the inverse of `num_features`."""
+        return features * self.feature_hop + (self.receptive_field - self.feature_hop)
+
 
 def frame_geometry(config: Any) -> FrameGeometry:
     """Return the geometry of a wav2vec2-like config (`conv_kernel`, `conv_stride`, `add_adapter`)."""
@@ -53,11 +68,6 @@ def frame_geometry(config: Any) -> FrameGeometry:
     has_adapter = getattr(config, "add_adapter", False)
     strides = (int(config.adapter_stride),) * int(config.num_adapter_layers) if has_adapter else ()
     return FrameGeometry(hops, 1 + sum(spans), strides)
-
-
-def receptive_field(config: Any) -> int:
-    """Return the number of samples that one frame depends on."""
-    return frame_geometry(config).receptive_field
 
 
 def max_absolute_position(config: Any) -> int | None:

@@ -177,13 +177,13 @@ def _features(parts: Anatomy, values: Tensor, lengths: Sequence[int], counts: Se
 @torch.no_grad()
 def _front_end_in_chunks(parts: Anatomy, values: Tensor) -> Tensor:
     """The same frames [1, T, C], computed in chunks, which bounds the memory of intermediate layers."""
-    hop, receptive_field = parts.geometry.feature_hop, parts.geometry.receptive_field
-    total = parts.geometry.num_features(values.shape[1])
+    geometry = parts.geometry
+    total = geometry.num_features(values.shape[1])
     chunks = []
     for first in range(0, total, FRONT_END_CHUNK_FRAMES):
         count = min(FRONT_END_CHUNK_FRAMES, total - first)
-        last = (first + count - 1) * hop + receptive_field
-        chunks.append(parts.features(values[:, first * hop : last]))
+        start = first * geometry.feature_hop
+        chunks.append(parts.features(values[:, start : start + geometry.num_feature_samples(count)]))
     return torch.cat(chunks, dim=1)
 
 

@@ -16,7 +16,7 @@ from mowa.models.causal import attention_interface
 from mowa.models.ctc_encoder import chunk_mask, streaming
 from mowa.models.ctc_encoder.chunk_mask import ChunkConfig, ChunkLayout, TrainedChunking, apply_chunk_mask
 from mowa.models.ctc_encoder.cpu_plan import CpuPlan
-from mowa.models.ctc_encoder.geometry import receptive_field
+from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.models.ctc_encoder.positions import precompute_absolute_positions
 from mowa.models.ctc_encoder.streaming import EagerPlan
 from tests.checkpoints import clip, tiny
@@ -120,7 +120,7 @@ def test_the_net_is_restored(net):
 
 def in_chunks(plan, net, clip, config):
     """`encode_chunk` over `clip`, chunk by chunk."""
-    shape, field = streaming.cache_shape(net), receptive_field(net.config)
+    shape, field = streaming.cache_shape(net), frame_geometry(net.config).receptive_field
     kv_cache = torch.zeros(shape.num_layers, 2, 0, shape.num_heads, shape.head_dim)
     conv_cache = torch.zeros(shape.conv_frames, shape.conv_size)
     out, position = [], 0
