@@ -26,12 +26,12 @@ def is_adapter(folder: Path) -> bool:
     if not folder.is_dir() or (folder / "config.json").is_file():
         return False
     manifest = find_manifest(folder)
-    return _is_peft_adapter(folder) if manifest is None else manifest.artifact == "adapter"
+    return _is_peft_adapter(folder) or (manifest is not None and manifest.artifact == "adapter")
 
 
 def read_base_name(folder: Path) -> str:
     """Return the name by which to load the base model of the adapter in `folder`. Raises ModelError if it has none."""
-    if _is_peft_adapter(folder) and find_manifest(folder) is None:
+    if _is_peft_adapter(folder):
         config = read_json(folder / PEFT_CONFIG_FILE)
         if not (name := config.get("base_model_name_or_path")):
             raise ModelError(f"{folder}/{PEFT_CONFIG_FILE} names no base model: pass it, and the adapter beside it")
@@ -43,7 +43,7 @@ def read_base_name(folder: Path) -> str:
 
 def adapter_sha256(folder: Path) -> str:
     """Return the SHA-256 (hex) of the weights of the speech adapter in `folder`."""
-    if find_manifest(folder) is None and _is_peft_adapter(folder):
+    if _is_peft_adapter(folder):
         return sha256_file(folder / PEFT_WEIGHTS_FILE)
     return checkpoint.read_adapter(folder).sha256
 
@@ -55,7 +55,7 @@ def load_adapter(model: ModelT, folder: str | Path) -> ModelT:
     files are damaged; MissingDependency for LoRA without PEFT.
     """
     folder = Path(folder)
-    if find_manifest(folder) is None and _is_peft_adapter(folder):
+    if _is_peft_adapter(folder):
         return _load_peft_adapter(model, folder)
     is_causal = causal.is_causal_adapter(folder)
     if is_causal != (model.task == "causal"):
@@ -77,7 +77,8 @@ def merge_adapter(model: ModelT, dtype: str = "auto") -> ModelT:
 
 
 def _is_peft_adapter(folder: Path) -> bool:
-    return (folder / PEFT_CONFIG_FILE).is_file()
+    """Return whether PEFT alone wrote the adapter in `folder`: it has no manifest. Raises as `find_manifest`."""
+    return find_manifest(folder) is None and (folder / PEFT_CONFIG_FILE).is_file()
 
 
 def _load_peft_adapter(model: ModelT, folder: Path) -> ModelT:
