@@ -67,7 +67,7 @@ def _logits(model: CTCModel, clips: Sequence[np.ndarray]) -> list[Tensor]:
     device = next(net.parameters()).device
     logits = []
     for clip in clips:
-        samples = audio.normalize(clip) if model.preprocessing.normalize else clip
+        samples = audio.preprocess(clip, model.preprocessing)
         values = torch.from_numpy(np.ascontiguousarray(samples))[None].to(device, torch.float64)
         logits.append(net(values).logits[0].cpu())
     return logits

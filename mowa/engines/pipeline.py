@@ -285,9 +285,7 @@ def _run(
         [len(window.samples) for _, _, window in spoken], max_batch_samples, engine.batch_policy
     ):
         chosen = [spoken[index] for index in group]
-        clips = [window.samples for _, _, window in chosen]
-        if engine.preprocessing.normalize:
-            clips = [audio.normalize(clip) for clip in clips]
+        clips = [audio.preprocess(window.samples, engine.preprocessing) for _, _, window in chosen]
         seconds = 0.0
         for (job, channel, window), scores in zip(chosen, engine.emissions(clips), strict=True):
             try:

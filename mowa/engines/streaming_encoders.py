@@ -226,7 +226,7 @@ class WaveformWindowEncoder(_ChunkedEncoder):
         return state, np.concatenate(stable) if stable else self._no_frames(), unstable
 
     def _scores(self, sound: Samples) -> LogProbs:
-        clip = audio.normalize(sound) if self.engine.preprocessing.normalize else sound
+        clip = audio.preprocess(sound, self.engine.preprocessing)
         (scores,) = self.engine.emissions([clip.astype(np.float32)])
         return scores
 

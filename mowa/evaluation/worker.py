@@ -142,7 +142,7 @@ def _measure_in_process(request: MeasurementRequest, folder: Path) -> None:
     clips = []
     for file in request.files:
         samples = audio.load_audio(file, rate_hz)[: int(MAX_CLIP_S * rate_hz)]
-        clips.append(audio.normalize(samples) if engine.preprocessing.normalize else samples)
+        clips.append(audio.preprocess(samples, engine.preprocessing))
     engine.emissions([clips[0]])
     peak_memory_bytes = hardware.peak_rss_bytes()
     emissions, elapsed_s = [], []

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mowa.data import audio
 from mowa.errors import ModelError
 from mowa.exporters import verify
 from mowa.exporters.manifest import ExportResult
@@ -155,7 +156,7 @@ def _compare(model: CTCModel, net: Any, loaded: Any) -> ModelDiff:
     speech, noise, shortest = verify.load_clips(model)
     logits: list[torch.Tensor] = []
     reference: list[torch.Tensor] = []
-    for clips in ([speech], [noise, verify.preprocess(model, speech[: len(noise)])], [shortest]):
+    for clips in ([speech], [noise, audio.preprocess(speech[: len(noise)], model.preprocessing)], [shortest]):
         logits += list(torch.from_numpy(run(loaded, clips)))
         reference += verify.compute_logits(net, clips)
         if len(logits[-1]) != len(reference[-1]):

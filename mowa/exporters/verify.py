@@ -48,17 +48,12 @@ def load_clips(model: CTCModel) -> list[np.ndarray]:
     """Return preprocessed clips, float32 [n] each: the bundled sample, noise, and noise of one frame."""
     noise = np.random.default_rng(1).standard_normal(4_097).astype(np.float32)
     frame = noise[: frame_geometry(model.net.config).receptive_field]
-    return [preprocess(model, clip) for clip in (load_sample(model), noise, frame)]
+    return [audio.preprocess(clip, model.preprocessing) for clip in (load_sample(model), noise, frame)]
 
 
 def load_sample(model: CTCModel) -> np.ndarray:
     """Return the first `SAMPLE_S` seconds of the bundled sample, float32 [n], not normalized."""
     return audio.load_audio(SAMPLE_CLIP, model.preprocessing.rate_hz)[: SAMPLE_S * model.preprocessing.rate_hz]
-
-
-def preprocess(model: CTCModel, clip: np.ndarray) -> np.ndarray:
-    """Normalize a clip, float32 [n], if the model requires it."""
-    return audio.normalize(clip) if model.preprocessing.normalize else clip
 
 
 def compute_logits(net: Any, inputs: Sequence[np.ndarray]) -> list[Tensor]:

@@ -63,7 +63,7 @@ def sample_clips(examples: Sequence[Example], model: CTCModel, *, seconds: float
         samples = audio.load_audio(example.audio, rate_hz)[: int(MAX_CLIP_S * rate_hz)]
         if len(samples) < int(MIN_CLIP_S * rate_hz) or not samples.any():
             continue
-        clips.append(audio.normalize(samples) if model.preprocessing.normalize else samples)
+        clips.append(audio.preprocess(samples, model.preprocessing))
         total += len(samples)
         if total >= seconds * rate_hz:
             break

@@ -159,7 +159,7 @@ class WindowDataset(Dataset[dict[str, Any]]):
         joined = np.concatenate(parts)
         start = int(rng.integers(len(joined) - length))
         window = joined[start : start + length]
-        return audio.normalize(window) if self.preprocessing.normalize else window
+        return audio.preprocess(window, self.preprocessing)
 
 
 def _augment(samples: np.ndarray, schedule: AugmentSchedule | None, step: int, rng: np.random.Generator) -> np.ndarray:

@@ -16,6 +16,7 @@ from mowa.data.audio.reader import (
     is_silent,
     load_audio,
     normalize,
+    preprocess,
     probe_audio,
     stream_audio,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "is_silent",
     "load_audio",
     "normalize",
+    "preprocess",
     "probe_audio",
     "stream_audio",
 ]

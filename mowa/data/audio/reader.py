@@ -32,6 +32,7 @@ from mowa.data.audio.decoders import (
     mix_to_mono,
     truncated_error,
 )
+from mowa.types import Preprocessing
 
 MIN_SAMPLES = 400  # receptive field of wav2vec2: fewer samples give no frame
 SILENCE_DBFS = -80.0
@@ -153,6 +154,11 @@ def normalize(samples: Samples) -> Samples:
     Equal bit for bit to transformers' `Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm` for one recording.
     """
     return (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
+
+
+def preprocess(samples: Samples, preprocessing: Preprocessing) -> Samples:
+    """Return float32 [n] as the model takes it: normalized if `preprocessing` says so."""
+    return normalize(samples) if preprocessing.normalize else samples
 
 
 def is_silent(samples: Samples) -> bool:

@@ -155,7 +155,7 @@ def _find_large_norms(model: CTCModel, net: Any) -> list[str]:
 def _speech(model: CTCModel, length: int) -> np.ndarray:
     """Return the bundled sample, repeated to `length` samples and preprocessed, float32 [length]."""
     clip = audio.load_audio(SAMPLE_CLIP, model.preprocessing.rate_hz)
-    return verify.preprocess(model, np.resize(clip, length).astype(np.float32))
+    return audio.preprocess(np.resize(clip, length).astype(np.float32), model.preprocessing)
 
 
 def _convert(graph: nn.Module, name: str, lengths: Sequence[int], takes_mask: bool, target: str, half: bool) -> Any:

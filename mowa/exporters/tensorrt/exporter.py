@@ -227,7 +227,7 @@ def _reference_cases(
         values = np.full((batch, longest), model.preprocessing.padding_value, np.float32)
         for index, length in enumerate(lengths):
             row = rng.standard_normal(length, np.float32) if index % 2 else np.resize(speech, length)
-            values[index, :length] = verify.preprocess(model, row)
+            values[index, :length] = audio.preprocess(row, model.preprocessing)
         mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
         case = {"input_values": values} | ({"attention_mask": mask} if takes_mask else {})
         inputs = {name: torch.from_numpy(value) for name, value in case.items()}
