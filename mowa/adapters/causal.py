@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from torch import Tensor
 from mowa.adapters import checkpoint, lora
 from mowa.errors import DataError, ModelError
 from mowa.families import get_family
-from mowa.io.atomic import atomic_folder, atomic_update, read_json
+from mowa.io.atomic import atomic_update, read_json
 from mowa.io.hub import silence_transformers
 from mowa.io.manifest import MANIFEST_FILE, damaged, find_manifest, write_manifest
-from mowa.io.weights import fix_weight_permissions, weight_files
+from mowa.io.weights import fix_weight_permissions
 from mowa.models.diff import ModelDiff, compare_pairs
 from mowa.models.tolerances import MERGE_DRIFT_RATIO, MERGE_KL_FLOOR, MERGE_MIN_AGREEMENT
 from mowa.types import CausalModel, Origin, TextProcessor
@@ -195,22 +194,6 @@ def _logits(net: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     on_device = {name: value.to(net.device) for name, value in inputs.items()}
     logits: Tensor = net(**on_device, use_cache=False).logits.cpu()
     return logits
-
-
-@contextmanager
-def atomic_checkpoint(model: CausalModel, out: Path) -> Iterator[Path]:
-    """Write the checkpoint of `model` to a temporary folder and yield it; it becomes `out` as in `atomic_folder`."""
-    with atomic_folder(out) as folder:
-        write_checkpoint(model, folder)
-        write_manifest(
-            folder,
-            "checkpoint",
-            task=TASK,
-            family=model.family.name,
-            origin=model.origin,
-            files=[file.name for file in weight_files(folder)],
-        )
-        yield folder
 
 
 def write_checkpoint(model: CausalModel, folder: Path) -> None:

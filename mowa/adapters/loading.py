@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from mowa.adapters import causal, checkpoint, lora, merge
 from mowa.errors import ModelError
-from mowa.io.atomic import read_json
+from mowa.io.atomic import atomic_folder, read_json
 from mowa.io.hashing import sha256_file
-from mowa.io.manifest import find_manifest
+from mowa.io.manifest import find_manifest, write_manifest
+from mowa.io.weights import weight_files
 from mowa.types import AnyModel, CausalModel, CTCModel
 
 log = logging.getLogger("mowa")
@@ -74,6 +77,22 @@ def merge_adapter(model: ModelT, dtype: str = "auto") -> ModelT:
     if model.task == "causal":
         return cast(ModelT, causal.merge_adapter(cast(CausalModel, model), dtype))
     return cast(ModelT, merge.merge_adapter(cast(CTCModel, model)))
+
+
+@contextmanager
+def atomic_checkpoint(model: AnyModel, out: Path) -> Iterator[Path]:
+    """Write the checkpoint of `model` to a temporary folder and yield it; it becomes `out` as in `atomic_folder`."""
+    with atomic_folder(out) as folder:
+        (causal if model.task == "causal" else merge).write_checkpoint(model, folder)
+        write_manifest(
+            folder,
+            "checkpoint",
+            task=model.task,
+            family=model.family.name,
+            origin=model.origin,
+            files=[file.name for file in weight_files(folder)],
+        )
+        yield folder
 
 
 def _is_peft_adapter(folder: Path) -> bool:

@@ -7,8 +7,7 @@ linear layer: they stay in transformers' `adapter_layer`, and the checkpoint loa
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +19,8 @@ from mowa.adapters import checkpoint, lora
 from mowa.data import audio
 from mowa.errors import ModelError
 from mowa.io import processor
-from mowa.io.atomic import atomic_folder
 from mowa.io.hub import silence_transformers
-from mowa.io.manifest import write_manifest
-from mowa.io.weights import fix_weight_permissions, weight_files
+from mowa.io.weights import fix_weight_permissions
 from mowa.models.diff import ModelDiff, compare
 from mowa.types import CTCModel
 
@@ -73,20 +70,9 @@ def _logits(model: CTCModel, clips: Sequence[np.ndarray]) -> list[Tensor]:
     return logits
 
 
-@contextmanager
-def atomic_checkpoint(model: CTCModel, out: Path) -> Iterator[Path]:
-    """Write the checkpoint of `model` to a temporary folder and yield it; it becomes `out` as in `atomic_folder`."""
-    with atomic_folder(out) as folder:
-        with silence_transformers():
-            model.net.save_pretrained(folder)
-        processor.write_processor(model.vocabulary, model.preprocessing, folder)
-        fix_weight_permissions(folder)
-        write_manifest(
-            folder,
-            "checkpoint",
-            task=model.task,
-            family=model.family.name,
-            origin=model.origin,
-            files=[file.name for file in weight_files(folder)],
-        )
-        yield folder
+def write_checkpoint(model: CTCModel, folder: Path) -> None:
+    """Write weights, config, vocabulary and audio settings into `folder`."""
+    with silence_transformers():
+        model.net.save_pretrained(folder)
+    processor.write_processor(model.vocabulary, model.preprocessing, folder)
+    fix_weight_permissions(folder)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mowa import loading
 from mowa.adapters import causal, merge
-from mowa.adapters.loading import load_adapter, read_base_name
+from mowa.adapters.loading import atomic_checkpoint, load_adapter, read_base_name
 from mowa.data import audio
 from mowa.data.chat import conversations, tokenize
 from mowa.errors import DataError, ModelError, RecipeError
@@ -86,7 +86,7 @@ def write_merged(
 def _write_ctc(
     base: CTCModel, adapted: CTCModel, out: Path, clips: list[np.ndarray], tolerance: float, on_comparison: OnComparison
 ) -> None:
-    with merge.atomic_checkpoint(merge.merge_adapter(adapted), out) as written:
+    with atomic_checkpoint(merge.merge_adapter(adapted), out) as written:
         diff = merge.compare_emissions(adapted, loading.ctc.load(str(written)), clips)
         on_comparison("base + adapter → merged", diff)
         if base.vocabulary == adapted.vocabulary:
@@ -106,7 +106,7 @@ def _write_causal(
         rounded = loading.causal.load(str(base.origin.folder), dtype=dtype)
         rounding = causal.compare_logits(base, rounded, padded_batches(samples, dataset.EVAL_BATCH_TOKENS))
         on_comparison(f"base → base in {dtype}", rounding)
-    with causal.atomic_checkpoint(causal.merge_adapter(adapted, dtype), out) as written:
+    with atomic_checkpoint(causal.merge_adapter(adapted, dtype), out) as written:
         loaded = loading.causal.load(str(written), dtype=dtype)
         diff = causal.compare_logits(adapted, loaded, padded_batches(samples, dataset.EVAL_BATCH_TOKENS))
         on_comparison(f"base + adapter → merged in {dtype}", diff)

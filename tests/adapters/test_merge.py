@@ -6,6 +6,7 @@ from transformers import AutoModelForCTC
 
 from mowa import loading
 from mowa.adapters import checkpoint, merge
+from mowa.adapters.loading import atomic_checkpoint
 from mowa.data import audio
 from mowa.errors import DataError, ModelError
 from mowa.io.manifest import find_manifest
@@ -33,7 +34,7 @@ def test_merging_keeps_the_emissions_and_transformers_loads_the_checkpoint(base,
     before = [emissions(adapted.net, seed) for seed in range(3)]
     base_emissions = emissions(model.net)
     merged = merge.merge_adapter(adapted)
-    with merge.atomic_checkpoint(merged, tmp_path / "whole") as folder:
+    with atomic_checkpoint(merged, tmp_path / "whole") as folder:
         assert not (tmp_path / "whole").exists()
         assert loading.load(str(folder)).vocabulary == adapted.vocabulary
     assert len({file.stat().st_mode for file in (tmp_path / "whole").iterdir()}) == 1
@@ -72,7 +73,7 @@ def test_no_adapter_is_loaded_over_a_merged_model(base, tmp_path):
     """A model merged in memory still has the origin of its base, whose weights the adapter was trained over."""
     save_tiny_adapter(base, "lora", tmp_path / "medical")
     merged = merge.merge_adapter(checkpoint.load_adapter(loading.load(str(base)), tmp_path / "medical"))
-    with merge.atomic_checkpoint(merged, tmp_path / "whole"):
+    with atomic_checkpoint(merged, tmp_path / "whole"):
         pass
     with pytest.raises(ModelError, match="was trained over"):
         checkpoint.load_adapter(loading.load(str(tmp_path / "whole")), tmp_path / "medical")
@@ -111,13 +112,13 @@ def test_checkpoints_are_written_atomically_and_overwrite_nothing(base, tmp_path
     (tmp_path / "full" / "thesis.txt").touch()
     with (
         pytest.raises(DataError, match="already exists and is not empty"),
-        merge.atomic_checkpoint(model, tmp_path / "full"),
+        atomic_checkpoint(model, tmp_path / "full"),
     ):
         pass
-    with pytest.raises(RuntimeError, match="interrupted"), merge.atomic_checkpoint(model, tmp_path / "new"):
+    with pytest.raises(RuntimeError, match="interrupted"), atomic_checkpoint(model, tmp_path / "new"):
         raise RuntimeError("interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     (tmp_path / "empty").mkdir()
-    with merge.atomic_checkpoint(model, tmp_path / "empty"):
+    with atomic_checkpoint(model, tmp_path / "empty"):
         pass
     assert (tmp_path / "empty" / "model.safetensors").is_file()

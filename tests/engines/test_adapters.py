@@ -7,6 +7,7 @@ import torch
 
 import mowa
 from mowa.adapters import checkpoint, merge
+from mowa.adapters.loading import atomic_checkpoint
 from mowa.errors import ModelError
 from mowa.models.ctc_encoder.geometry import frame_geometry
 from tests.adapters.tiny_adapters import OTHER_VOCABULARY, logits, save_tiny_adapter
@@ -41,7 +42,7 @@ def recording(tmp_path_factory):
 @pytest.mark.parametrize("name", KINDS)
 def test_an_adapter_by_name_equals_the_merged_checkpoint(engine, folders, recording, tmp_path, name):
     adapted = checkpoint.load_adapter(mowa.load(str(folders / "base")), folders / name)
-    with merge.atomic_checkpoint(merge.merge_adapter(adapted), tmp_path / "whole"):
+    with atomic_checkpoint(merge.merge_adapter(adapted), tmp_path / "whole"):
         pass
     whole = mowa.transcribe(recording, str(tmp_path / "whole"), device="cpu", dtype="float32", **ALL)
     by_name = mowa.transcribe(recording, engine, adapter=name, **ALL)

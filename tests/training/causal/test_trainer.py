@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mowa import loading
 from mowa.adapters import causal as adapters
+from mowa.adapters.loading import atomic_checkpoint
 from mowa.errors import DataError, ModelError, RecipeError, TrainingStopped
 from mowa.models.causal import accelerate
 from mowa.models.diff import ModelDiff
@@ -53,7 +54,7 @@ def test_peft_loads_the_adapter_with_the_reported_loss(adapter):
 def test_a_merged_checkpoint_has_the_same_logits(adapter, tmp_path):
     base = loading.load(str(adapter.parent / "base"))
     adapted = adapters.load_adapter(base, adapter)
-    with adapters.atomic_checkpoint(adapters.merge_adapter(adapted, "float32"), tmp_path / "merged"):
+    with atomic_checkpoint(adapters.merge_adapter(adapted, "float32"), tmp_path / "merged"):
         pass
     again = loading.load(str(tmp_path / "merged"))
     samples = dataset.load_splits(dispatch.read_recipe(adapter / "recipe.yaml"), base).dev["dev"]
@@ -78,9 +79,7 @@ def test_the_chat_template_is_saved_with_the_adapter_and_the_merged_model(tmp_pa
     out = train(tmp_path, data__chat_template=str(tmp_path / "ours.jinja"), optimizer__max_steps=1)
     assert AutoTokenizer.from_pretrained(out).chat_template == template
     base = loading.load(str(tmp_path / "base"))
-    with adapters.atomic_checkpoint(
-        adapters.merge_adapter(adapters.load_adapter(base, out), "float32"), tmp_path / "merged"
-    ):
+    with atomic_checkpoint(adapters.merge_adapter(adapters.load_adapter(base, out), "float32"), tmp_path / "merged"):
         pass
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == template
     assert base.tokenizer.chat_template != template
