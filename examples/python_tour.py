@@ -31,15 +31,15 @@ for result in mowa.transcribe(rows, model):
     print("3. a row:", result.error if isinstance(result, mowa.Failure) else repr(result.text[:60]))
 
 # One recording teaches a model nothing but itself; it is enough to see the two misspelled words corrected.
-with open("examples/tour.jsonl", "w", encoding="utf-8") as file:
-    file.write(f'{{"audio": "dzien-dobry.flac", "text": "{TEXT}"}}\n')
+with open("tour.jsonl", "w", encoding="utf-8") as file:
+    file.write(f'{{"audio": "{RECORDING}", "text": "{TEXT}"}}\n')
 run = mowa.train(
-    model="pl-tiny", data="examples/tour.jsonl", dev="examples/tour.jsonl", method="lora", out="tour/adapter",
+    model="pl-tiny", data="tour.jsonl", dev="tour.jsonl", method="lora", out="tour/adapter",
     max_steps=30, eval_steps=10, learning_rate=1e-3,
 )  # fmt: skip
 print(f"4. train: {run.folder}, {run.report['train_runtime_s']:.0f} s")
-print(f"   before: {mowa.evaluate('pl-tiny', 'examples/tour.jsonl')}")
-print(f"   after:  {mowa.evaluate(run, 'examples/tour.jsonl')}")
+print(f"   before: {mowa.evaluate('pl-tiny', 'tour.jsonl')}")
+print(f"   after:  {mowa.evaluate(run, 'tour.jsonl')}")
 print(f"   {mowa.transcribe(RECORDING, run).text}")
 
 merged = mowa.merge(run)

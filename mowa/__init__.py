@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mowa.api.measuring import evaluate as evaluate
     from mowa.api.models import Run as Run
     from mowa.api.models import accelerate as accelerate
+    from mowa.api.models import explain as explain
     from mowa.api.models import load as load
     from mowa.api.models import restore as restore
     from mowa.api.reports import compare_schemes as compare_schemes
@@ -61,7 +62,7 @@ _NAMES = {
     "mowa.api.artifacts": ("export", "merge", "quantize"),
     "mowa.api.corpus": ("transcribe_corpus",),
     "mowa.api.measuring": ("Evaluation", "bench", "evaluate"),
-    "mowa.api.models": ("Run", "accelerate", "load", "restore"),
+    "mowa.api.models": ("Run", "accelerate", "explain", "load", "restore"),
     "mowa.api.reports": ("compare_schemes",),
     "mowa.api.speech": ("stream", "transcribe"),
     "mowa.api.text": ("generate",),

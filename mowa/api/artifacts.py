@@ -12,6 +12,7 @@ from mowa.api.models import Run, load, resolve_model
 from mowa.errors import ModelError
 from mowa.exporters import merged, protocol
 from mowa.exporters.merged import OnComparison
+from mowa.models.tolerances import MAX_ABS_DIFF
 from mowa.quantization import calibration, schemes
 from mowa.tasks.verbs import require_ctc
 from mowa.types import AnyModel, Artifact, Model
@@ -23,12 +24,7 @@ ProgressCallback = Callable[[float], object]
 
 
 @overload
-def merge(
-    adapted: ModelT,
-    *,
-    out: None = ...,
-    dtype: str = ...,
-) -> ModelT: ...
+def merge(adapted: ModelT, *, out: None = ..., dtype: str = ...) -> ModelT: ...
 @overload
 def merge(
     adapted: Run | str | Path,
@@ -47,30 +43,50 @@ def merge(
     *,
     out: str | Path | None = None,
     dtype: str = "auto",
+    base_model: str | None = None,
+    audio_files: Sequence[str | Path] = (),
+    data: Sequence[str] = (),
+    tolerance: float = MAX_ABS_DIFF,
+    offline: bool = False,
     on_comparison: OnComparison = lambda label, diff: None,
-    **options: Any,
 ) -> AnyModel:
     """Return a model whose adapter is merged into its weights; with `out`, write it as a checkpoint too.
 
     Args:
         adapted: a run, an adapter's folder, or a model with an adapter; it does not change. A bottleneck adapter stays
             in layers of its own, as in transformers.
-        out: folder to create, of a run or an adapter's folder. The checkpoint is loaded again and compared with base
-            model plus adapter before it is kept.
-        dtype: of a language model's weights; auto: as they are stored.
+        out: folder to create; `adapted` is then a run or a folder. The checkpoint is loaded again and compared with
+            base model plus adapter before it is kept.
+        dtype: dtype of a language model's weights; auto: as they are stored.
+        base_model: with `out`, the base model, if it is not where the adapter recorded it.
+        audio_files, tolerance: with `out`, recordings to compare a speech model on (none: the bundled sample), and the
+            largest difference of a log-probability, in nats.
+        data: with `out`, files to compare a language model on; none: the data that the run held out.
+        offline: with `out`, use cached files only.
         on_comparison: called with what was compared and a `ModelDiff`.
-        options: with `out`, base_model, audio_files, data, tolerance and offline, as in `mowa adapter merge`.
 
     Raises:
-        ModelError: as `mowa.load`, or the checkpoint differs, and `out` is not created; DataError: `out` exists.
+        ModelError: as `mowa.load`, or the checkpoint differs, and `out` is not created.
+        DataError: `out` exists.
     """
-    if out is not None:
-        if isinstance(adapted, Model):
-            raise ModelError("merge: to write a checkpoint, name the folder of the run or adapter instead of a model")
-        folder = adapted.folder if isinstance(adapted, Run) else Path(adapted)
-        merged.write_merged(folder, Path(out), dtype=dtype, on_comparison=on_comparison, **options)
-        return load(out)
-    return merge_adapter(resolve_model(adapted), dtype)
+    if out is None:
+        if base_model or audio_files or data or offline:
+            raise ModelError("merge: base_model, audio_files, data and offline need out=FOLDER")
+        return merge_adapter(resolve_model(adapted), dtype)
+    if isinstance(adapted, Model):
+        raise ModelError("merge: to write a checkpoint, name the folder of the run or adapter instead of a model")
+    merged.write_merged(
+        adapted.folder if isinstance(adapted, Run) else Path(adapted),
+        Path(out),
+        base_model=base_model,
+        dtype=dtype,
+        audio_files=audio_files,
+        data=data,
+        tolerance=tolerance,
+        offline=offline,
+        on_comparison=on_comparison,
+    )
+    return load(out)
 
 
 def quantize(

@@ -18,12 +18,19 @@ from mowa.errors import ModelError
 from mowa.io.atomic import read_json
 from mowa.io.hub import MODEL_ALIASES, fetch_config
 from mowa.io.manifest import find_manifest
-from mowa.loading.checkpoint import read_family
+from mowa.loading.checkpoint import load_config, read_family
 from mowa.models.causal import accelerate as accelerate_model
 from mowa.models.causal.accelerate import Change, accelerate, restore
+from mowa.models.explain import (
+    LayerExplanation,
+    build_on_meta,
+    default_device,
+    explain_layers,
+    explain_modules,
+)
 from mowa.types import AnyModel, CausalModel, CTCModel
 
-__all__ = ["Change", "Run", "accelerate", "load", "restore"]
+__all__ = ["Change", "LayerExplanation", "Run", "accelerate", "explain", "load", "restore"]
 
 log = logging.getLogger("mowa")
 
@@ -159,11 +166,40 @@ def resolve_model(
     return loaded if adapter is None else load_adapter(loaded, adapter)
 
 
+def explain(
+    name: str | Path,
+    *,
+    seq_length: int = 2048,
+    device: str = "",
+    dtype: str = "bfloat16",
+    packing: bool = False,
+    offline: bool = False,
+) -> list[LayerExplanation]:
+    """Explain which implementation each layer of a model would use, and why. Weights are not loaded.
+
+    Args:
+        name: as in `load`; only the config files of a Hub model are downloaded.
+        seq_length: sequence length in tokens.
+        device: cpu, cuda, or cuda:8.0 (that compute capability); empty: this machine's.
+        dtype: compute dtype.
+        packing: whether sequences are packed.
+        offline: use cached files only.
+
+    Raises: ModelError as `load`.
+    """
+    folder = fetch_config(str(name), offline=offline)
+    family = read_family(folder, str(name))
+    config, device = load_config(folder, family), device or default_device()
+    rows = explain_layers(config, family, length=seq_length, device=device, dtype=dtype, packed=packing)
+    if family.task in ("ctc", "causal"):
+        rows += explain_modules(build_on_meta(config, family), family, device=device, dtype=dtype)
+    return rows
+
+
 def read_task(name: str | Path, *, revision: str | None = None, offline: bool = False) -> str:
     """Return the task of a model or adapter, without fetching weights. Raises ModelError as `load`."""
     name = read_base_name(Path(name)) if is_adapter(Path(name)) else str(name)
-    folder = fetch_config(name, revision=revision, offline=offline)
-    return read_family(folder, name).task
+    return loading.read_task(name, revision=revision, offline=offline)
 
 
 def _reject_export(folder: Path) -> None:

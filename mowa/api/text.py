@@ -39,7 +39,7 @@ def generate(
 ) -> Iterator[str]: ...
 def generate(
     model: TextModel,
-    prompt: Any,
+    prompt: Prompt | Sequence[Prompt],
     *,
     stream: bool = False,
     system: str = "",
@@ -65,16 +65,18 @@ def generate(
 
     Raises:
         ModelError: the model is no language model, or a setting is out of range.
-        DataError: a prompt is empty or longer than the model's context, or its messages do not fit the template.
+        DataError: a prompt is empty or longer than the model's context, its messages do not fit the template, or
+            `system` is given with chat=False.
     """
     if threads:
         torch.set_num_threads(threads)
     loaded = require_causal(resolve_model(model), "generate")
     options = GenerationSettings(**{**settings, "stop": _as_tuple(settings.get("stop", ()))})
     single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
-    prompts = [_with_system(one, system) for one in ([prompt] if single else prompt)]
-    if system:
-        chat = None
+    given: Any = [prompt] if single else prompt
+    prompts = [_with_system(one, system) for one in given]
+    if system and chat is False:
+        raise DataError("a system message needs the chat template: omit chat=False, or system")
     if stream:
         if not single:
             raise DataError(f"stream=True takes one prompt, not {len(prompts)}")

@@ -25,16 +25,10 @@ def explain(model: str, seq_length: int, device: str, dtype: str, packing: bool,
 
     MODEL is a folder or a Hub id; of a Hub model only the config files are downloaded.
     """
+    import mowa
     from mowa.cli.output import print_table
-    from mowa.io.hub import fetch_config
-    from mowa.loading.checkpoint import load_config, read_family
-    from mowa.models.explain import build_on_meta, default_device, explain_layers, explain_modules
 
-    folder = fetch_config(model, offline=offline)
-    family = read_family(folder, model)
-    config = load_config(folder, family)
-    device = device or default_device()
-    rows = explain_layers(config, family, length=seq_length, device=device, dtype=dtype, packed=packing)
-    if family.task in ("ctc", "causal"):
-        rows += explain_modules(build_on_meta(config, family), family, device=device, dtype=dtype)
+    rows = mowa.explain(
+        model, seq_length=seq_length, device=device, dtype=dtype, packing=packing, offline=offline
+    )
     print_table(["layers", "count", "implementation", "reason"], [[str(cell) for cell in row] for row in rows])

@@ -38,8 +38,9 @@ class ExportCommand(click.Command):
 @click.argument("model")
 @click.option("--to", required=True, metavar="FORMAT",
               help=f"Output format: {', '.join(FORMATS.names())}.")
-@click.option("--scheme", default="float32", show_default=True, metavar="SCHEME",
-              help=f"Weight storage scheme: {', '.join(SCHEMES)}; suffixes as in `mowa quantize`.")
+@click.option("--scheme", default="", metavar="SCHEME",
+              help=f"Weight storage scheme: {', '.join(SCHEMES)}; suffixes as in `mowa quantize`."
+              " [default: as the model is stored]")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist.")
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="Adapter to merge before export.")
 @click.option("--calibration-data", default="", metavar="SOURCE",

@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from mowa import hardware
-from mowa.errors import DataError
 
 
 # fmt: off
@@ -55,8 +54,6 @@ def generate(
     The prompt is put into the model's chat template, if it has one. The answer is printed as it is generated.
     """
     hardware.enable_huge_pages()
-    if raw and system:
-        raise DataError("--system needs the chat template: omit --raw")
     texts = prompts or (sys.stdin.read().strip(),)
     import mowa
 

@@ -115,7 +115,7 @@ def rm(name: str, yes: bool) -> None:
         if not sys.stdin.isatty():
             raise DataError(f"{name}: removing {count}{also} ({size}) needs --yes where nobody can be asked")
         click.confirm(f"remove {count} of {removal.models[0].name}{also} ({size})?", abort=True)
-    model_cache.remove(name)
+    model_cache.remove(removal)
     click.echo(f"removed {count} of {removal.models[0].name}{also}: {size}")
 
 

@@ -138,9 +138,11 @@ def open_engine(
 def open_cached_engine(
     model: CTCModel, *, device: str, dtype: str, threads: int | None, from_disk: bool
 ) -> OnnxEngine | None:
-    """Return the engine of the model's export in the cache; None if there is none, or it is damaged."""
+    """Return the engine of the model's export in the cache; None if there is none in this dtype, or it is damaged."""
     if not any((hardware.cache_folder() / "onnx").glob("*")):
         return None  # avoids hashing the weights
+    if dtype == "float32" and model.scheme != FLOAT32:
+        return None
     folder = cache_path(model, dtype, from_disk=from_disk)
     if not folder.is_dir():
         return None

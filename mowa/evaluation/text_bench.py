@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,7 @@ from mowa.errors import ModelError
 from mowa.evaluation.text_worker import TextMeasurementRequest, measure_text
 from mowa.io.hub import resolve_model
 from mowa.io.weights import weight_files
-from mowa.loading.checkpoint import read_family
+from mowa.loading import read_task
 
 ENGINE = "pytorch"
 
@@ -52,10 +53,9 @@ def is_text_bench(models: Sequence[str]) -> bool:
 
 
 def _read_task(name: str) -> str:
-    try:
-        return read_family(resolve_model(name, offline=True).folder, name).task
-    except ModelError:
-        return ""
+    with suppress(ModelError):  # measuring it reports it
+        return read_task(name, offline=True)
+    return ""
 
 
 def run_text_bench(

@@ -73,7 +73,10 @@ def pull(name: str, *, revision: str | None = None, validate: Callable[[Path], o
 
 
 def plan_removal(name: str) -> Removal:
-    """Return what `remove` would delete. Raises UnknownModel if nothing is cached under `name`, and as `remove`."""
+    """Return the cached revisions of a Hub model, `owner/name[@revision]` or an alias, and what was derived from them.
+
+    Raises ModelError for a bundled model, and UnknownModel if nothing is cached under this name.
+    """
     target = MODEL_ALIASES.get(name, name)
     if isinstance(target, Path):
         raise ModelError(f"{name} is bundled with mowa and cannot be removed")
@@ -87,18 +90,12 @@ def plan_removal(name: str) -> Removal:
     return Removal((*chosen, *derived), freed)
 
 
-def remove(name: str) -> Removal:
-    """Delete the cached revisions of a Hub model, `owner/name[@revision]` or an alias, and what was derived from them.
-
-    Return what was deleted. Files that other revisions share are kept.
-    Raises ModelError for a bundled model, and UnknownModel if nothing is cached under this name.
-    """
-    removal = plan_removal(name)
+def remove(removal: Removal) -> None:
+    """Delete what `plan_removal` planned. Files that other revisions share are kept."""
     _strategy([one for one in removal.models if one.kind == "snapshot"]).execute()
     for one in removal.models:
         if one.kind != "snapshot":
             shutil.rmtree(one.folder, ignore_errors=True)
-    return removal
 
 
 def _snapshots() -> Iterator[CachedModel]:

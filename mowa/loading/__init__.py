@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Literal, TypedDict, Unpack, overload
 
 from mowa.errors import ModelError
-from mowa.io.hub import resolve_model
+from mowa.io.hub import fetch_config, resolve_model
 from mowa.loading import causal, ctc, languages
 from mowa.loading.checkpoint import read_family
 from mowa.types import AnyModel, CausalModel, CTCModel, Family
 
-__all__ = ["load"]
+__all__ = ["load", "read_task"]
+
+
+def read_task(name: str, *, revision: str | None = None, offline: bool = False) -> str:
+    """Return the task of a model by its config, without fetching weights. Raises ModelError as `load`."""
+    return read_family(fetch_config(name, revision=revision, offline=offline), name).task
 
 
 class LoadOptions(TypedDict, total=False):

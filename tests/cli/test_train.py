@@ -324,7 +324,7 @@ def calls(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     train = lambda task, recipe, model, out, threads: seen.append(("train", recipe, model, out, threads))  # noqa: E731
     monkeypatch.setattr("mowa.training.loop.train", train)
-    monkeypatch.setattr(dispatch, "_read_task", lambda name: "ctc")
+    monkeypatch.setattr("mowa.loading.read_task", lambda name: "ctc")
     monkeypatch.setattr(
         "mowa.loading.ctc.load", lambda name, **options: Model(name, get_family("wav2vec2"), None, options)
     )

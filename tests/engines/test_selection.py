@@ -77,6 +77,11 @@ def test_auto_is_pytorch_without_an_export(base, cache, caplog):
     assert not (cache / "onnx").exists()
 
 
+def test_a_quantized_model_in_float32_is_not_an_error_beside_exports_of_others(base, exported):
+    choice = selection.select_engine(mowa.quantize(base, "int8"), device="cpu", dtype="float32")
+    assert (choice.engine.name, choice.engine.dtype) == ("pytorch", "float32")
+
+
 @pytest.mark.parametrize("faster", ["pytorch", "onnx"])
 def test_auto_uses_the_fastest_and_caches_the_timings(base, exported, monkeypatch, faster):
     timed = []

@@ -13,7 +13,7 @@ from mowa.errors import HubUnreachable, ModelError, UnknownModel
 from mowa.io import model_cache, weights
 from mowa.io.hub import resolve_model
 from mowa.io.manifest import write_manifest
-from mowa.io.model_cache import list_cached, pull, remove
+from mowa.io.model_cache import list_cached, plan_removal, pull, remove
 from tests.hub import NOWHERE, Hub, point_client_at, running
 from tests.io.checkpoints import write_checkpoint
 
@@ -104,7 +104,8 @@ def test_remove_deletes_every_revision_and_what_was_made_of_it(hub: Hub, tmp_pat
     pull(REPO)
     kept = write_onnx_export(tmp_path / "mowa-cache" / "onnx" / "kept", "someone/else", "0" * 40)
     export = write_onnx_export(tmp_path / "mowa-cache" / "onnx" / "gone", REPO, first)
-    removal = remove(REPO)
+    removal = plan_removal(REPO)
+    remove(removal)
     assert [one.kind for one in removal.models].count("snapshot") == 2
     assert removal.size_bytes > 2 * 4 * 5000 + 5000
     assert not converted.exists()
@@ -120,7 +121,9 @@ def test_remove_of_one_revision_keeps_the_other(hub: Hub, tmp_path: Path) -> Non
     pull(f"{REPO}@v1")
     pull(REPO)
     assert [one.revision for one in model_cache.plan_removal(f"{REPO}@{first[:8]}").models] == [first]
-    assert [one.revision for one in remove(f"{REPO}@v1").models] == [first]
+    removal = plan_removal(f"{REPO}@v1")
+    assert [one.revision for one in removal.models] == [first]
+    remove(removal)
     assert [one.revision for one in list_cached({"wav2vec2"})] == [second]
 
 
@@ -128,13 +131,13 @@ def test_what_cannot_be_removed(hub: Hub, tmp_path: Path) -> None:
     hub.publish(REPO, write_checkpoint(tmp_path / "src"))
     pull(REPO)
     with pytest.raises(ModelError, match="pl-tiny is bundled with mowa and cannot be removed"):
-        remove("pl-tiny")
+        plan_removal("pl-tiny")
     with pytest.raises(UnknownModel, match=f"someone/wav2vec-tiny is not in the cache: did you mean {REPO}"):
-        remove("someone/wav2vec-tiny")
+        plan_removal("someone/wav2vec-tiny")
     with pytest.raises(UnknownModel, match="polish is not in the cache: `mowa models list`"):
-        remove("polish")
+        plan_removal("polish")
     with pytest.raises(UnknownModel, match="is not in the cache"):
-        remove(f"{REPO}@v9")
+        plan_removal(f"{REPO}@v9")
 
 
 def test_the_commands(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,8 +84,10 @@ def resolve_recipe(recipe: str | Path | Mapping[str, Any] | Recipe | None, overr
     if not tree.get("model"):
         raise RecipeError("train: name a model, or a recipe")
     if "task" not in tree:
+        from mowa.loading import read_task
+
         with suppress(ModelError):  # loading the model reports it
-            tree["task"] = _read_task(str(tree["model"]))
+            tree["task"] = read_task(str(tree["model"]))
     return parse(tree, "train")
 
 
@@ -103,25 +105,18 @@ def train(recipe: Recipe, output_dir: Path, *, model: AnyModel | None = None, th
     Raises:
         RecipeError: the recipe is for another kind of model; and as `mowa.training.loop.train`.
     """
+    from mowa.loading import read_task
     from mowa.training import loop
     from mowa.training.distributed import launch
 
     if launch.needs_launcher(recipe) and not is_worker_process():
         launch.launch_workers(recipe, output_dir, threads=threads)
         return output_dir
-    found = _read_task(recipe.model) if model is None else model.task
+    found = read_task(recipe.model) if model is None else model.task
     if found != recipe.task:
         raise RecipeError(f"{recipe.model} is {TASK_LABELS[found]}; set task: {found}")
     task = load_task(recipe.task)
     return loop.train(task, recipe, model or task.load(recipe), output_dir, threads=threads)
-
-
-def _read_task(model: str) -> str:
-    """Return the task of a model by its config. Raises ModelError as `mowa.load`."""
-    from mowa.io.hub import fetch_config
-    from mowa.loading.checkpoint import read_family
-
-    return read_family(fetch_config(model), model).task
 
 
 def load_task(name: str) -> Task[Any, Any, Any]:
