@@ -1,4 +1,4 @@
-"""Load an adapter of any kind over its base model, and merge it: of mowa or of PEFT alone, for speech or text."""
+"""Load an adapter by mowa or by PEFT alone over its base model, for speech or text, and merge it."""
 
 from __future__ import annotations
 

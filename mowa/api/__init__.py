@@ -1,7 +1,4 @@
-"""Every verb of mowa as a typed function: `load`, `transcribe`, `stream`, `generate`, `train`, `distill`, `merge`,
-`quantize`, `export`, `evaluate`, `bench`.
+"""The verbs of mowa as typed functions, one file per group. `mowa/__init__.py` lists them.
 
-Use them as `mowa.load` and so on: `mowa` imports them when they are first called. The command line calls nothing else.
-Each is a few lines over the packages below; start with the file of its group: `models`, `speech`, `text`, `training`,
-`artifacts`, `measuring`.
+Start with `models` (`mowa.load`); each function is a few lines over the packages below.
 """

@@ -1,4 +1,4 @@
-"""`mowa.merge`, `mowa.quantize` and `mowa.export`: other forms of a model, in memory or on disk."""
+"""Merge adapters, quantize models and export them: `mowa.merge`, `mowa.quantize` and `mowa.export`."""
 
 from __future__ import annotations
 
@@ -137,8 +137,8 @@ def export(
         to: a format in `exporters.registry`: onnx, safetensors, coreml, tensorrt, ctranslate2, or that of a package.
         scheme: quantize first; empty: as the model is.
         adapter: folder of an adapter to merge first.
-        revision, target_lang, offline: as in `mowa.load`, of a name.
-        options: of the format, as in `mowa export --help`.
+        revision, target_lang, offline: as in `mowa.load`, if `model` is a name.
+        options: options of the format, as in `mowa export --help`.
 
     Raises:
         ModelError: the format does not support the model or scheme, or the export differs from it: `out` is then not

@@ -1,4 +1,4 @@
-"""`mowa.transcribe_corpus`: recordings of any number into a results log that can be resumed."""
+"""Transcribe a corpus into a results log that can be resumed: `mowa.transcribe_corpus`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def transcribe_corpus(
         decode_threads: threads that decode audio ahead; None: half the cores.
         allow_remote: open remote URLs that a manifest lists.
         ray: address of a Ray cluster, or auto; empty: this process.
-        workers: of the cluster; None: as many as fit.
+        workers: number of Ray workers and resources of each; None: as many as fit.
         on_open: called with the engine's choice and the opened log, before the first recording.
         on_progress, on_failure: called with seconds of audio, and with every failed recording.
         settings: as in `mowa.transcribe`; the other arguments too.

@@ -1,4 +1,4 @@
-"""`mowa.evaluate` and `mowa.bench`."""
+"""Measure models: `mowa.evaluate` computes error rates or perplexity on data, `mowa.bench` speed, memory and size."""
 
 from __future__ import annotations
 
@@ -51,15 +51,17 @@ def evaluate(
         split: split of the data, if it has several.
         max_samples: evaluate at most this many; 0: all.
         adapter: folder of an adapter over the model.
-        engine: of speech, as in `mowa.transcribe`.
+        engine: for speech models, as in `mowa.transcribe`.
         device, dtype, threads, revision, target_lang, offline: as in `mowa.load`.
-        train_on, max_length: of text, which tokens count and where samples are cut, as in recipes; auto: answers of
-            conversations, all tokens of texts.
+        train_on: language models: which tokens count, as in recipes; auto: the answers in conversations, all tokens of
+            texts.
+        max_length: language models: longer samples are cut to this many tokens.
         on_progress: called with seconds of audio, or numbers of texts.
-        settings: of speech, fields of `TranscriptionSettings`.
+        settings: speech models: fields of `TranscriptionSettings`.
 
     Returns:
-        WER and CER of a speech model, loss and perplexity of a language model, with 95 % confidence intervals.
+        Speech models: WER and CER; language models: loss, perplexity and accuracy; each with its 95 %
+            confidence interval.
 
     Raises:
         DataError: there is nothing to evaluate; ModelError as `mowa.load`.
@@ -92,11 +94,11 @@ def bench(
     """Measure latency, throughput, memory and size of models, each in a process of its own.
 
     Args:
-        models: aliases, folders, Hub ids or exports, of one task.
+        models: aliases, folders, Hub ids or exports; all must have the same task.
         engines: pytorch, onnx; empty: pytorch, and for an export its own. Language models run with pytorch.
         dtypes: float32, bfloat16, int8 or auto; empty: auto.
-        data: of speech, recordings; None: a bundled sample.
-        throughput: of speech, (threads, batch size) pairs to time.
+        data: speech models: recordings to run; None: a bundled sample.
+        throughput: speech models: (threads, batch size) pairs to time.
         on_progress: called with a stage and the fraction done.
 
     Raises: DataError if `data` has no recordings; ModelError for speech and language models together. A model that

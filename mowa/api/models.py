@@ -1,4 +1,4 @@
-"""`mowa.load`, `mowa.accelerate` and `mowa.restore`, and the run that `mowa.train` returns."""
+"""Load models and accelerate them (`mowa.load`, `mowa.accelerate`, `mowa.restore`), and read finished runs (`Run`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mowa.compare_schemes`: what quantization costs a model, scheme by scheme."""
+"""Compare quantization schemes: `mowa.compare_schemes` reports how much accuracy a model loses in each of them."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def compare_schemes(
     Args:
         model: a model, or its name or folder as in `mowa.load`.
         schemes: as in `mowa.quantize`, or all.
-        data: recordings, which need transcripts for error rates; of a language model, conversations or texts.
+        data: speech models: recordings, with transcripts for error rates; language models: conversations or texts.
         out: folder for the models that pass and the report; called again, it resumes. None: keep no files.
-        formats: of speech: safetensors, onnx, ctranslate2; empty: the first two. Language models: safetensors.
-        calibration_data, group_by, throughput: of speech, as in `mowa quantize`.
+        formats: speech models: safetensors, onnx, ctranslate2; empty: the first two. Language models: safetensors.
+        calibration_data, group_by, throughput: for speech models only, as in `mowa quantize`.
         max_wer_increase, max_perplexity_increase: relative; a scheme fails if it is exceeded significantly.
         baseline: model that is the reference; empty: the model itself.
         keep_failed: keep the files of schemes that fail.
         on_progress: called with a stage and the fraction done.
 
     Raises:
-        DataError: `out` is a file, or there is nothing to evaluate. ModelError: an unknown scheme, or an option of
-            speech with a language model; and as `mowa.load`.
+        DataError: `out` is a file, or there is nothing to evaluate. ModelError: an unknown scheme, or an option for
+            speech models with a language model; and as `mowa.load`.
     """
     if out is not None and Path(out).is_file():
         raise DataError(f"{out} is a file: name a folder with --out")

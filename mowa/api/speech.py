@@ -1,4 +1,4 @@
-"""`mowa.transcribe` and `mowa.stream`."""
+"""Transcribe recordings (`mowa.transcribe`) and live audio (`mowa.stream`)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def transcribe(
             recordings in it.
         model: an alias, a folder (also of an export or an adapter), a Hub id, a `Model`, or an engine that
             `mowa.open_engine` returned, a `Run`; None is the adapter's base model, or pl-tiny.
-        sampling_rate: of arrays, in Hz.
+        sampling_rate: sampling rate of arrays, in Hz.
         adapter: an adapter's folder, or the name of one that the engine was opened with.
         word_timestamps: return words with their times; without, only the text of each segment.
         engine: auto (the fastest here), pytorch, onnx, or another in `engines.registry`; an export has its own.
@@ -115,13 +115,15 @@ def stream(
     endpointing: EndpointConfig = DEFAULT_ENDPOINTING,
     **config: Unpack[StreamingOptions],
 ) -> TranscriptionStream:
-    """Open a live stream: `feed(samples)` returns what became known, `close()` the rest. docs/live.md shows it.
+    """Open a live stream: `feed(samples)` returns new segments; `close()` returns the remaining ones.
+
+    docs/live.md shows an example.
 
     Args:
         model: as in `mowa.transcribe`. Streams over one engine share its weights and may be fed from different threads.
         endpointing: when a segment ends.
         config: fields of `StreamingConfig`: mode, chunk_s, left_context_s and lookahead_s.
-        engine: empty: pytorch, or that of an export.
+        engine: empty: pytorch; for an export, its own.
         adapter, device, dtype, threads, revision, target_lang, offline: as in `mowa.transcribe`.
 
     Raises:
@@ -149,7 +151,7 @@ def _sources(audio: Any, sampling_rate: int | None) -> Iterator[Any]:
     """Yield what `iter_transcripts` reads; a value that is not audio is yielded as a Failure."""
     if _is_single(audio):
         if isinstance(audio, str | Path) and Path(audio).is_dir():
-            raise AudioError(f"{audio}: is a folder. Pass it in a list, transcribe([folder]).")
+            raise AudioError(f"{audio}: is a folder: pass it in a list, transcribe([folder])")
         yield to_audio_source(audio, sampling_rate=sampling_rate)
         return
     for number, value in enumerate(audio, 1):

@@ -1,4 +1,4 @@
-"""`mowa.generate`."""
+"""Generate text with a language model: `mowa.generate`."""
 
 from __future__ import annotations
 

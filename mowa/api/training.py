@@ -1,4 +1,4 @@
-"""`mowa.train` and `mowa.distill`, and the run that they return."""
+"""Fine-tune models and distill them: `mowa.train` and `mowa.distill`, which return a `Run`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def train(
             returns at once.
         model: name of the model, as in `mowa.load`; or a loaded one, whose net is then trained in place.
         data, dev, test: manifests, corpora or files of conversations (`data.train`, `data.dev`, `data.test`).
-        method: full, encoder, top-N, head, bottleneck, lora or qlora; see docs/recipes.md.
+        method: speech: full, encoder, top-N, head, bottleneck or lora; language models: lora, top-N or full
+            (docs/recipes.md).
         threads: CPU threads; None: all cores.
         options: other recipe keys by their last part (learning_rate=1e-4), or sections (optimizer={"max_steps": 20}).
 
@@ -64,7 +65,9 @@ def read_recipe(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *
 
 
 def distill(teacher: str | Path, student_layers: int, *, out: str | Path, data: Data, dev: Data, **options: Any) -> Run:
-    """Distill a speech model into one with fewer layers, which learns to give the teacher's outputs.
+    """Distill a speech model into one with fewer layers.
+
+    The student is trained to match the teacher's logits and hidden states.
 
     Args:
         teacher: alias, folder or Hub id.

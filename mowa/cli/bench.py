@@ -46,7 +46,7 @@ def bench(
 ) -> int:
     # fmt: on
     """Measure latency, throughput, memory and size of each MODEL (alias, folder, Hub id or export), each in its own
-    process. Of language models, the speed over a prompt (prefill) and of the tokens after it (decode) is measured."""
+    process. For language models it measures the speed over the prompt (prefill) and of each later token (decode)."""
     import mowa
     from mowa.evaluation.plot import plot_bench, require_matplotlib
     from mowa.evaluation.report import throughput_grid

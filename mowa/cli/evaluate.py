@@ -44,8 +44,8 @@ def evaluate(
     """Measure each MODEL on each SOURCE, with 95 % confidence intervals.
 
     Speech: word and character error rate. Language models: loss in nats per token, perplexity, and the accuracy of the
-    likeliest token. Exports and the folders of training runs are models too. The exit code is 2 if a recording could
-    not be read; it is then not in the error rates.
+    most probable token. Exports and the folders of training runs are models too. The exit code is 2 if a recording
+    could not be read; it is then not in the error rates.
     """
     hardware.enable_huge_pages()
     import mowa

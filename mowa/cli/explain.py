@@ -20,10 +20,10 @@ def explain(model: str, seq_length: int, device: str, dtype: str, packing: bool,
     # fmt: on
     """Show which implementation each layer of MODEL would use on this machine, and why. Weights are not loaded.
 
-    Of a language model: attention, norms, MLPs, rotary embeddings, LoRA and loss in training. Of a speech model:
-    attention, inference on CPUs, batches and live speech.
+    For a language model it explains attention, norms, MLPs, rotary embeddings, LoRA and loss in training; for a speech
+    model attention, inference on CPUs, training batches and live speech.
 
-    MODEL is a folder or a Hub id; of a Hub model only the config files are downloaded.
+    MODEL is a folder or a Hub id; only the config files of a Hub model are downloaded.
     """
     import mowa
     from mowa.cli.output import print_table

@@ -25,7 +25,7 @@ from mowa import hardware
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True,
               help="Maximum number of tokens of an answer.")
 @click.option("--temperature", type=click.FloatRange(min=0),
-              help="0: always the likeliest token; higher: more varied. [default: the model's]")
+              help="0: always the most probable token; higher: more varied. [default: the model's]")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
               help="Sample from the fewest tokens with this total probability. [default: the model's]")
 @click.option("--top-k", type=click.IntRange(min=0), help="Sample from this many tokens (0 = all)."

@@ -35,10 +35,10 @@ def parse_ratio(context: click.Context, parameter: click.Parameter, text: str) -
               help=f"Weight storage scheme, repeatable: {', '.join(SCHEMES)}, or all. {_SUFFIXES}")
 @click.option("--to", "formats", multiple=True, metavar="FORMAT",
               help="Output format, repeatable: safetensors (PyTorch), onnx, ctranslate2."
-              " [default: safetensors, onnx; of a language model, safetensors]")
+              " [default: safetensors, onnx; for a language model, safetensors]")
 @click.option("--data", required=True, metavar="SOURCE",
               help="Evaluation recordings: a manifest, corpus or folder; transcripts are needed for error rates."
-              " Of a language model, conversations or texts.")
+              " For a language model, conversations or texts.")
 @click.option("--split", default="", help="Split of --data.")
 @click.option("--max-samples", type=click.IntRange(min=0), default=0,
               help="Maximum number of recordings or texts to evaluate (0 = all).")
@@ -56,8 +56,8 @@ def parse_ratio(context: click.Context, parameter: click.Parameter, text: str) -
 @click.option("--throughput", is_flag=True,
               help="Measure the real-time factor with 1 and all threads, batch sizes 1 and 4.")
 @click.option("-o", "--out", type=click.Path(path_type=Path),
-              help="Output folder for the models and the report (quant_report.json, of speech also .html); rerun the"
-              " same command to resume. [default: print the table, keep no files]")
+              help="Output folder for the models and the report (quant_report.json; for a speech model also .html);"
+              " rerun the same command to resume. [default: print the table, keep no files]")
 @click.option("--force", is_flag=True, help="Keep schemes that fail.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--target-lang", metavar="LANG", help="Language of an MMS checkpoint, such as pol.")
@@ -72,7 +72,7 @@ def quantize(
 
     Each result is compared with float32: size, memory, speed, output difference and word error rate. A scheme passes if
     the word error rate increases by at most --max-wer-increase; it fails, and is deleted, if the increase is larger and
-    statistically significant; otherwise the result is inconclusive. The exit code is 2 if any scheme failed. Of a
+    statistically significant; otherwise the result is inconclusive. The exit code is 2 if any scheme failed. For a
     language model, perplexity takes the place of the word error rate.
     """
     import mowa

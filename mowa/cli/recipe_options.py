@@ -123,7 +123,7 @@ class RecipeOption(click.Option):
         self.leaf, self.flag = leaf, flag
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Return flags and help text: of the context's task if it has one, else of all tasks that have the key."""
+        """Return flags and help text for the context's task if it has one, else for all tasks that have the key."""
         record, task = super().get_help_record(ctx), ctx.meta.get(TASK_META)
         tasks = [next(iter(RECIPES))] if self.leaf.dotted == "task" else [task] if task else list(RECIPES)
         leaves = {name: leaf for name in tasks if (leaf := LEAVES_BY_TASK[name].get(self.leaf.dotted))}

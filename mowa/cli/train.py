@@ -14,7 +14,7 @@ from mowa.training.distributed.process import is_worker_process
 
 
 def _list_options(task: str | None) -> None:
-    """Print the options of a task; None: of every task, one table after the other."""
+    """Print the options of a task, or of every task (None), one table after the other."""
     from mowa.cli import output
 
     for index, name in enumerate([task] if task else recipe_options.RECIPES):

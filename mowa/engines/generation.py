@@ -31,12 +31,12 @@ class GenerationSettings:
     """How tokens are chosen and when to stop. None: as the model's generation_config.json says.
 
     max_new_tokens      most tokens of an answer
-    temperature         0: the likeliest token (greedy); else logits are divided by it and a token is drawn
+    temperature         0: the most probable token (greedy); else logits are divided by it and a token is drawn
     top_p               draw from the fewest tokens that have this probability together
     top_k               draw from this many tokens; 0: all
     repetition_penalty  1: none
     stop                strings that end an answer, and are not part of it
-    seed                of the draws. One seed gives one answer per prompt, machine and batch
+    seed                seed of the draws. One seed gives one answer per prompt, machine and batch
     """
 
     max_new_tokens: int = 512

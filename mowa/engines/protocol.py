@@ -1,4 +1,4 @@
-"""What an engine provides, and how clips may be batched for it.
+"""Define the interface of an engine and how clips are batched for it.
 
 An engine turns clips into log-probabilities; `BatchPolicy` says which clips may share a batch without changing results:
 

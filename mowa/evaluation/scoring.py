@@ -1,4 +1,4 @@
-"""Evaluate a model on data with known answers: error rates of speech, loss and perplexity of text, with intervals."""
+"""Evaluate a model on data with known answers: error rates for speech, loss and perplexity for text, with intervals."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def evaluate_speech(
 ) -> Evaluation:
     """Transcribe recordings and compare with their texts.
 
-    Raises DataError if no recording has a text or none can be read; AudioError never: unreadable ones are listed.
+    Recordings that cannot be read are listed in `failures`. Raises DataError if no recording has a text or none can be
+    read.
     """
     examples = list(read_examples(data, split, require_text=True))
     examples = examples[:max_samples] if max_samples else examples
@@ -157,7 +158,13 @@ def compare_text(
     samples: Sequence[TokenizedSample],
     on_progress: ProgressCallback = lambda samples: None,
 ) -> tuple[SampleLosses, SampleLosses, ModelDiff]:
-    """Return the losses of two models on the same samples, in one order, and the difference of their predictions."""
+    """Evaluate two models on the same N samples, in batches of similar length, padded on the right.
+
+    Returns:
+        The reference's and the candidate's `SampleLosses`, [N] each, both in the order of the batches, which is not
+        that of `samples`; and the `ModelDiff` of their logits float32 [n, V] at the n trained tokens of each sample,
+        candidate against reference.
+    """
     ours: list[SampleLosses] = []
     theirs: list[SampleLosses] = []
 

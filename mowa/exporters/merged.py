@@ -22,10 +22,10 @@ from mowa.training.causal.batches import padded_batches
 from mowa.training.config import dispatch
 from mowa.types import CausalModel, CTCModel
 
-OnComparison = Callable[[str, ModelDiff], object]  # what was compared, and how far apart it is
+OnComparison = Callable[[str, ModelDiff], object]  # what was compared, and the difference between the outputs
 
 CHUNK_S, MAX_COMPARED_S = 15.0, 60.0  # emissions are compared on chunks of at most this much of each recording
-MAX_SAMPLES = 64  # that a merged language model is compared on
+MAX_SAMPLES = 64  # samples that a merged language model is compared on
 FALLBACK_PROMPTS = (
     "What is the capital of Poland?",
     "Write a short poem about the sea.",
@@ -53,10 +53,10 @@ def write_merged(
     """Merge the adapter in a folder into its base model and write the checkpoint to the new folder `out`.
 
     Args:
-        adapter: folder of an adapter of mowa or PEFT, of speech or text.
+        adapter: folder of an adapter by mowa or PEFT, for a speech or language model.
         out: folder to create.
         base_model: name of the base model, if it is not where the adapter recorded it.
-        dtype: of a language model's weights; auto: the base model's.
+        dtype: dtype of a language model's weights; auto: the base model's.
         audio_files: recordings to compare a speech model on; none: the bundled sample.
         data: files to compare a language model on; none: what the run held out, or else FALLBACK_PROMPTS.
         tolerance: largest difference of a log-probability of a speech model, in nats.

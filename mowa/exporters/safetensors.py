@@ -150,7 +150,7 @@ def _build_config(model: AnyModel, net: Any, linears: dict[str, QuantizedLinear]
 
 
 def _base_dtype(model: AnyModel) -> torch.dtype:
-    """Return the dtype of config.json: of the scheme, else of a language model's own checkpoint, else float32."""
+    """Return the dtype of config.json: a float scheme's, else that of a language model's checkpoint, else float32."""
     if model.scheme.weights in FLOAT_DTYPES:
         return getattr(torch, model.scheme.weights)
     return causal.stored_dtype(model.origin.folder) if model.task == "causal" else torch.float32

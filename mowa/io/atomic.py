@@ -50,7 +50,7 @@ def read_json_cache(file: Path) -> dict[str, Any]:
 def update_json_cache(file: Path, entries: Mapping[str, Any], *, max_entries: int = 1000) -> None:
     """Add entries to a JSON object that may be lost, and drop the oldest; do nothing if it cannot be written.
 
-    Of two processes that write at once, one loses its entries.
+    If two processes write at once, the entries of one are lost.
     """
     known = {name: value for name, value in read_json_cache(file).items() if name not in entries} | dict(entries)
     with suppress(OSError):

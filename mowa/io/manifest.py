@@ -37,8 +37,8 @@ class Manifest:
     folder            where it lies
     artifact          run (a trained checkpoint), adapter, checkpoint (merged, or written by `mowa export`), or export
     task, family      of the model
-    origin            name, source, revision and license of the model that it was made from; of an adapter, of its base,
-                      with the SHA-256 of its weights
+    origin            name, source, revision and license of the model that it was made from; for an adapter, those of
+                      its base, with the SHA-256 of its weights
     files             weights and graphs, relative to the folder → SHA-256
     package_versions  versions of the packages that wrote it; None: not installed
     sections          what only this kind has

@@ -27,9 +27,9 @@ ModelKind = Literal["snapshot", "converted", "onnx"]
 class CachedModel:
     """A model in the local cache.
 
-    name         Hub id; of a derived model, that of its source, or the source's folder
+    name         Hub id; for a derived model, the Hub id or folder of its source
     size_bytes   size on disk; snapshots of one repository may share files
-    model_type   of its config
+    model_type   model_type in its config
     revision     full commit id of a Hub model
     last_used_s  when its weights were last read, in seconds since 1970, as far as the file system records it
     kind         snapshot of the Hub; converted: safetensors converted from its pickles; onnx: export of it

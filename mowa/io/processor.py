@@ -56,7 +56,7 @@ def read_vocabulary(folder: Path, head_size: int, target_lang: str | None = None
 
     The blank is `pad_token_id` of config.json, or the tokenizer's pad token if that is missing. If they disagree, the
     config is used and a warning is logged, since the CTC loss was computed with it. Added tokens with ids beyond the
-    head are ignored. Of several languages (MMS), `target_lang` selects one; None is the tokenizer's target_lang.
+    head are ignored. `target_lang` selects one of several languages (MMS); None is the tokenizer's target_lang.
 
     Raises ModelError if vocab.json is missing, has several languages (MMS) and target_lang selects none, or does not
     match the head, or if there is no blank.

@@ -1,4 +1,4 @@
-"""Measure how far two models' outputs are apart, frame by frame (or token by token), without labels.
+"""Measure the difference between two models' outputs, frame by frame (or token by token), without labels.
 
     kl = mean over frames of Σ p (log p - log q),  p the reference's probabilities, q the candidate's
 

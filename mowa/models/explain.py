@@ -105,7 +105,7 @@ def build_on_meta(config: Any, family: Family) -> Any:
 
 
 def explain_modules(net: Any, family: Family, *, device: str, dtype: str) -> list[LayerExplanation]:
-    """Explain what is beside attention: norms, MLPs, loss and LoRA; of speech, inference on CPUs, packing, chunks.
+    """Explain all but attention: norms, MLPs, loss and LoRA, or for speech inference on CPUs, packing and chunks.
 
     Args:
         net: a speech or language model, which may be on the meta device.

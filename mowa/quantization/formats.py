@@ -259,7 +259,7 @@ def assign_weights(net: Any, linears: QuantizedLinears, other_tensors: Tensors) 
     Args:
         net: a transformers net on the meta device; changed in place.
         linears: module name → linear.
-        other_tensors: all other tensors of its state dict; of tied ones, at least one.
+        other_tensors: all other tensors of its state dict, with at least one of those that are tied.
 
     Raises:
         ModelError: a tensor is missing, unexpected or of the wrong shape.

@@ -37,14 +37,14 @@ def quantize(
     """Return `model` in `scheme`, with its adapter merged. `model` is not changed; unquantized tensors are shared.
 
     Args:
-        model: of speech or text. The copy is in float32 and on the CPU.
+        model: a speech or language model. The copy is in float32 and on the CPU.
         scheme: a `Scheme`, or a name that `schemes.parse_scheme` accepts.
         calibration_clips: preprocessed recordings, float32 [n] each, from `calibration.load_clips`.
         on_progress: called with the fraction done.
 
     Raises:
-        ModelError: the model is quantized already, or a matrix does not fit the scheme; of a language model, the
-            scheme needs calibration or quantizes inputs, or the model is a mixture of experts.
+        ModelError: the model is quantized already, or a matrix does not fit the scheme. Language models: the scheme
+            needs calibration or quantizes inputs, or the model is a mixture of experts.
         DataError: the scheme needs calibration clips and there are none.
     """
     scheme = schemes.parse_scheme(scheme, model.task) if isinstance(scheme, str) else scheme

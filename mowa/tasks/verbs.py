@@ -1,4 +1,4 @@
-"""What can be done with the models of each task, and the error for everything else."""
+"""List what models of each task support, and raise the error for everything else."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def to_audio_source(value: Any, *, sampling_rate: int | None = None, name: str =
     Args:
         value: a path; bytes or a binary file of any audio format; an array (numpy, torch, a list of floats), [n] or
             [channels, n]; or a row of `datasets`: {"array", "sampling_rate"}, {"path"}, {"bytes"}, {"audio": …}.
-        sampling_rate: of an array, in Hz.
+        sampling_rate: sampling rate of an array, in Hz.
 
     Raises:
         AudioError: another type, an array without a rate, or values that are no audio.
@@ -39,13 +39,13 @@ def to_audio_source(value: Any, *, sampling_rate: int | None = None, name: str =
     if hasattr(value, "read"):
         data = value.read()
         if not isinstance(data, bytes):
-            raise AudioError(f"{name}: the file is open as text. Open it with mode 'rb'.")
+            raise AudioError(f"{name}: the file is open as text: open it with mode 'rb'")
         return AudioBytes(str(getattr(value, "name", name)), data)
     if hasattr(value, "__array__") or isinstance(value, list | tuple):
         return _from_array(value, sampling_rate, name)
     raise AudioError(
-        f"{name}: {type(value).__name__} is not audio. Pass a path, bytes, an open file, an array with sampling_rate,"
-        " or a row of datasets."
+        f"{name}: {type(value).__name__} is not audio: pass a path, bytes, an open file, an array with sampling_rate,"
+        " or a row of datasets"
     )
 
 
@@ -61,29 +61,29 @@ def _from_row(row: Mapping[str, Any], sampling_rate: int | None, name: str) -> s
         return str(row["path"])
     if row.get("audio") is not None:
         return to_audio_source(row["audio"], sampling_rate=sampling_rate, name=name)
-    raise AudioError(f"{name}: a row without audio (keys {', '.join(row)}). Expected array, bytes, path or audio.")
+    raise AudioError(f"{name}: a row without audio (keys {', '.join(row)}): expected array, bytes, path or audio")
 
 
 def _from_array(value: Any, sampling_rate: int | None, name: str) -> AudioBytes:
     """Encode an array as WAV, exactly: float32, or int16 and int32 as they are."""
     if sampling_rate is None:
-        raise AudioError(f"{name}: an array has no sampling rate. Pass sampling_rate=16_000, or its own.")
+        raise AudioError(f"{name}: an array has no sampling rate: pass sampling_rate=16_000, or its own")
     low, high = RATE_RANGE_HZ
     if not low <= sampling_rate <= high:
-        raise AudioError(f"{name}: sampling_rate is {sampling_rate}; it must be {low} to {high} Hz.")
+        raise AudioError(f"{name}: sampling_rate is {sampling_rate}; it must be {low} to {high} Hz")
     array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     if array.ndim == 2 and array.shape[0] < array.shape[1]:
         array = array.T  # [channels, n], as in torchaudio
     if array.ndim not in (1, 2) or not array.size:
-        raise AudioError(f"{name}: an array of shape {list(array.shape)} is not audio. Pass [n] or [channels, n].")
+        raise AudioError(f"{name}: an array of shape {list(array.shape)} is not audio: pass [n] or [channels, n]")
     if array.dtype not in (np.int16, np.int32):
         if array.dtype.kind not in "fiu":
-            raise AudioError(f"{name}: an array of {array.dtype} is not audio. Pass float32 in -1 … 1, or int16.")
+            raise AudioError(f"{name}: an array of {array.dtype} is not audio: pass float32 in -1 … 1, or int16")
         if array.dtype.kind != "f":
-            raise AudioError(f"{name}: an array of {array.dtype} has no scale. Pass float32 in -1 … 1, or int16.")
+            raise AudioError(f"{name}: an array of {array.dtype} has no scale: pass float32 in -1 … 1, or int16")
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            raise AudioError(f"{name}: the array contains NaN or infinity. Check how it was made.")
+            raise AudioError(f"{name}: the array contains NaN or infinity: check how it was made")
     subtype = {"float32": "FLOAT", "int16": "PCM_16", "int32": "PCM_32"}[str(array.dtype)]
     encoded = io.BytesIO()
     soundfile.write(encoded, array, int(sampling_rate), format="WAV", subtype=subtype)

@@ -99,11 +99,11 @@ def split_corpus(
     Raises DataError for a malformed size, and if there are too few speakers or sentences for the splits.
     """
     if disjoint not in DISJOINT:
-        raise DataError(f"disjoint: {disjoint!r} is none of {', '.join(DISJOINT)}.")
+        raise DataError(f"disjoint: {disjoint!r} is none of {', '.join(DISJOINT)}")
     corpus = _build_corpus(tuple(examples), {"dev": dev, "test": test}, seed)
     if not any(corpus.speakers):
         if disjoint in ("speakers", "both"):
-            raise DataError(f"disjoint: {disjoint}: no recording has a speaker. Name the column with --speaker-by.")
+            raise DataError(f"disjoint: {disjoint}: no recording has a speaker: name the column with --speaker-by")
         return _finish(corpus, _assign(corpus, corpus.sentences), ("no recording has a speaker",))
     if disjoint == "speakers":
         return _finish(corpus, _assign(corpus, corpus.speakers), ())
@@ -132,7 +132,7 @@ def write_split(split: CorpusSplit, folder: Path) -> list[Path]:
     """
     files = {folder / f"{name}.jsonl": split[name] for name in SPLITS if split[name]}
     if existing := next((folder / f"{name}.jsonl" for name in SPLITS if (folder / f"{name}.jsonl").exists()), None):
-        raise DataError(f"{existing} exists. Delete it, or choose another folder.")
+        raise DataError(f"{existing} exists: delete it, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for file, examples in files.items():
         atomic_write(file, "".join(json.dumps(_to_row(one), ensure_ascii=False) + "\n" for one in examples))
@@ -151,13 +151,13 @@ def _build_corpus(examples: tuple[Example, ...], sizes: Mapping[Split, str], see
     for split, size in sizes.items():
         match = _SIZE.fullmatch(size.strip())
         if match is None:
-            raise DataError(f'{split}: {size!r} is no size. Write "5%", "2h", "30min" or a number of recordings.')
+            raise DataError(f'{split}: {size!r} is no size: write "5%", "2h", "30min" or a number of recordings')
         number, unit = float(match[1]), match[2]
         weights[split] = durations if unit else [1.0] * len(examples)
         scale = {"%": sum(durations) / 100, "h": 3600.0, "min": 60.0, "": 1.0}[unit]
         targets[split] = number * scale
         if targets[split] and targets[split] >= sum(weights[split]):
-            raise DataError(f"{split}: {size} leaves nothing of {len(examples)} recordings to train on.")
+            raise DataError(f"{split}: {size} leaves nothing of {len(examples)} recordings to train on")
     sentences = (normalize_text(example.text) or f"\0{number}" for number, example in enumerate(examples))
     speakers = (str(example.tags.get("speaker") or "") for example in examples)
     return _Corpus(examples, tuple(speakers), tuple(sentences), targets, weights, seed)
@@ -196,7 +196,7 @@ def _assign(corpus: _Corpus, names: Sequence[str], *, strict: bool = True) -> li
             splits[index] = split
     empty = [split for split in SPLITS if split not in splits and corpus.targets.get(split, 1.0)]
     if strict and empty:
-        raise DataError(f"{len(groups)} groups of recordings are too few: nothing is left for {', '.join(empty)}.")
+        raise DataError(f"{len(groups)} groups of recordings are too few: nothing is left for {', '.join(empty)}")
     return splits
 
 
@@ -253,7 +253,7 @@ def _drop_conflicts(corpus: _Corpus) -> list[Split]:
     if missed and empty:
         raise DataError(
             f"disjoint: both: {len(by_speaker)} speakers and {len(by_sentence)} sentences are too few: nothing is left"
-            f" for {', '.join(empty)}. Use speakers or sentences."
+            f" for {', '.join(empty)}; use speakers or sentences"
         )
     return best
 

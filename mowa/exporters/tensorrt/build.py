@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-DIFF_FILE = "diff.py"  # mowa/models/diff.py, which measures how far two models are apart
+DIFF_FILE = "diff.py"  # mowa/models/diff.py, which measures the difference between two models' outputs
 
 
 def build_engine(folder: Path) -> bytes:

@@ -46,7 +46,7 @@ class PositionLayer:
     channels_first: bool  # whether `module` takes [B, D, T]
 
     def __call__(self, states: Tensor) -> Tensor:
-        """[B, T, D] → [B, T, D]."""
+        """Compute the positions of hidden states, [B, T, D] → [B, T, D]."""
         if self.channels_first:
             return self.module(states.transpose(1, 2)).transpose(1, 2)
         out: Tensor = self.module(states)

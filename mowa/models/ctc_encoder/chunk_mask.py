@@ -178,7 +178,7 @@ class _ChunkHooks:
         return out
 
     def drop_lookahead(self, states: Tensor) -> Tensor:
-        """[B, N, D] → [B, T, D]; states that have T frames already are returned as they are."""
+        """Drop the look-ahead frames, [B, N, D] → [B, T, D]; return states that have T frames already as they are."""
         return states[:, self.layout.is_main] if states.shape[1] == len(self.layout.is_main) else states
 
     def mask_attention(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

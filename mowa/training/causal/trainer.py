@@ -1,4 +1,4 @@
-"""What the training loop (`mowa.training.loop`) needs to fine-tune a language model by a `CausalRecipe`.
+"""Set up the stock trainer for a `CausalRecipe` and define its TASK for the training loop (`mowa.training.loop`).
 
 TRL's stock `SFTTrainer` trains. Batches are planned before the first step and packed without padding; a resumed run has
 the same ones. `dataset` says which tokens are trained; `mowa.models.causal.accelerate` makes the net faster.

@@ -75,7 +75,7 @@ def save(run: CTCRun, output_dir: Path, measured: Measured) -> None:
 def verify(run: CTCRun, output_dir: Path, measured: Measured) -> dict[str, Any]:
     """Load what `save` wrote, compare it with the trained net on a few short dev clips, and return the report.
 
-    Of one process, the net in memory is compared, in float32, and then moved to the CPU.
+    In a single process, the net in memory is compared in float32 and then moved to the CPU.
 
     Raises:
         TrainingStopped: vocabulary or log-probabilities differ.

@@ -1,4 +1,4 @@
-"""What the training loop (`mowa.training.loop`) needs to fine-tune a CTC checkpoint by a `CTCRecipe`.
+"""Set up the stock trainer for a `CTCRecipe` and define its TASK for the training loop (`mowa.training.loop`).
 
 The stock `transformers.Trainer` trains. Batch i, its masks and its augmentation depend on the seed and i alone, so a
 resumed run has the same ones.
