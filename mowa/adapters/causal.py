@@ -113,7 +113,9 @@ def load_adapter(model: CausalModel, folder: str | Path) -> CausalModel:
     tokenizer = copy.copy(model.tokenizer)
     if (folder / CHAT_TEMPLATE_FILE).is_file():
         tokenizer.chat_template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
-    return replace(model, net=net.eval().requires_grad_(False), processor=TextProcessor(tokenizer))
+    suffix = folder.resolve().name
+    origin = replace(model.origin, name=f"{model.origin.name}+{suffix}", source=f"{model.origin.source}+{suffix}")
+    return replace(model, net=net.eval().requires_grad_(False), origin=origin, processor=TextProcessor(tokenizer))
 
 
 def merge_adapter(model: CausalModel, dtype: str = "auto") -> CausalModel:

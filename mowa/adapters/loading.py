@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from safetensors import SafetensorError
 
 from mowa.adapters import causal, checkpoint, lora, merge
 from mowa.errors import ModelError
@@ -110,19 +114,39 @@ def _load_peft_adapter(model: ModelT, folder: Path) -> ModelT:
     if not (folder / PEFT_WEIGHTS_FILE).is_file():
         raise ModelError(f"{folder} has no {PEFT_WEIGHTS_FILE}: save it again with PEFT's save_pretrained")
     log.info("%s was written by PEFT: that %s is its base model is not checked", folder, model.origin.name)
-    net = checkpoint.copy_sharing_weights(model.net)
+    net = copy.deepcopy(model.net) if _writes_base(config) else checkpoint.copy_sharing_weights(model.net)
     try:
         if model.task == "causal":
             net = lora.load_peft_model(net, folder, autocast_adapter_dtype=False)
+            _validate_tensors(net, folder)
         else:
             _insert_peft_lora(cast(CTCModel, model), net, folder)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
+    except (RuntimeError, ValueError, KeyError, TypeError, re.error, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise ModelError(f"{folder} does not fit {model.origin.name}: {reason}") from error
     net.mowa_adapter = str(folder)
     suffix = folder.resolve().name
     origin = replace(model.origin, name=f"{model.origin.name}+{suffix}", source=f"{model.origin.source}+{suffix}")
     return replace(model, net=net.eval().requires_grad_(False), origin=origin)
+
+
+def _writes_base(config: dict[str, Any]) -> bool:
+    """Return whether PEFT writes into tensors of the base model when it loads this adapter."""
+    plain_init = config.get("init_lora_weights", True) in (True, False, "gaussian")
+    return config.get("bias", "none") != "none" or not plain_init
+
+
+def _validate_tensors(net: Any, folder: Path) -> None:
+    """Raise ValueError if the file lacks tensors of the adapter, or has others, which PEFT ignores."""
+    from safetensors import safe_open
+
+    with safe_open(folder / PEFT_WEIGHTS_FILE, "pt") as file:
+        found = set(file.keys())
+    expected = set(lora.import_peft().get_peft_model_state_dict(net, save_embedding_layers=False))
+    embeddings = {name for name in found - expected if ".lora_" not in name and name.endswith(".weight")}
+    for problem, names in (("missing", expected - found), ("unexpected", found - expected - embeddings)):
+        if names:
+            raise ValueError(f"{min(names)} is {problem}")
 
 
 def _insert_peft_lora(model: CTCModel, net: Any, folder: Path) -> None:

@@ -178,7 +178,7 @@ def explain(
     """Explain which implementation each layer of a model would use, and why. Weights are not loaded.
 
     Args:
-        name: as in `load`; only the config files of a Hub model are downloaded.
+        name: as in `load`; only the config files of a Hub model are downloaded. An adapter is that of its base model.
         seq_length: sequence length in tokens.
         device: cpu, cuda, or cuda:8.0 (that compute capability); empty: this machine's.
         dtype: compute dtype.
@@ -187,8 +187,9 @@ def explain(
 
     Raises: ModelError as `load`.
     """
-    folder = fetch_config(str(name), offline=offline)
-    family = read_family(folder, str(name))
+    base = read_base_name(Path(name)) if is_adapter(Path(name)) else str(name)
+    folder = fetch_config(base, offline=offline)
+    family = read_family(folder, base)
     config, device = load_config(folder, family), device or default_device()
     rows = explain_layers(config, family, length=seq_length, device=device, dtype=dtype, packed=packing)
     if family.task in ("ctc", "causal"):

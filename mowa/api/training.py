@@ -54,6 +54,8 @@ def train(
     loaded = model if isinstance(model, Model) else None
     name = model if loaded is None else _load_name(loaded)
     named = {"model": name, "data.train": data, "data.dev": dev, "data.test": test, "method": method}
+    if loaded is not None and loaded.origin.target_lang:
+        named["target_lang"] = loaded.origin.target_lang
     overrides = {key: value for key, value in named.items() if value is not None}
     found = read_recipe(recipe, **overrides, **options)
     return Run(dispatch.train(found, Path(out), model=loaded, threads=threads))

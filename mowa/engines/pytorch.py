@@ -5,10 +5,12 @@ Adapters are separate engines that share the base model's weights; `PyTorchEngin
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 
 from mowa import hardware
+from mowa.adapters.checkpoint import copy_sharing_weights
 from mowa.adapters.loading import load_adapter
 from mowa.decode.stream import LogProbs, Samples
 from mowa.engines.protocol import BatchPolicy, ChunkStep, FloatArray
@@ -149,8 +152,11 @@ def open_engine(
     dtype: str = "auto",
     threads: int | None = None,
     adapters: Mapping[str, str | Path] | None = None,
+    from_disk: bool = False,
 ) -> PyTorchEngine:
-    """Move the model (or the one in a folder) to a device and dtype, in place, and return its engine.
+    """Return the engine of a model, or of the one in a folder, on a device and in a dtype. The model does not change.
+
+    Weights that need another device or dtype are copied; with `from_disk`, they are converted in place.
 
     device: "auto" is a GPU if there is one. dtype: "auto" is the dtype that `hardware` measured to be fastest; for a
     model whose scheme quantizes activations it is int8 where the CPU supports it. Another dtype computes with the
@@ -162,7 +168,7 @@ def open_engine(
     if dtype not in (dtypes := ENGINES.get("pytorch").dtypes):
         raise ModelError(f"unknown dtype {dtype!r}: use {', '.join(dtypes)}")
     if isinstance(model, Path):
-        model = load(str(model))
+        model, from_disk = load(str(model)), True
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
@@ -170,14 +176,24 @@ def open_engine(
     if device == "cpu":
         torch.set_num_threads(threads or hardware.cpu_count())
     precision = _precision(model, device, dtype)
+    torch_dtype = torch.float32 if precision.dtype == "int8" else getattr(torch, precision.dtype)
+    if not from_disk:
+        model = replace(model, net=_copy(model.net, torch.device(device), torch_dtype))
     try:
         precompute_absolute_positions(model.net)
-        model.net.to(device, torch.float32 if precision.dtype == "int8" else getattr(torch, precision.dtype))
+        model.net.to(device, torch_dtype)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device!r} cannot be used ({str(error).splitlines()[0]})") from None
     plan = _plan(model, device, precision)
     base = PyTorchEngine(model, device, precision, _batch_policy(model, device, precision, plan), plan)
     return replace(base, adapters={name: base.with_adapter(Path(folder)) for name, folder in (adapters or {}).items()})
+
+
+def _copy(net: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a copy of `net` whose conversion leaves `net` as it is; weights are shared if none is converted."""
+    floating = [value for value in chain(net.parameters(), net.buffers()) if value.is_floating_point()]
+    same = all(value.dtype == dtype and value.device.type == device.type for value in floating)
+    return copy_sharing_weights(net) if same else copy.deepcopy(net)
 
 
 def _precision(model: CTCModel, device: str, dtype: str) -> hardware.Precision:

@@ -19,7 +19,8 @@ class EngineInfo:
 
     name             unique name, for `--engine`
     open             "module:function": (source, *, device, dtype, threads) → an `Engine`. `source` is the folder of an
-                     export in one of `artifact_formats`; with the capability `models`, also a `CTCModel`
+                     export in one of `artifact_formats`; with the capability `models`, also a `CTCModel`, and then
+                     with `from_disk` (see `selection`): unless it is true, the model must not change
     artifact_formats formats of exports that it opens
     capabilities     `models`: opens models that are not exported; `adapters`: has `with_adapter`; `emissions`:
                      log-probabilities of clips; `step`: has `chunk_step`, for cached streaming; `cache`: exports models

@@ -62,9 +62,10 @@ def select_engine(
 
     Args:
         name: an engine that opens models, or auto: PyTorch, unless an export of this model is in the cache (`--engine
-            onnx` puts it there), supports the dtype and device, and is faster. The net may be converted in place.
-        from_disk: the model was loaded by name and has not changed since: its export in the cache is found by the
-            checksums of its files. Otherwise its weights are hashed, which finds what changed in memory too.
+            onnx` puts it there), supports the dtype and device, and is faster.
+        from_disk: the model was loaded by name for this engine and has not changed since: its net may be converted in
+            place, and its export in the cache is found by the checksums of its files. Otherwise its weights are
+            copied where they need another dtype, and hashed, which finds what changed in memory too.
 
     Raises ModelError for an unknown name and for a device or dtype that the engine does not support.
     """
@@ -134,8 +135,7 @@ def _open(
     info: EngineInfo, model: CTCModel, options: dict[str, Any], adapter: str | Path | None, from_disk: bool
 ) -> Any:
     """Open the engine of a model with an adapter: the engine's own way, or else loaded over the model before."""
-    if "cache" in info.capabilities:
-        options = options | {"from_disk": from_disk}
+    options = options | {"from_disk": from_disk}
     opened = import_function(info.open)
     if adapter is None:
         return opened(model, **options)

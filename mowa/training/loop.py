@@ -10,6 +10,7 @@ resumes from the last complete checkpoint in its folder; on a CPU it ends with b
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,13 +18,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 from transformers import set_seed
 
 from mowa import hardware
 from mowa.adapters import freeze
-from mowa.errors import MissingDependency, RecipeError
+from mowa.errors import MissingDependency, RecipeError, TrainingStopped
 from mowa.io.hub import hide_progress_bars
 from mowa.kernels.quant.linear import QuantizedLinear
 from mowa.training import resources
@@ -33,6 +35,10 @@ from mowa.training.monitor.progress import ProgressReporter
 from mowa.training.run_dir import RUN_FOLDER, find_last_checkpoint, is_finished, lock_run_dir, mark_finished
 from mowa.training.save import finalize_run, replace_parameters
 from mowa.types import AnyModel
+
+MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "mowa.json")
+REJECTED_FOLDER = "rejected"  # in the run folder
+_TRAINED: WeakSet[Any] = WeakSet()  # nets whose weights are no longer those of their checkpoint
 
 DataT = TypeVar("DataT")
 RunT = TypeVar("RunT")
@@ -116,6 +122,10 @@ def train(
         mark_finished(run_dir)  # deletes checkpoints, where the run was killed while it did
         print(f"{output_dir}: this run is already finished", file=sys.stderr)
         return output_dir
+    if model.net in _TRAINED:
+        raise RecipeError(f"{recipe.model} was trained in this process already: load it again, or name it")
+    if not run_dir.exists():
+        _validate_output_dir(output_dir)
     run = prepare(task, recipe, model, output_dir)
     fit = resources.check_resources(run, output_dir, saves_frozen=task.saves_frozen(run))
     with lock_run_dir(recipe, run_dir):
@@ -124,6 +134,8 @@ def train(
         with hide_progress_bars(), task.session(run, output_dir, resume_from) as session:
             trainer, net = session.trainer, run.model.net
             _print_plan(run, [*session.plan, fit], resume_from)
+            _TRAINED.add(run.model.net)
+            _TRAINED.add(model.net)
             try:
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
                 measured = session.measure()
@@ -141,8 +153,13 @@ def train(
                 "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
                 "num_trainable_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
             }
+        before = set(output_dir.iterdir())
         task.save(run, output_dir, measured)
-        entries = task.verify(run, output_dir, measured)
+        try:
+            entries = task.verify(run, output_dir, measured)
+        except TrainingStopped:
+            _set_aside(set(output_dir.iterdir()) - before, run_dir / REJECTED_FOLDER)
+            raise
         versions = {name: hardware.installed_version(name) for name in ("mowa", "torch", *task.versions)}
         best_step = None if recipe.optimizer.ema_decay else trainer.state.best_global_step
         report |= entries | {"versions": versions}
@@ -165,6 +182,23 @@ def prepare(task: Task[Any, RunT, Any], recipe: Any, model: AnyModel, output_dir
     data = task.read_data(recipe, model, output_dir)
     set_seed(recipe.optimizer.seed)
     return task.prepare(recipe, model, data)
+
+
+def _validate_output_dir(output_dir: Path) -> None:
+    """Raise RecipeError if the folder of a new run holds a model, whose files would mix with those of the run."""
+    found = sorted(file.name for pattern in MODEL_FILES for file in output_dir.glob(pattern))
+    if found:
+        raise RecipeError(
+            f"{output_dir} holds another model ({', '.join(found[:3])}): choose another folder, or delete its files"
+        )
+
+
+def _set_aside(files: set[Path], folder: Path) -> None:
+    """Move a model that differs from the trained one where nothing loads it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in files:
+        file.rename(folder / file.name)
 
 
 def _require_packages(task: Task[Any, Any, Any]) -> None:
