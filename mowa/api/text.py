@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, Unpack, overload
 
@@ -12,7 +13,7 @@ from mowa.api.models import Run, resolve_model
 from mowa.api.options import GenerateOptions
 from mowa.engines import generation
 from mowa.engines.generation import GenerationSettings, Prompt
-from mowa.errors import DataError
+from mowa.errors import DataError, ModelError
 from mowa.tasks.verbs import require_causal
 from mowa.types import CausalModel, Generation
 
@@ -68,13 +69,11 @@ def generate(
         DataError: a prompt is empty or longer than the model's context, its messages do not fit the template, or
             `system` is given with chat=False.
     """
-    if threads:
-        torch.set_num_threads(threads)
+    options = _to_settings(settings)
+    single, prompts = _list_prompts(prompt)
+    prompts = [_with_system(one, system) for one in prompts]
+    set_threads(threads)
     loaded = require_causal(resolve_model(model), "generate")
-    options = GenerationSettings(**{**settings, "stop": _as_tuple(settings.get("stop", ()))})
-    single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
-    given: Any = [prompt] if single else prompt
-    prompts = [_with_system(one, system) for one in given]
     if system and chat is False:
         raise DataError("a system message needs the chat template: omit chat=False, or system")
     if stream:
@@ -85,8 +84,41 @@ def generate(
     return answers[0] if single else answers
 
 
-def _as_tuple(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def set_threads(threads: int | None) -> None:
+    """Set torch's CPU threads; None: leave them. Raises ModelError if it is no number of threads."""
+    if threads is None:
+        return
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        raise ModelError(f"threads is {threads!r}: it must be a whole number, at least 1")
+    torch.set_num_threads(threads)
+
+
+def _to_settings(settings: dict[str, Any]) -> GenerationSettings:
+    known = [one.name for one in fields(GenerationSettings)]
+    if unknown := next((name for name in settings if name not in known), None):
+        raise ModelError(f"generate has no setting {unknown!r}: the settings are {', '.join(known)}")
+    stop = settings.get("stop")
+    if stop is not None and not isinstance(stop, str | Iterable):
+        raise ModelError(f"stop is {stop!r}: it must be a text or a list of texts")
+    texts = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    return GenerationSettings(**{**settings, "stop": texts})
+
+
+def _list_prompts(prompt: Any) -> tuple[bool, list[Any]]:
+    """Return whether there is one prompt, and the list of prompts."""
+    if isinstance(prompt, str):
+        return True, [str(prompt)]
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray | Mapping):
+        raise DataError(
+            f"the prompt is of type {type(prompt).__name__}: give a text, a list of messages, or a list of either"
+        )
+    given = list(prompt)
+    if given and isinstance(given[0], Mapping):
+        return True, [given]
+    for one in given:
+        if not isinstance(one, str | Sequence) or isinstance(one, bytes | bytearray):
+            raise DataError(f"a prompt is a text or a list of messages, not {type(one).__name__}")
+    return False, [str(one) if isinstance(one, str) else one for one in given]
 
 
 def _with_system(prompt: Prompt, system: str) -> Prompt:

@@ -8,9 +8,11 @@ are text. Prompts of a batch are padded on the left.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from queue import Queue
 from threading import Event, Thread
 from typing import Any
@@ -35,7 +37,7 @@ class GenerationSettings:
     top_p               draw from the fewest tokens that have this probability together
     top_k               draw from this many tokens; 0: all
     repetition_penalty  1: none
-    stop                strings that end an answer, and are not part of it
+    stop                strings that end an answer, and are not part of it; one may be a special token
     seed                seed of the draws. One seed gives one answer per prompt, machine and batch
     """
 
@@ -49,6 +51,17 @@ class GenerationSettings:
 
 
 DEFAULT_SETTINGS = GenerationSettings()
+ONE_SEQUENCE = {  # what a model's generation_config.json must not change: one answer per prompt, our stop strings
+    "num_return_sequences": 1,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+UNSET = ("stop_strings", "prompt_lookup_num_tokens")  # as above, but transformers takes None of a config for unset
 
 
 def generate(
@@ -59,24 +72,32 @@ def generate(
     chat: bool | None = None,
     batch_size: int = 8,
 ) -> list[Generation]:
-    """Return the answer to each prompt, in order.
+    """Return the answer to each prompt, in order: the one that it gets alone.
 
     Args:
         model: the language model.
         prompts: texts, or conversations (lists of messages, with the roles system, user, assistant and tool).
         settings: how tokens are chosen.
         chat: put a text into the chat template, as a user's message; None: if the model has a template.
-        batch_size: prompts generated together.
+        batch_size: prompts generated together. Those whose context has no room for `max_new_tokens` are alone.
 
     Raises:
         DataError: a prompt is empty or longer than the model's context, or there is no chat template for messages.
         ModelError: a setting is out of range.
     """
+    _validate(model, settings)
+    if not _is_int(batch_size) or batch_size < 1:
+        raise ModelError(f"batch_size is {batch_size!r}: it must be a whole number, at least 1")
     encoded = [encode(model, prompt, chat=chat) for prompt in prompts]
-    answers: list[Generation] = []
-    for start in range(0, len(encoded), batch_size):
-        answers += _generate_batch(model, encoded[start : start + batch_size], settings)
-    return answers
+    limits = [_limit(model, prompt, settings) for prompt in encoded]
+    full = [index for index, limit in enumerate(limits) if limit == settings.max_new_tokens]
+    groups = [full[start : start + batch_size] for start in range(0, len(full), batch_size)]
+    groups += [[index] for index, limit in enumerate(limits) if limit != settings.max_new_tokens]
+    answers: dict[int, Generation] = {}
+    for group in sorted(groups):
+        found = _generate_batch(model, [encoded[index] for index in group], limits[group[0]], settings)
+        answers |= zip(group, found, strict=True)
+    return [answers[index] for index in range(len(encoded))]
 
 
 def stream_text(
@@ -86,8 +107,9 @@ def stream_text(
 
     Closing the iterator ends the generation after the current token. Raises as `generate`, before the first piece.
     """
+    _validate(model, settings)
     ids = encode(model, prompt, chat=chat)
-    config = _generation_config(model, [ids], settings)
+    config = _generation_config(model, _limit(model, ids, settings), settings)
     return _stream(model, ids, config, settings)
 
 
@@ -102,70 +124,86 @@ def encode(model: CausalModel, prompt: Prompt, *, chat: bool | None = None) -> l
             eos = tokenizer.eos_token_id
             return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
         prompt = [{"role": "user", "content": prompt}]
+    _validate_messages(prompt)
     return encode_prompt(tokenizer, prompt)
 
 
-def _generate_batch(model: CausalModel, prompts: list[list[int]], settings: GenerationSettings) -> list[Generation]:
-    config = _generation_config(model, prompts, settings)
+def _validate_messages(messages: Any) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, bytes | bytearray):
+        raise DataError(f"a prompt is a text or a list of messages, not {type(messages).__name__}")
+    if not messages:
+        raise DataError("the prompt has no messages")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise DataError(f"message {number} is a {type(message).__name__}: a message has a role and a content")
+        if not isinstance(message.get("role"), str):
+            raise DataError(f"message {number} has no role: system, user, assistant or tool")
+        content = message.get("content")
+        if not isinstance(content, str | list | tuple) and not (content is None and message.get("tool_calls")):
+            found = "no content" if content is None else f"a content of type {type(content).__name__}"
+            raise DataError(f"message {number} ({message['role']}) has {found}: it must be a text")
+
+
+def _generate_batch(
+    model: CausalModel, prompts: list[list[int]], max_new_tokens: int, settings: GenerationSettings
+) -> list[Generation]:
+    config = _generation_config(model, max_new_tokens, settings)
     inputs = _pad_left(prompts, pad_token_id(model.tokenizer), model.net.device)
+    stopping = _Stopping(model, settings)
     with _seeded(settings.seed, model.net.device), torch.inference_mode():
-        out = model.net.generate(**inputs, generation_config=config, **_stop_options(model, settings))
+        out = model.net.generate(**inputs, generation_config=config, **_unset(model), **stopping.options())
     width = inputs["input_ids"].shape[1]
     return [
-        _finish(model, prompt, row[width:].tolist(), settings, config.max_new_tokens)
-        for prompt, row in zip(prompts, out, strict=True)
+        _finish(model, prompt, row[width:].tolist(), stopping.lengths.get(index), settings)
+        for index, (prompt, row) in enumerate(zip(prompts, out, strict=True))
     ]
 
 
 def _finish(
-    model: CausalModel, prompt: list[int], ids: list[int], settings: GenerationSettings, max_new_tokens: int
+    model: CausalModel, prompt: list[int], ids: list[int], stopped_at: int | None, settings: GenerationSettings
 ) -> Generation:
-    ends = set(eos_token_ids(model))
+    """Return the answer of a row, which may go on with padding after an end token or after `stopped_at` tokens."""
+    ids, ends = ids[:stopped_at], _end_ids(model, settings)
     count = next((index for index, one in enumerate(ids) if one in ends), None)
     kept = ids if count is None else ids[:count]
     text = _decode(model.tokenizer, kept)
     cut = _first_stop(text, settings.stop)
-    stopped = count is not None or cut is not None
-    if cut is not None and count is None:  # the rest of a batch went on: padding follows
-        kept = _trim_padding(kept, pad_token_id(model.tokenizer))
     return Generation(
         text=text if cut is None else text[:cut],
         prompt_tokens=len(prompt),
-        completion_tokens=min(len(kept) + (count is not None), max_new_tokens),
-        finish_reason="stop" if stopped else "length",
+        completion_tokens=len(kept) + (count is not None),
+        finish_reason="length" if count is None and cut is None else "stop",
     )
 
 
-def _trim_padding(ids: list[int], pad: int) -> list[int]:
-    end = len(ids)
-    while end and ids[end - 1] == pad:
-        end -= 1
-    return ids[:end]
-
-
-def _generation_config(model: CausalModel, prompts: list[list[int]], settings: GenerationSettings) -> Any:
-    """Return transformers' config of a call. Raises DataError for a prompt without room for an answer."""
-    _validate(settings)
-    config = copy.deepcopy(model.net.generation_config)
+def _limit(model: CausalModel, prompt: list[int], settings: GenerationSettings) -> int:
+    """Return how many tokens the answer may have. Raises DataError for a prompt without room for an answer."""
     context = getattr(model.net.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompts))
-    max_new_tokens = settings.max_new_tokens
-    if context is not None:
-        if longest >= context:
-            raise DataError(
-                f"the prompt has {longest:,} tokens, and {model.origin.name} reads at most {context:,} with its answer:"
-                " shorten it"
-            )
-        max_new_tokens = min(max_new_tokens, context - longest)
-    config.max_new_tokens, config.max_length = max_new_tokens, None
-    config.eos_token_id = list(eos_token_ids(model)) or None
-    config.pad_token_id = pad_token_id(model.tokenizer)
-    for name in ("top_p", "top_k", "repetition_penalty"):
-        if (value := getattr(settings, name)) is not None:
+    if context is None:
+        return settings.max_new_tokens
+    if len(prompt) >= context:
+        raise DataError(
+            f"the prompt has {len(prompt):,} tokens, and {model.origin.name} reads at most {context:,} with its answer:"
+            " shorten it"
+        )
+    return min(settings.max_new_tokens, context - len(prompt))
+
+
+def _generation_config(model: CausalModel, max_new_tokens: int, settings: GenerationSettings) -> Any:
+    """Return transformers' config of a call."""
+    config = copy.deepcopy(model.net.generation_config)
+    for name, value in ONE_SEQUENCE.items():
+        if hasattr(config, name):
             setattr(config, name, value)
+    config.max_new_tokens, config.max_length = int(max_new_tokens), None
+    config.eos_token_id = sorted(_end_ids(model, settings)) or None
+    config.pad_token_id = pad_token_id(model.tokenizer)
+    for name, kind in (("top_p", float), ("top_k", int), ("repetition_penalty", float)):
+        if (value := getattr(settings, name)) is not None:
+            setattr(config, name, kind(value))
     if settings.temperature is not None:
         config.do_sample = settings.temperature > 0
-        config.temperature = settings.temperature or None
+        config.temperature = float(settings.temperature) or None
     elif settings.top_p is not None or settings.top_k is not None:
         config.do_sample = True
     if not config.do_sample:
@@ -173,17 +211,55 @@ def _generation_config(model: CausalModel, prompts: list[list[int]], settings: G
     return config
 
 
-def _validate(settings: GenerationSettings) -> None:
-    if settings.max_new_tokens < 1:
-        raise ModelError(f"max_new_tokens is {settings.max_new_tokens}: it must be at least 1")
+def _unset(model: CausalModel) -> dict[str, None]:
+    """Return arguments of transformers' `generate` that override what its own config of the model says."""
+    return {name: None for name in UNSET if getattr(model.net.generation_config, name, None) is not None}
+
+
+def _validate(model: CausalModel, settings: GenerationSettings) -> None:
+    """Raise ModelError for the first setting that is out of range."""
+    for name, least in (("max_new_tokens", 1), ("top_k", 0), ("seed", None)):
+        value = getattr(settings, name)
+        if value is None and name != "max_new_tokens":
+            continue
+        if not _is_int(value):
+            raise ModelError(f"{name} is {value!r}: it must be a whole number")
+        if least is not None and value < least:
+            raise ModelError(f"{name} is {value}: it must be at least {least}")
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        value = getattr(settings, name)
+        if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value)):
+            raise ModelError(f"{name} is {value!r}: it must be a finite number")
     if settings.temperature is not None and settings.temperature < 0:
         raise ModelError(f"temperature is {settings.temperature:g}: it must not be negative")
     if settings.top_p is not None and not 0 < settings.top_p <= 1:
         raise ModelError(f"top_p is {settings.top_p:g}: it must be above 0 and at most 1")
     if settings.repetition_penalty is not None and settings.repetition_penalty <= 0:
         raise ModelError(f"repetition_penalty is {settings.repetition_penalty:g}: it must be above 0")
-    if "" in settings.stop:
-        raise ModelError("stop: an empty string would end every answer at once")
+    specials = _specials(model.tokenizer)
+    for one in settings.stop:
+        if not isinstance(one, str):
+            raise ModelError(f"stop: {one!r} is not a text")
+        if not one:
+            raise ModelError("stop: an empty string would end every answer at once")
+        if one not in specials and (special := next((word for word in specials if word in one), None)):
+            raise ModelError(f"stop: {one!r} has the special token {special!r} in it, which is no text: give it alone")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _specials(tokenizer: Any) -> dict[str, int]:
+    """Return the special tokens, which are left out of text, and their ids."""
+    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def _end_ids(model: CausalModel, settings: GenerationSettings) -> set[int]:
+    """Return the tokens that end an answer: the model's, and special tokens among the stop strings."""
+    specials = _specials(model.tokenizer)
+    return {*eos_token_ids(model), *(specials[one] for one in settings.stop if one in specials)}
 
 
 def _pad_left(prompts: list[list[int]], pad: int, device: Any) -> dict[str, Tensor]:
@@ -194,8 +270,36 @@ def _pad_left(prompts: list[list[int]], pad: int, device: Any) -> dict[str, Tens
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
-def _stop_options(model: CausalModel, settings: GenerationSettings) -> dict[str, Any]:
-    return {"stop_strings": list(settings.stop), "tokenizer": model.tokenizer} if settings.stop else {}
+class _Stopping:
+    """A stopping criterion of transformers' `generate`: ends each row whose answer has a stop string in its text.
+
+    `lengths` are the numbers of tokens of the answers that it ended, by row.
+    """
+
+    def __init__(self, model: CausalModel, settings: GenerationSettings) -> None:
+        self.lengths: dict[int, int] = {}
+        self._model, self._settings = model, settings
+        self._ends = _end_ids(model, settings)
+        self._texts: list[_TextStream] = []
+        self._ended: set[int] = set()
+        self._length = 0
+
+    def options(self) -> dict[str, Any]:
+        return {"stopping_criteria": [self]} if self._settings.stop else {}
+
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
+        self._texts = self._texts or [_TextStream(self._model.tokenizer, self._settings.stop) for _ in input_ids]
+        self._length += 1
+        for index, token in enumerate(input_ids[:, -1].tolist()):
+            if index in self._ended:
+                continue
+            if token not in self._ends:
+                self._texts[index].push(token)
+            if self._texts[index].stopped:
+                self.lengths[index] = self._length
+            if token in self._ends or index in self.lengths:
+                self._ended.add(index)
+        return torch.tensor([index in self.lengths for index in range(len(input_ids))], device=input_ids.device)
 
 
 @contextmanager
@@ -232,9 +336,12 @@ def _stream(model: CausalModel, ids: list[int], config: Any, settings: Generatio
                 model.net.generate(
                     **_pad_left([ids], 0, model.net.device),
                     generation_config=config,
+                    **_unset(model),
                     streamer=_TokenQueue(tokens),
-                    stopping_criteria=[lambda input_ids, scores, **_: _done(input_ids, cancelled.is_set())],
-                    **_stop_options(model, settings),
+                    stopping_criteria=[
+                        lambda input_ids, scores, **_: _done(input_ids, cancelled.is_set()),
+                        *_Stopping(model, settings).options().get("stopping_criteria", []),
+                    ],
                 )
             tokens.put(None)
         except BaseException as error:  # raised by the thread that reads
@@ -243,7 +350,7 @@ def _stream(model: CausalModel, ids: list[int], config: Any, settings: Generatio
     thread = Thread(target=run, name="mowa-generate", daemon=True)
     thread.start()
     text = _TextStream(model.tokenizer, settings.stop)
-    ends = set(eos_token_ids(model))
+    ends = _end_ids(model, settings)
     try:
         while isinstance(item := tokens.get(), int):
             if item not in ends and (piece := text.push(item)):
@@ -281,17 +388,21 @@ class _TextStream:
     """Turns tokens into text that will not change, and withholds what may be the beginning of a stop string.
 
     A token may be part of a character, and its text may depend on the tokens before it: the text of the last few tokens
-    is decoded with and without the new one, and the difference is new text.
+    is decoded with and without the new one, and the difference is new text. Special tokens have no text; without them,
+    the last few tokens always have some, and what a decoder strips from the beginning of a text is never new.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self._tokenizer, self._stop = tokenizer, stop
+        self._specials = frozenset(_specials(tokenizer).values())
         self._ids: list[int] = []
         self._start = self._read = 0
-        self._held, self._stopped = "", False
+        self._held, self.stopped = "", False
 
     def push(self, token: int) -> str:
         """Return the text that is certain after one more token."""
+        if token in self._specials:
+            return ""
         self._ids.append(token)
         text = _decode(self._tokenizer, self._ids[self._start :])
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -301,7 +412,7 @@ class _TextStream:
     def finish(self) -> str:
         """Return the rest of the text."""
         text = self._advance(_decode(self._tokenizer, self._ids[self._start :]))
-        rest = self._release(text) + ("" if self._stopped else self._held)
+        rest = self._release(text) + ("" if self.stopped else self._held)
         self._held = ""
         return rest
 
@@ -311,11 +422,11 @@ class _TextStream:
         return text[len(before) :]
 
     def _release(self, text: str) -> str:
-        if self._stopped:
+        if self.stopped:
             return ""
         held = self._held + text
         if (cut := _first_stop(held, self._stop)) is not None:
-            self._stopped, self._held = True, ""
+            self.stopped, self._held = True, ""
             return held[:cut]
         longest = max(map(len, self._stop), default=1) - 1
         keep = next(

@@ -1,11 +1,14 @@
 """Text generation: transformers' own answers, whatever the batch, as text and as a stream."""
 
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mowa
 from mowa import loading
 from mowa.engines import generation
 from mowa.engines.generation import GenerationSettings
@@ -119,6 +122,13 @@ def test_an_answer_fits_into_the_context(model):
         ({"top_p": 0.0}, "top_p is 0"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"stop": ("",)}, "stop: an empty string"),
+        ({"stop": (1,)}, "stop: 1 is not a text"),
+        ({"stop": ("a<|im_end|>",)}, r"has the special token '<\|im_end\|>' in it"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5: it must be a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens is None"),
+        ({"temperature": float("nan")}, "temperature is nan: it must be a finite number"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_k": -1}, "top_k is -1"),
     ],
 )
 def test_settings_out_of_range_are_rejected(model, settings, message):
@@ -131,3 +141,105 @@ def test_settings_out_of_range_are_rejected(model, settings, message):
 def test_an_empty_prompt_is_rejected(model):
     with pytest.raises(DataError, match="the prompt is empty"):
         generation.generate(model, [""])
+
+
+def test_a_long_prompt_of_a_batch_does_not_truncate_the_others(tmp_path):
+    model = mowa.load(chats.model(tmp_path / "short", max_position_embeddings=96))
+    one = len(model.tokenizer("one ")["input_ids"])
+    prompts = ["hi", "one " * (80 // one), "a b"]
+    settings = GenerationSettings(max_new_tokens=30, temperature=0)
+    together = generation.generate(model, prompts, settings, chat=False)
+    assert together == [generation.generate(model, [prompt], settings, chat=False)[0] for prompt in prompts]
+    assert together[1].prompt_tokens + together[1].completion_tokens <= 96
+    assert together[1].completion_tokens < together[0].completion_tokens
+
+
+def test_padding_with_the_end_token_is_not_counted(model):
+    model.tokenizer.pad_token_id = model.tokenizer.eos_token_id
+    text = generation.generate(model, ["one"], GREEDY)[0].text
+    settings = GenerationSettings(max_new_tokens=12, temperature=0, stop=(text[2:4],))
+    together = generation.generate(model, PROMPTS, settings)
+    assert together == [generation.generate(model, [prompt], settings)[0] for prompt in PROMPTS]
+    assert together[0].finish_reason == "stop"
+
+
+def test_a_special_token_is_a_stop_string(model):
+    special = model.tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+    model.net.generation_config.update(sequence_bias=[[[special], 1000.0]])
+    settings = GenerationSettings(max_new_tokens=8, temperature=0, stop=("<|im_start|>",))
+    (answer,) = generation.generate(model, ["one"], settings)
+    assert (answer.text, answer.completion_tokens, answer.finish_reason) == ("", 1, "stop")
+    assert list(generation.stream_text(model, "one", settings)) == []
+
+
+@pytest.mark.parametrize("family", ["spaced", "chatml", "llama"])
+def test_streamed_pieces_join_to_the_text_whatever_the_special_tokens(family):
+    tokenizer = chats.make_tokenizer(family)
+    draw = random.Random(0)
+    specials = list(generation._specials(tokenizer).values())
+    for _ in range(200):
+        ids = [
+            draw.choice(specials) if draw.random() < 0.3 else draw.randrange(len(tokenizer))
+            for _ in range(draw.randrange(12))
+        ]
+        stream = generation._TextStream(tokenizer, ())
+        pieces = [stream.push(one) for one in ids]
+        assert "".join([*pieces, stream.finish()]) == generation._decode(tokenizer, ids), ids
+
+
+def test_the_models_generation_config_cannot_ask_for_several_sequences(model):
+    expected = generation.generate(model, PROMPTS, GREEDY)
+    model.net.generation_config.update(
+        return_dict_in_generate=True,
+        num_return_sequences=2,
+        num_beams=2,
+        stop_strings=["e"],
+        prompt_lookup_num_tokens=3,
+        output_scores=True,
+    )
+    assert generation.generate(model, PROMPTS, GREEDY) == expected
+    assert "".join(generation.stream_text(model, PROMPTS[0], GREEDY)) == expected[0].text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "the prompt is of type NoneType"),
+        ({"role": "user", "content": "x"}, "the prompt is of type dict"),
+        (b"x", "the prompt is of type bytes"),
+        ([None], "a prompt is a text or a list of messages, not NoneType"),
+        ([[]], "the prompt has no messages"),
+        ([["x"]], "message 1 is a str"),
+        ([{"role": "user"}], r"message 1 \(user\) has no content"),
+        ([{"role": "user", "content": None}], r"message 1 \(user\) has no content"),
+        ([{"role": "user", "content": 3}], "a content of type int"),
+        ([{"content": "x"}], "message 1 has no role"),
+    ],
+)
+def test_prompts_of_other_types_are_rejected(model, prompt, message):
+    with pytest.raises(DataError, match=message):
+        mowa.generate(model, prompt, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0: it must be a whole number, at least 1"),
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": 1.5}, "threads is 1.5"),
+        ({"warmth": 1}, "generate has no setting 'warmth': the settings are max_new_tokens"),
+        ({"stop": 1}, "stop is 1: it must be a text"),
+    ],
+)
+def test_options_out_of_range_are_rejected(model, options, message):
+    with pytest.raises(ModelError, match=message):
+        mowa.generate(model, "one", **options)
+
+
+def test_prompts_may_be_any_iterable(model):
+    expected = mowa.generate(model, PROMPTS, max_new_tokens=4, temperature=0)
+    options = {"max_new_tokens": np.int64(4), "temperature": 0, "stop": None}
+    for prompts in ((one for one in PROMPTS), np.array(PROMPTS), tuple(PROMPTS)):
+        assert mowa.generate(model, prompts, **options) == expected
+    assert mowa.generate(model, np.str_(PROMPTS[0]), **options) == expected[0]
