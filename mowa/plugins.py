@@ -86,7 +86,7 @@ def load_entry_point(point: EntryPoint, register: Callable[[object], object]) ->
     """Import what an entry point names and register it; if either fails, log a warning."""
     try:
         register(point.load())
-    except Exception as error:  # third-party code may raise anything
+    except (Exception, SystemExit) as error:  # third-party code may raise anything, or exit
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         owner = point.dist.name if point.dist else point.name
         log.warning("skipping the %s of %s (%s): %s", point.group.removeprefix("mowa."), owner, point.value, reason)

@@ -1,6 +1,7 @@
 """A package adds an export format and an engine with one module each: no file of mowa changes."""
 
 import sys
+from importlib.metadata import EntryPoint
 
 import click
 import numpy as np
@@ -13,7 +14,7 @@ from mowa.cli.main import main
 from mowa.engines import registry as engines
 from mowa.errors import MissingDependency, ModelError
 from mowa.exporters import registry as formats
-from mowa.plugins import Registry
+from mowa.plugins import Registry, load_entry_point
 from tests.checkpoints import clip, tiny
 from tests.installed import install
 from tests.quantized import SHORT_FRONT_END
@@ -195,3 +196,10 @@ def test_every_built_in_value_is_complete():
         assert found.runs or engines.find_engine_of_format(found.name)
     assert formats.parse_profile("1x2,3x4,5x6") == ((1, 2), (3, 4), (5, 6))
     np.testing.assert_array_equal(formats.parse_seconds("5,10.5"), [5, 10.5])
+
+
+def test_a_module_that_exits_when_it_is_imported_is_skipped(tmp_path, monkeypatch, caplog):
+    (tmp_path / "quitting_plugin.py").write_text("import sys\nsys.exit('no licence')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    load_entry_point(EntryPoint("quitting", "quitting_plugin:VALUE", "mowa.engines"), lambda value: None)
+    assert "skipping the engines of quitting (quitting_plugin:VALUE): no licence" in caplog.text

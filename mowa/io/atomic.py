@@ -35,8 +35,9 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def atomic_write(path: Path, data: str | bytes) -> None:
     """Write a file atomically; text is encoded as UTF-8."""
+    content = data.encode() if isinstance(data, str) else data
     with replace_atomically(Path(path)) as unfinished:
-        unfinished.write_bytes(data.encode() if isinstance(data, str) else data)
+        unfinished.write_bytes(content)
 
 
 def read_json_cache(file: Path) -> dict[str, Any]:
@@ -50,12 +51,13 @@ def read_json_cache(file: Path) -> dict[str, Any]:
 def update_json_cache(file: Path, entries: Mapping[str, Any], *, max_entries: int = 1000) -> None:
     """Add entries to a JSON object that may be lost, and drop the oldest; do nothing if it cannot be written.
 
-    If two processes write at once, the entries of one are lost.
+    If two processes write at once, the entries of one are lost. Names may be paths that are not UTF-8: characters
+    outside ASCII are escaped.
     """
     known = {name: value for name, value in read_json_cache(file).items() if name not in entries} | dict(entries)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, dict(list(known.items())[-max_entries:]))
+        atomic_write(file, json.dumps(dict(list(known.items())[-max_entries:]), indent=1, default=float))
 
 
 @contextmanager

@@ -107,18 +107,35 @@ def find_manifest(folder: Path) -> Manifest | None:
     content = read_json(file)
     _validate_format_version(file, content)
     try:
-        if content["artifact"] not in REMEDIES:
-            raise ModelError(f"{file}: unknown artifact {content['artifact']!r}: update mowa")
         header = {name: content[name] for name in _HEADER[1:]}
     except KeyError as error:
         raise damaged(file, error) from None
+    _validate_types(file, header)
+    if header["artifact"] not in REMEDIES:
+        raise ModelError(f"{file}: unknown artifact {header['artifact']!r}: update mowa")
+    if header["artifact"] == "export" and not isinstance(content.get("format"), str):
+        raise _damaged(file, "its format is missing")
     sections = {name: value for name, value in content.items() if name not in _HEADER}
     return Manifest(folder=folder, sections=sections, **header)
 
 
 def damaged(file: Path, missing: Exception) -> ModelError:
     """Return the error for a manifest that lacks a key."""
-    return ModelError(f"{file} is damaged ({missing} is missing): write it again with the command that made it")
+    return _damaged(file, f"{missing} is missing")
+
+
+def _damaged(file: Path, reason: str) -> ModelError:
+    return ModelError(f"{file} is damaged ({reason}): write it again with the command that made it")
+
+
+def _validate_types(file: Path, header: Mapping[str, Any]) -> None:
+    for name, value in header.items():
+        kind = str if name in ("artifact", "task", "family") else dict
+        if not isinstance(value, kind):
+            expected = "a string" if kind is str else "an object"
+            raise _damaged(file, f"{name!r} is a JSON {type(value).__name__}, expected {expected}")
+    if wrong := next((name for name, value in header["files"].items() if not isinstance(value, str)), None):
+        raise _damaged(file, f"the checksum of {wrong!r} is no string")
 
 
 def _validate_format_version(file: Path, content: Mapping[str, Any]) -> None:
@@ -127,7 +144,7 @@ def _validate_format_version(file: Path, content: Mapping[str, Any]) -> None:
         return
     if isinstance(found, int) and found > FORMAT_VERSION:
         raise ModelError(f"{file} has format version {found}, this version of mowa reads {FORMAT_VERSION}: update mowa")
-    kind = content.get("artifact", "export" if "files" in content else "adapter")  # older ones do not name it
+    kind = str(content.get("artifact", "export" if "files" in content else "adapter"))  # older ones do not name it
     raise ModelError(
         f"{file} was written by an older version of mowa (format version {found}, this one reads"
         f" {FORMAT_VERSION}): {REMEDIES.get(kind, 'write it again')}"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mowa.errors import ModelError
-from mowa.io.atomic import atomic_write, read_json
+from mowa.io.atomic import atomic_write, read_json, read_json_cache, update_json_cache
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\udcff"])
@@ -39,3 +39,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         atomic_write(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_cache_keeps_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    cache = tmp_path / "new" / "cache.json"
+    update_json_cache(cache, {"/data/\udcff.wav": 1, "/data/ż.wav": 2})
+    assert read_json_cache(cache) == {"/data/\udcff.wav": 1, "/data/ż.wav": 2}

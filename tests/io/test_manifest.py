@@ -10,6 +10,15 @@ from mowa.io.manifest import FORMAT_VERSION, MANIFEST_FILE
 from mowa.types import Origin
 
 ORIGIN = {"name": "base", "source": "owner/base", "revision": None, "license": "mit", "target_lang": None}
+HEADER = {
+    "format_version": FORMAT_VERSION,
+    "artifact": "run",
+    "task": "ctc",
+    "family": "wav2vec2",
+    "origin": ORIGIN,
+    "files": {},
+    "package_versions": {},
+}
 
 
 @pytest.fixture
@@ -61,7 +70,14 @@ def test_missing_and_changed_files_are_rejected(folder, damage):
         ),
         ({"format_version": 5}, "has format version 5, this version of mowa reads 4: update mowa"),
         ({}, r"older version of mowa \(format version None"),
-        ({"format_version": 4, "artifact": "song"}, "unknown artifact 'song'"),
+        (HEADER | {"artifact": "song"}, "unknown artifact 'song'"),
+        (HEADER | {"artifact": []}, "is damaged .'artifact' is a JSON list, expected a string"),
+        (HEADER | {"files": None}, "is damaged .'files' is a JSON NoneType, expected an object"),
+        (HEADER | {"files": ["weights"]}, "is damaged .'files' is a JSON list, expected an object"),
+        (HEADER | {"files": {"weights": 1}}, "is damaged .the checksum of 'weights' is no string"),
+        (HEADER | {"origin": "base"}, "is damaged .'origin' is a JSON str, expected an object"),
+        (HEADER | {"artifact": "export"}, "is damaged .its format is missing"),
+        ({"format_version": 1, "artifact": []}, "older version .*: write it again"),
         ({"format_version": 4, "artifact": "run"}, r"is damaged \('task' is missing\)"),
     ],
 )
