@@ -11,6 +11,7 @@ last of them, so that few recordings change their split when data is added. No a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,6 +65,7 @@ class _Corpus:
     targets: Mapping[Split, float]
     weights: Mapping[Split, Sequence[float]]
     seed: int
+    notes: tuple[str, ...] = ()  # how the sizes were measured, where it is not as requested
 
     def weigh(self, split: Split, members: Iterable[int]) -> float:
         """Return the size of recordings, in the unit of the split's target: seconds, or recordings."""
@@ -87,8 +89,9 @@ def split_corpus(
     """Split recordings into train, dev and test.
 
     Args:
-        dev, test: size of a split: "5%" of the duration, "2h", "30min", or "500" recordings; "0" for none. Whole
-            speakers, sentences or components are taken, so that sizes are met approximately.
+        dev, test: size of a split: "5%" of the duration, "2h", "30min", or "500" recordings; "0" for none. Percentages
+            are of the recordings if some have no duration. Whole speakers, sentences or components are taken, so that
+            sizes are met approximately.
         disjoint: speakers: no speaker is in two splits; sentences: no text; both: neither, and recordings that would
             be in two splits are dropped; auto: both if nothing has to be dropped, else speakers, or sentences if there
             are too few speakers.
@@ -141,11 +144,13 @@ def write_split(split: CorpusSplit, folder: Path) -> list[Path]:
 
 def _to_row(example: Example) -> dict[str, object]:
     named = {"id": example.id, "audio": example.audio, "text": example.text, "duration_s": example.duration_s}
-    return named | dict(example.tags)
+    offset = {"offset": example.offset_s} if example.is_excerpt or example.offset_s else {}
+    return named | offset | dict(example.tags)
 
 
 def _build_corpus(examples: tuple[Example, ...], sizes: Mapping[Split, str], seed: int) -> _Corpus:
-    durations = [max(0.0, example.duration_s) for example in examples]
+    durations = [max(0.0, one.duration_s) if math.isfinite(one.duration_s) else 0.0 for one in examples]
+    notes: list[str] = []
     targets: dict[Split, float] = {}
     weights: dict[Split, Sequence[float]] = {}
     for split, size in sizes.items():
@@ -153,14 +158,23 @@ def _build_corpus(examples: tuple[Example, ...], sizes: Mapping[Split, str], see
         if match is None:
             raise DataError(f'{split}: {size!r} is no size: write "5%", "2h", "30min" or a number of recordings')
         number, unit = float(match[1]), match[2]
-        weights[split] = durations if unit else [1.0] * len(examples)
-        scale = {"%": sum(durations) / 100, "h": 3600.0, "min": 60.0, "": 1.0}[unit]
+        by_count = not unit
+        if unit == "%" and examples and not all(durations):
+            by_count, unknown = True, durations.count(0.0)
+            notes = [f"{unknown} of {len(examples)} recordings have no duration: percentages are of the recordings"]
+        weights[split] = [1.0] * len(examples) if by_count else durations
+        scale = {"%": sum(weights[split]) / 100, "h": 3600.0, "min": 60.0, "": 1.0}[unit]
         targets[split] = number * scale
         if targets[split] and targets[split] >= sum(weights[split]):
             raise DataError(f"{split}: {size} leaves nothing of {len(examples)} recordings to train on")
     sentences = (normalize_text(example.text) or f"\0{number}" for number, example in enumerate(examples))
-    speakers = (str(example.tags.get("speaker") or "") for example in examples)
-    return _Corpus(examples, tuple(speakers), tuple(sentences), targets, weights, seed)
+    speakers = (_name_speaker(example.tags.get("speaker")) for example in examples)
+    return _Corpus(examples, tuple(speakers), tuple(sentences), targets, weights, seed, tuple(notes))
+
+
+def _name_speaker(tag: object) -> str:
+    """Return a speaker as a string; "" if there is none. A speaker may be the number 0."""
+    return "" if tag is None else str(tag)
 
 
 def _find_components(corpus: _Corpus) -> tuple[str, ...]:
@@ -294,6 +308,7 @@ def _finish(corpus: _Corpus, splits: Sequence[Split], notes: tuple[str, ...]) ->
         name: tuple(example for example, split in zip(corpus.examples, splits, strict=True) if split == name)
         for name in (*SPLITS, "")
     }
+    notes += corpus.notes
     untagged = corpus.speakers.count("")
     disjoint = tuple(
         kind

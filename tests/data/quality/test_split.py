@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import soundfile
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mowa.cli.main import main
-from mowa.data.manifests.examples import read_examples
+from mowa.data.manifests.examples import list_examples, read_examples
 from mowa.data.quality.split import SPLITS, split_corpus, write_split
 from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError
@@ -205,3 +206,31 @@ def test_the_command(tmp_path, capsys):
     assert "no two splits share speakers\n" in out
     assert "note: 20 of 20 recordings are connected" in out
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"train.jsonl", "dev.jsonl", "test.jsonl"}
+
+
+def test_the_number_0_is_a_speaker():
+    rows = [
+        Example(f"{s}-{n}", f"/{s}-{n}.wav", f"zdanie {s} {n}", 2.0, {"speaker": s}) for s in range(9) for n in range(4)
+    ]
+    split = split_corpus(rows, dev="4", test="4", disjoint="speakers")
+    assert not split.notes
+    assert {one.tags["speaker"] for name in SPLITS for one in split[name]} == set(range(9))
+
+
+def test_the_offset_of_an_excerpt_is_written(tmp_path):
+    rows = [replace(one, offset_s=float(number), is_excerpt=True) for number, one in enumerate(own_sentences(9, 2))]
+    files = write_split(split_corpus(rows, dev="2", test="2"), tmp_path)
+    found = {one.id: one for file in files for one in list_examples(file)}
+    assert {(one.id, one.offset_s, one.is_excerpt) for one in rows} == {
+        (one.id, one.offset_s, one.is_excerpt) for one in found.values()
+    }
+
+
+@pytest.mark.parametrize("duration_s", [0.0, float("nan")])
+def test_percentages_are_of_the_recordings_if_durations_are_missing(duration_s):
+    rows = [replace(one, duration_s=duration_s) for one in own_sentences()[:1]] + own_sentences()[1:]
+    split = split_corpus(rows, dev="10%", test="10%")
+    assert any("1 of 400 recordings have no duration" in note for note in split.notes)
+    everywhere = split_corpus([replace(one, duration_s=duration_s) for one in rows], dev="10%", test="10%")
+    assert 20 <= len(everywhere.dev) <= 60
+    assert [one.id for one in everywhere.dev] == [one.id for one in split.dev]
