@@ -12,10 +12,11 @@ from mowa.api.models import Run, load, resolve_model
 from mowa.errors import ModelError
 from mowa.exporters import merged, protocol
 from mowa.exporters.merged import OnComparison
+from mowa.loading.checkpoint import validate_dtype
 from mowa.models.tolerances import MAX_ABS_DIFF
 from mowa.quantization import calibration, schemes
 from mowa.tasks.verbs import require_ctc
-from mowa.types import AnyModel, Artifact, Model
+from mowa.types import AnyModel, Artifact, Model, Scheme
 
 __all__ = ["export", "merge", "quantize"]
 
@@ -69,12 +70,16 @@ def merge(
         ModelError: as `mowa.load`, or the checkpoint differs, and `out` is not created.
         DataError: `out` exists.
     """
+    if dtype != "auto":
+        validate_dtype(dtype)
     if out is None:
         if base_model or audio_files or data or offline:
             raise ModelError("merge: base_model, audio_files, data and offline need out=FOLDER")
         return merge_adapter(resolve_model(adapted), dtype)
     if isinstance(adapted, Model):
         raise ModelError("merge: to write a checkpoint, name the folder of the run or adapter instead of a model")
+    if not isinstance(adapted, Run | str | Path):
+        raise ModelError(f"merge: expected a run or the folder of an adapter, not {type(adapted).__name__}")
     merged.write_merged(
         adapted.folder if isinstance(adapted, Run) else Path(adapted),
         Path(out),
@@ -91,7 +96,7 @@ def merge(
 
 def quantize(
     model: Run | str | Path | AnyModel,
-    scheme: str = "int8",
+    scheme: str | Scheme = "int8",
     *,
     calibration_data: str = "",
     calibration_split: str = "",
@@ -101,15 +106,17 @@ def quantize(
 
     Args:
         model: a model, or its name or folder as in `mowa.load`; it does not change.
-        scheme: int8, int4, nf4, fp16, … with modifiers such as int4+gptq; see docs/quantize.md.
+        scheme: int8, int4, nf4, fp16, … with modifiers such as int4+gptq, or a `Scheme`; see docs/quantize.md.
         calibration_data: recordings, for the schemes of speech models that need them.
         on_progress: called with the fraction done.
 
     Raises:
         ModelError: an unknown scheme, or one that does not fit the model; DataError without calibration data.
     """
+    if not isinstance(scheme, str | Scheme):
+        raise ModelError(f"scheme: expected a name such as int8, or a Scheme, not {type(scheme).__name__}")
     loaded = resolve_model(model)
-    parsed, clips = schemes.parse_scheme(scheme, loaded.task), None
+    parsed, clips = schemes.parse_scheme(scheme, loaded.task) if isinstance(scheme, str) else scheme, None
     if calibration_data and schemes.calibration_reason(parsed):
         clips = calibration.load_clips(calibration_data, require_ctc(loaded, "calibration"), split=calibration_split)
     return quantization.quantize(loaded, parsed, clips, on_progress=on_progress)

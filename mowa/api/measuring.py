@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-
 from mowa.api.models import Run, load, read_task, resolve_model
 from mowa.api.options import TranscriptionOptions
+from mowa.api.text import set_threads
 from mowa.engines import transcription
 from mowa.engines.settings import EngineSpec, TranscriptionSettings
 from mowa.engines.transcription import resolve_artifact
-from mowa.errors import DataError
+from mowa.errors import DataError, ModelError
 from mowa.evaluation import scoring
 from mowa.evaluation.bench import BenchResult, expand_cases, run_bench
 from mowa.evaluation.scoring import Evaluation
@@ -39,7 +38,7 @@ def evaluate(
     target_lang: str | None = None,
     offline: bool = False,
     train_on: str = "auto",
-    max_length: int = 2048,
+    max_length: int | None = None,
     on_progress: Callable[[float], object] = lambda amount: None,
     **settings: Unpack[TranscriptionOptions],
 ) -> Evaluation:
@@ -52,10 +51,12 @@ def evaluate(
         max_samples: evaluate at most this many; 0: all.
         adapter: folder of an adapter over the model.
         engine: for speech models, as in `mowa.transcribe`.
-        device, dtype, threads, revision, target_lang, offline: as in `mowa.load`.
+        device, dtype, threads, revision, target_lang, offline: as in `mowa.load`. A model that is loaded already has
+            them, but for device, dtype and threads of the engine of a speech model.
         train_on: language models: which tokens count, as in recipes; auto: the answers in conversations, all tokens of
             texts.
-        max_length: language models: longer samples are cut to this many tokens.
+        max_length: language models: longer samples are cut to this many tokens; None: 2,048, or the model's context
+            if it is shorter.
         on_progress: called with seconds of audio, or numbers of texts.
         settings: speech models: fields of `TranscriptionSettings`.
 
@@ -64,18 +65,40 @@ def evaluate(
             confidence interval.
 
     Raises:
-        DataError: there is nothing to evaluate; ModelError as `mowa.load`.
+        DataError: there is nothing to evaluate, or max_samples or max_length is out of range; ModelError as
+            `mowa.load`, or for an option that does not apply to the model.
     """
+    if isinstance(model, Run) and adapter is None and (device, dtype) != ("auto", "auto"):
+        model = model.folder
     options: Any = {"split": split, "max_samples": max_samples, "on_progress": on_progress}
     spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads, target_lang)
     found: Any = model
-    if not isinstance(model, str | Path):
-        found, spec = resolve_model(model, adapter=adapter), replace(spec, adapter=None)
+    is_loaded = not isinstance(model, str | Path)
+    if is_loaded:
+        found = resolve_model(model, adapter=adapter, revision=revision, target_lang=target_lang)
+        spec = replace(spec, adapter=None)
     elif resolve_artifact(str(model)) is None and read_task(model, revision=revision, offline=offline) == "causal":
-        found = load(model, adapter=adapter, device=device, dtype=dtype, revision=revision, offline=offline)
+        found = load(
+            model,
+            adapter=adapter,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            offline=offline,
+            target_lang=target_lang,
+        )
     if isinstance(found, Model) and found.task == "causal":
-        torch.set_num_threads(threads or torch.get_num_threads())
+        if settings:
+            raise TypeError(f"evaluate: {', '.join(settings)} do not apply to a language model")
+        if is_loaded and (given := [name for name in ("device", "dtype") if getattr(spec, name) != "auto"]):
+            raise ModelError(f"{found.origin.name} is loaded already: give {' and '.join(given)} to mowa.load")
+        if engine not in ("auto", "pytorch"):
+            raise ModelError(f"engine {engine!r} does not run language models: omit it")
+        set_threads(threads)
         return scoring.evaluate_text(found, data, train_on=train_on, max_length=max_length, **options)
+    if train_on != "auto" or max_length is not None:
+        name = "train_on" if train_on != "auto" else "max_length"
+        raise ModelError(f"{name} is an option of language models, and the model is a speech model")
     opened = transcription.open_engine(found if isinstance(found, Model) else str(found), spec)
     return scoring.evaluate_speech(opened, data, settings=TranscriptionSettings(**settings), **options)
 

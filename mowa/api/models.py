@@ -28,7 +28,7 @@ from mowa.models.explain import (
     explain_layers,
     explain_modules,
 )
-from mowa.types import AnyModel, CausalModel, CTCModel
+from mowa.types import AnyModel, CausalModel, CTCModel, Model
 
 __all__ = ["Change", "LayerExplanation", "Run", "accelerate", "explain", "load", "restore"]
 
@@ -159,9 +159,16 @@ def resolve_model(
     target_lang: str | None = None,
     offline: bool = False,
 ) -> AnyModel:
-    """Return a model: itself, that of a run, or the one with this name; with `adapter`, the adapter over it."""
+    """Return a model: itself, that of a run, or the one with this name; with `adapter`, the adapter over it.
+
+    Raises ModelError if `model` is none of these, or is loaded already and `revision` or `target_lang` is given.
+    """
     if isinstance(model, str | Path):
         return load(model, adapter=adapter, revision=revision, target_lang=target_lang, offline=offline)
+    if not isinstance(model, Run | Model):
+        raise ModelError(f"expected a model, its name or folder, or a Run, not {type(model).__name__}")
+    if given := next((name for name, one in (("revision", revision), ("target_lang", target_lang)) if one), None):
+        raise ModelError(f"the model is loaded already: give {given} to mowa.load")
     loaded = model.model if isinstance(model, Run) else model
     return loaded if adapter is None else load_adapter(loaded, adapter)
 

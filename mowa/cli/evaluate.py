@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--engine", default="auto", show_default=True, help="Speech: inference engine, as in `mowa transcribe`.")
 @click.option("--train-on", type=click.Choice(["auto", "responses", "last", "all"]), default="auto", show_default=True,
               help="Language models: tokens that count, as in recipes. auto: answers of conversations, all of texts.")
-@click.option("--max-length", type=click.IntRange(min=2), default=2048, show_default=True,
+@click.option("--max-length", type=click.IntRange(min=2), show_default="2048",
               help="Language models: longer samples are cut, in tokens.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the results as JSON.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
 def evaluate(
     models: tuple[str, ...], sources: tuple[str, ...], split: str, max_samples: int, adapter: Path | None, engine: str,
-    train_on: str, max_length: int, out: Path | None, device: str, dtype: str, threads: int | None,
+    train_on: str, max_length: int | None, out: Path | None, device: str, dtype: str, threads: int | None,
     revision: str | None, offline: bool,
 ) -> int:
     # fmt: on

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mowa.data.chat import conversations, tokenize
 from mowa.data.chat.tokenize import TokenizedSample
-from mowa.data.manifests.examples import read_examples
+from mowa.data.manifests.examples import list_examples
 from mowa.engines import pipeline
 from mowa.engines.protocol import Engine
 from mowa.engines.settings import TranscriptionSettings
@@ -25,7 +25,7 @@ from mowa.training.causal import batches
 from mowa.types import CausalModel, Failure
 
 ProgressCallback = Callable[[float], object]
-MAX_LENGTH = 2048  # tokens of a sample of text; longer ones are cut
+MAX_LENGTH = 2048  # tokens of a sample of text, if the model's context has them; longer samples are cut
 DEFAULT_SETTINGS = TranscriptionSettings()
 BATCH_TOKENS = 1024  # tokens whose logits are in memory at once
 
@@ -80,7 +80,8 @@ def evaluate_speech(
     Recordings that cannot be read are listed in `failures`. Raises DataError if no recording has a text or none can be
     read.
     """
-    examples = list(read_examples(data, split, require_text=True))
+    _validate_max_samples(max_samples)
+    examples = list(list_examples([data], split, require_text=True))
     examples = examples[:max_samples] if max_samples else examples
     references, hypotheses, failures = [], [], []
     for example, outcome in pipeline.transcribe_examples(examples, engine, settings, on_progress=on_progress):
@@ -105,13 +106,14 @@ def evaluate_text(
     split: str = "",
     max_samples: int = 0,
     train_on: str = "auto",
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
     on_progress: ProgressCallback = lambda samples: None,
 ) -> Evaluation:
     """Compute the loss of conversations (on the assistant's answers) or texts (on every token).
 
-    Samples longer than `max_length` tokens are cut. `train_on` is responses, last or all, as in recipes; auto:
-    responses of conversations, all of texts. Raises DataError if no sample is left.
+    Samples longer than `max_length` tokens (None: MAX_LENGTH, or the context if it is shorter) are cut. `train_on` is
+    responses, last or all, as in recipes; auto: responses of conversations, all of texts. Raises DataError if no sample
+    is left, or `max_length` is above the context.
     """
     samples = read_text_samples(
         model, data, split=split, max_samples=max_samples, train_on=train_on, max_length=max_length
@@ -140,16 +142,34 @@ def read_text_samples(
     split: str = "",
     max_samples: int = 0,
     train_on: str = "auto",
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
 ) -> list[TokenizedSample]:
     """Read and tokenize what `evaluate_text` evaluates. Raises DataError if no sample is left."""
+    _validate_max_samples(max_samples)
+    length = _resolve_max_length(model, max_length)
     items = list(conversations.read_conversations(str(data), split))
-    options: Any = {"train_on": train_on, "on_overflow": "truncate", "max_length": max_length}
+    options: Any = {"train_on": train_on, "on_overflow": "truncate", "max_length": length}
     samples = tokenize.tokenize_conversations(items, model.tokenizer, **options)[0]
     samples = samples[:max_samples] if max_samples else samples
     if not causal.count_trained_tokens(samples):
         raise DataError(f"{data}: no sample with tokens to evaluate")
     return samples
+
+
+def _resolve_max_length(model: CausalModel, max_length: int | None) -> int:
+    context = getattr(model.net.config.get_text_config(), "max_position_embeddings", None)
+    if max_length is None:
+        return min(MAX_LENGTH, context or MAX_LENGTH)
+    if not isinstance(max_length, int) or max_length < 2:
+        raise DataError(f"max_length is {max_length!r}: it must be a whole number of tokens, at least 2")
+    if context is not None and max_length > context:
+        raise DataError(f"max_length is {max_length:,} tokens, and {model.origin.name} reads at most {context:,}")
+    return max_length
+
+
+def _validate_max_samples(max_samples: int) -> None:
+    if not isinstance(max_samples, int) or max_samples < 0:
+        raise DataError(f"max_samples is {max_samples!r}: it must be a whole number, at least 0 (all)")
 
 
 def compare_text(

@@ -17,8 +17,9 @@ from mowa.hardware import cache_folder
 from mowa.io.atomic import read_json_cache, update_json_cache
 from mowa.io.hashing import hash_weights, sha256_file, sha256_files
 from mowa.io.hub import silence_transformers
-from mowa.io.manifest import MANIFEST_FILE, Manifest, damaged, find_manifest, package_versions, write_manifest
+from mowa.io.manifest import MANIFEST_FILE, REMEDIES, Manifest, damaged, find_manifest, package_versions, write_manifest
 from mowa.io.processor import write_processor
+from mowa.loading.checkpoint import read_family
 from mowa.loading.languages import adapter_files
 from mowa.types import AnyModel, Artifact, Origin, Preprocessing, Scheme, SpeechProcessor, Vocabulary
 
@@ -117,6 +118,7 @@ def read_artifact(folder: Path, formats: Iterable[str] = ()) -> Artifact:
     if formats and found not in formats:
         raise ModelError(f"{folder} is an export in the format {found}, expected {' or '.join(formats)}")
     manifest.verify_files()
+    _validate_family(manifest)
     try:
         sections, verification = manifest.sections, manifest.sections["verification"]
         return Artifact(
@@ -134,6 +136,19 @@ def read_artifact(folder: Path, formats: Iterable[str] = ()) -> Artifact:
         )
     except (KeyError, TypeError) as error:
         raise damaged(folder / MANIFEST_FILE, error) from None
+
+
+def _validate_family(manifest: Manifest) -> None:
+    """Raise ModelError if the manifest names another family or task than the config beside it, where mowa knows it."""
+    try:
+        family = read_family(manifest.folder, str(manifest.folder))
+    except ModelError:
+        return
+    if (family.name, family.task) != (manifest.family, manifest.task):
+        raise ModelError(
+            f"{manifest.folder / MANIFEST_FILE} is damaged (it says {manifest.family}, {manifest.task}, and config.json"
+            f" {family.name}, {family.task}): {REMEDIES[manifest.artifact]}"
+        )
 
 
 def _read_speech_processor(manifest: Mapping[str, Any]) -> SpeechProcessor:

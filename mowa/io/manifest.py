@@ -113,8 +113,8 @@ def find_manifest(folder: Path) -> Manifest | None:
     _validate_types(file, header)
     if header["artifact"] not in REMEDIES:
         raise ModelError(f"{file}: unknown artifact {header['artifact']!r}: update mowa")
-    if header["artifact"] == "export" and not isinstance(content.get("format"), str):
-        raise _damaged(file, "its format is missing")
+    if not isinstance(content.get("format", None if header["artifact"] == "export" else ""), str):
+        raise _damaged(file, "its format is missing or no string")
     sections = {name: value for name, value in content.items() if name not in _HEADER}
     return Manifest(folder=folder, sections=sections, **header)
 

@@ -1,6 +1,7 @@
 """Every verb of `mowa` works twice in a row after every submodule was imported; options are those of the settings."""
 
 import importlib
+import json
 import pkgutil
 from dataclasses import fields
 
@@ -167,6 +168,40 @@ def test_options_are_the_fields_of_the_settings():
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_samples": -1}, "max_samples is -1: it must be a whole number, at least 0"),
+        ({"max_length": 1}, "max_length is 1: it must be a whole number of tokens, at least 2"),
+        ({"max_length": 100_000}, "max_length is 100,000 tokens, and .*base reads at most 2,048"),
+    ],
+)
+def test_evaluate_rejects_sizes_out_of_range(text, talk, options, message):
+    with pytest.raises(mowa.DataError, match=message):
+        mowa.evaluate(text, talk, **options)
+
+
+def test_evaluate_rejects_settings_of_speech_for_a_language_model(text, talk):
+    with pytest.raises(TypeError, match="batch_s do not apply to a language model"):
+        mowa.evaluate(text, talk, batch_s=3.0)
+
+
+def test_unreadable_recordings_are_failures_of_an_evaluation(speech, recordings, tmp_path):
+    with pytest.raises(mowa.DataError, match="max_samples is -1"):
+        mowa.evaluate(speech, recordings, max_samples=-1)
+    (tmp_path / "noise.wav").write_bytes(b"noise")
+    rows = [{"audio": str(tmp_path / "noise.wav"), "text": "a"}, {"audio": str(tmp_path / "gone.wav"), "text": "b"}]
+    table = tmp_path / "table.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(mowa.DataError, match="none of the 2 recordings could be read"):
+        mowa.evaluate(speech, table)
+
+
+def test_a_scheme_is_a_scheme_of_quantize(text):
+    by_name = mowa.quantize(text, "int8-weight")
+    assert mowa.quantize(text, by_name.scheme).scheme == by_name.scheme
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda speech, text: mowa.generate(speech, "x"), "is a speech model .* generate needs a language model"),
@@ -175,6 +210,21 @@ def test_options_are_the_fields_of_the_settings():
         (lambda speech, text: mowa.export(text, "onnx", "never"), "language model"),
         (lambda speech, text: mowa.load(speech, accelerate=True), "language models only"),
         (lambda speech, text: mowa.load(speech, adapter="nowhere"), "nowhere"),
+        (lambda speech, text: mowa.merge(mowa.load(text), dtype="float8"), "dtype 'float8' is not one of float32"),
+        (lambda speech, text: mowa.merge(text, out="never", dtype="int8"), "dtype 'int8' is not one of float32"),
+        (lambda speech, text: mowa.merge(None), "expected a model, its name or folder, or a Run, not NoneType"),
+        (lambda speech, text: mowa.merge(None, out="never"), "expected a run or the folder of an adapter"),
+        (lambda speech, text: mowa.quantize(3), "expected a model, its name or folder, or a Run, not int"),
+        (lambda speech, text: mowa.quantize(text, None), "expected a name such as int8, or a Scheme, not NoneType"),
+        (lambda speech, text: mowa.export(None, "safetensors", "never"), "expected a model, .* not NoneType"),
+        (lambda speech, text: mowa.evaluate(None, "never"), "expected a model, .* not NoneType"),
+        (lambda speech, text: mowa.evaluate(mowa.load(text), "x", device="cpu"), "loaded already: give device to"),
+        (lambda speech, text: mowa.evaluate(mowa.load(text), "x", dtype="float32"), "loaded already: give dtype to"),
+        (lambda speech, text: mowa.evaluate(mowa.load(speech), "x", revision="a"), "loaded already: give revision to"),
+        (lambda speech, text: mowa.evaluate(mowa.load(text), "x", target_lang="pol"), "give target_lang to mowa.load"),
+        (lambda speech, text: mowa.evaluate(text, "x", engine="onnx"), "engine 'onnx' does not run language models"),
+        (lambda speech, text: mowa.evaluate(text, "x", threads=0), "threads is 0"),
+        (lambda speech, text: mowa.evaluate(speech, "x", train_on="all"), "train_on is an option of language models"),
     ],
 )
 def test_what_a_task_cannot_do_is_refused(speech, text, call, message):

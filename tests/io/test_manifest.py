@@ -77,6 +77,7 @@ def test_missing_and_changed_files_are_rejected(folder, damage):
         (HEADER | {"files": {"weights": 1}}, "is damaged .the checksum of 'weights' is no string"),
         (HEADER | {"origin": "base"}, "is damaged .'origin' is a JSON str, expected an object"),
         (HEADER | {"artifact": "export"}, "is damaged .its format is missing"),
+        (HEADER | {"format": 3}, "is damaged .its format is missing or no string"),
         ({"format_version": 1, "artifact": []}, "older version .*: write it again"),
         ({"format_version": 4, "artifact": "run"}, r"is damaged \('task' is missing\)"),
     ],
