@@ -74,7 +74,7 @@ def evaluate(
     spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads, target_lang)
     found: Any = model
     is_loaded = not isinstance(model, str | Path)
-    if is_loaded:
+    if not isinstance(model, str | Path):
         found = resolve_model(model, adapter=adapter, revision=revision, target_lang=target_lang)
         spec = replace(spec, adapter=None)
     elif resolve_artifact(str(model)) is None and read_task(model, revision=revision, offline=offline) == "causal":

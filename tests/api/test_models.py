@@ -7,6 +7,7 @@ import pytest
 
 import mowa
 from mowa.errors import ModelError
+from mowa.exporters.manifest import read_artifact
 from tests.adapters.tiny_adapters import OTHER_VOCABULARY, save_tiny_adapter
 from tests.checkpoints import clip, tiny
 from tests.quantized import SHORT_FRONT_END, tiny_quantized
@@ -82,3 +83,12 @@ def test_what_an_older_mowa_wrote_is_rejected(base, tmp_path):
         for opened in (mowa.load, lambda model: mowa.transcribe(model=model, **AUDIO)):
             with pytest.raises(ModelError, match=f"written by an older version of mowa .*: {remedy}"):
                 opened(tmp_path / name)
+
+
+@pytest.mark.parametrize(("key", "value"), [("family", "hubert"), ("task", "causal")])
+def test_a_manifest_that_contradicts_the_config_is_damaged(base, tmp_path, key, value):
+    folder = write_export(tmp_path / "export", base, "onnx")
+    manifest = json.loads((folder / "mowa.json").read_text())
+    (folder / "mowa.json").write_text(json.dumps(manifest | {key: value}))
+    with pytest.raises(ModelError, match=rf"is damaged \(it says .*{value}.*, and config\.json wav2vec2, ctc"):
+        read_artifact(folder)
