@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from mowa import hardware
 from mowa.cli import output
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 @click.option("--engine", default="auto", show_default=True, help="Speech: inference engine, as in `mowa transcribe`.")
 @click.option("--train-on", type=click.Choice(["auto", "responses", "last", "all"]), default="auto", show_default=True,
               help="Language models: tokens that count, as in recipes. auto: answers of conversations, all of texts.")
-@click.option("--max-length", type=click.IntRange(min=2), default=2048, show_default=True,
-              help="Language models: longer samples are cut, in tokens.")
+@click.option("--max-length", type=click.IntRange(min=2),
+              help="Language models: longer samples are cut, in tokens. [default: 2048, or the model's context]")
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the results as JSON.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option("--dtype", default="auto", show_default=True, help="Compute dtype: float32, bfloat16, float16 or auto.")
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
 def evaluate(
     models: tuple[str, ...], sources: tuple[str, ...], split: str, max_samples: int, adapter: Path | None, engine: str,
-    train_on: str, max_length: int, out: Path | None, device: str, dtype: str, threads: int | None,
+    train_on: str, max_length: int | None, out: Path | None, device: str, dtype: str, threads: int | None,
     revision: str | None, offline: bool,
 ) -> int:
     # fmt: on
@@ -52,8 +51,6 @@ def evaluate(
     import mowa
     from mowa.io.atomic import atomic_write
 
-    given = click.get_current_context().get_parameter_source("max_length")
-    longest = None if given is ParameterSource.DEFAULT else max_length  # None: the context, if it is shorter
     results: list[Evaluation] = []
     for model in models:
         for source in sources:
@@ -61,7 +58,7 @@ def evaluate(
                 found = mowa.evaluate(
                     model, source, split=split, max_samples=max_samples, adapter=adapter, engine=engine,
                     device=device, dtype=dtype, threads=threads, revision=revision, offline=offline,
-                    train_on=train_on, max_length=longest, on_progress=on_progress,
+                    train_on=train_on, max_length=max_length, on_progress=on_progress,
                 )  # fmt: skip
             results.append(found)
             click.echo(f"{'' if len(results) == 1 else chr(10)}{found}")
