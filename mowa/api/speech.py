@@ -86,6 +86,10 @@ def transcribe(
     Raises:
         MowaError: the model cannot be loaded, or a single recording cannot be read.
     """
+    if not _is_single(audio) and not isinstance(audio, Iterable):
+        raise AudioError(f"a value of type {type(audio).__name__} is not audio: pass a path, bytes, an array or a list")
+    if isinstance(audio, list | tuple) and audio and isinstance(audio[0], int | float):
+        raise AudioError("a list of numbers: pass numpy.array(samples), or {'array': …, 'sampling_rate': …}")
     spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads, target_lang)
     loaded = _open_engine(model, spec)
     outcomes = transcription.iter_transcripts(
@@ -155,14 +159,17 @@ def _sources(audio: Any, sampling_rate: int | None) -> Iterator[Any]:
         yield to_audio_source(audio, sampling_rate=sampling_rate)
         return
     for number, value in enumerate(audio, 1):
-        if isinstance(value, str | Path) and Path(value).is_dir():
-            yield from map(str, find_audio_files([value]))
-            continue
         name = f"recording {number}"
         try:
-            yield to_audio_source(value, sampling_rate=sampling_rate, name=name)
+            is_folder = isinstance(value, str | Path) and Path(value).is_dir()
+            found = find_audio_files([value]) if is_folder else []
+            source = None if is_folder else to_audio_source(value, sampling_rate=sampling_rate, name=name)
         except AudioError as error:
             yield Failure(name, error)
+        except (TypeError, ValueError, OSError) as error:  # from a closed file, a ragged array, a path with a null byte
+            yield Failure(name, AudioError(f"{name}: is not audio ({error})"))
+        else:
+            yield from map(str, found) if is_folder else (source,)
 
 
 def _without_words(outcome: Transcript | Failure) -> Transcript | Failure:

@@ -33,8 +33,9 @@ COMMANDS = {
     "distill": ("mowa.cli.distill:distill", "Distill a model into one with fewer layers."),
 }
 
-# Where torchao or bitsandbytes is installed, importing transformers or PEFT makes these warn.
-NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes")
+# Where torchao, bitsandbytes or DeepSpeed is installed, importing transformers or PEFT makes these warn; DeepSpeed on
+# standard output.
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes", "DeepSpeed")
 
 
 class LazyGroup(click.Group):
@@ -63,6 +64,10 @@ def cli(debug: bool) -> None:
     """Fine-tune, adapt, quantize and run open pretrained speech and language models on your own hardware."""
 
 
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
@@ -71,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).addFilter(_is_error)  # DeepSpeed sets the level of its logger when it is imported
     try:
         code = cli.main(arguments, prog_name="mowa", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -139,7 +139,9 @@ def _describe(leaves: dict[str, OptionSpec], option: RecipeOption, *, all_tasks:
     words += " Repeatable." if option.multiple else ""
     notes = [] if f"--{first.dotted}" == option.flag else [first.dotted]
     notes += [f"--task {first_task} only"] if all_tasks and len(leaves) < len(RECIPES) else []
-    if first.default not in (dataclasses.MISSING, (), ""):
+    if first.dotted == "task":
+        notes.append(f"default: that of the model, {format_default(first)} in a recipe")
+    elif first.default not in (dataclasses.MISSING, (), ""):
         notes.append(f"default: {format_default(first)}")
         notes += [
             f"with --task {task}: {format_default(leaf)}" for task, leaf in others if leaf.default != first.default

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mowa.types import Failure
 
 DEFAULTS = TranscriptionSettings()
+MANIFEST_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow"}
 DEFAULT_MODEL_NOTE = "pl-tiny: draft quality, Polish; use --model polish for transcripts to keep"
 
 
@@ -173,6 +174,8 @@ def _find_files(sources: tuple[str, ...], failures: list[Failure], debug: bool) 
     seen: set[Path] = set()
     for name in sources:
         try:
+            if Path(name).suffix.lower() in MANIFEST_SUFFIXES and Path(name).is_file():
+                raise AudioError(f"{name}: a manifest or table is transcribed with --results FILE.jsonl")
             found = audio.find_audio_files([name])
         except AudioError as error:
             failures.append(Failure(name, error))

@@ -71,6 +71,13 @@ def test_several_recordings_are_an_iterator_in_order_with_failures(engine, wav, 
     assert "int is not audio" in str(found[3].error)
 
 
+def test_values_that_raise_other_errors_are_failures(engine, wav):
+    with wav.open("rb") as closed:
+        pass
+    found = list(transcribe([closed, {"array": [[1, 2], [3]], "sampling_rate": RATE}, "a\0b", wav], engine))
+    assert [type(one).__name__ for one in found] == ["Failure"] * 3 + ["Transcript"]
+
+
 def test_recordings_are_read_lazily(engine, wav):
     taken = []
 
@@ -101,6 +108,8 @@ def test_words_can_be_left_out(engine, wav):
         (b"", {}, "audio"),
         (io.StringIO("x"), {}, "open as text"),
         (Path("."), {}, "is a folder"),
+        (None, {}, "a value of type NoneType is not audio"),
+        ([0.1, 0.2], {"sampling_rate": RATE}, "a list of numbers"),
     ],
 )
 def test_what_is_not_audio_is_one_clear_error(engine, audio, options, message):

@@ -124,7 +124,7 @@ def _open_bytes(source: AudioInput) -> BinaryIO:
         raise audio_error(source, "is a folder, not a recording. Pass a file in it.")
     try:
         return source.open("rb")
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # ValueError: a null byte in the path
         raise audio_error(source, "does not exist. Check the spelling.") from None
     except OSError as error:
         raise audio_error(source, f"cannot be opened ({error.strerror}). Check its permissions.") from None
