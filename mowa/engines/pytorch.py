@@ -177,9 +177,9 @@ def open_engine(
         torch.set_num_threads(threads or hardware.cpu_count())
     precision = _precision(model, device, dtype)
     torch_dtype = torch.float32 if precision.dtype == "int8" else getattr(torch, precision.dtype)
-    if not from_disk:
-        model = replace(model, net=_copy(model.net, torch.device(device), torch_dtype))
     try:
+        if not from_disk:
+            model = replace(model, net=_copy(model.net, torch.device(device), torch_dtype))
         precompute_absolute_positions(model.net)
         model.net.to(device, torch_dtype)
     except (RuntimeError, AssertionError) as error:
