@@ -77,6 +77,16 @@ VIEWS: dict[str, dict[str, Any]] = {
     "train-text": {
         "table": trained_text(TOKENS, PEAK, Column("of it for training", number("training_gib", 2)), TIMES),
     },
+    "before-after": {
+        "table": Table(
+            (
+                Column("", text("measure")),
+                Column("before, s", number("before", 1, spreads=True)),
+                Column("after, s", number("after", 1, spreads=True)),
+                Column("median ratio", number("median_ratio", 2)),
+            )
+        )
+    },
     "train-text-2048": {"table": trained_text(TOKENS, PEAK, TIMES)},
     "train-text-vocabulary": {"table": trained_text(PEAK, MEMORY)},
     "finetune-speech-russian": {"table": finetuned("same_speaker", "other_speaker")},
