@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mowa.data.chat.template import special_token_ids
 from mowa.data.chat.tokenize import encode_prompt
+from mowa.decode.detokenize import TextStream, decode_tokens, find_stop
 from mowa.errors import DataError, ModelError
 from mowa.tasks.causal import eos_token_ids, pad_token_id
 from mowa.types import CausalModel, Generation
@@ -38,7 +40,8 @@ class GenerationSettings:
     top_k               draw from this many tokens; 0: all
     repetition_penalty  1: none
     stop                strings that end an answer, and are not part of it; one may be a special token
-    seed                seed of the draws. One seed gives one answer per prompt, machine and batch
+    seed                seed of the draws; one seed gives one answer per prompt, machine and batch. torch's global
+                        generator is used meanwhile: do not draw from it in other threads
     """
 
     max_new_tokens: int = 512
@@ -151,7 +154,8 @@ def _generate_batch(
     inputs = _pad_left(prompts, pad_token_id(model.tokenizer), model.net.device)
     stopping = _Stopping(model, settings)
     with _seeded(settings.seed, model.net.device), torch.inference_mode():
-        out = model.net.generate(**inputs, generation_config=config, **_unset(model), **stopping.options())
+        options = _unset(model) | {"stopping_criteria": stopping.criteria()}
+        out = model.net.generate(**inputs, generation_config=config, **options)
     width = inputs["input_ids"].shape[1]
     return [
         _finish(model, prompt, row[width:].tolist(), stopping.lengths.get(index), settings)
@@ -166,8 +170,8 @@ def _finish(
     ids, ends = ids[:stopped_at], _end_ids(model, settings)
     count = next((index for index, one in enumerate(ids) if one in ends), None)
     kept = ids if count is None else ids[:count]
-    text = _decode(model.tokenizer, kept)
-    cut = _first_stop(text, settings.stop)
+    text = decode_tokens(model.tokenizer, kept)
+    cut = find_stop(text, settings.stop)
     return Generation(
         text=text if cut is None else text[:cut],
         prompt_tokens=len(prompt),
@@ -211,7 +215,7 @@ def _generation_config(model: CausalModel, max_new_tokens: int, settings: Genera
     return config
 
 
-def _unset(model: CausalModel) -> dict[str, None]:
+def _unset(model: CausalModel) -> dict[str, Any]:
     """Return arguments of transformers' `generate` that override what its own config of the model says."""
     return {name: None for name in UNSET if getattr(model.net.generation_config, name, None) is not None}
 
@@ -236,7 +240,7 @@ def _validate(model: CausalModel, settings: GenerationSettings) -> None:
         raise ModelError(f"top_p is {settings.top_p:g}: it must be above 0 and at most 1")
     if settings.repetition_penalty is not None and settings.repetition_penalty <= 0:
         raise ModelError(f"repetition_penalty is {settings.repetition_penalty:g}: it must be above 0")
-    specials = _specials(model.tokenizer)
+    specials = special_token_ids(model.tokenizer)
     for one in settings.stop:
         if not isinstance(one, str):
             raise ModelError(f"stop: {one!r} is not a text")
@@ -250,15 +254,9 @@ def _is_int(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _specials(tokenizer: Any) -> dict[str, int]:
-    """Return the special tokens, which are left out of text, and their ids."""
-    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-
-
 def _end_ids(model: CausalModel, settings: GenerationSettings) -> set[int]:
     """Return the tokens that end an answer: the model's, and special tokens among the stop strings."""
-    specials = _specials(model.tokenizer)
+    specials = special_token_ids(model.tokenizer)
     return {*eos_token_ids(model), *(specials[one] for one in settings.stop if one in specials)}
 
 
@@ -268,6 +266,10 @@ def _pad_left(prompts: list[list[int]], pad: int, device: Any) -> dict[str, Tens
     ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def _text_stream(model: CausalModel, settings: GenerationSettings) -> TextStream:
+    return TextStream(model.tokenizer, special_token_ids(model.tokenizer).values(), settings.stop)
 
 
 class _Stopping:
@@ -280,15 +282,16 @@ class _Stopping:
         self.lengths: dict[int, int] = {}
         self._model, self._settings = model, settings
         self._ends = _end_ids(model, settings)
-        self._texts: list[_TextStream] = []
+        self._texts: list[TextStream] = []
         self._ended: set[int] = set()
         self._length = 0
 
-    def options(self) -> dict[str, Any]:
-        return {"stopping_criteria": [self]} if self._settings.stop else {}
+    def criteria(self) -> list[Callable[..., Tensor]]:
+        """Return the criterion, if there are stop strings."""
+        return [self] if self._settings.stop else []
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
-        self._texts = self._texts or [_TextStream(self._model.tokenizer, self._settings.stop) for _ in input_ids]
+        self._texts = self._texts or [_text_stream(self._model, self._settings) for _ in input_ids]
         self._length += 1
         for index, token in enumerate(input_ids[:, -1].tolist()):
             if index in self._ended:
@@ -304,23 +307,13 @@ class _Stopping:
 
 @contextmanager
 def _seeded(seed: int | None, device: Any) -> Iterator[None]:
-    """Draw from generators that begin at `seed`, and leave the process's as they were; None: use the process's."""
+    """Seed torch's global generators within the context and restore them; None: use them as they are."""
     if seed is None:
         yield
         return
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
-
-
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    found = [position for one in stop if (position := text.find(one)) >= 0]
-    return min(found) if found else None
 
 
 # --- streaming --------------------------------------------------------------------------------------------------------
@@ -338,10 +331,7 @@ def _stream(model: CausalModel, ids: list[int], config: Any, settings: Generatio
                     generation_config=config,
                     **_unset(model),
                     streamer=_TokenQueue(tokens),
-                    stopping_criteria=[
-                        lambda input_ids, scores, **_: _done(input_ids, cancelled.is_set()),
-                        *_Stopping(model, settings).options().get("stopping_criteria", []),
-                    ],
+                    stopping_criteria=[_cancellation(cancelled), *_Stopping(model, settings).criteria()],
                 )
             tokens.put(None)
         except BaseException as error:  # raised by the thread that reads
@@ -349,7 +339,7 @@ def _stream(model: CausalModel, ids: list[int], config: Any, settings: Generatio
 
     thread = Thread(target=run, name="mowa-generate", daemon=True)
     thread.start()
-    text = _TextStream(model.tokenizer, settings.stop)
+    text = _text_stream(model, settings)
     ends = _end_ids(model, settings)
     try:
         while isinstance(item := tokens.get(), int):
@@ -364,8 +354,9 @@ def _stream(model: CausalModel, ids: list[int], config: Any, settings: Generatio
         thread.join()
 
 
-def _done(input_ids: Tensor, value: bool) -> Tensor:
-    return torch.full((len(input_ids),), value, device=input_ids.device)
+def _cancellation(cancelled: Event) -> Callable[..., Tensor]:
+    """Return a stopping criterion that ends every row once the event is set."""
+    return lambda input_ids, scores, **_: torch.full((len(input_ids),), cancelled.is_set(), device=input_ids.device)
 
 
 class _TokenQueue:
@@ -382,56 +373,3 @@ class _TokenQueue:
 
     def end(self) -> None:
         pass
-
-
-class _TextStream:
-    """Turns tokens into text that will not change, and withholds what may be the beginning of a stop string.
-
-    A token may be part of a character, and its text may depend on the tokens before it: the text of the last few tokens
-    is decoded with and without the new one, and the difference is new text. Special tokens have no text; without them,
-    the last few tokens always have some, and what a decoder strips from the beginning of a text is never new.
-    """
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
-        self._specials = frozenset(_specials(tokenizer).values())
-        self._ids: list[int] = []
-        self._start = self._read = 0
-        self._held, self.stopped = "", False
-
-    def push(self, token: int) -> str:
-        """Return the text that is certain after one more token."""
-        if token in self._specials:
-            return ""
-        self._ids.append(token)
-        text = _decode(self._tokenizer, self._ids[self._start :])
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        return self._release(self._advance(text))
-
-    def finish(self) -> str:
-        """Return the rest of the text."""
-        text = self._advance(_decode(self._tokenizer, self._ids[self._start :]))
-        rest = self._release(text) + ("" if self.stopped else self._held)
-        self._held = ""
-        return rest
-
-    def _advance(self, text: str) -> str:
-        before = _decode(self._tokenizer, self._ids[self._start : self._read])
-        self._start, self._read = self._read, len(self._ids)
-        return text[len(before) :]
-
-    def _release(self, text: str) -> str:
-        if self.stopped:
-            return ""
-        held = self._held + text
-        if (cut := _first_stop(held, self._stop)) is not None:
-            self.stopped, self._held = True, ""
-            return held[:cut]
-        longest = max(map(len, self._stop), default=1) - 1
-        keep = next(
-            (n for n in range(min(longest, len(held)), 0, -1) if any(one.startswith(held[-n:]) for one in self._stop)),
-            0,
-        )
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]

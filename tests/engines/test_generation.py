@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mowa
 from mowa import loading
+from mowa.data.chat import template
+from mowa.decode import detokenize
 from mowa.engines import generation
 from mowa.engines.generation import GenerationSettings
 from mowa.errors import DataError, ModelError
@@ -177,15 +179,15 @@ def test_a_special_token_is_a_stop_string(model):
 def test_streamed_pieces_join_to_the_text_whatever_the_special_tokens(family):
     tokenizer = chats.make_tokenizer(family)
     draw = random.Random(0)
-    specials = list(generation._specials(tokenizer).values())
+    specials = list(template.special_token_ids(tokenizer).values())
     for _ in range(200):
         ids = [
             draw.choice(specials) if draw.random() < 0.3 else draw.randrange(len(tokenizer))
             for _ in range(draw.randrange(12))
         ]
-        stream = generation._TextStream(tokenizer, ())
+        stream = detokenize.TextStream(tokenizer, specials, ())
         pieces = [stream.push(one) for one in ids]
-        assert "".join([*pieces, stream.finish()]) == generation._decode(tokenizer, ids), ids
+        assert "".join([*pieces, stream.finish()]) == detokenize.decode_tokens(tokenizer, ids), ids
 
 
 def test_the_models_generation_config_cannot_ask_for_several_sequences(model):

@@ -113,6 +113,13 @@ class ChatTemplate:
         return [self.escape(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
+def special_token_ids(tokenizer: Any) -> dict[str, int]:
+    """Return the special tokens, which tokenizers leave out of text, and their ids."""
+    decoder = getattr(tokenizer, "added_tokens_decoder", {})
+    added = {str(token): index for index, token in decoder.items() if token.special}
+    return added | dict(zip(map(str, tokenizer.all_special_tokens), tokenizer.all_special_ids, strict=True))
+
+
 def resolve_chat_template(tokenizer: Any, chat_template: str | None = None) -> ChatTemplate:
     """Return `chat_template` (Jinja text) or the tokenizer's. Raises DataError if there is none."""
     if not chat_template and not tokenizer.chat_template:
@@ -122,9 +129,7 @@ def resolve_chat_template(tokenizer: Any, chat_template: str | None = None) -> C
         )
     several = chat_template is None and isinstance(tokenizer.chat_template, Mapping)
     source = chat_template or (None if several else tokenizer.chat_template)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    added_specials = {str(token) for token in added.values() if token.special}
-    specials = tuple(sorted({*added_specials, *map(str, tokenizer.all_special_tokens)}, key=len, reverse=True))
+    specials = tuple(sorted(special_token_ids(tokenizer), key=len, reverse=True))
     pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
     found = ChatTemplate(tokenizer, source, bool(source and _GENERATION.search(source)), "", specials, pattern)
     try:
