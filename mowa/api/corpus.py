@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from mowa.api.options import TranscriptionOptions
+from mowa.api.options import TranscribeOptions, split_options
 from mowa.engines import batch, ray_data, transcription
 from mowa.engines.batch import CorpusSource
 from mowa.engines.results import ResultsFile
 from mowa.engines.selection import EngineChoice
-from mowa.engines.settings import EngineSpec, TranscriptionSettings, WorkerPool
+from mowa.engines.settings import TranscriptionSettings, WorkerPool
 from mowa.types import Failure
 
 __all__ = ["CorpusSummary", "WorkerPool", "transcribe_corpus"]
@@ -40,18 +40,10 @@ def transcribe_corpus(
     allow_remote: bool = False,
     ray: str = "",
     workers: WorkerPool | None = None,
-    adapter: str | Path | None = None,
-    engine: str = "auto",
-    device: str = "auto",
-    dtype: str = "auto",
-    threads: int | None = None,
-    revision: str | None = None,
-    target_lang: str | None = None,
-    offline: bool = False,
     on_open: Callable[[EngineChoice, ResultsFile], object] = lambda choice, log: None,
     on_progress: Callable[[float], object] = lambda seconds: None,
     on_failure: Callable[[Failure], object] = lambda failure: None,
-    **settings: Unpack[TranscriptionOptions],
+    **options: Unpack[TranscribeOptions],
 ) -> CorpusSummary:
     """Transcribe a corpus into a results log, one JSON line per recording; called again, it resumes.
 
@@ -69,27 +61,26 @@ def transcribe_corpus(
         workers: number of Ray workers and resources of each; None: as many as fit.
         on_open: called with the engine's choice and the opened log, before the first recording.
         on_progress, on_failure: called with seconds of audio, and with every failed recording.
-        settings: as in `mowa.transcribe`; the other arguments too.
+        options: as in `mowa.transcribe`.
 
     Raises:
         MowaError: the model cannot be loaded, the log is of another model or settings, or a source cannot be listed.
             What was finished until then is in the log.
     """
-    chosen = TranscriptionSettings(**settings)
-    spec = EngineSpec(model or "", adapter, revision, offline, engine, device, dtype, threads, target_lang)
-    spec = transcription.resolve_spec(spec)
+    spec, settings = split_options("transcribe_corpus", TranscriptionSettings, options)
+    spec = transcription.resolve_spec(replace(spec, model=model or ""))
     names = (sources,) if isinstance(sources, str | Path) else sources
     source = CorpusSource(tuple(map(str, names)), split, columns or {}, shard)
     choice = transcription.load_engine(spec)
     opened = choice.engine
     part = "/".join(map(str, shard)) if shard else ""
-    header = batch.build_header(opened, chosen, adapter=spec.adapter, shard=part)
-    options: Any = {"allow_remote": allow_remote, "on_progress": on_progress, "on_failure": on_failure}
+    header = batch.build_header(opened, settings, adapter=spec.adapter, shard=part)
+    common: Any = {"allow_remote": allow_remote, "on_progress": on_progress, "on_failure": on_failure}
     with ResultsFile.open(Path(results), header, retry_failed=retry_failed) as log:
         on_open(choice, log)
         if ray:
             spec = replace(spec, engine=opened.name, dtype=opened.dtype)
-            ray_data.transcribe_on_ray(source, spec, chosen, log, address=ray, workers=workers, **options)
+            ray_data.transcribe_on_ray(source, spec, settings, log, address=ray, workers=workers, **common)
         else:
-            batch.transcribe_corpus(source.examples(), opened, chosen, log, decode_threads=decode_threads, **options)
+            batch.transcribe_corpus(source.examples(), opened, settings, log, decode_threads=decode_threads, **common)
         return CorpusSummary(Path(results), len(log.done_ids), log.num_failed)

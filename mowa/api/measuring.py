@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from mowa.api.models import Run, load, read_task, resolve_model
-from mowa.api.options import TranscriptionOptions
+from mowa.api.options import TranscribeOptions, TranscriptionOptions, split_options
 from mowa.api.text import set_threads
 from mowa.engines import transcription
+from mowa.engines.registry import AUTO
 from mowa.engines.settings import EngineSpec, TranscriptionSettings
 from mowa.engines.transcription import resolve_artifact
 from mowa.errors import DataError, ModelError
@@ -29,18 +30,10 @@ def evaluate(
     *,
     split: str = "",
     max_samples: int = 0,
-    adapter: str | Path | None = None,
-    engine: str = "auto",
-    device: str = "auto",
-    dtype: str = "auto",
-    threads: int | None = None,
-    revision: str | None = None,
-    target_lang: str | None = None,
-    offline: bool = False,
     train_on: str = "auto",
     max_length: int | None = None,
     on_progress: Callable[[float], object] = lambda amount: None,
-    **settings: Unpack[TranscriptionOptions],
+    **options: Unpack[TranscribeOptions],
 ) -> Evaluation:
     """Measure a model on data with known answers.
 
@@ -49,16 +42,13 @@ def evaluate(
         data: for speech, recordings with transcripts; for text, conversations or texts.
         split: split of the data, if it has several.
         max_samples: evaluate at most this many; 0: all.
-        adapter: folder of an adapter over the model.
-        engine: for speech models, as in `mowa.transcribe`.
-        device, dtype, threads, revision, target_lang, offline: as in `mowa.load`. A model that is loaded already has
-            them, but for device, dtype and threads of the engine of a speech model.
         train_on: language models: which tokens count, as in recipes; auto: the answers in conversations, all tokens of
             texts.
         max_length: language models: longer samples are cut to this many tokens; None: 2,048, or the model's context
             if it is shorter.
         on_progress: called with seconds of audio, or numbers of texts.
-        settings: speech models: fields of `TranscriptionSettings`.
+        options: as in `mowa.transcribe`. Language models take adapter, device, dtype, threads, revision and offline,
+            and a model that is loaded already has them.
 
     Returns:
         Speech models: WER and CER; language models: loss, perplexity and accuracy; each with its 95 %
@@ -68,39 +58,37 @@ def evaluate(
         DataError: there is nothing to evaluate, or max_samples or max_length is out of range; ModelError as
             `mowa.load`, or for an option that does not apply to the model.
     """
-    if isinstance(model, Run) and adapter is None and (device, dtype) != ("auto", "auto"):
-        model = model.folder
-    options: Any = {"split": split, "max_samples": max_samples, "on_progress": on_progress}
-    spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads, target_lang)
-    found: Any = model
-    is_loaded = not isinstance(model, str | Path)
-    if not isinstance(model, str | Path):
-        found = resolve_model(model, adapter=adapter, revision=revision, target_lang=target_lang)
-        spec = replace(spec, adapter=None)
-    elif resolve_artifact(str(model)) is None and read_task(model, revision=revision, offline=offline) == "causal":
-        found = load(
-            model,
-            adapter=adapter,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            offline=offline,
-            target_lang=target_lang,
-        )
+    spec, settings = split_options("evaluate", TranscriptionSettings, options)
+    found, spec = _load_text_model(model, spec)
+    common: Any = {"split": split, "max_samples": max_samples, "on_progress": on_progress}
     if isinstance(found, Model) and found.task == "causal":
-        if settings:
-            raise TypeError(f"evaluate: {', '.join(settings)} do not apply to a language model")
-        if is_loaded and (given := [name for name in ("device", "dtype") if getattr(spec, name) != "auto"]):
-            raise ModelError(f"{found.origin.name} is loaded already: give {' and '.join(given)} to mowa.load")
-        if engine not in ("auto", "pytorch"):
-            raise ModelError(f"engine {engine!r} does not run language models: omit it")
-        set_threads(threads)
-        return scoring.evaluate_text(found, data, train_on=train_on, max_length=max_length, **options)
+        if inapplicable := [name for name in TranscriptionOptions.__annotations__ if name in options]:
+            raise ModelError(f"{found.origin.name} is a language model: {', '.join(inapplicable)} do not apply")
+        if spec.engine not in (AUTO, "pytorch"):
+            raise ModelError(f"engine {spec.engine!r} does not run language models: omit it")
+        set_threads(spec.threads)
+        return scoring.evaluate_text(found, data, train_on=train_on, max_length=max_length, **common)
     if train_on != "auto" or max_length is not None:
         name = "train_on" if train_on != "auto" else "max_length"
         raise ModelError(f"{name} is an option of language models, and the model is a speech model")
-    opened = transcription.open_engine(found if isinstance(found, Model) else str(found), spec)
-    return scoring.evaluate_speech(opened, data, settings=TranscriptionSettings(**settings), **options)
+    return scoring.evaluate_speech(transcription.open_engine(found, spec), data, settings=settings, **common)
+
+
+def _load_text_model(model: Run | str | Path | AnyModel, spec: EngineSpec) -> tuple[str | AnyModel, EngineSpec]:
+    """Return the loaded model where it is a language model or was loaded, else its name, and the spec that remains."""
+    if isinstance(model, Run) and spec.adapter is None:
+        model = model.folder
+    loading: Any = {"revision": spec.revision, "offline": spec.offline, "target_lang": spec.target_lang}
+    if isinstance(model, str | Path):
+        is_text = resolve_artifact(str(model)) is None and (
+            read_task(model, revision=spec.revision, offline=spec.offline) == "causal"
+        )
+        loading |= {"adapter": spec.adapter, "device": spec.device, "dtype": spec.dtype}
+        return (load(model, **loading) if is_text else str(model)), spec
+    found = resolve_model(model, adapter=spec.adapter, **loading)
+    if found.task == "causal" and (given := [name for name in ("device", "dtype") if getattr(spec, name) != AUTO]):
+        raise ModelError(f"{found.origin.name} is loaded already: give {' and '.join(given)} to mowa.load")
+    return found, replace(spec, adapter=None)
 
 
 def bench(

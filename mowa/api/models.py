@@ -6,13 +6,14 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 
 from mowa import loading
 from mowa.adapters import causal
 from mowa.adapters.loading import is_adapter, load_adapter, read_base_name
+from mowa.api.options import LoadOptions
 from mowa.engines.selection import describe_format
 from mowa.errors import ModelError
 from mowa.io.atomic import read_json
@@ -36,44 +37,11 @@ log = logging.getLogger("mowa")
 
 
 @overload
-def load(
-    name: str | Path,
-    *,
-    task: Literal["ctc"],
-    adapter: str | Path | None = ...,
-    revision: str | None = ...,
-    dtype: str = ...,
-    device: str = ...,
-    accelerate: bool | Literal["auto"] = ...,
-    offline: bool = ...,
-    target_lang: str | None = ...,
-) -> CTCModel: ...
+def load(name: str | Path, *, task: Literal["ctc"], **options: Unpack[LoadOptions]) -> CTCModel: ...
 @overload
-def load(
-    name: str | Path,
-    *,
-    task: Literal["causal"],
-    adapter: str | Path | None = ...,
-    revision: str | None = ...,
-    dtype: str = ...,
-    device: str = ...,
-    accelerate: bool | Literal["auto"] = ...,
-    offline: bool = ...,
-    target_lang: str | None = ...,
-) -> CausalModel: ...
+def load(name: str | Path, *, task: Literal["causal"], **options: Unpack[LoadOptions]) -> CausalModel: ...
 @overload
-def load(
-    name: str | Path,
-    *,
-    task: None = ...,
-    adapter: str | Path | None = ...,
-    revision: str | None = ...,
-    dtype: str = ...,
-    device: str = ...,
-    accelerate: bool | Literal["auto"] = ...,
-    offline: bool = ...,
-    target_lang: str | None = ...,
-) -> AnyModel: ...
+def load(name: str | Path, *, task: None = ..., **options: Unpack[LoadOptions]) -> AnyModel: ...
 def load(
     name: str | Path,
     *,

@@ -1,10 +1,29 @@
-"""Types of the keyword arguments of the verbs that take many; the functions say what they mean."""
+"""Type and read the keyword arguments that several verbs share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
+
+from mowa.engines.settings import EngineSpec
+from mowa.errors import ModelError
+
+SettingsT = TypeVar("SettingsT")
+
+
+class LoadOptions(TypedDict, total=False):
+    """Options of `mowa.load`, which says what they mean."""
+
+    adapter: str | Path | None
+    revision: str | None
+    dtype: str
+    device: str
+    accelerate: bool | Literal["auto"]
+    offline: bool
+    target_lang: str | None
 
 
 class TranscriptionOptions(TypedDict, total=False):
@@ -40,7 +59,15 @@ class GenerationOptions(TypedDict, total=False):
 
 
 class EngineOptions(TypedDict, total=False):
-    """Which engine runs a speech model, and how."""
+    """Which engine runs a speech model, and how.
+
+    adapter      an adapter's folder, or the name of one that the engine was opened with
+    engine       auto (the fastest here), pytorch, onnx, or another in `engines.registry`; an export has its own
+    device       cpu, cuda, cuda:1, …; auto: a GPU if there is one
+    dtype        float32, bfloat16, float16 or int8; auto: the fastest on this machine
+    threads      CPU threads; None: all cores
+    revision, target_lang, offline   as in `mowa.load`
+    """
 
     adapter: str | Path | None
     engine: str
@@ -53,10 +80,11 @@ class EngineOptions(TypedDict, total=False):
 
 
 class TranscribeOptions(EngineOptions, TranscriptionOptions, total=False):
-    """Options of `mowa.transcribe`."""
+    """Options of `mowa.transcribe`, `mowa.transcribe_corpus` and `mowa.evaluate`."""
 
-    word_timestamps: bool
-    on_progress: Callable[[float], object]
+
+class StreamOptions(EngineOptions, StreamingOptions, total=False):
+    """Options of `mowa.stream`."""
 
 
 class GenerateOptions(GenerationOptions, total=False):
@@ -66,3 +94,34 @@ class GenerateOptions(GenerationOptions, total=False):
     chat: bool | None
     threads: int | None
     batch_size: int
+
+
+def read_settings(
+    verb: str, settings: type[SettingsT], given: Mapping[str, Any], others: Iterable[str] = ()
+) -> SettingsT:
+    """Return a settings dataclass.
+
+    Raises ModelError for an option that it lacks, with the closest name among its own and `others` of the verb.
+    """
+    known = [one.name for one in fields(settings)]  # type: ignore[arg-type]
+    for name in given:
+        if name not in known:
+            options = [*known, *others]
+            close = difflib.get_close_matches(name, options, 1, 0.5)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(options)}"
+            raise ModelError(f"{verb} has no option {name!r}: {hint}")
+    return settings(**given)
+
+
+def split_options(
+    verb: str, settings: type[SettingsT], options: Mapping[str, Any], *, engine: str = "auto"
+) -> tuple[EngineSpec, SettingsT]:
+    """Return the engine, without a model's name, and the settings that the options of a verb name.
+
+    `engine` is the default. Raises as `read_settings`.
+    """
+    of_engine = EngineOptions.__annotations__.keys()
+    given = {name: value for name, value in options.items() if name not in of_engine}
+    engine_options = {name: value for name, value in options.items() if name in of_engine}
+    spec = EngineSpec(**({"model": "", "engine": engine} | engine_options))
+    return spec, read_settings(verb, settings, given, of_engine)

@@ -59,23 +59,25 @@ def compare_schemes(
             speech models with a language model; and as `mowa.load`.
     """
     if out is not None and Path(out).is_file():
-        raise DataError(f"{out} is a file: name a folder with --out")
+        raise DataError(f"{out} is a file: name a folder")
     names = [schemes] if isinstance(schemes, str) else list(schemes)
     for name in set(names) - {"all"}:
         parse_scheme(name)
     loaded = resolve_model(model, revision=revision, target_lang=target_lang, offline=offline)
     folder = None if out is None else Path(out)
+    parsed = _parse_schemes(names, loaded.task)
     if loaded.task == "causal":
         if calibration_data or group_by or throughput or set(formats) - {"safetensors"}:
             raise ModelError(
                 f"{loaded.origin.name} is a language model: formats other than safetensors, calibration data, grouping"
                 " and throughput are options of speech models"
             )
-        parsed, limit = _parse_schemes(names, loaded.task), max_perplexity_increase
-        text = text_report.TextReportConfig(parsed, str(data), split, max_samples, limit, keep_failed, baseline)
+        text = text_report.TextReportConfig(
+            parsed, str(data), split, max_samples, max_perplexity_increase, keep_failed, baseline
+        )
         return text_report.build_text_report(require_causal(loaded, "quantize"), text, folder, on_progress=on_progress)
     config = report.ReportConfig(
-        schemes=_parse_schemes(names, loaded.task),
+        schemes=parsed,
         formats=tuple(dict.fromkeys(formats)) or report.DEFAULT_FORMATS,
         data=str(data),
         split=split,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mowa.api.models import Run
-from mowa.api.options import StreamingOptions, TranscribeOptions, TranscriptionOptions
+from mowa.api.options import StreamOptions, TranscribeOptions, split_options
 from mowa.data.audio import find_audio_files
 from mowa.data.audio.values import to_audio_source
 from mowa.decode.stream import DEFAULT_ENDPOINTING, EndpointConfig, TranscriptionStream
@@ -35,6 +35,8 @@ def transcribe(  # type: ignore[overload-overlap]  # str and Mapping are iterabl
     model: SpeechModel | None = ...,
     *,
     sampling_rate: int | None = ...,
+    word_timestamps: bool = ...,
+    on_progress: Callable[[float], object] = ...,
     **options: Unpack[TranscribeOptions],
 ) -> Transcript: ...
 @overload
@@ -43,6 +45,8 @@ def transcribe(
     model: SpeechModel | None = ...,
     *,
     sampling_rate: int | None = ...,
+    word_timestamps: bool = ...,
+    on_progress: Callable[[float], object] = ...,
     **options: Unpack[TranscribeOptions],
 ) -> Iterator[Transcript | Failure]: ...
 def transcribe(
@@ -50,17 +54,9 @@ def transcribe(
     model: SpeechModel | None = None,
     *,
     sampling_rate: int | None = None,
-    adapter: str | Path | None = None,
     word_timestamps: bool = True,
-    engine: str = "auto",
-    device: str = "auto",
-    dtype: str = "auto",
-    threads: int | None = None,
-    revision: str | None = None,
-    target_lang: str | None = None,
-    offline: bool = False,
     on_progress: Callable[[float], object] = lambda seconds: None,
-    **settings: Unpack[TranscriptionOptions],
+    **options: Unpack[TranscribeOptions],
 ) -> Transcript | Iterator[Transcript | Failure]:
     """Transcribe a recording, or several.
 
@@ -71,29 +67,25 @@ def transcribe(
         model: an alias, a folder (also of an export or an adapter), a Hub id, a `Model`, or an engine that
             `mowa.open_engine` returned, a `Run`; None is the adapter's base model, or pl-tiny.
         sampling_rate: sampling rate of arrays, in Hz.
-        adapter: an adapter's folder, or the name of one that the engine was opened with.
         word_timestamps: return words with their times; without, only the text of each segment.
-        engine: auto (the fastest here), pytorch, onnx, or another in `engines.registry`; an export has its own.
-        device, dtype, threads: as `mowa transcribe`.
-        revision, target_lang, offline: as in `mowa.load`.
         on_progress: called with the seconds of audio of each batch.
-        settings: fields of `TranscriptionSettings`, such as batch_s, window_s, vad_threshold and channels.
+        options: adapter, engine, device, dtype, threads, revision, target_lang and offline (`EngineOptions`), and
+            fields of `TranscriptionSettings`, such as batch_s, window_s, vad_threshold and channels.
 
     Returns:
         The Transcript of a single recording; for several, an iterator that yields, in order, a Transcript or, for a
         recording that cannot be read to its end, a Failure.
 
     Raises:
-        MowaError: the model cannot be loaded, or a single recording cannot be read.
+        MowaError: the model cannot be loaded, there is no such option, or a single recording cannot be read.
     """
     if not _is_single(audio) and not isinstance(audio, Iterable):
         raise AudioError(f"a value of type {type(audio).__name__} is not audio: pass a path, bytes, an array or a list")
     if isinstance(audio, list | tuple) and audio and isinstance(audio[0], int | float):
         raise AudioError("a list of numbers: pass numpy.array(samples), or {'array': …, 'sampling_rate': …}")
-    spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads, target_lang)
-    loaded = _open_engine(model, spec)
+    spec, settings = split_options("transcribe", TranscriptionSettings, options)
     outcomes = transcription.iter_transcripts(
-        _sources(audio, sampling_rate), loaded, TranscriptionSettings(**settings), on_progress=on_progress
+        _sources(audio, sampling_rate), _open_engine(model, spec), settings, on_progress=on_progress
     )
     if not word_timestamps:
         outcomes = map(_without_words, outcomes)
@@ -108,16 +100,8 @@ def transcribe(
 def stream(
     model: SpeechModel | None = None,
     *,
-    adapter: str | Path | None = None,
-    engine: str = "",
-    device: str = "auto",
-    dtype: str = "auto",
-    threads: int | None = None,
-    revision: str | None = None,
-    target_lang: str | None = None,
-    offline: bool = False,
     endpointing: EndpointConfig = DEFAULT_ENDPOINTING,
-    **config: Unpack[StreamingOptions],
+    **options: Unpack[StreamOptions],
 ) -> TranscriptionStream:
     """Open a live stream: `feed(samples)` returns new segments; `close()` returns the remaining ones.
 
@@ -126,15 +110,14 @@ def stream(
     Args:
         model: as in `mowa.transcribe`. Streams over one engine share its weights and may be fed from different threads.
         endpointing: when a segment ends.
-        config: fields of `StreamingConfig`: mode, chunk_s, left_context_s and lookahead_s.
-        engine: empty: pytorch; for an export, its own.
-        adapter, device, dtype, threads, revision, target_lang, offline: as in `mowa.transcribe`.
+        options: as in `mowa.transcribe`, but engine is pytorch if it is not given (for an export, its own), and fields
+            of `StreamingConfig`: mode, chunk_s, left_context_s and lookahead_s.
 
     Raises:
         ModelError: the model or engine does not support the configuration, or as `mowa.load`.
     """
-    spec = EngineSpec("", adapter, revision, offline, engine, device, dtype, threads, target_lang)
-    return streaming.stream(_open_engine(model, spec), StreamingConfig(**config), endpointing)
+    spec, config = split_options("stream", StreamingConfig, options, engine="")
+    return streaming.stream(_open_engine(model, spec), config, endpointing)
 
 
 def _open_engine(model: SpeechModel | None, spec: EngineSpec) -> Engine:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, Unpack, overload
 
 import torch
 
 from mowa.api.models import Run, resolve_model
-from mowa.api.options import GenerateOptions
+from mowa.api.options import GenerateOptions, read_settings
 from mowa.engines import generation
 from mowa.engines.generation import GenerationSettings, Prompt
 from mowa.errors import DataError, ModelError
@@ -93,15 +92,12 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def _to_settings(settings: dict[str, Any]) -> GenerationSettings:
-    known = [one.name for one in fields(GenerationSettings)]
-    if unknown := next((name for name in settings if name not in known), None):
-        raise ModelError(f"generate has no setting {unknown!r}: the settings are {', '.join(known)}")
-    stop = settings.get("stop")
+def _to_settings(given: dict[str, Any]) -> GenerationSettings:
+    stop = given.get("stop")
     if stop is not None and not isinstance(stop, str | Iterable):
         raise ModelError(f"stop is {stop!r}: it must be a text or a list of texts")
     texts = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    return GenerationSettings(**{**settings, "stop": texts})
+    return read_settings("generate", GenerationSettings, given | {"stop": texts})
 
 
 def _list_prompts(prompt: Any) -> tuple[bool, list[Any]]:

@@ -180,11 +180,6 @@ def test_evaluate_rejects_sizes_out_of_range(text, talk, options, message):
         mowa.evaluate(text, talk, **options)
 
 
-def test_evaluate_rejects_settings_of_speech_for_a_language_model(text, talk):
-    with pytest.raises(TypeError, match="batch_s do not apply to a language model"):
-        mowa.evaluate(text, talk, batch_s=3.0)
-
-
 def test_unreadable_recordings_are_failures_of_an_evaluation(speech, recordings, tmp_path):
     with pytest.raises(mowa.DataError, match="max_samples is -1"):
         mowa.evaluate(speech, recordings, max_samples=-1)
@@ -228,5 +223,21 @@ def test_a_scheme_is_a_scheme_of_quantize(text):
     ],
 )
 def test_what_a_task_cannot_do_is_refused(speech, text, call, message):
+    with pytest.raises(mowa.ModelError, match=message):
+        call(speech, text)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda speech, text: mowa.transcribe("x.wav", speech, langauge="pl"), "transcribe has no option 'langauge'"),
+        (lambda speech, text: mowa.transcribe("x.wav", speech, vad_treshold=0), r"did you mean vad_threshold\?"),
+        (lambda speech, text: mowa.stream(speech, chunks_s=1), r"did you mean chunk_s\?"),
+        (lambda speech, text: mowa.evaluate(speech, "x", devise="cpu"), r"did you mean device\?"),
+        (lambda speech, text: mowa.evaluate(text, "x", window_s=3), "window_s do not apply"),
+        (lambda speech, text: mowa.generate(text, "x", max_tokens=3), r"did you mean max_new_tokens\?"),
+    ],
+)
+def test_unknown_options_name_the_closest(speech, text, call, message):
     with pytest.raises(mowa.ModelError, match=message):
         call(speech, text)

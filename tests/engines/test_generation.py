@@ -230,7 +230,7 @@ def test_prompts_of_other_types_are_rejected(model, prompt, message):
         ({"batch_size": 0}, "batch_size is 0: it must be a whole number, at least 1"),
         ({"threads": 0}, "threads is 0"),
         ({"threads": 1.5}, "threads is 1.5"),
-        ({"warmth": 1}, "generate has no setting 'warmth': the settings are max_new_tokens"),
+        ({"warmth": 1}, "generate has no option 'warmth': it has max_new_tokens"),
         ({"stop": 1}, "stop is 1: it must be a text"),
     ],
 )
