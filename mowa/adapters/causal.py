@@ -158,11 +158,11 @@ def verify_merge(merged: ModelDiff, base_rounded: ModelDiff | None = None) -> No
     )
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype that config.json of a checkpoint names, float32 if it names none."""
+def stored_dtype(folder: Path) -> str:
+    """Return the dtype that config.json of a checkpoint names, such as bfloat16; float32 if it names none."""
     config = read_json(folder / "config.json")
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    name = str(config.get("dtype") or config.get("torch_dtype"))
+    return name if isinstance(getattr(torch, name, None), torch.dtype) else "float32"
 
 
 @torch.inference_mode()

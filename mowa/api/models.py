@@ -192,4 +192,4 @@ def _stored_dtype(name: str, revision: str | None, offline: bool) -> str:
     folder = fetch_config(name, revision=revision, offline=offline)
     if read_family(folder, name).task == "ctc":
         return "float32"
-    return str(causal.stored_dtype(folder)).removeprefix("torch.")
+    return causal.stored_dtype(folder)

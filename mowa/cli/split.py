@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mowa.data.quality.split import DISJOINT
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mowa.types import Example
-
-DISJOINT_CHOICES = ("auto", "speakers", "sentences", "both")
 
 
 # fmt: off
@@ -23,7 +23,7 @@ DISJOINT_CHOICES = ("auto", "speakers", "sentences", "both")
 @click.option("--dev", default="5%", show_default=True, metavar="SIZE",
               help="Size of dev: 5% of the duration, 2h, 30min, or a number of recordings; 0: none.")
 @click.option("--test", default="5%", show_default=True, metavar="SIZE", help="Size of test, likewise.")
-@click.option("--disjoint", type=click.Choice(DISJOINT_CHOICES), default="auto", show_default=True,
+@click.option("--disjoint", type=click.Choice(DISJOINT), default="auto", show_default=True,
               help="What no two splits may share. both: recordings that would violate it are dropped; auto: both if"
               " nothing has to be dropped, else speakers, or sentences if speakers are few.")
 @click.option("--speaker-by", metavar="COLUMN",

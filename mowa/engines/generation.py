@@ -24,7 +24,7 @@ from mowa.data.chat.template import special_token_ids
 from mowa.data.chat.tokenize import encode_prompt
 from mowa.decode.detokenize import TextStream, decode_tokens, find_stop
 from mowa.errors import DataError, ModelError
-from mowa.tasks.causal import eos_token_ids, pad_token_id
+from mowa.tasks.causal import context_length, eos_token_ids, pad_token_id
 from mowa.types import CausalModel, Generation
 
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or messages with "role" and "content"
@@ -182,7 +182,7 @@ def _finish(
 
 def _limit(model: CausalModel, prompt: list[int], settings: GenerationSettings) -> int:
     """Return how many tokens the answer may have. Raises DataError for a prompt without room for an answer."""
-    context = getattr(model.net.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.net.config)
     if context is None:
         return settings.max_new_tokens
     if len(prompt) >= context:

@@ -157,7 +157,7 @@ def read_text_samples(
 
 
 def _resolve_max_length(model: CausalModel, max_length: int | None) -> int:
-    context = getattr(model.net.config.get_text_config(), "max_position_embeddings", None)
+    context = causal.context_length(model.net.config)
     if max_length is None:
         return min(MAX_LENGTH, context or MAX_LENGTH)
     if not isinstance(max_length, int) or max_length < 2:

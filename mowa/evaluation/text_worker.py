@@ -69,15 +69,16 @@ def _measure_in_process(request: TextMeasurementRequest) -> TextMeasurement:
     from mowa.adapters.causal import stored_dtype
     from mowa.io.hub import resolve_model
     from mowa.loading.causal import load
+    from mowa.tasks.causal import context_length
 
     dtype = request.dtype
     if dtype == "auto":
         folder = resolve_model(request.model, offline=True).folder
-        dtype = "float32" if request.device == "cpu" else str(stored_dtype(folder)).removeprefix("torch.")
+        dtype = "float32" if request.device == "cpu" else stored_dtype(folder)
     started_s = time.perf_counter()
     model = load(request.model, dtype=dtype, device=request.device, offline=True)
     load_s = time.perf_counter() - started_s
-    context = getattr(model.net.config.get_text_config(), "max_position_embeddings", None) or PROMPT_TOKENS + NEW_TOKENS
+    context = context_length(model.net.config) or PROMPT_TOKENS + NEW_TOKENS
     new_tokens = min(NEW_TOKENS, context // 2)
     count = min(PROMPT_TOKENS, context - new_tokens)
     ids = torch.randint(model.net.get_input_embeddings().num_embeddings, (1, count), generator=torch.manual_seed(0))

@@ -75,7 +75,7 @@ def write_merged(
     else:
         samples, source = _comparison_samples(adapter, cast(CausalModel, adapted), data)
         if dtype == "auto":
-            dtype = str(causal.stored_dtype(base.origin.folder)).removeprefix("torch.")
+            dtype = causal.stored_dtype(base.origin.folder)
 
         def report(label: str, diff: ModelDiff) -> None:
             on_comparison(f"{label}, {source}", diff)

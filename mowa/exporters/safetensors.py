@@ -153,7 +153,7 @@ def _base_dtype(model: AnyModel) -> torch.dtype:
     """Return the dtype of config.json: a float scheme's, else that of a language model's checkpoint, else float32."""
     if model.scheme.weights in FLOAT_DTYPES:
         return getattr(torch, model.scheme.weights)
-    return causal.stored_dtype(model.origin.folder) if model.task == "causal" else torch.float32
+    return getattr(torch, causal.stored_dtype(model.origin.folder) if model.task == "causal" else "float32")
 
 
 def _collect_tensors(model: AnyModel, net: Any, linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:

@@ -113,6 +113,12 @@ def evaluate(net: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]
     return {"loss": found.nll.sum() / max(1, count), "accuracy": found.correct.sum() / max(1, count), "tokens": count}
 
 
+def context_length(config: Any) -> int | None:
+    """Return how many tokens a net takes by its transformers config; None if it does not say."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 def eos_token_ids(model: CausalModel) -> tuple[int, ...]:
     """Return the tokens that end an answer, by the generation config and the tokenizer."""
     configured = getattr(model.net.generation_config, "eos_token_id", None)

@@ -16,11 +16,11 @@ import torch
 from mowa import hardware
 from mowa.errors import DataError, RecipeError
 from mowa.training.checkpoints import KEPT_CHECKPOINTS
+from mowa.training.config.ctc import ADAPTER_METHODS
 from mowa.training.distributed import memory, strategy
 from mowa.training.distributed.process import is_main_process, is_worker_process
 
 MEMORY_MARGIN = 1.5  # refuse above this multiple of the available memory
-ADAPTER_METHODS = ("lora", "bottleneck")  # the result holds no frozen weights
 
 
 def check_resources(run: Any, output_dir: Path, *, saves_frozen: bool) -> str:

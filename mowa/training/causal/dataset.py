@@ -77,8 +77,7 @@ def load_splits(recipe: CausalRecipe, model: CausalModel) -> CausalSplits:
 
 
 def _tokenize(items: Any, data: CausalData, model: CausalModel) -> Any:
-    config = model.net.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or data.max_length
+    context = causal.context_length(model.net.config) or data.max_length
     return tokenize.tokenize_conversations(
         items,
         model.tokenizer,

@@ -42,7 +42,7 @@ def save(run: CausalRun, output_dir: Path, measured: Measured) -> None:
     if run.recipe.method == "lora":
         causal.save_adapter(net, output_dir, base=model.origin, tokenizer=model.tokenizer, metrics={})
         return
-    net.to(causal.stored_dtype(model.origin.folder))
+    net.to(getattr(torch, causal.stored_dtype(model.origin.folder)))
     with atomic_output_dir(output_dir) as folder:
         causal.write_checkpoint(model, folder)
 
