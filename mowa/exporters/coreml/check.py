@@ -1,7 +1,8 @@
 """Interpret a Core ML program on disk with torch, operator by operator, as Apple's MIL specification defines them.
 
-Operators compute in float32, and outputs that are float16 in the program are rounded to it. Results on a device differ
-by its own rounding. Only the operators of speech models are implemented (`OPERATORS`).
+Operators compute in float32, or in float64 to tell an error of the program from rounding. Outputs that are float16 in
+the program are rounded to it. Results on a device differ by its own rounding. Only the operators of speech models are
+implemented (`OPERATORS`).
 
 Source: https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html
 """
@@ -39,22 +40,27 @@ def open_program(package: Path) -> Any:
     return load(spec, spec.specificationVersion, str(weights)).functions["main"]
 
 
-def run_program(program: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def run_program(
+    program: Any, inputs: Mapping[str, Tensor], compute_dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Run a program on inputs by name, ignoring those that it does not have, and return its outputs by name.
+
+    `compute_dtype`: what operators compute in, and what values are kept in that are float32 in the program.
 
     Raises UnsupportedOperator.
     """
+    dtypes = DTYPES | {"fp32": compute_dtype}
     if unsupported := sorted({op.op_type for op in program.operations} - {*OPERATORS, "const"}):
         raise UnsupportedOperator(", ".join(unsupported))
-    values: dict[Any, Tensor] = {var: inputs[name].to(DTYPES[_dtype(var)]) for name, var in program.inputs.items()}
+    values: dict[Any, Tensor] = {var: inputs[name].to(dtypes[_dtype(var)]) for name, var in program.inputs.items()}
     uses = Counter(var for op in program.operations for var in _operands(op))
     uses.update(program.outputs)
     for op in program.operations:
         if op.op_type == "const":
             continue
-        result = OPERATORS[op.op_type](_Operands(op, values))
+        result = OPERATORS[op.op_type](_Operands(op, values, compute_dtype))
         for var, value in zip(op.outputs, result if isinstance(result, tuple | list) else (result,), strict=True):
-            values[var] = value.to(DTYPES[_dtype(var)])
+            values[var] = value.to(dtypes[_dtype(var)])
         for var in _operands(op):
             uses[var] -= 1
             if not uses[var]:
@@ -73,10 +79,10 @@ def _dtype(var: Any) -> str:
 
 
 class _Operands:
-    """Operands of an operator by name: as tensors, with floats in float32, or as Python values."""
+    """Operands of an operator by name: as tensors, with floats in `compute_dtype`, or as Python values."""
 
-    def __init__(self, op: Any, values: Mapping[Any, Tensor]) -> None:
-        self.op, self._values = op, values
+    def __init__(self, op: Any, values: Mapping[Any, Tensor], compute_dtype: torch.dtype) -> None:
+        self.op, self._values, self.compute_dtype = op, values, compute_dtype
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensor(self.op.inputs[name])
@@ -98,10 +104,10 @@ class _Operands:
     def _tensor(self, var: Any) -> Tensor:
         if var in self._values:
             value = self._values[var]
-            return value.float() if value.dtype == torch.float16 else value
+            return value.to(self.compute_dtype) if value.is_floating_point() else value
         name = _dtype(var)
-        dtype = np.float32 if name.startswith("fp") else np.bool_ if name == "bool" else np.int64
-        return torch.from_numpy(np.array(var.val, dtype))
+        dtype = self.compute_dtype if name.startswith("fp") else torch.bool if name == "bool" else torch.int64
+        return torch.as_tensor(np.array(var.val)).to(dtype)
 
 
 def _conv(op: _Operands) -> Tensor:
@@ -193,7 +199,7 @@ def _quantize(op: _Operands) -> Tensor:
 
 def _dequantize(op: _Operands) -> Tensor:
     zero = op.get("zero_point", 0)
-    return (op["input"].float() - zero) * op["scale"]
+    return (op["input"].to(op.compute_dtype) - zero) * op["scale"]
 
 
 def _affine_dequantize(op: _Operands) -> Tensor:
