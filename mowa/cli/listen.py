@@ -255,7 +255,7 @@ def _event_writer(format_name: str) -> EventWriter:
 
 def _lost_audio_message(lost_s: float, dropped_s: float) -> str:
     if not dropped_s:
-        return f"{lost_s:.1f} s of audio were lost: they could not be decoded"
+        return f"{lost_s:.1f} s of audio were lost: they were not sent, or could not be decoded"
     return (
         f"{lost_s:.1f} s of audio were lost: transcription is slower than real time. Use a smaller model, or --mode"
         " cached with a streaming model"

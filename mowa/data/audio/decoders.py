@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from mowa.data.audio import headers
+from mowa.data.audio import headers, timestamps
+from mowa.data.audio.timestamps import Timeline
 from mowa.errors import AudioError
 
 Samples = npt.NDArray[np.float32]
@@ -28,7 +29,7 @@ MAX_CHANNELS = 1024
 DURATION_TOLERANCE_S = 0.25  # encoder delay and padding: a lossy file may be this much shorter than its header states
 
 _CHUNK_VALUES = 2**13  # values decoded at once, over all channels; bounds the error of "decoded s" in error messages
-_FFMPEG_FORMATS = "aac,ac3,aiff,amr,amrnb,amrwb,asf,au,avi,caf,flac,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav"
+_FFMPEG_FORMATS = "aac,ac3,aiff,amr,amrnb,amrwb,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav"
 _MAX_PLANES = 8  # PyAV 18 reads out of bounds if more channels have planes of their own
 _OGG_TRUNCATED = "its last page does not end the stream"
 _ADVICE = "Copy the file again, or cut it with ffmpeg."
@@ -63,12 +64,14 @@ class AudioDecoder:
     """An open recording.
 
     `chunks(mixer)` decodes from frame `start_frame` on, in chunks of any length at `info.rate_hz`. The mixer maps the
-    decoded values [n, C] to [n] or [n, K], before they are scaled to ±1.
+    decoded values [n, C] to [n] or [n, K], before they are scaled to ±1. `timeline` places them by their timestamps;
+    None where the format has none.
     """
 
     info: AudioInfo
     chunks: Callable[[ChannelMixer], Iterator[Samples]]
     start_frame: int = 0
+    timeline: Timeline | None = None
 
 
 ChannelMixer = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
@@ -196,12 +199,20 @@ def _open_ffmpeg(source: AudioInput, file: BinaryIO, closing: ExitStack) -> Audi
         raise audio_error(
             source, f"has {channels} channels; at most {_MAX_PLANES} are supported for its codec. Convert it to WAV."
         )
-    duration_s = headers.read_duration_s(container, num_frames)
+    start_s, timeline = timestamps.find_start_s(container), None
+    if container.format.name in timestamps.FORMATS_WITH_TIMESTAMPS:
+        timeline = Timeline(start_s, lambda: not _lost_ogg_pages(source), chained=container.format.name == "ogg")
+    duration_s = headers.read_duration_s(container, num_frames, start_s)
     info = AudioInfo(duration_s, rate_hz, channels, container.format.name.split(",")[0])
-    return AudioDecoder(info, lambda mixer: _decode_ffmpeg(container, rate_hz, mixer))
+    return AudioDecoder(info, lambda mixer: _decode_ffmpeg(container, rate_hz, mixer, timeline), timeline=timeline)
 
 
-def _decode_ffmpeg(container: Any, rate_hz: int, mixer: ChannelMixer) -> Iterator[Samples]:
+def _lost_ogg_pages(source: AudioInput) -> bool:
+    with _open_bytes(source) as file:
+        return headers.lost_ogg_pages(file)
+
+
+def _decode_ffmpeg(container: Any, rate_hz: int, mixer: ChannelMixer, timeline: Timeline | None) -> Iterator[Samples]:
     """Decode the first audio stream. Skip damaged packets if audio follows and they last less than the tolerance."""
     import av
 
@@ -221,6 +232,9 @@ def _decode_ffmpeg(container: Any, rate_hz: int, mixer: ChannelMixer) -> Iterato
                     raise DecodingError(f"its sample rate changes from {rate_hz} to {frame.sample_rate} Hz")
                 if frame.format.is_planar and frame.layout.nb_channels > _MAX_PLANES:
                     raise DecodingError(f"its channels grow to {frame.layout.nb_channels}")
+                hole_s = timeline.place(frame.time, frame.samples / rate_hz) if timeline else 0.0
+                for count in timestamps.silence_pieces(hole_s, rate_hz):
+                    yield mixer(np.broadcast_to(np.float32(0), (count, frame.layout.nb_channels)))
                 yield _mix_frame(frame, mixer)
             if frames and packet.size:
                 failure = ""

@@ -70,6 +70,19 @@ def is_ogg_truncated(file: BinaryIO) -> bool:
     return not ends or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
+def lost_ogg_pages(file: BinaryIO) -> bool:
+    """Return whether this is Ogg whose pages are not numbered without gaps, so that some were lost (RFC 3533, §6)."""
+    expected: dict[int, int] = {}  # serial number of a stream → number of its next page
+    file.seek(0)
+    while len(page := file.read(27)) == 27 and page[:4] == b"OggS":
+        serial, number = struct.unpack("<II", page[14:22])
+        if not page[5] & 2 and expected.get(serial, number) != number:
+            return True
+        expected[serial] = number + 1
+        file.seek(sum(file.read(page[26])), 1)
+    return False
+
+
 def read_mp3_frame_count(file: BinaryIO) -> int | None:
     """Return the frame count of the Xing or Info header of an MP3, which follows the ID3v2 tag; None if absent."""
     file.seek(0)
@@ -83,15 +96,17 @@ def read_mp3_frame_count(file: BinaryIO) -> int | None:
     return int.from_bytes(head[at + 8 : at + 12], "big") if counted else None
 
 
-def read_duration_s(container: Any, frames: int | None) -> float | None:
+def read_duration_s(container: Any, frames: int | None, start_s: float | None = None) -> float | None:
     """Return the duration that an open PyAV container states; None if FFmpeg only estimates it from the bit rate.
 
-    `frames` is the result of `read_mp3_frame_count`.
+    `frames` is the result of `read_mp3_frame_count`; the duration begins at timestamp `start_s` (None: at the first
+    audio).
     """
     track, name = container.streams.audio[0], container.format.name
     if name not in FORMATS_WITH_DURATION or (name == "mp3" and frames is None):
         return None
-    start_s = float((track.start_time or 0) * track.time_base)
+    own_start_s = float((track.start_time or 0) * track.time_base)
+    start_s = own_start_s if start_s is None else start_s
     if name == "matroska,webm":
         if stated := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", track.metadata.get("DURATION", "")):
             return float(stated[1]) * 3600 + float(stated[2]) * 60 + float(stated[3]) - start_s
@@ -99,7 +114,7 @@ def read_duration_s(container: Any, frames: int | None) -> float | None:
         return container.duration / 1e6 - start_s if container.duration and len(container.streams) == 1 else None
     if track.duration is None:
         return None
-    duration_s = float(track.duration * track.time_base)
+    duration_s = float(track.duration * track.time_base) + own_start_s - start_s
     if name != "mp3" or frames is None:
         return duration_s
     rate_hz = track.codec_context.sample_rate

@@ -10,7 +10,9 @@ pipe) can only be rejected if they end inside a frame. The audio is not trimmed,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path, PurePath
 from typing import Literal
@@ -33,6 +35,8 @@ from mowa.data.audio.decoders import (
     truncated_error,
 )
 from mowa.types import Preprocessing
+
+log = logging.getLogger("mowa")
 
 MIN_SAMPLES = 400  # receptive field of wav2vec2: fewer samples give no frame
 SILENCE_DBFS = -80.0
@@ -77,6 +81,8 @@ def stream_audio(
             length += len(block)
             if length >= MIN_SAMPLES:
                 yield block
+        for warning in decoder.timeline.warnings() if decoder.timeline else ():
+            _warn_once(str(audio_error(source, warning + ".")))
     if length < MIN_SAMPLES:
         raise audio_error(
             source,
@@ -173,6 +179,12 @@ def _to_input(source: str | Path | AudioBytes) -> AudioInput:
     return source if isinstance(source, AudioBytes) else Path(source)
 
 
+@lru_cache(4096)
+def _warn_once(message: str) -> None:
+    """Log a warning; a recording may be read several times: for each of its channels, or for parts of it."""
+    log.warning("%s", message)
+
+
 def _validate_channel(source: AudioInput, info: AudioInfo, channel: int | None) -> None:
     if channel is not None and not 0 <= channel < info.channels:
         available = f"{info.channels} channels, 0 to {info.channels - 1}" if info.channels > 1 else "one channel, 0"
@@ -192,7 +204,7 @@ def _decode(source: AudioInput, decoder: AudioDecoder, mixer: ChannelMixer) -> I
             yield chunk
     except DecodingError as error:
         failure = str(error)
-    decoded_s = length / rate_hz
+    decoded_s = length / rate_hz + (decoder.timeline.ignored_s if decoder.timeline else 0.0)
     if stated_s is not None and decoded_s < stated_s - DURATION_TOLERANCE_S:
         raise truncated_error(source, f"its header promises {stated_s:.1f} s", decoded_s)
     if failure:

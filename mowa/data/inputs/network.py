@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,11 +10,16 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from mowa.data.audio import timestamps
 from mowa.data.audio.decoders import mix_to_mono
+from mowa.data.audio.timestamps import Timeline
 from mowa.data.inputs.source import AudioChunk, AudioChunks, AudioSource
 from mowa.errors import AudioError
 
+log = logging.getLogger("mowa")
+
 TIMEOUT_S = 10.0  # without data
+MAX_SILENCE_S = 10.0  # a longer hole in the timestamps is lost audio, which costs no time
 URL_SCHEMES = ("http", "https", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
 REALTIME_SCHEMES = frozenset({"rtp", "rtsp", "rtsps", "srt", "udp"})  # these cannot pause
 
@@ -38,6 +44,8 @@ def open_url(url: str) -> AudioSource:
 def decode_stream(source: Any, name: str, *, options: dict[str, str] | None = None, **kwargs: Any) -> AudioChunks:
     """Decode a URL or a readable object with PyAV; packets that cannot be decoded are counted as lost.
 
+    Holes in the timestamps are silence (`data.audio.timestamps`), and lost audio beyond `MAX_SILENCE_S`; what else is
+    wrong with them is logged at the end.
     `options` are FFmpeg's, `kwargs` those of `av.open`. Raises AudioError if the stream has no audio or breaks off.
     """
     import av
@@ -48,9 +56,13 @@ def decode_stream(source: Any, name: str, *, options: dict[str, str] | None = No
         with av.open(source, "r", metadata_errors="ignore", options=options, **kwargs) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: has no audio stream ({container.format.long_name})")
-            for chunk in _decode(container):
+            start_s, chained = timestamps.find_start_s(container), container.format.name == "ogg"
+            timeline = Timeline(start_s, chained=chained, live=True)
+            for chunk in _decode(container, timeline):
                 decoded_s += chunk.duration_s
                 yield chunk
+            for warning in timeline.warnings():
+                log.warning("%s: %s", name, warning)
     except av.ExitError:
         after = f" after {decoded_s:.1f} s of audio" if decoded_s else ". Is it sending?"
         raise AudioError(f"{name}: no data for {TIMEOUT_S:g} s{after}") from None
@@ -63,18 +75,28 @@ def decode_stream(source: Any, name: str, *, options: dict[str, str] | None = No
         raise AudioError(f"{name}: {problem} ({reason}){advice}") from None
 
 
-def _decode(container: Any) -> Iterator[AudioChunk]:
+def _decode(container: Any, timeline: Timeline) -> Iterator[AudioChunk]:
     import av
 
     lost_s = 0.0
     last_format: tuple[str, str, int] | None = None
+    has_timestamps = container.format.name in timestamps.FORMATS_WITH_TIMESTAMPS
     for packet in container.demux(container.streams.audio[0]):
         try:
             frames = packet.decode()
         except av.FFmpegError:
-            lost_s += float((packet.duration or 0) * (packet.time_base or 0))
+            packet_s = float((packet.duration or 0) * (packet.time_base or 0))
+            lost_s += packet_s
+            timeline.place(None, packet_s)
             continue
         for frame in frames:
+            timestamp_s = frame.time if has_timestamps else None
+            hole_s = timeline.place(timestamp_s, frame.samples / frame.sample_rate)
+            if hole_s > MAX_SILENCE_S:
+                lost_s, hole_s = lost_s + hole_s, 0.0
+            for count in timestamps.silence_pieces(hole_s, frame.sample_rate):
+                yield AudioChunk(np.zeros(count, np.float32), frame.sample_rate, time.monotonic(), lost_s)
+                lost_s = 0.0
             frame_format = (frame.format.name, frame.layout.name, frame.sample_rate)
             if frame_format != last_format:
                 last_format, converter = frame_format, av.AudioResampler(format="flt")  # keeps channels and rate
