@@ -8,9 +8,11 @@ decodes only the first of several chained Ogg streams. Whether the end of a reco
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +23,8 @@ import soundfile
 from mowa.data.audio import headers, timestamps
 from mowa.data.audio.timestamps import Timeline
 from mowa.errors import AudioError
+
+log = logging.getLogger("mowa")
 
 Samples = npt.NDArray[np.float32]
 
@@ -86,10 +90,16 @@ def mix_to_mono(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return values.mean(axis=1)
 
 
-def audio_error(source: AudioInput, message: str) -> AudioError:
+def audio_error(source: AudioInput | str, message: str) -> AudioError:
     """Return an AudioError on one line that begins with the name of the recording."""
     name = str(source)
     return AudioError(f"{name if name.isprintable() else repr(name)}: {' '.join(message.split())}")
+
+
+@lru_cache(4096)
+def warn_once(source: AudioInput | str, message: str) -> None:
+    """Log a warning; a recording may be read several times: for each of its channels, or for parts of it."""
+    log.warning("%s", audio_error(source, message))
 
 
 def truncated_error(source: AudioInput, reason: str, decoded_s: float) -> AudioError:

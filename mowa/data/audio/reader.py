@@ -10,9 +10,8 @@ pipe) can only be rejected if they end inside a frame. The audio is not trimmed,
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import partial
 from itertools import combinations
 from pathlib import Path, PurePath
 from typing import Literal
@@ -20,7 +19,7 @@ from typing import Literal
 import numpy as np
 import soxr
 
-from mowa.data.audio import decoders
+from mowa.data.audio import decoders, mixing
 from mowa.data.audio.decoders import (
     DURATION_TOLERANCE_S,
     AudioBytes,
@@ -33,10 +32,10 @@ from mowa.data.audio.decoders import (
     audio_error,
     mix_to_mono,
     truncated_error,
+    warn_once,
 )
+from mowa.data.audio.mixing import ChannelMix, fit_channels, stack_mean
 from mowa.types import Preprocessing
-
-log = logging.getLogger("mowa")
 
 MIN_SAMPLES = 400  # receptive field of wav2vec2: fewer samples give no frame
 SILENCE_DBFS = -80.0
@@ -73,16 +72,19 @@ def stream_audio(
     length = 0
     with decoders.open_audio(source, offset_s) as decoder:
         _validate_channel(source, decoder.info, channel)
-        mono = _decode(source, decoder, mix_to_mono if channel is None else lambda values: values[:, channel])
+        mono = _decode(source, decoder, _channel_mixer(decoder.info.channels, channel))
         if offset_s or duration_s is not None:
             mono = _excerpt(source, mono, decoder, offset_s, duration_s)
+        if channel is None and decoder.info.channels > 1:
+            size = mixing.block_size(decoder.info.rate_hz, decoder.info.channels)
+            mono = map(ChannelMix(source, decoder.info.rate_hz).mix, _rechunk(mono, size))
         resampled = _resample(mono, decoder.info.rate_hz, rate_hz, RESAMPLE_QUALITY[resample])
         for block in _rechunk(resampled, max(MIN_SAMPLES, round(block_s * rate_hz))):
             length += len(block)
             if length >= MIN_SAMPLES:
                 yield block
         for warning in decoder.timeline.warnings() if decoder.timeline else ():
-            _warn_once(str(audio_error(source, warning + ".")))
+            warn_once(source, warning + ".")
     if length < MIN_SAMPLES:
         raise audio_error(
             source,
@@ -122,7 +124,7 @@ def find_distinct_channels(source: str | Path | AudioBytes, candidates: Sequence
         channels = sorted(set(range(decoder.info.channels) if candidates is None else candidates))
         equal = set(combinations(channels, 2))
         if equal:
-            for chunk in _decode(source, decoder, lambda values: values):
+            for chunk in _decode(source, decoder, partial(fit_channels, channels=decoder.info.channels)):
                 equal = {(one, other) for one, other in equal if np.array_equal(chunk[:, one], chunk[:, other])}
                 if not equal:
                     break
@@ -179,16 +181,16 @@ def _to_input(source: str | Path | AudioBytes) -> AudioInput:
     return source if isinstance(source, AudioBytes) else Path(source)
 
 
-@lru_cache(4096)
-def _warn_once(message: str) -> None:
-    """Log a warning; a recording may be read several times: for each of its channels, or for parts of it."""
-    log.warning("%s", message)
-
-
 def _validate_channel(source: AudioInput, info: AudioInfo, channel: int | None) -> None:
     if channel is not None and not 0 <= channel < info.channels:
         available = f"{info.channels} channels, 0 to {info.channels - 1}" if info.channels > 1 else "one channel, 0"
         raise audio_error(source, f"has no channel {channel}: it has {available}. Choose one of those.")
+
+
+def _channel_mixer(channels: int, channel: int | None) -> ChannelMixer:
+    if channel is not None:
+        return lambda values: fit_channels(values, channels)[:, channel]
+    return mix_to_mono if channels == 1 else partial(stack_mean, channels=channels)
 
 
 def _decode(source: AudioInput, decoder: AudioDecoder, mixer: ChannelMixer) -> Iterator[Samples]:
@@ -255,7 +257,7 @@ def _rechunk(chunks: Iterator[Samples], size: int) -> Iterator[Samples]:
             continue
         joined = np.concatenate(buffer)
         whole = count - count % size
-        yield from joined[:whole].reshape(-1, size)
+        yield from joined[:whole].reshape(-1, size, *joined.shape[1:])
         buffer, count = [joined[whole:]], count - whole
     if count:
         yield np.concatenate(buffer)

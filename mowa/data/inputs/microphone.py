@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mowa.data.audio.mixing import LIVE_HALF_LIFE_S, ChannelMix, stack_mean
 from mowa.data.inputs.source import BLOCK_S, AudioChunk, AudioChunks, AudioSource
 from mowa.errors import AudioError, MissingDependency
 
@@ -79,6 +80,7 @@ def _select(device: str, microphones: list[Microphone]) -> Microphone:
 def _record(sounddevice: Any, device: Microphone, rate_hz: int) -> AudioChunks:
     from_hz, channels = _negotiate(sounddevice, device, rate_hz)
     queue: SimpleQueue[AudioChunk | None] = SimpleQueue()  # stays short: its reader never waits for anything else
+    mix = ChannelMix(f"microphone {device.name}", from_hz, LIVE_HALF_LIFE_S)
     ended_s = 0.0  # end of the last delivered audio, by the clock of the device
 
     def callback(sound: np.ndarray, count: int, when: Any, status: Any) -> None:
@@ -86,7 +88,7 @@ def _record(sounddevice: Any, device: Microphone, rate_hz: int) -> AudioChunks:
         duration_s = count / from_hz
         lost_s = max(duration_s, when.inputBufferAdcTime - ended_s) if status.input_overflow and ended_s else 0.0
         ended_s = when.inputBufferAdcTime + duration_s
-        queue.put(AudioChunk(sound.mean(axis=1), from_hz, time.monotonic(), lost_s))
+        queue.put(AudioChunk(mix.mix(stack_mean(sound, channels)), from_hz, time.monotonic(), lost_s))
 
     received_s = 0.0
     try:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from mowa.data.audio import timestamps
-from mowa.data.audio.decoders import mix_to_mono
+from mowa.data.audio.mixing import LIVE_HALF_LIFE_S, ChannelMix, stack_mean
 from mowa.data.audio.timestamps import Timeline
 from mowa.data.inputs.source import AudioChunk, AudioChunks, AudioSource
 from mowa.errors import AudioError
@@ -58,7 +58,7 @@ def decode_stream(source: Any, name: str, *, options: dict[str, str] | None = No
                 raise AudioError(f"{name}: has no audio stream ({container.format.long_name})")
             start_s, chained = timestamps.find_start_s(container), container.format.name == "ogg"
             timeline = Timeline(start_s, chained=chained, live=True)
-            for chunk in _decode(container, timeline):
+            for chunk in _decode(container, timeline, name):
                 decoded_s += chunk.duration_s
                 yield chunk
             for warning in timeline.warnings():
@@ -75,7 +75,7 @@ def decode_stream(source: Any, name: str, *, options: dict[str, str] | None = No
         raise AudioError(f"{name}: {problem} ({reason}){advice}") from None
 
 
-def _decode(container: Any, timeline: Timeline) -> Iterator[AudioChunk]:
+def _decode(container: Any, timeline: Timeline, name: str) -> Iterator[AudioChunk]:
     import av
 
     lost_s = 0.0
@@ -100,7 +100,9 @@ def _decode(container: Any, timeline: Timeline) -> Iterator[AudioChunk]:
             frame_format = (frame.format.name, frame.layout.name, frame.sample_rate)
             if frame_format != last_format:
                 last_format, converter = frame_format, av.AudioResampler(format="flt")  # keeps channels and rate
+                mix = ChannelMix(name, frame.sample_rate, LIVE_HALF_LIFE_S)
             for one in converter.resample(frame):
-                values = one.to_ndarray().reshape(-1, one.layout.nb_channels).astype(np.float64)
-                yield AudioChunk(mix_to_mono(values).astype(np.float32), one.sample_rate, time.monotonic(), lost_s)
+                channels = one.layout.nb_channels
+                values = one.to_ndarray().reshape(-1, channels).astype(np.float64)
+                yield AudioChunk(mix.mix(stack_mean(values, channels)), one.sample_rate, time.monotonic(), lost_s)
                 lost_s = 0.0

@@ -15,7 +15,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from mowa.data.audio import headers
-from mowa.data.audio.decoders import DURATION_TOLERANCE_S, RATE_RANGE_HZ, mix_to_mono
+from mowa.data.audio.decoders import DURATION_TOLERANCE_S, RATE_RANGE_HZ
+from mowa.data.audio.mixing import LIVE_HALF_LIFE_S, ChannelMix, stack_mean
 from mowa.data.inputs.network import decode_stream
 from mowa.data.inputs.source import AudioChunk, AudioChunks, AudioSource
 from mowa.errors import AudioError
@@ -86,13 +87,14 @@ class PipeReader:
 def _read_raw(pipe: PipeReader, from_hz: int, channels: int, size: int | None) -> AudioChunks:
     """Yield 16-bit PCM, `size` bytes of it or (None) until the input ends."""
     rest, received, width = b"", 0, 2 * channels
+    mix = ChannelMix(STDIN_NAME, from_hz, LIVE_HALF_LIFE_S)
     while (size is None or received < size) and (data := pipe.read(min(_READ_BYTES, (size or sys.maxsize) - received))):
         received += len(data)
         data = rest + data
         whole = len(data) - len(data) % width
         rest = data[whole:]
         values = np.frombuffer(data[:whole], "<i2").reshape(-1, channels).astype(np.float64)
-        yield AudioChunk((mix_to_mono(values) / 2**15).astype(np.float32), from_hz, time.monotonic())
+        yield AudioChunk(mix.mix(stack_mean(values, channels) / 2**15), from_hz, time.monotonic())
     if size is not None and size - received > DURATION_TOLERANCE_S * width * from_hz:
         stated_s, received_s = (count / (width * from_hz) for count in (size, received))
         raise AudioError(
