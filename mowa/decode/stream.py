@@ -5,8 +5,8 @@ into words. A word is final when frames that later audio cannot change have ende
 pause. Partial segments hold what follows the last final word, and may change.
 
 The whole state of a stream is a `StreamState`; `TranscriptionStream.save` returns it as bytes, from which any process
-with the same model can continue. Audio is processed in steps of `STEP_SAMPLES`, so that the words do not depend on how
-it is split. Without speech, only the detector runs.
+with the same model can continue. Audio is processed in steps of 32 ms, so that the words do not depend on how it is
+split. Without speech, only the detector runs.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Samples = NDArray[np.float32]
 LogProbs = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
 
-STEP_SAMPLES = 512  # 32 ms, one frame of the voice activity detector (data.audio.vad.FRAME_SAMPLES)
+STEP_S = 0.032  # one frame of the voice activity detector (data.audio.vad)
 # speech begins at the first probability and may end below the second, as in Silero's own segmenter
 SPEECH_THRESHOLD, SILENCE_THRESHOLD = 0.5, 0.35
 
 
 class VoiceActivityDetector(Protocol):
-    """Returns the speech probability of each `STEP_SAMPLES` samples. Its state can be read and set."""
+    """Returns the speech probability of each `STEP_S` seconds. Its state can be read and set."""
 
     state: Arrays
 
@@ -137,6 +137,7 @@ class TranscriptionStream:
         endpointing: EndpointConfig = DEFAULT_ENDPOINTING,
     ) -> None:
         self.encoder, self.vad, self.endpointing = model, vad, endpointing
+        self._step_samples = round(STEP_S * model.rate_hz)
         self.state = StreamState(vad_state=vad.state if vad is not None else {})
         self._feeding = Lock()
 
@@ -162,10 +163,11 @@ class TranscriptionStream:
             state = self.state
             state.pending = np.concatenate([state.pending, converted])
             segments: list[Segment] = []
-            whole = len(state.pending) // STEP_SAMPLES * STEP_SAMPLES
+            step = self._step_samples
+            whole = len(state.pending) // step * step
             steps, state.pending = state.pending[:whole], state.pending[whole:].copy()
-            for start in range(0, whole, STEP_SAMPLES):
-                segments += self._step(steps[start : start + STEP_SAMPLES])
+            for start in range(0, whole, step):
+                segments += self._step(steps[start : start + step])
             return _drop_outdated_partials(segments)
         finally:
             self._feeding.release()

@@ -70,7 +70,8 @@ def stream(
     Raises ModelError if the engine does not support the configuration.
     """
     encoder = create_streaming_encoder(engine, config)
-    return TranscriptionStream(encoder, SileroVAD() if endpointing.vad else None, endpointing)
+    vad = SileroVAD(encoder.rate_hz) if endpointing.vad else None
+    return TranscriptionStream(encoder, vad, endpointing)
 
 
 def create_streaming_encoder(engine: Engine, config: StreamingConfig = StreamingConfig()) -> StreamingEncoder:

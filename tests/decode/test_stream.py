@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mowa.decode.stream import STEP_SAMPLES, EndpointConfig, TranscriptionStream
+from mowa.decode.stream import EndpointConfig, TranscriptionStream
 from mowa.errors import AudioError, ModelError
 from mowa.types import Vocabulary
 
 TOKENS = ("<pad>", "|", "a", "b", "c")
 WORDS = Vocabulary(TOKENS, blank=0, delimiter=1, specials=frozenset())
 HOP = 64
+
+STEP_SAMPLES = 512  # 32 ms
 
 
 class FakeEncoder:

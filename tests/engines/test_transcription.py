@@ -14,6 +14,7 @@ from mowa.errors import AudioError, ModelError
 from mowa.io.hub import SAMPLE_CLIP as SAMPLE
 from mowa.tasks.metrics import error_rates
 from mowa.types import Failure
+from tests.checkpoints import tiny
 
 REFERENCE = json.loads(SAMPLE.with_suffix(".json").read_text())["text"]
 
@@ -111,3 +112,32 @@ def test_shorter_than_the_first_frame_is_silence(engine, tmp_path, samples):
     transcript = mowa.transcribe(tmp_path / "short.wav", engine, vad_threshold=0.0)
     assert transcript.duration_s == samples / 16_000
     assert transcript.text == "" or samples >= 1040
+
+
+@pytest.fixture(scope="module")
+def telephone_engine(tmp_path_factory):
+    """A net with random weights for 8 kHz, as checkpoints for telephone speech are."""
+    folder = tiny(tmp_path_factory.mktemp("telephone"))
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sampling_rate": 8_000}))
+    return mowa.open_engine(mowa.load(str(folder)), device="cpu", dtype="float32")
+
+
+def test_models_of_8_khz_transcribe_recordings_of_any_rate(telephone_engine):
+    assert telephone_engine.preprocessing.rate_hz == 8_000
+    for rate_hz in (8_000, 16_000):
+        sound = np.random.default_rng(0).standard_normal(3 * rate_hz).astype(np.float32) * 0.1
+        transcript = mowa.transcribe(sound, telephone_engine, sampling_rate=rate_hz, vad_threshold=0.0)
+        assert transcript.duration_s == pytest.approx(3.0, abs=0.001)
+        assert transcript.words[-1].end_s <= 3.0
+
+
+def test_models_of_8_khz_transcribe_live_audio(telephone_engine):
+    speech = audio.load_audio(SAMPLE, 8_000)
+    stream = mowa.stream(telephone_engine)
+    events = [*stream.feed(speech), *stream.close()]
+    assert stream.received_s == pytest.approx(len(speech) / 8_000)
+    first_s = next(event.words[0].start_s for event in events if event.words)
+    offline = mowa.transcribe(SAMPLE, telephone_engine)
+    assert first_s == pytest.approx(offline.words[0].start_s, abs=0.5)
+    assert any(event.is_endpoint for event in events)
