@@ -147,7 +147,7 @@ def read_text_samples(
     """Read and tokenize what `evaluate_text` evaluates. Raises DataError if no sample is left."""
     _validate_max_samples(max_samples)
     length = _resolve_max_length(model, max_length)
-    items = list(conversations.read_conversations(str(data), split))
+    items = conversations.read_conversations(str(data), split)
     options: Any = {"train_on": train_on, "on_overflow": "truncate", "max_length": length}
     samples = tokenize.tokenize_conversations(items, model.tokenizer, **options)[0]
     samples = samples[:max_samples] if max_samples else samples

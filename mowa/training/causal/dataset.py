@@ -61,11 +61,12 @@ def load_splits(recipe: CausalRecipe, model: CausalModel) -> CausalSplits:
             raise DataError(f"{name}: no usable sample\n{report.summary()}")
         return samples
 
-    train = [sample for source in data.train for sample in load(source.path, source)]
+    sources = [load(source.path, source) for source in data.train]
+    train = [sample for samples in sources for sample in samples]
     dev = {name: load(name, source) for name, source in name_sources(data.dev, "dev").items()}
     test = {name: load(name, source) for name, source in name_sources(data.test, "test").items()}
     if not dev:
-        train, held_out = _hold_out(train, data.hold_out, recipe.optimizer.seed)
+        train, held_out = _hold_out(sources, data.hold_out, recipe.optimizer.seed)
         dev = {"dev": held_out}
     dev = {name: subsample(samples, data.max_eval_samples) for name, samples in dev.items()}
     preview = "\n\n".join(
@@ -100,10 +101,11 @@ def load_chat_template(name: str) -> str:
 
 
 def _hold_out(
-    samples: list[TokenizedSample], fraction: float, seed: int
+    sources: list[list[TokenizedSample]], fraction: float, seed: int
 ) -> tuple[list[TokenizedSample], list[TokenizedSample]]:
-    """Split off a fraction of the conversations; samples of the same conversation stay together."""
-    names = list(dict.fromkeys(_conversation(sample) for sample in samples))
+    """Split off a fraction of the conversations of all sources; samples of the same conversation stay together."""
+    named = [((number, one.conversation_id), one) for number, samples in enumerate(sources) for one in samples]
+    names = list(dict.fromkeys(name for name, _ in named))
     count = round(fraction * len(names))
     if not 0 < count < len(names):
         raise DataError(
@@ -111,12 +113,7 @@ def _hold_out(
             "data.dev or another data.hold_out"
         )
     taken = {names[index] for index in np.random.default_rng(seed).permutation(len(names))[:count]}
-    kept = [sample for sample in samples if _conversation(sample) not in taken]
-    return kept, [sample for sample in samples if _conversation(sample) in taken]
-
-
-def _conversation(sample: TokenizedSample) -> str:
-    return sample.id.partition("#")[0]
+    return [one for name, one in named if name not in taken], [one for name, one in named if name in taken]
 
 
 def find_leakage(train: Sequence[TokenizedSample], unseen: dict[str, list[TokenizedSample]]) -> Finding | None:
