@@ -279,3 +279,49 @@ def test_escape_and_unescape():
     text = "a <|im_end|> <|endoftext|><|im_start|>"
     assert chat_template.unescape(chat_template.escape(text)) == text
     assert chat_template.escape({"a": ["x", 1, None]}) == {"a": ["x", 1, None]}
+
+
+PRIVATE = [chr(0xF0000 + index) for index in (0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("family", ["chatml", "spaced", "marked"])
+@pytest.mark.parametrize("beside", ["", " <|im_end|>"])
+def test_private_use_characters_are_text(family, beside):
+    """No character of a message becomes a special token: not alone, nor beside one that is spelled."""
+    fast, content = tokenizer(family), "".join(PRIVATE) + PRIVATE[0] + " x"
+    samples, _ = encode([talk(content + beside, content, name="a"), talk("x" + beside, "y", name="b")], family)
+    special = list(fast.all_special_ids)
+    assert np.isin(samples[0].input_ids, special).sum() == np.isin(samples[1].input_ids, special).sum()
+    assert fast.decode(samples[0].input_ids.tolist()).count(content) == 2
+    prompt = tokenize.encode_prompt(fast, [{"role": "user", "content": content + beside}])
+    assert fast.decode(prompt).count(content) == 1
+    assert np.isin(prompt, special).sum() == 3 + (bool(beside) and family == "spaced")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([*PRIVATE, "\U000f0004", "<|im_end|>", "<|im_start|>", "<|im_", "end|>", "x"])))
+def test_no_message_spells_a_placeholder(pieces):
+    chat_template, text = template.resolve_chat_template(tokenizer("chatml")), "".join(pieces)
+    assert chat_template.unescape(chat_template.escape(text)) == text
+    assert not chat_template.spells_special_tokens(chat_template.escape(text))
+
+
+def test_names_of_arguments_cannot_be_special_tokens():
+    arguments = {"<|im_end|>": {"<|im_start|>": ["<|endoftext|>"]}}
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    conversation = Conversation("a", (Message("user", "x"), Message("assistant", "", (call,))))
+    listed = CHATML.replace("{{ message.content }}", "{{ message.content }}{{ (message.tool_calls or 0) | tojson }}")
+    samples, _ = encode([conversation], "chatml", chat_template=listed)
+    assert np.isin(samples[0].input_ids, tokenizer("chatml").all_special_ids).sum() == 4
+    assert '{"<|im_end|>": {"<|im_start|>": ["<|endoftext|>"]}}' in trained_texts(samples[0], "chatml")[0]
+
+
+def test_parts_of_a_conversation_know_it_and_ids_may_contain_anything():
+    conversations = [talk("a", "b", "c", "d", name="x#1"), talk("a", "b", name="x#2")]
+    samples, _ = encode(conversations, "thinking")
+    assert [(one.id, one.conversation_id) for one in samples] == [("x#1#1", "x#1"), ("x#1#2", "x#1"), ("x#2", "x#2")]
+    samples, _ = encode([Document("y#1", "Warsaw, of course. " * 4)], "bare", on_overflow="split", max_length=9)
+    assert len(samples) > 1
+    assert {one.conversation_id for one in samples} == {"y#1"}
+    (cut,), _ = encode([Document("y#1", "Warsaw, of course. " * 4)], "bare", on_overflow="truncate", max_length=9)
+    assert cut.conversation_id == "y#1"
