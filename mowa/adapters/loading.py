@@ -118,7 +118,7 @@ def _load_peft_adapter(model: ModelT, folder: Path) -> ModelT:
     try:
         if model.task == "causal":
             net = lora.load_peft_model(net, folder, autocast_adapter_dtype=False)
-            _validate_tensors(net, folder)
+            validate_tensors(net, folder)
         else:
             _insert_peft_lora(cast(CTCModel, model), net, folder)
     except (RuntimeError, ValueError, KeyError, TypeError, re.error, SafetensorError) as error:
@@ -136,8 +136,8 @@ def _writes_base(config: dict[str, Any]) -> bool:
     return config.get("bias", "none") != "none" or not plain_init
 
 
-def _validate_tensors(net: Any, folder: Path) -> None:
-    """Raise ValueError if the file lacks tensors of the adapter, or has others, which PEFT ignores."""
+def validate_tensors(net: Any, folder: Path) -> None:
+    """Raise ValueError if the file lacks tensors of the adapter of `net`, or has others, which PEFT ignores."""
     from safetensors import safe_open
 
     with safe_open(folder / PEFT_WEIGHTS_FILE, "pt") as file:

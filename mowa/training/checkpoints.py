@@ -1,11 +1,14 @@
-"""Callbacks of the Trainer that make checkpoints survive a kill at any moment, and average weights.
+"""Make the stock Trainer's checkpoints survive a kill at any moment, be read back whole, and average weights.
 
 A checkpoint counts only once it has a completion marker (`run_dir`). Older ones are deleted only after a newer one is
-complete.
+complete. One that lacks weights of the net, or holds others, ends the run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,82 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from mowa.adapters import lora
+from mowa.adapters.loading import validate_tensors
+from mowa.errors import TrainingStopped
+from mowa.loading.checkpoint import summarize_keys
 from mowa.training.run_dir import COMPLETE_MARKER, delete_checkpoint, list_checkpoints
 
 EMA_FILE = "ema.safetensors"
 KEPT_CHECKPOINTS = 2  # the last one and the best one
+
+
+class CompleteCheckpointMixin:
+    """Let a stock Trainer write a net under its own parameter names, and read checkpoints that hold all of it only.
+
+    The stock one writes experts one by one, as the files on the Hub have them; it reads neither these nor a file of
+    another net, but logs a warning and continues with the weights in memory. Put it before the Trainer among the bases.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        trainer: Any = self
+        with own_parameter_names(trainer.model):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        trainer: Any = self
+        _validate_adapter(trainer.model, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        trainer: Any = self
+        _validate_adapter(trainer.model, trainer.state.best_model_checkpoint)
+        super()._load_best_model()  # type: ignore[misc]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        trainer: Any = self
+        missing, unexpected = set(load_result.missing_keys), set(load_result.unexpected_keys)
+        names: dict[int, list[str]] = {}
+        for name, value in trainer.model.state_dict(keep_vars=True).items():
+            names.setdefault(id(value), []).append(name)
+        tied = {name for group in names.values() if not missing.issuperset(group) for name in group}
+        validate_keys(Path(trainer.args.output_dir), missing=missing - tied, unexpected=unexpected)
+
+
+@contextmanager
+def own_parameter_names(net: Any) -> Iterator[None]:
+    """Let `net.save_pretrained` write the names and shapes of `state_dict`, which `load_state_dict` reads."""
+    if not hasattr(net, "save_pretrained") or lora.has(net):
+        yield
+        return
+    net.save_pretrained = partial(net.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del net.save_pretrained
+
+
+def _validate_adapter(net: Any, folder: str) -> None:
+    """Raise TrainingStopped where `net` is a PeftModel and the checkpoint lacks tensors of its adapter."""
+    if lora.has(net) and hasattr(net, "get_base_model") and (Path(folder) / "adapter_model.safetensors").is_file():
+        try:
+            validate_tensors(net, Path(folder))
+        except ValueError as error:
+            raise _incomplete(Path(folder), str(error)) from None
+
+
+def validate_keys(place: Path, *, missing: Iterable[str], unexpected: Iterable[str] = ()) -> None:
+    """Raise TrainingStopped where weights that were read from `place` are not all that were expected, or are others."""
+    found = (("missing", sorted(missing)), ("without a parameter of the net", sorted(unexpected)))
+    if problems := [f"{summarize_keys(names)} {problem}" for problem, names in found if names]:
+        raise _incomplete(place, ", ".join(problems))
+
+
+def _incomplete(place: Path, problem: str) -> TrainingStopped:
+    return TrainingStopped(
+        f"{place}: a checkpoint does not hold the net that is trained: {problem}.\n  Nothing was continued from it; "
+        "start again in another folder, and report this model if this version of mowa wrote the checkpoint"
+    )
 
 
 class MarkCompleteCallback(TrainerCallback):
@@ -56,6 +131,9 @@ class EMACallback(TrainerCallback):
         self.decay = decay
         self.trainable = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
         initial = load_file(resume_from / EMA_FILE) if resume_from else self.trainable
+        if resume_from:
+            expected, found = self.trainable.keys(), initial.keys()
+            validate_keys(resume_from / EMA_FILE, missing=expected - found, unexpected=found - expected)
         self.ema = {name: initial[name].detach().clone().to(weight) for name, weight in self.trainable.items()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

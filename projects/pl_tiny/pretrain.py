@@ -187,6 +187,10 @@ def _validate_stage(stage: Stage, net: Any, teacher: Teacher | None) -> None:
         raise RecipeError(f"stage {stage.name}: this net cannot be trained in chunks: {reason}")
 
 
+class StageTrainer(checkpoints.CompleteCheckpointMixin, Trainer):
+    """The stock Trainer, whose checkpoints are read whole."""
+
+
 def _build_trainer(recipe: StagedRecipe, net: Any, teacher: Teacher | None, data: StageData, folder: Path) -> Trainer:
     stage, vocabulary = recipe.stages[-1], build_vocabulary(recipe.alphabet)
     how = stage.optimizer
@@ -195,7 +199,7 @@ def _build_trainer(recipe: StagedRecipe, net: Any, teacher: Teacher | None, data
     left_context = seconds_to_frames(net.config, stage.streaming.left_context_s) if stage.streaming else 0
     module = FeatureDistillationModule(net, weights, teacher if distills else None, left_context or None)
     optimizer = build_optimizer(module, how)
-    return Trainer(
+    return StageTrainer(
         model=module,
         args=_training_arguments(stage, folder),
         data_collator=_unwrap_batch,
@@ -245,10 +249,17 @@ def build_optimizer(module: FeatureDistillationModule, how: OptimizerConfig) -> 
 
 
 def average_checkpoints(net: Any, folders: Sequence[Path]) -> None:
-    """Load the mean of the checkpoints in `folders` into `net` (Izmailov et al. 2018, arXiv:1803.05407)."""
+    """Load the mean of the checkpoints in `folders` into `net` (Izmailov et al. 2018, arXiv:1803.05407).
+
+    Raises:
+        TrainingStopped: a checkpoint lacks weights of the net, or holds others.
+    """
     total: dict[str, torch.Tensor] = {}
+    expected = {f"net.{name}" for name in net.state_dict()}
     for folder in folders:
-        for name, value in load_file(folder / "model.safetensors").items():
+        state = load_file(folder / "model.safetensors")
+        checkpoints.validate_keys(folder, missing=expected - state.keys(), unexpected=state.keys() - expected)
+        for name, value in state.items():
             total[name] = total.get(name, 0) + value.double() / len(folders)
     net.load_state_dict({name.removeprefix("net."): value for name, value in total.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,19 @@ from typing import Any
 import torch
 
 from mowa.adapters import causal, lora
-from mowa.errors import TrainingStopped
+from mowa.adapters.loading import validate_tensors
+from mowa.errors import ModelError, TrainingStopped
 from mowa.io.hub import silence_transformers
 from mowa.io.manifest import update_manifest
 from mowa.io.weights import ensure_safetensors
+from mowa.loading.checkpoint import validate_loading_info
 from mowa.models.tolerances import SAVED_LOSS_FLOAT32, SAVED_LOSS_HALF
 from mowa.training.causal.dataset import evaluate
 from mowa.training.causal.setup import CausalRun
 from mowa.training.distributed.process import is_worker_process
 from mowa.training.save import atomic_output_dir
+
+_KEPT = "The checkpoint in run/ is kept; please report this model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +56,24 @@ def verify(run: CausalRun, output_dir: Path, measured: Measured) -> dict[str, An
     """Load what `save` wrote with transformers and PEFT alone, evaluate it, and return the report.
 
     Raises:
-        TrainingStopped: the loaded model has another loss than the trained one.
+        TrainingStopped: the files lack weights, or the loaded model has another loss than the trained one.
     """
     recipe, model, splits = run.recipe, run.model, run.splits
-    if recipe.method == "lora":
-        loaded = lora.load_peft_model(_load_stock(model.origin.folder, measured.base_dtype), output_dir)
-    else:
-        loaded = _load_stock(output_dir, measured.base_dtype)
+    try:
+        if recipe.method == "lora":
+            base = _load_stock(model.origin.folder, measured.base_dtype)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error in the next line
+                loaded = lora.load_peft_model(base, output_dir)
+            validate_tensors(loaded, output_dir)
+        else:
+            loaded = _load_stock(output_dir, measured.base_dtype)
+    except (ModelError, ValueError) as error:
+        raise TrainingStopped(f"the saved model cannot be loaded again: {error}.\n  {_KEPT}") from error
     on_gpu = torch.cuda.is_available() and not is_worker_process()  # what was sharded may not fit on one GPU
     loaded = loaded.to("cuda" if on_gpu else "cpu").eval()
     metrics = {name: evaluate(loaded, samples) for name, samples in (splits.dev | splits.test).items()}
-    exact = recipe.optimizer.precision == "float32" and model.net.dtype == torch.float32
-    tolerance = SAVED_LOSS_FLOAT32 if exact else SAVED_LOSS_HALF
-    _verify_loss(measured.eval_loss, metrics[next(iter(splits.dev))]["loss"], tolerance)
+    _verify_loss(measured.eval_loss, metrics[next(iter(splits.dev))]["loss"], loss_tolerance(run))
     if recipe.method == "lora":
         update_manifest(output_dir, metrics=metrics)
     return {"baseline_metrics": measured.baseline, "metrics": metrics}
@@ -74,19 +84,38 @@ def _verify_loss(trained: float, loaded: float, tolerance: float) -> None:
     if abs(loaded - trained) > tolerance * max(1.0, trained):
         raise TrainingStopped(
             f"the saved model differs from the trained one: loaded again, its loss is {loaded:.4f} nats per token; "
-            f"before saving it was {trained:.4f}.\n  The checkpoint in run/ is kept; please report this model"
+            f"before saving it was {trained:.4f}.\n  {_KEPT}"
         )
 
 
+def verify_best(trained: float, best: float | None, tolerance: float) -> None:
+    """Raise TrainingStopped where the net with the best checkpoint loaded has another loss than it had when written."""
+    if best is not None and abs(trained - best) > tolerance * max(1.0, best):
+        raise TrainingStopped(
+            f"the best checkpoint was not read back as it was: its loss was {best:.4f} nats per token, and is now "
+            f"{trained:.4f}.\n  {_KEPT}"
+        )
+
+
+def loss_tolerance(run: CausalRun) -> float:
+    """Return by which fraction the loss of the trained net may change when it is written and read."""
+    exact = run.recipe.optimizer.precision == "float32" and run.model.net.dtype == torch.float32
+    return SAVED_LOSS_FLOAT32 if exact else SAVED_LOSS_HALF
+
+
 def _load_stock(folder: Path, dtype: torch.dtype) -> Any:
-    """Load the net in `folder` with transformers alone."""
+    """Load the net in `folder` with transformers alone. Raises ModelError where weights are missing or others."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # under ZeRO-3 it would be sharded while it is loaded
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with silence_transformers():
-        return AutoModelForCausalLM.from_pretrained(ensure_safetensors(folder), config=config, dtype=dtype)
+        net, loading_info = AutoModelForCausalLM.from_pretrained(
+            ensure_safetensors(folder), config=config, dtype=dtype, output_loading_info=True
+        )
+    validate_loading_info(folder, net.base_model_prefix, loading_info)
+    return net
 
 
 def format_table(report: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from mowa.errors import TrainingStopped
 from mowa.io.atomic import atomic_write, read_json
 from mowa.models.causal import accelerate
 from mowa.models.tolerances import PACKED_LOSS_FLOAT32, PACKED_LOSS_HALF
-from mowa.training import optimizer, trainer_args
+from mowa.training import checkpoints, optimizer, trainer_args
 from mowa.training.causal import save, setup
 from mowa.training.causal.batches import plan_eval_batches
 from mowa.training.causal.dataset import evaluate
@@ -58,6 +58,7 @@ def session(run: CausalRun, output_dir: Path, resume_from: Path | None) -> Itera
 
     def measure() -> Measured:
         loss = evaluate_loss(trainer, next(iter(trainer.eval_dataset.values())))["loss"]
+        save.verify_best(loss, trainer.state.best_metric, save.loss_tolerance(run))
         return Measured(baseline, loss, next((p.dtype for p in net.parameters() if not p.requires_grad), torch.float32))
 
     try:
@@ -117,10 +118,10 @@ def _plan_eval_batches(run: CausalRun, samples: Sequence[TokenizedSample]) -> li
 
 
 def _trainer_class() -> Any:
-    """Return TRL's SFTTrainer with our optimizer, and an evaluation that weighs tokens, not batches."""
+    """Return TRL's SFTTrainer with our optimizer, whole checkpoints, and an evaluation that weighs tokens."""
     from trl import SFTTrainer
 
-    class CausalTrainer(optimizer.OptimizerMixin, SFTTrainer):
+    class CausalTrainer(optimizer.OptimizerMixin, checkpoints.CompleteCheckpointMixin, SFTTrainer):
         def __init__(
             self, recipe: CausalRecipe, family: Family, on_batch: Callable[[float, int], None], **settings: Any
         ) -> None:

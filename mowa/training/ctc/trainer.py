@@ -40,8 +40,8 @@ from mowa.training.optimizer import OptimizerMixin
 from mowa.types import Family
 
 
-class CTCTrainer(OptimizerMixin, Trainer):
-    """The stock Trainer with our optimizer."""
+class CTCTrainer(OptimizerMixin, checkpoints.CompleteCheckpointMixin, Trainer):
+    """The stock Trainer with our optimizer, and checkpoints that are read whole."""
 
     def __init__(self, *, recipe: CTCRecipe, family: Family, new_head: bool, **settings: Any) -> None:
         super().__init__(**settings)
