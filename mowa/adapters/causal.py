@@ -24,6 +24,7 @@ from mowa.io.atomic import atomic_update, read_json
 from mowa.io.hub import silence_transformers
 from mowa.io.manifest import MANIFEST_FILE, damaged, find_manifest, write_manifest
 from mowa.io.weights import fix_weight_permissions
+from mowa.models.causal.token_logits import iter_token_logits
 from mowa.models.diff import ModelDiff, compare_pairs
 from mowa.models.tolerances import MERGE_DRIFT_RATIO, MERGE_KL_FLOOR, MERGE_MIN_AGREEMENT
 from mowa.types import CausalModel, Origin, TextProcessor
@@ -178,24 +179,18 @@ def compare_logits(
         for batch in batches:
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             mask = inputs["attention_mask"].bool()
-            ours, theirs = (_logits(model.net, inputs)[mask] for model in (reference, candidate))
-            if ours.shape != theirs.shape:
-                raise ModelError(
-                    f"the models predict {ours.shape[-1]} and {theirs.shape[-1]} tokens: they do not match"
-                )
-            yield ours, theirs
+            chunks = [iter_token_logits(model.net, inputs, mask) for model in (reference, candidate)]
+            for ours, theirs in zip(*chunks, strict=False):
+                if ours.shape != theirs.shape:
+                    raise ModelError(
+                        f"the models predict {ours.shape[-1]} and {theirs.shape[-1]} tokens: they do not match"
+                    )
+                yield ours, theirs
 
     found = compare_pairs(outputs())
     if not found.num_frames:
         raise ModelError("the batches hold no tokens: nothing was compared")
     return found
-
-
-def _logits(net: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits of a batch, [B, N, V] on the CPU."""
-    on_device = {name: value.to(net.device) for name, value in inputs.items()}
-    logits: Tensor = net(**on_device, use_cache=False).logits.cpu()
-    return logits
 
 
 def write_checkpoint(model: CausalModel, folder: Path) -> None:

@@ -27,7 +27,7 @@ from mowa.types import CausalModel, Failure
 ProgressCallback = Callable[[float], object]
 MAX_LENGTH = 2048  # tokens of a sample of text, if the model's context has them; longer samples are cut
 DEFAULT_SETTINGS = TranscriptionSettings()
-BATCH_TOKENS = 1024  # tokens whose logits are in memory at once
+BATCH_TOKENS = 1024  # tokens of a batch, unless one sample is longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +119,12 @@ def evaluate_text(
         model, data, split=split, max_samples=max_samples, train_on=train_on, max_length=max_length
     )
 
-    def scored() -> Iterator[tuple[Tensor, Tensor]]:
-        for padded in batches.padded_batches(samples, BATCH_TOKENS):
-            yield from causal.trained_logits(model.net, padded)
-            on_progress(len(padded["labels"]))
+    def padded() -> Iterator[dict[str, Tensor]]:
+        for batch in batches.padded_batches(samples, BATCH_TOKENS):
+            yield batch
+            on_progress(len(batch["labels"]))
 
-    found_losses = causal.sum_losses(scored())
+    found_losses = causal.sample_losses(model.net, padded())
     tokens = found_losses.tokens
     loss = metrics.bootstrap_loss(found_losses.nll, tokens)
     found = {
@@ -182,25 +182,33 @@ def compare_text(
 
     Returns:
         The reference's and the candidate's `SampleLosses`, [N] each, both in the order of the batches, which is not
-        that of `samples`; and the `ModelDiff` of their logits float32 [n, V] at the n trained tokens of each sample,
-        candidate against reference.
+        that of `samples`; and the `ModelDiff` of their logits at the trained tokens, candidate against reference. The
+        logits of a few tokens are in memory at a time.
     """
     ours: list[SampleLosses] = []
     theirs: list[SampleLosses] = []
 
     def outputs() -> Iterator[tuple[Tensor, Tensor]]:
         for padded in batches.padded_batches(samples, BATCH_TOKENS):
-            before = causal.trained_logits(reference.net, padded)
-            after = before if candidate is reference else causal.trained_logits(candidate.net, padded)
-            ours.append(causal.sum_losses(before))
-            theirs.append(causal.sum_losses(after))
-            yield from ((one[0], other[0]) for one, other in zip(before, after, strict=True))
-            on_progress(len(before))
+            before: list[Tensor] = []
+            after: list[Tensor] = []
+            for one, other in _score_both(reference.net, candidate.net, padded):
+                before.append(one.losses())
+                after.append(before[-1] if other is one else other.losses())
+                yield one.logits, other.logits
+            ours.append(causal.sum_losses(before, len(padded["labels"])))
+            theirs.append(causal.sum_losses(after, len(padded["labels"])))
+            on_progress(len(padded["labels"]))
 
     diff = compare_pairs(outputs())
-    return _join(ours), _join(theirs), diff
+    return causal.join(ours), causal.join(theirs), diff
 
 
-def _join(parts: Sequence[SampleLosses]) -> SampleLosses:
-    columns = ([one.nll for one in parts], [one.correct for one in parts], [one.tokens for one in parts])
-    return SampleLosses(*map(np.concatenate, columns))
+def _score_both(
+    reference: Any, candidate: Any, batch: dict[str, Tensor]
+) -> Iterator[tuple[causal.ScoredTokens, causal.ScoredTokens]]:
+    """Yield the same trained tokens of a batch by both nets; a net is not run twice."""
+    before = causal.score_tokens(reference, batch)
+    if candidate is reference:
+        return ((one, one) for one in before)
+    return zip(before, causal.score_tokens(candidate, batch), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mowa.models.causal import token_logits
 from mowa.types import IGNORE_INDEX, CausalModel
 
 PAD_MULTIPLE = 64  # batches are padded to multiples of this, so that a CPU sees few shapes
@@ -78,32 +79,57 @@ class SampleLosses:
     tokens: np.ndarray
 
 
-@torch.inference_mode()
-def sample_losses(net: Any, batches: Iterable[dict[str, Tensor]]) -> SampleLosses:
-    """Evaluate `net` on every sample of `batches` (see `pad`), in their order, by its stock forward pass."""
-    return sum_losses(scored for batch in batches for scored in trained_logits(net, batch))
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Some trained tokens of a batch: row of each int64 [n], logits float32 [n, V] that predict it, label int64 [n]."""
+
+    rows: Tensor
+    logits: Tensor
+    labels: Tensor
+
+    def losses(self) -> Tensor:
+        """Return row, −log p (nats) and whether the top token is correct, float64 [3, n]."""
+        nll = torch.nn.functional.cross_entropy(self.logits, self.labels, reduction="none")
+        return torch.stack([part.double() for part in (self.rows, nll, self.logits.argmax(-1) == self.labels)])
 
 
-@torch.inference_mode()
-def trained_logits(net: Any, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return, for each sample of a batch (see `pad`), logits float32 [n, V] and labels int64 [n] of trained tokens."""
+def score_tokens(net: Any, batch: dict[str, Tensor]) -> Iterator[ScoredTokens]:
+    """Yield the trained tokens of a batch (see `pad` and `pack`), in chunks, by the net's own forward pass."""
     device = next(net.parameters()).device
-    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-    targets = batch["labels"][:, 1:].to(device)
-    logits = net(**inputs, use_cache=False).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
     kept = targets != IGNORE_INDEX
-    return [(row[mask].float(), labels[mask]) for row, labels, mask in zip(logits, targets, kept, strict=True)]
+    chosen = torch.nn.functional.pad(kept, (0, 1))
+    rows, labels = kept.nonzero()[:, 0].to(device), targets[kept].to(device)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    start = 0
+    for logits in token_logits.iter_token_logits(net, inputs, chosen):
+        part = slice(start, start + len(logits))
+        start = part.stop
+        yield ScoredTokens(rows[part], logits.float(), labels[part])
 
 
-def sum_losses(scored: Iterable[tuple[Tensor, Tensor]]) -> SampleLosses:
-    """Return the sums over logits and labels of each sample, as `trained_logits` returns them."""
-    sums: list[Tensor] = []
-    for logits, labels in scored:
-        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(-1) == labels).sum()
-        sums.append(torch.tensor([float(nll), int(correct), len(labels)], dtype=torch.float64))
-    columns = torch.stack(sums).numpy().T if sums else np.zeros((3, 0))
-    return SampleLosses(*columns)
+def sum_losses(losses: Iterable[Tensor], num_rows: int) -> SampleLosses:
+    """Return the sums of each of `num_rows` rows over `ScoredTokens.losses`, float64 [3, n] each."""
+    rows, nll, correct = torch.cat([torch.zeros(3, 0), *(one.cpu() for one in losses)], dim=1).numpy()
+    index = rows.astype(np.int64)
+    sums = (np.bincount(index, weights, minlength=num_rows) for weights in (nll, correct, np.ones_like(nll)))
+    return SampleLosses(*sums)
+
+
+def join(parts: Sequence[SampleLosses]) -> SampleLosses:
+    """Return the samples of several batches as one."""
+    columns = ([one.nll for one in parts], [one.correct for one in parts], [one.tokens for one in parts])
+    return SampleLosses(*(np.concatenate([np.zeros(0), *column]) for column in columns))
+
+
+def sample_losses(net: Any, batches: Iterable[dict[str, Tensor]]) -> SampleLosses:
+    """Evaluate `net` on every row of `batches` (see `pad`), in their order, by its own forward pass.
+
+    The logits of a few tokens are in memory at a time.
+    """
+    return join(
+        [sum_losses([one.losses() for one in score_tokens(net, batch)], len(batch["labels"])) for batch in batches]
+    )
 
 
 def evaluate(net: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:

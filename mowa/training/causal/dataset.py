@@ -21,7 +21,7 @@ from mowa.training.monitor.sentinels import Finding
 from mowa.training.sources import name_sources, subsample
 from mowa.types import CausalModel
 
-EVAL_BATCH_TOKENS = 1024  # tokens whose logits are in memory at once, where the stock net evaluates a set
+EVAL_BATCH_TOKENS = 1024  # tokens of a batch, unless one sample is longer, where the stock net evaluates a set
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +136,6 @@ def evaluate(net: Any, samples: Sequence[TokenizedSample]) -> dict[str, float]:
     """Return loss, accuracy and number of trained tokens of `samples`, by the stock forward pass."""
     training = net.training
     net.eval()
-    groups = batches.group_by_length([len(sample) for sample in samples], range(len(samples)), EVAL_BATCH_TOKENS)
-    padded = (causal.pad([samples[index] for index in group], 0, pad_to_multiple_of=1) for group in groups)
-    metrics = causal.evaluate(net, padded)
+    metrics = causal.evaluate(net, batches.padded_batches(samples, EVAL_BATCH_TOKENS))
     net.train(training)
     return metrics
