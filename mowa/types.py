@@ -100,6 +100,11 @@ class Family:
     unsupported: Mapping[str, str] = field(default_factory=dict)
     supports: frozenset[str] = frozenset()
 
+    def find_linear(self, path: str) -> str:
+        """Return the entry of `linears` that names the module at `path`; empty if none does."""
+        names = (name for group in self.linears.values() for name in group)
+        return next((name for name in names if f".{path}".endswith(f".{name}")), "")
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:

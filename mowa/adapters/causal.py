@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mowa.adapters import checkpoint, lora
 from mowa.errors import DataError, ModelError
-from mowa.families import get_family
+from mowa.families import family_of
 from mowa.io.atomic import atomic_update, read_json
 from mowa.io.hub import silence_transformers
 from mowa.io.manifest import MANIFEST_FILE, damaged, find_manifest, write_manifest
@@ -66,7 +66,7 @@ def save_adapter(net: Any, folder: Path, *, base: Origin, tokenizer: Any, metric
             staging,
             "adapter",
             task=TASK,
-            family=get_family(net.config.model_type).name,
+            family=family_of(net).name,
             origin=asdict(base_checkpoint),
             files=[WEIGHTS_FILE],
             adapter={

@@ -86,8 +86,36 @@ def get_peft_model(
         variant=variant,
         task_type="CAUSAL_LM",
     )
+    if taken := _taken_for_experts(settings, net):
+        if ALL_LINEAR not in target_modules:
+            raise RecipeError(
+                f"lora: target_modules: mlp: PEFT takes {', '.join(sorted(taken))} of {family.name} for its experts,"
+                " not its MLPs; use [attention], or name experts in lora: target_parameters"
+            )
+        settings.target_modules -= taken
     with suppress_peft_warnings():
         return peft.get_peft_model(net, settings)
+
+
+def _taken_for_experts(settings: Any, net: Any) -> set[str]:
+    """Return the target modules that PEFT takes for those of checkpoints written before transformers 5.
+
+    In those, experts were linear layers of these names; PEFT adds LoRA to the experts' tensors in their place, when the
+    adapter is created and when it is loaded.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    taken = set()
+    for name in settings.target_modules:
+        alone = copy.copy(settings)
+        alone.target_modules, alone.target_parameters = {name}, None
+        try:
+            convert_peft_config_for_transformers(alone, net, None)
+        except ValueError:  # it is one of several that are one tensor now
+            taken.add(name)
+        if name not in alone.target_modules:
+            taken.add(name)
+    return taken
 
 
 def load_peft_model(net: Any, folder: Path, **options: Any) -> Any:
@@ -112,9 +140,10 @@ def merge_and_unload(net: Any, dtype: Any = None) -> None:
 
 @contextmanager
 def suppress_peft_warnings() -> Iterator[None]:
-    """Suppress transformers' FutureWarning about an attribute that PEFT and TRL still use."""
+    """Suppress transformers' FutureWarning about an attribute that PEFT and TRL still use, and PEFT's about Conv1D."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # it depends on the layer, and PEFT sets it
         yield
 
 

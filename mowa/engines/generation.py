@@ -24,6 +24,7 @@ from mowa.data.chat.template import special_token_ids
 from mowa.data.chat.tokenize import encode_prompt
 from mowa.decode.detokenize import TextStream, decode_tokens, find_stop
 from mowa.errors import DataError, ModelError
+from mowa.families import is_registered
 from mowa.tasks.causal import context_length, eos_token_ids, pad_token_id
 from mowa.types import CausalModel, Generation
 
@@ -94,13 +95,27 @@ def generate(
     encoded = [encode(model, prompt, chat=chat) for prompt in prompts]
     limits = [_limit(model, prompt, settings) for prompt in encoded]
     full = [index for index, limit in enumerate(limits) if limit == settings.max_new_tokens]
-    groups = [full[start : start + batch_size] for start in range(0, len(full), batch_size)]
+    groups = [
+        same[start : start + batch_size]
+        for same in _together(model, encoded, full)
+        for start in range(0, len(same), batch_size)
+    ]
     groups += [[index] for index, limit in enumerate(limits) if limit != settings.max_new_tokens]
     answers: dict[int, Generation] = {}
     for group in sorted(groups):
         found = _generate_batch(model, [encoded[index] for index in group], limits[group[0]], settings)
         answers |= zip(group, found, strict=True)
     return [answers[index] for index in range(len(encoded))]
+
+
+def _together(model: CausalModel, prompts: list[list[int]], indices: list[int]) -> list[list[int]]:
+    """Return the prompts that may share a batch: all, or of one length where padding may change a net's answers."""
+    if is_registered(model.family):
+        return [indices]
+    by_length: dict[int, list[int]] = {}
+    for index in indices:
+        by_length.setdefault(len(prompts[index]), []).append(index)
+    return list(by_length.values())
 
 
 def stream_text(

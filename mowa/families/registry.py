@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from mowa.errors import ModelError
+from mowa.families.unregistered import describe_config, describe_net, unsupported_reason
 from mowa.plugins import load_entry_point
 from mowa.types import Family
 
@@ -57,11 +58,21 @@ def get_family(model_type: str) -> Family:
     try:
         return _BY_TYPE[model_type]
     except KeyError:
-        close = difflib.get_close_matches(model_type, _BY_TYPE, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ModelError(
-            f"unsupported model type {model_type!r}: {hint}supported are {', '.join(list_model_types())}"
-        ) from None
+        raise _unsupported(model_type) from None
+
+
+def family_of(net: Any) -> Family:
+    """Return the family of a transformers net; one without a registry entry is described by its modules."""
+    _load_entry_points()
+    return _BY_TYPE.get(net.config.model_type) or describe_net(net)
+
+
+def _unsupported(model_type: str, reason: str = "") -> ModelError:
+    close = difflib.get_close_matches(model_type, _BY_TYPE, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return ModelError(
+        f"unsupported model type {model_type!r}: {hint}{reason}supported are {', '.join(list_model_types())}"
+    )
 
 
 def resolve_family(name: str, config: Mapping[str, Any] | None = None) -> Family:
@@ -69,7 +80,8 @@ def resolve_family(name: str, config: Mapping[str, Any] | None = None) -> Family
 
     The name is matched against the families' `name_patterns`. A `model_type` in the config, or else its
     `architectures`, must agree; if they do not, the config is used and a warning is logged. A config without either
-    leaves the decision to the name.
+    leaves the decision to the name. A causal language model of transformers whose type is not registered is described
+    by its config (`mowa.families.unregistered`).
 
     Args:
         name: Hub id or folder; its last part counts. Empty: only the config is used.
@@ -111,7 +123,12 @@ def _matches(pattern: str, last: str) -> bool:
 def _match_config(config: Mapping[str, Any]) -> Family | None:
     """The family of a config; None if it names neither a model type nor an architecture."""
     if model_type := config.get("model_type"):
-        return get_family(str(model_type))
+        _load_entry_points()
+        if model_type in _BY_TYPE:
+            return _BY_TYPE[model_type]
+        if reason := unsupported_reason(config):
+            raise _unsupported(str(model_type), f"{reason}; ")
+        return describe_config(config)
     listed = config.get("architectures")
     architectures = tuple(name for name in listed if isinstance(name, str)) if isinstance(listed, list | tuple) else ()
     for family in list_families():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
+import logging
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from mowa.errors import ModelError
+from mowa.families import is_registered
 from mowa.io.hub import resolve_model, silence_transformers
 from mowa.loading import checkpoint, quantized
 from mowa.loading.checkpoint import validate_device, validate_dtype
 from mowa.types import CausalModel, Family, Model, TextProcessor
+
+log = logging.getLogger("mowa")
 
 
 def load(
@@ -36,8 +40,16 @@ def load(
     tokenizer = load_tokenizer(origin.folder)
     net = _load_net(origin.folder, family, dtype)
     validate_tokenizer(tokenizer, net, origin.name)
+    if not is_registered(family):
+        _warn_unregistered(family.name)
     scheme = quantized.infer_scheme(manifest, net, family)
     return Model(net.to(device), family, origin, TextProcessor(tokenizer), scheme)
+
+
+@cache
+def _warn_unregistered(model_type: str) -> None:
+    """Warn once per process that models of this type are not accelerated."""
+    log.warning("%s has no registry entry: it runs unaccelerated, with transformers' own modules", model_type)
 
 
 def read_causal_family(folder: Path, name: str = "") -> Family:
@@ -85,6 +97,8 @@ def _load_net(folder: Path, family: Family, dtype: str) -> Any:
     else:
         net, loading_info = checkpoint.load_net(AutoModelForCausalLM, folder, family, dtype)
         checkpoint.validate_loading_info(folder, net.base_model_prefix, loading_info)
+    if net.base_model is net:  # Llama 4's prefix is that of another class
+        net.base_model_prefix = family.tensor_names["block"].partition(".")[0]
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 

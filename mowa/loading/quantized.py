@@ -88,11 +88,10 @@ def infer_scheme(manifest: Manifest | None, net: Any, family: Family) -> Scheme:
             return Scheme(**manifest.sections["scheme"])
         except (KeyError, TypeError) as error:
             raise damaged(manifest.folder / MANIFEST_FILE, error) from None
-    names = [name for group in family.linears.values() for name in group]
     schemes = {
         _infer_linear_scheme(module)
         for name, module in net.named_modules()
-        if isinstance(module, QuantizedLinear) and name.rpartition(".")[2] in names
+        if isinstance(module, QuantizedLinear) and family.find_linear(name)
     }
     if len(schemes) < 2:
         return schemes.pop() if schemes else FLOAT32

@@ -130,9 +130,8 @@ def _causal_parts(net: Any, family: Family, device_type: str) -> Iterator[LayerE
     if rotary:
         reason = "the function that applies them is shared by all nets of the family, so it is not replaced"
         yield LayerExplanation("rotary embeddings", rotary, STOCK, reason)
-    leaves = {name for group in family.linears.values() for name in group}
     linears = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-    count = sum(name.rpartition(".")[2] in leaves for name in linears)
+    count = sum(bool(family.find_linear(name)) for name in linears)
     yield _fused_part("linears with LoRA", "lora_linear", count, device_type)
     if reason := family.unsupported.get("fused_loss") or fused_loss.unsupported_reason(net):
         yield LayerExplanation("loss", 1, STOCK, reason)

@@ -39,13 +39,12 @@ def block_names(model: AnyModel) -> list[str]:
 
 def linear_groups(model: AnyModel) -> list[LinearGroup]:
     """Return the linears in the blocks that schemes quantize, in the order of the forward pass."""
-    leaves = [name for group in model.family.linears.values() for name in group]
     found: dict[tuple[int, str], list[str]] = {}
     for index, path in enumerate(block_names(model)):
         for name, module in model.net.get_submodule(path).named_modules():
-            leaf = name.rpartition(".")[2]
-            if leaf in leaves and isinstance(module, nn.Linear):
-                key = "q_proj" if leaf in QKV_PROJECTIONS else leaf
+            linear = model.family.find_linear(name)
+            if linear and isinstance(module, nn.Linear):
+                key = "q_proj" if linear in QKV_PROJECTIONS else linear
                 found.setdefault((index, key), []).append(f"{path}.{name}")
     return [LinearGroup(index, tuple(sorted(paths))) for (index, _), paths in found.items()]
 

@@ -71,12 +71,11 @@ def select_linears(
     net: Any, family: Family, qat: str, group_size: int
 ) -> tuple[dict[str, QuantGrid], dict[str, QuantGrid]]:
     """Return the linears in the blocks, and those outside, that are quantized; module name → (bits, group size)."""
-    leaves = {name for group in family.linears.values() for name in group}
     blocks: dict[str, QuantGrid] = {}
     for path, block in net.named_modules():
         if type(block).__name__ in family.blocks:
             for name, module in block.named_modules():
-                if name.rpartition(".")[2] in leaves and isinstance(module, nn.Linear):
+                if family.find_linear(name) and isinstance(module, nn.Linear):
                     blocks[f"{path}.{name}"] = BITS[qat], group_size if qat == "int4" else 0
     others: dict[str, QuantGrid] = {}
     for name, module in net.named_modules():

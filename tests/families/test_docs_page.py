@@ -47,11 +47,18 @@ def test_the_examples_pass_the_family_tests(tmp_path: Path) -> None:
         else:
             (tmp_path / path).write_text("".join(codes))
             names.append(Path(path).stem)
-    assert names == ["olmo2", "unispeech"]
+    assert names == ["seed_oss", "unispeech"]
     package = tmp_path / "mowa" / "families" / "__init__.py"
-    package.write_text(package.read_text().replace("    phi,\n", "    phi,\n    olmo2,\n    unispeech,\n", 1))
+    package.write_text(package.read_text().replace("    phi,\n", "    phi,\n    seed_oss,\n    unispeech,\n", 1))
     tests = [f"tests/families/{name}.py" for name in ("test_families", "test_registry")]
-    selected = ["-k", "(olmo2 or unispeech) or (tiny_net and not small)", "-p", "no:cacheprovider", "-q", "--no-header"]
+    selected = [
+        "-k",
+        "(seed_oss or unispeech) or (tiny_net and not small)",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "--no-header",
+    ]
     command = [sys.executable, "-m", "pytest", *tests, *selected, "-o", "addopts="]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
@@ -60,10 +67,10 @@ def test_the_examples_pass_the_family_tests(tmp_path: Path) -> None:
 
 
 def test_the_package_adds_a_family(tmp_path: Path) -> None:
-    (source,) = code_blocks()["mowa/families/olmo2.py"]
-    assert "mowa_olmo:OLMO2" in PAGE
-    install_package(tmp_path, "mowa-olmo", "mowa_olmo", "", "OLMO2")
+    (source,) = code_blocks()["mowa/families/seed_oss.py"]
+    assert "mowa_seed:SEED_OSS" in PAGE
+    install_package(tmp_path, "mowa-seed", "mowa_seed", "", "SEED_OSS")
     plain = source.replace("from mowa.families.registry import register\n", "").replace("register(", "(")
-    (tmp_path / "mowa_olmo.py").write_text(plain)
-    code = "print(f.resolve_family('allenai/OLMo-2-1124-7B-Instruct').name)"
-    assert run_code(tmp_path, code) == ("olmo2", [])
+    (tmp_path / "mowa_seed.py").write_text(plain)
+    code = "print(f.resolve_family('ByteDance-Seed/Seed-OSS-36B-Instruct').name)"
+    assert run_code(tmp_path, code) == ("seed_oss", [])

@@ -74,6 +74,18 @@ _CAUSAL: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT,
     "granite": _GROUPED | _MULTIPLIERS | {"logits_scaling": 4.0},
     "granitemoe": _GROUPED | _LOCAL_EXPERTS | _MULTIPLIERS | {"logits_scaling": 4.0},
+    "olmo2": _GROUPED,
+    "olmo3": _GROUPED | _ALTERNATING,
+    "glm": _HEADS_OF_16,
+    "glm4": _HEADS_OF_16,
+    "cohere": _GROUPED | {"use_qk_norm": True, "logit_scale": 0.5},
+    "cohere2": _HEADS_OF_16 | _ALTERNATING | {"logit_scale": 0.5},
+    "starcoder2": _GROUPED | {"sliding_window": WINDOW, "initializer_range": 0.05},
+    "gpt_neox": _SIZES,
+    "llama4_text": _HEADS_OF_16
+    | _LOCAL_EXPERTS
+    | {"intermediate_size_mlp": 40, "interleave_moe_layer_step": 2, "num_hidden_layers": 4}
+    | {"attention_chunk_size": WINDOW},
     "gpt_oss": _HEADS_OF_16
     | _ALTERNATING
     | _LOCAL_EXPERTS

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from mowa.families import get_family
+from mowa.families import family_of
 from mowa.models.causal import attention_interface, fused_loss, fused_modules
 
 _UNDO: WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = WeakKeyDictionary()
@@ -52,7 +52,9 @@ def accelerate(net: Any, *, mlp_tiles: int = 0) -> tuple[Change, ...]:
     """
     stock = net.get_base_model() if hasattr(net, "get_base_model") else net
     restore(stock)
-    family = get_family(stock.config.model_type)
+    family = family_of(stock)
+    if reason := family.unsupported.get("acceleration"):
+        return (Change("acceleration", 0, f"{family.name}: {reason}"),)
     undo: list[Callable[[], object]] = []
     _UNDO[stock] = undo
     changes = []

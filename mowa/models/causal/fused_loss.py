@@ -94,7 +94,8 @@ def _net_forward(
     routed = bool(inputs.get("output_router_logits", getattr(config, "output_router_logits", False)))
     if routed:
         inputs["output_router_logits"] = True
-    out = net.base_model(*args, **(inputs | {"use_cache": False}))
+    decoder = net.model if net.base_model is net else net.base_model  # Llama 4 names the prefix of another class
+    out = decoder(*args, **(inputs | {"use_cache": False}))
     hidden = out.last_hidden_state
     if shift_labels is None:
         hidden, targets = hidden[:, :-1], labels[:, 1:]  # type: ignore[index]

@@ -13,8 +13,9 @@ from mowa import loading
 from mowa.adapters import lora
 from mowa.data.chat.tokenize import TokenizedSample
 from mowa.errors import RecipeError
+from mowa.families import is_registered
 from mowa.io.hub import fetch_config
-from mowa.models.causal import fused_modules
+from mowa.models.causal import fused_modules, packing
 from mowa.tasks import causal
 from mowa.training.causal.batches import plan_batches
 from mowa.training.causal.dataset import CausalSplits, load_splits
@@ -29,7 +30,10 @@ PRETRAINED_LR, LORA_LR = 1e-5, 2e-4  # default peak rates of pretrained weights 
 
 @dataclass(frozen=True, slots=True)
 class CausalRun:
-    """Inputs of the trainer. `model` has the net as it is trained; `batches` index `splits.train`."""
+    """Inputs of the trainer. `model` has the net as it is trained; `batches` index `splits.train`.
+
+    `recipe` is as it is carried out: `notes` say where that differs from what was asked for.
+    """
 
     recipe: CausalRecipe
     model: CausalModel
@@ -37,6 +41,7 @@ class CausalRun:
     max_steps: int
     eval_steps: int
     batches: list[list[int]]
+    notes: tuple[str, ...] = ()
 
 
 def validate(recipe: CausalRecipe, model: CausalModel) -> None:
@@ -60,7 +65,10 @@ def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> C
     Raises:
         RecipeError: the model does not support the recipe.
     """
-    net = model.net
+    net, notes = model.net, ()
+    if recipe.batch.packing and not is_registered(model.family) and not packing.is_supported(net):
+        recipe = replace(recipe, batch=replace(recipe.batch, packing=False))
+        notes = (f"batches are padded: {model.family.name} gives packed samples other outputs",)
     if recipe.method == "lora":
         config = recipe.lora
         net = lora.get_peft_model(
@@ -89,7 +97,7 @@ def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> C
     )
     max_steps = len(batches) // recipe.batches_per_step
     trained = replace(model, net=net)
-    return CausalRun(recipe, trained, splits, max_steps, resolve_eval_steps(recipe, max_steps), batches)
+    return CausalRun(recipe, trained, splits, max_steps, resolve_eval_steps(recipe, max_steps), batches, notes)
 
 
 def load(recipe: CausalRecipe) -> CausalModel:
@@ -128,9 +136,10 @@ def set_trainable(net: Any, family: Family, recipe: CausalRecipe) -> None:
         )
     for block in blocks[-recipe.top_n :]:
         block.requires_grad_(True)
-    net.base_model.norm.requires_grad_(True)
+    norm = family.tensor_names["norm"].rpartition(".")[0]
+    net.get_submodule(norm).requires_grad_(True)
 
 
-def collate(run: CausalRun, samples: Sequence[TokenizedSample], packing: bool) -> dict[str, Tensor]:
+def collate(run: CausalRun, samples: Sequence[TokenizedSample], packed: bool) -> dict[str, Tensor]:
     """Collate samples to a packed or padded batch."""
-    return causal.pack(samples) if packing else causal.pad(samples, causal.pad_token_id(run.model.tokenizer))
+    return causal.pack(samples) if packed else causal.pad(samples, causal.pad_token_id(run.model.tokenizer))

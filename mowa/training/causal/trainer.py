@@ -19,6 +19,7 @@ from torch import nn
 from mowa.adapters import lora
 from mowa.data.chat.tokenize import TokenizedSample
 from mowa.errors import TrainingStopped
+from mowa.families import is_registered
 from mowa.io.atomic import atomic_write, read_json
 from mowa.models.causal import accelerate
 from mowa.models.tolerances import PACKED_LOSS_FLOAT32, PACKED_LOSS_HALF
@@ -54,7 +55,7 @@ def session(run: CausalRun, output_dir: Path, resume_from: Path | None) -> Itera
     changes = accelerate.accelerate(net, mlp_tiles=recipe.memory.mlp_tiles) if recipe.memory.accelerate else ()
     tokens = sum(len(splits.train[index]) for batch in run.batches for index in batch)
     length = f"{run.max_steps} steps over {tokens:,} tokens, evaluated every {run.eval_steps} steps"
-    shown = (*splits.notes, splits.preview) if resume_from is None else ()
+    shown = (*splits.notes, *run.notes, splits.preview) if resume_from is None else ()
 
     def measure() -> Measured:
         loss = evaluate_loss(trainer, next(iter(trainer.eval_dataset.values())))["loss"]
@@ -189,6 +190,7 @@ def evaluate_loss(trainer: Any, batches: Any) -> dict[str, float]:
 def _arguments(run: CausalRun, output_dir: Path) -> Any:
     from trl import SFTConfig
 
+    accelerated = run.recipe.memory.accelerate and is_registered(run.model.family)
     settings = trainer_args.training_arguments(
         run.recipe, output_dir, run.model.net, max_steps=run.max_steps, eval_steps=run.eval_steps
     )
@@ -199,6 +201,9 @@ def _arguments(run: CausalRun, output_dir: Path) -> Any:
         "load_best_model_at_end": True,
         "metric_for_best_model": f"eval_{next(iter(run.splits.dev))}_loss",
     }
+    config = run.model.net.config.get_text_config()
+    if hasattr(config, "output_router_logits") and not (accelerated or hasattr(config, "num_experts")):
+        settings["router_aux_loss_coef"] = 0.0  # TRL does not find the number of experts
     return SFTConfig(**settings)
 
 
@@ -226,9 +231,12 @@ def verify_packing(run: CausalRun, unpacked: dict[str, float]) -> None:
         TrainingStopped: the losses differ.
     """
     net = run.model.net
+    training = net.training
+    net.eval()  # the net may have dropout
     batch = collate(run, select_short_samples(run.splits.train), run.recipe.batch.packing)
     with torch.no_grad():
         out = net(**{name: value.to(net.device) for name, value in batch.items()}, fused_lm_head=True)
+    net.train(training)
     loss = -float(out.log_probs.double().sum()) / max(1.0, unpacked["tokens"])
     exact = next(net.parameters()).dtype == torch.float32
     tolerance = PACKED_LOSS_FLOAT32 if exact else PACKED_LOSS_HALF

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mowa.families import get_family
+from mowa.families import family_of
 from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.training.config.ctc import CTCRecipe
@@ -137,7 +137,7 @@ def streaming_frame_ratio(recipe: CTCRecipe) -> float:
 
 def max_block_parameters(net: Any) -> int:
     """Return the number of parameters of the largest block, which is the size of communication buckets."""
-    kinds = get_family(net.config.model_type).blocks
+    kinds = family_of(net).blocks
     blocks = [module for module in net.modules() if type(module).__name__ in kinds]
     return max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
 
@@ -152,11 +152,13 @@ def causal_activation_bytes(net: Any, tokens: float, *, precision: str, gradient
     """
     config = net.config.get_text_config()
     element, width, depth = _element(precision), config.hidden_size, config.num_hidden_layers
-    size = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    queries = size * config.num_attention_heads
-    keys = size * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
+    size = getattr(config, "head_dim", None) or width // heads
+    queries = size * heads
+    keys = size * (getattr(config, "num_key_value_heads", None) or heads)
     experts = getattr(config, "num_experts_per_tok", None) or 1
-    inner = (getattr(config, "moe_intermediate_size", None) or config.intermediate_size) * experts
+    inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * width
+    inner *= experts
     block = element * (6 * width + 2 * queries + 2 * keys + 3 * inner)
     blocks = depth * element * width + block if gradient_checkpointing else depth * block
     return tokens * (blocks + element * width) + FUSED_LOGITS_BYTES

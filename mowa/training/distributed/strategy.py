@@ -8,7 +8,7 @@ from typing import Any
 
 from mowa import hardware
 from mowa.errors import MissingDependency, RecipeError
-from mowa.families import get_family
+from mowa.families import family_of
 from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.config.ctc import CTCRecipe
@@ -76,7 +76,7 @@ def distributed_arguments(
         return arguments | {"ddp_backend": backend, "ddp_find_unused_parameters": _has_unused_parameters(recipe, net)}
     if choice.strategy == "fsdp":
         names = [type(module).__name__ for module in net.modules()]
-        block = next(name for name in names if name in get_family(net.config.model_type).blocks)
+        block = next(name for name in names if name in family_of(net).blocks)
         return arguments | {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [block]}}
     config = zero_config.deepspeed_config(
         choice.strategy, recipe, bucket_parameters=memory.max_block_parameters(net), precision=precision
