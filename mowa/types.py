@@ -324,7 +324,8 @@ class Example:
     """A training or test sample: a recording and its text.
 
     `duration_s` is 0 if unknown. `audio` is the path of the recording, or its label if the encoded recording is in
-    `audio_bytes`. With `is_excerpt`, the sample is the part of the recording that begins at `offset_s`.
+    `audio_bytes`. With `is_excerpt`, the sample is the part of the recording that begins at `offset_s`. If `error` is
+    not empty, the line of the corpus cannot be used for that reason, and `audio` is its position.
     """
 
     id: str
@@ -335,3 +336,4 @@ class Example:
     offset_s: float = 0.0
     is_excerpt: bool = False
     audio_bytes: bytes | None = field(default=None, repr=False)
+    error: str = ""

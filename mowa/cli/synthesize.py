@@ -80,7 +80,7 @@ def synthesize(
     # fmt: on
     from tqdm import tqdm
 
-    from mowa.data.manifests.tables import decode_lines
+    from mowa.data.manifests.text_tables import decode_lines
     from mowa.data.synthesize import synthesize as make_corpus
 
     bar = tqdm(total=0, desc="synthesizing", unit="clip", smoothing=0.05, disable=None)

@@ -232,7 +232,9 @@ def _split(
 
 
 def _source(example: Example, allow_remote: bool) -> Path | AudioBytes:
-    """Return the audio as a path or as bytes. Raises AudioError for a URL that may not, or cannot, be opened."""
+    """Return the audio as a path or as bytes. Raises AudioError for a bad line, or a URL that cannot be opened."""
+    if example.error:
+        raise AudioError(example.error)
     if example.audio_bytes is not None:
         return AudioBytes(example.audio, example.audio_bytes)
     if "://" not in example.audio:

@@ -157,6 +157,7 @@ def _table(examples: Sequence[Example]) -> Any:
         "offset_s": pyarrow.float64(),
         "is_excerpt": pyarrow.bool_(),
         "audio_bytes": pyarrow.binary(),
+        "error": pyarrow.string(),
     }
     rows = [{name: getattr(example, name) for name in types} for example in examples]
     return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(types.items()))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mowa.data.manifests.discover import SHARD_PATTERN, choose_split, filter_split, missing_source_error
-from mowa.data.manifests.tables import READERS, TableRow, read_parquet_rows, read_saved_dataset, stream_hub_dataset
+from mowa.data.manifests.discover import (
+    SHARD_PATTERN,
+    choose_split,
+    describe_missing_shards,
+    filter_split,
+    find_missing_shards,
+    missing_source_error,
+)
+from mowa.data.manifests.rows import BadRow, TableRow
+from mowa.data.manifests.tables import READERS, read_parquet_rows, read_saved_dataset, stream_hub_dataset
 from mowa.errors import DataError
 
 SUPPORTED_FILES = (
@@ -19,13 +26,22 @@ SUPPORTED_FILES = (
 TEXT_SUFFIXES = (".txt", ".md")
 TABLE_SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv", ".csv")
 
+Row = tuple[str, Path, Mapping[str, Any]]  # position for messages, folder, columns
 
-def read_rows(path: str | Path, split: str = "") -> Iterator[TableRow]:
+
+def read_rows(path: str | Path, split: str = "") -> Iterator[Row]:
     """Yield (position, folder, columns) of every row at `path`; `SUPPORTED_FILES` lists what it may be.
 
     `split` is one of several: a file or folder of that name, or rows by their column `split`; "" is train or the only
     one. Raises DataError with file and line for what cannot be read; MissingDependency; HubUnreachable.
     """
+    for where, folder, fields in _read_source(path, split):
+        if isinstance(fields, BadRow):
+            raise DataError(fields.reason)
+        yield where, folder, fields
+
+
+def _read_source(path: str | Path, split: str) -> Iterator[TableRow]:
     if str(path).startswith("hub:"):
         yield from stream_hub_dataset(str(path), partial(choose_split, split, str(path)))
         return
@@ -50,7 +66,10 @@ def _read_folder(folder: Path, split: str) -> Iterator[TableRow]:
         elif child.is_dir() and ((child / "state.json").is_file() or _find_text_files(child)):
             splits.setdefault(child.name, []).append(child)
     if splits:
-        for child in splits[choose_split(split, str(folder), splits)]:
+        chosen = splits[choose_split(split, str(folder), splits)]
+        if missing := find_missing_shards(chosen):
+            raise DataError(describe_missing_shards(missing))
+        for child in chosen:
             yield from _read_file(child) if child.is_file() else read_rows(child)
         return
     text_files = _find_text_files(folder)
@@ -71,8 +90,6 @@ def _read_file(path: Path) -> Iterator[TableRow]:
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
         yield str(path), path.parent, {"id": path.stem, "text": _read_text(path)}
-    elif suffix == ".json":
-        yield from _read_json(path)
     elif suffix == ".parquet":
         for where, fields in read_parquet_rows(path, 512):
             yield where, path.parent, fields
@@ -91,23 +108,3 @@ def _read_text(path: Path) -> str:
         raise DataError(
             f"{path}: is not UTF-8 (byte {error.start}). Save it as UTF-8: iconv -f ITS-ENCODING -t UTF-8."
         ) from None
-
-
-def _read_json(path: Path) -> Iterator[TableRow]:
-    """Yield the rows of a list of objects, of such a list under `data`, `train` or `rows`, or of JSON Lines."""
-    text = _read_text(path)
-    try:
-        value: Any = json.loads(text)
-    except json.JSONDecodeError as error:
-        if text.lstrip().startswith("["):
-            raise DataError(f"{path}:{error.lineno}: broken JSON ({error.msg}). Write one list of objects.") from None
-        yield from READERS[".jsonl"](path)
-        return
-    if isinstance(value, dict):
-        value = next((value[name] for name in ("data", "train", "rows") if isinstance(value.get(name), list)), [value])
-    if not isinstance(value, list):
-        raise DataError(f"{path}: is not a list of objects. Write one list of objects, or one object per line.")
-    for number, fields in enumerate(value, 1):
-        if not isinstance(fields, dict):
-            raise DataError(f"{path}: row {number} is not a JSON object. Write a list of objects.")
-        yield f"{path}: row {number}", path.parent, fields

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from mowa.data.audio import is_audio_file
-from mowa.data.manifests.tables import COLUMN_ALIASES, TableRow, decode_lines, guess_columns, parse_table
+from mowa.data.manifests.rows import COLUMN_ALIASES, BadRow, NumberedRow, TableRow, guess_columns
+from mowa.data.manifests.text_tables import decode_lines, parse_table
 from mowa.errors import DataError
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -23,16 +24,29 @@ NON_SPLIT_TABLES = frozenset(  # tables of Common Voice that are not splits
     {"clip_durations", "reported", "times", "unvalidated_sentences", "validated_sentences"}
 )
 
+_REPORTED, _SPONTANEOUS = "ss-reported-audios-", "ss-corpus-"  # tables of Common Voice's spontaneous speech
+_AUDIO_FOLDERS = ("clips", "audios")  # of Common Voice, and of its spontaneous speech
 _TEXT_SUFFIXES = {".txt", ".text", ".lab", ".transcript"}  # of the transcript next to a recording
 _READ_ERRORS = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError)
 _READ_BYTES = 2**20  # per read: a damaged header may state more than there is memory
 
 SplitChooser = Callable[[Iterable[str]], str]
+_Place = tuple[str, int, int]  # of a table in an archive: its folder, offset and size in bytes
 
 
 def is_archive(path: Path) -> bool:
     """Return whether the name ends in one of `ARCHIVE_SUFFIXES`."""
     return path.name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def is_split_table(stem: str) -> bool:
+    """Return whether a table of this name, without suffix, lists the recordings of a split or of all splits."""
+    return stem not in NON_SPLIT_TABLES and not stem.startswith(_REPORTED)
+
+
+def is_spontaneous(stem: str) -> bool:
+    """Return whether it is the table of Common Voice's spontaneous speech, which has a column `split`."""
+    return stem.startswith(_SPONTANEOUS)
 
 
 def read_archive(path: Path, split: str, choose_split: SplitChooser, columns: Mapping[str, str]) -> Iterator[TableRow]:
@@ -61,6 +75,8 @@ def read_archive(path: Path, split: str, choose_split: SplitChooser, columns: Ma
 def list_splits(path: Path) -> list[str]:
     """Return the names of the tables in an archive, if it has any. Raises DataError if it is damaged."""
     tables, is_corpus = _find_tables(path, "")
+    if spontaneous := next(filter(is_spontaneous, tables), ""):
+        return _list_column_splits(_read_table(path, spontaneous, tables[spontaneous]))
     return sorted(tables) if is_corpus else []
 
 
@@ -158,6 +174,7 @@ class _SplitTable:
     """The table of one split, compressed: columns that repeat (speaker, accent, …) are stored once per combination.
 
     own_columns, shared_columns  columns stored per row, and per combination
+    bad_rows      rows that cannot be used, with their positions
     lines         recording → index of the combination and the own columns, separated by tabs
     combinations  distinct values of the shared columns
     """
@@ -167,6 +184,7 @@ class _SplitTable:
     audio_column: str = ""
     own_columns: list[str] = field(default_factory=list)
     shared_columns: list[str] = field(default_factory=list)
+    bad_rows: list[tuple[str, BadRow]] = field(default_factory=list)
     lines: dict[bytes, bytes] = field(default_factory=dict)
     combinations: list[tuple[str, ...]] = field(default_factory=list)
 
@@ -183,39 +201,59 @@ def _read_split_table(
     tables, is_corpus = _find_tables(path, split or "train")
     if not is_corpus:
         return None
-    name = choose_split(tables)
-    folder, offset, size = tables[name]
+    name = next(filter(is_spontaneous, tables), "") or choose_split(tables)
+    rows = _read_table(path, name, tables[name])
+    if is_spontaneous(name):
+        chosen = choose_split(_list_column_splits(_read_table(path, name, tables[name])))
+        rows = ((where, row) for where, row in rows if isinstance(row, BadRow) or row.get("split") == chosen)
+    return _parse_split_table(_table_name(path, name, tables[name]), tables[name][0], rows, columns)
+
+
+def _list_column_splits(rows: Iterator[NumberedRow]) -> list[str]:
+    return sorted({str(row["split"]) for _, row in rows if not isinstance(row, BadRow) and "split" in row})
+
+
+def _table_name(path: Path, name: str, place: _Place) -> str:
+    return "/".join(filter(None, (str(path), place[0], f"{name}.tsv")))
+
+
+def _read_table(path: Path, name: str, place: _Place) -> Iterator[NumberedRow]:
+    """Yield the rows of a table in an archive. Raises DataError if the archive is damaged."""
+    _, offset, size = place
+    full_name = _table_name(path, name, place)
     try:
         with gzip.open(path) if _is_gzip(path) else path.open("rb") as raw:
-            archive = _Archive(path, raw, None)  # type: ignore[arg-type]
-            full_name = "/".join(filter(None, (str(path), folder, f"{name}.tsv")))
-            return _parse_split_table(full_name, folder, archive.lines(offset, size), columns)
+            lines = _Archive(path, raw, None).lines(offset, size)  # type: ignore[arg-type]
+            yield from parse_table(decode_lines(lines, full_name), full_name, tab_separated=True)
     except _READ_ERRORS as error:
         raise _damaged_error(path, error) from None
 
 
-def _find_tables(path: Path, wanted: str) -> tuple[dict[str, tuple[str, int, int]], bool]:
-    """Return split → (folder, offset, bytes) of its table, and whether the archive is a corpus with tables.
+def _find_tables(path: Path, wanted: str) -> tuple[dict[str, _Place], bool]:
+    """Return split → place of its table, and whether the archive is a corpus with tables.
 
-    Stops at the table of `wanted` if it comes before the recordings.
+    Stops at the table of `wanted`, or of all splits, if it comes before the recordings.
     """
-    tables: dict[str, tuple[str, int, int]] = {}
+    tables: dict[str, _Place] = {}
     for _, member in _walk(path):
         folder, _, name = _member_name(member).rpartition("/")
-        if name.endswith(".tsv") and (stem := name.removesuffix(".tsv")) not in NON_SPLIT_TABLES:
+        if name.endswith(".tsv") and is_split_table(stem := name.removesuffix(".tsv")):
             tables.setdefault(stem, (folder, member.offset_data, member.size))
-            if stem == wanted:
+            if stem == wanted or is_spontaneous(stem):
                 return tables, True
-        elif is_audio_file(name) and folder.rpartition("/")[2] != "clips" and not tables:
+        elif is_audio_file(name) and folder.rpartition("/")[2] not in _AUDIO_FOLDERS and not tables:
             return {}, False
     return tables, bool(tables)
 
 
-def _parse_split_table(name: str, folder: str, lines: Iterator[bytes], columns: Mapping[str, str]) -> _SplitTable:
+def _parse_split_table(name: str, folder: str, rows: Iterator[NumberedRow], columns: Mapping[str, str]) -> _SplitTable:
     table = _SplitTable(name, folder)
     aliases = {alias for names in COLUMN_ALIASES.values() for alias in names}
     index: dict[tuple[str, ...], int] = {}
-    for where, fields in parse_table(decode_lines(lines, name), name, tab_separated=True):
+    for where, fields in rows:
+        if isinstance(fields, BadRow):
+            table.bad_rows.append((where, fields))
+            continue
         if not table.lines:
             roles = guess_columns(tuple(fields)) | {
                 role: column for role, column in columns.items() if column in fields
@@ -224,7 +262,7 @@ def _parse_split_table(name: str, folder: str, lines: Iterator[bytes], columns: 
                 raise DataError(f"{where}: no column of recordings. Specify it with --column audio=NAME.")
             table.audio_column = roles["audio"]
             kept = [key for key in fields if key.strip().lower() in aliases or key in columns.values()]
-            table.own_columns = [key for key in kept if key in {roles.get("text"), roles.get("id")}]
+            table.own_columns = [key for key in kept if key in {roles.get(role) for role in ("text", "id", "duration")}]
             table.shared_columns = [key for key in kept if key not in (*table.own_columns, table.audio_column)]
         combination = tuple(fields.get(key, "") for key in table.shared_columns)
         if combination not in index:
@@ -232,7 +270,7 @@ def _parse_split_table(name: str, folder: str, lines: Iterator[bytes], columns: 
             table.combinations.append(combination)
         own = (str(index[combination]), *(fields.get(key, "") for key in table.own_columns))
         if table.audio_column in fields:
-            table.lines[fields[table.audio_column].encode()] = "\t".join(own).encode()
+            table.lines[fields[table.audio_column].replace("\\", "/").encode()] = "\t".join(own).encode()
     if not table.lines:
         raise DataError(f"{name}: is empty: it has no rows. Check that it was written completely.")
     return table
@@ -240,21 +278,24 @@ def _parse_split_table(name: str, folder: str, lines: Iterator[bytes], columns: 
 
 def _read_listed(path: Path, table: _SplitTable) -> Iterator[TableRow]:
     found = 0
+    yield from ((where, path.parent, row) for where, row in table.bad_rows)
     for archive, member in _walk(path):
         name = _member_name(member)
         if not is_audio_file(name):
             continue
         inside = name.removeprefix(f"{table.folder}/") if table.folder else name
-        if table.folder and inside == name and "/clips/" in name:
+        if table.folder and inside == name and any(f"/{part}/" in name for part in _AUDIO_FOLDERS):
             raise DataError(f"{path}: contains other corpora than {table.folder}: {name}. Unpack it and pass one.")
-        clip = next((key for key in (inside, inside.removeprefix("clips/")) if key.encode() in table.lines), None)
+        keys = (inside, *(inside.removeprefix(f"{part}/") for part in _AUDIO_FOLDERS))
+        clip = next((key for key in keys if key.encode() in table.lines), None)
         if clip is not None:
             found += 1
             yield _to_row(path, table, clip.encode(), {"bytes": archive.read(member), "path": f"{path}/{name}"})
     if not found:
         raise DataError(f"{table.name}: none of its {len(table.lines)} recordings is in {path}. Check its column path.")
+    audio_folder = "audios" if is_spontaneous(PurePosixPath(table.name).stem) else "clips"
     for clip_name in list(table.lines):
-        missing = "/".join(part for part in (str(path), table.folder, "clips", clip_name.decode()) if part)
+        missing = "/".join(part for part in (str(path), table.folder, audio_folder, clip_name.decode()) if part)
         yield _to_row(path, table, clip_name, missing)
 
 
@@ -300,7 +341,7 @@ def _parse_sample_json(data: bytes, name: str) -> dict[str, Any]:
         fields = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{name}: broken JSON ({error}). Write one JSON object.") from None
-    ignored = {*COLUMN_ALIASES["audio"], *COLUMN_ALIASES["id"], *COLUMN_ALIASES["offset"]}
+    ignored = {name for role in ("audio", "id", "offset", "end") for name in COLUMN_ALIASES[role]}
     return (
         {key: value for key, value in fields.items() if key.lower() not in ignored} if isinstance(fields, dict) else {}
     )

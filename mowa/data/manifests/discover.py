@@ -8,18 +8,21 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mowa.data.audio import is_audio_file
-from mowa.data.manifests import archives
-from mowa.data.manifests.tables import READERS, TableRow, full_suffix, guess_columns
+from mowa.data.manifests import archives, lhotse
+from mowa.data.manifests.rows import BadRow, TableRow, guess_columns
+from mowa.data.manifests.tables import READERS, full_suffix
 from mowa.errors import DataError
 
 SUPPORTED_DATASETS = (
-    "a .jsonl, .csv, .tsv (also as .gz), .parquet or .arrow file, lhotse cuts (.jsonl, .jsonl.gz), a .tar, .tar.gz or "
+    "a .jsonl, .json, .csv, .tsv (also as .gz), .parquet or .arrow file, lhotse cuts, or supervisions beside "
+    "recordings (.jsonl, .jsonl.gz), a .tar, .tar.gz or "
     ".tgz of recordings (Common Voice, WebDataset shards or others), a Common Voice folder, a Kaldi directory "
     "(wav.scp), an audiofolder (metadata.jsonl or .csv), a folder with transcripts.tsv, a folder of {split}.jsonl, "
     ".csv, .tsv, .parquet, .arrow or .tar files or of such folders, a folder saved by datasets, and "
@@ -27,13 +30,13 @@ SUPPORTED_DATASETS = (
 )
 SUPPORTED_SOURCES = f"a recording, a folder of recordings, a pattern in quotes, {SUPPORTED_DATASETS}"
 RESULTS_PREFIX = b'{"results": '  # first bytes of a results log (mowa.engines.results)
-SHARD_PATTERN = re.compile(r"(?P<split>.+?)-\d+-of-\d+(-\w+)?")  # as on the Hub: train-00000-of-00002
+SHARD_PATTERN = re.compile(r"(?P<split>.+?)-(?P<number>\d+)-of-(?P<count>\d+)(-\w+)?")  # train-00000-of-00002
 
 _DEV = {"dev", "validation", "valid", "val"}
 _SPLITS = {"train", "test", *_DEV}
 _MANIFEST_SUFFIXES = (".jsonl", ".tsv", ".csv", ".jsonl.gz", ".tsv.gz", ".csv.gz")  # in order of preference
 _NUMBERED_PATTERN = re.compile(r"(?P<split>.+?)[-_.]?\d*")  # as in WebDataset: train-000007.tar
-_CUTS_PATTERN = re.compile(r"(.*[_-])?cuts([_-](?P<split>.+))?")
+_LHOTSE_PATTERNS = [re.compile(rf"(.*[_-])?{name}([_-](?P<split>.+))?") for name in ("cuts", "supervisions")]
 _BRACES = re.compile(r"\{(?P<first>\d+)\.\.(?P<last>\d+)\}|\{(?P<listed>[^{}]*,[^{}]*)\}")
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -47,6 +50,7 @@ LayoutKind = Literal[
     "audiofolder",
     "folder with transcripts",
     "Common Voice",
+    "Common Voice, spontaneous",
     "folder of manifests",
     "folder of splits",
     "parquet files",
@@ -203,6 +207,8 @@ def _detect_folder(path: Path, *, recurse: bool = True) -> SourceLayout | None:
     if shards := sorted(path.glob("*.arrow")):
         return SourceLayout("Arrow files", _group_shards(shards))
     if manifests := _find_manifests(path):
+        if spontaneous := [files for stem, files in manifests.items() if archives.is_spontaneous(stem)]:
+            return SourceLayout("Common Voice, spontaneous", {"": spontaneous[0]})
         return SourceLayout("Common Voice" if (path / "clips").is_dir() else "folder of manifests", manifests)
     if tars := sorted(file for file in path.glob("*.t*") if archives.is_archive(file)):
         return SourceLayout("archives", _group_shards(tars, _NUMBERED_PATTERN))
@@ -213,16 +219,39 @@ def _detect_folder(path: Path, *, recurse: bool = True) -> SourceLayout | None:
     return SourceLayout("folder of splits", folders) if folders else None
 
 
+def find_only_corpus(layout: SourceLayout) -> Path | None:
+    """Return the only folder of a folder, if its name is not that of a split: as `pl` in a download of Common Voice."""
+    if layout.kind != "folder of splits" or len(layout.splits) != 1:
+        return None
+    ((name, folders),) = layout.splits.items()
+    return None if name in _SPLITS else folders[0]
+
+
 def _find_manifests(path: Path) -> dict[str, tuple[Path, ...]]:
-    found: dict[str, tuple[Path, ...]] = {}
-    for suffix in _MANIFEST_SUFFIXES:
+    found: dict[str, list[Path]] = {}
+    for suffix in (*_MANIFEST_SUFFIXES, ".json", ".json.gz"):
         for file in sorted(path.glob(f"*{suffix}")):
             stem = file.name[: -len(suffix)]
-            if stem not in archives.NON_SPLIT_TABLES and not _is_results_log(file):
-                found.setdefault(stem, (file,))
+            is_lhotse = any(pattern.fullmatch(stem) for pattern in _LHOTSE_PATTERNS)
+            if (
+                (is_lhotse or suffix in _MANIFEST_SUFFIXES)
+                and archives.is_split_table(stem)
+                and not _is_results_log(file)
+            ):
+                match = SHARD_PATTERN.fullmatch(stem)
+                split = match["split"] if match else stem
+                if split not in found or (match and full_suffix(found[split][0]) == suffix):
+                    found.setdefault(split, []).append(file)
     # lhotse writes recordings and supervisions beside the cuts
-    cuts = {match["split"] or stem: files for stem, files in found.items() if (match := _CUTS_PATTERN.fullmatch(stem))}
-    return cuts or found
+    for pattern, is_kept in zip(_LHOTSE_PATTERNS, (lambda file: True, lhotse.find_recordings), strict=True):
+        named = {
+            match["split"] or stem: tuple(files)
+            for stem, files in found.items()
+            if (match := pattern.fullmatch(stem)) and is_kept(files[0])
+        }
+        if named:
+            return named
+    return {split: _with_missing(files) for split, files in found.items()}
 
 
 def _is_results_log(file: Path) -> bool:
@@ -242,7 +271,44 @@ def _group_shards(files: list[Path], numbered: re.Pattern[str] | None = None) ->
         numbered or not any(SHARD_PATTERN.fullmatch(file.stem) for file in files)
     ):
         return {"": tuple(files)}  # part-0, part-1: parts of one table
-    return {split: tuple(file for file in files if split_of[file] == split) for split in split_of.values()}
+    splits = dict.fromkeys(split_of.values())
+    return {split: _with_missing([file for file in files if split_of[file] == split]) for split in splits}
+
+
+def _with_missing(files: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the shards of a split, and the first one that is missing, for `missing_row` to report them all."""
+    return (*files, *find_missing_shards(files)[:1])
+
+
+def missing_row(shard: Path) -> tuple[str, Path, BadRow]:
+    """Return the row that reports the missing shards of the set of this one, which is not there."""
+    missing = find_missing_shards(file for file in shard.parent.iterdir() if full_suffix(file) == full_suffix(shard))
+    prefix = shard.name[: shard.name.rfind("-of-")].rpartition("-")[0]
+    same = [file for file in missing if file.name.startswith(f"{prefix}-")]
+    return str(shard), shard.parent, BadRow(describe_missing_shards(same or [shard]), shard.name)
+
+
+def find_missing_shards(files: Iterable[Path]) -> list[Path]:
+    """Return the files that sets of shards, `{name}-00000-of-00010`, lack. Numbers begin with 0 or 1."""
+    numbers: dict[tuple[Path, int, int], set[int]] = defaultdict(set)
+    for file in files:
+        suffix = full_suffix(file) or file.suffix
+        if match := SHARD_PATTERN.fullmatch(file.name.removesuffix(suffix)):
+            name = file.with_name(f"{match['split']}-{{}}-of-{match['count']}{suffix}")
+            numbers[name, int(match["count"]), len(match["number"])].add(int(match["number"]))
+    return [
+        Path(str(name).replace("{}", str(number).zfill(width)))
+        for (name, count, width), present in numbers.items()
+        for number in range(count in present, count + (count in present))
+        if number not in present
+    ]
+
+
+def describe_missing_shards(missing: Sequence[Path]) -> str:
+    """Return the reason for a `BadRow`: how many shards are missing, and the first ones."""
+    names = ", ".join(file.name for file in missing[:5]) + (", …" if len(missing) > 5 else "")
+    count = f"{len(missing)} shards are" if len(missing) > 1 else "a shard is"
+    return f"{missing[0].parent}: {count} missing: {names}. Download again, or name the files to read."
 
 
 def _split_name(file: Path, numbered: re.Pattern[str] | None) -> str:
@@ -278,12 +344,15 @@ def _synonyms(split: str) -> set[str]:
 def filter_split(
     rows: Iterator[TableRow], split: str, source: str, split_column: str | None = None
 ) -> Iterator[TableRow]:
-    """Yield the rows whose column `split` (or `split_column`) is `split`.
+    """Yield the rows whose column `split` (or `split_column`) is `split`, and bad rows.
 
     Raises DataError if there is no such column, or no row of that split.
     """
     seen: set[str] = set()
     for where, folder, fields in rows:
+        if isinstance(fields, BadRow):
+            yield where, folder, fields
+            continue
         column = split_column if split_column in fields else guess_columns(tuple(fields)).get("split")
         if column is None:
             raise DataError(f"{where}: split {split} was requested, but there is no column split. Omit the split.")

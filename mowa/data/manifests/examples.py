@@ -1,24 +1,22 @@
 """Turn recordings, manifests, folders, archives and Hub data sets into Examples, one at a time.
 
 `list_examples` lists without opening recordings; `read_examples` ensures that each recording is an existing file with a
-duration. `discover` detects layouts, which `tables`, `archives`, `kaldi` and `lhotse` read. The Hub is contacted only
-for sources that begin with `hub:`.
+duration. `discover` detects layouts, which `tables`, `archives`, `kaldi` and `lhotse` read, and `recordings` finds what
+a row names. The Hub is contacted only for sources that begin with `hub:`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mowa.data import audio
 from mowa.data.manifests import archives, kaldi, lhotse
 from mowa.data.manifests.discover import (
     SourceLayout,
@@ -26,28 +24,27 @@ from mowa.data.manifests.discover import (
     detect_layout,
     expand_pattern,
     filter_split,
+    find_missing_shards,
+    find_only_corpus,
+    missing_row,
     walk_audio_files,
 )
+from mowa.data.manifests.recordings import ExcerptCutter, cache_audio, fetch, locate_audio, read_duration
+from mowa.data.manifests.rows import COLUMN_ALIASES, BadRow, TableRow, guess_columns, parse_times, usable_fields
 from mowa.data.manifests.tables import (
-    COLUMN_ALIASES,
     READERS,
-    TableRow,
     full_suffix,
-    guess_columns,
-    import_optional,
     list_hub_splits,
     read_saved_dataset,
     stream_hub_dataset,
 )
-from mowa.errors import AudioError, DataError
+from mowa.errors import AudioError, DataError, MowaError
 from mowa.hardware import cache_folder
-from mowa.io.atomic import atomic_write
 from mowa.types import Example
 
 _TAGS = ("speaker", "gender", "age", "accent", "voice", "language")
-_MAGIC_SUFFIXES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
-_DOUBTFUL_S = 300.0  # longer stated durations are compared with the recording: they may be milliseconds
 _EMPTY_TEXTS = 100  # rows without text before the column is considered empty
+_BAD_ROWS = 100  # unusable rows at the beginning of a source before all are considered unusable
 
 
 def list_examples(
@@ -65,21 +62,25 @@ def list_examples(
     require_text  raise DataError if a source has no texts
 
     Example.audio is an absolute path, whether the file exists or not. Relative paths are searched beside the table, in
-    `clips` beside it, and in the working directory. Audio stored in tables and archives is in Example.audio_bytes,
-    encoded; URLs (s3://…) stay URLs, except those listed by a `hub:` source, which are fetched. Durations are those
-    stated, else 0. A row with `offset` and a duration is an excerpt. Ids are those of the rows, else the stem of the
-    file; of recordings without a table, the path without suffix, as given or relative to the given folder. A repeated
-    id gets a suffix: name-2. Texts are not changed.
+    `clips` and `audios` beside it, and in the working directory. Audio stored in tables and archives is in
+    Example.audio_bytes, encoded; URLs (s3://…) stay URLs, except those listed by a `hub:` source, which are fetched.
+    Durations are those stated, else 0. A row with `offset` and a duration or `end` is an excerpt. Ids are those of the
+    rows, else the stem of the file; of recordings without a table, the path without suffix, as given or relative to the
+    given folder. A repeated id gets a suffix: name-2. Texts are not changed.
 
-    Memory: the ids, the names in one directory, the table of one split of an archive. Raises DataError with file and
-    line for what cannot be listed, after the Examples before it; MissingDependency without `datasets`; HubUnreachable.
+    A row that cannot be used (a broken line, a segment without length, a command in place of a recording) is an Example
+    with the reason in Example.error, and the rows after it are read.
+
+    Memory: the ids, the names in one directory, the table of one split of an archive, JSON that is not JSON Lines.
+    Raises DataError with file and line for what cannot be listed, after the Examples before it, and if no row can be
+    used, or none of the first 100; MissingDependency without `datasets`; HubUnreachable.
     """
     listed = [sources] if isinstance(sources, str | Path) else list(sources)
     for entry in _list_entries(listed, split, columns or {}, require_text=require_text, allow_audio=True):
         example = entry.example
         if entry.on_hub and "://" in example.audio:
             with suppress(Exception):  # protocols raise various errors; opening the URL later will report them
-                example = replace(example, audio_bytes=_fetch(example.audio))
+                example = replace(example, audio_bytes=fetch(example.audio))
         yield example
 
 
@@ -90,27 +91,48 @@ def read_examples(
     columns: Mapping[str, str] | None = None,
     cache_dir: Path | None = None,
     require_text: bool = True,
+    cut_excerpts: bool = True,
+    on_unreadable: Callable[[Example, MowaError], object] | None = None,
 ) -> Iterator[Example]:
     """Yield the Examples of one source, in order and lazily; each recording is an existing file with a duration.
 
     As `list_examples`, and: durations are those of the rows, else of the headers; bytes are written to files under
-    `cache_dir` (default: mowa's cache), named after their SHA-256. Without `require_text` texts may be missing (""),
-    and recordings without a table are allowed.
+    `cache_dir` (default: mowa's cache), named after their SHA-256, and so are excerpts, unless `cut_excerpts` is false.
+    Without `require_text` texts may be missing (""), and recordings without a table are allowed. With `on_unreadable`,
+    a row that cannot be used, or whose recording is missing or cannot be read, is given to it with the error, and is
+    left out.
 
     Raises DataError with file and line for what cannot be used: no such split, no column of recordings or texts, no
-    text in any row, broken JSON, not UTF-8, no rows, no such recording, an excerpt (`offset`); AudioError if a duration
-    is needed and cannot be read; MissingDependency without `datasets`; HubUnreachable.
+    text in any row, not UTF-8, no rows, and, without `on_unreadable`, a broken row or no such recording; AudioError if
+    a duration or an excerpt is needed and cannot be read; MissingDependency without `datasets`; HubUnreachable.
     """
     cache_dir = cache_dir or cache_folder() / "audio"
+    cutter = ExcerptCutter(cache_dir) if cut_excerpts else None
     for entry in _list_entries([path], split, columns or {}, require_text=require_text, allow_audio=not require_text):
-        example = entry.example
-        if example.offset_s:
-            raise DataError(
-                f"{entry.where}: is an excerpt of a recording (offset). Cut the recording into files first."
-            )
-        file = _audio_file(entry, cache_dir)
-        duration_s = _read_duration(entry.where, example.duration_s, file)
-        yield replace(example, audio=str(file), duration_s=duration_s, is_excerpt=False, audio_bytes=None)
+        try:
+            example = _read_recording(entry, cache_dir, cutter)
+        except (AudioError, DataError) as error:
+            if on_unreadable is None:
+                raise
+            on_unreadable(entry.example, error)
+            continue
+        yield example
+
+
+def _read_recording(entry: _Entry, cache_dir: Path, cutter: ExcerptCutter | None) -> Example:
+    example = entry.example
+    if example.error:
+        raise DataError(example.error)
+    file = _audio_file(entry, cache_dir)
+    if example.is_excerpt:
+        if cutter is None:
+            return replace(example, audio=str(file), audio_bytes=None)
+        try:
+            file = cutter.cut(example, file)
+        except AudioError as error:
+            raise AudioError(f"{entry.where}: {error}") from None
+    duration_s = read_duration(entry.where, example.duration_s, file)
+    return replace(example, audio=str(file), duration_s=duration_s, offset_s=0.0, is_excerpt=False, audio_bytes=None)
 
 
 def list_splits(source: str | Path) -> list[str]:
@@ -122,6 +144,8 @@ def list_splits(source: str | Path) -> list[str]:
         return list_hub_splits(str(source))
     layout = detect_layout(source, allow_audio=True)
     if set(layout.splits) != {""}:
+        if only := find_only_corpus(layout):
+            return list_splits(only)
         return sorted(layout.splits)
     (first, *others) = layout.splits[""]
     if layout.kind == "archive":
@@ -129,7 +153,7 @@ def list_splits(source: str | Path) -> list[str]:
     if others or full_suffix(first) not in READERS:
         return []
     found: set[str] = set()
-    for _, _, fields in READERS[full_suffix(first)](first):
+    for fields in usable_fields(READERS[full_suffix(first)](first)):
         column = _assign_columns(fields, {}).get("split")
         if column is None:
             return []
@@ -158,29 +182,73 @@ def _list_entries(
         raise DataError(f"unknown column role {unknown}. Roles: {', '.join(COLUMN_ALIASES)}.")
     taken: set[str] = set()
     repeats: Counter[str] = Counter()
-    for source in (expanded for listed in sources for expanded in expand_pattern(str(listed))):
-        on_hub, number, has_text, column = source.startswith("hub:"), 0, False, dict[str, str]()
-        for number, (where, folder, fields) in enumerate(_read_rows(source, split, columns, allow_audio), 1):
+    for listed in map(str, sources):
+        found = list(expand_pattern(listed))
+        for source in found:
+            entries = _parse_rows(source, split, columns, require_text=require_text, allow_audio=allow_audio)
+            for entry in _require_usable(entries):
+                yield replace(entry, example=replace(entry.example, id=_unique_id(entry.example.id, taken, repeats)))
+        missing = [file for file in find_missing_shards(map(Path, found)) if fnmatch(str(file), listed)]
+        for file in missing[:1]:
+            where, folder, fields = missing_row(file)
+            yield _Entry(_bad_example(where, fields, {}, DataError(fields.reason)), where, folder, "", False)
+
+
+def _require_usable(entries: Iterator[_Entry]) -> Iterator[_Entry]:
+    """Yield the same entries. Raises DataError if none of the first `_BAD_ROWS` can be used."""
+    bad: list[_Entry] = []
+    for entry in entries:
+        bad.append(entry)
+        if entry.example.error and len(bad) < _BAD_ROWS:
+            continue
+        if entry.example.error:
+            break
+        yield from bad
+        yield from entries
+        return
+    if bad:
+        raise DataError(bad[0].example.error)
+
+
+def _parse_rows(
+    source: str, split: str, columns: Mapping[str, str], *, require_text: bool, allow_audio: bool
+) -> Iterator[_Entry]:
+    number, is_first, has_text, column = 0, True, False, dict[str, str]()
+    for number, (where, folder, fields) in enumerate(_read_rows(source, split, columns, allow_audio), 1):
+        name = ""
+        try:
+            if isinstance(fields, BadRow):
+                raise DataError(fields.reason)
             if lhotse.is_cut(fields):
                 fields = lhotse.parse_cut(where, fields)
             column = _assign_columns(fields, columns)
-            for role, requested in columns.items() if number == 1 else ():
-                if role not in column:
-                    raise _missing_column_error(where, role, fields, requested)
-            for role in ("audio", "text") if require_text else ("audio",):
+            missing = [role for role in columns if role not in column] if is_first else []
+            for role in () if missing else ("audio", "text") if require_text else ("audio",):
                 if role not in column:
                     raise _missing_column_error(where, role, fields, columns.get(role))
-            example, name = _to_example(where, folder, fields, column, str(number))
-            has_text = has_text or bool(example.text.strip())
-            if require_text and not has_text and number == _EMPTY_TEXTS:
-                break
-            example = replace(example, id=_unique_id(example.id, taken, repeats))
-            yield _Entry(example, where, folder, name, on_hub)
-        if not number:
-            raise DataError(f"{source}: is empty: it has no rows. Check that it was written completely.")
-        if require_text and not has_text:
-            name = column.get("text", "text")
-            raise DataError(f"{source}: {name} is empty in all {number} rows read. Pass a source with texts.")
+            if not missing:
+                example, name = _to_example(where, folder, fields, column, str(number))
+        except MowaError as error:
+            example = _bad_example(where, fields, column, error)
+        else:
+            if missing:
+                raise _missing_column_error(where, missing[0], fields, columns[missing[0]])
+            is_first = False
+        has_text = has_text or bool(example.text.strip())
+        if require_text and not has_text and number == _EMPTY_TEXTS:
+            break
+        yield _Entry(example, where, folder, name, source.startswith("hub:"))
+    if not number:
+        raise DataError(f"{source}: is empty: it has no rows. Check that it was written completely.")
+    if require_text and not has_text and not is_first:
+        name = column.get("text", "text")
+        raise DataError(f"{source}: {name} is empty in all {number} rows read. Pass a source with texts.")
+
+
+def _bad_example(where: str, fields: Any, column: Mapping[str, str], error: MowaError) -> Example:
+    given = fields.id if isinstance(fields, BadRow) else fields.get(column.get("id", ""))
+    label = str(given) if given not in (None, "") else where.rpartition("/")[2]
+    return Example(label, where, "", 0.0, error=str(error))
 
 
 def _read_rows(source: str, split: str, columns: Mapping[str, str], allow_audio: bool) -> Iterator[TableRow]:
@@ -189,9 +257,15 @@ def _read_rows(source: str, split: str, columns: Mapping[str, str], allow_audio:
         yield from stream_hub_dataset(source, choose, columns.values())
         return
     layout = detect_layout(source, allow_audio=allow_audio)
+    if layout.kind == "Common Voice, spontaneous":
+        split = split or "train"
     if set(layout.splits) != {""}:
-        for child in layout.splits[choose(layout.splits)]:
-            yield from _read_rows(str(child), "", columns, allow_audio)
+        only = find_only_corpus(layout)
+        for child in (only,) if only else layout.splits[choose(layout.splits)]:
+            if child.exists():
+                yield from _read_rows(str(child), split if only else "", columns, allow_audio)
+            else:
+                yield missing_row(child)
         return
     for file in layout.splits[""]:
         if layout.kind in ("audio file", "audio folder"):
@@ -200,15 +274,19 @@ def _read_rows(source: str, split: str, columns: Mapping[str, str], allow_audio:
                     f"{source}: has no split {split}: recordings without a table have none. Omit the split."
                 )
             yield from _read_recordings(source, file)
+        elif not file.exists():
+            yield missing_row(file)
         elif archives.is_archive(file):
             yield from archives.read_archive(file, split, choose, columns)
         else:
-            rows = (
-                READERS[full_suffix(file)](file, columns.values())
-                if file.is_file()
-                else _read_directory(layout, file, columns)
-            )
+            rows = _read_table(file, columns) if file.is_file() else _read_directory(layout, file, columns)
             yield from filter_split(rows, split, source, columns.get("split")) if split else rows
+
+
+def _read_table(file: Path, columns: Mapping[str, str]) -> Iterator[TableRow]:
+    rows = READERS[full_suffix(file)](file, columns.values())
+    recordings = lhotse.find_recordings(file)
+    return rows if recordings is None else lhotse.join_recordings(rows, READERS[full_suffix(recordings)](recordings))
 
 
 def _read_directory(layout: SourceLayout, folder: Path, columns: Mapping[str, str]) -> Iterator[TableRow]:
@@ -240,19 +318,17 @@ def _to_example(
     text = fields[column["text"]] if "text" in column else ""
     if not isinstance(text, str | None):
         raise DataError(f"{where}: {column['text']} is {text!r}, not a string. Write it in quotes.")
-    path, name, audio_bytes = _locate_audio(where, folder, fields[column["audio"]])
-    given_id, offset = fields.get(column.get("id", "")), fields.get(column.get("offset", ""))
-    duration_s, offset_s = _to_number(fields.get(column.get("duration", ""))), _to_number(offset)
-    if offset_s < 0 or (offset_s and duration_s <= 0):
-        raise DataError(f"{where}: has an offset ({offset}) without a duration. Write both, in seconds.")
+    path, name, audio_bytes = locate_audio(where, folder, fields[column["audio"]])
+    given_id = fields.get(column.get("id", ""))
+    offset_s, duration_s, is_excerpt = parse_times(where, fields, column)
     return Example(
         id=str(given_id) if given_id not in (None, "") else Path(name).stem or number,
         audio=path,
         text=text or "",
-        duration_s=max(0.0, duration_s),
+        duration_s=duration_s,
         tags={tag: str(value) for tag in _TAGS if (value := fields.get(column.get(tag, ""))) not in (None, "")},
         offset_s=offset_s,
-        is_excerpt=offset not in (None, "") and duration_s > 0,
+        is_excerpt=is_excerpt,
         audio_bytes=audio_bytes,
     ), name
 
@@ -265,15 +341,6 @@ def _missing_column_error(where: str, role: str, fields: Mapping[str, Any], requ
     return DataError(f"{where}: no column for {role}. Recognized names: {names}. Columns: {found}.")
 
 
-def _to_number(value: Any) -> float:
-    """Convert to a finite float, or 0."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
-    return number if math.isfinite(number) else 0.0
-
-
 def _unique_id(name: str, taken: set[str], repeats: Counter[str]) -> str:
     unique = name
     while unique in taken:
@@ -283,75 +350,20 @@ def _unique_id(name: str, taken: set[str], repeats: Counter[str]) -> str:
     return unique
 
 
-def _locate_audio(where: str, folder: Path, value: Any) -> tuple[str, str, bytes | None]:
-    """Return the path of the recording in an audio column, its name in the row, and its bytes if it is not a file."""
-    data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if isinstance(data, bytes):
-        return name or where, name or "", data
-    name = name or data
-    if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: has no recording. Add its path, or delete the row.")
-    if "://" in name:
-        return name, name, None
-    candidates = (os.path.join(base, name) for base in (folder, folder / "clips", Path()))
-    path = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
-    return os.path.abspath(path or os.path.join(folder, name)), name, None
-
-
 # --- audio files and durations ----------------------------------------------------------------------------------------
 
 
 def _audio_file(entry: _Entry, cache_dir: Path) -> Path:
     example = entry.example
     if example.audio_bytes is not None:
-        return _cache_audio(example.audio_bytes, entry.name, cache_dir)
+        return cache_audio(example.audio_bytes, entry.name, cache_dir)
     if "://" in example.audio:
         if not entry.on_hub:
             raise DataError(
                 f"{entry.where}: {example.audio} is a URL, and URLs in manifests are not read. Download it."
             )
-        return _cache_audio(_fetch(example.audio), example.audio, cache_dir)
+        return cache_audio(fetch(example.audio), example.audio, cache_dir)
     if os.path.isfile(example.audio):
         return Path(example.audio)
     folders = " or ".join(map(str, dict.fromkeys((entry.folder.absolute(), Path.cwd()))))
     raise DataError(f"{entry.where}: no recording {entry.name} in {folders}. Correct the path, or delete the row.")
-
-
-def _fetch(url: str) -> bytes:
-    with import_optional("fsspec").open(url, "rb") as file:
-        data: bytes = file.read()
-    return data
-
-
-def _cache_audio(data: bytes, name: str, cache_dir: Path) -> Path:
-    """Write bytes to a file under `cache_dir`; its suffix follows from the first bytes, else from `name`."""
-    suffixes = (suffix for magic, suffix in _MAGIC_SUFFIXES.items() if data.startswith(magic))
-    suffix = next(suffixes, Path(name).suffix.lower())
-    digest = hashlib.sha256(data).hexdigest()[:32]
-    file = cache_dir / digest[:2] / f"{digest}{suffix if suffix in audio.AUDIO_SUFFIXES else '.audio'}"
-    if not file.is_file():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, data)
-        except OSError as error:
-            raise DataError(
-                f"{cache_dir}: cannot be written ({error.strerror}). Choose another cache folder."
-            ) from None
-    return Path(os.path.abspath(file))
-
-
-def _read_duration(where: str, stated_s: float, file: Path) -> float:
-    """Return the stated duration if plausible, else that of the header, else that of the decoded audio."""
-    if 0 < stated_s <= _DOUBTFUL_S:
-        return stated_s
-    try:
-        duration_s = audio.probe_audio(file).duration_s
-        if duration_s is None:
-            duration_s = sum(map(len, audio.stream_audio(file, 16_000))) / 16_000
-    except AudioError as error:
-        raise AudioError(f"{where}: {error}") from None
-    if stated_s > 20 * duration_s:
-        raise DataError(
-            f"{where}: duration is {stated_s:g}, but the recording has {duration_s:.2f} s. Write it in seconds."
-        )
-    return stated_s if stated_s > 0 else duration_s

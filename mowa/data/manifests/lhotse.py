@@ -1,4 +1,4 @@
-"""Parse the cuts of a lhotse manifest without lhotse.
+"""Parse the cuts of a lhotse manifest without lhotse, or its supervisions together with its recordings.
 
 Supported are whole recordings in files and excerpts of them. Cuts that lhotse would have to compute (mixing, padding,
 speed perturbation) or whose audio is the output of a command are rejected.
@@ -7,9 +7,11 @@ Source: https://lhotse.readthedocs.io/en/latest/cuts.html (lhotse 1.33).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from mowa.data.manifests.rows import BadRow, TableRow, usable_fields
 from mowa.errors import DataError
 
 _TYPES = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut")
@@ -18,8 +20,37 @@ _ADVICE = "Save the cuts with lhotse's save_audios first."
 
 
 def is_cut(fields: Mapping[str, Any]) -> bool:
-    """Return whether a JSON object is a lhotse cut."""
-    return fields.get("type") in _TYPES or isinstance(fields.get("recording"), dict)
+    """Return whether a JSON object is a lhotse cut, or a recording, which is read as a cut of its whole length."""
+    return fields.get("type") in _TYPES or isinstance(fields.get("recording"), dict) or _is_recording(fields)
+
+
+def _is_recording(fields: Mapping[str, Any]) -> bool:
+    return isinstance(fields.get("sources"), list) and "sampling_rate" in fields
+
+
+def find_recordings(supervisions: Path) -> Path | None:
+    """Return the manifest of recordings beside one of supervisions: corpus_recordings_train for _supervisions_."""
+    start, found, end = supervisions.name.rpartition("supervisions")
+    stem = f"{start}recordings{end.partition('.')[0]}"
+    suffixes = dict.fromkeys((end[end.find(".") :], ".jsonl.gz", ".jsonl", ".json.gz", ".json"))
+    files = (supervisions.with_name(stem + suffix) for suffix in suffixes if found)
+    return next((file for file in files if file.is_file()), None)
+
+
+def join_recordings(supervisions: Iterator[TableRow], recordings: Iterator[TableRow]) -> Iterator[TableRow]:
+    """Yield a cut for each supervision, the part of its recording that it describes. Memory: the recordings."""
+    by_id = {str(fields.get("id")): fields for fields in usable_fields(recordings)}
+    for where, folder, fields in supervisions:
+        if isinstance(fields, BadRow) or "recording_id" not in fields:
+            yield where, folder, fields
+            continue
+        name = str(fields["recording_id"])
+        if name not in by_id:
+            reason = f"{where}: recording {name} is not in the manifest of recordings. Add it, or delete the line."
+            yield where, folder, BadRow(reason, str(fields.get("id") or ""))
+            continue
+        cut = {key: fields.get(key) for key in ("id", "start", "duration", "channel")}
+        yield where, folder, {**cut, "recording": by_id[name], "supervisions": [{**fields, "start": 0}]}
 
 
 def parse_cut(where: str, cut: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,6 +59,8 @@ def parse_cut(where: str, cut: Mapping[str, Any]) -> dict[str, Any]:
     Columns: id, audio, text, duration (seconds); speaker, language and gender if all supervisions agree; offset if the
     cut is an excerpt. Raises DataError unless the cut is one recording in one file, or an excerpt of one.
     """
+    if _is_recording(cut):
+        cut = {"id": cut.get("id"), "start": 0, "duration": cut.get("duration"), "recording": cut}
     kind, recording = cut.get("type", "MonoCut"), cut.get("recording")
     if kind in ("MixedCut", "PaddingCut"):
         raise DataError(f"{where}: is a {kind}, which needs lhotse. {_ADVICE}")

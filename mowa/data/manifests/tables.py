@@ -1,56 +1,23 @@
-"""Read one table row by row: JSON Lines, CSV, TSV, parquet, Arrow, or a data set streamed from the Hub.
+"""Read one table row by row: a text table (`text_tables`), parquet, Arrow, or a data set streamed from the Hub.
 
 Audio is not decoded: a row holds its path or the bytes in the table. `examples` combines the tables of a corpus.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import importlib
-import json
 import re
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mowa.data.manifests.rows import COLUMN_ALIASES, TableRow, guess_columns
+from mowa.data.manifests.text_tables import read_json, read_table
 from mowa.errors import DataError, HubUnreachable, MissingDependency
 
-# Role → names of columns that have it, in order of preference, in lower case.
-COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
-    "audio": tuple("audio audio_filepath audio_path audio_file file_name filename file path wav flac mp3".split()),
-    "text": tuple("text sentence transcription transcript normalized_text raw_transcription raw_text txt".split()),
-    "id": ("id", "utt_id", "utterance_id", "uid", "key", "__key__"),
-    "duration": ("duration_s", "duration"),
-    "offset": ("offset",),
-    "split": ("split",),
-    "speaker": ("speaker", "speaker_id", "client_id"),
-    "gender": ("gender", "sex"),
-    "age": ("age",),
-    "accent": ("accent", "accents"),
-    "voice": ("voice",),
-    "language": ("language", "locale", "lang"),
-}
 HUB_PATTERN = re.compile(r"hub:(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<config>.+))?")
-
-TableRow = tuple[str, Path, Mapping[str, Any]]  # position for error messages, folder of relative paths, columns
-
-
-@lru_cache(maxsize=256)
-def guess_columns(names: tuple[str, ...]) -> dict[str, str]:
-    """Return role → column for the roles that some of these columns have by `COLUMN_ALIASES`."""
-    by_lower = {str(name).strip().lower(): name for name in reversed(names)}
-    return {
-        role: by_lower[name]
-        for role, aliases in COLUMN_ALIASES.items()
-        for name in reversed(aliases)
-        if name in by_lower
-    }
 
 
 def _select_columns(names: list[str], audio_columns: list[str], extra_columns: Collection[str]) -> dict[str, str]:
@@ -66,92 +33,6 @@ def _select_columns(names: list[str], audio_columns: list[str], extra_columns: C
     if {"audio", "text"} <= set(guess_columns(tuple(selected.values()))):
         return selected
     return {name: selected.get(name, name) for name in names}
-
-
-# --- text tables ------------------------------------------------------------------------------------------------------
-
-
-def decode_lines(lines: Iterable[bytes], name: object) -> Iterator[str]:
-    """Decode UTF-8 lines, which keep their ends, without a byte order mark. Raises DataError for other encodings.
-
-    Lines are split at line feeds only, since U+2028 may occur in texts.
-    """
-    for number, line in enumerate(lines, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{name}:{number}: is not UTF-8 (byte 0x{error.object[error.start]:02x}). Save it as UTF-8, or "
-                "convert it: iconv -f ITS-ENCODING -t UTF-8."
-            ) from None
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file or .gz as `decode_lines` does. Raises DataError if it cannot be read."""
-    try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            yield from decode_lines(file, path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: is damaged or cut off ({_first_line(error)}). Copy it again.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from None
-
-
-def _read_json_lines(path: Path, extra_columns: Collection[str] = ()) -> Iterator[TableRow]:
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: broken JSON ({error.msg}, column {error.colno}). Write one JSON object per line."
-            ) from None
-        if not isinstance(fields, dict):
-            raise DataError(f"{path}:{number}: is not a JSON object. Write one JSON object per line.")
-        yield f"{path}:{number}", path.parent, fields
-
-
-def _read_text_table(path: Path, extra_columns: Collection[str] = ()) -> Iterator[TableRow]:
-    durations = _read_clip_durations(path.parent)
-    for where, fields in parse_table(read_lines(path), path, tab_separated=full_suffix(path).startswith(".tsv")):
-        if (duration_s := durations.get(fields.get("path", ""))) is not None:
-            fields["duration_s"] = duration_s
-        yield where, path.parent, fields
-
-
-def parse_table(lines: Iterator[str], name: object, *, tab_separated: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the position and the columns of each row of a table with a header.
-
-    TSV has no quoting: quotes are text, as in Common Voice. CSV has the usual quoting, and the delimiter (comma,
-    semicolon, tab or bar) that its header has most of. Raises DataError for a broken table.
-    """
-    first = next(lines, "")
-    if tab_separated:
-        reader = csv.reader(chain([first], lines), delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(chain([first], lines), delimiter=max(",;\t|", key=first.count))
-    try:
-        header = next(reader, [])
-        for values in reader:
-            if not values:
-                continue
-            where = f"{name}:{reader.line_num}"
-            if len(values) > len(header):
-                counts = f"{len(values)} columns, the header {len(header)}"
-                raise DataError(f"{where}: has {counts}. Quote texts that contain the delimiter.")
-            yield where, dict(zip(header, values, strict=False))
-    except csv.Error as error:
-        raise DataError(f"{name}:{reader.line_num}: broken table ({error}). Check the quotes before it.") from None
-
-
-def _read_clip_durations(folder: Path) -> dict[str, float]:
-    """Return clip → seconds from Common Voice's clip_durations.tsv, which saves reading a header per clip."""
-    file = folder / "clip_durations.tsv"
-    if not file.is_file():
-        return {}
-    rows = (line.rstrip("\r\n").split("\t") for line in read_lines(file))
-    return {row[0]: float(row[1]) / 1000 for row in rows if len(row) == 2 and row[1].isdecimal()}
 
 
 # --- binary tables ----------------------------------------------------------------------------------------------------
@@ -184,7 +65,9 @@ def read_parquet_rows(
 def _read_parquet(path: Path, extra_columns: Collection[str] = ()) -> Iterator[TableRow]:
     def select_columns(schema: Any) -> dict[str, str]:
         structs = [field for field in schema if import_optional("pyarrow").types.is_struct(field.type)]
-        audio_columns = [field.name for field in structs if field.type.get_field_index("bytes") >= 0]
+        audio_columns = [
+            field.name for field in structs if any(field.type.get_field_index(key) >= 0 for key in ("bytes", "array"))
+        ]
         return _select_columns(schema.names, audio_columns, extra_columns)
 
     for where, fields in read_parquet_rows(path, 16, select_columns):
@@ -203,15 +86,16 @@ def _read_arrow(path: Path, extra_columns: Collection[str] = ()) -> Iterator[Tab
 
 
 READERS: dict[str, Callable[..., Iterator[TableRow]]] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json_lines,
-    ".csv": _read_text_table,
-    ".tsv": _read_text_table,
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".csv": read_table,
+    ".tsv": read_table,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
-    ".jsonl.gz": _read_json_lines,
-    ".csv.gz": _read_text_table,
-    ".tsv.gz": _read_text_table,
+    ".jsonl.gz": read_json,
+    ".json.gz": read_json,
+    ".csv.gz": read_table,
+    ".tsv.gz": read_table,
 }
 """`full_suffix` → function of a path, and of columns to read whatever they are called, that yields rows."""
 
@@ -238,7 +122,8 @@ def _read_dataset(data: Any, name: Path, folder: Path, extra_columns: Collection
     audio_columns = [name for name, feature in data.features.items() if isinstance(feature, datasets.Audio)]
     for column in audio_columns:
         data = data.cast_column(column, datasets.Audio(decode=False))
-    names = _select_columns(data.column_names, audio_columns, extra_columns)
+    decoded = [name for name, feature in data.features.items() if isinstance(feature, dict) and "array" in feature]
+    names = _select_columns(data.column_names, audio_columns + decoded, extra_columns)
     for number, fields in enumerate(data.select_columns(list(names)), 1):
         yield f"{name}: row {number}", folder, {names[key]: value for key, value in fields.items()}
 

@@ -97,6 +97,9 @@ def check_corpus(
     """
     tally = _Tally()
     for example in tally.until_error(examples):
+        if example.error:
+            tally.issues["unreadable"].add(example.id, example.error)
+            continue
         tally.add_text(example)
         try:
             stats = _AudioStats.of(example)

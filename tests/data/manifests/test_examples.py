@@ -77,7 +77,7 @@ def read_error(path, split="", **kwargs):
     ],
 )
 def test_column_names(tmp_path, row):
-    file = recording(tmp_path / "clips/a.wav")
+    file = recording(tmp_path / "clips/a.wav", 0.25)
     assert read(lines(tmp_path / "m.jsonl", row)) == [Example("a", str(file), "tak", 0.25, {})]
 
 
@@ -510,7 +510,8 @@ def test_a_recording_that_is_not_audio(tmp_path):
     [
         ("", ": is empty: it has no rows"),
         ("\n\n", ": is empty: it has no rows"),
-        ("[1]\n", ":1: is not a JSON object"),
+        ("[1]\n", ": row 1 is not a JSON object"),
+        ("1\n", ":1: is not a JSON object"),
         ('{"audio": "a.wav"', ":1: broken JSON"),
         ('{"sound": "a.wav", "text": "tak"}', ":1: no column for audio. Recognized names: audio, audio_fil"),
         ('{"sound": "a.wav", "text": "tak"}', "Columns: 'sound', 'text'."),
@@ -538,7 +539,6 @@ def test_invalid_lines_raise(tmp_path, content, message):
         ("path,text\na.wav,tak, tak\n", ":2: has 3 columns, the header 2. Quote texts"),
         ("path,text\na.wav\n", ":2: no column for text"),
         ("a.wav,tak\na.wav,nie\n", "Columns: 'a.wav', 'tak'"),
-        ("path,text\na.wav," + "a" * 200_000 + "\n", ":2: broken table (field larger than field limit"),
     ],
 )
 def test_invalid_tables_raise(tmp_path, content, message):
