@@ -45,7 +45,8 @@ def split(
     from mowa.data.quality.split import SPLITS, split_corpus, write_split
 
     columns = {"speaker": speaker_by} if speaker_by else None
-    examples = list(read_examples(source, source_split, columns=columns, cache_dir=out / "audio"))
+    options = {"columns": columns, "cache_dir": out / "audio", "cut_excerpts": False}
+    examples = list(read_examples(source, source_split, **options))
     result = split_corpus(examples, dev=dev, test=test, disjoint=disjoint, seed=seed)
     write_split(result, out)
     _print_sizes({name: result[name] for name in SPLITS}, len(examples))

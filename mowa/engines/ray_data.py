@@ -159,7 +159,11 @@ def _table(examples: Sequence[Example]) -> Any:
         "audio_bytes": pyarrow.binary(),
         "error": pyarrow.string(),
     }
-    rows = [{name: getattr(example, name) for name in types} for example in examples]
+    rows = [
+        {name: getattr(example, name) for name in types}
+        | {"error": example.error.encode("utf-8", "backslashreplace").decode()}
+        for example in examples
+    ]
     return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(types.items()))
 
 

@@ -8,6 +8,7 @@ a row names. The Hub is contacted only for sources that begin with `hub:`.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -326,11 +327,16 @@ def _to_example(
         audio=path,
         text=text or "",
         duration_s=duration_s,
-        tags={tag: str(value) for tag in _TAGS if (value := fields.get(column.get(tag, ""))) not in (None, "")},
+        tags={tag: value for tag in _TAGS if (value := _to_label(fields.get(column.get(tag, ""))))},
         offset_s=offset_s,
         is_excerpt=is_excerpt,
         audio_bytes=audio_bytes,
     ), name
+
+
+def _to_label(value: Any) -> str:
+    """Return a tag as a string, "" if there is none; one name in two Unicode forms is one label, but case matters."""
+    return "" if value is None else unicodedata.normalize("NFC", str(value).strip())
 
 
 def _missing_column_error(where: str, role: str, fields: Mapping[str, Any], requested: str | None = None) -> DataError:

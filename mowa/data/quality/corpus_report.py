@@ -223,8 +223,8 @@ class _Tally:
 
     def add_text(self, example: Example) -> None:
         for tag, counter in self.tags.items():
-            if value := example.tags.get(tag):
-                counter[value] += 1
+            if (value := example.tags.get(tag)) not in (None, ""):
+                counter[str(value)] += 1
         text = normalize_text(example.text)
         if not text:
             self.issues["empty_text"].add(example.id, "")

@@ -213,7 +213,8 @@ def _sentence(example: Example) -> str:
 
 
 def _speaker(example: Example) -> str:
-    return str(example.tags.get("speaker") or "")
+    tag = example.tags.get("speaker")
+    return "" if tag is None else str(tag)
 
 
 def split_held_out(

@@ -199,11 +199,11 @@ def test_overlap_between_splits(splits, tmp_path, capsys):
 def test_a_source_that_fails(tmp_path, capsys):
     write_audio(tmp_path / "a.wav", noise())
     manifest = table(tmp_path / "m.jsonl", {"audio": "a.wav"})
-    manifest.write_text(manifest.read_text() + "{")
+    manifest.write_bytes(manifest.read_bytes() + b"\xff")
     code, out, _ = run(capsys, manifest)
     assert code == 2
     assert "1 recordings" in out
-    assert f"unreadable: 1 ({manifest}:2: broken JSON" in out
+    assert f"unreadable: 1 ({manifest}:2: is not UTF-8" in out
     code, _, err = run(capsys, manifest, "--column", "audio")
     assert (code, err) == (2, "mowa: --column audio: expected ROLE=NAME, e.g. audio=path or id=clip_id\n")
 

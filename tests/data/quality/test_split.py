@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mowa.cli.main import main
 from mowa.data.manifests.examples import list_examples, read_examples
+from mowa.data.quality.filter import measure_overlap
 from mowa.data.quality.split import SPLITS, split_corpus, write_split
 from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError
@@ -234,3 +235,23 @@ def test_percentages_are_of_the_recordings_if_durations_are_missing(duration_s):
     everywhere = split_corpus([replace(one, duration_s=duration_s) for one in rows], dev="10%", test="10%")
     assert 20 <= len(everywhere.dev) <= 60
     assert [one.id for one in everywhere.dev] == [one.id for one in split.dev]
+
+
+def test_names_of_speakers_are_compared_by_their_characters(tmp_path):
+    """Two Unicode forms of a name are one speaker; names that differ in case are two, since case matters in ids."""
+    names = ["Zoé", "Zoe\u0301", " Zoé ", "zoé", "aB3", "ab3"]
+    rows = [{"audio": f"{at}.wav", "text": f"zdanie {at}", "speaker": name} for at, name in enumerate(names)]
+    source = tmp_path / "m.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(list_examples(source))
+    assert [one.tags["speaker"] for one in found] == ["Zoé", "Zoé", "Zoé", "zoé", "aB3", "ab3"]
+    split = split_corpus(found, dev="1", test="1", disjoint="speakers")
+    speakers = [{one.tags["speaker"] for one in split[name]} for name in SPLITS]
+    assert sum(map(len, speakers)) == 4
+    overlap = measure_overlap(found[:1], found[1:])
+    assert overlap.speakers.ids == ("1", "2")
+
+
+def test_the_number_0_is_a_speaker_everywhere():
+    rows = [Example(str(at), f"/{at}.wav", f"zdanie {at}", 2.0, {"speaker": 0}) for at in range(2)]
+    assert measure_overlap(rows[:1], rows[1:]).speakers.count == 1
