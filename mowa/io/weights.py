@@ -9,8 +9,9 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mowa.errors import ModelError
 from mowa.hardware import cache_folder
@@ -22,22 +23,43 @@ if TYPE_CHECKING:
 log = logging.getLogger("mowa")
 
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # a whole component of a key
 PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
 
 def ensure_safetensors(folder: Path) -> Path:
     """Return a folder that holds `folder`'s weights as safetensors: itself, or a converted copy in the cache.
 
-    A pickle is read once with `weights_only=True` and memory-mapped; the copy records path, size and modification time
-    of its source, and a changed file is converted again. The copy has no config: pass the original's config to
-    `from_pretrained`. Loading then stays lazy, whereas `state_dict=` would hold a second copy of the weights.
+    Pickles are converted, and weights that were saved from a wrapper (`unwrap_keys`). A pickle is read once with
+    `weights_only=True` and memory-mapped; the copy records path, size and modification time of its source, and a
+    changed file is converted again. The copy has no config: pass the original's config to `from_pretrained`. Loading
+    then stays lazy, whereas `state_dict=` would hold a second copy of the weights.
 
     Raises ModelError if weights are missing or damaged, or if a pickle would run code.
     """
     files = weight_files(folder)
     if not files:
         raise ModelError(f"{folder} has no complete weights: neither model.safetensors nor pytorch_model.bin")
-    return folder if files[0].suffix == ".safetensors" else _convert_to_safetensors(folder, files)
+    if files[0].suffix == ".safetensors" and not _is_wrapped(files):
+        return folder
+    return _convert_to_safetensors(folder, files)
+
+
+def unwrap_keys(keys: Collection[str]) -> dict[str, str]:
+    """Return key → key without what torch's wrappers put into it.
+
+    `torch.compile` puts `_orig_mod.` before the keys of the module that it compiles, and DistributedDataParallel
+    `module.` before all keys.
+    """
+    names = {key: _COMPILED.sub("", key) for key in keys}
+    while names and all(name.startswith("module.") for name in names.values()):
+        names = {key: name.removeprefix("module.") for key, name in names.items()}
+    return names
+
+
+def _is_wrapped(files: Sequence[Path]) -> bool:
+    keys = [key for file in files for key in _safetensors_header(file) if key != "__metadata__"]
+    return any(key != name for key, name in unwrap_keys(keys).items())
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -52,8 +74,8 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def _convert_to_safetensors(folder: Path, pickles: list[Path]) -> Path:
-    sources = [file.resolve() for file in pickles]
+def _convert_to_safetensors(folder: Path, files: list[Path]) -> Path:
+    sources = [file.resolve() for file in files]
     stamp = json.dumps([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sources])
     key = hashlib.sha256("\n".join(map(str, sources)).encode()).hexdigest()[:16]
     converted = cache_folder() / "converted" / key / "model.safetensors"
@@ -62,8 +84,10 @@ def _convert_to_safetensors(folder: Path, pickles: list[Path]) -> Path:
 
     from safetensors.torch import save_file
 
-    log.info("converting the pickled weights of %s to safetensors", folder)
-    tensors = _separate_storages({name: tensor for file in sources for name, tensor in _read_pickle(file).items()})
+    log.info("converting the weights of %s", folder)
+    state = {key: tensor for file in sources for key, tensor in read_tensors(file).items()}
+    names = unwrap_keys(state)
+    tensors = _separate_storages({names[key]: tensor for key, tensor in state.items()})
     converted.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(converted) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt", "source": str(folder.absolute()), "stamp": stamp})
@@ -101,13 +125,20 @@ def _separate_storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors header (u64 length, then JSON); empty if the file is not safetensors."""
+    """Read the metadata of a safetensors file; empty if the file is not safetensors."""
+    metadata: dict[str, str] = _safetensors_header(path).get("__metadata__", {})
+    return metadata
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """Read the header of a safetensors file (u64 length, then JSON); empty if the file is not safetensors."""
     try:
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, path.stat().st_size)))  # a damaged length may be of any size
     except (OSError, ValueError, OverflowError):
         return {}
-    return header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    return header if isinstance(header, dict) else {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -92,7 +92,9 @@ def validate_loading_info(
     """
     missing = sorted(key for key in loading_info["missing_keys"] if key not in ignored_missing)
     if missing:
-        raise ModelError(f"the weights of {folder} are incomplete: {summarize_keys(missing)} missing")
+        other = next((key for key in loading_info["unexpected_keys"] if key.endswith(f".{missing[0]}")), None)
+        instead = f"; they have {other} instead: rename it, and what else has this prefix" if other else ""
+        raise ModelError(f"the weights of {folder} are incomplete: {summarize_keys(missing)} missing{instead}")
     if mismatched := sorted(loading_info["mismatched_keys"]):
         key, found, expected = mismatched[0]
         raise ModelError(f"{key} in {folder} has shape {list(found)}, but config.json requires {list(expected)}")

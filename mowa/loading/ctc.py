@@ -6,6 +6,7 @@ settings is rejected.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from mowa.loading import checkpoint, languages, quantized
 from mowa.loading.checkpoint import validate_device, validate_dtype, validate_loading_info
 from mowa.types import CTCModel, Family, Model, SpeechProcessor, Vocabulary
 
+log = logging.getLogger("mowa")
+
+_PROCESSOR_WITH_LM = "Wav2Vec2ProcessorWithLM"
 _NO_HEAD = "fine-tune it first, or use a checkpoint whose architecture ends in ForCTC"
 
 
@@ -60,6 +64,8 @@ def load(
     manifest = quantized.read_checkpoint_manifest(origin.folder)
     net = _load_net(origin.folder, family, dtype, require_head=require_head)
     languages.load_language(net, family, origin.folder, target_lang)
+    if has_language_model(origin.folder):
+        log.warning("%s comes with an n-gram language model, which is not used: decoding is greedy", name)
     return Model(
         net=net.to(device),
         family=family,
@@ -84,6 +90,14 @@ def read_ctc_family(folder: Path, name: str = "", *, require_head: bool = True) 
     if require_head and architectures and not any(name.endswith("ForCTC") for name in architectures):
         raise ModelError(f"{folder} ({architectures[0]}) has no CTC head: {_NO_HEAD}")
     return family
+
+
+def has_language_model(folder: Path) -> bool:
+    """Return whether a checkpoint has an n-gram language model for pyctcdecode; the Hub's are not downloaded."""
+    audio_settings = folder / "preprocessor_config.json"
+    return (folder / "language_model").is_dir() or (
+        audio_settings.is_file() and read_json(audio_settings).get("processor_class") == _PROCESSOR_WITH_LM
+    )
 
 
 def _load_vocabulary(folder: Path, family: Family, net: Any, require_head: bool, target_lang: str | None) -> Vocabulary:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mowa.errors import ModelError
 from mowa.hardware import cache_folder
@@ -73,6 +73,33 @@ def test_a_conversion_keeps_every_tensor(tmp_path: Path, zipped: bool, dtype: to
     for name, tensor in state.items():
         assert converted[name].dtype == dtype
         assert torch.equal(converted[name], tensor), name
+
+
+@pytest.mark.parametrize("safetensors", [True, False], ids=["safetensors", "pickle"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_removed(tmp_path: Path, prefix: str, safetensors: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    save = save_file if safetensors else torch.save
+    save(state, tmp_path / ("model.safetensors" if safetensors else "pytorch_model.bin"))
+    converted = load_file(weights.ensure_safetensors(tmp_path) / "model.safetensors")
+    assert converted.keys() == model.state_dict().keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_only_the_prefixes_of_wrappers_are_removed() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    keys = list(model.state_dict())
+    assert list(weights.unwrap_keys(torch.nn.DataParallel(model).state_dict()).values()) == keys
+    assert weights.unwrap_keys(["net._orig_mod.weight", "net.bias"]) == {  # torch.compile(model.net)
+        "net._orig_mod.weight": "net.weight",
+        "net.bias": "net.bias",
+    }
+
+
+def test_a_module_of_that_name_is_no_wrapper() -> None:
+    keys = {"module.weight": "module.weight", "head.weight": "head.weight", "my_orig_mod.bias": "my_orig_mod.bias"}
+    assert weights.unwrap_keys(keys) == keys
 
 
 def test_shards_are_merged_and_a_missing_one_is_an_error(tmp_path: Path) -> None:

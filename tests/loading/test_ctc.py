@@ -99,6 +99,40 @@ def test_the_loaded_net_equals_the_saved_one(tmp_path: Path, model_type: str, fe
     assert len(model.vocabulary) == len(TOKENS)
 
 
+def _rename(state: dict[str, torch.Tensor], rename: Callable[[str], str]) -> None:
+    for name in list(state):
+        state[rename(name)] = state.pop(name)
+
+
+@pytest.mark.parametrize("pickle", [False, True], ids=["safetensors", "pickle"])
+def test_weights_saved_from_a_wrapper_are_loaded(folder: Path, pickle: bool) -> None:
+    expected = load_file(folder / "model.safetensors")
+    reweigh(folder, lambda state: _rename(state, lambda name: f"module.{name}"))
+    loaded = load(str(pickled(folder) if pickle else folder)).net.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_another_prefix_is_named(folder: Path) -> None:
+    reweigh(folder, lambda state: _rename(state, lambda name: f"net.{name}" if "wav2vec2" in name else name))
+    message = r"incomplete: (wav2vec2\.\S+) and \d+ more missing; they have net\.\1 instead: rename it"
+    with pytest.raises(ModelError, match=message):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_a_language_model_beside_a_checkpoint_is_mentioned(
+    folder: Path, from_hub: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(str(folder))
+    assert not caplog.records
+    if from_hub:  # where only the audio settings name it
+        change(folder, "preprocessor_config.json", processor_class="Wav2Vec2ProcessorWithLM")
+    else:
+        (folder / "language_model").mkdir()
+    load(str(folder))
+    assert caplog.messages == [f"{folder} comes with an n-gram language model, which is not used: decoding is greedy"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_net_has_the_requested_dtype(folder: Path, dtype: str) -> None:
     net = load(str(folder), dtype=dtype).net
