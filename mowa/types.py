@@ -20,13 +20,16 @@ class Vocabulary:
     """Meaning of each output of a CTC head: `tokens[i]` is the text of id `i`.
 
     `blank` is the id of the CTC blank (the pad token of the checkpoint), `delimiter` the id that separates words, if
-    any, and `specials` the other ids that are never text, such as <s>, </s> and <unk>.
+    any, and `specials` the other ids that are never text, such as <s>, </s> and <unk>. `separator` is written between
+    tokens: a space in phoneme vocabularies. With `lower_case`, texts are written in lower case whatever the tokens are.
     """
 
     tokens: tuple[str, ...]
     blank: int
     delimiter: int | None
     specials: frozenset[int] = frozenset()
+    separator: str = ""
+    lower_case: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -250,13 +253,17 @@ class Character:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A recognized word with its times, and its characters if they were requested."""
+    """A recognized word with its times, and its characters if they were requested.
+
+    `space_before` is false where the text has no space between this word and the one before it, as in Chinese.
+    """
 
     text: str
     start_s: float
     end_s: float
     confidence: float
     characters: tuple[Character, ...] = ()
+    space_before: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from mowa.io.atomic import atomic_update, read_json
 from mowa.io.hashing import hash_weights
 from mowa.io.hub import MODEL_ALIASES
 from mowa.io.manifest import MANIFEST_FILE, Manifest, damaged, find_manifest, write_manifest
-from mowa.io.processor import read_preprocessing, write_processor
+from mowa.io.processor import read_preprocessing, vocabulary_from_dict, vocabulary_to_dict, write_processor
 from mowa.types import CTCModel, Family, Origin, Preprocessing, SpeechProcessor, Vocabulary
 
 LORA, BOTTLENECK = "lora", "bottleneck"
@@ -108,11 +108,7 @@ def save_adapter(
                 "language": language,
                 "parameters": sum(value.numel() for value in tensors.values()),
             },
-            vocabulary={
-                "blank": vocabulary.blank,
-                "delimiter": vocabulary.delimiter,
-                "specials": sorted(vocabulary.specials),
-            },
+            vocabulary=vocabulary_to_dict(vocabulary),
             metrics=metrics,
         )
     return folder
@@ -139,12 +135,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             weights_file=weights_file,
             sha256=sha256,
             parameters=described["parameters"],
-            vocabulary=Vocabulary(
-                tuple(sorted(ids, key=ids.__getitem__)),
-                blank=special["blank"],
-                delimiter=special["delimiter"],
-                specials=frozenset(special["specials"]),
-            ),
+            vocabulary=vocabulary_from_dict(sorted(ids, key=ids.__getitem__), special),
             preprocessing=read_preprocessing(folder),
             package_versions=manifest.package_versions,
             metrics=manifest.sections["metrics"],

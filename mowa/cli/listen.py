@@ -19,6 +19,7 @@ from mowa.cli.live_display import LiveDisplay
 from mowa.data.audio.decoders import RATE_RANGE_HZ
 from mowa.data.inputs.source import AudioSource, BufferedSource
 from mowa.data.inputs.stdin import RAW_RATE_HZ
+from mowa.decode.ctc import join_words
 from mowa.decode.stream import DEFAULT_ENDPOINTING
 from mowa.engines.registry import ENGINES
 from mowa.engines.settings import EngineSpec
@@ -139,19 +140,19 @@ class LineWriter:
     """Write one line per segment, when the segment has ended."""
 
     def __init__(self) -> None:
-        self._words: list[str] = []
+        self._words: list[Word] = []
 
     def write(self, events: list[TimedSegment], session: StreamSession) -> None:
         for event in events:
             if event.segment.is_final:
-                self._words += [word.text for word in event.segment.words]
+                self._words += event.segment.words
                 if event.segment.is_endpoint:
                     self.close()
 
     def close(self) -> None:
         words, self._words = self._words, []
         if words:
-            click.echo(" ".join(words))
+            click.echo(join_words(words))
 
 
 class TerminalWriter:
@@ -269,7 +270,7 @@ def _event_dict(event: TimedSegment) -> dict[str, Any]:
         **_timed_dict(segment),
         "end_of_segment": segment.is_endpoint,
         "stability": round(segment.stability, 4),
-        "words": [_timed_dict(word) for word in segment.words],
+        "words": [_timed_dict(word) | ({} if word.space_before else {"space_before": False}) for word in segment.words],
         "processed_s": round(event.processed_s, 3),
         "latency_s": None if event.latency_s is None else round(event.latency_s, 3),
     }

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import click
 
-from mowa.types import Segment
+from mowa.decode.ctc import join_words
+from mowa.types import Segment, Word
 
 REFRESH_INTERVAL_S = 0.1  # of the status line; words are shown at once
 _CLEAR, _ABOVE = "\r\x1b[2K", "\x1b[1A\x1b[2K"  # erase this row; move up and erase
@@ -23,7 +24,7 @@ class LiveDisplay:
     """Draws from construction until `close`; nothing else may write to the terminal meanwhile."""
 
     def __init__(self, status: str = "") -> None:
-        self._row, self._open, self._status = "", "", status
+        self._row, self._open, self._gap, self._status = "", "", " ", status
         self._drawn_s, self._rows = 0.0, 0
         click.echo(self._drawing(), nl=False)
 
@@ -31,12 +32,12 @@ class LiveDisplay:
         """Show the segments of one feed, in order, and the new status line."""
         done: list[str] = []
         for segment in segments:
-            words = [word.text for word in segment.words]
             if not segment.is_final:
-                self._open = " ".join(words)
+                self._open = join_words(segment.words)
+                self._gap = " " if all(word.space_before for word in segment.words[:1]) else ""
                 continue
             self._open = ""
-            for word in words:
+            for word in segment.words:
                 done += self._add(word)
             if segment.is_endpoint and self._row:
                 done.append(self._row)
@@ -49,13 +50,14 @@ class LiveDisplay:
         """Erase the partial words and the status line."""
         click.echo(self._back() + (f"{self._row}\n" if self._row else ""), nl=False)
 
-    def _add(self, word: str) -> list[str]:
+    def _add(self, word: Word) -> list[str]:
         """Append a final word to the row; return the rows that are full."""
-        longer = f"{self._row} {word}" if self._row else word
+        gap = " " if self._row and word.space_before else ""
+        longer = f"{self._row}{gap}{word.text}"
         if display_width(longer) <= _width():
             self._row = longer
             return []
-        full, self._row = [self._row] if self._row else [], word
+        full, self._row = [self._row] if self._row else [], word.text
         while display_width(self._row) > _width():
             head = _head(self._row, _width())
             full.append(head)
@@ -71,7 +73,7 @@ class LiveDisplay:
         beside: list[str] = []
         while rest and display_width(" ".join([first, *beside, rest[0]]).lstrip()) <= width:
             beside.append(rest.pop(0))
-        rows = [f"{first}{' ' if first and beside else ''}{_dim(' '.join(beside))}"]
+        rows = [f"{first}{self._gap if first and beside else ''}{_dim(' '.join(beside))}"]
         if rest:
             rows.append(_dim(_tail(" ".join(rest), width)))
         self._rows = len(rows)

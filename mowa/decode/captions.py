@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -123,6 +124,8 @@ def _segment_row(segment: Segment, characters: bool) -> dict[str, Any]:
 
 def _word_row(word: Word, characters: bool) -> dict[str, Any]:
     row = _timed_row(word)
+    if not word.space_before:
+        row["space_before"] = False
     if characters and word.characters:
         row["characters"] = [_timed_row(character) for character in word.characters]
     return row
@@ -144,7 +147,7 @@ def _segment_from(row: Mapping[str, Any]) -> Segment:
 
 def _word_from(row: Mapping[str, Any]) -> Word:
     characters = tuple(Character(**_timed_from(character)) for character in row.get("characters", ()))
-    return Word(**_timed_from(row), characters=characters)
+    return Word(**_timed_from(row), characters=characters, space_before=row.get("space_before", True))
 
 
 def _timed_from(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def build_cues(
     max_gap_s: float = 0.8,
     min_duration_s: float = 1.0,
 ) -> tuple[Cue, ...]:
-    """Group the words into subtitles of at most two lines of `max_chars` / 2 characters.
+    """Group the words into subtitles of at most two lines of `max_chars` / 2 characters; wide (East Asian) ones are two.
 
     A cue ends with its segment, before a pause longer than `max_gap_s`, before it would last longer than
     `max_duration_s`, and before it would exceed its lines; a single word may exceed the last two limits, since words
@@ -209,7 +212,7 @@ def _group_words(words: Sequence[Word], max_duration_s: float, max_line: int, ma
         if group and (
             word.start_s - group[-1].end_s > max_gap_s
             or word.end_s - group[0].start_s > max_duration_s
-            or max(map(len, _break_lines([*group, word], max_line))) > max_line
+            or max(map(_columns, _break_lines([*group, word], max_line))) > max_line
         ):
             yield group
             group = []
@@ -220,12 +223,21 @@ def _group_words(words: Sequence[Word], max_duration_s: float, max_line: int, ma
 
 def _break_lines(words: Sequence[Word], max_line: int) -> tuple[str, ...]:
     """Return one line if the words fit, else the two that differ least in length."""
-    labels = [_label(word) for word in words]
-    whole = " ".join(labels)
-    if len(whole) <= max_line or len(labels) == 1:
-        return (whole,)
-    splits = [(" ".join(labels[:at]), " ".join(labels[at:])) for at in range(1, len(labels))]
-    return min(splits, key=lambda lines: max(map(len, lines)))
+    gaps = [int(word.space_before) for word in words]
+    pieces = [" " * gap + _label(word) for word, gap in zip(words, gaps, strict=True)]
+    ends = list(accumulate(map(_columns, pieces)))
+    if ends[-1] - gaps[0] <= max_line or len(words) == 1:
+        return ("".join(pieces)[gaps[0] :],)
+
+    def longest(at: int) -> int:
+        return max(ends[at - 1] - gaps[0], ends[-1] - ends[at - 1] - gaps[at])
+
+    split = min(range(1, len(words)), key=longest)
+    return "".join(pieces[:split])[gaps[0] :], "".join(pieces[split:])[gaps[split] :]
+
+
+def _columns(text: str) -> int:
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 def _srt(cues: Sequence[Cue]) -> str:

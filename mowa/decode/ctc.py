@@ -15,13 +15,14 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, pairwise
 from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mowa.decode.word_breaks import starts_word, token_text, writes_spaces
 from mowa.errors import ModelError
 from mowa.types import Character, Segment, Vocabulary, Word
 
@@ -77,27 +78,65 @@ def concat_paths(paths: Iterable[TokenPath]) -> TokenPath:
 
 
 def path_to_words(
-    path: TokenPath, vocabulary: Vocabulary, *, frame_s: float = FRAME_S, end_s: float = math.inf
+    path: TokenPath,
+    vocabulary: Vocabulary,
+    *,
+    frame_s: float = FRAME_S,
+    end_s: float = math.inf,
+    before: str = "",
 ) -> tuple[Word, ...]:
     """Collapse repeats, remove blanks, and split into words with their characters.
 
-    `end_s` is the duration of the audio, which no time exceeds. The delimiter is a space, and spaces inside tokens
-    separate words too; a vocabulary without both gives one word. A token of several letters is one `Character`; of one
-    with a space inside, each part has the times of the token.
-    Words are in order and not empty; 0 ≤ start_s ≤ end_s.
+    `end_s` is the duration of the audio, which no time exceeds, and `before` the last character of the text before the
+    path. The delimiter is a space, and spaces and ▁ inside tokens separate words too; where a language or a vocabulary
+    has no spaces, `word_breaks.starts_word` does, and such words have `space_before=False`. A token of several letters
+    is one `Character`; of one with a space inside, each part has the times of the token.
+    Words are in order and not empty; 0 ≤ start_s ≤ end_s. Their text (`join_words`) is that of transformers' tokenizer.
     """
     words: list[Word] = []
     characters: list[Character] = []
+    space_before, spaced = True, writes_spaces(vocabulary)
     for token in _collapse(path, vocabulary, frame_s, end_s):
         for index, piece in enumerate(_SPACE.split(token.text)):
-            if index > 0 and characters:
-                words.append(_join_characters(characters))
+            if index > 0:
+                before = " "
+            starts = starts_word(before, piece, spaced=spaced)
+            if characters and (index > 0 or starts):
+                words.append(_join_characters(characters, space_before, vocabulary.lower_case))
                 characters = []
             if piece:
+                space_before = space_before if characters else not starts
                 characters.append(Character(piece, token.start_s, token.end_s, token.confidence))
+                before = piece[-1]
     if characters:
-        words.append(_join_characters(characters))
+        words.append(_join_characters(characters, space_before, vocabulary.lower_case))
     return tuple(words)
+
+
+def count_complete_frames(path: TokenPath, vocabulary: Vocabulary) -> int:
+    """Return how many frames hold whole words, whatever frames follow: up to the last space or word's start."""
+    complete, last, spaced = 0, "", writes_spaces(vocabulary)
+    for token, start, end in _runs(path, vocabulary):
+        text = token_text(vocabulary, token)
+        if not text.strip():
+            complete = end
+        elif last and (text[0].isspace() or last.isspace() or starts_word(last, text, spaced=spaced)):
+            complete = start
+        last = text[-1:] or last
+    return complete
+
+
+def find_longest_pause(path: TokenPath, vocabulary: Vocabulary) -> int:
+    """Return the end of the longest pause between or after tokens, as a frame: where an endless word may be broken."""
+    runs = _runs(path, vocabulary)
+    starts = [*(start for _, start, _ in runs[1:]), len(path)]
+    pauses = [(start - end, start) for (_, _, end), start in zip(runs, starts, strict=False)]
+    return max(pauses, default=(0, len(path)))[1]
+
+
+def last_character(path: TokenPath, vocabulary: Vocabulary) -> str:
+    """Return the last character of a path's text, which may be a space; "" if it has none."""
+    return "".join(token_text(vocabulary, token)[-1:] for token, _, _ in _runs(path, vocabulary)[-1:])
 
 
 def group_segments(words: Sequence[Word], boundaries_s: Sequence[float] = ()) -> tuple[Segment, ...]:
@@ -121,33 +160,64 @@ def group_segments(words: Sequence[Word], boundaries_s: Sequence[float] = ()) ->
 
 
 def join_words(words: Iterable[Word]) -> str:
-    """Return the text of the words, separated by single spaces."""
-    return " ".join(word.text for word in words)
+    """Return the text of the words, separated by single spaces where they have one."""
+    return "".join(f" {word.text}" if word.space_before else word.text for word in words).lstrip(" ")
+
+
+def join_segments(segments: Iterable[Segment]) -> str:
+    """Return the text of segments in order of time: a space between two, unless the language writes none."""
+    text, channel = "", None
+    for segment in segments:
+        if segment.text:
+            follows = segment.channel == channel and segment.words and not segment.words[0].space_before
+            text += segment.text if follows or not text else f" {segment.text}"
+            channel = segment.channel
+    return text
 
 
 def _collapse(path: TokenPath, vocabulary: Vocabulary, frame_s: float, end_s: float) -> Iterator[Character]:
     """Yield each run of one id as a character, except runs of the blank and of special tokens."""
-    skipped = vocabulary.specials | {vocabulary.blank}
-    bounds = np.flatnonzero(np.diff(path.ids, prepend=-1, append=-1))
-    starts, ends = bounds[:-1], bounds[1:]
+    starts, ends = _run_bounds(path)
     means = np.add.reduceat(path.probabilities.astype(np.float64), starts) / (ends - starts)
-    for start, end, mean in zip(starts.tolist(), ends.tolist(), means.tolist(), strict=True):
-        token = int(path.ids[start])
-        if token not in skipped:
-            yield Character(
-                text=" " if token == vocabulary.delimiter else vocabulary.tokens[token],
-                start_s=min(start * frame_s, end_s),
-                end_s=min(end * frame_s, end_s),
-                confidence=mean,
-            )
+    confidences = dict(zip(starts.tolist(), means.tolist(), strict=True))
+    for token, start, end in _runs(path, vocabulary):
+        yield Character(
+            text=token_text(vocabulary, token),
+            start_s=min(start * frame_s, end_s),
+            end_s=min(end * frame_s, end_s),
+            confidence=confidences[start],
+        )
 
 
-def _join_characters(characters: Sequence[Character]) -> Word:
+def _runs(path: TokenPath, vocabulary: Vocabulary) -> list[tuple[int, int, int]]:
+    """Return token, first frame and end of each run of one id, without the blank and special tokens."""
+    skipped = vocabulary.specials | {vocabulary.blank}
+    starts, ends = _run_bounds(path)
+    runs = zip(path.ids[starts].tolist(), starts.tolist(), ends.tolist(), strict=True)
+    return [(token, start, end) for token, start, end in runs if token not in skipped]
+
+
+def _run_bounds(path: TokenPath) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    bounds = np.flatnonzero(np.diff(path.ids, prepend=-1, append=-1))
+    return bounds[:-1], bounds[1:]
+
+
+def _join_characters(characters: Sequence[Character], space_before: bool, lower_case: bool) -> Word:
     confidences = [character.confidence for character in characters]
+    text = "".join(character.text for character in characters)
+    if lower_case:  # at once: a final sigma depends on the letter before it
+        text, whole = text.lower(), text
+        bounds = accumulate((len(character.text) for character in characters), initial=0)
+        lowered = [text[a:b] for a, b in pairwise(bounds)] if len(text) == len(whole) else None
+        characters = [
+            replace(character, text=lowered[at] if lowered else character.text.lower())
+            for at, character in enumerate(characters)
+        ]
     return Word(
-        text="".join(character.text for character in characters),
+        text=text,
         start_s=characters[0].start_s,
         end_s=characters[-1].end_s,
         confidence=math.exp(fmean(map(math.log, confidences))) if all(confidences) else 0.0,
         characters=tuple(characters),
+        space_before=space_before,
     )

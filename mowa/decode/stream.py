@@ -1,8 +1,9 @@
 """Transcribe a live stream: feed samples in pieces of any length, and get segments whose final words never change.
 
 A `TranscriptionStream` detects speech (`VoiceActivityDetector`), encodes it (`StreamingEncoder`) and decodes frames
-into words. A word is final when frames that later audio cannot change have ended it: with the space after it, or with a
-pause. Partial segments hold what follows the last final word, and may change.
+into words. A word is final when frames that later audio cannot change have ended it: with the space after it, with the
+next word where the language has no spaces, or with a pause. Partial segments hold what follows the last final word, and
+may change.
 
 The whole state of a stream is a `StreamState`; `TranscriptionStream.save` returns it as bytes, from which any process
 with the same model can continue. Audio is processed in steps of 32 ms, so that the words do not depend on how it is
@@ -71,7 +72,7 @@ class EndpointConfig:
     """Where utterances start and end, in seconds.
 
     min_silence_s  silence that ends an utterance
-    max_segment_s  duration after which a segment ends at the next word
+    max_segment_s  duration after which a segment ends at the next word; a longer word is broken at its longest pause
     speech_pad_s   audio before detected speech that is transcribed too
     vad            whether to detect speech; otherwise the stream is one utterance
     """
@@ -102,6 +103,7 @@ class StreamState:
     frames_decoded   frames of the utterance whose words were returned
     stable_ids, stable_probs  token ids and probabilities of the final frames after those
     segment_start_s  start of the first word of the segment; -1 if it has none
+    last_character   of the text before the latter; "" at the beginning
     last_partial     text of the last partial segment
     closed           whether the stream was closed
     """
@@ -117,6 +119,7 @@ class StreamState:
     stable_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     stable_probs: NDArray[np.float32] = field(default_factory=_no_samples)
     segment_start_s: float = -1.0
+    last_character: str = ""
     last_partial: str = ""
     closed: bool = False
 
@@ -239,9 +242,11 @@ class TranscriptionStream:
         path = ctc.concat_paths(
             [ctc.TokenPath(state.stable_ids, state.stable_probs), ctc.best_path(final, encoder.vocabulary)]
         )
-        end = len(path) if is_last else _after_last_space(path.ids, encoder.vocabulary)
-        words = self._words(ctc.TokenPath(path.ids[:end], path.probabilities[:end]))
+        end = len(path) if is_last else self._count_complete_frames(path)
+        complete = ctc.TokenPath(path.ids[:end], path.probabilities[:end])
+        words = self._words(complete)
         state.frames_decoded += end
+        state.last_character = ctc.last_character(complete, encoder.vocabulary) or state.last_character
         state.stable_ids, state.stable_probs = path.ids[end:], path.probabilities[end:]
         segments = []
         if words or is_last:
@@ -261,12 +266,25 @@ class TranscriptionStream:
             state.utterance_start, state.silence_start, state.frames_decoded = -1, -1, 0
         return segments
 
+    def _count_complete_frames(self, path: ctc.TokenPath) -> int:
+        encoder = self.encoder
+        if count := ctc.count_complete_frames(path, encoder.vocabulary):
+            return count
+        is_too_long = len(path) * encoder.hop_length >= self.endpointing.max_segment_s * encoder.rate_hz
+        return ctc.find_longest_pause(path, encoder.vocabulary) if is_too_long else 0
+
     def _words(self, path: ctc.TokenPath) -> tuple[Word, ...]:
         """Return the words of the frames after `frames_decoded`, with times from the start of the stream."""
         state, encoder = self.state, self.encoder
         frame_s = encoder.hop_length / encoder.rate_hz
         start_s = state.utterance_start / encoder.rate_hz + state.frames_decoded * frame_s
-        words = ctc.path_to_words(path, encoder.vocabulary, frame_s=frame_s, end_s=self._now_s() - start_s)
+        words = ctc.path_to_words(
+            path,
+            encoder.vocabulary,
+            frame_s=frame_s,
+            end_s=self._now_s() - start_s,
+            before=state.last_character,
+        )
         return tuple(_shift(word, start_s) for word in words)
 
     def _now_s(self) -> float:
@@ -297,15 +315,6 @@ def _to_float32(samples: Any) -> Samples:
         at = int(np.flatnonzero(~np.isfinite(converted))[0])
         raise AudioError(f"sample {at} of {len(converted)} is {converted[at]}; none of them was processed")
     return converted
-
-
-def _after_last_space(ids: NDArray[np.int32], vocabulary: Vocabulary) -> int:
-    """Return the index after the last frame that is only a space, or 0."""
-    spaces = [
-        at for at, token in enumerate(vocabulary.tokens) if at == vocabulary.delimiter or (token and not token.strip())
-    ]
-    frames = np.flatnonzero(np.isin(ids, spaces))
-    return int(frames[-1]) + 1 if len(frames) else 0
 
 
 def _shift(word: Word, by_s: float) -> Word:

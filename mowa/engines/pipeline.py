@@ -323,7 +323,7 @@ def _outcome(job: _Job, engine: Engine, settings: TranscriptionSettings) -> Tran
     segments = sorted(chain.from_iterable(by_channel), key=lambda segment: segment.start_s)
     transcript = Transcript(
         file=file,
-        text=" ".join(segment.text for segment in segments if segment.text),
+        text=ctc.join_segments(segments),
         duration_s=max(channel.samples for channel in job.channels) / engine.preprocessing.rate_hz,
         segments=tuple(segments),
         model=f"{engine.origin.source}@{engine.origin.revision}" if engine.origin.revision else engine.origin.name,

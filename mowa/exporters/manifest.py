@@ -18,10 +18,10 @@ from mowa.io.atomic import read_json_cache, update_json_cache
 from mowa.io.hashing import hash_weights, sha256_file, sha256_files
 from mowa.io.hub import silence_transformers
 from mowa.io.manifest import MANIFEST_FILE, REMEDIES, Manifest, damaged, find_manifest, package_versions, write_manifest
-from mowa.io.processor import write_processor
+from mowa.io.processor import vocabulary_from_dict, vocabulary_to_dict, write_processor
 from mowa.loading.checkpoint import read_family
 from mowa.loading.languages import adapter_files
-from mowa.types import AnyModel, Artifact, Origin, Preprocessing, Scheme, SpeechProcessor, Vocabulary
+from mowa.types import AnyModel, Artifact, Origin, Preprocessing, Scheme, SpeechProcessor
 
 CACHE_FILE = "model_sha256.json"  # in the cache folder: checksum of the files of a model → its `model_sha256`
 ADAPTER_SUFFIXES = (".json", ".safetensors")
@@ -86,12 +86,7 @@ def _write_speech_processor(model: AnyModel, folder: Path) -> dict[str, Any]:
     vocabulary = model.vocabulary
     write_processor(vocabulary, model.preprocessing, folder)
     return {
-        "vocabulary": {
-            "tokens": vocabulary.tokens,
-            "blank": vocabulary.blank,
-            "delimiter": vocabulary.delimiter,
-            "specials": sorted(vocabulary.specials),
-        },
+        "vocabulary": {"tokens": vocabulary.tokens, **vocabulary_to_dict(vocabulary)},
         "preprocessing": asdict(model.preprocessing),
     }
 
@@ -154,13 +149,7 @@ def _validate_family(manifest: Manifest) -> None:
 def _read_speech_processor(manifest: Mapping[str, Any]) -> SpeechProcessor:
     vocabulary = manifest["vocabulary"]
     return SpeechProcessor(
-        Vocabulary(
-            tuple(vocabulary["tokens"]),
-            vocabulary["blank"],
-            vocabulary["delimiter"],
-            frozenset(vocabulary["specials"]),
-        ),
-        Preprocessing(**manifest["preprocessing"]),
+        vocabulary_from_dict(vocabulary["tokens"], vocabulary), Preprocessing(**manifest["preprocessing"])
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,16 @@ log = logging.getLogger("mowa")
 # Defaults of Wav2Vec2CTCTokenizer (transformers, tokenization_wav2vec2.py).
 DEFAULT_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 DEFAULT_DELIMITER = "|"
-# Spellings of the special tokens in checkpoints.
+# Spellings of the special tokens in checkpoints. A token that is spelt like one is special, whatever the files say.
 _SPELLINGS = {
+    "pad_token": ("<pad>", "[PAD]"),
     "unk_token": ("<unk>", "[UNK]"),
     "bos_token": ("<s>", "[BOS]", "[CLS]"),
     "eos_token": ("</s>", "[EOS]", "[SEP]"),
 }
+_SPECIALS = {spelling for spellings in _SPELLINGS.values() for spelling in spellings} | {"<bos>", "<eos>", "<blank>"}
+_SPECIALS_FOLDED = {spelling.casefold() for spelling in _SPECIALS}
+_DELIMITERS = ("<space>", "[SPACE]", "\N{LOWER ONE EIGHTH BLOCK}", " ")  # where word_delimiter_token is no token
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:
@@ -56,7 +60,8 @@ def read_vocabulary(folder: Path, head_size: int, target_lang: str | None = None
 
     The blank is `pad_token_id` of config.json, or the tokenizer's pad token if that is missing. If they disagree, the
     config is used and a warning is logged, since the CTC loss was computed with it. Added tokens with ids beyond the
-    head are ignored. `target_lang` selects one of several languages (MMS); None is the tokenizer's target_lang.
+    head are ignored. Tokens that are spelt like special ones ([UNK], </s>) are special even if the tokenizer's files
+    are missing or name others. `target_lang` selects one of several languages (MMS); None is the tokenizer's.
 
     Raises ModelError if vocab.json is missing, has several languages (MMS) and target_lang selects none, or does not
     match the head, or if there is no blank.
@@ -65,9 +70,28 @@ def read_vocabulary(folder: Path, head_size: int, target_lang: str | None = None
     settings = {key: value for name in files for key, value in _read_optional(folder / name).items()}
     if target_lang is not None:
         settings["target_lang"] = target_lang
+    config = read_json(folder / "config.json")
     ids = _token_ids(folder, settings, head_size)
-    pad = ids.get(_content(settings.get("pad_token")) or DEFAULT_TOKENS["pad_token"])
-    blank = read_json(folder / "config.json").get("pad_token_id")
+    named = {_content(settings.get(role)) or default for role, default in DEFAULT_TOKENS.items()}
+    named |= {token["content"] for token in _added_tokens(settings).values() if token.get("special")}
+    named |= {_content(token) or "" for token in settings.get("additional_special_tokens") or ()}
+    special = {token for token in ids if token in named or token.casefold() in _SPECIALS_FOLDED}
+    blank = _find_blank(folder, ids, settings, config.get("pad_token_id"), head_size)
+    phonemes = _has_phonemes(settings, config)
+    delimiter = _find_delimiter(ids, settings, phonemes)
+    return Vocabulary(
+        tokens=tuple(sorted(ids, key=ids.__getitem__)),
+        blank=blank,
+        delimiter=delimiter,
+        specials=frozenset(ids[token] for token in special) - {blank, delimiter},
+        separator=" " if phonemes else "",
+        lower_case=bool(settings.get("do_lower_case")) and not phonemes,
+    )
+
+
+def _find_blank(folder: Path, ids: Mapping[str, int], settings: Mapping[str, Any], blank: Any, head_size: int) -> int:
+    """Return the id of the blank, which is `blank` in config.json, or else the tokenizer's pad token."""
+    pad = _first_of((_content(settings.get("pad_token")), *_SPELLINGS["pad_token"]), ids)
     if blank is None:
         blank = pad
     elif pad is not None and pad != blank:
@@ -76,21 +100,52 @@ def read_vocabulary(folder: Path, head_size: int, target_lang: str | None = None
         )
     if blank is None or not 0 <= blank < head_size:
         raise ModelError(f"{folder}/config.json: pad_token_id {blank} is not one of the head's {head_size} outputs")
-    delimiter = ids.get(_content(settings.get("word_delimiter_token")) or DEFAULT_DELIMITER)
-    special = {_content(settings.get(role)) or default for role, default in DEFAULT_TOKENS.items()}
-    special |= {token["content"] for token in _added_tokens(settings).values() if token.get("special")}
-    special |= {_content(token) or "" for token in settings.get("additional_special_tokens") or ()}
+    return int(blank)
+
+
+def _find_delimiter(ids: Mapping[str, int], settings: Mapping[str, Any], phonemes: bool) -> int | None:
+    named = _content(settings.get("word_delimiter_token"))
+    if phonemes:
+        return ids.get(named) if named is not None else None
+    return _first_of((named or DEFAULT_DELIMITER, *_DELIMITERS), ids)
+
+
+def _first_of(tokens: Iterable[str | None], ids: Mapping[str, int]) -> int | None:
+    return next((ids[token] for token in tokens if token is not None and token in ids), None)
+
+
+def _has_phonemes(settings: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Return whether the tokenizer is transformers' Wav2Vec2PhonemeCTCTokenizer."""
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
+    return "Phoneme" in name or "phone_delimiter_token" in settings
+
+
+def vocabulary_to_dict(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return everything but the tokens as JSON-serializable keys and values."""
+    return {
+        "blank": vocabulary.blank,
+        "delimiter": vocabulary.delimiter,
+        "specials": sorted(vocabulary.specials),
+        "separator": vocabulary.separator,
+        "lower_case": vocabulary.lower_case,
+    }
+
+
+def vocabulary_from_dict(tokens: Iterable[str], row: Mapping[str, Any]) -> Vocabulary:
+    """Return the vocabulary of these tokens and of what `vocabulary_to_dict` returned; KeyError for a missing key."""
     return Vocabulary(
-        tokens=tuple(sorted(ids, key=ids.__getitem__)),
-        blank=blank,
-        delimiter=delimiter,
-        specials=frozenset(ids[token] for token in special if token in ids) - {blank, delimiter},
+        tuple(tokens),
+        blank=row["blank"],
+        delimiter=row["delimiter"],
+        specials=frozenset(row["specials"]),
+        separator=row.get("separator", ""),
+        lower_case=row.get("lower_case", False),
     )
 
 
 def write_processor(vocabulary: Vocabulary, preprocessing: Preprocessing, folder: Path) -> None:
     """Write vocab.json and the files of tokenizer and feature extractor into `folder`, as transformers reads them."""
-    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
+    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2PhonemeCTCTokenizer
 
     vocab = folder / "vocab.json"
     vocab.write_text(
@@ -103,11 +158,14 @@ def write_processor(vocabulary: Vocabulary, preprocessing: Preprocessing, folder
     }
     roles["pad_token"] = vocabulary.tokens[vocabulary.blank]
     others = sorted(special - set(roles.values()))
-    tokenizer = Wav2Vec2CTCTokenizer(
-        str(vocab),
-        word_delimiter_token=None if vocabulary.delimiter is None else vocabulary.tokens[vocabulary.delimiter],
-        **roles,
-    )
+    delimiter = None if vocabulary.delimiter is None else vocabulary.tokens[vocabulary.delimiter]
+    tokenizer: Any
+    if vocabulary.separator:
+        tokenizer = Wav2Vec2PhonemeCTCTokenizer(str(vocab), word_delimiter_token=delimiter, do_phonemize=False, **roles)
+    else:
+        tokenizer = Wav2Vec2CTCTokenizer(
+            str(vocab), word_delimiter_token=delimiter, do_lower_case=vocabulary.lower_case, **roles
+        )
     if others:
         tokenizer.add_tokens(others, special_tokens=True)
     tokenizer.save_pretrained(folder)

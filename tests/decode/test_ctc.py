@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,12 @@ from mowa.types import Character, Vocabulary, Word
 TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "|", "a", "b", "ł", "ó", "sz", "-", "'")
 POLISH = Vocabulary(TOKENS, blank=0, delimiter=4, specials=frozenset({1, 2, 3}))
 CHINESE = Vocabulary(("<pad>", "你", "好"), blank=0, delimiter=None)
+THAI = Vocabulary(("<pad>", "<unk>", "|", *"สวัดีครบผมชื่อเำ", "ab"), blank=0, delimiter=2, specials=frozenset({1}))
+PIECES = Vocabulary(("<pad>", "<unk>", "▁", "▁kot", "y", "▁a", "le"), blank=0, delimiter=2, specials=frozenset({1}))
+PHONEMES = Vocabulary(
+    ("<pad>", "<s>", "</s>", "<unk>", "|", "h", "ə", "l", "oʊ", "aː", "t͡ʃ"), 0, 4, frozenset({1, 2, 3}), separator=" "
+)
+GREEK = Vocabulary(("<pad>", "<unk>", "|", *"ΑΣΟß", "SZ"), 0, 2, frozenset({1}), lower_case=True)
 SPACED = Vocabulary(("<pad>", "a", " b", "c ", "d e", "\u00a0"), blank=0, delimiter=None)
 
 TEXTUAL = [token for token in range(len(TOKENS)) if token not in POLISH.specials]
@@ -31,13 +38,20 @@ def path_of(ids, probabilities=None):
     return ctc.TokenPath(np.array(ids, np.int32), np.array(probabilities, np.float32))
 
 
+def build_tokenizer(folder, vocabulary):
+    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2PhonemeCTCTokenizer
+
+    file = folder / "vocab.json"
+    file.write_text(json.dumps({token: id for id, token in enumerate(vocabulary.tokens)}), encoding="utf-8")
+    delimiter = None if vocabulary.delimiter is None else vocabulary.tokens[vocabulary.delimiter]
+    if vocabulary.separator:
+        return Wav2Vec2PhonemeCTCTokenizer(str(file), word_delimiter_token=delimiter, do_phonemize=False)
+    return Wav2Vec2CTCTokenizer(str(file), word_delimiter_token=delimiter, do_lower_case=vocabulary.lower_case)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    from transformers import Wav2Vec2CTCTokenizer
-
-    file = tmp_path_factory.mktemp("tokenizer") / "vocab.json"
-    file.write_text(json.dumps({token: id for id, token in enumerate(TOKENS)}), encoding="utf-8")
-    return Wav2Vec2CTCTokenizer(str(file))
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"), POLISH)
 
 
 # ── parity with transformers ──────────────────────────────────────────────────────────────────────────────────────────
@@ -58,6 +72,22 @@ def test_words_characters_and_times_equal_the_transformers_tokenizer(tokenizer, 
     assert [(word.text, word.start_s, word.end_s) for word in words] == seconds(theirs.word_offsets, "word")
     letters = [letter for word in words for letter in word.characters]
     assert [(letter.text, letter.start_s, letter.end_s) for letter in letters] == seconds(theirs.char_offsets, "char")
+
+
+@pytest.mark.parametrize(
+    "vocabulary", [CHINESE, THAI, PIECES, PHONEMES, GREEK, POLISH], ids=["zh", "th", "pieces", "phonemes", "greek", "pl"]
+)
+def test_the_text_of_every_kind_of_vocabulary_equals_the_transformers_tokenizer(tmp_path, vocabulary):
+    theirs, rng = build_tokenizer(tmp_path, vocabulary), np.random.default_rng(7)
+    textual = [id for id in range(len(vocabulary)) if id not in vocabulary.specials]
+    for _ in range(100):
+        ids = rng.choice(textual, rng.integers(1, 40)).tolist()
+        expected = theirs.decode(ids, clean_up_tokenization_spaces=False)
+        words = ctc.path_to_words(path_of(ids), vocabulary)
+        # transformers' tokenizer has no SentencePiece tokens, and leaves their ▁
+        assert ctc.join_words(words) == " ".join(expected.replace("▁", " ").split())
+        if not vocabulary.separator:
+            assert all(word.text == "".join(one.text for one in word.characters) for word in words)
 
 
 # ── properties ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -83,6 +113,29 @@ def test_times_are_ordered_and_confidences_are_probabilities(runs, end_s, data):
 def test_words_equal_the_split_text(ids, vocabulary):
     words = ctc.path_to_words(path_of(ids), vocabulary)
     assert [word.text for word in words] == ctc.join_words(words).split()
+
+
+@given(
+    ids=st.lists(st.integers(0, 6), max_size=40),
+    cuts=st.lists(st.integers(0, 40), max_size=5),
+    vocabulary=st.sampled_from([CHINESE, THAI, PIECES, PHONEMES, POLISH, SPACED]),
+)
+def test_words_of_complete_frames_do_not_change(ids, cuts, vocabulary):
+    """As a live stream does: words are taken from the frames that are complete, and the rest waits."""
+    ids = [id % len(vocabulary) for id in ids]
+    words, rest, before, position = [], [], "", 0
+    for part in (ids[a:b] for a, b in pairwise([0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)])):
+        rest += part
+        count = ctc.count_complete_frames(path_of(rest), vocabulary)
+        for end in (count, len(rest)) if len(rest) + position == len(ids) else (count,):
+            taken, rest = rest[:end], rest[end:]
+            found = ctc.path_to_words(path_of(taken), vocabulary, before=before)
+            words += [(word.text, word.space_before, round(word.start_s / 0.02) + position) for word in found]
+            before = ctc.last_character(path_of(taken), vocabulary) or before
+            position += end
+    whole = ctc.path_to_words(path_of(ids), vocabulary)
+    expected = [(word.text, word.space_before, round(word.start_s / 0.02)) for word in whole]
+    assert words == expected
 
 
 @given(runs=RUNS, boundaries=st.lists(st.integers(0, 150)))
@@ -155,7 +208,7 @@ def test_a_word_with_times_and_confidence():
 
 def test_a_long_word_of_low_probabilities_has_a_confidence():
     # 4097 characters of 0.1, whose product is 0 in float64
-    (word,) = ctc.path_to_words(path_of([1, 2] * 2048 + [1], [0.1] * 4097), CHINESE)
+    (word,) = ctc.path_to_words(path_of([5, 6] * 2048 + [5], [0.1] * 4097), POLISH)
     assert word.confidence == pytest.approx(0.1)
     assert len(word.characters) == 4097
 
@@ -172,8 +225,51 @@ def test_without_a_delimiter_spaces_in_tokens_separate_words(ids, expected):
     assert ctc.join_words(ctc.path_to_words(path_of(ids), SPACED)) == expected
 
 
-def test_without_delimiter_and_spaces_there_is_one_word():
-    assert [word.text for word in ctc.path_to_words(path_of([1, 0, 2]), CHINESE)] == ["你好"]
+def words_of(text, vocabulary, **options):
+    ids = [id for character in text for id in (vocabulary.tokens.index(character), 0)]
+    return ctc.path_to_words(path_of(ids), vocabulary, **options)
+
+
+def test_without_delimiter_and_spaces_every_token_is_a_word():
+    words = ctc.path_to_words(path_of([1, 0, 2, 2]), CHINESE)
+    assert [(word.text, word.start_s, word.end_s) for word in words] == [("你", 0, 0.02), ("好", 0.04, 0.08)]
+    assert [word.space_before for word in words] == [True, False]
+    assert ctc.join_words(words) == "你好"
+
+
+def test_a_language_without_spaces_has_words_though_its_vocabulary_has_a_delimiter():
+    vocabulary = Vocabulary(("<pad>", "|", *"用微信app吧。「"), blank=0, delimiter=1)
+    words = words_of("用app|「微信」吧。".replace("」", ""), vocabulary)
+    assert [word.text for word in words] == ["用", "app", "「微", "信", "吧。"]
+    assert ctc.join_words(words) == "用app 「微信吧。"
+
+
+def test_thai_vowels_and_marks_stay_with_their_letters():
+    words = words_of("สวัสดี|ครับเดำผม", THAI)
+    assert [word.text for word in words] == ["ส", "วั", "ส", "ดี", "ค", "รั", "บ", "เดำ", "ผ", "ม"]
+    assert ctc.join_words(words) == "สวัสดี ครับเดำผม"
+
+
+def test_phonemes_are_words_with_spaces_between_them_and_without_the_delimiter():
+    words = words_of(["h", "ə", "l", "oʊ", "|", "t͡ʃ", "aː"], PHONEMES)
+    assert ctc.join_words(words) == "h ə l oʊ t͡ʃ aː"
+    assert [word.text for word in words] == ["h", "ə", "l", "oʊ", "t͡ʃ", "aː"]
+
+
+def test_segments_break_between_characters_and_their_text_has_no_spaces():
+    words = ctc.path_to_words(path_of([1, 0, 2, 0, 1, 0, 2]), CHINESE)
+    segments = ctc.group_segments(words, [0.07])
+    assert [segment.text for segment in segments] == ["你好", "你好"]
+    assert ctc.join_segments(segments) == "你好你好"
+    left, right = (replace(segment, channel=number) for number, segment in enumerate(segments))
+    assert ctc.join_segments([left, right]) == "你好 你好"
+
+
+def test_a_word_without_end_is_broken_at_its_longest_pause():
+    assert ctc.find_longest_pause(path_of([5, 0, 5, 0, 0, 0, 6, 0]), POLISH) == 6
+    assert ctc.find_longest_pause(path_of([5, 0, 6, 0, 0]), POLISH) == 5
+    assert ctc.find_longest_pause(path_of([5, 5, 6, 6]), POLISH) == 4
+    assert ctc.find_longest_pause(path_of([0, 0, 0]), POLISH) == 3
 
 
 def test_silence_and_no_frames_give_no_words():
