@@ -36,6 +36,5 @@ logits = coremltools.models.MLModel(str(folder / details["model"])).predict(inpu
 logits = logits[: (len(mono) - details["receptive_field"]) // details["hop"] + 1]
 
 logits[:, vocabulary["specials"]] = -np.inf
-tokens = [" " if index == vocabulary["delimiter"] else token for index, token in enumerate(vocabulary["tokens"])]
-text = "".join(tokens[index] for index, _ in groupby(logits.argmax(-1)) if index != vocabulary["blank"])
+text = "".join(vocabulary["texts"][index] for index, _ in groupby(logits.argmax(-1)) if index != vocabulary["blank"])
 print(" ".join(text.split()))

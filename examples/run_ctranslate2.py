@@ -31,6 +31,5 @@ model = ctranslate2.models.Wav2Vec2(str(folder / manifest["details"]["model"]), 
 logits = np.array(model.encode(ctranslate2.StorageView.from_array(mono[None, None]), to_cpu=True))[0]
 
 logits[:, vocabulary["specials"]] = -np.inf
-tokens = [" " if index == vocabulary["delimiter"] else token for index, token in enumerate(vocabulary["tokens"])]
-text = "".join(tokens[index] for index, _ in groupby(logits.argmax(-1)) if index != vocabulary["blank"])
+text = "".join(vocabulary["texts"][index] for index, _ in groupby(logits.argmax(-1)) if index != vocabulary["blank"])
 print(" ".join(text.split()))

@@ -16,7 +16,7 @@ import soundfile
 
 session = onnxruntime.InferenceSession(f"{sys.argv[1]}/model.onnx")
 metadata = session.get_modelmeta().custom_metadata_map
-tokens = [" " if metadata["delimiter"] == str(i) else t for i, t in enumerate(json.loads(metadata["vocabulary"]))]
+texts = json.loads(metadata["texts"])  # what each token writes
 samples, rate_hz = soundfile.read(sys.argv[2], dtype="float32", always_2d=True)
 if rate_hz != int(metadata["sample_rate"]):
     sys.exit(f"{sys.argv[2]} has a sample rate of {rate_hz} Hz, the model needs {metadata['sample_rate']}: resample it")
@@ -26,5 +26,5 @@ if metadata["normalize"] == "1":
 inputs = {"input_values": mono[None], "attention_mask": np.ones((1, len(mono)), np.int64)}
 logits = session.run(["logits"], {one.name: inputs[one.name] for one in session.get_inputs()})[0][0]
 logits[:, json.loads(metadata["specials"])] = -np.inf
-text = "".join(tokens[index] for index, _ in groupby(logits.argmax(-1)) if index != int(metadata["blank"]))
+text = "".join(texts[index] for index, _ in groupby(logits.argmax(-1)) if index != int(metadata["blank"]))
 print(" ".join(text.split()))

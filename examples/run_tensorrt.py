@@ -37,7 +37,6 @@ context.set_tensor_address("logits", logits.data_ptr())
 context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
 
 logits[..., vocabulary["specials"]] = -torch.inf
-tokens = [" " if index == vocabulary["delimiter"] else token for index, token in enumerate(vocabulary["tokens"])]
 best = logits[0].argmax(-1).tolist()
-text = "".join(tokens[index] for index, _ in groupby(best) if index != vocabulary["blank"])
+text = "".join(vocabulary["texts"][index] for index, _ in groupby(best) if index != vocabulary["blank"])
 print(" ".join(text.split()))

@@ -34,6 +34,16 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def text(self, token: int) -> str:
+        """Return what a token writes: a space for the delimiter and for ▁, the separator before any other."""
+        return " " if token == self.delimiter else self.separator + self.tokens[token].replace("▁", " ")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What each token writes, in lower case with `lower_case`."""
+        texts = map(self.text, range(len(self)))
+        return tuple(text.lower() for text in texts) if self.lower_case else tuple(texts)
+
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:

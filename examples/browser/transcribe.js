@@ -114,18 +114,21 @@ function normalize(samples) {
 }
 
 // Greedy CTC decoding: take the top token of every frame except special ones, merge repeats, remove blanks.
-function decode({ data, dims: [, frames, width] }, { tokens, blank, delimiter, specials }, startS, frameS) {
-  const candidates = [...tokens.keys()].filter((token) => !specials.includes(token));
+function decode({ data, dims: [, frames, width] }, { texts, blank, specials }, startS, frameS) {
+  const candidates = [...texts.keys()].filter((token) => !specials.includes(token));
   const words = [];
   let [previous, inWord] = [blank, false];
   for (let frame = 0; frame < frames; frame++) {
     const row = data.subarray(frame * width, (frame + 1) * width);
     const best = candidates.reduce((a, b) => (row[b] > row[a] ? b : a));
     const [frameStartS, frameEndS] = [startS + frame * frameS, startS + (frame + 1) * frameS];
-    if (best === delimiter || tokens[best] === " ") inWord = false;
-    else if (best !== blank && best !== previous) {
+    const pieces = best === blank || best === previous ? [] : texts[best].split(/\s+/); // a space in a token ends a word
+    for (const [index, piece] of pieces.entries()) {
+      if (index > 0) inWord = false;
+      if (piece === "") continue;
       if (!inWord) words.push({ text: "", startS: frameStartS });
-      words.at(-1).text += tokens[best];
+      words.at(-1).text += piece;
+      words.at(-1).endS = frameEndS;
       inWord = true;
     }
     if (inWord && best !== blank) words.at(-1).endS = frameEndS;

@@ -43,12 +43,13 @@ def show(folder: Path) -> None:
 
 def _speech_rows(found: Adapter) -> list[list[str]]:
     special_ids = {found.vocabulary.blank, found.vocabulary.delimiter, *found.vocabulary.specials}
-    characters = "".join(token for index, token in enumerate(found.vocabulary.tokens) if index not in special_ids)
+    tokens = [token for index, token in enumerate(found.vocabulary.tokens) if index not in special_ids]
+    characters = ("" if all(len(token) == 1 for token in tokens) else " ").join(tokens)
     return [
         ["type", ADAPTER_TYPES[found.adapter_type]],
         *_base_rows(found.base),
         ["language", found.language or "unknown"],
-        ["characters", f"{len(characters)}: {characters}"],
+        ["characters", f"{len(tokens)}: {characters}"],
         ["parameters", f"{found.parameters:,}, including the head"],
         *_file_rows(found.folder / found.weights_file, found.package_versions),
         *(

@@ -180,7 +180,7 @@ def build_cues(
     max_gap_s: float = 0.8,
     min_duration_s: float = 1.0,
 ) -> tuple[Cue, ...]:
-    """Group the words into subtitles of at most two lines of `max_chars` / 2 characters; wide (East Asian) ones are two.
+    """Group the words into subtitles of at most two lines of `max_chars` / 2 characters; East Asian ones count as two.
 
     A cue ends with its segment, before a pause longer than `max_gap_s`, before it would last longer than
     `max_duration_s`, and before it would exceed its lines; a single word may exceed the last two limits, since words

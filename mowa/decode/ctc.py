@@ -22,7 +22,7 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from mowa.decode.word_breaks import starts_word, token_text, writes_spaces
+from mowa.decode.word_breaks import starts_word, writes_spaces
 from mowa.errors import ModelError
 from mowa.types import Character, Segment, Vocabulary, Word
 
@@ -117,7 +117,7 @@ def count_complete_frames(path: TokenPath, vocabulary: Vocabulary) -> int:
     """Return how many frames hold whole words, whatever frames follow: up to the last space or word's start."""
     complete, last, spaced = 0, "", writes_spaces(vocabulary)
     for token, start, end in _runs(path, vocabulary):
-        text = token_text(vocabulary, token)
+        text = vocabulary.text(token)
         if not text.strip():
             complete = end
         elif last and (text[0].isspace() or last.isspace() or starts_word(last, text, spaced=spaced)):
@@ -136,7 +136,7 @@ def find_longest_pause(path: TokenPath, vocabulary: Vocabulary) -> int:
 
 def last_character(path: TokenPath, vocabulary: Vocabulary) -> str:
     """Return the last character of a path's text, which may be a space; "" if it has none."""
-    return "".join(token_text(vocabulary, token)[-1:] for token, _, _ in _runs(path, vocabulary)[-1:])
+    return "".join(vocabulary.text(token)[-1:] for token, _, _ in _runs(path, vocabulary)[-1:])
 
 
 def group_segments(words: Sequence[Word], boundaries_s: Sequence[float] = ()) -> tuple[Segment, ...]:
@@ -182,7 +182,7 @@ def _collapse(path: TokenPath, vocabulary: Vocabulary, frame_s: float, end_s: fl
     confidences = dict(zip(starts.tolist(), means.tolist(), strict=True))
     for token, start, end in _runs(path, vocabulary):
         yield Character(
-            text=token_text(vocabulary, token),
+            text=vocabulary.text(token),
             start_s=min(start * frame_s, end_s),
             end_s=min(end * frame_s, end_s),
             confidence=confidences[start],

@@ -13,9 +13,6 @@ from functools import lru_cache
 
 from mowa.types import Vocabulary
 
-WORD_BOUNDARY = "\N{LOWER ONE EIGHTH BLOCK}"
-"""▁, the space of SentencePiece tokens."""
-
 _UNSPACED = re.compile(
     "["
     "\u0e00-\u0eff"  # Thai, Lao
@@ -38,18 +35,11 @@ _OPENING = {"Ps", "Pi"}
 _CLOSING = {"Mn", "Mc", "Me", "Pc", "Pd", "Pe", "Pf", "Po", "Lm", "Sk"}
 
 
-def token_text(vocabulary: Vocabulary, token: int) -> str:
-    """Return what a token writes: a space for the delimiter, and with the separator in front."""
-    if token == vocabulary.delimiter:
-        return " "
-    return vocabulary.separator + vocabulary.tokens[token].replace(WORD_BOUNDARY, " ")
-
-
 @lru_cache(maxsize=64)
 def writes_spaces(vocabulary: Vocabulary) -> bool:
     """Return whether any token writes a space."""
     textual = (i for i in range(len(vocabulary)) if i != vocabulary.blank and i not in vocabulary.specials)
-    return any(re.search(r"\s", token_text(vocabulary, token)) for token in textual)
+    return any(re.search(r"\s", vocabulary.text(token)) for token in textual)
 
 
 def starts_word(before: str, after: str, *, spaced: bool) -> bool:

@@ -86,7 +86,11 @@ def _write_speech_processor(model: AnyModel, folder: Path) -> dict[str, Any]:
     vocabulary = model.vocabulary
     write_processor(vocabulary, model.preprocessing, folder)
     return {
-        "vocabulary": {"tokens": vocabulary.tokens, **vocabulary_to_dict(vocabulary)},
+        "vocabulary": {
+            "tokens": vocabulary.tokens,
+            "texts": vocabulary.texts,
+            **vocabulary_to_dict(vocabulary),
+        },
         "preprocessing": asdict(model.preprocessing),
     }
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mowa.data.text.spelling import vocabulary_speller
 from mowa.errors import DataError
 from mowa.types import IGNORE_INDEX, Preprocessing, Vocabulary
 
@@ -23,20 +24,18 @@ def build_vocabulary(alphabet: str) -> Vocabulary:
 
 
 def encode_labels(text: str, vocabulary: Vocabulary) -> list[int]:
-    """Return the token ids of a transcript, one per character; spaces become the word delimiter.
+    """Return the token ids of a transcript: the longest tokens that match, or phonemes; spaces become the delimiter.
 
     Raises:
-        DataError: the text has a character outside the vocabulary.
+        DataError: the text has a character, or a phoneme, outside the vocabulary.
     """
-    delimiter = vocabulary.tokens[vocabulary.delimiter] if vocabulary.delimiter is not None else " "
-    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
-    characters = text.replace(" ", delimiter)
-    unknown = sorted(set(characters) - ids.keys())
+    ids, unknown = vocabulary_speller(vocabulary).spell(text)
     if unknown:
         raise DataError(
-            f"{text[:40]!r}: {' '.join(unknown)} not in the model's vocabulary; map or drop such characters first"
+            f"{text[:40]!r}: {' '.join(sorted(set(unknown)))} not in the model's vocabulary; map or drop such"
+            " characters first"
         )
-    return [ids[character] for character in characters]
+    return ids
 
 
 def collate(

@@ -75,7 +75,9 @@ def test_words_characters_and_times_equal_the_transformers_tokenizer(tokenizer, 
 
 
 @pytest.mark.parametrize(
-    "vocabulary", [CHINESE, THAI, PIECES, PHONEMES, GREEK, POLISH], ids=["zh", "th", "pieces", "phonemes", "greek", "pl"]
+    "vocabulary",
+    [CHINESE, THAI, PIECES, PHONEMES, GREEK, POLISH],
+    ids=["zh", "th", "▁", "phonemes", "greek", "pl"],
 )
 def test_the_text_of_every_kind_of_vocabulary_equals_the_transformers_tokenizer(tmp_path, vocabulary):
     theirs, rng = build_tokenizer(tmp_path, vocabulary), np.random.default_rng(7)

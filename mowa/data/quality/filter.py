@@ -14,8 +14,9 @@ from pathlib import Path
 
 from mowa.data.text.alphabet import OOV_POLICIES, VocabularyMapper, is_word_char
 from mowa.data.text.normalize import normalize_text
+from mowa.data.text.spelling import vocabulary_speller
 from mowa.errors import DataError
-from mowa.types import Example
+from mowa.types import Example, Vocabulary
 
 _OUT_OF_VOCABULARY = "characters outside the vocabulary"
 
@@ -93,18 +94,18 @@ def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def filter_examples(
-    examples: Iterable[Example], config: FilterConfig, *, characters: Sequence[str], num_frames: Callable[[float], int]
+    examples: Iterable[Example], config: FilterConfig, *, vocabulary: Vocabulary, num_frames: Callable[[float], int]
 ) -> FilterResult:
-    """Keep the recordings that CTC can be trained on, with texts in the characters of the vocabulary and single spaces.
+    """Keep the recordings that CTC can be trained on, with texts that the vocabulary can spell and single spaces.
 
-    characters  tokens of one character; a space or | among them is the word delimiter
+    vocabulary  of the head to train
     num_frames  function from duration in seconds to frames of the model's output
 
     Characters take the case that the vocabulary has. Punctuation outside the vocabulary becomes a space, an apostrophe
     nothing. CTC needs a frame per token (a space is one) and one more between two equal ones (Graves et al. 2006,
     §3.1). A recording with several reasons to drop it has the first of `DROP_REASONS`.
     """
-    mapper = VocabularyMapper(frozenset(characters) - {" ", "|"}, config.oov, config.char_map)
+    mapper, speller = VocabularyMapper(vocabulary, config.oov, config.char_map), vocabulary_speller(vocabulary)
     kept: list[Example] = []
     dropped: dict[str, list[str]] = {reason: [] for reason in DROP_REASONS}
     mapped_counts: Counter[str] = Counter()
@@ -114,7 +115,9 @@ def filter_examples(
     for example in examples:
         total_s += max(0.0, example.duration_s)
         text, mapped, rejected = mapper.map_text(example.text)
-        if reason := _drop_reason(example, config, text, rejected, num_frames):
+        ids, unknown = speller.spell(text)
+        rejected |= frozenset(unknown)
+        if reason := _drop_reason(example, config, text, ids, rejected, num_frames):
             dropped[reason].append(example.id)
             oov_counts.update(rejected if reason == _OUT_OF_VOCABULARY else ())
             continue
@@ -134,7 +137,12 @@ def filter_examples(
 
 
 def _drop_reason(
-    example: Example, config: FilterConfig, text: str, rejected: frozenset[str], num_frames: Callable[[float], int]
+    example: Example,
+    config: FilterConfig,
+    text: str,
+    ids: Sequence[int],
+    rejected: frozenset[str],
+    num_frames: Callable[[float], int],
 ) -> str | None:
     if not Path(example.audio).is_file():
         return "audio missing"
@@ -146,7 +154,7 @@ def _drop_reason(
         return _OUT_OF_VOCABULARY
     if not any(map(is_word_char, text)):
         return "empty after normalization"
-    needed = len(text) + sum(a == b for a, b in pairwise(text))
+    needed = len(ids) + sum(a == b for a, b in pairwise(ids))
     return "more tokens than frames" if num_frames(example.duration_s) < needed else None
 
 

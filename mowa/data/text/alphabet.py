@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 
 from mowa.data.text.normalize import lower_dotted_i, remove_stress
+from mowa.data.text.spelling import TokensOfSeveralCharacters, textual_tokens
+from mowa.types import Vocabulary
 
 OOV_POLICIES = ("map", "drop", "reject")
 
@@ -64,6 +66,19 @@ def build_alphabet(texts: Iterable[str], *, min_count: int = 1, char_map: Mappin
     return "".join(sorted(c for c in kept if counted[c] >= max(1, min_count)))
 
 
+def find_missing_tokens(texts: Sequence[str], vocabulary: Vocabulary, char_map: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what a vocabulary lacks to spell `texts`, sorted: phonemes, or the characters that `build_alphabet` finds.
+
+    Characters are upper case where the vocabulary is, although it writes lower case.
+    """
+    mapper = VocabularyMapper(vocabulary, "reject", char_map)
+    if vocabulary.separator:
+        return tuple(sorted({phoneme for text in texts for phoneme in mapper.map_text(text)[2]}))
+    missing = frozenset[str]().union(*(mapper.missing_characters(text) for text in texts))
+    found = (c for c in build_alphabet(texts, char_map=char_map) if c in missing)
+    return tuple(c.upper() if vocabulary.lower_case and len(c.upper()) == 1 else c for c in found)
+
+
 def normalize_characters(text: str) -> str:
     """Normalize to NFC, unify apostrophes and hyphens, and keep these only where they touch a letter."""
     text = remove_stress(unicodedata.normalize("NFC", text.translate(_UNIFY)))
@@ -101,24 +116,43 @@ def _is_number(c: str) -> bool:
 
 
 class VocabularyMapper:
-    """Map texts to the characters of a vocabulary. What each character becomes is decided once and cached.
+    """Map texts to what a vocabulary can spell. What each character becomes is decided once and cached.
 
-    `oov` (one of `OOV_POLICIES`) and `char_map` are those of `quality.filter.FilterConfig`.
+    Tokens of several characters are kept as they are, and phonemes, which spaces separate, are not taken apart. `oov`
+    (one of `OOV_POLICIES`) and `char_map` are those of `quality.filter.FilterConfig`; with `map`, a text with an
+    unknown phoneme is rejected.
     """
 
-    def __init__(self, vocabulary: frozenset[str], oov: str, char_map: Mapping[str, str]) -> None:
-        self._vocabulary, self._oov = vocabulary, oov
+    def __init__(self, vocabulary: Vocabulary, oov: str, char_map: Mapping[str, str]) -> None:
+        tokens = textual_tokens(vocabulary)
+        self._vocabulary = frozenset(text for text in tokens if len(text) == 1) - {" ", "|"}
+        self._oov = oov
         self._decisions: dict[str, tuple[str, str]] = {}
         self._map_characters = compile_char_map(char_map)
-        variants = ((one, variant) for one, many in _VARIANTS.items() if one not in vocabulary for variant in many)
-        self._variants = {ord(one): variant for one, variant in variants if variant in vocabulary}
+        variants = (
+            (one, variant) for one, many in _VARIANTS.items() if one not in self._vocabulary for variant in many
+        )
+        self._variants = {ord(one): variant for one, variant in variants if variant in self._vocabulary}
+        normalized = {text: unicodedata.normalize("NFC", text.translate(_UNIFY)) for text in tokens}
+        self._several = TokensOfSeveralCharacters({key: text for text, key in normalized.items() if len(text) > 1})
+        self._phonemes: dict[str, str] = {}
+        if vocabulary.separator:
+            self._phonemes = {unicodedata.normalize("NFC", text): text for text in tokens if text != " "}
+        if vocabulary.separator and vocabulary.delimiter is not None:
+            delimiter = vocabulary.tokens[vocabulary.delimiter]
+            self._phonemes[delimiter] = delimiter
 
     def map_text(self, text: str) -> tuple[str, list[tuple[str, str, int]], frozenset[str]]:
         """Return the mapped text, (character, replacement, count) of mapped characters, and the rejected characters."""
+        if self._phonemes:
+            return self._map_phonemes(self._map_characters(text))
         text = normalize_characters(self._map_characters(text))
         characters: dict[str, set[str]] = {"mapped": set(), "rejected": set()}
         out = []
-        for c in text:
+        for c in self._units(text):
+            if len(c) > 1:
+                out.append(c)
+                continue
             replacement, verdict = self._decisions.get(c) or self._decisions.setdefault(c, self._decide(c))
             out.append(replacement)
             if verdict:
@@ -127,6 +161,34 @@ class VocabularyMapper:
         joined = _LOOSE.sub(" ", remove_stress("".join(out)))  # a hyphen may have lost its letter
         rejected = frozenset(c.lower() for c in characters["rejected"])
         return " ".join(joined.translate(self._variants).split()), mapped, rejected
+
+    def missing_characters(self, text: str) -> frozenset[str]:
+        """Return the characters, in lower case, that no token has: not the vocabulary's, and in none of several."""
+        text = normalize_characters(self._map_characters(text))
+        single = {c for c in self._units(text) if len(c) == 1}
+        return frozenset(_lower(c) for c in single if self._match_case(c) is None)
+
+    def _units(self, text: str) -> Iterator[str]:
+        """Yield the tokens of several characters in a text, as the vocabulary has them, and the other characters."""
+        if not self._several:
+            yield from text
+            return
+        if self._several.with_space:
+            text = f" {' '.join(text.split())}"
+        lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+        at = 0
+        while at < len(text):
+            length, token = self._several.find(text, lower, at)
+            yield token or text[at]
+            at += length or 1
+
+    def _map_phonemes(self, text: str) -> tuple[str, list[tuple[str, str, int]], frozenset[str]]:
+        phonemes = text.split()
+        unknown = Counter(phoneme for phoneme in phonemes if phoneme not in self._phonemes)
+        kept = " ".join(self._phonemes[phoneme] for phoneme in phonemes if phoneme in self._phonemes)
+        if self._oov == "drop":
+            return kept, [(phoneme, "", count) for phoneme, count in sorted(unknown.items())], frozenset()
+        return kept, [], frozenset(unknown)
 
     def _decide(self, c: str) -> tuple[str, str]:
         """Return the replacement of a character, and "mapped" or "rejected" if it is not the same character."""

@@ -93,6 +93,7 @@ def collect_metadata(model: CTCModel, takes_mask: bool) -> dict[str, str]:
     vocabulary, preprocessing = model.vocabulary, model.preprocessing
     return {
         "vocabulary": json.dumps(vocabulary.tokens, ensure_ascii=False),
+        "texts": json.dumps(vocabulary.texts, ensure_ascii=False),
         "blank": str(vocabulary.blank),
         "delimiter": "" if vocabulary.delimiter is None else str(vocabulary.delimiter),
         "specials": json.dumps(sorted(vocabulary.specials)),
@@ -109,9 +110,9 @@ def collect_metadata(model: CTCModel, takes_mask: bool) -> dict[str, str]:
 def format_tokens(model: CTCModel) -> str:
     """Format the vocabulary for sherpa-onnx: a symbol and its id per line, `<blk>` for the blank, `▁` for a space."""
     vocabulary = model.vocabulary
-    symbols = [token.replace(" ", "▁") for token in vocabulary.tokens]
-    if vocabulary.delimiter is not None:
-        symbols[vocabulary.delimiter] = "▁"
+    symbols = [text.replace(" ", "▁") for text in vocabulary.texts]
+    for special in vocabulary.specials:
+        symbols[special] = vocabulary.tokens[special]
     symbols[vocabulary.blank] = "<blk>"
     return "".join(f"{symbol} {index}\n" for index, symbol in enumerate(symbols))
 

@@ -14,7 +14,8 @@ from mowa.data.quality.filter import (
     measure_overlap,
     split_held_out,
 )
-from mowa.data.text.alphabet import build_alphabet
+from mowa.data.text.alphabet import build_alphabet, find_missing_tokens
+from mowa.decode.word_breaks import writes_spaces
 from mowa.errors import DataError, RecipeError
 from mowa.tasks.ctc import build_vocabulary
 from mowa.training.config.ctc import CTCData, CTCRecipe
@@ -66,6 +67,7 @@ def load_splits(
         raise RecipeError("data: replay: a head with vocabulary: new cannot be evaluated on old data; leave it out")
     rules = FilterConfig(data.min_duration_s, data.max_duration_s, data.oov, data.char_map)
     notes: list[str] = []
+    phonemes = bool(target_vocabulary.separator)
 
     def keep_usable(name: str, examples: Sequence[Example]) -> list[Example]:
         untranscribed = [
@@ -74,11 +76,14 @@ def load_splits(
             if not (need_texts or example.text) and data.min_duration_s <= example.duration_s <= data.max_duration_s
         ]
         transcribed = [example for example in examples if need_texts or example.text]
-        result = filter_examples(transcribed, rules, characters=target_vocabulary.tokens, num_frames=num_frames)
+        result = filter_examples(transcribed, rules, vocabulary=target_vocabulary, num_frames=num_frames)
         without = f"\nwithout a text {len(untranscribed)}" if untranscribed else ""
         notes.append(f"{name}\n{result.summary()}{without}")
         if not (result.kept or untranscribed):
-            raise DataError(f"{name}: none of the {len(examples)} recordings is usable\n{result.summary()}")
+            hint = "\nthe model outputs phonemes: separate those of the texts by spaces" if phonemes else ""
+            raise DataError(f"{name}: none of the {len(examples)} recordings is usable\n{result.summary()}{hint}")
+        if not phonemes and not writes_spaces(target_vocabulary) and any(" " in one.text for one in result.kept):
+            notes.append(f"{name}\nthe vocabulary has no word delimiter: texts are trained without their spaces")
         return [*result.kept, *untranscribed]
 
     kept = [
@@ -118,11 +123,10 @@ def _resolve_vocabulary(recipe: CTCRecipe, vocabulary: Vocabulary | None, texts:
         if vocabulary is None:
             raise RecipeError(f"{recipe.model} has no CTC head, so vocabulary: keep is impossible; use vocabulary: new")
         return vocabulary
-    characters = build_alphabet(texts, char_map=recipe.data.char_map)
-    if not characters:
-        raise DataError("the training texts contain no characters to build a vocabulary from")
     if recipe.vocabulary == "new" or vocabulary is None:
+        characters = build_alphabet(texts, char_map=recipe.data.char_map)
+        if not characters:
+            raise DataError("the training texts contain no characters to build a vocabulary from")
         return build_vocabulary(characters)
-    known = {token.casefold() for token in vocabulary.tokens}
-    added = (character for character in characters if character.casefold() not in known)
+    added = find_missing_tokens(texts, vocabulary, recipe.data.char_map)
     return replace(vocabulary, tokens=(*vocabulary.tokens, *added))

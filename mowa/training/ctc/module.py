@@ -166,8 +166,8 @@ def decode_frames(frame_ids: np.ndarray, vocabulary: Vocabulary) -> list[str]:
 
 def decode_labels(labels: Sequence[Sequence[int]] | np.ndarray, vocabulary: Vocabulary) -> list[str]:
     """Decode label ids (negative: padding) to texts."""
-    delimiter = vocabulary.delimiter
-    return ["".join(" " if i == delimiter else vocabulary.tokens[i] for i in row if i >= 0) for row in labels]
+    texts = (" ".join("".join(vocabulary.text(i) for i in row if i >= 0).split()) for row in labels)
+    return [text.lower() if vocabulary.lower_case else text for text in texts]
 
 
 def compute_metrics(

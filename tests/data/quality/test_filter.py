@@ -9,7 +9,7 @@ from mowa.data.quality.filter import FilterConfig, OverlapCount, filter_examples
 from mowa.data.text.alphabet import SUBSTITUTES, build_alphabet
 from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError
-from mowa.types import Example
+from mowa.types import Example, Vocabulary
 
 POLISH = tuple("aąbcćdeęfghijklłmnńoóprsśtuwyzźż")
 THERE = __file__  # any existing file: its contents are not read
@@ -22,9 +22,13 @@ def example(text, duration_s=5.0, id="a", audio=THERE, **tags):
     return Example(id, audio, text, duration_s, tags)
 
 
+def vocabulary_of(tokens):
+    return Vocabulary(("<pad>", "|", *(token for token in tokens if token not in " |")), blank=0, delimiter=1)
+
+
 def filter_texts(*texts, tokens=POLISH, frames=lambda s: 1000, **rules):
     examples = [example(text, id=str(at)) for at, text in enumerate(texts)]
-    return filter_examples(examples, FilterConfig(**rules), characters=tokens, num_frames=frames)
+    return filter_examples(examples, FilterConfig(**rules), vocabulary=vocabulary_of(tokens), num_frames=frames)
 
 
 def map_texts(text, tokens=POLISH, **rules):
@@ -191,7 +195,9 @@ def test_durations_and_missing_files(tmp_path):
         example("tak", float("nan"), "nan"),
         example("tak", 1.0, "gone", audio=str(tmp_path / "gone.wav")),
     ]
-    result = filter_examples(examples, FilterConfig(0.2, 20.0), characters=POLISH, num_frames=lambda s: 50)
+    result = filter_examples(
+        examples, FilterConfig(0.2, 20.0), vocabulary=vocabulary_of(POLISH), num_frames=lambda s: 50
+    )
     assert [kept.id for kept in result.kept] == ["just", "still"]
     assert result.dropped == {"audio missing": ("gone",), "too short": ("short", "nan"), "too long": ("long",)}
     assert result.kept_hours == pytest.approx(20.2 / 3600)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,15 +13,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCTC, pipeline
+from transformers import (
+    AutoModelForCTC,
+    AutoTokenizer,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2PhonemeCTCTokenizer,
+    pipeline,
+)
 
 from mowa import loading
 from mowa.adapters import checkpoint
 from mowa.data.manifests import examples as sources
-from mowa.errors import RecipeError
+from mowa.errors import DataError, RecipeError
 from mowa.models.ctc_encoder import packing
 from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.quantization import quantize
+from mowa.tasks import ctc as tasks
 from mowa.training import loop
 from mowa.training.config import ctc, dispatch, schema
 from mowa.training.ctc import batches, module, setup, trainer
@@ -92,6 +100,61 @@ def test_a_new_vocabulary_is_built_from_the_texts(base, manifest, tmp_path):
     }
     assert set(vocabulary) - {"<pad>", "<s>", "</s>", "<unk>", "|"} == characters - {" "}
     assert len(loading.load(str(out)).vocabulary) == len(vocabulary)
+
+
+def vocabulary_base(base, folder, tokens, tokenizer_class=Wav2Vec2CTCTokenizer, **options):
+    """Copy `base` with a head for other tokens."""
+    shutil.copytree(base, folder)
+    (folder / "vocab.json").write_text(json.dumps({token: id for id, token in enumerate(tokens)}))
+    tokenizer_class(str(folder / "vocab.json"), **options).save_pretrained(folder)
+    net = AutoModelForCTC.from_pretrained(folder, vocab_size=len(tokens), ignore_mismatched_sizes=True)
+    net.save_pretrained(folder)
+    return folder
+
+
+PHONEME_OPTIONS = {"tokenizer_class": Wav2Vec2PhonemeCTCTokenizer, "do_phonemize": False, "word_delimiter_token": "|"}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "text", "expected", "note"),
+    [
+        (["<space>", *"almakot"], {"word_delimiter_token": "<space>"}, "ala kot", "ala kot", ""),
+        ([*"almakot"[:3], "ko", "t"], {"word_delimiter_token": None}, "ala kot", "alakot", "without their spaces"),
+        (["|", *"lmt", "a", "ko"], {}, "ala kot", "ala kot", ""),
+        (["|", "ʔ", "aː", "l"], PHONEME_OPTIONS, "aː l | ʔ aː", "aː l ʔ aː", ""),
+        (["|", *"ALMKOT"], {"do_lower_case": True}, "ala kot", "ala kot", ""),
+    ],
+    ids=["<space>", "no delimiter", "digraphs", "phonemes", "lower case"],
+)
+def test_every_kind_of_vocabulary_is_trained_on_whole_texts(
+    base, manifest, tmp_path, tokens, options, text, expected, note
+):
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(tokens)]
+    folder = vocabulary_base(base, tmp_path / "base", tokens, **options)
+    rows = [json.loads(line) | {"text": text} for line in Path(manifest).read_text().splitlines()]
+    for row in rows:
+        row["audio"] = str(Path(manifest).with_name(row["audio"]))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = loading.load(str(folder))
+    data = setup.read_data(recipe(folder, str(tmp_path / "train.jsonl")), model, tmp_path / "out")
+    assert note in "\n".join(data.notes)
+    example = data.train[0][0][0]
+    ids = tasks.encode_labels(example.text, model.vocabulary)
+    assert module.decode_labels([ids], data.vocabulary) == [expected]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(ids, group_tokens=False) == expected
+    out = run(recipe(folder, str(tmp_path / "train.jsonl"), **{"optimizer.max_steps": 2}), tmp_path / "out")
+    assert loading.load(str(out)).vocabulary == model.vocabulary
+    written = AutoTokenizer.from_pretrained(out)
+    assert type(written) is type(tokenizer)
+    assert written.decode(ids, group_tokens=False) == expected
+
+
+def test_words_where_phonemes_are_expected_end_the_run_before_it_starts(base, manifest, tmp_path):
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "a", "l"]
+    folder = vocabulary_base(base, tmp_path / "base", tokens, Wav2Vec2PhonemeCTCTokenizer, do_phonemize=False)
+    with pytest.raises(DataError, match="the model outputs phonemes: separate those of the texts by spaces"):
+        setup.read_data(recipe(folder, manifest), loading.load(str(folder)), tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["lora", "bottleneck"])
