@@ -39,20 +39,24 @@ def split(
 
     SOURCE is a manifest or corpus with texts. Sentences are compared without case and punctuation. Whole groups of
     recordings are taken by a hash of their names, so that the result is reproducible and changes little when data is
-    added.
+    added. Recordings that are missing, or whose header cannot be read where a duration is needed, are left out.
     """
-    from mowa.data.manifests.examples import read_examples
     from mowa.data.quality.split import SPLITS, split_corpus, write_split
+    from mowa.data.quality.unreadable import read_available
 
     columns = {"speaker": speaker_by} if speaker_by else None
-    options = {"columns": columns, "cache_dir": out / "audio", "cut_excerpts": False}
-    examples = list(read_examples(source, source_split, **options))
+    examples, unreadable = read_available(
+        source, source_split, columns=columns, cache_dir=out / "audio", cut_excerpts=False
+    )
+    unreadable.require_few(1.0, len(examples))
     result = split_corpus(examples, dev=dev, test=test, disjoint=disjoint, seed=seed)
     write_split(result, out)
     _print_sizes({name: result[name] for name in SPLITS}, len(examples))
     click.echo(f"no two splits share {' or '.join(result.disjoint) or 'recordings'}")
     if result.dropped:
         click.echo(f"dropped to keep them disjoint: {len(result.dropped)} of {len(examples)} recordings")
+    if unreadable.errors:
+        click.echo(unreadable.summary())
     for note in result.notes:
         click.echo(f"note: {note}")
 

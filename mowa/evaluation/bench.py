@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mowa import __version__, hardware
-from mowa.data.manifests.examples import read_examples
+from mowa.data.quality.unreadable import drop_unreadable, read_measurable
 from mowa.errors import DataError, ModelError
 from mowa.evaluation.text_bench import TextBenchResult, weights_size
 from mowa.evaluation.worker import Measurement, MeasurementRequest, Throughput, measure
@@ -83,13 +83,13 @@ def run_bench(
     `throughput` holds (threads, batch size) pairs to time; `on_progress` is called with a stage and a fraction. Return
     one result per case, in order. Raises DataError if `data` has no recordings.
     """
-    examples = (
-        list(read_examples(data, split, require_text=False)) if data else [Example("sample", str(SAMPLE_CLIP), "", 0.0)]
-    )
+    examples = read_measurable(data, split) if data else [Example("sample", str(SAMPLE_CLIP), "", 0.0)]
     if not examples:
         raise DataError(f"{data} has no recordings")
     order = np.random.default_rng(1).permutation(len(examples))[: max_samples or None]
-    chosen = [examples[index] for index in order]
+    chosen = drop_unreadable([examples[index] for index in order])
+    if not chosen:
+        raise DataError(f"{data}: none of {len(order)} recordings can be read")
     files = tuple(example.audio for example in chosen)
     results: list[BenchResult] = []
     first: Measurement | None = None

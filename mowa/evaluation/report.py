@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from mowa import hardware
-from mowa.data.manifests.examples import read_examples
+from mowa.data.quality.unreadable import drop_unreadable, read_measurable
 from mowa.engines.registry import find_engine_of_format
 from mowa.errors import DataError, ModelError
 from mowa.evaluation import quant_report
@@ -136,12 +136,13 @@ def build_report(
 
 def _recordings(model: CTCModel, config: ReportConfig) -> tuple[list[Example], list[np.ndarray] | None]:
     """Return the examples to measure, and calibration clips if a scheme needs them."""
-    examples = list(read_examples(config.data, config.split, require_text=False))
+    examples = read_measurable(config.data, config.split)
     calibrated = [scheme for scheme in config.schemes if schemes.calibration_reason(scheme)]
     if config.max_samples:
         order = np.random.default_rng(1).permutation(len(examples))
         spare = len(examples) if calibrated and not config.calibration else 0
         examples = [examples[i] for i in order[: config.max_samples + spare]]
+    examples = drop_unreadable(examples, model.preprocessing.rate_hz)
     clips = None
     if calibrated and config.calibration:
         clips = calibration.load_clips(config.calibration, model)

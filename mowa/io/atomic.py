@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,6 +58,21 @@ def update_json_cache(file: Path, entries: Mapping[str, Any], *, max_entries: in
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, json.dumps(dict(list(known.items())[-max_entries:]), indent=1, default=float))
+
+
+@contextmanager
+def exclusive_lock(file: Path) -> Iterator[None]:
+    """Hold a lock on `file`, which is created, inside the context; wait for other processes that hold it.
+
+    Where files cannot be locked or written, nothing is locked: use it to save work, not to protect data.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError, ImportError):
+            import fcntl
+
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(file.open("w")), fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mowa.data import audio
-from mowa.data.manifests import examples as manifest_examples
-from mowa.errors import DataError
+from mowa.data.quality.unreadable import read_measurable
+from mowa.errors import AudioError, DataError
 from mowa.types import CTCModel, Example
 
 log = logging.getLogger("mowa")
@@ -46,21 +46,27 @@ def load_clips(source: str, model: CTCModel, *, split: str = "", seconds: float 
         Randomly chosen recordings (fixed seed), float32 [n] each.
 
     Raises:
-        DataError: no recording is long enough and not silent.
+        DataError: no recording can be read, is long enough and not silent.
     """
-    examples = list(manifest_examples.read_examples(source, split, require_text=False))
-    return sample_clips(examples, model, seconds=seconds)
+    return sample_clips(read_measurable(source, split), model, seconds=seconds)
 
 
 def sample_clips(examples: Sequence[Example], model: CTCModel, *, seconds: float = CALIBRATION_S) -> list[np.ndarray]:
-    """Do what `load_clips` does, from examples. Recordings at a lower rate than the model's cause a warning."""
+    """Do what `load_clips` does, from examples.
+
+    Recordings at a lower rate than the model's cause a warning, and so does one that cannot be read, which is left out.
+    """
     rate_hz, clips, total = model.preprocessing.rate_hz, [], 0
     lower_rates = []
     for index in np.random.default_rng(0).permutation(len(examples)):
         example = examples[index]
         if (source_rate_hz := _source_rate_hz(example)) and source_rate_hz < rate_hz:
             lower_rates.append(source_rate_hz)
-        samples = audio.load_audio(example.audio, rate_hz)[: int(MAX_CLIP_S * rate_hz)]
+        try:
+            samples = audio.load_audio(example.audio, rate_hz)[: int(MAX_CLIP_S * rate_hz)]
+        except AudioError as error:
+            log.warning("not used for calibration: %s", error)
+            continue
         if len(samples) < int(MIN_CLIP_S * rate_hz) or not samples.any():
             continue
         clips.append(audio.preprocess(samples, model.preprocessing))
@@ -68,7 +74,9 @@ def sample_clips(examples: Sequence[Example], model: CTCModel, *, seconds: float
         if total >= seconds * rate_hz:
             break
     if not clips:
-        raise DataError(f"no calibration data: no recording is at least {MIN_CLIP_S} s long and not silent")
+        raise DataError(
+            f"no calibration data: no recording can be read, is at least {MIN_CLIP_S} s long and not silent"
+        )
     if lower_rates:
         log.warning(
             "%d of %d calibration recordings have a sampling rate of %d Hz, below the %d Hz of %s: without their high"

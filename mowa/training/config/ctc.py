@@ -50,6 +50,12 @@ class CTCData:
     )
     min_duration_s: float = option(0.2, "leave out shorter recordings", minimum=0.0)
     max_duration_s: float = option(20.0, "leave out longer recordings", minimum=0.0)
+    max_unreadable: float = option(
+        0.1,
+        "recordings that are missing, cut off, empty or otherwise unreadable are left out, up to this fraction of a "
+        "data set, or three; more end the run before it starts; 0: any does",
+        **FRACTION,
+    )
     oov: str = option(
         "map",
         "characters outside the head's vocabulary: map to similar ones, drop, or reject the recording",

@@ -146,7 +146,8 @@ class BatchDataset(Dataset[dict[str, Any]]):
 
     def _load(self, example: Example, min_frames: int, rng: np.random.Generator, *, live: bool) -> np.ndarray:
         options = self.options
-        samples = audio.load_audio(example.audio, options.preprocessing.rate_hz)
+        part: Any = {"offset_s": example.offset_s, "duration_s": example.duration_s} if example.is_excerpt else {}
+        samples = audio.load_audio(example.audio, options.preprocessing.rate_hz, **part)
         if options.augment is not None:
             augmented = augment.augment_audio(samples, rng, options.augment)
             if options.frames.num_frames(len(augmented)) >= min_frames:  # sped up, it may be too short for its text

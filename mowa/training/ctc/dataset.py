@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mowa.data.manifests.examples import read_examples
 from mowa.data.quality.filter import (
     FilterConfig,
     Overlap,
@@ -14,6 +13,7 @@ from mowa.data.quality.filter import (
     measure_overlap,
     split_held_out,
 )
+from mowa.data.quality.unreadable import UnreadableRecordings, read_available
 from mowa.data.text.alphabet import build_alphabet, find_missing_tokens
 from mowa.decode.word_breaks import writes_spaces
 from mowa.errors import DataError, RecipeError
@@ -28,7 +28,8 @@ from mowa.types import Example, Vocabulary
 class CTCSplits:
     """Filtered recordings; `dev` and `test` by name. Dev sets whose names begin with replay are for forgetting.
 
-    `notes` say what was left out and why; `overlap` is what train shares with dev and test.
+    `notes` say what was left out and why; `overlap` is what train shares with dev and test. `unreadable` has the
+    recordings of each source of train, and of the dev and test sets by name, that are missing or have no valid header.
     """
 
     train: list[tuple[list[Example], float]]
@@ -37,6 +38,7 @@ class CTCSplits:
     vocabulary: Vocabulary
     notes: tuple[str, ...]
     overlap: Overlap
+    unreadable: Mapping[int | str, UnreadableRecordings] = field(default_factory=dict)
 
 
 def load_splits(
@@ -51,18 +53,28 @@ def load_splits(
         cache_dir: folder for audio extracted from archives.
 
     Raises:
-        DataError: no recording is left to train or evaluate on.
+        DataError: no recording is left to train or evaluate on, or too many are unreadable (`data.max_unreadable`).
         RecipeError: the recipe asks for a vocabulary or replay set that the checkpoint cannot have.
     """
     data, need_texts = recipe.data, not recipe.uses_teacher
-    train = [(_read(source, cache_dir, need_texts), source.share) for source in data.train]
-    dev = {name: _read(source, cache_dir) for name, source in name_sources(data.dev, "dev").items()}
-    test = {name: _read(source, cache_dir) for name, source in name_sources(data.test, "test").items()}
+    unreadable: dict[int | str, UnreadableRecordings] = {}
+
+    def read(key: int | str, source: DataSource, require_text: bool = True) -> list[Example]:
+        name = source.path if isinstance(key, int) else key
+        examples, unreadable[key] = read_available(
+            source.path, source.split, name=name, cache_dir=cache_dir, require_text=require_text
+        )
+        unreadable[key].require_few(data.max_unreadable, len(examples))
+        return examples
+
+    train = [(read(number, source, need_texts), source.share) for number, source in enumerate(data.train)]
+    dev = {name: read(name, source) for name, source in name_sources(data.dev, "dev").items()}
+    test = {name: read(name, source) for name, source in name_sources(data.test, "test").items()}
     if not dev:
         train, dev = _hold_out(train, data, recipe.optimizer.seed)
     texts = [example.text for examples, _ in train for example in examples]
     target_vocabulary = _resolve_vocabulary(recipe, vocabulary, texts)
-    replay = {name: _read(source, cache_dir) for name, source in name_sources(data.replay, "replay").items()}
+    replay = {name: read(name, source) for name, source in name_sources(data.replay, "replay").items()}
     if replay and recipe.vocabulary == "new":
         raise RecipeError("data: replay: a head with vocabulary: new cannot be evaluated on old data; leave it out")
     rules = FilterConfig(data.min_duration_s, data.max_duration_s, data.oov, data.char_map)
@@ -96,11 +108,7 @@ def load_splits(
     trained = [example for examples, _ in kept for example in examples]
     evaluated = [example for examples in (dev_sets | test_sets).values() for example in examples]
     overlap = measure_overlap(trained, evaluated)
-    return CTCSplits(kept, dev_sets, test_sets, target_vocabulary, tuple(notes), overlap)
-
-
-def _read(source: DataSource, cache_dir: Path, need_texts: bool = True) -> list[Example]:
-    return list(read_examples(source.path, source.split, cache_dir=cache_dir, require_text=need_texts))
+    return CTCSplits(kept, dev_sets, test_sets, target_vocabulary, tuple(notes), overlap, unreadable)
 
 
 def _hold_out(

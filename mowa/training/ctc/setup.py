@@ -12,9 +12,10 @@ from mowa.models.ctc_encoder import chunk_mask, packing
 from mowa.models.ctc_encoder.geometry import frame_geometry
 from mowa.quantization import qat
 from mowa.training.config.ctc import ADAPTER_METHODS, CTCRecipe, validate_streaming
-from mowa.training.ctc.batches import BatchDataset, BatchOptions, plan_batches, plan_eval_batches
+from mowa.training.ctc.batches import BatchDataset, BatchOptions, plan_eval_batches
 from mowa.training.ctc.dataset import CTCSplits, load_splits
 from mowa.training.ctc.distillation import DistillationLoss, init_student
+from mowa.training.ctc.readable import keep_readable, plan
 from mowa.training.ctc.streaming import ChunkSchedule, resolve_schedule
 from mowa.training.gradient_checkpointing import set_gradient_checkpointing
 from mowa.training.trainer_args import resolve_eval_steps
@@ -60,12 +61,16 @@ def validate(recipe: CTCRecipe, model: CTCModel) -> None:
 
 
 def read_data(recipe: CTCRecipe, model: CTCModel, output_dir: Path) -> CTCSplits:
-    """Read the recordings; those in archives are extracted to `output_dir`/audio. Raises as `load_splits`."""
+    """Read the recordings; those in archives are extracted to `output_dir`/audio.
+
+    Raises as `load_splits` and `keep_readable`.
+    """
     frames, rate_hz = frame_geometry(model.net.config), model.preprocessing.rate_hz
     vocabulary = model.vocabulary if len(model.vocabulary) else None
-    return load_splits(
+    splits = load_splits(
         recipe, vocabulary, lambda seconds: frames.num_frames(int(seconds * rate_hz)), output_dir / "audio"
     )
+    return keep_readable(recipe, splits, rate_hz)
 
 
 def prepare(recipe: CTCRecipe, model: CTCModel, data: CTCSplits) -> CTCRun:
@@ -102,15 +107,7 @@ def prepare(recipe: CTCRecipe, model: CTCModel, data: CTCSplits) -> CTCRun:
     freeze.set_trainable(net, family, recipe.method)
     if recipe.optimizer.gradient_checkpointing:
         set_gradient_checkpointing(net)
-    batches = plan_batches(
-        data.train,
-        max_seconds=recipe.batch.seconds,
-        packing=recipe.batch.packing,
-        epochs=recipe.optimizer.epochs,
-        num_batches=recipe.optimizer.max_steps * recipe.batches_per_step,
-        multiple_of=recipe.batches_per_step,
-        seed=recipe.optimizer.seed,
-    )
+    batches = plan(recipe, data.train)
     max_steps = len(batches) // recipe.batches_per_step
     trained = replace(model, net=net, processor=SpeechProcessor(data.vocabulary, model.preprocessing))
     eval_steps = resolve_eval_steps(recipe, max_steps)

@@ -32,6 +32,7 @@ from mowa.training.ctc.module import (
     decode_frames,
     decode_labels,
 )
+from mowa.training.ctc.readable import one_line_errors, write_report
 from mowa.training.ctc.setup import STREAMING_SUFFIX, CTCRun, build_eval_datasets, eval_batch_options
 from mowa.training.distributed.process import is_main_process
 from mowa.training.loop import Session, Task
@@ -59,7 +60,9 @@ def session(run: CTCRun, output_dir: Path, resume_from: Path | None) -> Iterator
     """Set up the net for training; the session measures the error rates of the dev and test sets."""
     hours = sum(example.duration_s for batch in run.batches for example in batch) / 3600
     length = f"{run.max_steps} steps over {hours:.1f} h of audio, evaluated every {run.eval_steps} steps"
-    with training_patches(run.model.net, run):
+    if is_main_process():
+        write_report(run.data, output_dir)
+    with training_patches(run.model.net, run), one_line_errors(output_dir):
         trainer, reporter, ema = build_trainer(run, output_dir, resume_from)
         module: Any = trainer.model
 

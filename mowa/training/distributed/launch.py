@@ -17,7 +17,7 @@ from mowa.training.config import schema
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.config.ctc import CTCRecipe
 from mowa.training.distributed.strategy import validate_hardware
-from mowa.training.run_dir import RUN_FOLDER, is_finished
+from mowa.training.run_dir import RUN_FOLDER, is_finished, resume_hint
 
 NEEDS_LAUNCHER = ("zero2", "zero3", "fsdp")  # strategies that need worker processes even on one device
 SHUTDOWN_TIMEOUT_S = 10  # for a process that is asked to end
@@ -84,12 +84,12 @@ def run_torchrun(command: Sequence[str], recipe: CTCRecipe | CausalRecipe, outpu
         except ChildFailedError as failed:
             _kill_process_groups(failed)
             reason = _describe_failure(failed, config.devices * config.nodes)
-            raise TrainingStopped(f"{reason}; {_resume_hint(output_dir)}") from None
+            raise TrainingStopped(f"{reason}; {resume_hint(output_dir)}") from None
         except SignalException as stopped:
             if stopped.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             name = signal.Signals(stopped.sigval).name
-            raise TrainingStopped(f"stopped by {name}; {_resume_hint(output_dir)}") from None
+            raise TrainingStopped(f"stopped by {name}; {resume_hint(output_dir)}") from None
         except (RendezvousError, DistError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingStopped(f"rendezvous of the processes on {config.nodes} machines failed: {reason}") from None
@@ -161,10 +161,3 @@ def _describe_failure(failed: Any, count: int) -> str:
         return f"process {rank} of {count} was killed by {name}{hint}, so the others were stopped"
     reason = f"failed with exit code {failure.exitcode} (see its output above)"
     return f"process {rank} of {count} {reason}, so the others were stopped"
-
-
-def _resume_hint(output_dir: Path) -> str:
-    steps = [int(path.name.rpartition("-")[2]) for path in output_dir.rglob("checkpoint-*") if path.name[11:].isdigit()]
-    if not steps:
-        return f"{output_dir} has no checkpoint yet, so the same command starts again from step 0"
-    return f"the same command resumes from checkpoint {max(steps)} in {output_dir}"

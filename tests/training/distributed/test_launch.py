@@ -240,6 +240,7 @@ def alive(pid):
 def test_a_killed_process_stops_the_run_with_one_line_and_no_orphans(sleepers, tmp_path):
     for step in (20, 40, 100):
         (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "run" / f"checkpoint-{step}" / "complete").touch()
     launcher, pids = sleepers()
     os.kill(pids[1][0], signal.SIGKILL)
     assert launcher.wait(timeout=30) == 1
