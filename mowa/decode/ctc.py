@@ -127,11 +127,13 @@ def count_complete_frames(path: TokenPath, vocabulary: Vocabulary) -> int:
 
 
 def find_longest_pause(path: TokenPath, vocabulary: Vocabulary) -> int:
-    """Return the end of the longest pause between or after tokens, as a frame: where an endless word may be broken."""
+    """Return the end of the longest pause beside tokens, as a frame: where a word that does not end may be broken."""
     runs = _runs(path, vocabulary)
-    starts = [*(start for _, start, _ in runs[1:]), len(path)]
-    pauses = [(start - end, start) for (_, _, end), start in zip(runs, starts, strict=False)]
-    return max(pauses, default=(0, len(path)))[1]
+    ends, starts = [0, *(end for _, _, end in runs)], [*(start for _, start, _ in runs), len(path)]
+    pauses = [(start - end, start) for end, start in zip(ends, starts, strict=True)]
+    if runs and not pauses[-1][0]:
+        pauses.pop()  # the last token may go on
+    return max(pauses)[1]
 
 
 def last_character(path: TokenPath, vocabulary: Vocabulary) -> str:

@@ -2,6 +2,7 @@ import csv
 import html
 import io
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import praatio.textgrid
@@ -191,6 +192,29 @@ def test_short_cues_are_extended_up_to_the_next():
     words = (Word("raz", 0, 0.1, 1), Word("dwa", 0.95, 1.0, 1), Word("trzy", 5.0, 5.1, 1))
     shown = captions.build_cues(transcript(*words))
     assert [(cue.start_s, cue.end_s) for cue in shown] == [(0, 0.95), (0.95, 1.95), (5.0, 6.0)]
+
+
+def characters(text, length_s=0.2, gap_s=0.0):
+    step = length_s + gap_s
+    return [Word(one, at * step, at * step + length_s, 0.5, space_before=at == 0) for at, one in enumerate(text)]
+
+
+def test_cues_of_languages_without_spaces_break_between_characters():
+    text = "我们今天去公园散步然后回家吃饭" * 40
+    shown = captions.build_cues(Transcript("a.wav", text, 120.0, (Segment(text, 0, 120.0, tuple(characters(text))),)))
+    assert "".join(line for cue in shown for line in cue.lines) == text
+    assert len(shown) > 15
+    for cue in shown:
+        assert cue.end_s - cue.start_s < 7.001
+        assert all(len(line) <= 21 for line in cue.lines)  # 42 columns
+
+
+def test_cues_of_languages_without_spaces_break_at_pauses():
+    later = [replace(one, start_s=one.start_s + 3, end_s=one.end_s + 3) for one in characters("再见")]
+    words = [*characters("你好"), replace(later[0], space_before=False), later[1]]
+    spoken = Transcript("a.wav", "你好再见", 10.0, (Segment("你好再见", 0, 3.4, tuple(words)),))
+    assert [cue.lines for cue in captions.build_cues(spoken)] == [("你好",), ("再见",)]
+    assert captions.parse_json(captions.render(spoken, "json")).words == spoken.words
 
 
 def test_white_space_in_a_word_becomes_a_space():

@@ -270,7 +270,9 @@ def test_segments_break_between_characters_and_their_text_has_no_spaces():
 def test_a_word_without_end_is_broken_at_its_longest_pause():
     assert ctc.find_longest_pause(path_of([5, 0, 5, 0, 0, 0, 6, 0]), POLISH) == 6
     assert ctc.find_longest_pause(path_of([5, 0, 6, 0, 0]), POLISH) == 5
-    assert ctc.find_longest_pause(path_of([5, 5, 6, 6]), POLISH) == 4
+    assert ctc.find_longest_pause(path_of([5, 5, 6, 6]), POLISH) == 2  # b may go on
+    assert ctc.find_longest_pause(path_of([5, 5]), POLISH) == 0
+    assert ctc.find_longest_pause(path_of([0, 0, 5, 5]), POLISH) == 2
     assert ctc.find_longest_pause(path_of([0, 0, 0]), POLISH) == 3
 
 

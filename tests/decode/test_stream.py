@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mowa.decode.ctc import join_words
 from mowa.decode.stream import EndpointConfig, TranscriptionStream
 from mowa.errors import AudioError, ModelError
 from mowa.types import Vocabulary
@@ -136,6 +137,74 @@ def test_long_segments_end_at_a_word():
     ended = [event for event in events if event.is_endpoint]
     assert len(ended) >= 5
     assert finals(events) == ("ab cab " * 30).strip()
+
+
+CHINESE = Vocabulary(("<pad>", "他", "a", "b", "c"), blank=0, delimiter=None)
+PIECES = Vocabulary(("<pad>", "y", "▁a", "b", "▁c"), blank=0, delimiter=None)
+PHONEMES = Vocabulary(("<pad>", "|", "a", "b", "c"), blank=0, delimiter=1, separator=" ")
+HAN = Vocabulary(("<pad>", "|", "他", "你", "好"), blank=0, delimiter=1)
+
+
+def open_stream(vocabulary, **endpointing):
+    encoder = FakeEncoder()
+    encoder.vocabulary = vocabulary
+    return TranscriptionStream(encoder, FakeVAD(), EndpointConfig(**endpointing))
+
+
+def joined(events):
+    return join_words([word for event in events if event.is_final for word in event.words])
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "text"),
+    [(CHINESE, "abcabc"), (PIECES, "ab cb ab cb"), (PHONEMES, "a b c a b c"), (HAN, "他你好他你好")],
+    ids=["no delimiter", "pieces", "phonemes", "Chinese with a delimiter"],
+)
+def test_words_without_a_delimiter_become_final_before_the_stream_closes(vocabulary, text):
+    samples = spell("abcbabcb" if vocabulary is PIECES else "abcabc")
+    stream = open_stream(vocabulary)
+    events = [event for at in range(0, len(samples), 512) for event in stream.feed(samples[at : at + 512])]
+    early, late = joined(events), stream.close()
+    assert len(early) >= len(text) - 4
+    assert joined([*events, *late]) == text
+    final = [event for event in [*events, *late] if event.is_final and event.words]
+    assert len(final) >= 4
+    assert all(event.stability == 1 for event in final)
+
+
+def test_segments_without_spaces_end_at_pauses_and_by_length():
+    samples = np.concatenate([spell("abc" * 8), SILENCE, spell("cab")])
+    stream = open_stream(CHINESE, max_segment_s=0.3)
+    events = [*stream.feed(samples), *stream.close()]
+    segments, words = [], []
+    for event in events:
+        words += event.words if event.is_final else ()
+        if event.is_endpoint:
+            segments.append(words)
+            words = []
+    assert joined(events) == "abc" * 8 + "cab"
+    assert [word.text for word in segments[-1]] == ["c", "a", "b"]
+    assert all(segment[-1].end_s - segment[0].start_s < 0.5 for segment in segments if segment)
+    starts = [word.start_s for segment in segments for word in segment]
+    assert starts == sorted(starts)
+
+
+def test_a_saved_stream_without_spaces_continues_in_another():
+    samples = spell("abcabc")
+    for at in (1000, 2999, 5000):
+        one, other = open_stream(CHINESE), open_stream(CHINESE)
+        before = one.feed(samples[:at])
+        other.restore(one.save())
+        assert joined([*before, *other.feed(samples[at:]), *other.close()]) == "abcabc"
+
+
+def test_a_word_that_never_ends_becomes_final_all_the_same():
+    stream = open_stream(WORDS, max_segment_s=0.5, vad=False)
+    samples = spell("abc" * 30)
+    events = [event for at in range(0, len(samples), 512) for event in stream.feed(samples[at : at + 512])]
+    assert len(joined(events)) > 60
+    assert len(stream.state.stable_ids) * HOP / 16_000 < 0.6
+    assert joined([*events, *stream.close()]).replace(" ", "") == "abc" * 30
 
 
 def test_without_vad_the_stream_is_one_utterance():

@@ -8,10 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from transformers import (
+    AutoTokenizer,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2PhonemeCTCTokenizer,
+    Wav2Vec2Processor,
+)
 
 from mowa.errors import ModelError
-from mowa.io.processor import read_preprocessing, read_vocabulary
+from mowa.io.processor import (
+    read_preprocessing,
+    read_vocabulary,
+    vocabulary_from_dict,
+    vocabulary_to_dict,
+    write_processor,
+)
 
 TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "|", "a", "ą", "ź")
 AUDIO = {"sampling_rate": 16_000, "do_normalize": True, "return_attention_mask": True, "padding_value": 0.0}
@@ -52,6 +64,67 @@ def test_names_of_special_tokens_are_read_from_the_files(folder: Path) -> None:
     write(folder, "special_tokens_map.json", {"unk_token": {"content": "[UNK]"}, "bos_token": "^"})
     vocab = read_vocabulary(folder, 8)
     assert (vocab.blank, vocab.delimiter, vocab.specials) == (7, 3, {4, 5, 6})
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [("[PAD]", "[CLS]", "[SEP]", "[UNK]"), ("<pad>", "<s>", "</s>", "<unk>"), ("<PAD>", "<S>", "</S>", "<UNK>")],
+)
+def test_special_tokens_are_found_without_the_tokenizer_files(folder: Path, spelling: tuple[str, ...]) -> None:
+    write(folder, "vocab.json", {token: id for id, token in enumerate((*spelling, "|", "a", "<b>", "[c]"))})
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    vocab = read_vocabulary(folder, 8)
+    assert (vocab.blank, vocab.delimiter, vocab.specials) == (0, 4, {1, 2, 3})
+
+
+def test_special_tokens_that_the_files_do_not_name_are_no_text(folder: Path) -> None:
+    names = {"<unk>": "[UNK]", "<s>": "[CLS]"}
+    write(folder, "vocab.json", {names.get(token, token): id for id, token in enumerate(TOKENS)})
+    assert read_vocabulary(folder, 8).specials == {1, 2, 3}
+
+
+def test_the_blank_may_be_spelt_in_brackets(folder: Path) -> None:
+    write(folder, "vocab.json", {"a": 0, "|": 1, "[PAD]": 2})
+    change(folder, "config.json", pad_token_id=None)
+    assert read_vocabulary(folder, 3).blank == 2
+
+
+@pytest.mark.parametrize("delimiter", ["<space>", "[SPACE]", "▁", " "])
+@pytest.mark.parametrize("named", [None, "|"])
+def test_delimiters_that_the_files_do_not_name_are_found(folder: Path, delimiter: str, named: str | None) -> None:
+    write(folder, "vocab.json", {delimiter if token == "|" else token: id for id, token in enumerate(TOKENS)})
+    change(folder, "tokenizer_config.json", word_delimiter_token=named)
+    assert read_vocabulary(folder, 8).delimiter == 4
+
+
+@pytest.mark.parametrize("tokenizer_class", [Wav2Vec2CTCTokenizer, Wav2Vec2PhonemeCTCTokenizer])
+def test_what_the_tokenizer_writes_is_read_and_written(folder: Path, tmp_path: Path, tokenizer_class: type) -> None:
+    """Phonemes are separated by spaces, and a tokenizer of upper-case letters may write lower case."""
+    phonemes = tokenizer_class is Wav2Vec2PhonemeCTCTokenizer
+    options = {"do_phonemize": False, "word_delimiter_token": "|"} if phonemes else {"do_lower_case": True}
+    tokens = (*TOKENS[:5], "B", "sz", "aː")
+    write(folder, "vocab.json", {token: id for id, token in enumerate(tokens)})
+    tokenizer = tokenizer_class(str(folder / "vocab.json"), **options)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    tokenizer.save_pretrained(folder)
+    vocab = read_vocabulary(folder, 8)
+    assert (vocab.separator, vocab.lower_case) == ((" ", False) if phonemes else ("", True))
+    assert (vocab.tokens, vocab.blank, vocab.delimiter, vocab.specials) == (tokens, 0, 4, {1, 2, 3})
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out, "config.json", {})
+    write_processor(vocab, read_preprocessing(folder), out)
+    assert read_vocabulary(out, 8) == vocab
+    ids = [5, 6, 4, 7]
+    assert AutoTokenizer.from_pretrained(out).decode(ids) == tokenizer.decode(ids)
+    assert vocabulary_from_dict(vocab.tokens, vocabulary_to_dict(vocab)) == vocab
+
+
+def test_phonemes_have_no_delimiter_unless_it_is_named(folder: Path) -> None:
+    change(folder, "tokenizer_config.json", word_delimiter_token=None, tokenizer_class="Wav2Vec2PhonemeCTCTokenizer")
+    assert read_vocabulary(folder, 8).delimiter is None
 
 
 def test_files_of_current_transformers_are_read(folder: Path) -> None:
