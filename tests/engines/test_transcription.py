@@ -1,6 +1,7 @@
 """Transcribe whole recordings with the bundled model."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import soxr
 
 import mowa
 from mowa.data import audio
+from mowa.decode.captions import build_cues
 from mowa.engines import protocol
 from mowa.errors import AudioError, ModelError
 from mowa.io.hub import SAMPLE_CLIP as SAMPLE
@@ -48,6 +50,25 @@ def test_long_recordings_are_transcribed_like_their_parts(engine, tmp_path):
     for word in in_every_part:
         starts_s = [found.start_s for found in transcript.words if found.text == word.text]
         assert starts_s == pytest.approx([part * period_s + word.start_s for part in range(5)], abs=0.1)
+
+
+def test_a_language_without_spaces_is_split_like_any_other(engine, tmp_path):
+    """The words of a vocabulary without a delimiter are its characters, and the text is the same without spaces."""
+    spaced = mowa.load("pl-tiny")
+    vocabulary = spaced.vocabulary
+    unspaced = replace(vocabulary, delimiter=None, specials=vocabulary.specials | {vocabulary.delimiter})
+    model = replace(spaced, processor=replace(spaced.processor, vocabulary=unspaced))
+    sample = audio.load_audio(SAMPLE)
+    pause = np.zeros(16_000, np.float32)
+    soundfile.write(tmp_path / "long.wav", np.concatenate([sample, pause] * 3), 16_000)
+    transcript = mowa.transcribe(tmp_path / "long.wav", model, window_s=12.0)
+    assert len(transcript.segments) > 2
+    assert transcript.text == "".join(word.text for word in transcript.words)
+    assert all(len(word.text) == 1 for word in transcript.words)
+    cues = build_cues(transcript)
+    assert all(cue.end_s - cue.start_s < 7.001 for cue in cues)
+    assert "".join(line for cue in cues for line in cue.lines) == transcript.text
+    assert len(cues) >= len(build_cues(mowa.transcribe(tmp_path / "long.wav", engine, window_s=12.0))) // 2
 
 
 def test_containers_and_sample_rates(engine, tmp_path):
