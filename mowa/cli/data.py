@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import combinations
@@ -59,6 +58,7 @@ def check(names: tuple[str, ...], split: str, named: tuple[str, ...], others: tu
     from mowa.cli.batch import parse_columns
     from mowa.data.manifests.examples import list_examples
     from mowa.data.quality.corpus_report import check_corpus, compare_reports
+    from mowa.io.atomic import dump_json
 
     columns = parse_columns(named)
     splits, skipped = _select_splits(names, split)
@@ -77,7 +77,7 @@ def check(names: tuple[str, ...], split: str, named: tuple[str, ...], others: tu
     if as_json:
         pairs = [{"between": pair, **asdict(overlap)} for pair, overlap in overlaps.items()]
         report_dicts = {name: _report_dict(report) for name, report in reports.items()}
-        click.echo(json.dumps({"splits": report_dicts, "overlaps": pairs}, ensure_ascii=False, indent=1))
+        click.echo(dump_json({"splits": report_dicts, "overlaps": pairs}, indent=1))
     else:
         for line in _format_reports(reports, overlaps, skipped):
             click.echo(line)

@@ -5,6 +5,7 @@ Importing lazily keeps `mowa --help` fast.
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from importlib import import_module
@@ -77,6 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     for name in NOISY_LOGGERS:
         logging.getLogger(name).addFilter(_is_error)  # DeepSpeed sets the level of its logger when it is imported
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 are printed as they are
     try:
         code = cli.main(arguments, prog_name="mowa", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

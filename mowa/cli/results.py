@@ -46,7 +46,8 @@ def show(file: Path) -> None:
 
 def _reason(record: dict[str, Any]) -> str:
     """Return the error without the file name, so that equal errors are counted together."""
-    return str(record["error"]).removeprefix(f"{record['file']}: ")
+    name = record["file"]
+    return str(record["error"]).removeprefix(f"{name}: ").removeprefix(f"{name!r}: ")
 
 
 @results.command()

@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 from mowa.errors import DataError
+from mowa.io.atomic import dump_json
 from mowa.types import Character, Segment, Transcript, Word
 
 FORMAT_SUFFIXES: Mapping[str, str] = {
@@ -96,7 +97,7 @@ def transcript_from_dict(row: Any) -> Transcript:
 def _json(transcript: Transcript, characters: bool) -> str:
     # default=str: settings may hold paths. allow_nan=False: NaN is not JSON, and would be a bug.
     fields = transcript_to_dict(transcript, char_times=characters)
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    return dump_json(fields, allow_nan=False, default=str) + "\n"
 
 
 def transcript_to_dict(transcript: Transcript, *, char_times: bool = False) -> dict[str, Any]:

@@ -151,8 +151,8 @@ def _table(examples: Sequence[Example]) -> Any:
     import pyarrow
 
     types = {
-        "id": pyarrow.string(),
-        "audio": pyarrow.string(),
+        "id": pyarrow.binary(),  # names may not be UTF-8
+        "audio": pyarrow.binary(),
         "duration_s": pyarrow.float64(),
         "offset_s": pyarrow.float64(),
         "is_excerpt": pyarrow.bool_(),
@@ -161,10 +161,19 @@ def _table(examples: Sequence[Example]) -> Any:
     }
     rows = [
         {name: getattr(example, name) for name in types}
+        | {"id": _to_bytes(example.id), "audio": _to_bytes(example.audio)}
         | {"error": example.error.encode("utf-8", "backslashreplace").decode()}
         for example in examples
     ]
     return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(types.items()))
+
+
+def _to_bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _to_text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
 
 
 class TranscriptionWorker:
@@ -178,7 +187,8 @@ class TranscriptionWorker:
     def __call__(self, table: Any) -> Any:
         import pyarrow
 
-        examples = [Example(text="", **row) for row in table.to_pylist()]
+        rows = ({**row, "id": _to_text(row["id"]), "audio": _to_text(row["audio"])} for row in table.to_pylist())
+        examples = [Example(text="", **row) for row in rows]
         outcomes = pipeline.transcribe_examples(examples, self.engine, self.settings, allow_remote=self.allow_remote)
         records = [json.dumps(to_record(example, outcome)) for example, outcome in outcomes]
         return pyarrow.table({"record": pyarrow.array(records, pyarrow.string())})

@@ -24,7 +24,7 @@ from typing import Any
 from mowa.data.manifests.discover import RESULTS_PREFIX
 from mowa.decode import captions
 from mowa.errors import DataError
-from mowa.io.atomic import replace_atomically
+from mowa.io.atomic import dump_json, replace_atomically
 from mowa.types import Example, Failure, Transcript
 
 FORMAT_VERSION = 2
@@ -300,10 +300,7 @@ def _lock(file: Any, path: Path) -> None:
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
-    try:
-        return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    except UnicodeEncodeError:  # a file name that is not UTF-8
-        return (json.dumps(record, allow_nan=False) + "\n").encode()
+    return (dump_json(record, allow_nan=False) + "\n").encode()
 
 
 def _validate_prefix(file: Any, path: Path) -> None:

@@ -80,7 +80,7 @@ class Measurement:
         facts = {key: value for key, value in asdict(self).items() if key != "emissions"}
         numbered: Any = {str(index): scores for index, scores in enumerate(self.emissions)}
         np.savez(folder / EMISSIONS_FILE, **numbered)
-        (folder / MEASUREMENT_FILE).write_text(json.dumps({"version": FORMAT_VERSION} | facts, ensure_ascii=False))
+        (folder / MEASUREMENT_FILE).write_text(json.dumps({"version": FORMAT_VERSION} | facts))
 
     @staticmethod
     def read(folder: Path) -> Measurement:

@@ -30,12 +30,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, with characters as they are; numbers of other types become floats."""
-    atomic_write(path, json.dumps(data, ensure_ascii=False, indent=1, default=float))
+    atomic_write(path, dump_json(data, indent=1, default=float))
+
+
+def dump_json(data: Any, **options: Any) -> str:
+    """Return JSON with characters as they are; `options` are those of `json.dumps`.
+
+    Only the bytes of a file name that is not UTF-8, which Python has as lone surrogates, are escaped: `\\udcf1`.
+    `json.loads` returns the name that the file is opened by.
+    """
+    return json.dumps(data, ensure_ascii=False, **options).encode(errors="backslashreplace").decode()
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
-    """Write a file atomically; text is encoded as UTF-8."""
-    content = data.encode() if isinstance(data, str) else data
+    """Write a file atomically; text is encoded as UTF-8, file names in it that are not UTF-8 as in `dump_json`."""
+    content = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     with replace_atomically(Path(path)) as unfinished:
         unfinished.write_bytes(content)
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
@@ -88,8 +87,8 @@ def sample_clips(examples: Sequence[Example], model: CTCModel, *, seconds: float
 
 def _source_rate_hz(example: Example) -> int | None:
     try:
-        return int(soundfile.info(example.audio).samplerate)
-    except (soundfile.LibsndfileError, TypeError):
+        return audio.probe_audio(example.audio).rate_hz
+    except AudioError:
         return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def _open_sndfile(source: AudioInput, file: BinaryIO, closing: ExitStack, start_
         _validate_header(source, wav.rate_hz, wav.channels)
     try:
         file.seek(0)
-        sound = closing.enter_context(soundfile.SoundFile(file if isinstance(source, AudioBytes) else source))
+        sound = closing.enter_context(soundfile.SoundFile(file if isinstance(source, AudioBytes) else _encode(source)))
     except soundfile.LibsndfileError:
         return None
     if not 0 < sound.frames < 2**62:
@@ -170,6 +171,11 @@ def _open_sndfile(source: AudioInput, file: BinaryIO, closing: ExitStack, start_
     start = min(round(start_s * sound.samplerate), sound.frames) if start_s and sound.seekable() else 0
     info = AudioInfo(duration_s, sound.samplerate, sound.channels, sound.format.lower())
     return AudioDecoder(info, lambda mixer: _decode_sndfile(sound, start, mixer), start)
+
+
+def _encode(path: Path) -> bytes | Path:
+    """Return a path as soundfile opens it, which encodes names itself and fails at one that is not UTF-8."""
+    return os.fsencode(path) if os.name == "posix" else path
 
 
 def _decode_sndfile(sound: soundfile.SoundFile, start: int, mixer: ChannelMixer) -> Iterator[Samples]:

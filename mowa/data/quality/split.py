@@ -10,7 +10,6 @@ last of them, so that few recordings change their split when data is added. No a
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError
-from mowa.io.atomic import atomic_write
+from mowa.io.atomic import atomic_write, dump_json
 from mowa.types import Example
 
 DISJOINT = ("auto", "speakers", "sentences", "both")
@@ -138,7 +137,7 @@ def write_split(split: CorpusSplit, folder: Path) -> list[Path]:
         raise DataError(f"{existing} exists: delete it, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for file, examples in files.items():
-        atomic_write(file, "".join(json.dumps(_to_row(one), ensure_ascii=False) + "\n" for one in examples))
+        atomic_write(file, "".join(dump_json(_to_row(one)) + "\n" for one in examples))
     return list(files)
 
 

@@ -7,7 +7,6 @@ metrics.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -24,6 +23,7 @@ from transformers import TrainerCallback
 
 from mowa.data.quality.filter import Overlap
 from mowa.errors import TrainingStopped
+from mowa.io.atomic import dump_json
 from mowa.training.config.shared import MonitorConfig
 from mowa.training.distributed.process import is_main_process
 from mowa.training.monitor import sentinels
@@ -125,7 +125,7 @@ class Monitor:
         if self.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             with (self.out / FINDINGS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(finding), ensure_ascii=False) + "\n")
+                file.write(dump_json(asdict(finding)) + "\n")
         if finding.fatal:
             raise TrainingStopped(str(finding))
         if self.is_main and finding.monitor not in self.reported:
