@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ import numpy as np
 
 from mowa.data import audio
 from mowa.data.audio.decoders import AudioBytes, AudioInfo
-from mowa.data.text.normalize import normalize_text
+from mowa.data.text.normalize import compose, normalize_text
 from mowa.errors import AudioError, MowaError
 from mowa.types import Example
 
@@ -49,7 +50,7 @@ class CorpusReport:
 
     min_median_max_s      shortest, median and longest duration in seconds
     duration_histogram    bin, such as "up to 2 s" → recordings
-    characters            letter in lower case → count
+    characters            letter or mark, in lower case → count
     median_chars_per_s    median of letters and digits per second of audio
     chars_per_s_outliers  recordings far from that median, whose texts may be wrong
     audio_hashes, text_hashes  hash → first id that has it
@@ -224,12 +225,12 @@ class _Tally:
     def add_text(self, example: Example) -> None:
         for tag, counter in self.tags.items():
             if (value := example.tags.get(tag)) not in (None, ""):
-                counter[str(value)] += 1
+                counter[compose(str(value))] += 1
         text = normalize_text(example.text)
         if not text:
             self.issues["empty_text"].add(example.id, "")
             return
-        self.counts["characters"].update(c for c in text if c.isalpha())
+        self.counts["characters"].update(c for c in text if unicodedata.category(c)[0] in "LM")
         first = self.text_hashes.setdefault(_hash_text(text), example.id)
         if first != example.id:
             self.issues["duplicate_text"].add(example.id, first)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mowa.data.text.alphabet import OOV_POLICIES, VocabularyMapper, is_word_char
-from mowa.data.text.normalize import normalize_text
+from mowa.data.text.normalize import compose, normalize_text
 from mowa.data.text.spelling import vocabulary_speller
 from mowa.errors import DataError
 from mowa.types import Example, Vocabulary
@@ -222,7 +222,7 @@ def _sentence(example: Example) -> str:
 
 def _speaker(example: Example) -> str:
     tag = example.tags.get("speaker")
-    return "" if tag is None else str(tag)
+    return "" if tag is None else compose(str(tag))
 
 
 def split_held_out(

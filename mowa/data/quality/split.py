@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from mowa.data.text.normalize import normalize_text
+from mowa.data.text.normalize import compose, normalize_text
 from mowa.errors import DataError
 from mowa.io.atomic import atomic_write, dump_json
 from mowa.types import Example
@@ -173,7 +173,7 @@ def _build_corpus(examples: tuple[Example, ...], sizes: Mapping[Split, str], see
 
 def _name_speaker(tag: object) -> str:
     """Return a speaker as a string; "" if there is none. A speaker may be the number 0."""
-    return "" if tag is None else str(tag)
+    return "" if tag is None else compose(str(tag))
 
 
 def _find_components(corpus: _Corpus) -> tuple[str, ...]:

@@ -43,8 +43,8 @@ _KEPT = _Kept()
 
 def normalize_text(text: str) -> str:
     """Return `text` in lower case and NFC, without punctuation, words separated by single spaces."""
-    kept = _compose(_compose(text).lower().translate(_KEPT))
-    return " ".join(_compose(remove_stress(_compose(lower_dotted_i(kept)))).split())
+    kept = compose(compose(text).lower().translate(_KEPT))
+    return " ".join(compose(remove_stress(compose(lower_dotted_i(kept)))).split())
 
 
 def lower_dotted_i(text: str) -> str:
@@ -57,5 +57,6 @@ def remove_stress(text: str) -> str:
     return _STRESSED.sub(lambda marks: marks[0].translate(_STRESS), text)
 
 
-def _compose(text: str) -> str:
+def compose(text: str) -> str:
+    """Return `text` in NFC, as names of speakers are compared: é is one character, however it was typed."""
     return unicodedata.normalize("NFC", text)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from mowa.data.chat import conversations, tokenize
 from mowa.data.chat.tokenize import TokenizedSample
+from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError
 from mowa.tasks import causal
 from mowa.training.causal import batches
@@ -72,7 +74,7 @@ def load_splits(recipe: CausalRecipe, model: CausalModel) -> CausalSplits:
     preview = "\n\n".join(
         tokenize.format_sample(sample, model.tokenizer, color=sys.stderr.isatty()) for sample in train[: data.preview]
     )
-    if overlap := find_leakage(train, dev | test):
+    if overlap := find_leakage(train, dev | test, model.tokenizer):
         findings.append(overlap)
     return CausalSplits(train, dev, test, tuple(notes), preview, tuple(findings))
 
@@ -116,11 +118,14 @@ def _hold_out(
     return [one for name, one in named if name not in taken], [one for name, one in named if name in taken]
 
 
-def find_leakage(train: Sequence[TokenizedSample], unseen: dict[str, list[TokenizedSample]]) -> Finding | None:
-    """Return a finding where dev or test samples are in train too, token for token."""
-    known = {np.asarray(sample.input_ids).tobytes() for sample in train}
+def find_leakage(
+    train: Sequence[TokenizedSample], unseen: dict[str, list[TokenizedSample]], tokenizer: Any
+) -> Finding | None:
+    """Return a finding where the texts of dev or test samples are those of samples in train, after `normalize_text`."""
+    known = set(_text_hashes(train, tokenizer))
     evaluated = [sample for samples in unseen.values() for sample in samples]
-    shared = [sample.id for sample in evaluated if np.asarray(sample.input_ids).tobytes() in known]
+    hashes = _text_hashes(evaluated, tokenizer)
+    shared = [sample.id for sample, found in zip(evaluated, hashes, strict=True) if found in known]
     if not shared:
         return None
     names = ", ".join(shared[:3]) + (", …" if len(shared) > 3 else "")
@@ -130,6 +135,13 @@ def find_leakage(train: Sequence[TokenizedSample], unseen: dict[str, list[Tokeni
         f"{len(shared)} of {len(evaluated)} samples in dev and test are in train as well ({names})",
         "Losses will be too low: remove these from train, or evaluate on other samples",
     )
+
+
+def _text_hashes(samples: Sequence[TokenizedSample], tokenizer: Any) -> Iterator[bytes]:
+    """Yield a hash of the normalized text of each sample; of its tokens where nothing is left of the text."""
+    for sample in samples:
+        text = normalize_text(tokenizer.decode(sample.input_ids))
+        yield blake2b(text.encode() or np.asarray(sample.input_ids).tobytes(), digest_size=16).digest()
 
 
 def evaluate(net: Any, samples: Sequence[TokenizedSample]) -> dict[str, float]:

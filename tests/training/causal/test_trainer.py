@@ -1,6 +1,8 @@
 """Fine-tune a tiny language model end to end: the saved model equals the trained one and loads in PEFT."""
 
 import json
+import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,6 +42,21 @@ def test_training_reduces_the_loss_on_held_out_data(adapter):
     before, after = (report(adapter)[when]["dev"] for when in ("baseline_metrics", "metrics"))
     assert after["loss"] < before["loss"] - 0.3
     assert before["tokens"] == after["tokens"] > 0
+
+
+def test_dev_samples_in_another_case_or_unicode_form_are_found_in_train(tmp_path):
+    chats.recipe(tmp_path)
+    tokenizer = loading.load(str(tmp_path / "base")).tokenizer
+
+    def sample(name, text):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        return SimpleNamespace(id=name, input_ids=np.array(ids, np.int32))
+
+    train = [sample("one", "Zażółć gęślą jaźń!"), sample("two", "how are you")]
+    dev = {"dev": [sample("a", unicodedata.normalize("NFD", "zażółć gęślą jaźń")), sample("b", "how are they")]}
+    finding = dataset.find_leakage(train, dev, tokenizer)
+    assert "1 of 2 samples in dev and test are in train as well (a)" in str(finding)
+    assert dataset.find_leakage(train, {"dev": dev["dev"][1:]}, tokenizer) is None
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft uses the old name
