@@ -23,6 +23,7 @@ from mowa.families import family_of
 from mowa.io.atomic import atomic_update, read_json
 from mowa.io.hub import silence_transformers
 from mowa.io.manifest import MANIFEST_FILE, damaged, find_manifest, write_manifest
+from mowa.io.tokenizer import align_generation_config, with_padding, write_tokenizer
 from mowa.io.weights import fix_weight_permissions
 from mowa.models.causal.token_logits import iter_token_logits
 from mowa.models.diff import ModelDiff, compare_pairs
@@ -61,7 +62,7 @@ def save_adapter(net: Any, folder: Path, *, base: Origin, tokenizer: Any, metric
         net.peft_config[lora.ADAPTER_NAME].revision = base_checkpoint.revision
         net.save_pretrained(staging, save_embedding_layers=False)
         (staging / "README.md").unlink(missing_ok=True)  # PEFT's template
-        tokenizer.save_pretrained(staging)
+        write_tokenizer(tokenizer, staging)
         write_manifest(
             staging,
             "adapter",
@@ -194,13 +195,21 @@ def compare_logits(
 
 
 def write_checkpoint(model: CausalModel, folder: Path) -> None:
-    """Write weights, configs and tokenizer into `folder`. Raises DataError if it cannot be written."""
+    """Write weights, configs and tokenizer into `folder`, ready to be padded (`mowa.io.tokenizer`).
+
+    Raises DataError if it cannot be written.
+    """
     from safetensors import SafetensorError
 
+    net, generation_config = model.net, model.net.generation_config
+    tokenizer = with_padding(model.tokenizer)
     try:
         with silence_transformers():
-            model.net.save_pretrained(folder)
-            model.tokenizer.save_pretrained(folder)
+            net.generation_config = align_generation_config(generation_config, tokenizer)
+            net.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        net.generation_config = generation_config
     fix_weight_permissions(folder)

@@ -19,6 +19,7 @@ from mowa.io.hashing import hash_weights, sha256_file, sha256_files
 from mowa.io.hub import silence_transformers
 from mowa.io.manifest import MANIFEST_FILE, REMEDIES, Manifest, damaged, find_manifest, package_versions, write_manifest
 from mowa.io.processor import vocabulary_from_dict, vocabulary_to_dict, write_processor
+from mowa.io.tokenizer import align_generation_config, with_padding
 from mowa.loading.checkpoint import read_family
 from mowa.loading.languages import adapter_files
 from mowa.types import AnyModel, Artifact, Origin, Preprocessing, Scheme, SpeechProcessor
@@ -96,10 +97,11 @@ def _write_speech_processor(model: AnyModel, folder: Path) -> dict[str, Any]:
 
 
 def _write_tokenizer(model: AnyModel, folder: Path) -> dict[str, Any]:
-    """Write the tokenizer, with its chat template, and the generation config."""
+    """Write the tokenizer, with its chat template, and the generation config, ready to be padded."""
+    tokenizer = with_padding(model.tokenizer)
     with silence_transformers():
-        model.tokenizer.save_pretrained(folder)
-        model.net.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        align_generation_config(model.net.generation_config, tokenizer).save_pretrained(folder)
     return {}
 
 
