@@ -32,9 +32,12 @@ Samples = NDArray[np.float32]
 LogProbs = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
 
+MAX_PEAK = 16.0  # floats beyond it are integers of another scale (data.audio.values has the same)
 STEP_S = 0.032  # one frame of the voice activity detector (data.audio.vad)
 # speech begins at the first probability and may end below the second, as in Silero's own segmenter
 SPEECH_THRESHOLD, SILENCE_THRESHOLD = 0.5, 0.35
+# The detector depends on the level, and soft voices begin late in it: what is softer than this is amplified.
+SOFT_DBFS, MAX_GAIN_DB, LEVEL_HALF_LIFE_S = -45.0, 40.0, 2.0
 
 
 class VoiceActivityDetector(Protocol):
@@ -100,6 +103,8 @@ class StreamState:
     vad_state, encoder_state  state of the detector and of the encoder
     utterance_start  first sample of the utterance; -1 while there is no speech
     silence_start    first sample of the silence in the utterance; -1 if there is none
+    level            RMS of the loudest of the last steps, full scale 1
+    gain             factor by which the utterance is amplified
     frames_decoded   frames of the utterance whose words were returned
     stable_ids, stable_probs  token ids and probabilities of the final frames after those
     segment_start_s  start of the first word of the segment; -1 if it has none
@@ -115,6 +120,8 @@ class StreamState:
     encoder_state: Arrays | None = None
     utterance_start: int = -1
     silence_start: int = -1
+    level: float = 0.0
+    gain: float = 1.0
     frames_decoded: int = 0
     stable_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     stable_probs: NDArray[np.float32] = field(default_factory=_no_samples)
@@ -215,7 +222,9 @@ class TranscriptionStream:
         speech_prob = 1.0
         if config.vad and self.vad is not None:
             self.vad.state = state.vad_state
-            speech_prob = float(self.vad.feed(block)[0])
+            gain = self._follow_level(block)
+            speech_prob = float(self.vad.feed(block if gain == 1 else block * np.float32(gain))[0])
+            state.gain = gain if state.utterance_start < 0 else state.gain
             state.vad_state = self.vad.state
         state.num_samples += len(block)
         if state.utterance_start < 0 and speech_prob < SPEECH_THRESHOLD:
@@ -229,6 +238,13 @@ class TranscriptionStream:
         paused = state.silence_start >= 0 and state.num_samples - state.silence_start >= config.min_silence_s * rate_hz
         return self._decode(block, is_last=paused)
 
+    def _follow_level(self, block: Samples) -> float:
+        """Update the level, which rises at once and halves in `LEVEL_HALF_LIFE_S`, and return the gain for it."""
+        keep = 0.5 ** (STEP_S / LEVEL_HALF_LIFE_S)
+        self.state.level = max(float(np.sqrt(np.mean(block.astype(np.float64) ** 2))), self.state.level * keep)
+        wanted = 10 ** (SOFT_DBFS / 20) / max(self.state.level, 1e-9)
+        return min(max(wanted, 1.0), 10 ** (MAX_GAIN_DB / 20))
+
     def _decode(self, samples: Samples, *, is_last: bool) -> list[Segment]:
         state, encoder = self.state, self.encoder
         if state.utterance_start < 0:
@@ -236,6 +252,7 @@ class TranscriptionStream:
             state.utterance_start = state.num_samples - len(samples)
             state.encoder_state = encoder.start_utterance(state.encoder_state)
         assert state.encoder_state is not None
+        samples = samples if state.gain == 1 else samples * np.float32(state.gain)
         state.encoder_state, final, provisional = encoder.step(state.encoder_state, samples, is_last=is_last)
         if not (len(final) or len(provisional) or is_last):
             return []
@@ -314,6 +331,11 @@ def _to_float32(samples: Any) -> Samples:
     if not np.isfinite(converted).all():
         at = int(np.flatnonzero(~np.isfinite(converted))[0])
         raise AudioError(f"sample {at} of {len(converted)} is {converted[at]}; none of them was processed")
+    if (peak := float(np.abs(converted).max(initial=0.0))) > MAX_PEAK:
+        raise AudioError(
+            f"samples reach {peak:.0f}, and full scale is 1: divide 16-bit values by 32768, or pass them as int16; none"
+            " of them was processed"
+        )
     return converted
 
 

@@ -9,6 +9,9 @@ import soundfile
 import torch
 
 import mowa
+from mowa.data import audio
+from mowa.data.audio.values import to_audio_source
+from mowa.errors import AudioError
 from mowa.io.hub import SAMPLE_CLIP
 from tests.checkpoints import clip, tiny
 
@@ -127,3 +130,19 @@ def test_a_language_model_cannot_transcribe(tmp_path):
     model = mowa.load(chats.model(tmp_path / "causal"))
     with pytest.raises(mowa.ModelError, match=r"is a language model .* transcribe needs a speech model"):
         mowa.transcribe(SAMPLE_CLIP, model)
+
+
+def test_float_arrays_of_16_bit_values_are_divided_with_a_warning(caplog):
+    samples = np.round(clip(4, 16_000) * 30_000)
+    source = to_audio_source(samples.astype(np.float32), sampling_rate=RATE, name="an array of whole numbers")
+    assert np.array_equal(audio.load_audio(source, RATE), samples.astype(np.float32) / np.float32(32768))
+    assert "an array of whole numbers: has floats that reach" in caplog.text
+    row = to_audio_source({"audio": {"array": samples, "sampling_rate": RATE}})
+    assert np.abs(audio.load_audio(row, RATE)).max() <= 1
+
+
+def test_float_arrays_of_another_scale_raise():
+    with pytest.raises(AudioError, match=r"the array reaches 1e\+06; full scale is 1"):
+        to_audio_source(np.full(1000, 1e6, np.float32), sampling_rate=RATE)
+    overshoot = to_audio_source(np.full(1000, 1.5, np.float32), sampling_rate=RATE)
+    assert audio.load_audio(overshoot, RATE).max() == 1.5

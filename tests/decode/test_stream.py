@@ -263,6 +263,56 @@ def test_invalid_samples_raise_and_are_not_taken(samples, rate_hz, message):
     assert stream.feed(SILENCE[:100], 16_000) == []
 
 
+class LevelVAD(FakeVAD):
+    """Classifies audio above -50 dBFS as speech, as Silero nearly does."""
+
+    def feed(self, samples):
+        return np.array([float(np.sqrt(np.mean(samples**2)) > 10 ** (-50 / 20))], np.float32)
+
+
+class RecordingEncoder(FakeEncoder):
+    def __init__(self):
+        super().__init__()
+        self.fed = []
+
+    def step(self, state, samples, *, is_last):
+        self.fed.append(samples)
+        return super().step(state, samples, is_last=is_last)
+
+
+@pytest.mark.parametrize(("level_db", "gain_db"), [(-20, 0), (-44, 0), (-55, 10), (-65, 20), (-80, 35)])
+def test_soft_voices_are_amplified_from_their_first_sample(level_db, gain_db):
+    """What is softer than -45 dBFS reaches it, by one factor for the whole utterance; the rest is left as it is."""
+    noise = np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
+    voice = noise / np.float32(np.sqrt(np.mean(noise[:512] ** 2))) * np.float32(10 ** (level_db / 20))
+    stream = TranscriptionStream(encoder := RecordingEncoder(), LevelVAD())
+    transcribe(stream, np.concatenate([SILENCE[:8192], voice, SILENCE]), [])
+    fed = np.concatenate(encoder.fed)
+    start = int(np.flatnonzero(fed)[0])
+    assert start == 8192 - 1792  # 0.4 s of padding
+    spoken = fed[start : start + len(voice)]
+    np.testing.assert_allclose(spoken, voice * 10 ** (gain_db / 20), rtol=1e-3)
+    assert gain_db or np.array_equal(spoken, voice)
+
+
+def test_a_soft_voice_after_a_loud_one_is_detected_again():
+    noise = np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
+    loud, soft = 0.1 * noise, 1e-3 * noise
+    stream = TranscriptionStream(RecordingEncoder(), LevelVAD())
+    stream.feed(np.concatenate([loud, *[SILENCE] * 12]))
+    assert stream.state.utterance_start == -1
+    stream.feed(soft)
+    assert stream.state.utterance_start >= 0
+
+
+def test_floats_of_another_scale_raise_and_are_not_taken():
+    stream = TranscriptionStream(FakeEncoder(), FakeVAD())
+    with pytest.raises(AudioError, match="samples reach 20000, and full scale is 1: divide 16-bit values by 32768"):
+        stream.feed(np.full(600, -20_000.0, np.float32))
+    assert stream.received_s == 0
+    assert stream.feed(np.zeros(0, np.float32)) == []
+
+
 def test_int16_and_float64_samples():
     events = transcribe(
         TranscriptionStream(FakeEncoder(), FakeVAD()), (spell("ab c").astype(np.float64) * 32768).astype(np.int16), []

@@ -162,3 +162,16 @@ def test_models_of_8_khz_transcribe_live_audio(telephone_engine):
     offline = mowa.transcribe(SAMPLE, telephone_engine)
     assert first_s == pytest.approx(offline.words[0].start_s, abs=0.5)
     assert any(event.is_endpoint for event in events)
+
+
+@pytest.mark.parametrize("mode", ["cached", "window"])
+def test_the_first_words_of_a_soft_voice_are_transcribed_live(engine, mode):
+    """The sample at -68 dBFS, whose first second the detector did not find."""
+    speech = audio.load_audio(SAMPLE)
+    padded = np.concatenate([np.zeros(16_000, np.float32), speech * np.float32(0.01), np.zeros(16_000, np.float32)])
+    padded += 10 ** (-90 / 20) * np.random.default_rng(0).standard_normal(len(padded)).astype(np.float32)
+    stream = mowa.stream(engine, mode=mode)
+    words = [word for event in [*stream.feed(padded), *stream.close()] if event.is_final for word in event.words]
+    expected = mowa.transcribe(SAMPLE, engine)
+    assert words[0].start_s == pytest.approx(1.0 + expected.words[0].start_s, abs=0.1)
+    assert error_rates([expected.text], [" ".join(word.text for word in words)])["cer"] < 0.04

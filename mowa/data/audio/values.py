@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from mowa.data.audio.decoders import AudioBytes
+from mowa.data.audio.decoders import AudioBytes, Samples, warn_once
 from mowa.errors import AudioError
 
 RATE_RANGE_HZ = (100, 768_000)
+MAX_PEAK = 16.0  # floats beyond it are no audio of full scale 1; mixing and filters overshoot by less
 
 
 def to_audio_source(value: Any, *, sampling_rate: int | None = None, name: str = "audio") -> str | AudioBytes:
@@ -84,7 +85,19 @@ def _from_array(value: Any, sampling_rate: int | None, name: str) -> AudioBytes:
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
             raise AudioError(f"{name}: the array contains NaN or infinity: check how it was made")
+        array = _to_full_scale(array, name)
     subtype = {"float32": "FLOAT", "int16": "PCM_16", "int32": "PCM_32"}[str(array.dtype)]
     encoded = io.BytesIO()
     soundfile.write(encoded, array, int(sampling_rate), format="WAV", subtype=subtype)
     return AudioBytes(name, encoded.getvalue())
+
+
+def _to_full_scale(array: Samples, name: str) -> Samples:
+    """Return float32 of full scale ±1; values of 16-bit integers, which a dtype was changed of, are divided by 2¹⁵."""
+    peak = float(np.abs(array).max())
+    if peak <= MAX_PEAK:
+        return array
+    if peak > 2**15:
+        raise AudioError(f"{name}: the array reaches {peak:.3g}; full scale is 1: divide it by the full scale it has")
+    warn_once(name, f"has floats that reach {peak:.0f}: taken for 16-bit integers, and divided by 32768.")
+    return array / np.float32(2**15)
