@@ -18,7 +18,7 @@ from mowa import hardware
 from mowa.cli.live_display import LiveDisplay
 from mowa.data.audio.decoders import RATE_RANGE_HZ
 from mowa.data.inputs.source import AudioSource, BufferedSource
-from mowa.data.inputs.stdin import RAW_RATE_HZ
+from mowa.data.inputs.stdin import RAW_ENCODINGS, RAW_RATE_HZ
 from mowa.decode.ctc import join_words
 from mowa.decode.stream import DEFAULT_ENDPOINTING
 from mowa.engines.registry import ENGINES
@@ -47,7 +47,9 @@ DEFAULTS = EngineSpec("")
 @click.option("--input-device", metavar="NUMBER|NAME", help="Microphone to use. [default: the system's default]")
 @click.option("--list-devices", is_flag=True, help="List microphones and exit.")
 @click.option("--sample-rate", type=click.IntRange(*RATE_RANGE_HZ), metavar="HZ",
-              help=f"Sample rate of raw input on standard input (16-bit mono PCM). [default: {RAW_RATE_HZ}]")
+              help=f"Sample rate of raw mono input on standard input. [default: {RAW_RATE_HZ}; of mulaw and alaw 8000]")
+@click.option("--encoding", type=click.Choice([*RAW_ENCODINGS]),
+              help="Encoding of raw input on standard input: 16-bit PCM, or G.711 as in telephony. [default: s16le]")
 @click.option("--realtime", is_flag=True, help="Read a file at its recorded speed instead of as fast as possible.")
 @click.option("--speed", type=click.FloatRange(min=0, min_open=True), help="With --realtime: playback speed factor.")
 @click.option("--mode", type=click.Choice(["auto", "cached", "window"]),
@@ -74,7 +76,8 @@ DEFAULTS = EngineSpec("")
 def listen(
     source: str | None, model: str | None, adapter: Path | None, revision: str | None,
     target_lang: str | None, offline: bool, format_name: str,
-    input_device: str | None, list_devices: bool, sample_rate: int | None, realtime: bool, speed: float | None,
+    input_device: str | None, list_devices: bool, sample_rate: int | None, encoding: str | None,
+    realtime: bool, speed: float | None,
     min_silence_s: float, max_segment_s: float, no_vad: bool, engine: str | None, device: str, dtype: str,
     threads: int | None, debug: bool, **streaming_options: Any,
 ) -> int:
@@ -91,7 +94,7 @@ def listen(
     if list_devices:
         return _list_devices()
     hardware.enable_huge_pages()
-    audio_source = _open_source(source, sample_rate, realtime, speed, input_device)
+    audio_source = _open_source(source, sample_rate, encoding, realtime, speed, input_device)
     import mowa
     from mowa.engines.streaming import StreamSession
 
@@ -208,7 +211,8 @@ def stop_on_signal(blocks: BufferedSource) -> Iterator[list[int]]:
 
 
 def _open_source(
-    source: str | None, sample_rate: int | None, realtime: bool, speed: float | None, input_device: str | None
+    source: str | None, sample_rate: int | None, encoding: str | None, realtime: bool, speed: float | None,
+    input_device: str | None,
 ) -> AudioSource:
     from mowa.data.inputs import microphone, network, stdin
     from mowa.data.inputs.source import open_file, open_realtime_file
@@ -218,14 +222,15 @@ def _open_source(
         raise DataError("--realtime needs an audio file as SOURCE")
     if speed is not None and not realtime:
         raise DataError("--speed needs --realtime")
-    if sample_rate is not None and source != "-":
-        raise DataError("--sample-rate is for raw samples on standard input: mowa listen - --sample-rate 8000")
+    for flag, value in (("--sample-rate 8000", sample_rate), ("--encoding mulaw", encoding)):
+        if value is not None and source != "-":
+            raise DataError(f"{flag.split()[0]} is for raw samples on standard input: mowa listen - {flag}")
     if input_device is not None and source is not None:
         raise DataError(f"--input-device selects a microphone, but SOURCE is {source}: give one of them")
     if source is None:
         return microphone.open_microphone(input_device)
     if source == "-":
-        return stdin.open_stdin(sample_rate)
+        return stdin.open_stdin(sample_rate, encoding or "s16le")
     if not is_file:
         return network.open_url(source)
     if realtime:

@@ -241,6 +241,10 @@ def test_every_error_is_one_line(run, file, monkeypatch):
         (["-", "--realtime"], "--realtime needs an audio file"),
         ([file, "--speed", 2], "--speed needs --realtime"),
         ([file, "--sample-rate", 8000], "--sample-rate is for raw samples"),
+        (
+            [file, "--encoding", "mulaw"],
+            "--encoding is for raw samples on standard input",
+        ),
         ([file, "--input-device", 1], "--input-device selects a microphone"),
         ([file, "--mode", "cached"], ""),
     ):

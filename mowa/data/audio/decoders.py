@@ -1,8 +1,9 @@
 """Decode recordings with libsndfile or FFmpeg (PyAV): float32 chunks at the file's own sample rate.
 
-libsndfile decodes WAV and FLAC; FFmpeg decodes everything else and whatever libsndfile rejects. MP3 and Ogg go to
-FFmpeg because libsndfile ends both early without an error: it estimates the length of an MP3 without a Xing header, and
-decodes only the first of several chained Ogg streams. Whether the end of a recording is missing is checked in `reader`.
+libsndfile decodes WAV, FLAC and NIST SPHERE; FFmpeg decodes everything else and whatever libsndfile rejects, such as
+SPHERE that is compressed with shorten. MP3 and Ogg go to FFmpeg because libsndfile ends both early without an error: it
+estimates the length of an MP3 without a Xing header, and decodes only the first of several chained Ogg streams. Whether
+the end of a recording is missing is checked in `reader`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ MAX_CHANNELS = 1024
 DURATION_TOLERANCE_S = 0.25  # encoder delay and padding: a lossy file may be this much shorter than its header states
 
 _CHUNK_VALUES = 2**13  # values decoded at once, over all channels; bounds the error of "decoded s" in error messages
-_FFMPEG_FORMATS = "aac,ac3,aiff,amr,amrnb,amrwb,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav"
+_SNDFILE_MAGIC = (b"RIFF", b"RF64", b"fLaC", b"NIST")
+_FFMPEG_FORMATS = (
+    "aac,ac3,aiff,amr,amrnb,amrwb,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,nistsphere,ogg,w64,wav"
+)
 _MAX_PLANES = 8  # PyAV 18 reads out of bounds if more channels have planes of their own
 _OGG_TRUNCATED = "its last page does not end the stream"
+_CONVERT = {"": "Convert it with the program that wrote it.", "nistsphere": "Convert it with sph2pipe -f wav."}
 _ADVICE = "Copy the file again, or cut it with ffmpeg."
 
 
@@ -125,7 +130,7 @@ def open_audio(source: AudioInput, start_s: float = 0.0) -> Iterator[AudioDecode
         magic = file.read(4)
         if not magic:
             raise audio_error(source, "is empty (0 bytes). Copy the file again.")
-        decoder = _open_sndfile(source, file, closing, start_s) if magic in (b"RIFF", b"RF64", b"fLaC") else None
+        decoder = _open_sndfile(source, file, closing, start_s) if magic in _SNDFILE_MAGIC else None
         decoder = decoder or _open_ffmpeg(source, file, closing)
         _validate_header(source, decoder.info.rate_hz, decoder.info.channels)
         yield decoder
@@ -155,9 +160,13 @@ def _validate_header(source: AudioInput, rate_hz: int, channels: int) -> None:
 
 
 def _open_sndfile(source: AudioInput, file: BinaryIO, closing: ExitStack, start_s: float) -> AudioDecoder | None:
-    """Open WAV or FLAC; return None if FFmpeg should try: another format in RIFF, an unsupported codec, no length."""
-    if wav := headers.read_wav_header(file):
-        _validate_header(source, wav.rate_hz, wav.channels)
+    """Open WAV, FLAC or SPHERE; return None if FFmpeg should try: another format in RIFF, another codec, no length."""
+    if header := headers.read_wav_header(file) or headers.read_sphere_header(file):
+        _validate_header(source, header.rate_hz, header.channels)
+        if header.unstated_bytes:
+            return None
+        if header.is_joined:
+            warn_once(source, "is followed by another recording in the same file, which is not read. Split the file.")
     try:
         file.seek(0)
         sound = closing.enter_context(soundfile.SoundFile(file if isinstance(source, AudioBytes) else _encode(source)))
@@ -166,8 +175,8 @@ def _open_sndfile(source: AudioInput, file: BinaryIO, closing: ExitStack, start_
     if not 0 < sound.frames < 2**62:
         return None
     duration_s = sound.frames / sound.samplerate
-    if wav and wav.size_ratio > 1:
-        raise truncated_error(source, f"its header promises {duration_s * wav.size_ratio:.1f} s", duration_s)
+    if header and header.size_ratio > 1:
+        raise truncated_error(source, f"its header promises {duration_s * header.size_ratio:.1f} s", duration_s)
     start = min(round(start_s * sound.samplerate), sound.frames) if start_s and sound.seekable() else 0
     info = AudioInfo(duration_s, sound.samplerate, sound.channels, sound.format.lower())
     return AudioDecoder(info, lambda mixer: _decode_sndfile(sound, start, mixer), start)
@@ -195,6 +204,14 @@ def _open_ffmpeg(source: AudioInput, file: BinaryIO, closing: ExitStack) -> Audi
     truncated, num_frames = headers.is_ogg_truncated(file), headers.read_mp3_frame_count(file)
     # Some of FFmpeg's formats, playlists above all, open other files and URLs: allow only these, and only this file.
     options = {"protocol_whitelist": "file", "format_whitelist": _FFMPEG_FORMATS}
+    if (wav := headers.read_wav_header(file)) and wav.unstated_bytes:
+        options["ignore_length"] = "1"
+        stated_s, unstated_s = wav.stated_bytes / wav.bytes_per_s, wav.unstated_bytes / wav.bytes_per_s
+        warn_once(
+            source,
+            f"states {stated_s:.1f} s in its header, and {unstated_s:.1f} s of audio follow, as where its writer was"
+            " stopped: all of it is read.",
+        )
     file.seek(0)
     target = file if isinstance(source, AudioBytes) else f"file:{source}"
     try:
@@ -209,7 +226,10 @@ def _open_ffmpeg(source: AudioInput, file: BinaryIO, closing: ExitStack) -> Audi
     track = container.streams.audio[0] if container.streams.audio else None
     if track is None or track.codec_context is None:
         problem = "has no audio stream" if track is None else "uses a codec that FFmpeg cannot decode"
-        raise audio_error(source, f"{problem} ({container.format.long_name}). Choose a recording with audio.")
+        advice = (
+            "Choose a recording with audio." if track is None else _CONVERT.get(container.format.name, _CONVERT[""])
+        )
+        raise audio_error(source, f"{problem} ({container.format.long_name}). {advice}")
     rate_hz, channels = track.codec_context.sample_rate, track.codec_context.channels
     if channels > _MAX_PLANES and track.codec_context.format.is_planar:
         raise audio_error(

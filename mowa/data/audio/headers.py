@@ -13,21 +13,33 @@ from typing import Any, BinaryIO
 WAV_TOLERANCE_BYTES = 64  # some writers count the header as data
 # data sizes that programs write when they write to a pipe
 WAV_STREAMING_SIZES = (range(1), range(0x7FFF_F000, 0x8000_0001), range(0xFFFF_F000, 0x1_0000_0000))
+UNSTATED_S = 0.25  # of audio behind the stated end of a WAV; less may be padding
 OGG_MAX_PAGE_BYTES = 27 + 255 + 255 * 255
 # PyAV format names; FFmpeg estimates the durations of all others
-FORMATS_WITH_DURATION = ("aiff", "au", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "mp3", "ogg")
+FORMATS_WITH_DURATION = ("aiff", "au", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "mp3", "nistsphere", "ogg")
 
 
 @dataclass(frozen=True, slots=True)
-class WavHeader:
-    """WAV header. `size_ratio` is samples stated / samples present: 1 if the file is complete or was streamed."""
+class PcmHeader:
+    """Header of WAV or NIST SPHERE. Bytes are those of samples.
+
+    size_ratio      samples stated / samples present: 1 if the file is complete or was streamed
+    bytes_per_s     of all channels; 0 if unknown
+    stated_bytes    what the header states
+    unstated_bytes  audio behind that, which a writer that died or a size over 4 GiB leaves there
+    is_joined       whether another WAV file follows
+    """
 
     rate_hz: int
     channels: int
     size_ratio: float
+    bytes_per_s: int = 0
+    stated_bytes: int = 0
+    unstated_bytes: int = 0
+    is_joined: bool = False
 
 
-def read_wav_header(file: BinaryIO) -> WavHeader | None:
+def read_wav_header(file: BinaryIO) -> PcmHeader | None:
     """Read RIFF or RF64 up to the data chunk; return None if the file is not WAV or ends before that chunk.
 
     The file is left at the first sample. Sources: https://www.mmsp.ece.mcgill.ca/Documents/AudioFormats/WAVE/WAVE.html
@@ -37,23 +49,60 @@ def read_wav_header(file: BinaryIO) -> WavHeader | None:
     file.seek(0)
     if file.read(12)[8:] != b"WAVE":
         return None
-    rate_hz = channels = 0
+    rate_hz = channels = block_bytes = 0
     long_size: int | None = None
     while len(header := file.read(8)) == 8:
         name, size = struct.unpack("<4sI", header)
         if name == b"data":
             streamed = any(size in sizes for sizes in WAV_STREAMING_SIZES)
             size = long_size or (0 if streamed else size)
-            present = file_size - file.tell()
-            ratio = size / max(1, present) if size > present + WAV_TOLERANCE_BYTES else 1.0
-            return WavHeader(rate_hz, channels, ratio)
+            start = file.tell()
+            present, bytes_per_s = file_size - start, rate_hz * block_bytes
+            if streamed or not bytes_per_s or present - size < UNSTATED_S * bytes_per_s:
+                ratio = size / max(1, present) if size > present + WAV_TOLERANCE_BYTES else 1.0
+                return PcmHeader(rate_hz, channels, ratio, bytes_per_s, size)
+            follows = _chunk_name(file, start + size, file_size)
+            file.seek(start)
+            unstated = 0 if follows else present - size
+            return PcmHeader(rate_hz, channels, 1.0, bytes_per_s, size, unstated, follows == b"RIFF")
         body = file.read(min(size, 24))
         if name == b"ds64" and len(body) == 24:
             long_size = int.from_bytes(body[8:16], "little")
         if name == b"fmt " and len(body) >= 8:
             _, channels, rate_hz = struct.unpack("<HHI", body[:8])
+            block_bytes = int.from_bytes(body[12:14], "little")
         file.seek(size - len(body) + size % 2, 1)
     return None
+
+
+def _chunk_name(file: BinaryIO, at: int, file_size: int) -> bytes:
+    """Return the name of the chunk or tag that begins at `at`, or at the even byte after it; empty if none does."""
+    for start in sorted({at, at + at % 2}):
+        file.seek(start)
+        name, size = file.read(4), int.from_bytes(file.read(4), "little")
+        is_chunk = all(0x20 <= byte < 0x7F for byte in name) and start + 8 + size <= file_size + 1
+        if is_chunk or name[:3] in (b"ID3", b"TAG") or name == b"APET":
+            return name
+    return b""
+
+
+def read_sphere_header(file: BinaryIO) -> PcmHeader | None:
+    """Read the header of NIST SPHERE; return None for other files.
+
+    Source: https://www.nist.gov/itl/iad/mig/tools (SPHERE 2.7).
+    """
+    file.seek(0)
+    head = file.read(1024)
+    if not head.startswith(b"NIST_1A\n") or not head[8:16].strip().isdigit():
+        return None
+    size = int(head[8:16])
+    head += file.read(min(max(0, size - 1024), 2**16))
+    fields = {name: int(value) for name, value in re.findall(rb"^(\w+) -[ir] (\d+)", head, re.MULTILINE)}
+    count, channels, width = (fields.get(name, 0) for name in (b"sample_count", b"channel_count", b"sample_n_bytes"))
+    present, stated = file.seek(0, 2) - size, count * channels * width
+    is_compressed = re.search(rb"^sample_coding -s\d+ \S+,", head, re.MULTILINE) is not None
+    ratio = stated / max(1, present) if stated > present and not is_compressed else 1.0
+    return PcmHeader(fields.get(b"sample_rate", 0), channels, ratio)
 
 
 def is_ogg_truncated(file: BinaryIO) -> bool:

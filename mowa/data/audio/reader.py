@@ -41,7 +41,7 @@ MIN_SAMPLES = 400  # receptive field of wav2vec2: fewer samples give no frame
 SILENCE_DBFS = -80.0
 AUDIO_SUFFIXES = frozenset(
     {".3gp", ".aac", ".aif", ".aifc", ".aiff", ".amr", ".au", ".flac", ".m4a", ".mka", ".mkv"}
-    | {".mov", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".wav", ".webm", ".wma"}
+    | {".mov", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".sph", ".wav", ".webm", ".wma"}
 )
 
 # "fast" is LQ, not QQ: QQ only interpolates, which aliases what lies above the new Nyquist frequency onto speech.

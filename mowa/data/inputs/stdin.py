@@ -1,4 +1,4 @@
-"""Open standard input as a live audio source: any streamable container, or raw 16-bit PCM, detected by its first bytes.
+"""Open standard input as a live audio source: any streamable container, or raw samples, detected by its first bytes.
 
 Containers are decoded by FFmpeg, except 16-bit WAV, whose first two seconds FFmpeg would delay.
 """
@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
+import soundfile
 
 from mowa.data.audio import headers
 from mowa.data.audio.decoders import DURATION_TOLERANCE_S, RATE_RANGE_HZ
@@ -22,11 +24,25 @@ from mowa.data.inputs.source import AudioChunk, AudioChunks, AudioSource
 from mowa.errors import AudioError
 
 RAW_RATE_HZ = 16_000
+RAW_ENCODINGS = {"s16le": RAW_RATE_HZ, "mulaw": 8_000, "alaw": 8_000}  # default rates; the laws are those of G.711
 STDIN_NAME = "standard input"
 
 _READ_BYTES = 4096  # at most, per read
 _HEAD_BYTES = 2048  # examined: two frames of any MP3, ten packets of MPEG-TS
-_MAGIC = (b"RIFF", b"RF64", b"OggS", b"fLaC", b"\x1aE\xdf\xa3", b"ID3", b"FORM", b"caff", b".snd", b"#!AMR", b"FLV\x01")
+_MAGIC = (
+    b"RIFF",
+    b"RF64",
+    b"OggS",
+    b"fLaC",
+    b"\x1aE\xdf\xa3",
+    b"ID3",
+    b"FORM",
+    b"caff",
+    b".snd",
+    b"NIST_1A",
+    b"#!AMR",
+    b"FLV\x01",
+)
 _ASF = bytes.fromhex("3026b2758e66cf11")
 _MPEG_TS, _MPEG_TS_PACKET = 0x47, 188
 _KBITS = {  # bit rates of MPEG audio layer III, by the version bits of the frame header
@@ -35,10 +51,10 @@ _KBITS = {  # bit rates of MPEG audio layer III, by the version bits of the fram
 }
 
 
-def open_stdin(raw_rate_hz: int | None = None) -> AudioSource:
-    """Return a source that reads standard input. Raw samples are 16-bit little-endian mono PCM at `raw_rate_hz`.
+def open_stdin(raw_rate_hz: int | None = None, encoding: str = "s16le") -> AudioSource:
+    """Return a source that reads standard input. Raw samples are mono, in one of `RAW_ENCODINGS`, at `raw_rate_hz`.
 
-    `raw_rate_hz` defaults to `RAW_RATE_HZ`; a container of another rate is an error if it is given.
+    `raw_rate_hz` defaults to that of the encoding; a container of another rate is an error if it is given.
     Raises AudioError if standard input is a terminal. The stream raises AudioError if nothing comes, if the rate
     differs, and if the recording is damaged.
     """
@@ -54,7 +70,7 @@ def open_stdin(raw_rate_hz: int | None = None) -> AudioSource:
         if not head:
             raise AudioError(f"{STDIN_NAME}: ended before any audio. Is the program before the pipe running?")
         if not is_container(head):
-            return _read_raw(pipe, raw_rate_hz or RAW_RATE_HZ, 1, None)
+            return _read_raw(pipe, raw_rate_hz or RAW_ENCODINGS[encoding], 1, None, encoding)
         if (wav := _parse_pcm_wav(head)) is None:
             return _validate_rate(decode_stream(pipe, STDIN_NAME), raw_rate_hz)
         start, from_hz, channels, size = wav
@@ -84,22 +100,32 @@ class PipeReader:
         return os.read(self._descriptor, size)
 
 
-def _read_raw(pipe: PipeReader, from_hz: int, channels: int, size: int | None) -> AudioChunks:
-    """Yield 16-bit PCM, `size` bytes of it or (None) until the input ends."""
-    rest, received, width = b"", 0, 2 * channels
+def _read_raw(pipe: PipeReader, from_hz: int, channels: int, size: int | None, encoding: str = "s16le") -> AudioChunks:
+    """Yield raw samples, `size` bytes of them or (None) until the input ends."""
+    table = None if encoding == "s16le" else _g711_table(encoding)
+    rest, received, width = b"", 0, (2 if table is None else 1) * channels
     mix = ChannelMix(STDIN_NAME, from_hz, LIVE_HALF_LIFE_S)
     while (size is None or received < size) and (data := pipe.read(min(_READ_BYTES, (size or sys.maxsize) - received))):
         received += len(data)
         data = rest + data
         whole = len(data) - len(data) % width
         rest = data[whole:]
-        values = np.frombuffer(data[:whole], "<i2").reshape(-1, channels).astype(np.float64)
+        samples = np.frombuffer(data[:whole], "<i2" if table is None else np.uint8)
+        values = (samples if table is None else table[samples]).reshape(-1, channels).astype(np.float64)
         yield AudioChunk(mix.mix(stack_mean(values, channels) / 2**15), from_hz, time.monotonic())
     if size is not None and size - received > DURATION_TOLERANCE_S * width * from_hz:
         stated_s, received_s = (count / (width * from_hz) for count in (size, received))
         raise AudioError(
             f"{STDIN_NAME}: is cut off: its header promises {stated_s:.1f} s, {received_s:.1f} s were received"
         )
+
+
+def _g711_table(encoding: str) -> npt.NDArray[np.int16]:
+    """Return the 16-bit value of each byte of ITU-T G.711, as libsndfile decodes it."""
+    codes = io.BytesIO(bytes(range(256)))
+    subtype = {"mulaw": "ULAW", "alaw": "ALAW"}[encoding]
+    table, _ = soundfile.read(codes, dtype="int16", format="RAW", subtype=subtype, samplerate=8_000, channels=1)
+    return table
 
 
 def _validate_rate(chunks: Iterable[AudioChunk], expected_hz: int | None) -> AudioChunks:

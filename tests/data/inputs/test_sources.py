@@ -242,6 +242,7 @@ RECORDINGS = {
     "matroska": lambda: encode_ffmpeg(SOUND, "matroska", "pcm_s16le"),
     "adts": lambda: encode_ffmpeg(SOUND, "adts", "aac"),
     "mpegts": lambda: encode_ffmpeg(SOUND, "mpegts", "aac"),
+    "sphere": lambda: encode_sndfile(SOUND, format="NIST", subtype="PCM_16"),
 }
 
 
@@ -265,6 +266,17 @@ def test_raw_samples_are_read_from_a_pipe(pipe, piece):
     data = encode_raw(SOUND[:3001]) + b"\x01"  # half a sample is dropped
     pipe(data, piece)
     assert np.array_equal(read_all(stdin.open_stdin()), np.frombuffer(data[:-1], "<i2") / np.float32(32768))
+
+
+@pytest.mark.parametrize("encoding", ["mulaw", "alaw"])
+def test_raw_g711_is_decoded_as_ffmpeg_does(pipe, encoding):
+    codes = np.random.default_rng(0).integers(0, 256, 16_000, np.uint8).tobytes() + b"\xff" * 8000  # noise and silence
+    decoder = av.CodecContext.create(f"pcm_{encoding}", "r")
+    decoder.sample_rate, decoder.layout = 8_000, "mono"
+    expected = np.concatenate([frame.to_ndarray().ravel() for frame in decoder.decode(av.Packet(codes))])
+    pipe(codes, 777)
+    got = read_all(stdin.open_stdin(encoding=encoding), rate_hz=8_000)
+    assert np.array_equal(got, expected / np.float32(32768))
 
 
 @pytest.mark.parametrize(("rate_hz", "channels"), [(8_000, 1), (44_100, 2), (48_000, 1)])
