@@ -126,6 +126,7 @@ class VocabularyMapper:
     def __init__(self, vocabulary: Vocabulary, oov: str, char_map: Mapping[str, str]) -> None:
         tokens = textual_tokens(vocabulary)
         self._vocabulary = frozenset(text for text in tokens if len(text) == 1) - {" ", "|"}
+        self._folded = {token.casefold() for token in self._vocabulary}
         self._oov = oov
         self._decisions: dict[str, tuple[str, str]] = {}
         self._map_characters = compile_char_map(char_map)
@@ -166,7 +167,7 @@ class VocabularyMapper:
         """Return the characters, in lower case, that no token has: not the vocabulary's, and in none of several."""
         text = normalize_characters(self._map_characters(text))
         single = {c for c in self._units(text) if len(c) == 1}
-        return frozenset(_lower(c) for c in single if self._match_case(c) is None)
+        return frozenset(_lower(c) for c in single if c.casefold() not in self._folded)
 
     def _units(self, text: str) -> Iterator[str]:
         """Yield the tokens of several characters in a text, as the vocabulary has them, and the other characters."""

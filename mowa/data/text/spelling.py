@@ -85,7 +85,7 @@ class TokensOfSeveralCharacters:
     def __init__(self, tokens: Mapping[str, str]) -> None:
         """`tokens`: normalized text → token."""
         self._exact = dict(tokens)
-        self._lower = {text.lower(): token for text, token in reversed(tokens.items())}
+        self._lower = {text.lower(): token for text, token in reversed(list(tokens.items()))}
         self._match_exact, self._match_lower = LongestMatch(self._exact), LongestMatch(self._lower)
 
     def __bool__(self) -> bool:

@@ -125,6 +125,8 @@ def test_unknown_phonemes_may_be_dropped_or_replaced():
         (build("|", "a", "sz"), ["szasz"], ""),
         (PHONEMES, ["h ɛ l oʊ", "ɹ ɛ"], "ɛɹ"),
         (UPPER, ["abd"], "D"),
+        (build("|", *"AS"), ["saß"], "ß"),
+        (build("|", *"ασ"), ["Σας"], ""),
         (NO_DELIMITER, ["你好 吗"], "吗"),
     ],
 )
