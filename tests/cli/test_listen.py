@@ -21,7 +21,7 @@ from mowa.cli.main import main
 from mowa.data import audio
 from mowa.data.inputs.source import AudioBlock, AudioChunk, AudioSource
 from mowa.engines import streaming
-from mowa.engines.streaming import StreamSession
+from mowa.engines.streaming import StreamSession, TimedSegment
 from mowa.errors import AudioError
 from mowa.types import Segment, Word
 
@@ -385,3 +385,25 @@ def test_partial_words_are_dim_and_final_ones_are_not(monkeypatch):
     assert emulator.rows == ["ala ma kota", "", "later"]
     shown.close()
     assert emulator.rows == ["ala ma kota", "", ""]
+
+
+def unspaced(text, *, final=True, ends=False, follows=True):
+    words = tuple(Word(one, 0.0, 1.0, 1.0, space_before=not (at or follows)) for at, one in enumerate(text))
+    return Segment(text, 0.0, 1.0, words, is_final=final, is_endpoint=ends)
+
+
+def test_words_of_languages_without_spaces_are_shown_without(monkeypatch, capsys):
+    emulator = Emulator(40)
+    monkeypatch.setattr(live_display.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    events = [unspaced("你", follows=False), unspaced("好"), unspaced("世", final=False)]
+    with monkeypatch.context() as patch:
+        patch.setattr(live_display.click, "echo", lambda text, nl: emulator.write(text))
+        live_display.LiveDisplay("waiting").update(events, "status")
+    assert emulator.rows == ["你好世", "status"]
+    writer = listen.LineWriter()
+    timed = [TimedSegment(event, 1.0, None) for event in (*events[:2], unspaced("界", ends=True))]
+    writer.write(timed, None)
+    listen.JsonWriter().write(timed[1:2], None)
+    line, event = capsys.readouterr().out.splitlines()
+    assert line == "你好界"
+    assert json.loads(event)["words"][0]["space_before"] is False
