@@ -94,6 +94,7 @@ class GenerateOptions(GenerationOptions, total=False):
     chat: bool | None
     threads: int | None
     batch_size: int
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 def read_settings(

@@ -46,6 +46,7 @@ def generate(
     chat: bool | None = None,
     threads: int | None = None,
     batch_size: int = 8,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Generation | list[Generation] | Iterator[str]:
     """Generate an answer with a language model.
@@ -58,6 +59,7 @@ def generate(
         chat: put a text into the chat template; None: if the model has one.
         threads: CPU threads; None: as torch is set.
         batch_size: prompts generated together.
+        chat_template_kwargs: variables that the chat template reads, such as enable_thinking.
         settings: fields of `GenerationSettings`, such as max_new_tokens, temperature, top_p, stop and seed.
 
     Returns:
@@ -65,8 +67,8 @@ def generate(
 
     Raises:
         ModelError: the model is no language model, or a setting is out of range.
-        DataError: a prompt is empty or longer than the model's context, its messages do not fit the template, or
-            `system` is given with chat=False.
+        DataError: a prompt is empty or longer than the model's context, its messages do not fit the template, the
+            template does not read one of `chat_template_kwargs`, or `system` is given with chat=False.
     """
     options = _to_settings(settings)
     single, prompts = _list_prompts(prompt)
@@ -78,8 +80,10 @@ def generate(
     if stream:
         if not single:
             raise DataError(f"stream=True takes one prompt, not {len(prompts)}")
-        return generation.stream_text(loaded, prompts[0], options, chat=chat)
-    answers = generation.generate(loaded, prompts, options, chat=chat, batch_size=batch_size)
+        return generation.stream_text(loaded, prompts[0], options, chat=chat, chat_template_kwargs=chat_template_kwargs)
+    answers = generation.generate(
+        loaded, prompts, options, chat=chat, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+    )
     return answers[0] if single else answers
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mowa import hardware
+from mowa.cli.recipe_options import KeyValuePairs
 
 
 # fmt: off
@@ -20,6 +21,8 @@ from mowa import hardware
               help="Prompt, repeatable. [default: standard input]")
 @click.option("--system", default="", metavar="TEXT", help="System message before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@click.option("--chat-template-kwargs", type=KeyValuePairs(typed=True),
+              help="Variables that the chat template reads: enable_thinking=false.")
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Adapter folder written by `mowa train` or PEFT.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True,
@@ -43,7 +46,8 @@ from mowa import hardware
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
 def generate(
-    model: str, prompts: tuple[str, ...], system: str, raw: bool, adapter: Path | None, max_new_tokens: int,
+    model: str, prompts: tuple[str, ...], system: str, raw: bool, chat_template_kwargs: dict[str, Any] | None,
+    adapter: Path | None, max_new_tokens: int,
     temperature: float | None, top_p: float | None, top_k: int | None, repetition_penalty: float | None,
     stop: tuple[str, ...], seed: int | None, as_json: bool, device: str, dtype: str, threads: int | None,
     revision: str | None, offline: bool,
@@ -64,6 +68,7 @@ def generate(
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
         "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
         "chat": False if raw else None, "system": system, "threads": threads,
+        "chat_template_kwargs": chat_template_kwargs,
     }  # fmt: skip
     if as_json:
         for text, answer in zip(texts, mowa.generate(loaded, list(texts), **options), strict=True):

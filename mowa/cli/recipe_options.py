@@ -6,6 +6,7 @@ Types, defaults, choices and help texts come from the schema (`mowa.training.con
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import typing
@@ -87,6 +88,9 @@ class KeyValuePairs(click.ParamType):
 
     name = "k=v,…"
 
+    def __init__(self, *, typed: bool = False) -> None:
+        self.typed = typed  # numbers, true and false are values of their own, not texts
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
@@ -96,7 +100,8 @@ class KeyValuePairs(click.ParamType):
             if pair is None:
                 self.fail(f"{piece!r} is not a pair; write from=to", param, ctx)
             key = pair[1].lstrip(" ") or pair[1]  # a space after the comma is not part of the key
-            found[_unescape(key)] = _unescape(pair[2])
+            text = _unescape(pair[2])
+            found[_unescape(key)] = _parse_scalar(text) if self.typed else text
         return found
 
 
@@ -105,6 +110,13 @@ class NumberParam(click.types.FloatParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return math.inf if value == schema.UNLIMITED else super().convert(value, param, ctx)
+
+
+def _parse_scalar(text: str) -> Any:
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _unescape(text: str) -> str:
@@ -308,7 +320,7 @@ def _click_type(leaf: OptionSpec) -> dict[str, Any]:
     if origin is tuple:
         return {"type": CommaSeparated()}
     if origin is dict:
-        return {"type": KeyValuePairs()}
+        return {"type": KeyValuePairs(typed=parts[1] is Any)}
     if leaf.choices:
         return {"type": click.Choice(list(leaf.choices))}
     return {"type": NumberParam() if leaf.hint is float else leaf.hint}

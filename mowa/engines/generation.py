@@ -75,6 +75,7 @@ def generate(
     *,
     chat: bool | None = None,
     batch_size: int = 8,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Generation]:
     """Return the answer to each prompt, in order: the one that it gets alone.
 
@@ -84,15 +85,17 @@ def generate(
         settings: how tokens are chosen.
         chat: put a text into the chat template, as a user's message; None: if the model has a template.
         batch_size: prompts generated together. Those whose context has no room for `max_new_tokens` are alone.
+        chat_template_kwargs: variables that the chat template reads, such as enable_thinking.
 
     Raises:
-        DataError: a prompt is empty or longer than the model's context, or there is no chat template for messages.
+        DataError: a prompt is empty or longer than the model's context, or there is no chat template for messages, or
+            it does not read one of `chat_template_kwargs`.
         ModelError: a setting is out of range.
     """
     _validate(model, settings)
     if not _is_int(batch_size) or batch_size < 1:
         raise ModelError(f"batch_size is {batch_size!r}: it must be a whole number, at least 1")
-    encoded = [encode(model, prompt, chat=chat) for prompt in prompts]
+    encoded = [encode(model, prompt, chat=chat, chat_template_kwargs=chat_template_kwargs) for prompt in prompts]
     limits = [_limit(model, prompt, settings) for prompt in encoded]
     full = [index for index, limit in enumerate(limits) if limit == settings.max_new_tokens]
     groups = [
@@ -119,31 +122,44 @@ def _together(model: CausalModel, prompts: list[list[int]], indices: list[int]) 
 
 
 def stream_text(
-    model: CausalModel, prompt: Prompt, settings: GenerationSettings = DEFAULT_SETTINGS, *, chat: bool | None = None
+    model: CausalModel,
+    prompt: Prompt,
+    settings: GenerationSettings = DEFAULT_SETTINGS,
+    *,
+    chat: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """Yield the answer in pieces, as it is generated; together they are the text that `generate` returns.
 
     Closing the iterator ends the generation after the current token. Raises as `generate`, before the first piece.
     """
     _validate(model, settings)
-    ids = encode(model, prompt, chat=chat)
+    ids = encode(model, prompt, chat=chat, chat_template_kwargs=chat_template_kwargs)
     config = _generation_config(model, _limit(model, ids, settings), settings)
     return _stream(model, ids, config, settings)
 
 
-def encode(model: CausalModel, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
+def encode(
+    model: CausalModel,
+    prompt: Prompt,
+    *,
+    chat: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Return the token ids of a prompt. Raises DataError as `generate`."""
     tokenizer = model.tokenizer
     if isinstance(prompt, str):
         if not prompt:
             raise DataError("the prompt is empty")
         if chat is False or (chat is None and not tokenizer.chat_template):
+            if chat_template_kwargs:
+                raise DataError("chat_template_kwargs need a chat template, and the prompt is not put into one")
             ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
             eos = tokenizer.eos_token_id
             return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
         prompt = [{"role": "user", "content": prompt}]
     _validate_messages(prompt)
-    return encode_prompt(tokenizer, prompt)
+    return encode_prompt(tokenizer, prompt, (), chat_template_kwargs)
 
 
 def _validate_messages(messages: Any) -> None:

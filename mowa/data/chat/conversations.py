@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mowa.data.chat import files
-from mowa.data.chat.formats import ID_COLUMNS, DatasetFormat, agree, row_format
+from mowa.data.chat.formats import ID_COLUMNS, KNOWN_COLUMNS, DatasetFormat, agree, row_format
 from mowa.data.chat.formats import detect_format as detect_format
+from mowa.data.chat.renaming import Renaming
 from mowa.data.chat.rows import list_unused, parse_row
 from mowa.data.chat.samples import Conversation, Document, ExcludedSample, InvalidSample, Tally
 from mowa.data.chat.samples import Message as Message
@@ -52,32 +53,53 @@ class ChatDataset:
         return len(self.samples)
 
 
-def read_conversations(path: str | Path, split: str = "", *, on_invalid: str = "drop") -> ChatDataset:
+def read_conversations(
+    path: str | Path,
+    split: str = "",
+    *,
+    on_invalid: str = "drop",
+    columns: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> ChatDataset:
     """Read the conversations and documents at `path`, in order; `files.SUPPORTED_FILES` lists what it may be.
 
-    `on_invalid` is drop (and count by reason) or stop (raise at the first invalid row). Raises DataError if the data
-    cannot be read, mixes two formats, has no rows, or if more than half of the rows are invalid.
+    on_invalid  drop (and count by reason) or stop (raise at the first invalid row)
+    columns     name of a column or of a key of turns that mowa reads → its name in the data set
+    roles       role in the data set → system, user, assistant or tool
+
+    Raises DataError if the data cannot be read, mixes two formats, has no rows, or if more than half of the rows are
+    invalid.
     """
-    return parse_rows(
-        ((where, fields) for where, _, fields in files.read_rows(path, split)), str(path), on_invalid=on_invalid
-    )
+    rows = files.read_rows(path, split, (*KNOWN_COLUMNS, *(columns or {}).values()))
+    named = ((where, fields) for where, _, fields in rows)
+    return parse_rows(named, str(path), on_invalid=on_invalid, columns=columns, roles=roles)
 
 
-def parse_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], source: str, *, on_invalid: str = "drop") -> ChatDataset:
-    """Parse rows, given with their positions, into conversations and documents. Errors as `read_conversations`."""
+def parse_rows(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    source: str,
+    *,
+    on_invalid: str = "drop",
+    columns: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> ChatDataset:
+    """Parse rows, given with their positions, into conversations and documents. As `read_conversations`."""
     if on_invalid not in ON_INVALID:
         raise DataError(f"on_invalid: {on_invalid!r} is none of {', '.join(ON_INVALID)}")
+    renaming = Renaming(columns or {}, roles or {})
     detected: DatasetFormat | None = None
     first, number = "", 0
+    first_row: Mapping[str, Any] = {}
     samples: list[Conversation | Document] = []
     tally, unused, ids = Tally(), Tally(), Counter[str]()
-    for number, (where, fields) in enumerate(rows, 1):
+    for number, (where, given) in enumerate(rows, 1):
+        first_row, fields = first_row or given, renaming.rename(given)
         found = row_format(fields)
         detected, first = agree(detected, first, found, where, fields), first or where
-        for name in dict.fromkeys(list_unused(found or detected, fields)):
+        for name in dict.fromkeys(list_unused(found or detected, fields, renaming.roles)):
             unused.warn(name, where)
         try:
-            sample = parse_row(_unique_id(fields, number, ids), found or detected, fields)
+            sample = parse_row(_unique_id(fields, number, ids), found or detected, fields, renaming.roles)
         except ExcludedSample as error:
             tally.exclude(error.reason, where)
             continue
@@ -91,6 +113,7 @@ def parse_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], source: str, *, on
             tally.warn(warning, where)
     if detected is None:
         raise DataError(f"{source}: is empty: it has no rows. Check that it was written completely.")
+    renaming.raise_missing(source, first_row)
     _validate_counts(tally, detected, source, number, len(samples))
     counts = (tally.dropped, tally.excluded, tally.warnings, unused.warnings)
     return ChatDataset(tuple(samples), detected, number, *counts, source=source, on_invalid=on_invalid)

@@ -40,12 +40,18 @@ class TokenizedSample:
         return len(self.input_ids)
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
+def encode_prompt(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Return the token ids of messages and the generation prompt, by the chat template, as in training.
 
-    Special tokens that a message spells become text. Raises DataError without a template, or if it raises an error.
+    Special tokens that a message spells become text. Raises DataError without a template, if it raises an error, or if
+    it does not read one of `chat_template_kwargs`.
     """
-    encoder, template = Encoder(tokenizer, Tally()), resolve_chat_template(tokenizer)
+    encoder, template = Encoder(tokenizer, Tally()), resolve_chat_template(tokenizer, None, chat_template_kwargs)
     given: Any = [[dict(message) for message in messages], list(tools)]
     escaped = template.spells_special_tokens(given)
     try:
@@ -72,7 +78,7 @@ class Encoder:
         samples: Iterable[Conversation | Document],
         train_on: str,
         chat_template: str | None = None,
-        template_arguments: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[TokenizedSample]:
         """Yield the samples of conversations and documents. Raises as `tokenize_conversations`."""
         template: ChatTemplate | None = None
@@ -84,7 +90,7 @@ class Encoder:
                 if isinstance(sample, Document):
                     documents.append(sample)
                     continue
-                template = template or resolve_chat_template(self.tokenizer, chat_template, template_arguments)
+                template = template or resolve_chat_template(self.tokenizer, chat_template, chat_template_kwargs)
                 texts += self._render(template, sample, "responses" if train_on == "auto" else train_on)
             if documents and train_on in ("responses", "last"):
                 raise DataError(f"train_on: {train_on}: texts have no responses; use all, or pass conversations")

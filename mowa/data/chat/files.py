@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mowa.data.chat.arrow import read_parquet_features, read_saved_features, restore_row
 from mowa.data.manifests.discover import (
     SHARD_PATTERN,
     choose_split,
@@ -16,34 +17,43 @@ from mowa.data.manifests.discover import (
     missing_source_error,
 )
 from mowa.data.manifests.rows import BadRow, TableRow
-from mowa.data.manifests.tables import READERS, read_parquet_rows, read_saved_dataset, stream_hub_dataset
+from mowa.data.manifests.tables import (
+    READERS,
+    full_suffix,
+    read_parquet_rows,
+    read_saved_dataset,
+    stream_hub_dataset,
+)
 from mowa.errors import DataError
 
 SUPPORTED_FILES = (
-    ".jsonl, .json, .csv, .tsv, .parquet, .txt and .md files, a folder of them (one split per file or folder), a "
-    "folder saved by datasets, and hub:owner/name[@revision][:config]"
+    ".jsonl, .json, .csv and .tsv (and .gz of these), .parquet, .txt and .md files, a folder of them (one split per "
+    "file or folder), a folder saved by datasets, and hub:owner/name[@revision][:config]"
 )
 TEXT_SUFFIXES = (".txt", ".md")
-TABLE_SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv", ".csv")
+TABLE_SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv", ".csv", ".jsonl.gz", ".json.gz", ".tsv.gz", ".csv.gz")
 
 Row = tuple[str, Path, Mapping[str, Any]]  # position for messages, folder, columns
 
 
-def read_rows(path: str | Path, split: str = "") -> Iterator[Row]:
+def read_rows(path: str | Path, split: str = "", columns: Collection[str] = ()) -> Iterator[Row]:
     """Yield (position, folder, columns) of every row at `path`; `SUPPORTED_FILES` lists what it may be.
 
     `split` is one of several: a file or folder of that name, or rows by their column `split`; "" is train or the only
-    one. Raises DataError with file and line for what cannot be read; MissingDependency; HubUnreachable.
+    one. Of a data set on the Hub with audio, only texts and `columns` are read. Raises DataError with file and line for
+    what cannot be read; MissingDependency; HubUnreachable.
     """
-    for where, folder, fields in _read_source(path, split):
+    for where, folder, fields in _read_source(path, split, columns):
         if isinstance(fields, BadRow):
             raise DataError(fields.reason)
         yield where, folder, fields
 
 
-def _read_source(path: str | Path, split: str) -> Iterator[TableRow]:
+def _read_source(path: str | Path, split: str, columns: Collection[str]) -> Iterator[TableRow]:
     if str(path).startswith("hub:"):
-        yield from stream_hub_dataset(str(path), partial(choose_split, split, str(path)))
+        features: dict[str, Any] = {}
+        rows = stream_hub_dataset(str(path), partial(choose_split, split, str(path)), columns, features.update)
+        yield from _restore_rows(rows, features)
         return
     resolved = Path(path).expanduser()
     if not resolved.exists():
@@ -51,7 +61,7 @@ def _read_source(path: str | Path, split: str) -> Iterator[TableRow]:
     if resolved.is_file():
         yield from filter_split(_read_file(resolved), split, str(path)) if split else _read_file(resolved)
     elif (resolved / "state.json").is_file() and (resolved / "dataset_info.json").is_file():
-        rows = read_saved_dataset(resolved)
+        rows = _read_saved(resolved)
         yield from filter_split(rows, split, str(path)) if split else rows
     else:
         yield from _read_folder(resolved, split)
@@ -60,9 +70,10 @@ def _read_source(path: str | Path, split: str) -> Iterator[TableRow]:
 def _read_folder(folder: Path, split: str) -> Iterator[TableRow]:
     splits: dict[str, list[Path]] = {}
     for child in sorted([*folder.glob("[!.]*"), *folder.glob("data/*.parquet")]):
-        if child.is_file() and child.suffix.lower() in TABLE_SUFFIXES and child.stem != "dataset_dict":
-            shard = SHARD_PATTERN.fullmatch(child.stem)
-            splits.setdefault(shard["split"] if shard else child.stem, []).append(child)
+        stem = child.name[: -len(full_suffix(child))]
+        if child.is_file() and full_suffix(child) in TABLE_SUFFIXES and stem != "dataset_dict":
+            shard = SHARD_PATTERN.fullmatch(stem)
+            splits.setdefault(shard["split"] if shard else stem, []).append(child)
         elif child.is_dir() and ((child / "state.json").is_file() or _find_text_files(child)):
             splits.setdefault(child.name, []).append(child)
     if splits:
@@ -87,16 +98,27 @@ def _find_text_files(folder: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> Iterator[TableRow]:
-    suffix = path.suffix.lower()
+    suffix = full_suffix(path)
     if suffix in TEXT_SUFFIXES:
         yield str(path), path.parent, {"id": path.stem, "text": _read_text(path)}
     elif suffix == ".parquet":
-        for where, fields in read_parquet_rows(path, 512):
-            yield where, path.parent, fields
+        features = read_parquet_features(path)
+        rows = ((where, path.parent, fields) for where, fields in read_parquet_rows(path, 512))
+        yield from _restore_rows(rows, features)
     elif suffix in READERS:
         yield from READERS[suffix](path)
     else:
         raise DataError(f"{path}: is not a supported file. Supported: {SUPPORTED_FILES}.")
+
+
+def _read_saved(folder: Path) -> Iterator[TableRow]:
+    features = read_saved_features(folder)
+    yield from _restore_rows(read_saved_dataset(folder, tuple(features)), features)
+
+
+def _restore_rows(rows: Iterable[TableRow], features: Mapping[str, Any]) -> Iterator[TableRow]:
+    for where, folder, fields in rows:
+        yield where, folder, fields if isinstance(fields, BadRow) else restore_row(fields, features)
 
 
 def _read_text(path: Path) -> str:

@@ -28,6 +28,12 @@ DATASET_FORMATS: dict[str, tuple[dict[str, tuple[str, ...]], dict[str, tuple[str
     "text": ({"text": ("text", "content", "document", "markdown", "body")}, {}),
     "user/assistant": ({"prompt": ("user", "human"), "answer": ("assistant", "gpt", "bot")}, _PAIR),
 }
+KNOWN_COLUMNS = frozenset(
+    (
+        *ID_COLUMNS,
+        *(name for formats in DATASET_FORMATS.values() for part in formats for one in part.values() for name in one),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def tokenize_conversations(
     on_overflow: str = "drop",
     max_length: int,
     chat_template: str | None = None,
-    template_arguments: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     eos_token_ids: Iterable[int] = (),
     vocab_size: int | None = None,
 ) -> tuple[list[TokenizedSample], TokenizationReport]:
@@ -90,7 +90,7 @@ def tokenize_conversations(
     on_overflow    longer samples: drop; truncate (keep the beginning, if any of it is trained on); split (documents
                    into windows; conversations are dropped)
     chat_template  Jinja text to use instead of the tokenizer's chat template
-    template_arguments  further variables of the template, such as enable_thinking
+    chat_template_kwargs  further variables of the chat template, such as enable_thinking
     eos_token_ids  tokens that end the model's answers (its generation config), in addition to the tokenizer's EOS
     vocab_size     rows of the model's embeddings
 
@@ -107,7 +107,7 @@ def tokenize_conversations(
         counts = (dict(samples.dropped), dict(samples.excluded), dict(samples.warnings))
         tally = Tally(*counts, stop_source=samples.source if samples.on_invalid == "stop" else None)
     encoder, fitted = Encoder(tokenizer, tally), []
-    for sample in encoder.encode(_progress(everything), train_on, chat_template, template_arguments):
+    for sample in encoder.encode(_progress(everything), train_on, chat_template, chat_template_kwargs):
         fitted += _fit(sample, max_length, on_overflow, sample.id in encoder.document_ids, tally)
     kept = []
     for sample in fitted:

@@ -132,15 +132,21 @@ def _read_dataset(data: Any, name: Path, folder: Path, extra_columns: Collection
 
 
 def stream_hub_dataset(
-    source: str, choose_split: Callable[[Iterable[str]], str], extra_columns: Collection[str] = ()
+    source: str,
+    choose_split: Callable[[Iterable[str]], str],
+    extra_columns: Collection[str] = (),
+    on_features: Callable[[Mapping[str, Any]], object] = lambda features: None,
 ) -> Iterator[TableRow]:
     """Stream `hub:owner/name[@revision][:config]`; `choose_split` returns one of the available splits.
+
+    `on_features` is called with the features of the columns, as far as they are known, before the first row.
 
     Raises HubUnreachable, DataError if it cannot be streamed, and MissingDependency without datasets.
     """
     with _open_hub_dataset(source) as (datasets, builder, splits):
         data = splits[choose_split(splits)]
         features = data.features or {}
+        on_features(features)
         audio_columns = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
         for name in audio_columns:
             data = data.cast_column(name, _undecoded_feature(datasets, builder))

@@ -55,7 +55,9 @@ def load_splits(recipe: CausalRecipe, model: CausalModel) -> CausalSplits:
     findings: list[Finding] = []
 
     def load(name: str, source: DataSource) -> list[TokenizedSample]:
-        items = conversations.read_conversations(source.path, source.split, on_invalid=data.on_invalid)
+        items = conversations.read_conversations(
+            source.path, source.split, on_invalid=data.on_invalid, columns=data.columns, roles=data.roles
+        )
         samples, report = _tokenize(items, data, model)
         notes.append(f"{name}: {report.summary()}")
         findings.extend(Finding(f"{name}: {one.name}", 0, one.detail, one.advice) for one in report.findings)
@@ -87,6 +89,7 @@ def _tokenize(items: Any, data: CausalData, model: CausalModel) -> Any:
         train_on=data.train_on,
         on_overflow=data.on_overflow,
         max_length=min(data.max_length, context),
+        chat_template_kwargs=data.chat_template_kwargs,
         eos_token_ids=causal.eos_token_ids(model),
         vocab_size=model.net.get_input_embeddings().num_embeddings,
     )

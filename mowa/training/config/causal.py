@@ -39,6 +39,17 @@ class CausalData:
         choices=("auto", "responses", "last", "all"),
     )
     chat_template: str = option("", "chat template where the tokenizer has none: chatml, plain, or a .jinja file")
+    chat_template_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "variables that the chat template reads: {enable_thinking: false}"}
+    )
+    columns: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "your names of columns and of keys in turns: {messages: log, role: who, content: says}"},
+    )
+    roles: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "your names of roles, as system, user, assistant or tool: {agent: assistant, caller: user}"},
+    )
     max_length: int = option(2048, "tokens of the longest sample; at most the model's context length", minimum=8)
     on_overflow: str = option(
         "drop",
@@ -46,7 +57,9 @@ class CausalData:
         choices=("drop", "truncate", "split"),
     )
     on_invalid: str = option(
-        "drop", "rows that are not conversations: drop and count them, or stop", choices=("drop", "stop")
+        "drop",
+        "rows that are invalid, too long or refused by the template: drop and count them, or stop",
+        choices=("drop", "stop"),
     )
     max_eval_samples: int = option(
         300, "samples of each dev set to evaluate at most, always the same ones; 0: all", minimum=0
