@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def document_rope(net: Any) -> Iterator[None]:
             hook.remove()
         for module in modules:
             del module.forward
+            _reset(module)
 
 
 def original_length(net: Any) -> int | None:
@@ -100,8 +102,7 @@ def _forward(
         return stock(x, position_ids, **options)
 
     def compute(positions: Tensor) -> Any:
-        if "dynamic" in rope_type:
-            _reset(module, layer_type)
+        _reset(module)
         return stock(x, positions, **options)
 
     if int(position_ids.max()) < _original_length(module, layer_type):
@@ -112,7 +113,7 @@ def _forward(
     for index, positions in enumerate(position_ids):
         starts = [lengths[index]] if lengths is not None else ((positions.diff() != 1).nonzero()[:, 0] + 1).tolist()
         edges = [0, *(start for start in starts if 0 < start < len(positions)), len(positions)]
-        parts = [compute(positions[None, a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [compute(positions[None, a:b]) for a, b in pairwise(edges)]
         rows.append(_concatenate(parts, 1))
     return _concatenate(rows, 0)
 
@@ -124,9 +125,11 @@ def _concatenate(parts: list[Any], dim: int) -> Any:
     return tuple(torch.cat(each, dim) for each in zip(*parts, strict=True))
 
 
-def _reset(module: Any, layer_type: str | None) -> None:
+def _reset(module: Any) -> None:
     """Undo what dynamic NTK keeps of the longest batch before."""
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    original = getattr(module, f"{prefix}original_inv_freq").to(getattr(module, f"{prefix}inv_freq").device)
-    module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
-    setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+    for layer_type, rope_type in _rope_types(module).items():
+        if "dynamic" in rope_type:
+            prefix = "" if layer_type is None else f"{layer_type}_"
+            original = getattr(module, f"{prefix}original_inv_freq").to(getattr(module, f"{prefix}inv_freq").device)
+            module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)

@@ -18,13 +18,12 @@ from torch import nn
 
 from mowa.adapters import lora
 from mowa.data.chat.tokenize import TokenizedSample
-from mowa.errors import TrainingStopped
 from mowa.families import is_registered
 from mowa.io.atomic import atomic_write, read_json
 from mowa.models.causal import accelerate
-from mowa.models.tolerances import PACKED_LOSS_FLOAT32, PACKED_LOSS_HALF
+from mowa.models.causal.document_rope import document_rope
 from mowa.training import checkpoints, optimizer, trainer_args
-from mowa.training.causal import save, setup
+from mowa.training.causal import packing, save, setup
 from mowa.training.causal.batches import plan_eval_batches
 from mowa.training.causal.dataset import evaluate
 from mowa.training.causal.save import Measured
@@ -49,7 +48,8 @@ def session(run: CausalRun, output_dir: Path, resume_from: Path | None) -> Itera
     if torch.cuda.is_available() and not sharded:
         net.to("cuda")
     baseline = {} if sharded else evaluate_baseline(run, output_dir / RUN_FOLDER / "baseline_metrics.json")
-    unpacked = None if sharded else evaluate(net, select_short_samples(splits.train))
+    checked = [] if sharded else packing.select_batches(run)
+    alone = [packing.evaluate_alone(net, samples) for samples in checked]
     with lora.suppress_peft_warnings():
         trainer, reporter = build_trainer(run, output_dir, resume_from)
     changes = accelerate.accelerate(net, mlp_tiles=recipe.memory.mlp_tiles) if recipe.memory.accelerate else ()
@@ -63,9 +63,10 @@ def session(run: CausalRun, output_dir: Path, resume_from: Path | None) -> Itera
         return Measured(baseline, loss, next((p.dtype for p in net.parameters() if not p.requires_grad), torch.float32))
 
     try:
-        if unpacked is not None:
-            verify_packing(run, unpacked)
-        yield Session(trainer, reporter, (*shown, *map(str, changes), length), measure)
+        with document_rope(net):
+            for samples, losses in zip(checked, alone, strict=True):
+                packing.verify_losses(run, samples, losses)
+            yield Session(trainer, reporter, (*shown, *map(str, changes), length), measure)
     finally:
         accelerate.restore(net)
 
@@ -217,34 +218,6 @@ def evaluate_baseline(run: CausalRun, cache_file: Path) -> dict[str, dict[str, f
     if is_main_process():
         atomic_write(cache_file, json.dumps(metrics))
     return metrics
-
-
-def select_short_samples(samples: Sequence[TokenizedSample]) -> list[TokenizedSample]:
-    """Return up to four short samples."""
-    return sorted(samples, key=len)[: max(4, len(samples) // 4)][-4:]
-
-
-def verify_packing(run: CausalRun, unpacked: dict[str, float]) -> None:
-    """Compare the loss of a few samples, batched as in training, with `unpacked`, that of the stock net on padded ones.
-
-    Raises:
-        TrainingStopped: the losses differ.
-    """
-    net = run.model.net
-    training = net.training
-    net.eval()  # the net may have dropout
-    batch = collate(run, select_short_samples(run.splits.train), run.recipe.batch.packing)
-    with torch.no_grad():
-        out = net(**{name: value.to(net.device) for name, value in batch.items()}, fused_lm_head=True)
-    net.train(training)
-    loss = -float(out.log_probs.double().sum()) / max(1.0, unpacked["tokens"])
-    exact = next(net.parameters()).dtype == torch.float32
-    tolerance = PACKED_LOSS_FLOAT32 if exact else PACKED_LOSS_HALF
-    if abs(loss - unpacked["loss"]) > tolerance * max(1.0, unpacked["loss"]):
-        raise TrainingStopped(
-            f"the loss computed packed and unpacked differs: {loss:.5f} and {unpacked['loss']:.5f} nats per token.\n"
-            "  Try memory.accelerate: false and batch.packing: false, and report this with the name of the model"
-        )
 
 
 TASK = Task(
