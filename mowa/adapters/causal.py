@@ -141,22 +141,46 @@ def merge_adapter(model: CausalModel, dtype: str = "auto") -> CausalModel:
     return replace(model, net=net.eval())
 
 
-def verify_merge(merged: ModelDiff, base_rounded: ModelDiff | None = None) -> None:
+def round_as_merged(base: CausalModel, adapted: CausalModel, dtype: str) -> CausalModel | None:
+    """Return `base` with the rounding errors that its merged weights have in `dtype`; None if it has no such weights.
+
+    They stand where rounding the base itself to `dtype` changes nothing, because it is stored in it. `base` is float32
+    and is not changed.
+    """
+    net, changed = merge_adapter(adapted, "float32").net, False
+    weights = dict(base.net.named_parameters())
+    for name, merged in net.named_parameters():
+        weight = weights[name]
+        if merged is weight or merged.shape != weight.shape:
+            continue
+        exact, low = merged.data, getattr(torch, dtype)
+        merged.data = weight.data
+        if torch.equal(weight.to(low).to(weight.dtype), weight) and not torch.equal(exact, weight):
+            merged.data, changed = weight.data + (exact.to(low).to(exact.dtype) - exact), True
+    return replace(base, net=net.eval()) if changed else None
+
+
+def verify_merge(merged: ModelDiff, *rounding: ModelDiff) -> None:
     """Raise ModelError if a merged model differs too much from the unmerged one.
 
     In float32 the top token must agree at `MERGE_MIN_AGREEMENT` of the positions. In half precision, where near ties
-    flip, the difference may be `MERGE_DRIFT_RATIO` times that between the base model and its rounded copy,
-    `base_rounded`. NaN is never allowed.
+    flip, the difference may be `MERGE_DRIFT_RATIO` times that of rounding the base model: the sum of `rounding`, which
+    has its difference from its copy in that dtype, and from its copy with the rounding errors of the merge. Flips are
+    counted, so a standard deviation of their number is added; where the KL divergence is not above that sum, they do
+    not matter. NaN is never allowed.
     """
-    limit, kl_limit = 1 - MERGE_MIN_AGREEMENT, math.inf
-    if base_rounded is not None:
-        limit = max(limit, MERGE_DRIFT_RATIO * (1 - base_rounded.agreement))
-        kl_limit = MERGE_DRIFT_RATIO * base_rounded.kl + MERGE_KL_FLOOR
-    if 1 - merged.agreement <= limit and merged.kl <= kl_limit and math.isfinite(merged.kl):
+    limit, kl_limit, expected_kl = 1 - MERGE_MIN_AGREEMENT, math.inf, -math.inf
+    if rounding:
+        expected_kl = sum(one.kl for one in rounding)
+        flips = MERGE_DRIFT_RATIO * sum(1 - one.agreement for one in rounding) * merged.num_frames
+        limit = max(limit, (flips + math.sqrt(flips)) / merged.num_frames)
+        kl_limit = MERGE_DRIFT_RATIO * expected_kl + MERGE_KL_FLOOR
+    close = 1 - merged.agreement <= limit and merged.kl <= kl_limit
+    if math.isfinite(merged.kl) and (close or merged.kl <= expected_kl):
         return
-    rounding = f"; rounding the base model alone: {base_rounded}" if base_rounded else ""
+    measured = "".join(f"; rounding the base model alone: {one}" for one in rounding)
     raise ModelError(
-        f"the merged model differs from the trained one: {merged}{rounding}\n  Nothing was written; try --dtype float32"
+        f"the merged model differs from the trained one: {merged}{measured}\n  Nothing was written; try --dtype float32"
     )
 
 

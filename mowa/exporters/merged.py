@@ -101,16 +101,23 @@ def _write_ctc(
 def _write_causal(
     base: CausalModel, adapted: CausalModel, out: Path, samples: list[Any], dtype: str, on_comparison: OnComparison
 ) -> None:
-    rounding = None
+    rounding = []
+
+    def measure(reference: CausalModel, candidate: CausalModel, label: str) -> ModelDiff:
+        found = causal.compare_logits(reference, candidate, padded_batches(samples, dataset.EVAL_BATCH_TOKENS))
+        on_comparison(label, found)
+        return found
+
     if dtype != "float32":
         rounded = loading.causal.load(str(base.origin.folder), dtype=dtype)
-        rounding = causal.compare_logits(base, rounded, padded_batches(samples, dataset.EVAL_BATCH_TOKENS))
-        on_comparison(f"base → base in {dtype}", rounding)
+        rounding.append(measure(base, rounded, f"base → base in {dtype}"))
+        del rounded
+        if (rounded_like := causal.round_as_merged(base, adapted, dtype)) is not None:
+            rounding.append(measure(base, rounded_like, "base → base with the rounding of the merge"))
+            del rounded_like
     with atomic_checkpoint(causal.merge_adapter(adapted, dtype), out) as written:
         loaded = loading.causal.load(str(written), dtype=dtype)
-        diff = causal.compare_logits(adapted, loaded, padded_batches(samples, dataset.EVAL_BATCH_TOKENS))
-        on_comparison(f"base + adapter → merged in {dtype}", diff)
-        causal.verify_merge(diff, rounding)
+        causal.verify_merge(measure(adapted, loaded, f"base + adapter → merged in {dtype}"), *rounding)
 
 
 def _load_clips(files: Sequence[str | Path], rate_hz: int) -> list[np.ndarray]:
