@@ -32,6 +32,7 @@ SUPPORTED_SOURCES = f"a recording, a folder of recordings, a pattern in quotes, 
 RESULTS_PREFIX = b'{"results": '  # first bytes of a results log (mowa.engines.results)
 SHARD_PATTERN = re.compile(r"(?P<split>.+?)-(?P<number>\d+)-of-(?P<count>\d+)(-\w+)?")  # train-00000-of-00002
 
+_MAX_SHARDS = 100_000  # a larger number in a name does not count shards
 _DEV = {"dev", "validation", "valid", "val"}
 _SPLITS = {"train", "test", *_DEV}
 _MANIFEST_SUFFIXES = (".jsonl", ".tsv", ".csv", ".jsonl.gz", ".tsv.gz", ".csv.gz")  # in order of preference
@@ -293,7 +294,8 @@ def find_missing_shards(files: Iterable[Path]) -> list[Path]:
     numbers: dict[tuple[Path, int, int], set[int]] = defaultdict(set)
     for file in files:
         suffix = full_suffix(file) or file.suffix
-        if match := SHARD_PATTERN.fullmatch(file.name.removesuffix(suffix)):
+        match = SHARD_PATTERN.fullmatch(file.name.removesuffix(suffix))
+        if match and int(match["count"]) <= _MAX_SHARDS:
             name = file.with_name(f"{match['split']}-{{}}-of-{match['count']}{suffix}")
             numbers[name, int(match["count"]), len(match["number"])].add(int(match["number"]))
     return [

@@ -189,7 +189,7 @@ def _list_entries(
             entries = _parse_rows(source, split, columns, require_text=require_text, allow_audio=allow_audio)
             for entry in _require_usable(entries):
                 yield replace(entry, example=replace(entry.example, id=_unique_id(entry.example.id, taken, repeats)))
-        missing = [file for file in find_missing_shards(map(Path, found)) if fnmatch(str(file), listed)]
+        missing = [file for file in find_missing_shards(map(Path, found)) if fnmatch(file.name, Path(listed).name)]
         for file in missing[:1]:
             where, folder, fields = missing_row(file)
             yield _Entry(_bad_example(where, fields, {}, DataError(fields.reason)), where, folder, "", False)

@@ -260,7 +260,8 @@ def _is_row(line: str, first: str, delimiter: str, width: int) -> bool:
     """Whether a line that would continue the record that begins with `first` is a row of its own."""
     if width < 2 or line.count(delimiter) < width - 1:
         return False
-    values, begun = (next(csv.reader([one], delimiter=delimiter), []) for one in (line, first))
+    rows = (line, first.replace('"', ""))
+    values, begun = (next(csv.reader([row], delimiter=delimiter), []) for row in rows)
     return len(values) == width and any(
         is_audio_file(value) and is_audio_file(other) for value, other in zip(values, begun, strict=False)
     )

@@ -68,6 +68,16 @@ def test_an_unbalanced_quote_is_found_without_names_of_audio_files(tmp_path):
     ]
 
 
+def test_an_unbalanced_quote_is_found_where_the_text_comes_first(tmp_path):
+    content = 'text,path\ntak,a.wav\n"nie,b.wav\nmoże,c.wav\njuż",d.wav\n'
+    found = entries(write(tmp_path / "m.csv", content))
+    assert found[0::2] == ["tak", "może"]
+    assert found[1].startswith(f"{tmp_path}/{UNCLOSED}")
+    assert found[3] == 'już"'
+    legal = 'text,path\n"tak,\nnie",a.wav\n"może\nto, już",b.wav\n'
+    assert entries(write(tmp_path / "n.csv", legal)) == ["tak,\nnie", "może\nto, już"]
+
+
 def test_balanced_tables_are_read_as_the_csv_module_reads_them():
     rows = [["a.wav", 'x "y", z'], ["b.wav", "1\n2\r\n3"], ["c", ""], ["d.wav", 'b.mp3,"q"\nc.mp3'], ["e", ',;"\t|']]
     for dialect in ("excel", "unix"):

@@ -272,6 +272,17 @@ def test_missing_shards_are_named(tmp_path, suffix, is_pattern):
     assert texts(source) == ["0", "1", "2", "3", "4"]
 
 
+def test_shards_of_relative_patterns(tmp_path, monkeypatch):
+    for number in (0, 2):
+        shard(tmp_path / f"data/train-{number:05}-of-00003.jsonl", number)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in ("./data/train-*.jsonl", "data/*", "~/data/*.jsonl", "*/train-?????-of-*"):
+        assert "a shard is missing: train-00001-of-00003.jsonl" in texts(source)[2]
+    shard(tmp_path / "other/train-00000-of-999999999999.jsonl", 0)  # a number, but hardly of shards
+    assert texts("other") == ["0"]
+
+
 def test_shards_are_numbered_from_zero_or_one(tmp_path):
     for number in (1, 3):
         shard(tmp_path / f"train-{number:05}-of-00003.jsonl", number)
