@@ -203,8 +203,9 @@ def _read_split_table(
         return None
     name = next(filter(is_spontaneous, tables), "") or choose_split(tables)
     rows = _read_table(path, name, tables[name])
-    if is_spontaneous(name):
-        chosen = choose_split(_list_column_splits(_read_table(path, name, tables[name])))
+    available = _list_column_splits(_read_table(path, name, tables[name])) if is_spontaneous(name) else []
+    if is_spontaneous(name) and (available or split):
+        chosen = choose_split(available)
         rows = ((where, row) for where, row in rows if isinstance(row, BadRow) or row.get("split") == chosen)
     return _parse_split_table(_table_name(path, name, tables[name]), tables[name][0], rows, columns)
 

@@ -258,8 +258,8 @@ def _read_rows(source: str, split: str, columns: Mapping[str, str], allow_audio:
         yield from stream_hub_dataset(source, choose, columns.values())
         return
     layout = detect_layout(source, allow_audio=allow_audio)
-    if layout.kind == "Common Voice, spontaneous":
-        split = split or "train"
+    if layout.kind == "Common Voice, spontaneous" and not split:
+        split = "train" if list_splits(source) else ""
     if set(layout.splits) != {""}:
         only = find_only_corpus(layout)
         for child in (only,) if only else layout.splits[choose(layout.splits)]:

@@ -138,6 +138,16 @@ def test_common_voice_spontaneous_speech(tmp_path, make):
         texts(source, "dev")
 
 
+@pytest.mark.parametrize("make", [spontaneous_folder, spontaneous_archive])
+def test_spontaneous_speech_without_splits(tmp_path, monkeypatch, make):
+    monkeypatch.setattr(f"{__name__}.COLUMNS", [name.replace("split", "part") for name in COLUMNS])
+    source = make(tmp_path)
+    assert list_splits(source) == []
+    assert len(texts(source)) == 4
+    with pytest.raises(DataError, match="split"):
+        texts(source, "test")
+
+
 def test_the_table_of_spontaneous_speech_alone_has_all_splits(tmp_path):
     folder = spontaneous_folder(tmp_path)
     assert discover.detect_layout(folder).kind == "Common Voice, spontaneous"
