@@ -98,24 +98,26 @@ def add_gaps(
     return out
 
 
-def augment_audio(samples: Samples, rng: np.random.Generator, config: AugmentConfig, strength: float = 1.0) -> Samples:
-    """Apply a random selection of all augmentations to a 16 kHz recording.
+def augment_audio(
+    samples: Samples, rng: np.random.Generator, config: AugmentConfig, strength: float = 1.0, rate_hz: int = 16_000
+) -> Samples:
+    """Apply a random selection of all augmentations to a recording.
 
     `strength` in [0, 1] scales probabilities and ranges. float32 [n] → [n / speed factor], clipped to ±1.
     """
     slowest, fastest = (1 + (edge - 1) * strength for edge in config.speed)
     out = change_speed(samples, rng.uniform(slowest, fastest))
     if rng.random() < config.reverb * strength:
-        out = add_reverb(out, rng)
+        out = add_reverb(out, rng, rate_hz)
     if rng.random() < config.equalize * strength:
-        out = equalize(out, rng)
+        out = equalize(out, rng, rate_hz)
     if rng.random() < config.gaps * 10 * strength:
-        out = add_gaps(out, rng, config.gaps)
+        out = add_gaps(out, rng, config.gaps, rate_hz=rate_hz)
     if rng.random() < config.noise * strength:
         lowest, highest = config.snr_db
-        out = add_noise(out, rng, rng.uniform(highest - (highest - lowest) * strength, highest))
+        out = add_noise(out, rng, rng.uniform(highest - (highest - lowest) * strength, highest), rate_hz)
     if rng.random() < config.telephone * strength:
-        out = simulate_telephone(out)
+        out = simulate_telephone(out, rate_hz)
     rms = float(np.sqrt(np.mean(out**2))) + 1e-9
     return np.clip(out * (10 ** (rng.uniform(*config.loudness_db) / 20) / rms), -1, 1).astype(np.float32)
 

@@ -113,7 +113,7 @@ def probe_audio(source: str | Path | AudioBytes) -> AudioInfo:
 
 
 def find_distinct_channels(source: str | Path | AudioBytes, candidates: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Return the channels (of all, or of `candidates`) without those that equal an earlier one bit for bit.
+    """Return the channels (of all, or of `candidates`) without those that equal an earlier one, or its inverse.
 
     A recording is decoded only until all its channels differ.
     """
@@ -122,13 +122,17 @@ def find_distinct_channels(source: str | Path | AudioBytes, candidates: Sequence
         for channel in candidates or ():
             _validate_channel(source, decoder.info, channel)
         channels = sorted(set(range(decoder.info.channels) if candidates is None else candidates))
-        equal = set(combinations(channels, 2))
+        equal = {(one, other, sign) for one, other in combinations(channels, 2) for sign in (1, -1)}
         if equal:
             for chunk in _decode(source, decoder, partial(fit_channels, channels=decoder.info.channels)):
-                equal = {(one, other) for one, other in equal if np.array_equal(chunk[:, one], chunk[:, other])}
+                equal = {
+                    (one, other, sign)
+                    for one, other, sign in equal
+                    if np.array_equal(chunk[:, one], sign * chunk[:, other])
+                }
                 if not equal:
                     break
-    return tuple(sorted(set(channels) - {later for _, later in equal}))
+    return tuple(sorted(set(channels) - {later for _, later, _ in equal}))
 
 
 def is_audio_file(path: str | PurePath) -> bool:

@@ -146,16 +146,17 @@ class BatchDataset(Dataset[dict[str, Any]]):
 
     def _load(self, example: Example, min_frames: int, rng: np.random.Generator, *, live: bool) -> np.ndarray:
         options = self.options
+        rate_hz = options.preprocessing.rate_hz
         part: Any = {"offset_s": example.offset_s, "duration_s": example.duration_s} if example.is_excerpt else {}
-        samples = audio.load_audio(example.audio, options.preprocessing.rate_hz, **part)
+        samples = audio.load_audio(example.audio, rate_hz, **part)
         if options.augment is not None:
-            augmented = augment.augment_audio(samples, rng, options.augment)
+            augmented = augment.augment_audio(samples, rng, options.augment, rate_hz=rate_hz)
             if options.frames.num_frames(len(augmented)) >= min_frames:  # sped up, it may be too short for its text
                 samples = augmented
         if not options.preprocessing.normalize:
             return samples
         if live and options.chunks is not None:
-            return options.chunks.normalize(samples, rng, options.preprocessing.rate_hz)
+            return options.chunks.normalize(samples, rng, rate_hz)
         return audio.normalize(samples)
 
     def _collate(self, clips: Sequence[np.ndarray]) -> torch.Tensor:

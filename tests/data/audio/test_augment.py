@@ -60,3 +60,14 @@ def test_reverb_keeps_the_direct_path():
     assert wet[1000] == pytest.approx(1, abs=1e-5)
     assert np.abs(wet[:1000]).max() < 1e-5
     assert np.sum(wet[1001:] ** 2) > 0.01
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 16_000, 48_000])
+def test_telephone_audio_has_the_same_band_at_every_rate(rate_hz):
+    config = augment.AugmentConfig(
+        speed=(1, 1), reverb=0, equalize=0, telephone=1, noise=0, gaps=0, loudness_db=(-20, -20)
+    )
+    time_s = np.arange(rate_hz) / rate_hz
+    tones = (0.3 * (np.sin(2 * np.pi * 100 * time_s) + np.sin(2 * np.pi * 3000 * time_s))).astype(np.float32)
+    spectrum = np.abs(np.fft.rfft(augment.augment_audio(tones, np.random.default_rng(0), config, rate_hz=rate_hz)))
+    assert spectrum[3000] > 20 * spectrum[100]

@@ -124,6 +124,13 @@ def test_recordings_that_change_their_channels_are_read():
     assert audio.find_distinct_channels(source) in ((0,), (0, 1))
 
 
+def test_an_inverted_channel_is_no_other_channel():
+    sound = tone(2.0)
+    assert audio.find_distinct_channels(recording(sound, -sound, 0.5 * sound)) == (0, 2)
+    opposite = np.concatenate([sound, -sound])
+    assert audio.find_distinct_channels(recording(np.concatenate([sound, sound]), opposite)) == (0, 1)
+
+
 # --- live -------------------------------------------------------------------------------------------------------------
 
 
