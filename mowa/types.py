@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from mowa.errors import ModelError, MowaError
 
+MAX_REPR_CHARS = 60  # of a text in a repr
 IGNORE_INDEX = -100  # label of positions without loss, as in torch and transformers
 
 
@@ -163,7 +164,7 @@ class TextProcessor:
 ProcessorT = TypeVar("ProcessorT", bound=SpeechProcessor | TextProcessor, covariant=True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Model(Generic[ProcessorT]):
     """A model in memory: a stock transformers module and what it needs to be used.
 
@@ -180,6 +181,13 @@ class Model(Generic[ProcessorT]):
     origin: Origin
     processor: ProcessorT
     scheme: Scheme = FLOAT32
+
+    def __repr__(self) -> str:
+        parameters = sum(weight.numel() for weight in self.net.parameters()) if hasattr(self.net, "parameters") else 0
+        return (
+            f"Model({self.origin.name!r}, task={self.task}, family={self.family.name}, scheme={self.scheme.name}, "
+            f"{parameters:,} parameters)"
+        )
 
     @property
     def task(self) -> str:
@@ -295,7 +303,7 @@ class Segment:
     is_endpoint: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Transcript:
     """The transcript of one recording, with the model and settings that produced it."""
 
@@ -305,6 +313,13 @@ class Transcript:
     segments: tuple[Segment, ...] = ()
     model: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= MAX_REPR_CHARS else f"{self.text[:MAX_REPR_CHARS]}…"
+        return (
+            f"Transcript(file={self.file!r}, text={text!r}, duration_s={self.duration_s:.2f}, "
+            f"{len(self.segments)} segments, {len(self.words)} words, model={self.model!r})"
+        )
 
     @property
     def words(self) -> tuple[Word, ...]:

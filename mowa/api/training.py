@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mowa.adapters.merge import MERGED_SUFFIX
 from mowa.api.models import Run
-from mowa.errors import ModelError
+from mowa.errors import ModelError, RecipeError
 from mowa.training.config import dispatch
 from mowa.training.config.dispatch import SECTIONS, Recipe
 from mowa.types import AnyModel, Model
@@ -19,8 +20,8 @@ Data = str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]]
 
 def train(
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    out: str | Path | None = None,
     *,
-    out: str | Path,
     model: str | Path | AnyModel | None = None,
     data: Data | None = None,
     dev: Data | None = None,
@@ -51,6 +52,8 @@ def train(
         TrainingStopped: a monitor found that the run cannot succeed.
         MissingDependency: a package for training is not installed.
     """
+    if out is None:
+        raise RecipeError("train: name the folder of the run, out=FOLDER")
     loaded = model if isinstance(model, Model) else None
     name = model if loaded is None else _load_name(loaded)
     named = {"model": name, "data.train": data, "data.dev": dev, "data.test": test, "method": method}
@@ -106,9 +109,12 @@ def _plain(value: Any) -> Any:
 
 
 def _load_name(model: AnyModel) -> str:
-    if getattr(model.net, "mowa_adapter", None):
-        raise ModelError(
-            f"{model.origin.name} has an adapter: merge it first (mowa.merge), or start from its base model"
-        )
+    if adapter := getattr(model.net, "mowa_adapter", None):
+        name = model.origin.name
+        if adapter.endswith(MERGED_SUFFIX):
+            raise ModelError(
+                f"{name} was merged in memory: write it, mowa.merge(ADAPTER, out=FOLDER), and train that folder"
+            )
+        raise ModelError(f"{name} has an adapter: merge it first (mowa.merge), or start from its base model")
     origin = model.origin
     return f"{origin.source}@{origin.revision}" if origin.revision else origin.name

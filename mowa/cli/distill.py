@@ -41,7 +41,8 @@ def distill(context: click.Context, model: str, student_layers: int, out: Path, 
     import mowa
 
     data, dev = settings.pop("data.train"), settings.pop("data.dev")
-    mowa.distill(model, student_layers, out=out, data=data, dev=dev, threads=threads, **settings)
+    with recipe_options.resume_hint_on_interrupt(out):
+        mowa.distill(model, student_layers, out=out, data=data, dev=dev, threads=threads, **settings)
     if not is_worker_process():
         click.echo(str(out))
 

@@ -5,9 +5,12 @@ Importing lazily keeps `mowa --help` fast.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 import click
@@ -37,6 +40,10 @@ COMMANDS = {
 # Where torchao, bitsandbytes or DeepSpeed is installed, importing transformers or PEFT makes these warn; DeepSpeed on
 # standard output.
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes", "DeepSpeed")
+
+
+# Of an OSError, those whose cause the user can mend.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
 class LazyGroup(click.Group):
@@ -82,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 are printed as they are
     try:
         code = cli.main(arguments, prog_name="mowa", standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
@@ -97,3 +105,16 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if "--debug" in arguments or error.errno not in DISK_ERRORS:
+            raise
+        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        click.echo(f"mowa: {name}cannot be written ({error.strerror}): free some space, or write elsewhere", err=True)
+        _discard_output()
+        sys.exit(2)
+
+
+def _discard_output() -> None:
+    """Send what is left in the buffer of standard output nowhere, so that the interpreter does not fail to flush it."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

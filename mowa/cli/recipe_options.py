@@ -12,7 +12,7 @@ import re
 import typing
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from mowa.errors import MowaError
 from mowa.training.config import schema
 from mowa.training.config.dispatch import NO_LEAF_NAME, RECIPES
 from mowa.training.config.schema import OptionSpec
+from mowa.training.distributed.process import is_worker_process
+from mowa.training.run_dir import resume_hint
 
 KEY_BY_FLAG = {
     "task": "task",
@@ -324,3 +326,14 @@ def _click_type(leaf: OptionSpec) -> dict[str, Any]:
     if leaf.choices:
         return {"type": click.Choice(list(leaf.choices))}
     return {"type": NumberParam() if leaf.hint is float else leaf.hint}
+
+
+@contextmanager
+def resume_hint_on_interrupt(out: Path) -> Iterator[None]:
+    """Say how a run is resumed when Ctrl-C stops it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not is_worker_process():
+            click.echo(f"mowa: {resume_hint(out)}", err=True)
+        raise

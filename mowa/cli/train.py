@@ -62,7 +62,8 @@ def train(
         return
     if out is None:
         raise click.MissingParameter(ctx=context, param_hint="'-o' / '--out'", param_type="option")
-    mowa.train(recipe, out=out, threads=threads, **settings)
+    with recipe_options.resume_hint_on_interrupt(out):
+        mowa.train(recipe, out=out, threads=threads, **settings)
     if not is_worker_process():
         click.echo(str(out))
 

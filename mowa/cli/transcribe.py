@@ -36,7 +36,8 @@ DEFAULT_MODEL_NOTE = "pl-tiny: draft quality, Polish; use --model polish for tra
 @click.option("-f", "--format", "format_name", type=click.Choice(list(FORMAT_SUFFIXES)), default="text",
               show_default=True, help="Output format.")
 @click.option("-o", "--out", type=click.Path(path_type=Path),
-              help="Write one file per recording into this folder. [default: standard output]")
+              help="Write one file per recording into this folder; a file that is there is replaced."
+              " [default: standard output]")
 @click.option("--results", type=click.Path(path_type=Path), metavar="FILE.jsonl",
               help="Append one JSON line per recording to this file; rerun the same command to resume.")
 @click.option("--retry-failed", is_flag=True, help="With --results: transcribe again the recordings that failed.")
@@ -242,5 +243,12 @@ def _output_names(files: list[Path], sources: tuple[str, ...]) -> dict[str, Path
 def _write(stem: Path, text: str, suffix: str) -> None:
     from mowa.io.atomic import atomic_write
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(stem.with_name(stem.name + suffix), text)
+    file = stem.with_name(stem.name + suffix)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, text)
+    except OSError as error:
+        raise DataError(
+            f"{file}: cannot be written ({error.strerror}). The files before it are complete: free some space or choose"
+            " another --out, and transcribe the rest"
+        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,9 +17,10 @@ from mowa.engines import pipeline
 from mowa.engines.protocol import Engine
 from mowa.engines.results import ResultsFile
 from mowa.engines.settings import TranscriptionSettings
-from mowa.errors import AudioError
+from mowa.errors import AudioError, ModelError
 from mowa.hardware import installed_version
 from mowa.io.hashing import hash_weights
+from mowa.io.manifest import find_manifest
 from mowa.types import Example, Failure
 
 DECODE_TIMEOUT_S = 600.0  # of one recording
@@ -47,7 +49,7 @@ def build_header(
     origin = engine.origin
     model: dict[str, Any] = {"name": origin.name, "source": origin.source, "revision": origin.revision}
     if origin.revision is None:
-        model["sha256"] = hash_weights(origin.folder)
+        model["sha256"] = _hash_model(origin.folder)
     if origin.target_lang is not None:
         model["target_lang"] = origin.target_lang
     if adapter is not None:
@@ -59,6 +61,22 @@ def build_header(
         "versions": {name: found for name in VERSIONED_PACKAGES if (found := installed_version(name))},
         "shard": shard or None,
     }
+
+
+def _hash_model(folder: Path) -> str:
+    """Return the SHA-256 (hex) of a checkpoint's weights; of the list of an export's files, where it has none.
+
+    Raises ModelError as `hash_weights`.
+    """
+    try:
+        return hash_weights(folder)
+    except ModelError:
+        manifest = find_manifest(folder)
+        if manifest is None or manifest.artifact != "export":
+            raise
+        return hashlib.sha256(
+            "".join(f"{sum_}  {name}\n" for name, sum_ in manifest.files.items()).encode()
+        ).hexdigest()
 
 
 def try_decode_in_subprocess(example: Example) -> AudioError | None:

@@ -60,7 +60,7 @@ def open_engine(
     Raises ModelError for another device or dtype and for a missing or damaged export; MissingDependency without
     CTranslate2.
     """
-    validate_device_and_dtype(ENGINES.get(FORMAT), device, dtype)
+    validate_device_and_dtype(ENGINES.get(FORMAT), device, dtype, export=Path(folder))
     exported = manifest.read_artifact(Path(folder), (FORMAT,))
     available = _dtype(exported)
     if dtype not in ("auto", available):

@@ -123,7 +123,8 @@ def open_engine(
 
     Raises ModelError for an unsupported device or dtype and for a missing or damaged export, and as `export` does.
     """
-    validate_device_and_dtype(ENGINES.get(FORMAT), device, dtype)
+    export = Path(source) if isinstance(source, str | Path) else None
+    validate_device_and_dtype(ENGINES.get(FORMAT), device, dtype, export=export)
     if isinstance(source, Model):
         exported = manifest.read_artifact(export_to_cache(source, dtype, from_disk=from_disk), (FORMAT,))
     else:

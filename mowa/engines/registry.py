@@ -6,6 +6,7 @@ The entry point group is `mowa.engines`; each names an `EngineInfo`. Importing t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mowa.errors import ModelError
 from mowa.plugins import Registry
@@ -82,11 +83,18 @@ def find_engine_of_format(export_format: str) -> EngineInfo | None:
     return next((one for one in ENGINES.all() if export_format in one.artifact_formats), None)
 
 
-def validate_device_and_dtype(info: EngineInfo, device: str, dtype: str) -> None:
-    """Raise ModelError if the engine does not run on `device` (auto, cpu, cuda:1, …) or in `dtype`."""
+def validate_device_and_dtype(info: EngineInfo, device: str, dtype: str, *, export: Path | None = None) -> None:
+    """Raise ModelError if the engine does not run on `device` (auto, cpu, cuda:1, …) or in `dtype`.
+
+    `export` is the folder of the export that is to be run, which another engine cannot.
+    """
     if device != AUTO and device.partition(":")[0] not in info.devices:
-        raise ModelError(
-            f"the {info.name} engine runs on {' and '.join(info.devices)} only: omit --device, or use --engine pytorch"
-        )
+        devices = " and ".join(info.devices)
+        if export is not None:
+            raise ModelError(
+                f"{export} is an export to {info.artifact_formats[0]}, which runs on {devices} only: omit --device, or"
+                " name the original model"
+            )
+        raise ModelError(f"the {info.name} engine runs on {devices} only: omit --device, or use --engine pytorch")
     if dtype not in info.dtypes:
         raise ModelError(f"dtype {dtype!r} is not supported by the {info.name} engine: use {', '.join(info.dtypes)}")

@@ -118,7 +118,7 @@ def open_artifact(
         raise ModelError(
             f"{folder} is an export and takes no adapter: use `mowa export --adapter` on the original model"
         )
-    validate_device_and_dtype(info, device, dtype)
+    validate_device_and_dtype(info, device, dtype, export=folder)
     engine = import_function(info.open)(folder, device=device, dtype=dtype, threads=threads)
     return _log_choice(engine, f"{info.name}: format of the export")
 

@@ -35,6 +35,16 @@ def open_engine(model: str | Path | CTCModel | Engine | None, spec: EngineSpec) 
     if isinstance(model, Model):
         options: Any = {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads, "adapter": spec.adapter}
         return selection.select_engine(require_ctc(model, "transcribe"), name=spec.engine, **options).engine
+    if not (hasattr(model, "emissions") and hasattr(model, "preprocessing")):
+        raise ModelError(
+            f"a value of type {type(model).__name__} is no speech model: pass its name or folder, what mowa.load"
+            " returned, or an engine of mowa.open_engine"
+        )
+    given = [
+        name for name in ("dtype", "threads", "revision", "target_lang") if getattr(spec, name) not in ("auto", None)
+    ]
+    if given:
+        raise ModelError(f"the {model.name} engine is open already: give {', '.join(given)} where it is opened")
     if spec.adapter is None:
         return model
     info = ENGINES.find(model.name)

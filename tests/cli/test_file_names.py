@@ -30,8 +30,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     """A folder with a recording, one with such a name in each decoder, and an empty one."""
+    monkeypatch.setenv("MOWA_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "sounds"
     folder.mkdir()
     soundfile.write(folder / "a.wav", clip(0, 20_000), 16_000)

@@ -22,6 +22,7 @@ from mowa.training.causal.dataset import CausalSplits, load_splits
 from mowa.training.config.causal import CausalRecipe
 from mowa.training.distributed import strategy
 from mowa.training.gradient_checkpointing import set_gradient_checkpointing
+from mowa.training.sources import hint_at_other_task
 from mowa.training.trainer_args import resolve_eval_steps
 from mowa.types import CausalModel, Family
 
@@ -56,7 +57,8 @@ def validate(recipe: CausalRecipe, model: CausalModel) -> None:
 
 def read_data(recipe: CausalRecipe, model: CausalModel, output_dir: Path) -> CausalSplits:
     """Read and tokenize the samples. Raises as `load_splits`."""
-    return load_splits(recipe, model)
+    with hint_at_other_task(recipe.data.train, recipe.task):
+        return load_splits(recipe, model)
 
 
 def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> CausalRun:

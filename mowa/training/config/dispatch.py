@@ -91,7 +91,7 @@ def resolve_recipe(recipe: str | Path | Mapping[str, Any] | Recipe | None, overr
     return parse(tree, "train")
 
 
-def train(recipe: Recipe, output_dir: Path, *, model: AnyModel | None = None, threads: int | None = None) -> Path:
+def train(recipe: Recipe, output_dir: str | Path, *, model: AnyModel | None = None, threads: int | None = None) -> Path:
     """Fine-tune the recipe's model and return `output_dir`, which then holds the checkpoint or adapter.
 
     A recipe that needs worker processes is given to them, on all devices of this machine.
@@ -109,6 +109,7 @@ def train(recipe: Recipe, output_dir: Path, *, model: AnyModel | None = None, th
     from mowa.training import loop
     from mowa.training.distributed import launch
 
+    output_dir = Path(output_dir)
     if launch.needs_launcher(recipe) and not is_worker_process():
         launch.launch_workers(recipe, output_dir, threads=threads)
         return output_dir

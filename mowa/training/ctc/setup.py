@@ -18,6 +18,7 @@ from mowa.training.ctc.distillation import DistillationLoss, init_student
 from mowa.training.ctc.readable import keep_readable, plan
 from mowa.training.ctc.streaming import ChunkSchedule, resolve_schedule
 from mowa.training.gradient_checkpointing import set_gradient_checkpointing
+from mowa.training.sources import hint_at_other_task
 from mowa.training.trainer_args import resolve_eval_steps
 from mowa.types import CTCModel, Example, SpeechProcessor
 
@@ -67,9 +68,10 @@ def read_data(recipe: CTCRecipe, model: CTCModel, output_dir: Path) -> CTCSplits
     """
     frames, rate_hz = frame_geometry(model.net.config), model.preprocessing.rate_hz
     vocabulary = model.vocabulary if len(model.vocabulary) else None
-    splits = load_splits(
-        recipe, vocabulary, lambda seconds: frames.num_frames(int(seconds * rate_hz)), output_dir / "audio"
-    )
+    with hint_at_other_task(recipe.data.train, recipe.task):
+        splits = load_splits(
+            recipe, vocabulary, lambda seconds: frames.num_frames(int(seconds * rate_hz)), output_dir / "audio"
+        )
     return keep_readable(recipe, splits, rate_hz)
 
 
