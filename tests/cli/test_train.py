@@ -111,6 +111,12 @@ def test_pairs(given, pairs):
     assert overrides([f"--data.char-map={given}"]) == {"data.char_map": pairs}
 
 
+def test_variables_of_the_chat_template_have_types():
+    given = "enable_thinking=False,top=3,name=a b,no=true"
+    expected = {"enable_thinking": False, "top": 3, "name": "a b", "no": True}
+    assert overrides([f"--chat-template-kwargs={given}"]) == {"data.chat_template_kwargs": expected}
+
+
 @pytest.mark.parametrize(
     ("given", "part"),
     [

@@ -106,6 +106,25 @@ def test_prompts_are_encoded_as_transformers_encodes_them(model):
     assert generation.encode(model, "one two", chat=False) == model.tokenizer("one two")["input_ids"]
 
 
+def test_variables_of_the_chat_template_are_those_of_transformers(model):
+    model.tokenizer.chat_template += "{% if not enable_thinking %}<think></think>{% endif %}"
+    messages, variables = [{"role": "user", "content": "one<|im_end|>"}], {"enable_thinking": False}
+    expected = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
+    prompt = generation.encode(model, messages, chat_template_kwargs=variables)
+    assert model.tokenizer.decode(prompt) == expected
+    assert expected.endswith("<think></think>")
+    assert not model.tokenizer.decode(
+        generation.encode(model, messages, chat_template_kwargs={"enable_thinking": True})
+    ).endswith("<think></think>")
+    whole = mowa.generate(model, "one", max_new_tokens=3, temperature=0, chat_template_kwargs=variables)
+    pieces = mowa.generate(model, "one", max_new_tokens=3, temperature=0, chat_template_kwargs=variables, stream=True)
+    assert "".join(pieces) == whole.text
+    with pytest.raises(DataError, match="the chat template does not read thinking"):
+        generation.encode(model, messages, chat_template_kwargs={"thinking": False})
+    with pytest.raises(DataError, match="chat_template_kwargs need a chat template"):
+        generation.encode(model, "one", chat=False, chat_template_kwargs=variables)
+
+
 def test_an_answer_fits_into_the_context(model):
     context = model.net.config.max_position_embeddings
     prompt = "one " * ((context - 20) // len(model.tokenizer("one ")["input_ids"]))
