@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mowa.adapters import checkpoint, lora
+from mowa.adapters import checkpoint, embeddings, lora
 from mowa.errors import DataError, ModelError
 from mowa.families import family_of
 from mowa.io.atomic import atomic_update, read_json
@@ -56,6 +56,8 @@ def save_adapter(net: Any, folder: Path, *, base: Origin, tokenizer: Any, metric
 
     Other files in it are kept.
     """
+    from safetensors.torch import load_file
+
     base_checkpoint = checkpoint.base_from_origin(base)
     with atomic_update(folder, MANIFEST_FILE) as staging:
         net.peft_config[lora.ADAPTER_NAME].base_model_name_or_path = base_checkpoint.source
@@ -72,7 +74,7 @@ def save_adapter(net: Any, folder: Path, *, base: Origin, tokenizer: Any, metric
             files=[WEIGHTS_FILE],
             adapter={
                 "type": checkpoint.LORA,
-                "parameters": sum(value.numel() for name, value in net.named_parameters() if ".lora_" in name),
+                "parameters": sum(value.numel() for value in load_file(staging / WEIGHTS_FILE).values()),
             },
             metrics=metrics,
         )
@@ -110,14 +112,28 @@ def load_adapter(model: CausalModel, folder: str | Path) -> CausalModel:
     adapter = read_adapter(folder)
     checkpoint.validate_base(adapter, model)
     checkpoint.find_adapter_manifest(folder, TASK).verify_files()
-    net = lora.load_peft_model(checkpoint.copy_sharing_weights(model.net), folder, autocast_adapter_dtype=False)
+    net = checkpoint.copy_sharing_weights(model.net)
+    embeddings.resize(net, embeddings.saved_rows(net, folder, folder / WEIGHTS_FILE), mean_resizing=False)
+    net = lora.load_peft_model(net, folder, autocast_adapter_dtype=False)
     net.mowa_adapter = str(folder)
-    tokenizer = copy.copy(model.tokenizer)
+    tokenizer = adapter_tokenizer(model, folder)
     if (folder / CHAT_TEMPLATE_FILE).is_file():
         tokenizer.chat_template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
     suffix = folder.resolve().name
     origin = replace(model.origin, name=f"{model.origin.name}+{suffix}", source=f"{model.origin.source}+{suffix}")
     return replace(model, net=net.eval().requires_grad_(False), origin=origin, processor=TextProcessor(tokenizer))
+
+
+def adapter_tokenizer(model: CausalModel, folder: Path) -> Any:
+    """Return the tokenizer for the adapter in `folder`: its own where it has more tokens than a copy of the model's."""
+    if any((folder / name).is_file() for name in embeddings.TOKENIZER_FILES):
+        from transformers import AutoTokenizer
+
+        with silence_transformers():
+            own = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if own.get_vocab() != model.tokenizer.get_vocab():
+            return own
+    return copy.copy(model.tokenizer)
 
 
 def merge_adapter(model: CausalModel, dtype: str = "auto") -> CausalModel:

@@ -13,13 +13,13 @@ from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError
 
-from mowa.adapters import causal, checkpoint, lora, merge
+from mowa.adapters import causal, checkpoint, embeddings, lora, merge
 from mowa.errors import ModelError
 from mowa.io.atomic import atomic_folder, read_json
 from mowa.io.hashing import sha256_file
 from mowa.io.manifest import find_manifest, write_manifest
 from mowa.io.weights import weight_files
-from mowa.types import AnyModel, CausalModel, CTCModel
+from mowa.types import AnyModel, CausalModel, CTCModel, TextProcessor
 
 log = logging.getLogger("mowa")
 
@@ -117,6 +117,8 @@ def _load_peft_adapter(model: ModelT, folder: Path) -> ModelT:
     net = copy.deepcopy(model.net) if _writes_base(config) else checkpoint.copy_sharing_weights(model.net)
     try:
         if model.task == "causal":
+            rows = embeddings.saved_rows(net, folder, folder / PEFT_WEIGHTS_FILE)
+            embeddings.resize(net, rows, mean_resizing=False)
             net = lora.load_peft_model(net, folder, autocast_adapter_dtype=False)
             validate_tensors(net, folder)
         else:
@@ -127,6 +129,9 @@ def _load_peft_adapter(model: ModelT, folder: Path) -> ModelT:
     net.mowa_adapter = str(folder)
     suffix = folder.resolve().name
     origin = replace(model.origin, name=f"{model.origin.name}+{suffix}", source=f"{model.origin.source}+{suffix}")
+    if model.task == "causal":
+        tokenizer = causal.adapter_tokenizer(cast(CausalModel, model), folder)
+        model = replace(model, processor=TextProcessor(tokenizer))
     return replace(model, net=net.eval().requires_grad_(False), origin=origin)
 
 

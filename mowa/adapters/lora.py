@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mowa.adapters.embeddings import complete_wrappers, merge_trained_modules, missing_modules
 from mowa.errors import MissingDependency, RecipeError
 from mowa.types import Family
 
@@ -68,10 +69,23 @@ def add(
 
 
 def get_peft_model(
-    net: Any, family: Family, *, rank: int, alpha: float, dropout: float, target_modules: Sequence[str], variant: str
+    net: Any,
+    family: Family,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Sequence[str],
+    variant: str,
+    modules_to_save: Sequence[str] = (),
+    target_parameters: Sequence[str] = (),
+    token_ids: Sequence[int] = (),
 ) -> Any:
-    """Wrap a causal net in a PeftModel, in which only the LoRA weights are trainable. Raises as `add`.
+    """Wrap a causal net in a PeftModel, in which only what the adapter holds is trainable. Raises as `add`.
 
+    Beside LoRA of linear layers these are `modules_to_save`, trained in full, LoRA of the experts' tensors named by
+    `target_parameters`, and the rows `token_ids` of embeddings and head, unless those are trained in full. What is tied
+    stays tied.
     transformers' and TRL's trainers save only the adapter of a PeftModel in their checkpoints.
     """
     if has(net):
@@ -86,6 +100,18 @@ def get_peft_model(
         variant=variant,
         task_type="CAUSAL_LM",
     )
+    if absent := missing_modules(net, modules_to_save):
+        raise RecipeError(f"lora: modules_to_save: the model has no module {absent[0]!r}")
+    names = {name.rpartition(".")[2] for name, _ in net.named_parameters()}
+    if absent := [name for name in target_parameters if name.rpartition(".")[2] not in names]:
+        raise RecipeError(f"lora: target_parameters: the model has no parameter {absent[0]!r}")
+    if target_parameters and (dropout or variant == "dora"):
+        raise RecipeError("lora: target_parameters: PEFT supports neither dropout nor dora there; leave them out")
+    tied = bool(net.config.get_text_config().tie_word_embeddings)
+    settings.modules_to_save = list(modules_to_save) or None
+    settings.target_parameters = list(target_parameters) or None
+    settings.ensure_weight_tying = tied and bool(modules_to_save)
+    settings.trainable_token_indices = _trained_rows(net, modules_to_save, token_ids, tied) or None
     if taken := _taken_for_experts(settings, net):
         if ALL_LINEAR not in target_modules:
             raise RecipeError(
@@ -93,8 +119,21 @@ def get_peft_model(
                 " not its MLPs; use [attention], or name experts in lora: target_parameters"
             )
         settings.target_modules -= taken
+    if token_ids:
+        net.name_or_path = ""  # else PEFT compares sizes with the base, and writes all embeddings into checkpoints
     with suppress_peft_warnings():
-        return peft.get_peft_model(net, settings)
+        wrapped = peft.get_peft_model(net, settings)
+    complete_wrappers(wrapped)
+    return wrapped
+
+
+def _trained_rows(
+    net: Any, modules_to_save: Sequence[str], token_ids: Sequence[int], tied: bool
+) -> dict[str, list[int]]:
+    """Return module → rows to train, for embeddings and head where they are not trained in full."""
+    parts = [net.get_input_embeddings()] + ([] if tied else [net.get_output_embeddings()])
+    names = [name.rpartition(".")[2] for part in parts for name, module in net.named_modules() if module is part]
+    return {name: list(token_ids) for name in names if token_ids and name not in modules_to_save}
 
 
 def _taken_for_experts(settings: Any, net: Any) -> set[str]:
@@ -121,7 +160,9 @@ def _taken_for_experts(settings: Any, net: Any) -> set[str]:
 def load_peft_model(net: Any, folder: Path, **options: Any) -> Any:
     """Wrap `net` in a PeftModel with the adapter in `folder`."""
     with suppress_peft_warnings():
-        return import_peft().PeftModel.from_pretrained(net, folder, **options)
+        loaded = import_peft().PeftModel.from_pretrained(net, folder, **options)
+    complete_wrappers(loaded)
+    return loaded
 
 
 def merge_and_unload(net: Any, dtype: Any = None) -> None:
@@ -131,11 +172,20 @@ def merge_and_unload(net: Any, dtype: Any = None) -> None:
     share. Sums are computed in float64 and rounded once.
     """
     lora_layer = import_peft().tuners.lora.LoraLayer
+    merge_trained_modules(net, dtype)
+    done: list[str] = []  # layers of experts are nested, one for each tensor
     for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, lora_layer)]:
+        if any(name.startswith(f"{outer}.") for outer in done):
+            continue
+        done.append(name)
+        base = module.get_base_layer()
+        weight_dtype = dtype or next(weight for weight in base.parameters() if weight.is_floating_point()).dtype
         merged: Any = copy.deepcopy(module).double()
-        merged.merge(safe_merge=True)
-        weight_dtype = dtype or module.get_base_layer().weight.dtype
-        net.set_submodule(name, merged.get_base_layer().to(weight_dtype).requires_grad_(False))
+        nested = merged
+        while isinstance(nested, lora_layer):
+            nested.merge(safe_merge=True)
+            nested = nested.base_layer
+        net.set_submodule(name, nested.to(weight_dtype).requires_grad_(False))
 
 
 @contextmanager
@@ -143,6 +193,7 @@ def suppress_peft_warnings() -> Iterator[None]:
     """Suppress transformers' FutureWarning about an attribute that PEFT and TRL still use, and PEFT's about Conv1D."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `merge_and_unload` unties them
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # it depends on the layer, and PEFT sets it
         yield
 

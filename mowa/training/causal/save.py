@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mowa.adapters import causal, lora
+from mowa.adapters import causal, embeddings, lora
 from mowa.adapters.loading import validate_tensors
 from mowa.errors import ModelError, TrainingStopped
 from mowa.io.hub import silence_transformers
@@ -62,6 +62,7 @@ def verify(run: CausalRun, output_dir: Path, measured: Measured) -> dict[str, An
     try:
         if recipe.method == "lora":
             base = _load_stock(model.origin.folder, measured.base_dtype)
+            embeddings.resize(base, model.net.get_input_embeddings().weight.shape[0], mean_resizing=False)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error in the next line
                 loaded = lora.load_peft_model(base, output_dir)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mowa import loading
-from mowa.adapters import lora
+from mowa.adapters import embeddings, lora
 from mowa.data.chat.tokenize import TokenizedSample
 from mowa.errors import RecipeError
 from mowa.families import is_registered
@@ -56,7 +56,8 @@ def validate(recipe: CausalRecipe, model: CausalModel) -> None:
 
 
 def read_data(recipe: CausalRecipe, model: CausalModel, output_dir: Path) -> CausalSplits:
-    """Read and tokenize the samples. Raises as `load_splits`."""
+    """Read and tokenize the samples, with the tokens of `data.add_tokens`. Raises as `load_splits`."""
+    embeddings.add_tokens(model.tokenizer, model.net, recipe.data.add_tokens, seed=recipe.optimizer.seed)
     with hint_at_other_task(recipe.data.train, recipe.task):
         return load_splits(recipe, model)
 
@@ -71,6 +72,8 @@ def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> C
     if recipe.batch.packing and not is_registered(model.family) and not packing.is_supported(net):
         recipe = replace(recipe, batch=replace(recipe.batch, packing=False))
         notes = (f"batches are padded: {model.family.name} gives packed samples other outputs",)
+    tokens = recipe.data.add_tokens
+    added = sorted(model.tokenizer.convert_tokens_to_ids(list(tokens)))
     if recipe.method == "lora":
         config = recipe.lora
         net = lora.get_peft_model(
@@ -81,6 +84,9 @@ def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> C
             dropout=config.dropout,
             target_modules=config.target_modules,
             variant=config.variant,
+            modules_to_save=config.modules_to_save,
+            target_parameters=config.target_parameters,
+            token_ids=added,
         )
     else:
         set_trainable(net, model.family, recipe)

@@ -50,6 +50,10 @@ class CausalData:
         default_factory=dict,
         metadata={"help": "your names of roles, as system, user, assistant or tool: {agent: assistant, caller: user}"},
     )
+    add_tokens: tuple[str, ...] = option(
+        (),
+        "tokens to add to the tokenizer; their embeddings are trained, with LoRA too",
+    )
     max_length: int = option(2048, "tokens of the longest sample; at most the model's context length", minimum=8)
     on_overflow: str = option(
         "drop",
@@ -150,6 +154,8 @@ def parse(tree: Any, where: str) -> CausalRecipe:
     for name in ("ema_decay", "head_lr_multiplier"):
         if getattr(recipe.optimizer, name):
             raise RecipeError(f"{where}: optimizer: {name} is for task: ctc only; leave it at 0")
+    if recipe.data.add_tokens and recipe.top_n is not None:
+        raise RecipeError(f"{where}: data: add_tokens: method {recipe.method} trains no embeddings; use lora or full")
     if recipe.memory.activation_offload and not recipe.optimizer.gradient_checkpointing:
         raise RecipeError(f"{where}: memory: activation_offload needs optimizer: gradient_checkpointing: true")
     return recipe

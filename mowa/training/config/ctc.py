@@ -204,6 +204,9 @@ def parse(tree: Any, where: str) -> CTCRecipe:
         RecipeError: a key or value is wrong; the message starts with `where` and its path.
     """
     recipe = schema.from_dict(CTCRecipe, _padded_if_streaming(expand_sources(tree)), where)
+    for name in ("modules_to_save", "target_parameters"):
+        if getattr(recipe.lora, name):
+            raise RecipeError(f"{where}: lora: {name} is for task: causal only; leave it empty")
     validate_common(recipe, where, METHODS)
     if recipe.distillation.student_layers and (
         recipe.method != "full" or recipe.vocabulary != "keep" or not recipe.batch.packing

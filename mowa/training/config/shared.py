@@ -42,6 +42,12 @@ class LoraConfig:
         "lora; rslora: scaled by alpha / √rank (arXiv:2312.03732); dora: with a trained magnitude (arXiv:2402.09353)",
         choices=("lora", "rslora", "dora"),
     )
+    modules_to_save: tuple[str, ...] = option(
+        (), "modules trained in full beside LoRA and saved with it, such as embed_tokens and lm_head (causal only)"
+    )
+    target_parameters: tuple[str, ...] = option(
+        (), "tensors of experts that get an update too, such as experts.gate_up_proj (causal only)"
+    )
 
 
 @dataclass(frozen=True, slots=True)
