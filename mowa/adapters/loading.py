@@ -29,8 +29,13 @@ ModelT = TypeVar("ModelT", bound=AnyModel)
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether `folder` holds an adapter, and no checkpoint of its own. Raises ModelError as `find_manifest`."""
-    if not folder.is_dir() or (folder / "config.json").is_file():
+    """Return whether `folder` holds an adapter, and no checkpoint of its own. Raises ModelError as `find_manifest`.
+
+    Other trainers write the base's config.json beside an adapter.
+    """
+    if not folder.is_dir() or weight_files(folder):
+        return False
+    if (folder / "config.json").is_file() and not (folder / PEFT_CONFIG_FILE).is_file():
         return False
     manifest = find_manifest(folder)
     return _is_peft_adapter(folder) or (manifest is not None and manifest.artifact == "adapter")

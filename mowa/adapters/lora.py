@@ -127,6 +127,15 @@ def get_peft_model(
     return wrapped
 
 
+def unfreeze(net: Any) -> None:
+    """Make the adapter of `net`, a PeftModel, trainable, in float32 as PEFT trains it, and nothing else."""
+    net.set_adapter(ADAPTER_NAME)
+    net.peft_config[ADAPTER_NAME].inference_mode = False
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def _trained_rows(
     net: Any, modules_to_save: Sequence[str], token_ids: Sequence[int], tied: bool
 ) -> dict[str, list[int]]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, overload
 
+from mowa.adapters.loading import is_adapter, read_base_name
 from mowa.errors import ModelError
-from mowa.io.hub import fetch_config, resolve_model
+from mowa.io.hub import MODEL_ALIASES, fetch_config, resolve_model
 from mowa.loading import causal, ctc, languages
 from mowa.loading.checkpoint import read_family
 from mowa.types import AnyModel, CausalModel, CTCModel, Family
@@ -19,7 +20,12 @@ __all__ = ["load", "read_task"]
 
 
 def read_task(name: str, *, revision: str | None = None, offline: bool = False) -> str:
-    """Return the task of a model by its config, without fetching weights. Raises ModelError as `load`."""
+    """Return the task of a model, or of an adapter's base, by its config, without fetching weights.
+
+    Raises ModelError as `load`.
+    """
+    if name not in MODEL_ALIASES and is_adapter(Path(name)):
+        name = read_base_name(Path(name))
     return read_family(fetch_config(name, revision=revision, offline=offline), name).task
 
 

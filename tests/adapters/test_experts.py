@@ -32,10 +32,9 @@ def test_experts_are_trained_saved_loaded_and_merged_as_in_peft(tmp_path, family
     config = json.loads((out / "adapter_config.json").read_text())
     assert sorted(config["target_parameters"]) == sorted(names)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), out).eval()
-    changed = [
-        name for name, value in theirs.named_parameters() if "experts" in name and "lora_B" in name and value.any()
-    ]
-    assert len(changed) >= 2
+    updates = {name: value for name, value in theirs.named_parameters() if "experts" in name and "lora_B" in name}
+    assert len(updates) >= 4
+    assert all(value.any() for value in updates.values())
     with torch.inference_mode():
         expected = theirs(IDS).logits
         assert torch.allclose(mowa.load(out).net(IDS).logits, expected, atol=1e-5)
@@ -51,7 +50,7 @@ def test_the_mlps_of_deepseek_are_not_taken_for_its_experts(tmp_path):
     out = train(tmp_path, "deepseek_v3", optimizer__max_steps=1)
     config = json.loads((out / "adapter_config.json").read_text())
     assert not config["target_parameters"]
-    assert set(config["target_modules"]) == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    assert not {"gate_proj", "up_proj", "down_proj"} & set(config["target_modules"])
     write_merged(out, tmp_path / "merged", dtype="float32")
     with pytest.raises(RecipeError, match="PEFT takes down_proj, gate_proj, up_proj of deepseek_v3 for its experts"):
         train(tmp_path / "mlp", "deepseek_v3", lora__target_modules=["mlp"])

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mowa import loading
 from mowa.adapters import embeddings, lora
+from mowa.adapters.loading import is_adapter, load_adapter, merge_adapter, read_base_name
 from mowa.data.chat.tokenize import TokenizedSample
 from mowa.errors import RecipeError
 from mowa.families import is_registered
-from mowa.io.hub import fetch_config
+from mowa.io.hub import MODEL_ALIASES, fetch_config
 from mowa.models.causal import fused_modules, packing
 from mowa.tasks import causal
 from mowa.training.causal.batches import plan_batches
@@ -47,6 +48,8 @@ class CausalRun:
 
 def validate(recipe: CausalRecipe, model: CausalModel) -> None:
     """Raise RecipeError where the model does not support the recipe."""
+    if recipe.data.add_tokens and lora.has(model.net):
+        raise RecipeError("data: add_tokens: an adapter that is trained further keeps its tokens; start from its base")
     unsupported = model.family.unsupported
     reason = unsupported.get("packing") or (
         "" if recipe.memory.accelerate else unsupported.get("packing_unaccelerated")
@@ -74,7 +77,10 @@ def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> C
         notes = (f"batches are padded: {model.family.name} gives packed samples other outputs",)
     tokens = recipe.data.add_tokens
     added = sorted(model.tokenizer.convert_tokens_to_ids(list(tokens)))
-    if recipe.method == "lora":
+    if lora.has(net):
+        lora.unfreeze(net)
+        notes += (f"the LoRA of {recipe.model} is trained further, with its own rank, alpha and targets",)
+    elif recipe.method == "lora":
         config = recipe.lora
         net = lora.get_peft_model(
             net,
@@ -109,8 +115,17 @@ def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> C
 
 
 def load(recipe: CausalRecipe) -> CausalModel:
-    """Load the checkpoint in the dtype of `resolve_base_dtype`."""
-    return loading.causal.load(recipe.model, dtype=resolve_base_dtype(recipe, fetch_config(recipe.model)))
+    """Load the checkpoint in the dtype of `resolve_base_dtype`; of an adapter, its base and the adapter over it.
+
+    An adapter is trained further by method lora, and merged for other methods.
+    """
+    adapter = Path(recipe.model)
+    if recipe.model in MODEL_ALIASES or not is_adapter(adapter):
+        return loading.causal.load(recipe.model, dtype=resolve_base_dtype(recipe, fetch_config(recipe.model)))
+    name = read_base_name(adapter)
+    base = loading.causal.load(name, dtype=resolve_base_dtype(recipe, fetch_config(name)))
+    adapted = load_adapter(base, adapter)
+    return replace(adapted, origin=base.origin) if recipe.method == "lora" else merge_adapter(adapted)
 
 
 def resolve_base_dtype(recipe: CausalRecipe, folder: Path) -> str:
