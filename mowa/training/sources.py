@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mowa.data.chat import conversations, files
-from mowa.data.manifests.tables import guess_columns
+from mowa.data.manifests.rows import BadRow, guess_columns
 from mowa.errors import DataError, MowaError
 from mowa.training.config.shared import DataSource
 
@@ -52,8 +52,8 @@ def hint_at_other_task(sources: Sequence[DataSource], task: str) -> Iterator[Non
 def _read_first_row(source: DataSource) -> Mapping[str, Any]:
     """Return the first row of a table; empty if the source is none, or cannot be read."""
     with suppress(MowaError, StopIteration, OSError):
-        _, _, fields = next(iter(files.read_rows(source.path, source.split)))
-        return fields
+        rows = files.read_rows(source.path, source.split)
+        return next(fields for _, _, fields in rows if not isinstance(fields, BadRow))
     return {}
 
 

@@ -20,9 +20,11 @@ from mowa.data.chat.renaming import Renaming
 from mowa.data.chat.rows import list_unused, parse_row
 from mowa.data.chat.samples import Conversation, Document, ExcludedSample, InvalidSample, Tally
 from mowa.data.chat.samples import Message as Message
+from mowa.data.manifests.rows import BadRow
 from mowa.errors import DataError
 
 ON_INVALID = ("drop", "stop")
+_BROKEN = "a line that cannot be read"
 MAX_INVALID_RATIO = 0.5  # with more invalid rows the format was probably detected wrongly
 
 
@@ -76,7 +78,7 @@ def read_conversations(
 
 
 def parse_rows(
-    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]],
     source: str,
     *,
     on_invalid: str = "drop",
@@ -93,6 +95,11 @@ def parse_rows(
     samples: list[Conversation | Document] = []
     tally, unused, ids = Tally(), Tally(), Counter[str]()
     for number, (where, given) in enumerate(rows, 1):
+        if isinstance(given, BadRow):
+            if on_invalid == "stop":
+                raise DataError(given.reason)
+            tally.drop(_BROKEN, given.reason)
+            continue
         first_row, fields = first_row or given, renaming.rename(given)
         found = row_format(fields)
         detected, first = agree(detected, first, found, where, fields), first or where
@@ -112,7 +119,10 @@ def parse_rows(
         for warning in _warnings(sample):
             tally.warn(warning, where)
     if detected is None:
-        raise DataError(f"{source}: is empty: it has no rows. Check that it was written completely.")
+        broken = tally.dropped.get(_BROKEN)
+        raise DataError(
+            broken[1] if broken else f"{source}: is empty: it has no rows. Check that it was written completely."
+        )
     renaming.raise_missing(source, first_row)
     _validate_counts(tally, detected, source, number, len(samples))
     counts = (tally.dropped, tally.excluded, tally.warnings, unused.warnings)

@@ -33,23 +33,14 @@ SUPPORTED_FILES = (
 TEXT_SUFFIXES = (".txt", ".md")
 TABLE_SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv", ".csv", ".jsonl.gz", ".json.gz", ".tsv.gz", ".csv.gz")
 
-Row = tuple[str, Path, Mapping[str, Any]]  # position for messages, folder, columns
 
-
-def read_rows(path: str | Path, split: str = "", columns: Collection[str] = ()) -> Iterator[Row]:
+def read_rows(path: str | Path, split: str = "", columns: Collection[str] = ()) -> Iterator[TableRow]:
     """Yield (position, folder, columns) of every row at `path`; `SUPPORTED_FILES` lists what it may be.
 
     `split` is one of several: a file or folder of that name, or rows by their column `split`; "" is train or the only
     one. Of a data set on the Hub with audio, only texts and `columns` are read. Raises DataError with file and line for
     what cannot be read; MissingDependency; HubUnreachable.
     """
-    for where, folder, fields in _read_source(path, split, columns):
-        if isinstance(fields, BadRow):
-            raise DataError(fields.reason)
-        yield where, folder, fields
-
-
-def _read_source(path: str | Path, split: str, columns: Collection[str]) -> Iterator[TableRow]:
     if str(path).startswith("hub:"):
         features: dict[str, Any] = {}
         rows = stream_hub_dataset(str(path), partial(choose_split, split, str(path)), columns, features.update)

@@ -95,7 +95,16 @@ def test_unreadable_files_raise(tmp_path, name, content, message):
     pytest.importorskip("pyarrow")
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        conversations.read_conversations(tmp_path / name)
+        conversations.read_conversations(tmp_path / name, on_invalid="stop")
+
+
+def test_a_broken_line_is_dropped_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n{"text": "y"}\n')
+    data = conversations.read_conversations(tmp_path / "a.jsonl")
+    assert [sample.text for sample in data] == ["x", "y"]
+    ((count, first),) = data.dropped.values()
+    assert count == 1
+    assert "a.jsonl:2: broken JSON" in first
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt", "a.csv", "a.parquet"])
