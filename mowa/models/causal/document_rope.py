@@ -38,7 +38,7 @@ def document_rope(net: Any) -> Iterator[None]:
         stock.base_model.register_forward_hook(_clear_lengths, always_call=True),
     )
     for module in modules:
-        module.forward = partial(_forward, module, module.forward)  # type: ignore[assignment]
+        module.forward = partial(_forward, module, module.forward)
     try:
         yield
     finally:

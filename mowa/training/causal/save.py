@@ -112,9 +112,10 @@ def _load_stock(folder: Path, dtype: torch.dtype) -> Any:
     unset_hf_deepspeed_config()  # under ZeRO-3 it would be sharded while it is loaded
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with silence_transformers():
-        net, loading_info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             ensure_safetensors(folder), config=config, dtype=dtype, output_loading_info=True
         )
+    net, loading_info = loaded
     validate_loading_info(folder, net.base_model_prefix, loading_info)
     return net
 
