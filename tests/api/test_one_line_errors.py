@@ -52,7 +52,7 @@ def test_what_is_no_model_is_named(folder, model, verb):
 
 
 @pytest.mark.parametrize("name", ["ctranslate2", "onnx"])
-def test_an_export_on_another_device_is_told_what_it_is(tmp_path, name):
+def test_an_export_on_another_device_is_refused_as_what_it_is(tmp_path, name):
     with pytest.raises(ModelError) as error:
         registry.validate_device_and_dtype(registry.ENGINES.get(name), "cuda:1", "auto", export=tmp_path)
     assert str(error.value) == (
@@ -87,13 +87,13 @@ def test_the_folder_of_a_run_may_be_a_string_and_the_second_argument(folder, tmp
         mowa.train(tree)
 
 
-def test_conversations_for_a_speech_model_are_told_apart(folder, tmp_path):
+def test_conversations_for_a_speech_model_are_named(folder, tmp_path):
     data = str(folder / "chats.jsonl")
     with pytest.raises(DataError, match="has conversations or texts and no recordings: they train a language model"):
         mowa.train(model=str(folder / "speech"), data=data, out=tmp_path / "run")
 
 
-def test_recordings_without_texts_for_a_language_model_are_told_apart(folder, tmp_path):
+def test_recordings_without_texts_for_a_language_model_are_named(folder, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"audio": "a.wav", "duration": 1.0}\n')
     with pytest.raises(DataError, match="has recordings: they train a speech model"):
         mowa.train(model=str(folder / "base"), data=str(tmp_path / "data.jsonl"), out=tmp_path / "run")

@@ -67,7 +67,7 @@ def test_other_verbs_say_it_in_one_line(folder, model, tmp_path, capsys, monkeyp
     assert code == 2
     assert err == ["mowa: cannot be written (No space left on device): free some space, or write elsewhere"]
     with pytest.raises(OSError, match="No space left"):
-        main(["results", "export", str(tmp_path / "log.jsonl"), "-o", str(tmp_path / "texts"), "--debug"])
+        main(["--debug", "results", "export", str(tmp_path / "log.jsonl"), "-o", str(tmp_path / "texts")])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
