@@ -100,7 +100,7 @@ def merge_trained_modules(net: Any, dtype: Any) -> None:
     wrappers = [(name, one) for name, one in net.named_modules() if isinstance(one, AuxiliaryTrainingWrapper)]
     for name, wrapper in wrappers:
         if isinstance(wrapper, ModulesToSaveWrapper):
-            module = copy.deepcopy(wrapper.modules_to_save[wrapper.active_adapters[0]])
+            module: Any = copy.deepcopy(wrapper.modules_to_save[wrapper.active_adapters[0]])
         else:
             weight = wrapper.weight.detach().clone()
             module = copy.deepcopy(wrapper.original_module)

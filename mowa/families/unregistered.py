@@ -66,7 +66,7 @@ def unsupported_reason(config: Mapping[str, Any]) -> str:
     model_type, architectures = str(config["model_type"]), config.get("architectures") or []
     if model_type not in CONFIG_MAPPING:
         return "transformers does not have it, and mowa runs no code of repositories"
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[model_type], None)
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[model_type], None)
     if causal is None:
         return "it is not a causal language model"
     if causal.__name__ not in architectures:

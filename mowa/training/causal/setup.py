@@ -71,7 +71,8 @@ def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> C
     Raises:
         RecipeError: the model does not support the recipe.
     """
-    net, notes = model.net, ()
+    net = model.net
+    notes: tuple[str, ...] = ()
     if recipe.batch.packing and not is_registered(model.family) and not packing.is_supported(net):
         recipe = replace(recipe, batch=replace(recipe.batch, packing=False))
         notes = (f"batches are padded: {model.family.name} gives packed samples other outputs",)
