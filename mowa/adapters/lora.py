@@ -49,9 +49,10 @@ def add(
 ) -> Any:
     """Add LoRA of `rank`, scaled by alpha / rank, to the linear layers of every block, in place, and return `net`.
 
-    `target_modules` are groups of `family.linears` (attention, mlp), or all-linear for all of them. `variant` is lora,
-    rslora (arXiv:2312.03732) or dora (arXiv:2402.09353). `dropout` applies to the input of A in training. A is drawn
-    from torch's generator. All other parameters are frozen; `freeze.set_trainable` unfreezes the head.
+    `target_modules` are groups of `family.linears` (attention, mlp), or all-linear for all of them; mlp beside another
+    group is ignored where the MLPs are experts. `variant` is lora, rslora (arXiv:2312.03732) or dora
+    (arXiv:2402.09353). `dropout` applies to the input of A in training. A is drawn from torch's generator. All other
+    parameters are frozen; `freeze.set_trainable` unfreezes the head.
 
     Raises RecipeError for unknown or unsupported target modules and for a net that has LoRA, MissingDependency without
     PEFT.
@@ -243,5 +244,12 @@ def _linear_names(family: Family, target_modules: Sequence[str]) -> set[str]:
                 f"lora: target_modules: attention: {family.name} passes the raw weights of its attention to a torch"
                 f" function, which bypasses LoRA; use target_modules: [{', '.join(family.linears)}]"
             )
+        if group == "mlp" and "experts" in family.unsupported:
+            if len(target_modules) > 1:
+                continue
+            raise RecipeError(
+                f"lora: target_modules: mlp: {family.unsupported['experts']}; use [all-linear], which is"
+                f" {', '.join(family.linears)} of {family.name}"
+            )
         raise RecipeError(f"lora: target_modules: {group!r}: {family.name} has {', '.join(family.linears)}")
-    return {name for group in target_modules for name in family.linears[group]}
+    return {name for group in target_modules for name in family.linears.get(group, ())}

@@ -15,6 +15,7 @@ from mowa.types import AnyModel, Model
 
 __all__ = ["Run", "distill", "read_recipe", "train"]
 
+
 Data = str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]]
 
 
@@ -109,12 +110,14 @@ def _plain(value: Any) -> Any:
 
 
 def _load_name(model: AnyModel) -> str:
-    if adapter := getattr(model.net, "mowa_adapter", None):
-        name = model.origin.name
-        if adapter.endswith(MERGED_SUFFIX):
-            raise ModelError(
-                f"{name} was merged in memory: write it, mowa.merge(ADAPTER, out=FOLDER), and train that folder"
-            )
-        raise ModelError(f"{name} has an adapter: merge it first (mowa.merge), or start from its base model")
+    if (adapter := str(getattr(model.net, "mowa_adapter", "") or "")).endswith(MERGED_SUFFIX):
+        raise ModelError(
+            f"{model.origin.name} was merged in memory, and a run starts from files: write it with mowa.merge("
+            f"{adapter.removesuffix(MERGED_SUFFIX)!r}, out=FOLDER), and train FOLDER"
+        )
+    if adapter:
+        raise ModelError(
+            f"{model.origin.name} has an adapter: merge it first (mowa.merge), or start from its base model"
+        )
     origin = model.origin
     return f"{origin.source}@{origin.revision}" if origin.revision else origin.name

@@ -21,6 +21,9 @@ LLAMA4 = register(
         architectures=("Llama4ForCausalLM",),
         fused_modules={"rms_norm": ("Llama4TextRMSNorm",), "swiglu": ("Llama4TextMLP",)},
         tensor_names=LLAMA.tensor_names,
-        unsupported={"experts": EXPERTS_UNSUPPORTED},
+        unsupported={
+            "experts": EXPERTS_UNSUPPORTED,
+            "packing": "attention is scaled and split into chunks by the position in the row, not in the sample",
+        },
     )
 )

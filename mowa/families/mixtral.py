@@ -6,7 +6,7 @@ from mowa.families.llama import LLAMA
 from mowa.families.registry import register
 from mowa.types import Family
 
-EXPERTS_UNSUPPORTED = "experts are one tensor per block, not linear layers: they get no LoRA and stay frozen"
+EXPERTS_UNSUPPORTED = "experts are one tensor per block, not linear layers: they get no LoRA without target_parameters"
 
 MIXTRAL = register(
     Family(

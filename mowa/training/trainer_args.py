@@ -20,6 +20,12 @@ def resolve_eval_steps(recipe: Any, max_steps: int) -> int:
     return min(recipe.evaluation.eval_steps or max(MIN_EVAL_STEPS, -(-max_steps // 10)), max_steps)
 
 
+def format_length(recipe: Any, max_steps: int, eval_steps: int, over: str) -> str:
+    """Return one line that says how long a run is, `over` what data, and by which option where two name a length."""
+    by = " (max_steps is set: epochs is not used)" if recipe.optimizer.max_steps else ""
+    return f"{max_steps} steps{by} over {over}, evaluated every {eval_steps} steps"
+
+
 def training_arguments(recipe: Any, output_dir: Path, net: Any, *, max_steps: int, eval_steps: int) -> dict[str, Any]:
     """Return keyword arguments of TrainingArguments for a run whose batches are planned, one per step and device.
 

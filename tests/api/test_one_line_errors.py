@@ -110,7 +110,7 @@ def test_a_merged_model_says_how_to_train_it_and_a_copy_claims_no_adapter(model,
     copied = merge.merge_adapter(model)
     assert not hasattr(copied.net, "mowa_adapter")
     copied.net.mowa_adapter = "adapter" + merge.MERGED_SUFFIX
-    with pytest.raises(ModelError, match=r"was merged in memory: write it, mowa.merge\(ADAPTER, out=FOLDER\)"):
+    with pytest.raises(ModelError, match=r"was merged in memory, .* mowa.merge\(.adapter., out=FOLDER\)"):
         mowa.train(model=copied, data="x", out=tmp_path)
 
 

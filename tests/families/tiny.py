@@ -85,7 +85,7 @@ _CAUSAL: dict[str, dict[str, Any]] = {
     "llama4_text": _HEADS_OF_16
     | _LOCAL_EXPERTS
     | {"intermediate_size_mlp": 40, "interleave_moe_layer_step": 2, "num_hidden_layers": 4}
-    | {"attention_chunk_size": WINDOW},
+    | {"attention_chunk_size": WINDOW, "floor_scale": 4},  # both count from the start of a row
     "gpt_oss": _HEADS_OF_16
     | _ALTERNATING
     | _LOCAL_EXPERTS

@@ -82,7 +82,9 @@ def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> C
         lora.unfreeze(net)
         notes += (f"the LoRA of {recipe.model} is trained further, with its own rank, alpha and targets",)
     elif recipe.method == "lora":
-        config = recipe.lora
+        config, experts = recipe.lora, model.family.unsupported.get("experts")
+        if experts and not config.target_parameters:
+            notes += (f"lora: {experts}",)
         net = lora.get_peft_model(
             net,
             model.family,

@@ -54,7 +54,7 @@ def session(run: CausalRun, output_dir: Path, resume_from: Path | None) -> Itera
         trainer, reporter = build_trainer(run, output_dir, resume_from)
     changes = accelerate.accelerate(net, mlp_tiles=recipe.memory.mlp_tiles) if recipe.memory.accelerate else ()
     tokens = sum(len(splits.train[index]) for batch in run.batches for index in batch)
-    length = f"{run.max_steps} steps over {tokens:,} tokens, evaluated every {run.eval_steps} steps"
+    length = trainer_args.format_length(recipe, run.max_steps, run.eval_steps, f"{tokens:,} tokens")
     shown = (*splits.notes, *run.notes, splits.preview) if resume_from is None else ()
 
     def measure() -> Measured:

@@ -59,7 +59,7 @@ class CTCTrainer(OptimizerMixin, checkpoints.CompleteCheckpointMixin, Trainer):
 def session(run: CTCRun, output_dir: Path, resume_from: Path | None) -> Iterator[Session[save.Measured]]:
     """Set up the net for training; the session measures the error rates of the dev and test sets."""
     hours = sum(example.duration_s for batch in run.batches for example in batch) / 3600
-    length = f"{run.max_steps} steps over {hours:.1f} h of audio, evaluated every {run.eval_steps} steps"
+    length = trainer_args.format_length(run.recipe, run.max_steps, run.eval_steps, f"{hours:.1f} h of audio")
     if is_main_process():
         write_report(run.data, output_dir)
     with training_patches(run.model.net, run), one_line_errors(output_dir):
