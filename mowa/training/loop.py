@@ -154,7 +154,8 @@ def train(
                 "num_trainable_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
             }
         before = set(output_dir.iterdir())
-        task.save(run, output_dir, measured)
+        with hide_progress_bars():
+            task.save(run, output_dir, measured)
         try:
             entries = task.verify(run, output_dir, measured)
         except TrainingStopped:

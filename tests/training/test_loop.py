@@ -125,9 +125,10 @@ def test_after_a_failure_while_saving_another_recipe_trains_in_the_folder(folder
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_finished_run_has_a_manifest_and_opens_by_its_folder(folder, tmp_path, method):
+def test_a_finished_run_has_a_manifest_and_opens_by_its_folder(folder, tmp_path, method, capsys):
     recipe = make_recipe(folder, "ctc", method=method)
     out = train(recipe, tmp_path / "out")
+    assert "Writing model shards" not in capsys.readouterr().err  # a progress bar of transformers
     found = find_manifest(out)
     assert (found.artifact, found.task, found.family) == ("run" if method == "full" else "adapter", "ctc", "wav2vec2")
     assert found.origin["name"] == str(folder / "speech")
