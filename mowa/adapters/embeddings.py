@@ -96,7 +96,6 @@ def merge_trained_modules(net: Any, dtype: Any) -> None:
     """
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-    tied = net.config.get_text_config().tie_word_embeddings
     wrappers = [(name, one) for name, one in net.named_modules() if isinstance(one, AuxiliaryTrainingWrapper)]
     for name, wrapper in wrappers:
         if isinstance(wrapper, ModulesToSaveWrapper):
@@ -106,7 +105,7 @@ def merge_trained_modules(net: Any, dtype: Any) -> None:
             module = copy.deepcopy(wrapper.original_module)
             module.weight = nn.Parameter(weight)
         net.set_submodule(name, module.to(dtype or module.weight.dtype).requires_grad_(False))
-    if not (wrappers and tied):
+    if not (wrappers and net.config.get_text_config().tie_word_embeddings):
         return
     embeddings, head = net.get_input_embeddings(), net.get_output_embeddings()
     if embeddings.weight.shape == head.weight.shape and bool((embeddings.weight == head.weight).all()):

@@ -87,7 +87,7 @@ def laid(seed=0):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [name for name in CAUSAL if "packing" not in get_family(name).unsupported])
 def test_packed_documents_equal_single_ones(name, checkpointed):
     net = own(tiny(name))
     rows, packed = laid()

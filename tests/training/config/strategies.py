@@ -11,6 +11,7 @@ from mowa.training.config.ctc import CTCRecipe
 LEAVES = tuple(schema.iter_options(CTCRecipe))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 FRACTIONS = st.floats(0, 1)
+CAUSAL_ONLY = ("lora.modules_to_save", "lora.target_parameters")  # must be empty for speech
 METHODS = ["head", "bottleneck", "lora", "encoder", "full"]
 
 # Options whose type, choices and range say too little: they depend on others, or are checked by hand.
@@ -22,6 +23,7 @@ OWN = {
     "streaming.chunk_s": st.lists(st.floats(0.02, 10), max_size=3),
     "streaming.lookahead_s": st.lists(st.floats(0, 2), min_size=1, max_size=3),
     "lora.target_modules": st.lists(st.sampled_from(["attention", "mlp"]), min_size=1, unique=True),
+    **dict.fromkeys(CAUSAL_ONLY, st.just([])),
     "optimizer.epochs": st.floats(0.1, 1000),
     "optimizer.warmup_ratio": st.floats(0, 0.5),
     "optimizer.hold_ratio": st.floats(0, 0.5),
