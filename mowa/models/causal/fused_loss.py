@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from mowa.kernels.linear_cross_entropy import score_tokens
+from mowa.models.causal.token_logits import decoder_of
 from mowa.types import IGNORE_INDEX
 
 
@@ -94,8 +95,7 @@ def _net_forward(
     routed = bool(inputs.get("output_router_logits", getattr(config, "output_router_logits", False)))
     if routed:
         inputs["output_router_logits"] = True
-    decoder = net.model if net.base_model is net else net.base_model  # Llama 4 names the prefix of another class
-    out = decoder(*args, **(inputs | {"use_cache": False}))
+    out = decoder_of(net)(*args, **(inputs | {"use_cache": False}))
     hidden = out.last_hidden_state
     if shift_labels is None:
         hidden, targets = hidden[:, :-1], labels[:, 1:]  # type: ignore[index]

@@ -32,16 +32,21 @@ def iter_token_logits(net: Any, inputs: Mapping[str, Tensor], chosen: Tensor) ->
     device = next(net.parameters()).device
     on_device = {name: value.to(device) for name, value in inputs.items()}
     with document_rope(stock):
-        out = stock.base_model(**on_device, use_cache=False)
+        out = decoder_of(stock)(**on_device, use_cache=False)
     states = out.last_hidden_state[chosen.to(device)]
     head = stock.get_output_embeddings()
     tokens = len(head.weight) if hasattr(head, "weight") else stock.config.get_text_config().vocab_size
     size = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * tokens))
     for part in states.split(size):
         out["last_hidden_state"] = part[None]
-        with _returns(stock.base_model, out):
+        with _returns(decoder_of(stock), out):
             logits = stock(input_ids=on_device["input_ids"][:, :1], use_cache=False).logits
         yield logits[0]
+
+
+def decoder_of(net: Any) -> Any:
+    """Return the part of a transformers causal net that computes the last hidden states."""
+    return net.model if net.base_model is net else net.base_model  # Llama 4 names the prefix of another class
 
 
 @contextmanager
