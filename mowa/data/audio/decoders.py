@@ -39,6 +39,7 @@ _SNDFILE_MAGIC = (b"RIFF", b"RF64", b"fLaC", b"NIST")
 _FFMPEG_FORMATS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,nistsphere,ogg,w64,wav"
 )
+_PROBE = {"probesize": str(2**26), "analyzeduration": str(3600 * 10**6)}  # bytes, kept in memory; µs
 _MAX_PLANES = 8  # PyAV 18 reads out of bounds if more channels have planes of their own
 _OGG_TRUNCATED = "its last page does not end the stream"
 _CONVERT = {"": "Convert it with the program that wrote it.", "nistsphere": "Convert it with sph2pipe -f wav."}
@@ -216,6 +217,9 @@ def _open_ffmpeg(source: AudioInput, file: BinaryIO, closing: ExitStack) -> Audi
     target = file if isinstance(source, AudioBytes) else f"file:{source}"
     try:
         container = closing.enter_context(av.open(target, "r", metadata_errors="ignore", options=options))
+        if _begins_too_late(container):
+            file.seek(0)
+            container = closing.enter_context(av.open(target, "r", metadata_errors="ignore", options=options | _PROBE))
     except (av.FFmpegError, ValueError) as error:
         if truncated:
             raise truncated_error(source, _OGG_TRUNCATED, 0.0) from None
@@ -241,6 +245,14 @@ def _open_ffmpeg(source: AudioInput, file: BinaryIO, closing: ExitStack) -> Audi
     duration_s = headers.read_duration_s(container, num_frames, start_s)
     info = AudioInfo(duration_s, rate_hz, channels, container.format.name.split(",")[0])
     return AudioDecoder(info, lambda mixer: _decode_ffmpeg(container, rate_hz, mixer, timeline), timeline=timeline)
+
+
+def _begins_too_late(container: Any) -> bool:
+    """Return whether the audio begins behind what FFmpeg read to find the streams, in a format without a header."""
+    if not container.streams.audio:
+        return container.format.name in ("flv", "mpeg")
+    context = container.streams.audio[0].codec_context
+    return context is not None and not context.sample_rate
 
 
 def _lost_ogg_pages(source: AudioInput) -> bool:

@@ -164,6 +164,8 @@ def read_duration_s(container: Any, frames: int | None, start_s: float | None = 
     if track.duration is None:
         return None
     duration_s = float(track.duration * track.time_base) + own_start_s - start_s
+    if name == "ogg" and track.codec_context.name in ("opus", "libopus"):  # counted from 0, wherever it starts
+        duration_s -= max(0.0, own_start_s)
     if name != "mp3" or frames is None:
         return duration_s
     rate_hz = track.codec_context.sample_rate

@@ -213,13 +213,13 @@ def _to_blocks(chunks: Iterable[AudioChunk], rate_hz: int) -> Iterator[AudioBloc
 
 
 def _resample(chunks: Iterable[AudioChunk], rate_hz: int) -> Iterator[AudioChunk]:
-    """Resample to one rate. The input rate may change; the resampler is flushed then, and before an AudioError."""
+    """Resample to one rate. The resampler is flushed where the input rate changes or audio was lost, and at the end."""
     resampler: soxr.ResampleStream | None = None
     from_hz, empty, last_s = rate_hz, np.zeros(0, np.float32), time.monotonic()
     failure = None
     try:
         for chunk in chunks:
-            if chunk.rate_hz != from_hz:
+            if chunk.rate_hz != from_hz or chunk.lost_s:
                 if resampler is not None:
                     yield AudioChunk(resampler.resample_chunk(empty, last=True), rate_hz, last_s)
                     resampler = None

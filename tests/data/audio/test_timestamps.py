@@ -262,6 +262,38 @@ def test_audio_far_behind_a_large_picture_is_read(tmp_path):
     assert silences(samples, 16_000)[0] == (0.0, pytest.approx(2.0, abs=0.01))
 
 
+@pytest.mark.parametrize("name", ["a.ts", "a.mpg", "a.flv"])
+def test_audio_that_begins_behind_what_ffmpeg_probes_is_read(tmp_path, name):
+    """FFmpeg reads the first 5 MB or seconds to find the streams of these formats, and their sample rates."""
+    codecs = {"a.ts": ("mpeg2video", "aac"), "a.mpg": ("mpeg2video", "mp2"), "a.flv": ("flv", "aac")}
+    with av.open(str(tmp_path / name), "w") as container:
+        video = container.add_stream(codecs[name][0], rate=25)
+        video.width, video.height, video.pix_fmt = 640, 480, "yuv420p"
+        video.bit_rate = 40_000_000
+        track = container.add_stream(codecs[name][1], rate=44_100, layout="mono")
+        noise = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
+        image = av.VideoFrame.from_ndarray(noise, format="rgb24")
+        for number in range(25 * 8):
+            image.pts = number
+            container.mux(video.encode(image))
+        for packet in packets(track, tone(2.0, 44_100), 44_100, lambda at_s: at_s + 8.0):
+            container.mux(packet)
+    for source in (tmp_path / name, AudioBytes(name, (tmp_path / name).read_bytes())):
+        samples = audio.load_audio(source)
+        assert len(samples) == pytest.approx(10 * 16_000, abs=1600)
+        assert silences(samples, 16_000)[0] == (0.0, pytest.approx(8.0, abs=0.1))
+
+
+def test_a_recording_of_an_opus_stream_that_was_joined_late_is_whole(tmp_path):
+    """FFmpeg counts the duration of Opus in Ogg from 0, where the stream had begun long before."""
+    path = write(tmp_path / "a.ogg", moved=lambda at_s: at_s + 100.0)
+    assert audio.probe_audio(path).duration_s == pytest.approx(3.0, abs=0.03)
+    assert len(audio.load_audio(path)) == pytest.approx(48_000, abs=400)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(AudioError, match="is cut off"):
+        audio.load_audio(path)
+
+
 def test_a_cover_picture_does_not_move_the_audio(tmp_path):
     path = write(tmp_path / "a.mp4", "aac", lambda at_s: at_s + 2.0, picture=True)
     with av.open(str(path)) as container:

@@ -292,6 +292,17 @@ def test_other_rates_are_resampled(pipe, rate_hz, channels):
         assert np.abs(read_all(stdin.open_stdin(rate_hz)) - samples).max() < 1e-4
 
 
+def test_audio_before_a_gap_is_not_resampled_into_what_follows():
+    loud, silent = np.ones(48_000, np.float32), np.zeros(48_000, np.float32)
+    chunks = [AudioChunk(loud, 48_000, 0.0), AudioChunk(silent, 48_000, 0.0, 2.0)]
+    with BufferedSource(AudioSource("gap", lambda rate_hz: (chunk for chunk in chunks)), RATE_HZ, 9.0) as bounded:
+        blocks = list(bounded)
+    at = next(index for index, block in enumerate(blocks) if block.lost_s)
+    before, after = (np.concatenate([block.samples for block in part]) for part in (blocks[:at], blocks[at:]))
+    assert len(before) == len(after) == RATE_HZ
+    assert not after.any()
+
+
 def test_the_rate_may_change_during_the_stream():
     tone = [np.sin(np.arange(rate) * 0.5).astype(np.float32) for rate in (8000, 16_000, 48_000)]
     chunks = [AudioChunk(one, len(one), 0.0, 0.5 * at) for at, one in enumerate(tone)]
