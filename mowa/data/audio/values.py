@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,12 @@ def _from_array(value: Any, sampling_rate: int | None, name: str) -> AudioBytes:
     if sampling_rate is None:
         raise AudioError(f"{name}: an array has no sampling rate: pass sampling_rate=16_000, or its own")
     low, high = RATE_RANGE_HZ
-    if not low <= sampling_rate <= high:
-        raise AudioError(f"{name}: sampling_rate is {sampling_rate}; it must be {low} to {high} Hz")
-    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    if not isinstance(sampling_rate, numbers.Real) or not low <= sampling_rate <= high:
+        raise AudioError(f"{name}: sampling_rate is {sampling_rate!r}; it must be {low} to {high} Hz")
+    try:
+        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    except ValueError:
+        raise AudioError(f"{name}: a list of lists of several lengths is not audio: pass [n] or [channels, n]") from None
     if array.ndim == 2 and array.shape[0] < array.shape[1]:
         array = array.T  # [channels, n], as in torchaudio
     if array.ndim not in (1, 2) or not array.size:

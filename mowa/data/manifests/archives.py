@@ -175,7 +175,7 @@ class _SplitTable:
 
     own_columns, shared_columns  columns stored per row, and per combination
     bad_rows      rows that cannot be used, with their positions
-    lines         recording → index of the combination and the own columns, separated by tabs
+    lines         recording → index of the combination and the own columns, separated by tabs; a line for each row
     combinations  distinct values of the shared columns
     """
 
@@ -188,10 +188,12 @@ class _SplitTable:
     lines: dict[bytes, bytes] = field(default_factory=dict)
     combinations: list[tuple[str, ...]] = field(default_factory=list)
 
-    def fields(self, line: bytes) -> dict[str, Any]:
-        index, *own = line.decode().split("\t")
-        shared = dict(zip(self.shared_columns, self.combinations[int(index)], strict=True))
-        return shared | dict(zip(self.own_columns, own, strict=True))
+    def take_rows(self, clip: bytes) -> Iterator[dict[str, Any]]:
+        """Yield the columns of the rows of a recording, and forget them."""
+        for line in self.lines.pop(clip).decode().split("\n"):
+            index, *own = line.split("\t")
+            shared = dict(zip(self.shared_columns, self.combinations[int(index)], strict=True))
+            yield shared | dict(zip(self.own_columns, own, strict=True))
 
 
 def _read_split_table(
@@ -270,8 +272,11 @@ def _parse_split_table(name: str, folder: str, rows: Iterator[NumberedRow], colu
             index[combination] = len(table.combinations)
             table.combinations.append(combination)
         own = (str(index[combination]), *(fields.get(key, "") for key in table.own_columns))
-        if table.audio_column in fields:
-            table.lines[fields[table.audio_column].replace("\\", "/").encode()] = "\t".join(own).encode()
+        if not fields.get(table.audio_column):
+            table.bad_rows.append((where, BadRow(f"{where}: has no recording. Add its path, or delete the row.")))
+            continue
+        clip, line = fields[table.audio_column].replace("\\", "/").encode(), "\t".join(own).encode()
+        table.lines[clip] = table.lines[clip] + b"\n" + line if clip in table.lines else line
     if not table.lines:
         raise DataError(f"{name}: is empty: it has no rows. Check that it was written completely.")
     return table
@@ -291,18 +296,18 @@ def _read_listed(path: Path, table: _SplitTable) -> Iterator[TableRow]:
         clip = next((key for key in keys if key.encode() in table.lines), None)
         if clip is not None:
             found += 1
-            yield _to_row(path, table, clip.encode(), {"bytes": archive.read(member), "path": f"{path}/{name}"})
+            yield from _to_rows(path, table, clip.encode(), {"bytes": archive.read(member), "path": f"{path}/{name}"})
     if not found:
         raise DataError(f"{table.name}: none of its {len(table.lines)} recordings is in {path}. Check its column path.")
     audio_folder = "audios" if is_spontaneous(PurePosixPath(table.name).stem) else "clips"
     for clip_name in list(table.lines):
         missing = "/".join(part for part in (str(path), table.folder, audio_folder, clip_name.decode()) if part)
-        yield _to_row(path, table, clip_name, missing)
+        yield from _to_rows(path, table, clip_name, missing)
 
 
-def _to_row(path: Path, table: _SplitTable, clip: bytes, audio: Any) -> TableRow:
-    fields = table.fields(table.lines.pop(clip)) | {table.audio_column: audio}
-    return f"{table.name}: {clip.decode()}", path.parent, fields
+def _to_rows(path: Path, table: _SplitTable, clip: bytes, audio: Any) -> Iterator[TableRow]:
+    for fields in table.take_rows(clip):
+        yield f"{table.name}: {clip.decode()}", path.parent, fields | {table.audio_column: audio}
 
 
 # --- archives without tables, as WebDataset ---------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """A line that cannot be used is reported with its position, and the lines around it are read."""
 
 import csv
+import io
 import json
+import tarfile
 from itertools import islice
 
 import numpy as np
@@ -124,6 +126,8 @@ def test_carriage_returns(tmp_path):
         ('{"audio": "b.wav", "start": "0:01", "end": 2}', "start is '0:01', not a number of seconds"),
         ('{"audio": "b.wav", "start": 2, "end": 2}', "2 to 2 s is no part of a recording"),
         ('{"audio": {"array": [0.5, 0.1], "path": "b"}, "text": "nie"}', "an array has no sampling rate"),
+        ('{"audio": {"array": [[0.5], [0.1, 0.2]], "sampling_rate": 16000}}', "a list of lists of several lengths"),
+        ('{"audio": {"array": [0.5, 0.1], "sampling_rate": "16k"}}', "sampling_rate is '16k'"),
         ('{"type": "MixedCut"}', "is a MixedCut, which needs lhotse"),
     ],
 )
@@ -173,16 +177,30 @@ def test_kaldi_lines_that_cannot_be_used(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_broken_line_of_a_table_in_an_archive(tmp_path):
-    import io
-    import tarfile
-
-    table = b"path\tsentence\na.wav\ttak\nb.wav\tnie\tnie\n"
+def archive(tmp_path, table):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, data in (("pl/train.tsv", table), ("pl/clips/a.wav", (tmp_path / "a.wav").read_bytes())):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+
+
+def test_a_line_without_a_recording_of_a_table_in_an_archive(tmp_path):
+    archive(tmp_path, b"client_id\tpath\tsentence\n1\ta.wav\ttak\n1\n1\t\tnie\n")
+    reason = "has no recording. Add its path, or delete the row."
+    lines = [f"{tmp_path}/x.tar/pl/train.tsv:{number}: {reason}" for number in (3, 4)]
+    assert entries(tmp_path / "x.tar") == [*lines, "tak"]
+
+
+def test_an_archive_may_list_parts_of_one_recording(tmp_path):
+    archive(tmp_path, b"path\tsentence\tstart\tend\na.wav\ttak\t0\t0.2\na.wav\tnie\t0.2\t0.5\n")
+    found = list(read_examples(tmp_path / "x.tar", cache_dir=tmp_path / "cache"))
+    assert [(one.id, one.text, round(one.duration_s, 3)) for one in found] == [("a", "tak", 0.2), ("a-2", "nie", 0.3)]
+
+
+def test_a_broken_line_of_a_table_in_an_archive(tmp_path):
+    table = b"path\tsentence\na.wav\ttak\nb.wav\tnie\tnie\n"
+    archive(tmp_path, table)
     found = entries(tmp_path / "x.tar")
     assert found == [f"{tmp_path}/x.tar/pl/train.tsv:3: has 3 columns, the header 2. A text cannot contain a tab: "
                      "replace it by a space.", "tak"]  # fmt: skip
