@@ -76,7 +76,9 @@ def _from_array(value: Any, sampling_rate: int | None, name: str) -> AudioBytes:
     try:
         array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     except ValueError:
-        raise AudioError(f"{name}: a list of lists of several lengths is not audio: pass [n] or [channels, n]") from None
+        raise AudioError(
+            f"{name}: a list of lists of several lengths is not audio: pass [n] or [channels, n]"
+        ) from None
     if array.ndim == 2 and array.shape[0] < array.shape[1]:
         array = array.T  # [channels, n], as in torchaudio
     if array.ndim not in (1, 2) or not array.size:

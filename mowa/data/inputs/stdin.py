@@ -6,6 +6,8 @@ Containers are decoded by FFmpeg, except 16-bit WAV, whose first two seconds FFm
 from __future__ import annotations
 
 import io
+import logging
+import math
 import os
 import re
 import sys
@@ -22,6 +24,8 @@ from mowa.data.audio.mixing import LIVE_HALF_LIFE_S, ChannelMix, stack_mean
 from mowa.data.inputs.network import decode_stream
 from mowa.data.inputs.source import AudioChunk, AudioChunks, AudioSource
 from mowa.errors import AudioError
+
+log = logging.getLogger("mowa")
 
 RAW_RATE_HZ = 16_000
 RAW_ENCODINGS = {"s16le": RAW_RATE_HZ, "mulaw": 8_000, "alaw": 8_000}  # default rates; the laws are those of G.711
@@ -107,6 +111,8 @@ def _read_raw(pipe: PipeReader, from_hz: int, channels: int, size: int | None, e
     mix = ChannelMix(STDIN_NAME, from_hz, LIVE_HALF_LIFE_S)
     while (size is None or received < size) and (data := pipe.read(min(_READ_BYTES, (size or sys.maxsize) - received))):
         received += len(data)
+        if received == size and _has_unstated_audio(pipe, width * from_hz):
+            size = None
         data = rest + data
         whole = len(data) - len(data) % width
         rest = data[whole:]
@@ -118,6 +124,18 @@ def _read_raw(pipe: PipeReader, from_hz: int, channels: int, size: int | None, e
         raise AudioError(
             f"{STDIN_NAME}: is cut off: its header promises {stated_s:.1f} s, {received_s:.1f} s were received"
         )
+
+
+def _has_unstated_audio(pipe: PipeReader, bytes_per_s: int) -> bool:
+    """Return whether audio follows the stated end of a WAV, and log it; a chunk may follow, or padding."""
+    count = math.ceil(headers.UNSTATED_S * bytes_per_s)
+    ahead = pipe.peek(count)
+    if len(ahead) < count or any(name.isascii() and name.decode().isprintable() for name in (ahead[:4], ahead[1:5])):
+        return False
+    log.warning(
+        "%s: has more audio than its header states, as where its writer was stopped: all of it is read.", STDIN_NAME
+    )
+    return True
 
 
 def _g711_table(encoding: str) -> npt.NDArray[np.int16]:

@@ -292,6 +292,23 @@ def test_other_rates_are_resampled(pipe, rate_hz, channels):
         assert np.abs(read_all(stdin.open_stdin(rate_hz)) - samples).max() < 1e-4
 
 
+@pytest.mark.parametrize("seconds", [0.5, 1.0])
+def test_a_wav_with_more_audio_than_it_states_is_read_from_a_pipe_to_its_end(pipe, caplog, seconds):
+    data = bytearray(encode_sndfile(SOUND, format="WAV", subtype="PCM_16"))
+    data[40:44] = struct.pack("<I", round(2 * seconds * RATE_HZ))
+    pipe(bytes(data))
+    assert len(read_all(stdin.open_stdin())) == len(SOUND)
+    assert "has more audio than its header states" in caplog.text
+
+
+@pytest.mark.parametrize("follows", [b"LIST" + struct.pack("<I", 20_000) + bytes(20_000), b"\0" * 2000])
+def test_what_follows_a_wav_in_a_pipe_may_be_no_audio(pipe, caplog, follows):
+    data = bytearray(encode_sndfile(SOUND[:16_000], format="WAV", subtype="PCM_16"))
+    pipe(bytes(data) + follows)
+    assert len(read_all(stdin.open_stdin())) == RATE_HZ
+    assert not caplog.text
+
+
 def test_audio_before_a_gap_is_not_resampled_into_what_follows():
     loud, silent = np.ones(48_000, np.float32), np.zeros(48_000, np.float32)
     chunks = [AudioChunk(loud, 48_000, 0.0), AudioChunk(silent, 48_000, 0.0, 2.0)]
