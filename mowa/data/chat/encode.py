@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mowa.data.chat.formats import parse_json
 from mowa.data.chat.render import RenderedConversation, render_conversation
 from mowa.data.chat.samples import Conversation, Document, ExcludedSample, InvalidSample, Tally
 from mowa.data.chat.template import ChatTemplate, resolve_chat_template
@@ -52,7 +53,7 @@ def encode_prompt(
     it does not read one of `chat_template_kwargs`.
     """
     encoder, template = Encoder(tokenizer, Tally()), resolve_chat_template(tokenizer, None, chat_template_kwargs)
-    given: Any = [[dict(message) for message in messages], list(tools)]
+    given: Any = [[_parse_arguments(message) for message in messages], list(tools)]
     escaped = template.spells_special_tokens(given)
     try:
         text = template.apply(*(template.escape(given) if escaped else given), add_generation_prompt=True)
@@ -61,6 +62,20 @@ def encode_prompt(
     if escaped and not encoder.adds_space:
         return encoder._tokenize_escaped(template, text)
     return encoder._tokenize([template.unescape(text) if escaped else text])[0]
+
+
+def _parse_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose tool calls have arguments as objects, as in training, where they are JSON text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list | tuple):
+        return dict(message)
+    parsed = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            call = {**call, "function": {**function, "arguments": parse_json(function["arguments"])}}
+        parsed.append(call)
+    return {**message, "tool_calls": parsed}
 
 
 class Encoder:

@@ -79,7 +79,7 @@ def render_conversation(
         untrained = [index for index, message in enumerate(conversation.messages) if not message.trained]
         return [_render_all(chat, untrained)]
     if template.has_generation_blocks:
-        return _render_generation_blocks(chat, train_on)
+        return _render_generation_blocks(chat)
     return _render_answers(chat)
 
 
@@ -105,7 +105,7 @@ def _render_separately(chat: _Chat) -> list[RenderedConversation]:
         _raise_omitted(_omitted(chat, [index], through=index))
         if chat.template.has_generation_blocks:
             text, marked = _generation_spans(chat.template, chat.messages[: index + 1], chat.tools)
-            spans, warning = marked[-1:], ""
+            spans, warning = _select_spans(chat, marked, [index], through=index), ""
         else:
             text = chat.apply(index)
             prompt, warning = _prompt_before(chat, index, text)
@@ -141,32 +141,43 @@ def _render_all(chat: _Chat, untrained: Sequence[int]) -> RenderedConversation:
     return chat.rendered(whole, spans, [*warnings, *_check_tools(chat, whole)])
 
 
-def _render_generation_blocks(chat: _Chat, train_on: str) -> list[RenderedConversation]:
+def _render_generation_blocks(chat: _Chat) -> list[RenderedConversation]:
     """Render with the spans that the template marks; if it omits parts of earlier answers, each answer alone."""
     text, spans = _generation_spans(chat.template, chat.messages, chat.tools)
     omitted = _omitted(chat, chat.trained)
     if any(mark.turn in chat.trained and mark.turn != chat.trained[-1] for mark in omitted):
         return _render_separately(chat)
     _raise_omitted(omitted)
-    if train_on == "last":
-        spans = spans[-1:]
-    else:
-        spans = [span for span, turns in zip(spans, _turns_of_spans(chat, spans), strict=True) if turns]
-    return [chat.rendered(text, spans, _check_tools(chat, text))]
+    return [chat.rendered(text, _select_spans(chat, spans, chat.trained), _check_tools(chat, text))]
 
 
-def _turns_of_spans(chat: _Chat, spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Return for each span of a template with {% generation %} whether it is of a message to train on."""
-    answers = {index for index, message in enumerate(chat.messages) if message["role"] == "assistant"}
-    untrained = answers - set(chat.trained)
+def _select_spans(
+    chat: _Chat, spans: Sequence[tuple[int, int]], trained: Sequence[int], *, through: int | None = None
+) -> list[tuple[int, int]]:
+    """Return the spans of a template with {% generation %} that are of the answers `trained` alone.
+
+    A template may mark several spans of an answer. One that holds nothing of what a message says, such as the token
+    that ends the answer, is of the answer before it, or else of the one after it.
+    """
+    messages = chat.messages[: None if through is None else through + 1]
+    answers = {index for index, message in enumerate(messages) if message["role"] == "assistant"}
+    untrained = answers - set(trained)
     if not untrained:
-        return [True] * len(spans)
-    marked, marks = insert_marks(chat.messages)
+        return list(spans)
+    marked, marks = insert_marks(messages)
     text, marked_spans = _generation_spans(chat.template, marked, chat.tools)
     if len(marked_spans) != len(spans):
-        raise InvalidSample("a turn with weight 0 is not found in the rendered text", f"message {min(untrained) + 1}")
-    others = [mark.text for mark in marks if mark.turn in untrained]
-    return [not any(other in text[start:end] for other in others) for start, end in marked_spans]
+        raise InvalidSample("an answer is not found in the rendered text", f"message {min(untrained) + 1}")
+    places = sorted((text.find(mark.text), mark.turn) for mark in marks if mark.text in text)
+    selected = []
+    for span, (start, end) in zip(spans, marked_spans, strict=True):
+        turns = {turn for place, turn in places if start <= place < end}
+        if not turns:
+            before, after = ([turn for place, turn in places if (place < start) is side] for side in (True, False))
+            turns = set(before[-1:]) if before[-1:] and before[-1] in answers else set(after[:1])
+        if not turns & untrained:
+            selected.append(span)
+    return selected
 
 
 def _omitted(chat: _Chat, trained: Sequence[int], *, through: int | None = None) -> list[Mark]:
@@ -265,11 +276,14 @@ def _prompt_before(chat: _Chat, index: int, through: str) -> tuple[str, str]:
         prompt = ""
     if prompt and through.startswith(prompt):
         return prompt, ""
-    probes = (PROBE, chr(ord(PROBE) + 1))
-    texts = [template.apply([*before, {**chat.messages[index], "content": one}], tools) for one in probes]
+    answer = chat.messages[index]
+    probed = [name for name in ("content", "reasoning_content", "thinking") if name == "content" or answer.get(name)]
+    probes = [{**answer, **dict.fromkeys(probed, one)} for one in (PROBE, chr(ord(PROBE) + 1))]
+    texts = [template.apply([*before, one], tools) for one in probes]
     if texts[0] == texts[1]:  # beside tool calls, it writes no content
         texts = [through, template.apply([*before, {"role": "assistant", "content": PROBE}], tools)]
-    return texts[0][: _first_difference(*texts, default=0)], "answers do not begin with the generation prompt"
+    ends = [_first_difference(texts[0], other, default=len(texts[0])) for other in (texts[1], through)]
+    return texts[0][: min(ends)], "answers do not begin with the generation prompt"
 
 
 def _answer_end(template: ChatTemplate, through: str) -> int:

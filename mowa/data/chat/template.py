@@ -7,6 +7,7 @@ no message can spell a placeholder. `render` finds what is trained on, `encode` 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ class ChatTemplate:
     turn_end               what it writes after an answer, without trailing white space
     special_tokens         tokens that messages must not be able to write
     content_as_parts       whether message contents are lists of parts, as for vision-language models
+    arguments_as_text      whether arguments of tool calls are JSON text, as in DeepSeek's templates
     arguments              further variables of the template, such as enable_thinking
     """
 
@@ -55,6 +57,7 @@ class ChatTemplate:
     special_tokens: tuple[str, ...]
     special_pattern: re.Pattern[str] = field(repr=False)
     content_as_parts: bool = False
+    arguments_as_text: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def apply(
@@ -76,10 +79,14 @@ class ChatTemplate:
         return text
 
     def format_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return messages whose contents are strings or lists of parts, as the template expects."""
-        if not self.content_as_parts:
-            return [dict(one) for one in messages]
-        return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+        """Return messages with contents and arguments of tool calls as the template expects them."""
+        formatted = [dict(one) for one in messages]
+        for one in formatted:
+            if self.content_as_parts:
+                one["content"] = [{"type": "text", "text": one["content"]}]
+            if self.arguments_as_text and one.get("tool_calls"):
+                one["tool_calls"] = [_with_text_arguments(call) for call in one["tool_calls"]]
+        return formatted
 
     def spells_special_tokens(self, value: Any) -> bool:
         """Return whether a string, or any string of a nested value, contains a special token."""
@@ -140,16 +147,35 @@ def resolve_chat_template(
     _validate_arguments(given, source or "".join(tokenizer.chat_template.values()))
     has_blocks = bool(source and _GENERATION.search(source))
     found = ChatTemplate(tokenizer, source, has_blocks, "", specials, pattern, arguments=given)
-    try:
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-        if PROBE not in found.apply(messages):
-            found = replace(found, content_as_parts=True)
-        text = found.apply(messages)
-    except InvalidSample:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    variants = (found, replace(found, content_as_parts=True))
+    texts = [_try_apply(variant, messages) for variant in variants]
+    if texts == [None, None]:
         return found
-    if PROBE not in text:
+    used = next((index for index, text in enumerate(texts) if text and PROBE in text), None)
+    if used is None:
         raise DataError("the chat template omits the assistant's messages: set another with data.chat_template")
-    return replace(found, turn_end=text.rpartition(PROBE)[2].rstrip())
+    found = replace(variants[used], turn_end=str(texts[used]).rpartition(PROBE)[2].rstrip())
+    call = {"type": "function", "function": {"name": PROBE, "arguments": {PROBE: PROBE}}}
+    messages[1] |= {"content": "", "tool_calls": [call]}
+    as_text = replace(found, arguments_as_text=True)
+    return as_text if _try_apply(found, messages) is None and _try_apply(as_text, messages) else found
+
+
+def _try_apply(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the text of messages; None if the template raises an error."""
+    try:
+        return template.apply(messages)
+    except InvalidSample:
+        return None
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool call whose arguments are JSON text."""
+    function = call["function"]
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def _validate_arguments(arguments: Mapping[str, Any], source: str) -> None:
