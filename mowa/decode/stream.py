@@ -12,25 +12,21 @@ split. Without speech, only the detector runs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from io import BytesIO
+from dataclasses import dataclass, replace
 from statistics import fmean
 from threading import Lock
 from typing import Any, Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mowa.decode import ctc
+from mowa.decode.stream_state import Arrays, Samples, StreamState, deserialize, no_samples, serialize
 from mowa.errors import AudioError, ModelError
 from mowa.types import Segment, Vocabulary, Word
 
-Samples = NDArray[np.float32]
 LogProbs = NDArray[np.float32]
-Arrays = dict[str, NDArray[Any]]
 
 MAX_PEAK = 16.0  # floats beyond it are integers of another scale (data.audio.values has the same)
 STEP_S = 0.032  # one frame of the voice activity detector (data.audio.vad)
@@ -87,48 +83,6 @@ class EndpointConfig:
 
 
 DEFAULT_ENDPOINTING = EndpointConfig()
-
-
-def _no_samples() -> Samples:
-    return np.zeros(0, np.float32)
-
-
-@dataclass(slots=True)
-class StreamState:
-    """State of a stream between two feeds. Positions are samples from its beginning.
-
-    num_samples      samples processed
-    pending          samples that do not fill a step yet
-    pre_speech       the last samples before speech, while there is none
-    vad_state, encoder_state  state of the detector and of the encoder
-    utterance_start  first sample of the utterance; -1 while there is no speech
-    silence_start    first sample of the silence in the utterance; -1 if there is none
-    level            RMS of the loudest of the last steps, full scale 1
-    gain             factor by which the utterance is amplified
-    frames_decoded   frames of the utterance whose words were returned
-    stable_ids, stable_probs  token ids and probabilities of the final frames after those
-    segment_start_s  start of the first word of the segment; -1 if it has none
-    last_character   of the text before the latter; "" at the beginning
-    last_partial     text of the last partial segment
-    closed           whether the stream was closed
-    """
-
-    num_samples: int = 0
-    pending: Samples = field(default_factory=_no_samples)
-    pre_speech: Samples = field(default_factory=_no_samples)
-    vad_state: Arrays = field(default_factory=dict)
-    encoder_state: Arrays | None = None
-    utterance_start: int = -1
-    silence_start: int = -1
-    level: float = 0.0
-    gain: float = 1.0
-    frames_decoded: int = 0
-    stable_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-    stable_probs: NDArray[np.float32] = field(default_factory=_no_samples)
-    segment_start_s: float = -1.0
-    last_character: str = ""
-    last_partial: str = ""
-    closed: bool = False
 
 
 class TranscriptionStream:
@@ -188,7 +142,7 @@ class TranscriptionStream:
             raise AudioError("this stream is closed; open a new one")
         with self._feeding:
             state = self.state
-            rest, state.pending = state.pending, _no_samples()
+            rest, state.pending = state.pending, no_samples()
             state.num_samples += len(rest)
             if state.utterance_start < 0 and (self.endpointing.vad or not len(rest)):
                 return []
@@ -205,11 +159,11 @@ class TranscriptionStream:
     def save(self) -> bytes:
         """Return the state as bytes, for `restore` of another stream with the same model."""
         with self._feeding:
-            return _serialize(self.state)
+            return serialize(self.state)
 
     def restore(self, saved: bytes) -> None:
         """Continue where the saved stream was. Raises ModelError if it was saved with another model or mode."""
-        state = _deserialize(saved)
+        state = deserialize(saved)
         if state.encoder_state is not None:
             expected = self.encoder.start_utterance(None)
             if expected.keys() != state.encoder_state.keys():
@@ -248,7 +202,7 @@ class TranscriptionStream:
     def _decode(self, samples: Samples, *, is_last: bool) -> list[Segment]:
         state, encoder = self.state, self.encoder
         if state.utterance_start < 0:
-            samples, state.pre_speech = np.concatenate([state.pre_speech, samples]), _no_samples()
+            samples, state.pre_speech = np.concatenate([state.pre_speech, samples]), no_samples()
             state.utterance_start = state.num_samples - len(samples)
             state.encoder_state = encoder.start_utterance(state.encoder_state)
         assert state.encoder_state is not None
@@ -362,36 +316,3 @@ def _to_segment(
 def _drop_outdated_partials(segments: list[Segment]) -> list[Segment]:
     """Remove partial segments that another segment follows."""
     return [segment for index, segment in enumerate(segments) if segment.is_final or index == len(segments) - 1]
-
-
-def _serialize(state: StreamState) -> bytes:
-    """Return a .npz (without pickle) of the arrays of a state, and of its other fields as JSON."""
-    scalars = {
-        name: value
-        for name in StreamState.__slots__
-        if not isinstance(value := getattr(state, name), np.ndarray | dict)
-    }
-    arrays: Arrays = {
-        name: value for name in StreamState.__slots__ if isinstance(value := getattr(state, name), np.ndarray)
-    }
-    for group in ("vad_state", "encoder_state"):
-        arrays |= {f"{group}.{name}": value for name, value in (getattr(state, group) or {}).items()}
-    out = BytesIO()
-    np.savez(out, scalars=np.frombuffer(json.dumps(scalars).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
-    return out.getvalue()
-
-
-def _deserialize(saved: bytes) -> StreamState:
-    try:
-        with np.load(BytesIO(saved), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        scalars = json.loads(bytes(arrays.pop("scalars")))
-        groups: dict[str, Arrays] = {"vad_state": {}, "encoder_state": {}}
-        for name in [name for name in arrays if "." in name]:
-            group, _, key = name.partition(".")
-            groups[group][key] = arrays.pop(name)
-        return StreamState(
-            **scalars | arrays | {"vad_state": groups["vad_state"], "encoder_state": groups["encoder_state"] or None}
-        )
-    except (ValueError, KeyError, TypeError, OSError, EOFError, BadZipFile) as error:
-        raise ModelError(f"this is not a saved stream, or it is damaged ({error})") from None

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from mowa import exporters, hardware
-from mowa.decode.stream import LogProbs, Samples
+from mowa.decode.stream import LogProbs
+from mowa.decode.stream_state import Samples
 from mowa.engines.protocol import ArtifactEngine, BatchPolicy, ChunkStep, FloatArray, log_softmax
 from mowa.engines.registry import ENGINES, validate_device_and_dtype
 from mowa.errors import DataError, MissingDependency, ModelError

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mowa.decode.stream import LogProbs, Samples
+from mowa.decode.stream import LogProbs
+from mowa.decode.stream_state import Samples
 from mowa.types import Artifact, Origin, Preprocessing, Vocabulary
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ import torch
 from mowa import hardware
 from mowa.adapters.checkpoint import copy_sharing_weights
 from mowa.adapters.loading import load_adapter
-from mowa.decode.stream import LogProbs, Samples
+from mowa.decode.stream import LogProbs
+from mowa.decode.stream_state import Samples
 from mowa.engines.protocol import BatchPolicy, ChunkStep, FloatArray
 from mowa.engines.registry import ENGINES
 from mowa.errors import ModelError

@@ -13,7 +13,8 @@ import torch
 from mowa import hardware
 from mowa.data import audio
 from mowa.data.audio import running_norm
-from mowa.decode.stream import Arrays, LogProbs, Samples
+from mowa.decode.stream import LogProbs
+from mowa.decode.stream_state import Arrays, Samples
 from mowa.engines.protocol import ChunkStep, Engine, FloatArray
 from mowa.engines.pytorch import PyTorchEngine
 from mowa.errors import ModelError
