@@ -11,7 +11,8 @@ import torch
 from mowa.api.models import Run, resolve_model
 from mowa.api.options import GenerateOptions, read_settings
 from mowa.engines import generation
-from mowa.engines.generation import GenerationSettings, Prompt
+from mowa.engines.generation import Prompt
+from mowa.engines.settings import GenerationSettings
 from mowa.errors import DataError, ModelError
 from mowa.tasks.verbs import require_causal
 from mowa.types import CausalModel, Generation

@@ -8,11 +8,8 @@ are text. Prompts of a batch are padded on the left.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Integral, Real
 from queue import Queue
 from threading import Event, Thread
 from typing import Any
@@ -23,38 +20,14 @@ from torch import Tensor
 from mowa.data.chat.template import special_token_ids
 from mowa.data.chat.tokenize import encode_prompt
 from mowa.decode.detokenize import TextStream, decode_tokens, find_stop
+from mowa.engines.settings import GenerationSettings, is_int, validate_generation
 from mowa.errors import DataError, ModelError
 from mowa.families import is_registered
 from mowa.tasks.causal import context_length, eos_token_ids, pad_token_id
 from mowa.types import CausalModel, Generation
 
-Prompt = str | Sequence[Mapping[str, Any]]  # a text, or messages with "role" and "content"
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationSettings:
-    """How tokens are chosen and when to stop. None: as the model's generation_config.json says.
-
-    max_new_tokens      most tokens of an answer
-    temperature         0: the most probable token (greedy); else logits are divided by it and a token is drawn
-    top_p               draw from the fewest tokens that have this probability together
-    top_k               draw from this many tokens; 0: all
-    repetition_penalty  1: none
-    stop                strings that end an answer, and are not part of it; one may be a special token
-    seed                seed of the draws; one seed gives one answer per prompt, machine and batch. torch's global
-                        generator is used meanwhile: do not draw from it in other threads
-    """
-
-    max_new_tokens: int = 512
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-
-
 DEFAULT_SETTINGS = GenerationSettings()
+Prompt = str | Sequence[Mapping[str, Any]]  # a text, or messages with "role" and "content"
 ONE_SEQUENCE = {  # what a model's generation_config.json must not change: one answer per prompt, our stop strings
     "num_return_sequences": 1,
     "num_beams": 1,
@@ -93,7 +66,7 @@ def generate(
         ModelError: a setting is out of range.
     """
     _validate(model, settings)
-    if not _is_int(batch_size) or batch_size < 1:
+    if not is_int(batch_size) or batch_size < 1:
         raise ModelError(f"batch_size is {batch_size!r}: it must be a whole number, at least 1")
     encoded = [encode(model, prompt, chat=chat, chat_template_kwargs=chat_template_kwargs) for prompt in prompts]
     limits = [_limit(model, prompt, settings) for prompt in encoded]
@@ -253,24 +226,7 @@ def _unset(model: CausalModel) -> dict[str, Any]:
 
 def _validate(model: CausalModel, settings: GenerationSettings) -> None:
     """Raise ModelError for the first setting that is out of range."""
-    for name, least in (("max_new_tokens", 1), ("top_k", 0), ("seed", None)):
-        value = getattr(settings, name)
-        if value is None and name != "max_new_tokens":
-            continue
-        if not _is_int(value):
-            raise ModelError(f"{name} is {value!r}: it must be a whole number")
-        if least is not None and value < least:
-            raise ModelError(f"{name} is {value}: it must be at least {least}")
-    for name in ("temperature", "top_p", "repetition_penalty"):
-        value = getattr(settings, name)
-        if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value)):
-            raise ModelError(f"{name} is {value!r}: it must be a finite number")
-    if settings.temperature is not None and settings.temperature < 0:
-        raise ModelError(f"temperature is {settings.temperature:g}: it must not be negative")
-    if settings.top_p is not None and not 0 < settings.top_p <= 1:
-        raise ModelError(f"top_p is {settings.top_p:g}: it must be above 0 and at most 1")
-    if settings.repetition_penalty is not None and settings.repetition_penalty <= 0:
-        raise ModelError(f"repetition_penalty is {settings.repetition_penalty:g}: it must be above 0")
+    validate_generation(settings)
     specials = special_token_ids(model.tokenizer)
     for one in settings.stop:
         if not isinstance(one, str):
@@ -279,10 +235,6 @@ def _validate(model: CausalModel, settings: GenerationSettings) -> None:
             raise ModelError("stop: an empty string would end every answer at once")
         if one not in specials and (special := next((word for word in specials if word in one), None)):
             raise ModelError(f"stop: {one!r} has the special token {special!r} in it, which is no text: give it alone")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _end_ids(model: CausalModel, settings: GenerationSettings) -> set[int]:

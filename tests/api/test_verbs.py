@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForCTC
 
 import mowa
 from mowa.api import options
-from mowa.engines.generation import GenerationSettings
-from mowa.engines.settings import EngineSpec, TranscriptionSettings
+from mowa.engines.settings import EngineSpec, GenerationSettings, TranscriptionSettings
 from mowa.engines.streaming import StreamingConfig
 from tests.checkpoints import clip, corpus, tiny
 from tests.training.causal import chats

@@ -13,7 +13,7 @@ from mowa import loading
 from mowa.data.chat import template
 from mowa.decode import detokenize
 from mowa.engines import generation
-from mowa.engines.generation import GenerationSettings
+from mowa.engines.settings import GenerationSettings
 from mowa.errors import DataError, ModelError
 from mowa.models.causal import accelerate
 from tests.training.causal import chats

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mowa
 from mowa.engines import generation
+from mowa.engines.settings import GenerationSettings
 from mowa.training.config import dispatch
 from tests.training.causal import chats
 
@@ -68,7 +69,7 @@ def test_it_generates_and_merges(adapter, tmp_path):
     theirs, tokenizer = stock(adapter.parent / "base", adapter), AutoTokenizer.from_pretrained(adapter.parent / "base")
     ids = tokenizer("how are you", return_tensors="pt")
     expected = theirs.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids["input_ids"].shape[1] :]
-    answer = generation.generate(model, ["how are you"], generation.GenerationSettings(max_new_tokens=8), chat=False)[0]
+    answer = generation.generate(model, ["how are you"], GenerationSettings(max_new_tokens=8), chat=False)[0]
     assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
     mowa.merge(adapter, out=tmp_path / "merged", dtype="float32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import mowa
 from mowa.engines import generation
+from mowa.engines.settings import GenerationSettings
 from mowa.exporters.merged import write_merged
 from mowa.models.causal import packing
 from mowa.training.config import dispatch
@@ -39,7 +40,7 @@ def test_lora_is_trained_merged_and_generates(tmp_path, model_type, capsys):
     write_merged(out, tmp_path / "merged", dtype="float32")
     model, merged = mowa.load(out), mowa.load(tmp_path / "merged")
     prompts = ["how are you", "what is this that and now then"]
-    settings = generation.GenerationSettings(max_new_tokens=6)
+    settings = GenerationSettings(max_new_tokens=6)
     together = [one.text for one in generation.generate(model, prompts, settings)]
     assert together == [generation.generate(model, [prompt], settings)[0].text for prompt in prompts]
     assert together == [one.text for one in generation.generate(merged, prompts, settings)]
