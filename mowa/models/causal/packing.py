@@ -1,4 +1,4 @@
-"""Test whether a causal net keeps the documents of a packed row apart, where no registry entry says so."""
+"""Test whether a causal net separates the documents of a packed sequence, where no registry entry says so."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from mowa.io.atomic import atomic_write, read_json
 from mowa.models.causal import accelerate
 from mowa.models.causal.document_rope import document_rope
 from mowa.training import checkpoints, optimizer, trainer_args
-from mowa.training.causal import packing, save, setup
+from mowa.training.causal import save, setup, verify
 from mowa.training.causal.batches import plan_eval_batches
 from mowa.training.causal.dataset import evaluate
 from mowa.training.causal.save import Measured
@@ -48,8 +48,8 @@ def session(run: CausalRun, output_dir: Path, resume_from: Path | None) -> Itera
     if torch.cuda.is_available() and not sharded:
         net.to("cuda")
     baseline = {} if sharded else evaluate_baseline(run, output_dir / RUN_FOLDER / "baseline_metrics.json")
-    checked = [] if sharded else packing.select_batches(run)
-    alone = [packing.evaluate_alone(net, samples) for samples in checked]
+    checked = [] if sharded else verify.select_batches(run)
+    alone = [verify.evaluate_alone(net, samples) for samples in checked]
     with lora.suppress_peft_warnings():
         trainer, reporter = build_trainer(run, output_dir, resume_from)
     changes = accelerate.accelerate(net, mlp_tiles=recipe.memory.mlp_tiles) if recipe.memory.accelerate else ()
@@ -65,7 +65,7 @@ def session(run: CausalRun, output_dir: Path, resume_from: Path | None) -> Itera
     try:
         with document_rope(net):
             for samples, losses in zip(checked, alone, strict=True):
-                packing.verify_losses(run, samples, losses)
+                verify.verify_losses(run, samples, losses)
             yield Session(trainer, reporter, (*shown, *map(str, changes), length), measure)
     finally:
         accelerate.restore(net)

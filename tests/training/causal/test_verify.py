@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mowa.errors import TrainingStopped
-from mowa.training.causal import packing, trainer
+from mowa.training.causal import trainer, verify
 from mowa.training.config import dispatch
 from tests.models.causal.test_document_rope import LONGROPE
 from tests.tiny_causal import tiny_causal
@@ -66,7 +66,7 @@ class Sample:
 def test_the_checked_samples(monkeypatch, original, tokens, expected):
     splits = SimpleNamespace(train=[Sample(length) for length in (60, 5, 31, 7, 30, 8, 9)])
     recipe = SimpleNamespace(batch=SimpleNamespace(tokens=tokens))
-    monkeypatch.setattr(packing, "original_length", lambda net: original)
-    short, long = packing.select_batches(SimpleNamespace(splits=splits, recipe=recipe, model=SimpleNamespace(net=None)))
+    monkeypatch.setattr(verify, "original_length", lambda net: original)
+    short, long = verify.select_batches(SimpleNamespace(splits=splits, recipe=recipe, model=SimpleNamespace(net=None)))
     assert [len(sample) for sample in short] == [5, 7, 8, 9]
     assert [len(sample) for sample in long] == expected
