@@ -149,7 +149,7 @@ def merge_adapter(model: CausalModel, dtype: str = "auto") -> CausalModel:
         lora.merge_and_unload(net, torch_dtype)
         vars(net).pop("peft_config", None)
         adapter = getattr(model.net, "mowa_adapter", "of this model")
-        net.mowa_adapter = f"{adapter} (merged)"  # so that no other is loaded over it
+        net.mowa_adapter = f"{adapter}{checkpoint.MERGED_SUFFIX}"  # so that no other is loaded over it
     if {parameter.dtype for parameter in net.parameters()} != {torch_dtype}:
         net = copy.deepcopy(net)
         for parameter in net.parameters():
@@ -158,10 +158,10 @@ def merge_adapter(model: CausalModel, dtype: str = "auto") -> CausalModel:
 
 
 def round_as_merged(base: CausalModel, adapted: CausalModel, dtype: str) -> CausalModel | None:
-    """Return `base` with the rounding errors that its merged weights have in `dtype`; None if it has no such weights.
+    """Return a copy of `base` with the rounding errors that its merged weights have in `dtype`; None if it needs none.
 
-    They stand where rounding the base itself to `dtype` changes nothing, because it is stored in it. `base` is float32
-    and is not changed.
+    A base that is stored in `dtype` does not change when it is rounded to it, but its merged weights do. The copy has
+    their rounding errors added to the weights of the base. `base` is float32 and is not changed.
     """
     net, changed = merge_adapter(adapted, "float32").net, False
     weights = dict(base.net.named_parameters())
@@ -180,10 +180,10 @@ def verify_merge(merged: ModelDiff, *rounding: ModelDiff) -> None:
     """Raise ModelError if a merged model differs too much from the unmerged one.
 
     In float32 the top token must agree at `MERGE_MIN_AGREEMENT` of the positions. In half precision, where near ties
-    flip, the difference may be `MERGE_DRIFT_RATIO` times that of rounding the base model: the sum of `rounding`, which
-    has its difference from its copy in that dtype, and from its copy with the rounding errors of the merge. Flips are
-    counted, so a standard deviation of their number is added; where the KL divergence is not above that sum, they do
-    not matter. NaN is never allowed.
+    flip, `rounding` has the differences of the base model from its copy in that dtype, and from its copy with the
+    rounding errors of the merge. The merged model may differ `MERGE_DRIFT_RATIO` times as much as their sum, plus one
+    standard deviation of the number of flipped tokens. If its KL divergence is within the sum, flips are ignored. NaN
+    is never allowed.
     """
     limit, kl_limit, expected_kl = 1 - MERGE_MIN_AGREEMENT, math.inf, -math.inf
     if rounding:

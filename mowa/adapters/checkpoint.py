@@ -37,6 +37,7 @@ from mowa.io.processor import read_preprocessing, vocabulary_from_dict, vocabula
 from mowa.types import CTCModel, Family, Origin, Preprocessing, SpeechProcessor, Vocabulary
 
 LORA, BOTTLENECK = "lora", "bottleneck"
+MERGED_SUFFIX = " (merged)"  # after the name of the adapter in `net.mowa_adapter`; no other is loaded over it
 PEFT_PREFIX = "base_model.model."  # of every name in PEFT's files
 
 

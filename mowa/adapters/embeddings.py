@@ -60,9 +60,10 @@ def _silence() -> Iterator[None]:
 
 
 def saved_rows(net: Any, folder: Path, weights: Path) -> int:
-    """Return how many embeddings the adapter in `folder` needs: those in its `weights`, or else its tokenizer's.
+    """Return how many rows of embeddings the adapter in `folder` needs.
 
-    Those of `net` if they suffice. Without a tokenizer and embeddings of its own, an adapter has those of its base.
+    As many as the embeddings in `weights` have; without any, enough for the tokens of its tokenizer, and at least those
+    of `net`. An adapter without embeddings and tokenizer has as many as `net`.
     """
     from safetensors import safe_open
 

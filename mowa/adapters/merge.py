@@ -24,8 +24,6 @@ from mowa.io.weights import fix_weight_permissions
 from mowa.models.diff import ModelDiff, compare
 from mowa.types import CTCModel
 
-MERGED_SUFFIX = " (merged)"  # of the adapter that a net names, so that no other is loaded over it
-
 
 def merge_adapter(model: CTCModel) -> CTCModel:
     """Return a copy of `model` whose LoRA is merged into the weights and that needs no PEFT.
@@ -38,7 +36,7 @@ def merge_adapter(model: CTCModel) -> CTCModel:
         lora.merge_and_unload(net)
         del net.peft_config
         adapter = getattr(net, "mowa_adapter", "of this model")
-        net.mowa_adapter = adapter + MERGED_SUFFIX  # so that no other is loaded over it
+        net.mowa_adapter = adapter + checkpoint.MERGED_SUFFIX  # so that no other is loaded over it
     return replace(model, net=net)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mowa.adapters.merge import MERGED_SUFFIX
+from mowa.adapters.checkpoint import MERGED_SUFFIX
 from mowa.api.models import Run
 from mowa.errors import ModelError, RecipeError
 from mowa.training.config import dispatch
@@ -14,7 +14,6 @@ from mowa.training.config.dispatch import SECTIONS, Recipe
 from mowa.types import AnyModel, Model
 
 __all__ = ["Run", "distill", "read_recipe", "train"]
-
 
 Data = str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]]
 

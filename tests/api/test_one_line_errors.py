@@ -7,6 +7,7 @@ import soundfile
 
 import mowa
 from mowa.adapters import merge
+from mowa.adapters.checkpoint import MERGED_SUFFIX
 from mowa.cli.main import main
 from mowa.engines import onnx, registry
 from mowa.errors import DataError, ModelError, RecipeError
@@ -109,7 +110,7 @@ def test_other_mistakes_in_data_get_no_hint(folder, tmp_path):
 def test_a_merged_model_says_how_to_train_it_and_a_copy_claims_no_adapter(model, tmp_path):
     copied = merge.merge_adapter(model)
     assert not hasattr(copied.net, "mowa_adapter")
-    copied.net.mowa_adapter = "adapter" + merge.MERGED_SUFFIX
+    copied.net.mowa_adapter = "adapter" + MERGED_SUFFIX
     with pytest.raises(ModelError, match=r"was merged in memory, .* mowa.merge\(.adapter., out=FOLDER\)"):
         mowa.train(model=copied, data="x", out=tmp_path)
 
