@@ -77,26 +77,12 @@ def load_splits(
     replay = {name: read(name, source) for name, source in name_sources(data.replay, "replay").items()}
     if replay and recipe.vocabulary == "new":
         raise RecipeError("data: replay: a head with vocabulary: new cannot be evaluated on old data; leave it out")
-    rules = FilterConfig(data.min_duration_s, data.max_duration_s, data.oov, data.char_map)
     notes: list[str] = []
-    phonemes = bool(target_vocabulary.separator)
 
     def keep_usable(name: str, examples: Sequence[Example]) -> list[Example]:
-        untranscribed = [
-            example
-            for example in examples
-            if not (need_texts or example.text) and data.min_duration_s <= example.duration_s <= data.max_duration_s
-        ]
-        transcribed = [example for example in examples if need_texts or example.text]
-        result = filter_examples(transcribed, rules, vocabulary=target_vocabulary, num_frames=num_frames)
-        without = f"\nwithout a text {len(untranscribed)}" if untranscribed else ""
-        notes.append(f"{name}\n{result.summary()}{without}")
-        if not (result.kept or untranscribed):
-            hint = "\nthe model outputs phonemes: separate those of the texts by spaces" if phonemes else ""
-            raise DataError(f"{name}: none of the {len(examples)} recordings is usable\n{result.summary()}{hint}")
-        if not phonemes and not writes_spaces(target_vocabulary) and any(" " in one.text for one in result.kept):
-            notes.append(f"{name}\nthe vocabulary has no word delimiter: texts are trained without their spaces")
-        return [*result.kept, *untranscribed]
+        kept, found = _keep_usable(name, examples, recipe, target_vocabulary, num_frames)
+        notes.extend(found)
+        return kept
 
     kept = [
         (keep_usable(source.path, examples), share) for source, (examples, share) in zip(data.train, train, strict=True)
@@ -109,6 +95,33 @@ def load_splits(
     evaluated = [example for examples in (dev_sets | test_sets).values() for example in examples]
     overlap = measure_overlap(trained, evaluated)
     return CTCSplits(kept, dev_sets, test_sets, target_vocabulary, tuple(notes), overlap, unreadable)
+
+
+def _keep_usable(
+    name: str,
+    examples: Sequence[Example],
+    recipe: CTCRecipe,
+    vocabulary: Vocabulary,
+    num_frames: Callable[[float], int],
+) -> tuple[list[Example], list[str]]:
+    """Return the recordings of a data set that can be used, and notes. Raises DataError if there are none."""
+    data, need_texts, phonemes = recipe.data, not recipe.uses_teacher, bool(vocabulary.separator)
+    untranscribed = [
+        example
+        for example in examples
+        if not (need_texts or example.text) and data.min_duration_s <= example.duration_s <= data.max_duration_s
+    ]
+    transcribed = [example for example in examples if need_texts or example.text]
+    rules = FilterConfig(data.min_duration_s, data.max_duration_s, data.oov, data.char_map)
+    result = filter_examples(transcribed, rules, vocabulary=vocabulary, num_frames=num_frames)
+    without = f"\nwithout a text {len(untranscribed)}" if untranscribed else ""
+    notes = [f"{name}\n{result.summary()}{without}"]
+    if not (result.kept or untranscribed):
+        hint = "\nthe model outputs phonemes: separate those of the texts by spaces" if phonemes else ""
+        raise DataError(f"{name}: none of the {len(examples)} recordings is usable\n{result.summary()}{hint}")
+    if not phonemes and not writes_spaces(vocabulary) and any(" " in one.text for one in result.kept):
+        notes.append(f"{name}\nthe vocabulary has no word delimiter: texts are trained without their spaces")
+    return [*result.kept, *untranscribed], notes
 
 
 def _hold_out(

@@ -93,7 +93,7 @@ def write_report(data: CTCSplits, output_dir: Path) -> None:
 
 
 def _decode(examples: Sequence[Example], rate_hz: int) -> Mapping[RecordingKey, str]:
-    """Do what `find_unreadable` does, on all cores and with a progress bar in a terminal."""
+    """Return the errors of `find_unreadable`, with all cores and a progress bar in a terminal."""
     total_s = sum(example.duration_s for example in {recording_key(one): one for one in examples}.values())
     label = "checking recordings {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
     with tqdm(total=total_s, disable=None, leave=False, bar_format=label, file=sys.stderr) as bar:

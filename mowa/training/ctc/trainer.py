@@ -111,7 +111,6 @@ def build_trainer(
         distillation=run.distillation,
         chunks=run.chunks,
     )
-    arguments = _arguments(run, output_dir, resume_from)
     monitor = callbacks.Monitor(recipe.monitors, output_dir, module, tokens=vocabulary.tokens)
     durations = [sum(example.duration_s for example in batch) for batch in run.batches]
     reporter = progress.ProgressReporter(recipe.evaluation.log_examples, durations)
@@ -133,7 +132,7 @@ def build_trainer(
         family=model.family,
         new_head=run.new_head,
         model=module,
-        args=arguments,
+        args=_arguments(run, output_dir, resume_from),
         data_collator=_single_item,
         train_dataset=BatchDataset(run.batches, train_options),
         eval_dataset=build_eval_datasets(run, run.data.dev),
