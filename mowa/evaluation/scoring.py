@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mowa.data.chat import conversations, tokenize
-from mowa.data.chat.tokenize import TokenizedSample
+from mowa.data.chat.encode import TokenizedSample
 from mowa.data.manifests.examples import list_examples
 from mowa.engines import pipeline
 from mowa.engines.protocol import Engine
@@ -200,7 +200,7 @@ def compare_text(
             on_progress(len(padded["labels"]))
 
     diff = compare_pairs(outputs())
-    return causal.join(ours), causal.join(theirs), diff
+    return causal.concat_losses(ours), causal.concat_losses(theirs), diff
 
 
 def _score_both(

@@ -116,7 +116,7 @@ def sum_losses(losses: Iterable[Tensor], num_rows: int) -> SampleLosses:
     return SampleLosses(*sums)
 
 
-def join(parts: Sequence[SampleLosses]) -> SampleLosses:
+def concat_losses(parts: Sequence[SampleLosses]) -> SampleLosses:
     """Return the samples of several batches as one."""
     columns = ([one.nll for one in parts], [one.correct for one in parts], [one.tokens for one in parts])
     return SampleLosses(*(np.concatenate([np.zeros(0), *column]) for column in columns))
@@ -127,7 +127,7 @@ def sample_losses(net: Any, batches: Iterable[dict[str, Tensor]]) -> SampleLosse
 
     The logits of a few tokens are in memory at a time.
     """
-    return join(
+    return concat_losses(
         [sum_losses([one.losses() for one in score_tokens(net, batch)], len(batch["labels"])) for batch in batches]
     )
 
