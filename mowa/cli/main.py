@@ -41,8 +41,7 @@ COMMANDS = {
 # standard output.
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes", "DeepSpeed")
 
-
-# Of an OSError, those whose cause the user can mend.
+# Values of OSError.errno whose cause the user can fix.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 

@@ -51,7 +51,7 @@ def load_clips(source: str, model: CTCModel, *, split: str = "", seconds: float 
 
 
 def sample_clips(examples: Sequence[Example], model: CTCModel, *, seconds: float = CALIBRATION_S) -> list[np.ndarray]:
-    """Do what `load_clips` does, from examples.
+    """Return calibration clips as `load_clips` does, from examples.
 
     Recordings at a lower rate than the model's cause a warning, and so does one that cannot be read, which is left out.
     """

@@ -105,7 +105,7 @@ def audio_error(source: AudioInput | str, message: str) -> AudioError:
 
 @lru_cache(4096)
 def warn_once(source: AudioInput | str, message: str) -> None:
-    """Log a warning; a recording may be read several times: for each of its channels, or for parts of it."""
+    """Log a warning once per process: a recording may be read several times, by channels or in parts."""
     log.warning("%s", audio_error(source, message))
 
 

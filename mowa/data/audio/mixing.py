@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mowa.data.audio.decoders import AudioInput, Samples, warn_once
 
 CANCELLED_DB = -17.0  # below the mean of unrelated channels: a mean of two that is 20 dB below each of them
-SOUND_DBFS = -60.0  # a softer channel tells nothing
+SOUND_DBFS = -60.0  # nothing is decided by softer channels
 BLOCK_S = 1.0  # of a recording: long enough that microphones in antiphase for one vowel are not taken for inverted
 LIVE_HALF_LIFE_S = 1.0
 

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from mowa.data.audio.decoders import AudioBytes, Samples, warn_once
+from mowa.data.audio.decoders import RATE_RANGE_HZ, AudioBytes, Samples, warn_once
 from mowa.errors import AudioError
 
-RATE_RANGE_HZ = (100, 768_000)
 MAX_PEAK = 16.0  # floats beyond it are no audio of full scale 1; mixing and filters overshoot by less
 
 

@@ -8,7 +8,6 @@ a row names. The Hub is contacted only for sources that begin with `hub:`.
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +38,7 @@ from mowa.data.manifests.tables import (
     read_saved_dataset,
     stream_hub_dataset,
 )
+from mowa.data.text.normalize import compose
 from mowa.errors import AudioError, DataError, MowaError
 from mowa.hardware import cache_folder
 from mowa.types import Example
@@ -336,7 +336,7 @@ def _to_example(
 
 def _to_label(value: Any) -> str:
     """Return a tag as a string, "" if there is none; one name in two Unicode forms is one label, but case matters."""
-    return "" if value is None else unicodedata.normalize("NFC", str(value).strip())
+    return "" if value is None else compose(str(value).strip())
 
 
 def _missing_column_error(where: str, role: str, fields: Mapping[str, Any], requested: str | None = None) -> DataError:

@@ -78,7 +78,7 @@ def read_json(path: Path, extra_columns: Collection[str] = ()) -> Iterator[Table
 
 
 def _spans_lines(line: str) -> bool:
-    """Whether the first line begins JSON that goes on after it: a list, or an object that is not closed."""
+    """Return whether the first line begins JSON that continues after it: a list, or an object that is not closed."""
     if line.lstrip().startswith("["):
         return True
     try:
@@ -192,7 +192,7 @@ def _split_tabs(lines: Iterable[str]) -> Iterator[Record]:
 
 
 def _read_csv(lines: Iterator[str], delimiter: str) -> Iterator[Record]:
-    """Yield the records of a CSV, and its broken lines; after one, reading goes on with the next line.
+    """Yield the records of a CSV, and its broken lines; after one, reading continues with the next line.
 
     A quoted text may have several lines. It is taken for one whose quote was never closed if the file ends inside it,
     if text follows its closing quote, if too many columns follow, or if one of its lines is a row of its own: as many
@@ -257,7 +257,7 @@ def _read_record(source: _PeekableLines, delimiter: str, width: int) -> tuple[li
 
 
 def _is_row(line: str, first: str, delimiter: str, width: int) -> bool:
-    """Whether a line that would continue the record that begins with `first` is a row of its own."""
+    """Return whether a line that would continue the record that begins with `first` is a row of its own."""
     if width < 2 or line.count(delimiter) < width - 1:
         return False
     rows = (line, first.replace('"', ""))

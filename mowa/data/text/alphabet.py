@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 
 from mowa.data.text.normalize import lower_dotted_i, remove_stress
-from mowa.data.text.spelling import TokensOfSeveralCharacters, textual_tokens
+from mowa.data.text.spelling import MultiCharacterTokens, textual_tokens
 from mowa.types import Vocabulary
 
 OOV_POLICIES = ("map", "drop", "reject")
@@ -135,7 +135,7 @@ class VocabularyMapper:
         )
         self._variants = {ord(one): variant for one, variant in variants if variant in self._vocabulary}
         normalized = {text: unicodedata.normalize("NFC", text.translate(_UNIFY)) for text in tokens}
-        self._several = TokensOfSeveralCharacters({key: text for text, key in normalized.items() if len(text) > 1})
+        self._multi = MultiCharacterTokens({key: text for text, key in normalized.items() if len(text) > 1})
         self._phonemes: dict[str, str] = {}
         if vocabulary.separator:
             self._phonemes = {unicodedata.normalize("NFC", text): text for text in tokens if text != " "}
@@ -171,15 +171,15 @@ class VocabularyMapper:
 
     def _units(self, text: str) -> Iterator[str]:
         """Yield the tokens of several characters in a text, as the vocabulary has them, and the other characters."""
-        if not self._several:
+        if not self._multi:
             yield from text
             return
-        if self._several.with_space:
+        if self._multi.with_space:
             text = f" {' '.join(text.split())}"
         lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
         at = 0
         while at < len(text):
-            length, token = self._several.find(text, lower, at)
+            length, token = self._multi.find(text, lower, at)
             yield token or text[at]
             at += length or 1
 

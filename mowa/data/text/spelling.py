@@ -79,7 +79,7 @@ def vocabulary_speller(vocabulary: Vocabulary) -> Speller:
     return Speller(vocabulary)
 
 
-class TokensOfSeveralCharacters:
+class MultiCharacterTokens:
     """Finds tokens of several characters in a text whatever its case, and returns them as the vocabulary has them."""
 
     def __init__(self, tokens: Mapping[str, str]) -> None:
@@ -93,7 +93,7 @@ class TokensOfSeveralCharacters:
 
     @property
     def with_space(self) -> bool:
-        """Whether a token begins with a space, so that a text has to begin with one too."""
+        """True if a token begins with a space, so that a text has to begin with one too."""
         return any(text[0] == " " for text in self._exact)
 
     def find(self, text: str, lower: str, at: int) -> tuple[int, str]:
