@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mowa.data.chat.encode import encode_prompt
 from mowa.data.chat.template import special_token_ids
-from mowa.data.chat.tokenize import encode_prompt
 from mowa.decode.detokenize import TextStream, decode_tokens, find_stop
 from mowa.engines.settings import GenerationSettings, is_int, validate_generation
 from mowa.errors import DataError, ModelError
@@ -73,7 +73,7 @@ def generate(
     full = [index for index, limit in enumerate(limits) if limit == settings.max_new_tokens]
     groups = [
         same[start : start + batch_size]
-        for same in _together(model, encoded, full)
+        for same in _split_by_length(model, encoded, full)
         for start in range(0, len(same), batch_size)
     ]
     groups += [[index] for index, limit in enumerate(limits) if limit != settings.max_new_tokens]
@@ -84,7 +84,7 @@ def generate(
     return [answers[index] for index in range(len(encoded))]
 
 
-def _together(model: CausalModel, prompts: list[list[int]], indices: list[int]) -> list[list[int]]:
+def _split_by_length(model: CausalModel, prompts: list[list[int]], indices: list[int]) -> list[list[int]]:
     """Return the prompts that may share a batch: all, or of one length where padding may change a net's answers."""
     if is_registered(model.family):
         return [indices]
@@ -170,7 +170,7 @@ def _generate_batch(
 def _finish(
     model: CausalModel, prompt: list[int], ids: list[int], stopped_at: int | None, settings: GenerationSettings
 ) -> Generation:
-    """Return the answer of a row, which may go on with padding after an end token or after `stopped_at` tokens."""
+    """Return the answer of a row, which may be followed by padding after an end token or after `stopped_at` tokens."""
     ids, ends = ids[:stopped_at], _end_ids(model, settings)
     count = next((index for index, one in enumerate(ids) if one in ends), None)
     kept = ids if count is None else ids[:count]

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from mowa import hardware
-from mowa.data.chat.tokenize import TokenizedSample
+from mowa.data.chat.encode import TokenizedSample
 from mowa.errors import DataError, ModelError
 from mowa.evaluation import quant_report, scoring
 from mowa.evaluation.quant_report import FAIL, INCONCLUSIVE, PASS

@@ -13,6 +13,7 @@ from mowa.adapters import causal, merge
 from mowa.adapters.loading import atomic_checkpoint, load_adapter, read_base_name
 from mowa.data import audio
 from mowa.data.chat import conversations, tokenize
+from mowa.data.chat.samples import Conversation, Message
 from mowa.errors import DataError, ModelError, RecipeError
 from mowa.io.hub import SAMPLE_CLIP
 from mowa.models.diff import ModelDiff
@@ -141,8 +142,7 @@ def _comparison_samples(folder: Path, model: CausalModel, data: Sequence[str]) -
         splits = dataset.load_splits(cast(Any, dispatch.read_recipe(folder / "recipe.yaml")), model)
     except (DataError, RecipeError):  # the data has moved, or PEFT wrote the adapter
         items = [
-            conversations.Conversation(str(number), (conversations.Message("user", prompt),))
-            for number, prompt in enumerate(FALLBACK_PROMPTS)
+            Conversation(str(number), (Message("user", prompt),)) for number, prompt in enumerate(FALLBACK_PROMPTS)
         ]
         return tokenize.tokenize_conversations(items, model.tokenizer, **options)[0], "eight built-in prompts"
     held_out = [sample for samples in (splits.test | splits.dev).values() for sample in samples]

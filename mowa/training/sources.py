@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mowa.data.chat import conversations, files
+from mowa.data.chat import files, formats
 from mowa.data.manifests.rows import BadRow, guess_columns
 from mowa.errors import DataError, MowaError
 from mowa.training.config.shared import DataSource
@@ -59,7 +59,7 @@ def _read_first_row(source: DataSource) -> Mapping[str, Any]:
 
 def _is_text(fields: Mapping[str, Any]) -> bool:
     with suppress(MowaError):
-        conversations.detect_format([fields])
+        formats.detect_format([fields])
         return True
     return False
 

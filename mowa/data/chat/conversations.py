@@ -15,11 +15,9 @@ from typing import Any
 
 from mowa.data.chat import files
 from mowa.data.chat.formats import ID_COLUMNS, KNOWN_COLUMNS, DatasetFormat, agree, row_format
-from mowa.data.chat.formats import detect_format as detect_format
 from mowa.data.chat.renaming import Renaming
 from mowa.data.chat.rows import list_unused, parse_row
 from mowa.data.chat.samples import Conversation, Document, ExcludedSample, InvalidSample, Tally
-from mowa.data.chat.samples import Message as Message
 from mowa.data.manifests.rows import BadRow
 from mowa.errors import DataError
 

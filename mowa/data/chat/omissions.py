@@ -1,4 +1,4 @@
-"""Find what a message says that the chat template does not write, by marks inside each of its fields.
+"""Find the parts of messages that the chat template does not write, by marks inside each of their fields.
 
 A mark is a number that no message contains. It is inserted into the middle of a field, or of each part between tags
 such as `</think>`, at which templates cut. What the template leaves out is what has no mark in the rendered text.
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _TAG = re.compile(r"(<[^<>\s][^<>\n]{0,40}>|\[/?[A-Z_]{2,20}\]|◁[^◁▷\n]{1,20}▷)")
-_THOUGHTS, _TOOL_CALLS, _BESIDE_CALLS = "thoughts", "tool calls", "what is said beside tool calls"
-_REASONING = ("reasoning_content", "thinking")  # `template` passes the same text under both names
+_REASONING, _TOOL_CALLS, _BESIDE_CALLS = "reasoning", "tool calls", "the text beside tool calls"
+_REASONING_KEYS = ("reasoning_content", "thinking")  # `template` passes the same text under both names
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,12 @@ class Mark:
 
 
 def insert_marks(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Mark]]:
-    """Return the messages with marks in everything that they say, and the marks.
+    """Return the messages with marks in their contents, reasoning and tool calls, and the marks.
 
     Roles, names and the ids of tool calls have none: templates may leave them out.
     """
-    spelled = str(messages)
-    salt = next(str(number) for number in range(90_417_309, 10**9, 104_729) if str(number) not in spelled)
+    contents = str(messages)
+    salt = next(str(number) for number in range(90_417_309, 10**9, 104_729) if str(number) not in contents)
     marks: list[Mark] = []
 
     def mark(text: str, turn: int, field: str, is_last: bool = True) -> str:
@@ -46,11 +46,11 @@ def insert_marks(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, 
 
     def mark_content(text: str, turn: int, field: str) -> str:
         parts = _TAG.split(text)
-        said = [index for index in range(0, len(parts), 2) if parts[index].strip()]
-        if not said:
+        filled = [index for index in range(0, len(parts), 2) if parts[index].strip()]
+        if not filled:
             return mark(text, turn, field)
-        for index in said:
-            parts[index] = mark(parts[index], turn, field, index == said[-1])
+        for index in filled:
+            parts[index] = mark(parts[index], turn, field, index == filled[-1])
         return "".join(parts)
 
     def mark_arguments(value: Any, turn: int) -> Any:
@@ -66,8 +66,8 @@ def insert_marks(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, 
         if fields["content"]:
             field = _BESIDE_CALLS if fields.get("tool_calls") else fields["role"]
             fields["content"] = mark_content(fields["content"], turn, field)
-        if reasoning := fields.get(_REASONING[0]):
-            fields |= dict.fromkeys(_REASONING, mark(reasoning, turn, _THOUGHTS))
+        if reasoning := fields.get(_REASONING_KEYS[0]):
+            fields |= dict.fromkeys(_REASONING_KEYS, mark(reasoning, turn, _REASONING))
         if calls := fields.get("tool_calls"):
             functions = [
                 {
@@ -91,8 +91,8 @@ def find_omitted(text: str, marks: Iterable[Mark]) -> list[Mark]:
 def is_required(mark: Mark, trained: Iterable[int]) -> bool:
     """Return whether a template must write what `mark` is in, if the answers `trained` are trained on.
 
-    Of answers that are not trained on, templates may cut thoughts: the field itself, the parts of a content before the
-    last, and what is said beside tool calls.
+    Of answers that are not trained on, templates may cut reasoning: the field itself, the parts of a content before
+    the last, and the text beside tool calls.
     """
     if mark.turn in trained or mark.field in ("system", "developer", "user", "tool"):
         return True
@@ -100,10 +100,10 @@ def is_required(mark: Mark, trained: Iterable[int]) -> bool:
 
 
 def describe(mark: Mark) -> tuple[str, str]:
-    """Return the reason to count by, and the detail of this row."""
+    """Return what the template omits, a reason by which rows are counted, and where it is in this conversation."""
     if mark.field == "assistant":
-        what = "the end of an answer" if mark.is_last else "a part of an answer, such as thoughts"
-    elif mark.field in (_THOUGHTS, _TOOL_CALLS, _BESIDE_CALLS):
+        what = "the end of an answer" if mark.is_last else "a part of an answer, such as reasoning"
+    elif mark.field in (_REASONING, _TOOL_CALLS, _BESIDE_CALLS):
         what = mark.field
     else:
         what = f"{mark.field} messages"

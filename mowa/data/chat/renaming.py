@@ -26,7 +26,7 @@ class Renaming:
         known = KNOWN_COLUMNS | {key for keys in MESSAGE_KEYS.values() for key in keys}
         for name in self.columns:
             if name not in known:
-                raise DataError(f"data.columns: {name} is no name that mowa reads; known: {', '.join(sorted(known))}")
+                raise DataError(f"data.columns: unknown name {name!r}; known: {', '.join(sorted(known))}")
         for role, ours in self.roles.items():
             if ours not in ROLE_ALIASES:
                 raise DataError(f"data.roles: {role}: {ours!r} is none of system, user, assistant and tool")

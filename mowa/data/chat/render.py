@@ -5,7 +5,7 @@ for it ends (`add_generation_prompt`) and ends where the conversation up to it e
 markers have to be known. If later messages change how earlier ones are rendered (reasoning that is removed, a system
 message that moves to the last question), each answer becomes a sample of its own, as the model will be prompted.
 
-A conversation of which the template omits something that an answer or a message before it says is refused.
+A conversation is invalid if the template omits a part of a trained answer, or of a message before it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def render_conversation(
 ) -> list[RenderedConversation]:
     """Return the text or texts to train on. `train_on` is responses, last or all.
 
-    Raises InvalidSample if the template raises an error or omits what a message says, and ExcludedSample if the answer
+    Raises InvalidSample if the template raises an error or omits a part of a message, and ExcludedSample if the answer
     that `train_on` selects is not to be trained on.
     """
     messages = [_to_dict(message) for message in conversation.messages]

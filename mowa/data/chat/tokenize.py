@@ -16,11 +16,8 @@ import numpy as np
 
 from mowa.data.chat.checks import TokenizationIssue, check_samples
 from mowa.data.chat.conversations import MAX_INVALID_RATIO, ChatDataset
-from mowa.data.chat.encode import SPECIALS_IN_CONVERSATION, SPECIALS_IN_DOCUMENT, Encoder
-from mowa.data.chat.encode import TokenizedSample as TokenizedSample
-from mowa.data.chat.encode import encode_prompt as encode_prompt
+from mowa.data.chat.encode import SPECIALS_IN_CONVERSATION, SPECIALS_IN_DOCUMENT, Encoder, TokenizedSample
 from mowa.data.chat.samples import Conversation, Document, Tally
-from mowa.data.chat.template import BUILTIN_TEMPLATES as BUILTIN_TEMPLATES
 from mowa.errors import DataError
 
 TRAIN_ON = ("auto", "responses", "last", "all")
@@ -109,12 +106,7 @@ def tokenize_conversations(
     encoder, fitted = Encoder(tokenizer, tally), []
     for sample in encoder.encode(_progress(everything), train_on, chat_template, chat_template_kwargs):
         fitted += _fit(sample, max_length, on_overflow, sample.id in encoder.document_ids, tally)
-    kept = []
-    for sample in fitted:
-        if sample.loss_mask[1:].any():
-            kept.append(sample)
-        else:
-            tally.drop(_NOT_TRAINED, sample.id)
+    kept = _drop_untrained(fitted, tally)
     if isinstance(samples, ChatDataset):
         _validate_counts(samples, kept, tally)
     issues = check_samples(
@@ -133,6 +125,17 @@ def tokenize_conversations(
         reasons = "" if kept else "".join(f"; {count} dropped: {first}" for count, first in tally.dropped.values())
         raise DataError("; ".join(f"{one.name}: {one.detail}. {one.advice}" for one in fatal) + reasons)
     return kept, report
+
+
+def _drop_untrained(samples: Sequence[TokenizedSample], tally: Tally) -> list[TokenizedSample]:
+    """Return the samples that have a token with a loss; the first token has none, since nothing predicts it."""
+    kept = []
+    for sample in samples:
+        if sample.loss_mask[1:].any():
+            kept.append(sample)
+        else:
+            tally.drop(_NOT_TRAINED, sample.id)
+    return kept
 
 
 def _validate_counts(samples: ChatDataset, kept: Sequence[TokenizedSample], tally: Tally) -> None:

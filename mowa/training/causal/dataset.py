@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from mowa.data.chat import conversations, tokenize
-from mowa.data.chat.tokenize import TokenizedSample
+from mowa.data.chat.encode import TokenizedSample
+from mowa.data.chat.template import BUILTIN_TEMPLATES
 from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError
 from mowa.tasks import causal
@@ -97,11 +98,11 @@ def _tokenize(items: Any, data: CausalData, model: CausalModel) -> Any:
 
 def load_chat_template(name: str) -> str:
     """Return the text of a built-in chat template or of a .jinja file. DataError where `name` is neither."""
-    if name in tokenize.BUILTIN_TEMPLATES:
-        return tokenize.BUILTIN_TEMPLATES[name]
+    if name in BUILTIN_TEMPLATES:
+        return BUILTIN_TEMPLATES[name]
     if Path(name).is_file():
         return Path(name).read_text(encoding="utf-8")
-    known = ", ".join(tokenize.BUILTIN_TEMPLATES)
+    known = ", ".join(BUILTIN_TEMPLATES)
     raise DataError(f"data: chat_template: {name} is neither a file nor one of {known}")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mowa import loading
 from mowa.adapters import embeddings, lora
 from mowa.adapters.loading import is_adapter, load_adapter, merge_adapter, read_base_name
-from mowa.data.chat.tokenize import TokenizedSample
+from mowa.data.chat.encode import TokenizedSample
 from mowa.errors import RecipeError
 from mowa.families import is_registered
 from mowa.io.hub import MODEL_ALIASES, fetch_config

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mowa.adapters import lora
-from mowa.data.chat.tokenize import TokenizedSample
+from mowa.data.chat.encode import TokenizedSample
 from mowa.families import is_registered
 from mowa.io.atomic import atomic_write, read_json
 from mowa.models.causal import accelerate

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mowa.data.chat.tokenize import TokenizedSample
+from mowa.data.chat.encode import TokenizedSample
 from mowa.errors import TrainingStopped
 from mowa.models.causal.document_rope import original_length
 from mowa.models.tolerances import PACKED_LOSS_FLOAT32, PACKED_LOSS_HALF

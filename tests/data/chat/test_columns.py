@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mowa.data.chat import conversations
-from mowa.data.chat.conversations import Conversation, Message
+from mowa.data.chat.samples import Conversation, Message
 from mowa.errors import DataError
 from tests.data.chat.test_conversations import FORMATS, GOOD, parse
 
@@ -143,7 +143,7 @@ def test_own_names_that_lead_nowhere_are_errors():
         DataError, match=r"data.columns: no row has logs, which tools is mapped to; row 1 has: messages"
     ):
         parse(GOOD, columns={"tools": "logs"})
-    with pytest.raises(DataError, match=r"data.columns: mesages is no name that mowa reads"):
+    with pytest.raises(DataError, match=r"data.columns: unknown name 'mesages'"):
         parse(GOOD, columns={"mesages": "log"})
     with pytest.raises(DataError, match=r"data.roles: agent: 'clerk' is none of system, user, assistant and tool"):
         parse(GOOD, roles={"agent": "clerk"})

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mowa.data.chat import conversations, files
-from mowa.data.chat.conversations import Conversation, Document, Message
+from mowa.data.chat.formats import detect_format
+from mowa.data.chat.samples import Conversation, Document, Message
 from mowa.errors import DataError
 from tests.unprivileged import unprivileged
 
@@ -38,7 +39,7 @@ GOOD = messages(("user", "What?"), ("assistant", "Warsaw"))
 def test_every_dataset_format(name):
     found = parse(FORMATS[name])
     assert found.samples == (Conversation("1", (WHAT, WARSAW)),)
-    assert found.dataset_format.name == conversations.detect_format([FORMATS[name]]).name == name
+    assert found.dataset_format.name == detect_format([FORMATS[name]]).name == name
     assert str(found.dataset_format).startswith(f"{name} (")
 
 
@@ -193,7 +194,7 @@ def test_two_formats_raise_with_a_row_of_each(other):
         parse(GOOD, GOOD, FORMATS[other])
     merged = {key: None for row in (GOOD, FORMATS[other]) for key in row}
     with pytest.raises(DataError, match="two formats"):
-        conversations.detect_format([merged | GOOD, merged | FORMATS[other]])
+        detect_format([merged | GOOD, merged | FORMATS[other]])
 
 
 def test_unknown_columns_are_listed():

@@ -151,7 +151,7 @@ def test_excluded_rows_do_not_count_as_lost():
     ("rows", "family", "reason"),
     [
         ([row("y"), row("y"), LONG], "chatml", "3: longer than 60 tokens"),
-        ([row("y"), row({"content": "y", "thinking": "z"})], "chatml", r"2: the chat template omits thoughts"),
+        ([row("y"), row({"content": "y", "thinking": "z"})], "chatml", r"2: the chat template omits reasoning"),
         ([row("y"), row("y", system="Be kind.")], "mistral", "2: the chat template raises an error .*Only user"),
     ],
 )

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mowa.data.chat import omissions, tokenize
-from mowa.data.chat.conversations import Conversation, Message, parse_rows
+from mowa.data.chat.conversations import parse_rows
+from mowa.data.chat.samples import Conversation, Message
 from mowa.errors import DataError
 from tests.data.chat.test_tokenize import encode, talk, trained_texts
 from tests.data.chat.tokenizers import CHATML, MARKED, THINKING, tokenizer
@@ -36,17 +37,17 @@ CASES = {
     "a content beside tool calls": (
         CALLS_ALONE,
         [QUESTION, Message("assistant", "Let me look.", CALL)],
-        "the chat template omits what is said beside tool calls",
+        "the chat template omits the text beside tool calls",
     ),
     "reasoning": (
         CHATML,
         [QUESTION, Message("assistant", "Cold.", reasoning_content="Hm.")],
-        "the chat template omits thoughts",
+        "the chat template omits reasoning",
     ),
-    "thoughts in the content": (
+    "reasoning in the content": (
         CUTS_THOUGHTS,
         [QUESTION, Message("assistant", "<think>Hm.</think>Cold.")],
-        "the chat template omits a part of an answer, such as thoughts",
+        "the chat template omits a part of an answer, such as reasoning",
     ),
     "system": (NO_SYSTEM, [Message("system", "Be kind."), QUESTION, ANSWER], "the chat template omits system messages"),
     "tool results": (
@@ -83,7 +84,7 @@ def test_an_empty_thought_says_nothing():
     assert not report.dropped
 
 
-def test_thoughts_of_answers_that_are_not_trained_may_be_cut():
+def test_reasoning_of_answers_that_are_not_trained_may_be_cut():
     """As Qwen3's template does by design."""
     thoughtful = [Message("assistant", f"Answer {one}.", reasoning_content=f"Thought {one}.") for one in (1, 2)]
     talking = conversation(QUESTION, thoughtful[0], QUESTION, thoughtful[1])
@@ -100,7 +101,7 @@ def test_thoughts_of_answers_that_are_not_trained_may_be_cut():
     assert report.warnings == {"the template omits parts of earlier answers": (1, "a")}
 
 
-def test_answers_with_thoughts_are_rendered_alone_where_marked_spans_lose_them():
+def test_answers_with_reasoning_are_rendered_alone_where_marked_spans_lose_them():
     marked = MARKED.replace(
         "{% generation %}{{ message.content }}",
         "{% generation %}{% if loop.last and message.thinking %}<think>{{ message.thinking }}</think>{% endif %}"
@@ -166,19 +167,19 @@ def test_tool_calls_that_do_not_begin_with_the_generation_prompt_are_trained_alo
 
 TRL_OMISSIONS = {
     ("qwen3", "tools"): "",
-    ("qwen3", "thoughts"): "",
+    ("qwen3", "reasoning"): "",
     ("qwen2_5", "tools"): "",
-    ("qwen2_5", "thoughts"): "the chat template omits thoughts",
+    ("qwen2_5", "reasoning"): "the chat template omits reasoning",
     ("llama3_1", "tools"): "",
     ("phi3", "tools"): DROPS_TOOL_CALLS,
-    ("deepseek_r1_distill", "inline"): "the chat template omits a part of an answer, such as thoughts",
+    ("deepseek_r1_distill", "inline"): "the chat template omits a part of an answer, such as reasoning",
     ("deepseek_r1_distill_training", "inline"): "",
     ("qwen3", "inline"): "",
-    ("gemma", "thoughts"): "the chat template omits thoughts",
+    ("gemma", "reasoning"): "the chat template omits reasoning",
 }
 TURNS = {
     "tools": [QUESTION, Message("assistant", "", CALL), Message("tool", "-3", name="get_weather"), ANSWER],
-    "thoughts": [QUESTION, Message("assistant", "Cold.", reasoning_content="Hm.")],
+    "reasoning": [QUESTION, Message("assistant", "Cold.", reasoning_content="Hm.")],
     "inline": [QUESTION, Message("assistant", "<think>\nHm.\n</think>\n\nCold.")],
 }
 
@@ -199,7 +200,7 @@ def test_more_than_half_of_the_rows_cut_by_the_template_is_an_error_that_says_so
     ] * 2
     rows.append({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]})
     data = parse_rows(((f"row {number}", row) for number, row in enumerate(rows, 1)), "chats.jsonl")
-    with pytest.raises(DataError, match=r"chats.jsonl: 2 of 3 rows are left out.*omits thoughts.*data.chat_template"):
+    with pytest.raises(DataError, match=r"chats.jsonl: 2 of 3 rows are left out.*omits reasoning.*data.chat_template"):
         encode(data, "chatml")
     samples, _ = encode(data, "chatml", chat_template=THINKING)
     assert len(samples) == 3

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mowa.data.chat import template, tokenize
-from mowa.data.chat.conversations import Conversation, Document, Message
+from mowa.data.chat.encode import encode_prompt
+from mowa.data.chat.samples import Conversation, Document, Message
 from mowa.errors import DataError
 from tests.data.chat.tokenizers import CHATML, FAMILIES, MARKED, tokenizer, turn_end
 
@@ -224,10 +225,10 @@ def test_a_missing_template_raises():
         encode([talk("a", "b")], "bare")
 
 
-@pytest.mark.parametrize("name", sorted(tokenize.BUILTIN_TEMPLATES))
+@pytest.mark.parametrize("name", sorted(template.BUILTIN_TEMPLATES))
 def test_builtin_templates(name):
     samples, report = encode(
-        [talk("What?", "Warsaw.", "And?", "x")], "bare", chat_template=tokenize.BUILTIN_TEMPLATES[name]
+        [talk("What?", "Warsaw.", "And?", "x")], "bare", chat_template=template.BUILTIN_TEMPLATES[name]
     )
     end = {"chatml": "<|im_end|>", "plain": "<|endoftext|>"}[name]
     assert trained_texts(samples[0], "bare") == [f"Warsaw.{end}", f"x{end}"]
@@ -293,7 +294,7 @@ def test_private_use_characters_are_text(family, beside):
     special = list(fast.all_special_ids)
     assert np.isin(samples[0].input_ids, special).sum() == np.isin(samples[1].input_ids, special).sum()
     assert fast.decode(samples[0].input_ids.tolist()).count(content) == 2
-    prompt = tokenize.encode_prompt(fast, [{"role": "user", "content": content + beside}])
+    prompt = encode_prompt(fast, [{"role": "user", "content": content + beside}])
     assert fast.decode(prompt).count(content) == 1
     assert np.isin(prompt, special).sum() == 3 + (bool(beside) and family == "spaced")
 
