@@ -116,7 +116,7 @@ def merge_trained_modules(net: Any, dtype: Any) -> None:
 
 
 def untie(net: Any) -> None:
-    """Let the head of `net` be saved and loaded apart from the embeddings."""
+    """Untie the head of `net` from the embeddings, so that both are saved and loaded."""
     net.config.tie_word_embeddings = net.config.get_text_config().tie_word_embeddings = False
     net.all_tied_weights_keys = {}
 

@@ -102,10 +102,14 @@ def get_peft_model(
         task_type="CAUSAL_LM",
     )
     if absent := missing_modules(net, modules_to_save):
-        raise RecipeError(f"lora: modules_to_save: the model has no module {absent[0]!r}")
+        raise RecipeError(
+            f"lora: modules_to_save: the model has no module {absent[0]!r}; name those such as embed_tokens"
+        )
     names = {name.rpartition(".")[2] for name, _ in net.named_parameters()}
     if absent := [name for name in target_parameters if name.rpartition(".")[2] not in names]:
-        raise RecipeError(f"lora: target_parameters: the model has no parameter {absent[0]!r}")
+        raise RecipeError(
+            f"lora: target_parameters: the model has no parameter {absent[0]!r}; name those such as experts.down_proj"
+        )
     if target_parameters and (dropout or variant == "dora"):
         raise RecipeError("lora: target_parameters: PEFT supports neither dropout nor dora there; leave them out")
     tied = bool(net.config.get_text_config().tie_word_embeddings)

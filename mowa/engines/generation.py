@@ -126,7 +126,9 @@ def encode(
             raise DataError("the prompt is empty")
         if chat is False or (chat is None and not tokenizer.chat_template):
             if chat_template_kwargs:
-                raise DataError("chat_template_kwargs need a chat template, and the prompt is not put into one")
+                raise DataError(
+                    "chat_template_kwargs need a chat template, and this prompt is not put into one: omit them"
+                )
             ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
             eos = tokenizer.eos_token_id
             return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids

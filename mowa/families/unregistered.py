@@ -111,7 +111,9 @@ def _find_blocks(net: Any) -> tuple[str, list[Any]]:
         if type(module).__name__ == "ModuleList" and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = list(module)
     if not lists:
-        raise ModelError(f"{type(net).__name__} has no list of blocks, so mowa cannot read which layers it has")
+        raise ModelError(
+            f"{type(net).__name__} has no list of blocks (ModuleList), so its layers are unknown: add a registry entry"
+        )
     return max(lists.items(), key=lambda item: (len(item[1]) == depth, len(item[1])))
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger("mowa")
 # Defaults of Wav2Vec2CTCTokenizer (transformers, tokenization_wav2vec2.py).
 DEFAULT_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 DEFAULT_DELIMITER = "|"
-# Spellings of the special tokens in checkpoints. A token that is spelt like one is special, whatever the files say.
+# Spellings of the special tokens in checkpoints. Such a token is special even if the files do not say so.
 _SPELLINGS = {
     "pad_token": ("<pad>", "[PAD]"),
     "unk_token": ("<unk>", "[UNK]"),

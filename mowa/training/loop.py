@@ -153,20 +153,25 @@ def train(
                 "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
                 "num_trainable_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
             }
-        before = set(output_dir.iterdir())
-        with hide_progress_bars():
-            task.save(run, output_dir, measured)
-        try:
-            entries = task.verify(run, output_dir, measured)
-        except TrainingStopped:
-            _set_aside(set(output_dir.iterdir()) - before, run_dir / REJECTED_FOLDER)
-            raise
+        entries = _save_verified(task, run, output_dir, measured)
         versions = {name: hardware.installed_version(name) for name in ("mowa", "torch", *task.versions)}
         best_step = None if recipe.optimizer.ema_decay else trainer.state.best_global_step
         report |= entries | {"versions": versions}
         finalize_run(recipe, run.model, trainer, output_dir, report, best_step=best_step)
         print(task.format_table(entries), file=sys.stderr)
     return output_dir
+
+
+def _save_verified(task: Task[Any, Any, Any], run: Any, output_dir: Path, measured: Any) -> dict[str, Any]:
+    """Save the trained model, and return the report of its verification. What fails it is moved to the run's folder."""
+    before = set(output_dir.iterdir())
+    with hide_progress_bars():
+        task.save(run, output_dir, measured)
+    try:
+        return task.verify(run, output_dir, measured)
+    except TrainingStopped:
+        _set_aside(set(output_dir.iterdir()) - before, output_dir / RUN_FOLDER / REJECTED_FOLDER)
+        raise
 
 
 def prepare(task: Task[Any, RunT, Any], recipe: Any, model: AnyModel, output_dir: Path) -> RunT:

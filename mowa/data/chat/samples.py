@@ -48,7 +48,7 @@ class InvalidSample(Exception):
 
 
 class ExcludedSample(Exception):
-    """A row that says itself that it is not to be trained on; `reason` is where."""
+    """A row that the data set marks as not to be trained on; `reason` names the mark."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

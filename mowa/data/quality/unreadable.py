@@ -34,7 +34,7 @@ RecordingKey = tuple[str, float, float]  # path; offset and duration of an excer
 
 
 def recording_key(example: Example) -> RecordingKey:
-    """Return what is decoded of an example: its file, or a part of it."""
+    """Return the file of an example, and the part of it that is decoded."""
     return (example.audio, example.offset_s, example.duration_s) if example.is_excerpt else (example.audio, 0.0, 0.0)
 
 
@@ -43,7 +43,7 @@ class UnreadableRecordings:
     """The recordings of one data set that cannot be read.
 
     name    name of the data set
-    total   recordings that were looked at
+    total   recordings that were checked
     errors  (id, path, error) of each
     """
 
@@ -52,7 +52,7 @@ class UnreadableRecordings:
     errors: tuple[tuple[str, str, str], ...] = ()
 
     def add(self, decoded: Sequence[Example], found: Mapping[RecordingKey, str]) -> UnreadableRecordings:
-        """Return these together with those that `find_unreadable` found among `decoded`; no others were looked at."""
+        """Return these together with those that `find_unreadable` found among `decoded`; no others were checked."""
         errors = [
             (example.id, example.audio, error) for example in decoded if (error := found.get(recording_key(example)))
         ]

@@ -118,9 +118,9 @@ def _is_number(c: str) -> bool:
 class VocabularyMapper:
     """Map texts to what a vocabulary can spell. What each character becomes is decided once and cached.
 
-    Tokens of several characters are kept as they are, and phonemes, which spaces separate, are not taken apart. `oov`
-    (one of `OOV_POLICIES`) and `char_map` are those of `quality.filter.FilterConfig`; with `map`, a text with an
-    unknown phoneme is rejected.
+    Tokens of several characters and phonemes, which spaces separate, are kept whole. `oov` (one of
+    `OOV_POLICIES`) and `char_map` are those of `quality.filter.FilterConfig`; with `map`, a text with an unknown
+    phoneme is rejected.
     """
 
     def __init__(self, vocabulary: Vocabulary, oov: str, char_map: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Give each document of a batch the rotary frequencies that it has by itself.
+"""Give each document of a batch the rotary frequencies that it has alone.
 
 Two schemes of transformers (`modeling_rope_utils`) choose the frequencies of a whole batch by its largest position:
 longrope (Phi 3.5 and 4) takes others above the original length, dynamic NTK takes others for every length above it. So

@@ -13,7 +13,8 @@ _LENGTHS = (6, 10)  # tokens of the two documents
 def is_supported(net: Any) -> bool:
     """Return whether the second of two packed documents has the logits that it has alone.
 
-    They are told apart by positions that begin at 0 again. Nets with a recurrent state, or without positions, differ.
+    The documents are separated by positions that restart at 0. Nets with a recurrent
+    state, or without positions, differ.
     """
     first, second = _LENGTHS
     ids = torch.arange(first + second, device=net.device)[None] * 7 % min(97, net.config.get_text_config().vocab_size)

@@ -21,12 +21,12 @@ CHUNK_BYTES = {"cpu": 32 * MIB, "cuda": 256 * MIB}  # of the logits in float32
 
 @torch.inference_mode()
 def iter_token_logits(net: Any, inputs: Mapping[str, Tensor], chosen: Tensor) -> Iterator[Tensor]:
-    """Yield the logits [n, V] of the chosen tokens, in order, at most `CHUNK_BYTES` (as float32) at a time.
+    """Yield the logits [n, V] of the chosen positions, in order, at most `CHUNK_BYTES` (as float32) at a time.
 
     Args:
         net: a transformers causal net, or a PeftModel around one.
         inputs: input_ids int64 [B, N], with attention_mask where rows are padded or position_ids where they are packed.
-        chosen: bool [B, N].
+        chosen: positions whose next token is predicted, bool [B, N].
     """
     stock = net.get_base_model() if hasattr(net, "get_base_model") else net
     device = next(net.parameters()).device

@@ -1,4 +1,4 @@
-"""Check before a run that samples have the same loss in a batch of the run as by themselves.
+"""Check before a run that samples have the same loss in a batch as alone.
 
 One batch has short samples, another the longest ones, among them some on both sides of the length above which the
 net's positions depend on the length (`models.causal.document_rope`).
@@ -45,9 +45,9 @@ def evaluate_alone(net: Any, samples: Sequence[TokenizedSample]) -> SampleLosses
 
 
 def verify_losses(run: CausalRun, samples: Sequence[TokenizedSample], alone: SampleLosses) -> None:
-    """Compare the loss of `samples`, batched as in the run, with that of each by itself.
+    """Compare the loss of `samples`, batched as in the run, with that of each alone.
 
-    Those above the length at which positions change are compared separately from the others.
+    Samples longer than the original length of the positions are compared separately from the others.
 
     Raises:
         TrainingStopped: the losses differ.
