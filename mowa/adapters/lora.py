@@ -101,17 +101,7 @@ def get_peft_model(
         variant=variant,
         task_type="CAUSAL_LM",
     )
-    if absent := missing_modules(net, modules_to_save):
-        raise RecipeError(
-            f"lora: modules_to_save: the model has no module {absent[0]!r}; name those such as embed_tokens"
-        )
-    names = {name.rpartition(".")[2] for name, _ in net.named_parameters()}
-    if absent := [name for name in target_parameters if name.rpartition(".")[2] not in names]:
-        raise RecipeError(
-            f"lora: target_parameters: the model has no parameter {absent[0]!r}; name those such as experts.down_proj"
-        )
-    if target_parameters and (dropout or variant == "dora"):
-        raise RecipeError("lora: target_parameters: PEFT supports neither dropout nor dora there; leave them out")
+    _validate_extra_targets(net, modules_to_save, target_parameters, plain=not dropout and variant != "dora")
     tied = bool(net.config.get_text_config().tie_word_embeddings)
     settings.modules_to_save = list(modules_to_save) or None
     settings.target_parameters = list(target_parameters) or None
@@ -130,6 +120,23 @@ def get_peft_model(
         wrapped = peft.get_peft_model(net, settings)
     complete_wrappers(wrapped)
     return wrapped
+
+
+def _validate_extra_targets(
+    net: Any, modules_to_save: Sequence[str], target_parameters: Sequence[str], *, plain: bool
+) -> None:
+    """Raise RecipeError for names that the net lacks, and for LoRA of tensors that is not `plain`."""
+    if absent := missing_modules(net, modules_to_save):
+        raise RecipeError(
+            f"lora: modules_to_save: the model has no module {absent[0]!r}; name those such as embed_tokens"
+        )
+    names = {name.rpartition(".")[2] for name, _ in net.named_parameters()}
+    if absent := [name for name in target_parameters if name.rpartition(".")[2] not in names]:
+        raise RecipeError(
+            f"lora: target_parameters: the model has no parameter {absent[0]!r}; name those such as experts.down_proj"
+        )
+    if target_parameters and not plain:
+        raise RecipeError("lora: target_parameters: PEFT supports neither dropout nor dora there; leave them out")
 
 
 def unfreeze(net: Any) -> None:
