@@ -330,7 +330,7 @@ def _click_type(leaf: OptionSpec) -> dict[str, Any]:
 
 @contextmanager
 def resume_hint_on_interrupt(out: Path) -> Iterator[None]:
-    """Say how a run is resumed when Ctrl-C stops it."""
+    """Print how to resume the run in `out` if Ctrl-C stops it."""
     try:
         yield
     except KeyboardInterrupt:

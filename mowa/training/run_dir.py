@@ -91,7 +91,7 @@ def find_last_checkpoint(folder: Path) -> Path | None:
 
 
 def resume_hint(output_dir: Path) -> str:
-    """Return a clause that says where the command begins if it is given again."""
+    """Return a clause that says from which checkpoint the same command resumes the run."""
     if not (complete := list_checkpoints(output_dir / RUN_FOLDER)):
         return f"{output_dir} has no checkpoint yet, so the same command starts again from step 0"
     return f"the same command resumes from checkpoint {complete[-1].name.rpartition('-')[2]} in {output_dir}"

@@ -1,4 +1,4 @@
-"""Name and subsample the data sets of a run."""
+"""Name and subsample the data sets of a run, and recognize those of another task."""
 
 from __future__ import annotations
 

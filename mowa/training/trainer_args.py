@@ -21,7 +21,7 @@ def resolve_eval_steps(recipe: Any, max_steps: int) -> int:
 
 
 def format_length(recipe: Any, max_steps: int, eval_steps: int, over: str) -> str:
-    """Return one line that says how long a run is, `over` what data, and by which option where two name a length."""
+    """Return one line with the steps of a run, the data that they cover (`over`), and the option that limits them."""
     by = " (max_steps is set: epochs is not used)" if recipe.optimizer.max_steps else ""
     return f"{max_steps} steps{by} over {over}, evaluated every {eval_steps} steps"
 
