@@ -67,15 +67,16 @@ class UnreadableRecordings:
         allowed = max(ALWAYS_ALLOWED, int(max_share * self.total)) if max_share else 0
         if count > allowed or (count and not num_left):
             limit = f"more than max_unreadable: {max_share:g} allows" if num_left else "and none is left"
+            advice = "Repair them, delete their rows, or raise max_unreadable" if num_left else "Repair them"
             raise DataError(
-                f"{self.name}: {count} of {self.total} recordings cannot be read, {limit}. Repair them, delete their"
-                f" rows, or raise max_unreadable.\n{self._list_errors()}"
+                f"{self.name}: {count} of {self.total} recordings cannot be read, {limit}. {advice}."
+                f"\n{self._list_errors()}"
             )
 
     def summary(self) -> str:
         """Return a line with the number, and one for each of the first errors."""
         count = len(self.errors)
-        plural = "s" if count > 1 else ""
+        plural = "s" if self.total > 1 else ""
         return f"left out, cannot be read: {count} of {self.total} recording{plural}\n{self._list_errors()}"
 
     def _list_errors(self) -> str:

@@ -38,10 +38,11 @@ def test_measured_recordings_are_those_that_can_be_read(folder, caplog):
     assert "no recording 3.wav" in caplog.text
     assert [example.id for example in unreadable.drop_unreadable(examples)] == ["0", "4", "5"]
     assert "1.wav: holds a sample that is not a number" in caplog.text
+    assert "cannot be read: 1 of 4 recordings" in caplog.text
 
 
 def test_nothing_left_is_an_error_with_the_reasons(folder):
-    with pytest.raises(DataError, match=r"2 of 2 recordings cannot be read, and none is left(.|\n)*2.wav: is empty"):
+    with pytest.raises(DataError, match=r"2 of 2 recordings cannot be read, and none is left. Repair them.\n(.|\n)*2.wav: is empty"):
         unreadable.read_measurable(str(folder / "bad.jsonl"))
 
 
