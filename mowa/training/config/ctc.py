@@ -53,7 +53,7 @@ class CTCData:
     max_unreadable: float = option(
         0.1,
         "recordings that are missing, cut off, empty or otherwise unreadable are left out, up to this fraction of a "
-        "data set, or three; more end the run before it starts; 0: any does",
+        "data set, or three; more end the run before it starts; 0: none is tolerated",
         **FRACTION,
     )
     oov: str = option(

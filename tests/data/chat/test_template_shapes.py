@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mowa.data.chat import encode as encoding
-from mowa.data.chat.conversations import Message
+from mowa.data.chat.samples import Message
 from tests.data.chat.test_omissions import ANSWER, CALL, QUESTION, conversation
 from tests.data.chat.test_tokenize import encode, talk, trained_texts
 from tests.data.chat.tokenizers import CHATML, MARKED, tokenizer
