@@ -111,9 +111,8 @@ def build_report(
         folder = Path(open_.enter_context(TemporaryDirectory())) if out is None else out
         folder.mkdir(parents=True, exist_ok=True)
         work = _Work(model, config, folder, examples, clips, on_progress)
-        work.key = hashlib.sha256(
-            "\n".join([manifest.model_sha256(model), *(f"{one.id} {one.text}" for one in examples)]).encode()
-        ).hexdigest()
+        listed = "\n".join([manifest.model_sha256(model), *(f"{one.id} {one.text}" for one in examples)])
+        work.key = hashlib.sha256(listed.encode(errors="backslashreplace")).hexdigest()
         if config.baseline:
             on_progress(f"{config.baseline}: measuring", 1.0)
             files = tuple(example.audio for example in examples)

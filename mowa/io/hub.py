@@ -61,6 +61,8 @@ def resolve_model(
     if target and folder.is_dir():
         if revision:
             raise ModelError(f"{name} is a folder, and folders have no revisions: omit {revision!r}")
+        if not _is_utf8(str(folder.absolute())):
+            raise ModelError(f"{name!r}: safetensors and torch read no folders whose names are not UTF-8: rename it")
         return Origin(name=name, source=str(target), folder=folder, license=_license(folder))
     if isinstance(target, Path):
         raise ModelError(f"the bundled model {name} is missing from this installation ({target}): reinstall mowa")
@@ -72,6 +74,10 @@ def resolve_model(
     repo = hub_id["repo"]
     folder = _from_hub(repo, revision or hub_id["revision"] or "main", offline, validate, extra_files)
     return Origin(name=name, source=repo, folder=folder, revision=folder.name, license=_license(folder))
+
+
+def _is_utf8(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 class _ConfigFetched(Exception):

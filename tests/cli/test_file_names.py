@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,30 @@ def test_ray_workers_get_the_name(folder):
     (row,) = ray_data._table([example]).to_pylist()
     assert ray_data._to_text(row["audio"]) == example.audio
     assert ray_data._to_text(row["id"]) == example.id
+
+
+def test_a_report_of_schemes_has_ids_with_such_names(folder, model, tmp_path, run):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"audio": str(folder / NAME), "text": "ala ma"}))
+    code, _, error = run(
+        "quantize",
+        model,
+        "--scheme",
+        "fp16",
+        "--to",
+        "safetensors",
+        "--data",
+        tmp_path / "m.jsonl",
+        "-o",
+        tmp_path / "q",
+    )
+    assert code in (0, 2), error
+    assert b"Traceback" not in error
+    assert (tmp_path / "q" / "quant_report.json").is_file()
+
+
+def test_a_model_in_a_folder_with_such_a_name_is_one_clear_error(folder, model, tmp_path, run):
+    shutil.copytree(model, tmp_path / "z\udcf1")
+    code, _, error = transcribe(run, folder / "a.wav", tmp_path / "z\udcf1")
+    assert code == 2
+    assert b"read no folders whose names are not UTF-8: rename it" in error
+    assert b"Traceback" not in error

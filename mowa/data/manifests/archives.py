@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -293,10 +294,10 @@ def _read_listed(path: Path, table: _SplitTable) -> Iterator[TableRow]:
         if table.folder and inside == name and any(f"/{part}/" in name for part in _AUDIO_FOLDERS):
             raise DataError(f"{path}: contains other corpora than {table.folder}: {name}. Unpack it and pass one.")
         keys = (inside, *(inside.removeprefix(f"{part}/") for part in _AUDIO_FOLDERS))
-        clip = next((key for key in keys if key.encode() in table.lines), None)
+        clip = next((key for key in map(os.fsencode, keys) if key in table.lines), None)
         if clip is not None:
             found += 1
-            yield from _to_rows(path, table, clip.encode(), {"bytes": archive.read(member), "path": f"{path}/{name}"})
+            yield from _to_rows(path, table, clip, {"bytes": archive.read(member), "path": f"{path}/{name}"})
     if not found:
         raise DataError(f"{table.name}: none of its {len(table.lines)} recordings is in {path}. Check its column path.")
     audio_folder = "audios" if is_spontaneous(PurePosixPath(table.name).stem) else "clips"

@@ -192,6 +192,20 @@ def test_a_line_without_a_recording_of_a_table_in_an_archive(tmp_path):
     assert entries(tmp_path / "x.tar") == [*lines, "tak"]
 
 
+def test_names_in_an_archive_that_are_not_utf8_are_passed_over(tmp_path):
+    sound = (tmp_path / "a.wav").read_bytes()
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in (
+            ("train.tsv", b"path\tsentence\na.wav\ttak\n"),
+            ("clips/z\udcf1.wav", sound),
+            ("a.wav", sound),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert entries(tmp_path / "x.tar") == ["tak"]
+
+
 def test_an_archive_may_list_parts_of_one_recording(tmp_path):
     archive(tmp_path, b"path\tsentence\tstart\tend\na.wav\ttak\t0\t0.2\na.wav\tnie\t0.2\t0.5\n")
     found = list(read_examples(tmp_path / "x.tar", cache_dir=tmp_path / "cache"))

@@ -42,7 +42,9 @@ def test_measured_recordings_are_those_that_can_be_read(folder, caplog):
 
 
 def test_nothing_left_is_an_error_with_the_reasons(folder):
-    with pytest.raises(DataError, match=r"2 of 2 recordings cannot be read, and none is left. Repair them.\n(.|\n)*2.wav: is empty"):
+    with pytest.raises(
+        DataError, match=r"2 of 2 recordings cannot be read, and none is left. Repair them.\n(.|\n)*2.wav: is empty"
+    ):
         unreadable.read_measurable(str(folder / "bad.jsonl"))
 
 
