@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -32,6 +32,7 @@ def evaluate(
     max_samples: int = 0,
     train_on: str = "auto",
     max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     on_progress: Callable[[float], object] = lambda amount: None,
     **options: Unpack[TranscribeOptions],
 ) -> Evaluation:
@@ -46,6 +47,7 @@ def evaluate(
             texts.
         max_length: language models: longer samples are cut to this many tokens; None: 2,048, or the model's context
             if it is shorter.
+        chat_template_kwargs: language models: variables that the chat template reads, as in recipes.
         on_progress: called with seconds of audio, or numbers of texts.
         options: as in `mowa.transcribe`. Language models take adapter, device, dtype, threads, revision and offline,
             and a model that is loaded already has them.
@@ -67,9 +69,11 @@ def evaluate(
         if spec.engine not in (AUTO, "pytorch"):
             raise ModelError(f"engine {spec.engine!r} does not run language models: omit it")
         set_threads(spec.threads)
-        return scoring.evaluate_text(found, data, train_on=train_on, max_length=max_length, **common)
-    if train_on != "auto" or max_length is not None:
-        name = "train_on" if train_on != "auto" else "max_length"
+        text_options: Any = {"max_length": max_length, "chat_template_kwargs": chat_template_kwargs}
+        return scoring.evaluate_text(found, data, train_on=train_on, **text_options, **common)
+    of_text = {"train_on": train_on != "auto", "max_length": max_length is not None}
+    of_text["chat_template_kwargs"] = bool(chat_template_kwargs)
+    if name := next((name for name, given in of_text.items() if given), None):
         raise ModelError(f"{name} is an option of language models, and the model is a speech model")
     return scoring.evaluate_speech(transcription.open_engine(found, spec), data, settings=settings, **common)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mowa import hardware
 from mowa.cli import output
+from mowa.cli.recipe_options import KeyValuePairs
 
 if TYPE_CHECKING:
     from mowa.evaluation.scoring import Evaluation
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
               help="Language models: tokens that count, as in recipes. auto: answers of conversations, all of texts.")
 @click.option("--max-length", type=click.IntRange(min=2),
               help="Language models: longer samples are cut, in tokens. [default: 2048, or the model's context]")
+@click.option("--chat-template-kwargs", type=KeyValuePairs(typed=True),
+              help="Language models: variables that the chat template reads: enable_thinking=false.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the results as JSON.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option("--dtype", default="auto", show_default=True, help="Compute dtype: float32, bfloat16, float16 or auto.")
@@ -37,7 +40,8 @@ if TYPE_CHECKING:
 @click.option("--offline", is_flag=True, help="Do not contact the Hugging Face Hub; use cached files only.")
 def evaluate(
     models: tuple[str, ...], sources: tuple[str, ...], split: str, max_samples: int, adapter: Path | None, engine: str,
-    train_on: str, max_length: int | None, out: Path | None, device: str, dtype: str, threads: int | None,
+    train_on: str, max_length: int | None, chat_template_kwargs: dict[str, Any] | None,
+    out: Path | None, device: str, dtype: str, threads: int | None,
     revision: str | None, offline: bool,
 ) -> int:
     # fmt: on
@@ -58,7 +62,8 @@ def evaluate(
                 found = mowa.evaluate(
                     model, source, split=split, max_samples=max_samples, adapter=adapter, engine=engine,
                     device=device, dtype=dtype, threads=threads, revision=revision, offline=offline,
-                    train_on=train_on, max_length=max_length, on_progress=on_progress,
+                    train_on=train_on, max_length=max_length, chat_template_kwargs=chat_template_kwargs,
+                    on_progress=on_progress,
                 )  # fmt: skip
             results.append(found)
             click.echo(f"{'' if len(results) == 1 else chr(10)}{found}")

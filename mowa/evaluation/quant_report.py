@@ -179,6 +179,7 @@ def decide_verdict(
 def write_json(report: DataclassInstance, path: Path) -> None:
     """Write the report as JSON, floats rounded to six decimals, infinite ones as null."""
     values = {"version": FORMAT_VERSION} | _rounded(asdict(report))
+    path.parent.mkdir(parents=True, exist_ok=True)  # no scheme may have been exported
     atomic_write(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ def evaluate_text(
     max_samples: int = 0,
     train_on: str = "auto",
     max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     on_progress: ProgressCallback = lambda samples: None,
 ) -> Evaluation:
     """Compute the loss of conversations (on the assistant's answers) or texts (on every token).
@@ -115,7 +116,13 @@ def evaluate_text(
     is left, or `max_length` is above the context.
     """
     samples = read_text_samples(
-        model, data, split=split, max_samples=max_samples, train_on=train_on, max_length=max_length
+        model,
+        data,
+        split=split,
+        max_samples=max_samples,
+        train_on=train_on,
+        max_length=max_length,
+        chat_template_kwargs=chat_template_kwargs,
     )
 
     def padded() -> Iterator[dict[str, Tensor]]:
@@ -142,12 +149,14 @@ def read_text_samples(
     max_samples: int = 0,
     train_on: str = "auto",
     max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[TokenizedSample]:
     """Read and tokenize what `evaluate_text` evaluates. Raises DataError if no sample is left."""
     _validate_max_samples(max_samples)
     length = _resolve_max_length(model, max_length)
     items = conversations.read_conversations(str(data), split)
     options: Any = {"train_on": train_on, "on_overflow": "truncate", "max_length": length}
+    options["chat_template_kwargs"] = chat_template_kwargs
     samples = tokenize.tokenize_conversations(items, model.tokenizer, **options)[0]
     samples = samples[:max_samples] if max_samples else samples
     if not causal.count_trained_tokens(samples):

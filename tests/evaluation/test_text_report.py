@@ -139,3 +139,43 @@ def test_both_models_are_scored_on_the_same_samples(base, data):
     assert diff.num_frames == before.tokens.sum()
     expected = mowa.evaluate(model, data).metrics["loss"].value
     assert before.nll.sum() / before.tokens.sum() == pytest.approx(expected)
+
+
+def test_a_report_is_written_where_no_scheme_fits(tmp_path, data, capsys):
+    base = tiny_causal(tmp_path / "base", hidden_size=72, intermediate_size=136)
+    code, _, err = run(
+        capsys,
+        "quantize",
+        base,
+        "--scheme",
+        "int4-weight",
+        "--data",
+        data,
+        "--max-samples",
+        "2",
+        "-o",
+        tmp_path / "new",
+    )
+    assert code in (0, 2), err
+    assert json.loads((tmp_path / "new" / "quant_report.json").read_text())["rows"][1]["verdict"] == FAIL
+
+
+def test_evaluation_renders_with_the_variables_of_the_template(tmp_path, capsys):
+    base = tiny_causal(tmp_path / "base")
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text(
+        template.replace("{{ message.content }}", "{{ style }}{{ message.content }}")
+    )
+    chats.conversations(tmp_path / "chats.jsonl", 3)
+    options = ("evaluate", base, "--data", tmp_path / "chats.jsonl", "--train-on", "all")
+    tokens = [
+        mowa.evaluate(str(base), tmp_path / "chats.jsonl", train_on="all", chat_template_kwargs=given).units
+        for given in (None, {"style": "brief "})
+    ]
+    assert tokens[0] < tokens[1]
+    code, out, err = run(capsys, *options, "--chat-template-kwargs", "style=brief ")
+    assert code == 0, err
+    assert f"{tokens[1]:,} tokens" in out
+    code, _, err = run(capsys, *options, "--chat-template-kwargs", "tone=brief")
+    assert code == 2
+    assert "the chat template does not read tone" in err

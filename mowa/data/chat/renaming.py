@@ -27,6 +27,10 @@ class Renaming:
         for name in self.columns:
             if name not in known:
                 raise DataError(f"data.columns: unknown name {name!r}; known: {', '.join(sorted(known))}")
+            if others := [
+                other for other, theirs in self.columns.items() if theirs == self.columns[name] and other != name
+            ]:
+                raise DataError(f"data.columns: {name} and {others[0]} are both mapped to {self.columns[name]}")
         for role, ours in self.roles.items():
             if ours not in ROLE_ALIASES:
                 raise DataError(f"data.roles: {role}: {ours!r} is none of system, user, assistant and tool")

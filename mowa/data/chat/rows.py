@@ -77,8 +77,13 @@ def list_unused(
             yield str(name)
     if "label" in columns and _is_good(value(columns["label"]), row_format.name) is None:
         yield columns["label"]
-    if "input" in columns and _is_turns(value(columns["prompt"])) and not _is_nothing(value(columns["input"])):
+    prompt = _read_turns(value(columns["prompt"]), roles or {}) if "prompt" in columns else None
+    if "input" in columns and prompt is not None and not _is_nothing(value(columns["input"])):
         yield columns["input"]
+    turns = parse_json(value(columns["turns"])) if "turns" in columns else prompt
+    has_system = isinstance(turns, list) and bool(turns) and _is_system(turns[0], roles or {})
+    if has_system and "system" in columns and not _is_nothing(value(columns["system"])):
+        yield columns["system"]
     for column in (columns[role] for role in ("turns", "prompt", "answer") if role in columns):
         given = parse_json(value(column))
         if isinstance(given, list) and len(given) > 1 and column == columns.get("answer") and not _is_turns(given):
@@ -96,6 +101,12 @@ def _unused_keys(turn: Mapping[str, Any], roles: Mapping[str, str]) -> Iterator[
     for key, value in turn.items():
         if not _is_nothing(value) and (key not in used or (key in flags and _as_bool(value) is None)):
             yield str(key)
+
+
+def _is_system(turn: Any, roles: Mapping[str, str]) -> bool:
+    """Return whether a turn is a system message, beside which the column of system messages is not used."""
+    key = _first_key(turn, MESSAGE_KEYS["role"]) if isinstance(turn, Mapping) else None
+    return key is not None and str(roles.get(str(turn[key]), turn[key])).strip().lower() == "system"
 
 
 def _is_nothing(value: Any) -> bool:
@@ -210,16 +221,16 @@ def _parse_tool_calls(value: Any, number: int) -> tuple[Mapping[str, Any], ...]:
 
 def _parse_prompt(prompt: Any, context: Any, roles: Mapping[str, str]) -> list[Message]:
     context_text = _parse_text(context, "input", allow_empty=True)
-    if _is_turns(prompt):
-        return _parse_messages(prompt, roles)
+    if (turns := _read_turns(prompt, roles)) is not None:
+        return _parse_messages(turns, roles)
     text = _parse_text(prompt, "prompt")
     return [Message("user", f"{text}\n\n{context_text}" if context_text.strip() else text)]
 
 
 def _parse_answer(answer: Any, roles: Mapping[str, str]) -> list[Message]:
     """Parse an answer: a text, a number, messages, or a list of acceptable answers, of which the first is used."""
-    if _is_turns(answer):
-        return _parse_messages(answer, roles)
+    if (turns := _read_turns(answer, roles)) is not None:
+        return _parse_messages(turns, roles)
     if isinstance(answer, Mapping) and isinstance(answer.get("text"), list):  # SQuAD: with answer_start
         answer = answer["text"]
     if isinstance(answer, list) and answer and not any(isinstance(one, Mapping) for one in answer):
@@ -227,6 +238,19 @@ def _parse_answer(answer: Any, roles: Mapping[str, str]) -> list[Message]:
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = json.dumps(answer)
     return [Message("assistant", _parse_text(answer, "answer"))]
+
+
+def _read_turns(value: Any, roles: Mapping[str, str]) -> Any:
+    """Return messages, which tables may hold as JSON text, or None if `value` is something else, such as an answer."""
+    if not isinstance(value, str):
+        return value if _is_turns(value) else None
+    parsed = parse_json(value)
+    if not _is_turns(parsed) or not all(isinstance(one, Mapping) for one in parsed):
+        return None
+    keys = (_first_key(one, MESSAGE_KEYS["role"]) for one in parsed)
+    known = {*ROLE_ALIASES, *roles}
+    named = [key is not None and str(one[key]) in known for key, one in zip(keys, parsed, strict=True)]
+    return parsed if all(named) else None
 
 
 def _is_turns(value: Any) -> bool:

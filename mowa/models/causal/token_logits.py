@@ -1,7 +1,7 @@
 """Compute the logits of chosen tokens of a batch in chunks, without those of the whole batch.
 
 The blocks run once over the batch; the net's own forward pass then computes head, scale and soft-cap of each chunk from
-the hidden states, so that every net's logits are its own.
+the hidden states, so that every net's logits are its own. A net that does not call its `base_model` computes all.
 """
 
 from __future__ import annotations
@@ -31,31 +31,48 @@ def iter_token_logits(net: Any, inputs: Mapping[str, Tensor], chosen: Tensor) ->
     stock = net.get_base_model() if hasattr(net, "get_base_model") else net
     device = next(net.parameters()).device
     on_device = {name: value.to(device) for name, value in inputs.items()}
+    decoder = decoder_of(stock)
     with document_rope(stock):
-        out = decoder_of(stock)(**on_device, use_cache=False)
-    states = out.last_hidden_state[chosen.to(device)]
+        out = decoder(**on_device, use_cache=False)
+    states = getattr(out, "last_hidden_state", out.get("logits"))[chosen.to(device)]
     head = stock.get_output_embeddings()
     tokens = len(head.weight) if hasattr(head, "weight") else stock.config.get_text_config().vocab_size
     size = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * tokens))
+    if decoder is stock:
+        yield from states.split(size)
+        return
     for part in states.split(size):
         out["last_hidden_state"] = part[None]
-        with _returns(decoder_of(stock), out):
+        with _returns(decoder, out) as calls:
             logits = stock(input_ids=on_device["input_ids"][:, :1], use_cache=False).logits
+        if not calls:  # OPT calls a module inside its base model: the logits are of other tokens
+            with document_rope(stock):
+                logits = stock(**on_device, use_cache=False).logits[chosen.to(device)]
+            yield from logits.split(size)
+            return
         yield logits[0]
 
 
 def decoder_of(net: Any) -> Any:
-    """Return the part of a transformers causal net that computes the last hidden states."""
-    return net.model if net.base_model is net else net.base_model  # Llama 4 names the prefix of another class
+    """Return the part of a transformers causal net that computes the last hidden states, or the net if it has none."""
+    if net.base_model is net:  # Llama 4 names the prefix of another class
+        return getattr(net, "model", net)
+    return net.base_model
 
 
 @contextmanager
-def _returns(module: Any, out: Any) -> Iterator[None]:
-    """Let `module` return `out` inside the context, whatever its inputs."""
+def _returns(module: Any, out: Any) -> Iterator[list[Any]]:
+    """Let `module` return `out` inside the context, whatever its inputs; yield a list of its calls."""
     before = vars(module).get("forward")
-    module.forward = lambda *args, **kwargs: out
+    calls: list[Any] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return out
+
+    module.forward = forward
     try:
-        yield
+        yield calls
     finally:
         if before is None:
             del module.forward

@@ -54,15 +54,18 @@ def verify_losses(run: CausalRun, samples: Sequence[TokenizedSample], alone: Sam
     """
     net = run.model.net
     batch = collate(run, samples, run.recipe.batch.packing)
+    training = net.training
+    net.eval()  # the net may have dropout
     with torch.no_grad():
         out = net(**{name: value.to(net.device) for name, value in batch.items()}, fused_lm_head=True)
+    net.train(training)
     log_probs = out.log_probs.double().cpu()
     start, together = 0, []
     for row, sample in enumerate(samples):
         packed = log_probs[0, start : start + len(sample) - 1]
         together.append(-float((packed if run.recipe.batch.packing else log_probs[row, : len(sample) - 1]).sum()))
         start += len(sample)
-    exact = next(net.parameters()).dtype == torch.float32
+    exact = {one.dtype for one in net.parameters() if one.is_floating_point()} == {torch.float32}
     tolerance = PACKED_LOSS_FLOAT32 if exact else PACKED_LOSS_HALF
     original = original_length(net) or 0
     for part in (False, True):

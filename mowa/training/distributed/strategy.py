@@ -181,7 +181,9 @@ def resolve_precision(recipe: CTCRecipe | CausalRecipe, config: Any) -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     text = config.get_text_config()
-    found = hardware.select_precision(text.hidden_size, text.intermediate_size)
+    width = text.hidden_size
+    inner = getattr(text, "intermediate_size", None) or 4 * width  # GPT-2's and OPT's have other names
+    found = hardware.select_precision(width, inner)
     return "bf16" if found.dtype == "bfloat16" else "float32"
 
 

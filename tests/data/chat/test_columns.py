@@ -167,3 +167,24 @@ def test_ids_are_unique_whatever_rows_are_called():
     found = [sample.id for sample in parse(*({"id": name, **GOOD} for name in names))]
     assert len(set(found)) == len(names)
     assert found[:2] == ["a", "a-2"]
+
+
+def test_two_names_of_one_column_are_an_error():
+    with pytest.raises(
+        DataError, match=r"data\.columns: (prompt and question|question and prompt) are both mapped to q"
+    ):
+        parse({"q": "What?", "a": "Warsaw"}, columns={"question": "q", "prompt": "q", "answer": "a"})
+
+
+def test_messages_of_a_prompt_and_of_its_completion_may_be_json_text():
+    """As a table holds them; an answer that is other JSON stays a text."""
+    prompt, answer = ([{"role": role, "content": text}] for role, text in (("user", "What?"), ("assistant", "Warsaw")))
+    assert parse({"prompt": json.dumps(prompt), "completion": json.dumps(answer)}).samples[0].messages == TALK
+    listed = json.dumps([{"name": "Warsaw"}])
+    assert parse({"prompt": "What?", "completion": listed}).samples[0].messages[1].content == listed
+
+
+def test_a_column_of_system_messages_is_reported_where_the_messages_have_one():
+    turns = [{"role": "system", "content": "Be kind."}, *GOOD["messages"]]
+    assert list(parse({"system": "Be brief.", "messages": turns}).unused) == ["system"]
+    assert not parse({"system": "Be brief.", "messages": GOOD["messages"]}).unused

@@ -12,6 +12,8 @@ from mowa.families import get_family
 from mowa.models.causal import accelerate, token_logits
 from mowa.tasks import causal
 from mowa.training.causal import dataset
+from tests.families.test_unregistered import LINEARS as UNREGISTERED
+from tests.families.test_unregistered import unregistered
 from tests.families.tiny import CAUSAL, tiny
 from tests.tasks.test_causal import make_samples
 from tests.tiny_causal import tiny_causal
@@ -51,6 +53,21 @@ def test_they_are_those_of_transformers(family, monkeypatch):
     assert [len(chunk) for chunk in chunks] == [7] * 8 + [6]
     torch.testing.assert_close(torch.cat(chunks), expected, rtol=1e-4, atol=1e-5)
     assert "forward" not in vars(net.base_model)
+
+
+@pytest.mark.parametrize("model_type", UNREGISTERED)
+def test_they_are_those_of_transformers_without_a_registry_entry(tmp_path, model_type):
+    """OPT's head is not computed from what its `base_model` returns."""
+    net = loading.causal.load(str(unregistered(tmp_path, model_type))).net
+    batch = causal.pad(make_samples(*LENGTHS), 0, pad_to_multiple_of=1)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    seen = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = net(**inputs).logits[seen]
+    found = torch.cat(list(token_logits.iter_token_logits(net, inputs, seen)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    losses = causal.sample_losses(net, [batch])
+    assert losses.tokens.tolist() == (batch["labels"][:, 1:] != causal.IGNORE_INDEX).sum(1).tolist()
 
 
 def test_an_accelerated_net_and_one_with_lora_have_theirs():

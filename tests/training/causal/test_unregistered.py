@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import mowa
 from mowa.engines import generation
@@ -14,6 +14,7 @@ from mowa.engines.settings import GenerationSettings
 from mowa.exporters.merged import write_merged
 from mowa.models.causal import packing
 from mowa.training.config import dispatch
+from mowa.training.distributed import strategy
 from tests.families.test_unregistered import unregistered
 from tests.training.causal import chats
 
@@ -48,6 +49,13 @@ def test_lora_is_trained_merged_and_generates(tmp_path, model_type, capsys):
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), out).eval()
     assert torch.allclose(theirs(ids).logits, model.net(ids).logits, atol=1e-5)
     assert torch.allclose(theirs(ids).logits, merged.net(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", PACKED)
+def test_the_precision_is_chosen_where_the_config_names_no_width_of_the_mlp(tmp_path, model_type):
+    config = AutoConfig.from_pretrained(unregistered(tmp_path / "base", model_type))
+    recipe = dispatch.parse(chats.recipe(tmp_path, optimizer__precision="auto"), "test")
+    assert strategy.resolve_precision(recipe, config) in ("float32", "bf16")
 
 
 def test_the_top_blocks_and_the_final_norm_are_trained(tmp_path):
