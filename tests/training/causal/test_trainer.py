@@ -156,8 +156,10 @@ def test_accelerated_and_stock_packed_and_padded_runs_have_the_same_losses(tmp_p
     assert accelerated == pytest.approx(padded, rel=1e-3)  # one batch holds all samples, in another order
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    other = train(tmp_path, "other")
+@pytest.mark.parametrize("added", [(), ("now then", "well")], ids=["", "with added tokens"])
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch, added):
+    same = {"optimizer__lr_scheduler": "constant", "optimizer__warmup_ratio": 0.0, "data__add_tokens": list(added)}
+    other = train(tmp_path, "other", data__add_tokens=list(added))
 
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -165,9 +167,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(optimizer, "lr_lambda", lambda config, steps: lambda step: killed() if step > 4 else 1.0)
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, "interrupted", optimizer__lr_scheduler="constant", optimizer__warmup_ratio=0.0)
+            train(tmp_path, "interrupted", **same)
     assert (tmp_path / "interrupted" / "run" / "checkpoint-3" / "complete").is_file()
-    same = {"optimizer__lr_scheduler": "constant", "optimizer__warmup_ratio": 0.0}
     resumed, uninterrupted = train(tmp_path, "interrupted", **same), train(tmp_path, "uninterrupted", **same)
     files = [(out / "adapter_model.safetensors").read_bytes() for out in (resumed, uninterrupted)]
     assert files[0] == files[1]
