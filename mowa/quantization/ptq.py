@@ -89,7 +89,12 @@ def unsupported_reason(model: AnyModel, scheme: Scheme) -> str:
         return ""
     if reason := schemes.causal_unsupported_reason(scheme):
         return reason
-    counts = {name: weight.numel() for name, weight in model.net.named_parameters() if weight.ndim == 3}
+    convolutions = {f"{name}.weight" for name, module in model.net.named_modules() if isinstance(module, nn.Conv1d)}
+    counts = {
+        name: weight.numel()
+        for name, weight in model.net.named_parameters()
+        if weight.ndim == 3 and name not in convolutions
+    }
     if scheme.weights in ("float32", "float16", "bfloat16") or not counts:
         return ""
     share = sum(counts.values()) / sum(weight.numel() for weight in model.net.parameters())

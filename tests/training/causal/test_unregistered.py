@@ -51,6 +51,15 @@ def test_lora_is_trained_merged_and_generates(tmp_path, model_type, capsys):
     assert torch.allclose(theirs(ids).logits, merged.net(ids).logits, atol=1e-4)
 
 
+def test_convolutions_are_no_experts_to_quantization(tmp_path):
+    """The int8 checkpoint is compared with stock transformers when it is written."""
+    unregistered(tmp_path / "base", "mamba")
+    model = mowa.quantize(mowa.load(tmp_path / "base"), "int8-weight")
+    mowa.export(model, "safetensors", tmp_path / "int8")
+    ids = torch.arange(3, 30)[None]
+    assert torch.equal(mowa.load(tmp_path / "int8").net(ids).logits, model.net(ids).logits)
+
+
 @pytest.mark.parametrize("model_type", PACKED)
 def test_the_precision_is_chosen_where_the_config_names_no_width_of_the_mlp(tmp_path, model_type):
     config = AutoConfig.from_pretrained(unregistered(tmp_path / "base", model_type))
