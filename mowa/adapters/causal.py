@@ -117,23 +117,28 @@ def load_adapter(model: CausalModel, folder: str | Path) -> CausalModel:
     net = lora.load_peft_model(net, folder, autocast_adapter_dtype=False)
     net.mowa_adapter = str(folder)
     tokenizer = adapter_tokenizer(model, folder)
-    if (folder / CHAT_TEMPLATE_FILE).is_file():
-        tokenizer.chat_template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
     suffix = folder.resolve().name
     origin = replace(model.origin, name=f"{model.origin.name}+{suffix}", source=f"{model.origin.source}+{suffix}")
     return replace(model, net=net.eval().requires_grad_(False), origin=origin, processor=TextProcessor(tokenizer))
 
 
 def adapter_tokenizer(model: CausalModel, folder: Path) -> Any:
-    """Return the tokenizer for the adapter in `folder`: its own where it has more tokens than a copy of the model's."""
+    """Return the tokenizer for the adapter in `folder`: a copy of the model's, or its own where the tokens differ.
+
+    A chat template in the folder is used in both cases, else that of the model.
+    """
+    tokenizer = copy.copy(model.tokenizer)
     if any((folder / name).is_file() for name in embeddings.TOKENIZER_FILES):
         from transformers import AutoTokenizer
 
         with silence_transformers():
             own = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if own.get_vocab() != model.tokenizer.get_vocab():
-            return own
-    return copy.copy(model.tokenizer)
+        template = own.chat_template or tokenizer.chat_template
+        tokenizer = own if own.get_vocab() != tokenizer.get_vocab() else tokenizer
+        tokenizer.chat_template = template
+    if (folder / CHAT_TEMPLATE_FILE).is_file():
+        tokenizer.chat_template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+    return tokenizer
 
 
 def merge_adapter(model: CausalModel, dtype: str = "auto") -> CausalModel:

@@ -57,6 +57,15 @@ def test_its_lora_is_trained_further(adapter, capsys):
     assert torch.allclose(mowa.load(out).net(ids).logits, stock(adapter.parent / "base", out)(ids).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("saved", [True, False], ids=["with a tokenizer", "alone"])
+def test_its_chat_template_is_used(adapter, saved):
+    base = mowa.load(adapter.parent / "base")
+    own = AutoTokenizer.from_pretrained(adapter.parent / "base")
+    own.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    own.save_pretrained(adapter) if saved else (adapter / "chat_template.jinja").write_text(own.chat_template)
+    assert mowa.load(adapter).tokenizer.chat_template == own.chat_template != base.tokenizer.chat_template
+
+
 def test_it_is_merged_before_a_full_training(adapter):
     out = train(adapter, "full", method="full", optimizer__max_steps=1, optimizer__learning_rate=1e-9)
     ids = torch.arange(3, 40)[None]
