@@ -25,6 +25,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments, Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.trainer_utils import get_last_checkpoint
+from mowa.training.checkpoints import MarkCompleteCallback
 from mowa.training.config import ctc
 from mowa.training.distributed import strategy
 
@@ -117,7 +118,7 @@ class RecordRates(TrainerCallback):
 settings = {
     "output_dir": str(out / "run"), "max_steps": STEPS, "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": recipe.batch.gradient_accumulation_steps, "train_sampling_strategy": "sequential",
-    "max_grad_norm": recipe.optimizer.max_grad_norm, "logging_steps": 1, "save_steps": 5, "save_total_limit": 2,
+    "max_grad_norm": recipe.optimizer.max_grad_norm, "logging_steps": 1, "save_steps": 5,
     "remove_unused_columns": False, "label_names": ["labels"], "disable_tqdm": True, "report_to": "none",
     "dataloader_num_workers": 1,
 }
@@ -127,7 +128,7 @@ settings |= strategy.distributed_arguments(
 (out / "run").mkdir(parents=True, exist_ok=True)
 trainer = OwnOptimizer(
     model=Module(), args=TrainingArguments(**settings), train_dataset=Recordings(),
-    data_collator=lambda items: items[0], compute_loss_func=loss, callbacks=[RecordRates()],
+    data_collator=lambda items: items[0], compute_loss_func=loss, callbacks=[RecordRates(), MarkCompleteCallback()],
 )
 trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out / "run")))
 state = strategy.gather_state_dict(trainer)
