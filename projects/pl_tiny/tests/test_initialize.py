@@ -16,6 +16,7 @@ import mowa
 from mowa.errors import DataError, ModelError, RecipeError
 from mowa.models.ctc_encoder.anatomy import read_anatomy
 from mowa.models.ctc_encoder.positions import freeze_absolute_positions
+from mowa.training import checkpoints, run_dir
 from projects.pl_tiny import pretrain, teachers, whisper_encoder
 from projects.pl_tiny.feature_distillation import (
     FeatureDistillationModule,
@@ -319,7 +320,7 @@ def test_failed_downloads_of_a_teacher(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_teacher_resumes(folder, tmp_path):
+def test_a_run_with_a_teacher_resumes(folder, tmp_path, monkeypatch):
     """Two stages, front end and CTC; interrupted in the second, the run ends with the same weights."""
     manifest = corpus(tmp_path / "corpus", 8)
     how = OptimizerConfig(max_steps=4, batch_s=3.0, shortest_first=0, warmup_steps=1, bf16=False, eval_steps=2)
@@ -331,9 +332,18 @@ def test_a_run_with_a_teacher_resumes(folder, tmp_path):
     )
     recipe = StagedRecipe("test", "pl", POLISH_ALPHABET, stages, teacher=str(folder), model_config=NET)
     whole = pretrain.train(recipe, tmp_path / "whole", threads=1)
-    shutil.copytree(tmp_path / "whole" / "stages", tmp_path / "broken" / "stages")
-    (tmp_path / "broken" / "stages" / "1-letters" / "weights.safetensors").unlink()
-    shutil.rmtree(tmp_path / "broken" / "stages" / "1-letters" / "checkpoints" / "checkpoint-4")
+    marked = checkpoints.MarkCompleteCallback.on_save
+
+    def interrupt(self, args, state, control, **more):
+        marked(self, args, state, control, **more)
+        if "1-letters" in args.output_dir:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.MarkCompleteCallback, "on_save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.train(recipe, tmp_path / "broken", threads=1)
+    assert [path.name for path in run_dir.list_checkpoints(tmp_path / "broken/stages/1-letters")] == ["checkpoint-2"]
     broken = pretrain.train(recipe, tmp_path / "broken", threads=1)
     ours, theirs = (AutoModelForCTC.from_pretrained(path, dtype=torch.float32) for path in (whole, broken))
     for name, value in ours.state_dict().items():
