@@ -226,7 +226,7 @@ def compare_logits(
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             mask = inputs["attention_mask"].bool()
             chunks = [iter_token_logits(model.net, inputs, mask) for model in (reference, candidate)]
-            for ours, theirs in zip(*chunks, strict=False):
+            for ours, theirs in zip(*chunks, strict=True):
                 if ours.shape != theirs.shape:
                     raise ModelError(
                         f"the models predict {ours.shape[-1]} and {theirs.shape[-1]} tokens: they do not match"

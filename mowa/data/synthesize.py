@@ -19,7 +19,7 @@ from typing import Any
 from mowa import hardware
 from mowa.data.tts.engines import open_engine
 from mowa.data.tts.plan import Clip, plan_clips
-from mowa.data.tts.speaker import Failure, Speaker, run_parallel
+from mowa.data.tts.speaker import Failure, Recording, Speaker, run_parallel
 from mowa.errors import DataError
 from mowa.io.atomic import atomic_write
 
@@ -103,30 +103,41 @@ def synthesize(
     options: dict[str, Any] = {"voices": voices, "rates": rates, "pitches": pitches}
     tts = open_engine(engine, language, **options, command=command, encoding=encoding)
     plan = plan_clips(sentences, tts, language, clips=clips, dev=dev, seed=seed, sample_rate_hz=sample_rate_hz)
-    durations: dict[str, float] = {}
-    failures: dict[int, Failure] = {}
-    reused = 0
     try:
         with _locked(out), _working_folder(out) as work:
             speaker = Speaker(tts, out / "audio", work, sample_rate_hz)
             with closing(run_parallel(speaker, plan, processes or hardware.cpu_count())) as results:
-                for index, result in results:
-                    if isinstance(result, Failure):
-                        failures[index] = result
-                        on_failure(result)
-                        if not durations and len(failures) == min(MAX_FAILURES_AT_START, len(plan)):
-                            first = f"all of the first {len(failures)} recordings failed"
-                            raise DataError(f"{first}. Line {result.line}: {result.reason}")
-                    else:
-                        durations[plan[index].id] = result.duration_s
-                        reused += result.is_reused
-                    on_progress(len(durations) + len(failures), len(plan))
+                spoken, failures = _collect(results, len(plan), on_progress, on_failure)
+            durations = {plan[index].id: recording.duration_s for index, recording in spoken.items()}
             splits = _write_manifests(out, plan, durations, language, engine)
             present = sum(file.suffix == ".flac" for file in (out / "audio").iterdir())
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
+    reused = sum(recording.is_reused for recording in spoken.values())
     ordered = tuple(failures[index] for index in sorted(failures))
     return SynthesisReport(splits, reused, ordered, unlisted=present - len(durations))
+
+
+def _collect(
+    results: Iterable[tuple[int, Recording | Failure]],
+    total: int,
+    on_progress: Callable[[int, int], object],
+    on_failure: Callable[[Failure], object],
+) -> tuple[dict[int, Recording], dict[int, Failure]]:
+    """Return the recordings and the failures by index. Raises DataError if the first `MAX_FAILURES_AT_START` fail."""
+    spoken: dict[int, Recording] = {}
+    failures: dict[int, Failure] = {}
+    for index, result in results:
+        if isinstance(result, Failure):
+            failures[index] = result
+            on_failure(result)
+            if not spoken and len(failures) == min(MAX_FAILURES_AT_START, total):
+                first = f"all of the first {len(failures)} recordings failed"
+                raise DataError(f"{first}. Line {result.line}: {result.reason}")
+        else:
+            spoken[index] = result
+        on_progress(len(spoken) + len(failures), total)
+    return spoken, failures
 
 
 @contextmanager

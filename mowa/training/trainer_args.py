@@ -20,6 +20,17 @@ def resolve_eval_steps(recipe: Any, max_steps: int) -> int:
     return min(recipe.evaluation.eval_steps or max(MIN_EVAL_STEPS, -(-max_steps // 10)), max_steps)
 
 
+def plan_options(recipe: Any) -> dict[str, Any]:
+    """Return the arguments of `plan_batches` on the length of a run, on packing and on the order of its samples."""
+    return {
+        "packing": recipe.batch.packing,
+        "epochs": recipe.optimizer.epochs,
+        "num_batches": recipe.optimizer.max_steps * recipe.batches_per_step,
+        "multiple_of": recipe.batches_per_step,
+        "seed": recipe.optimizer.seed,
+    }
+
+
 def format_length(recipe: Any, max_steps: int, eval_steps: int, over: str) -> str:
     """Return one line with the steps of a run, the data that they cover (`over`), and the option that limits them."""
     by = " (max_steps is set: epochs is not used)" if recipe.optimizer.max_steps else ""

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mowa.data.text.alphabet import OOV_POLICIES, VocabularyMapper, is_word_char
-from mowa.data.text.normalize import compose, normalize_text
+from mowa.data.text.normalize import normalize_text
 from mowa.data.text.spelling import vocabulary_speller
 from mowa.errors import DataError
 from mowa.types import Example, Vocabulary
@@ -213,16 +213,17 @@ def measure_overlap(train: Iterable[Example], dev: Iterable[Example], *, max_ids
 def _overlap_keys(example: Example) -> tuple[str, str, str]:
     """Return path, sentence and speaker; "" for a sentence of fewer than three words, which may agree by chance."""
     sentence = _sentence(example)
-    return example.audio, sentence if sentence.count(" ") >= 2 else "", _speaker(example)
+    return example.audio, sentence if sentence.count(" ") >= 2 else "", speaker_of(example)
 
 
 def _sentence(example: Example) -> str:
     return normalize_text(example.text)
 
 
-def _speaker(example: Example) -> str:
+def speaker_of(example: Example) -> str:
+    """Return the speaker as a string, which may be the number 0; "" if there is none."""
     tag = example.tags.get("speaker")
-    return "" if tag is None else compose(str(tag))
+    return "" if tag is None else str(tag)
 
 
 def split_held_out(
@@ -240,10 +241,10 @@ def split_held_out(
         raise DataError(f"hold_out is {ratio}: it must be at least 0 and less than 1.")
     if not ratio or not everything:
         return everything, ()
-    by_speaker = len({_speaker(example) for example in everything} - {""}) >= 5
+    by_speaker = len({speaker_of(example) for example in everything} - {""}) >= 5
     groups: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(everything):
-        groups[_speaker(example) if by_speaker else _sentence(example)].append(index)
+        groups[speaker_of(example) if by_speaker else _sentence(example)].append(index)
     if by_speaker:
         groups.pop("", None)
     if len(groups) < 2:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from mowa.data.text.normalize import compose, normalize_text
+from mowa.data.quality.filter import speaker_of
+from mowa.data.text.normalize import normalize_text
 from mowa.errors import DataError
 from mowa.io.atomic import atomic_write, dump_json
 from mowa.types import Example
@@ -167,13 +168,8 @@ def _build_corpus(examples: tuple[Example, ...], sizes: Mapping[Split, str], see
         if targets[split] and targets[split] >= sum(weights[split]):
             raise DataError(f"{split}: {size} leaves nothing of {len(examples)} recordings to train on")
     sentences = (normalize_text(example.text) or f"\0{number}" for number, example in enumerate(examples))
-    speakers = (_name_speaker(example.tags.get("speaker")) for example in examples)
+    speakers = map(speaker_of, examples)
     return _Corpus(examples, tuple(speakers), tuple(sentences), targets, weights, seed, tuple(notes))
-
-
-def _name_speaker(tag: object) -> str:
-    """Return a speaker as a string; "" if there is none. A speaker may be the number 0."""
-    return "" if tag is None else compose(str(tag))
 
 
 def _find_components(corpus: _Corpus) -> tuple[str, ...]:

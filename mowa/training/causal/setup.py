@@ -24,7 +24,7 @@ from mowa.training.config.causal import CausalRecipe
 from mowa.training.distributed import strategy
 from mowa.training.gradient_checkpointing import set_gradient_checkpointing
 from mowa.training.sources import hint_at_other_task
-from mowa.training.trainer_args import resolve_eval_steps
+from mowa.training.trainer_args import plan_options, resolve_eval_steps
 from mowa.types import CausalModel, Family
 
 PRETRAINED_LR, LORA_LR = 1e-5, 2e-4  # default peak rates of pretrained weights and of LoRA
@@ -106,11 +106,7 @@ def prepare(recipe: CausalRecipe, model: CausalModel, splits: CausalSplits) -> C
     batches = plan_batches(
         [len(sample) for sample in splits.train],
         max_tokens=recipe.batch.tokens,
-        packing=recipe.batch.packing,
-        epochs=recipe.optimizer.epochs,
-        num_batches=recipe.optimizer.max_steps * recipe.batches_per_step,
-        multiple_of=recipe.batches_per_step,
-        seed=recipe.optimizer.seed,
+        **plan_options(recipe),
     )
     max_steps = len(batches) // recipe.batches_per_step
     trained = replace(model, net=net)

@@ -24,6 +24,7 @@ from mowa.training.config.ctc import CTCRecipe
 from mowa.training.ctc.batches import plan_batches
 from mowa.training.ctc.dataset import CTCSplits
 from mowa.training.run_dir import resume_hint
+from mowa.training.trainer_args import plan_options
 from mowa.types import Example
 
 REPORT_FILE = "unreadable.jsonl"  # in the output folder: set, id, file and error of each recording that is left out
@@ -32,15 +33,7 @@ _KILLED = re.compile(r"DataLoader worker .*(?:is killed by signal: ([^.]+)|exite
 
 def plan(recipe: CTCRecipe, train: Sequence[tuple[Sequence[Example], float]]) -> list[list[Example]]:
     """Return the batches of the whole run."""
-    return plan_batches(
-        train,
-        max_seconds=recipe.batch.seconds,
-        packing=recipe.batch.packing,
-        epochs=recipe.optimizer.epochs,
-        num_batches=recipe.optimizer.max_steps * recipe.batches_per_step,
-        multiple_of=recipe.batches_per_step,
-        seed=recipe.optimizer.seed,
-    )
+    return plan_batches(train, max_seconds=recipe.batch.seconds, **plan_options(recipe))
 
 
 def keep_readable(recipe: CTCRecipe, data: CTCSplits, rate_hz: int) -> CTCSplits:
