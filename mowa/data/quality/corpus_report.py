@@ -22,7 +22,7 @@ import numpy as np
 
 from mowa.data import audio
 from mowa.data.audio.decoders import AudioBytes, AudioInfo
-from mowa.data.text.normalize import normalize_text
+from mowa.data.text.normalize import compose, normalize_text
 from mowa.errors import AudioError, MowaError
 from mowa.types import Example
 
@@ -225,7 +225,7 @@ class _Tally:
     def add_text(self, example: Example) -> None:
         for tag, counter in self.tags.items():
             if (value := example.tags.get(tag)) not in (None, ""):
-                counter[str(value)] += 1
+                counter[compose(str(value))] += 1
         text = normalize_text(example.text)
         if not text:
             self.issues["empty_text"].add(example.id, "")

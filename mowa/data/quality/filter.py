@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mowa.data.text.alphabet import OOV_POLICIES, VocabularyMapper, is_word_char
-from mowa.data.text.normalize import normalize_text
+from mowa.data.text.normalize import compose, normalize_text
 from mowa.data.text.spelling import vocabulary_speller
 from mowa.errors import DataError
 from mowa.types import Example, Vocabulary
@@ -221,9 +221,9 @@ def _sentence(example: Example) -> str:
 
 
 def speaker_of(example: Example) -> str:
-    """Return the speaker as a string, which may be the number 0; "" if there is none."""
+    """Return the speaker, which may be the number 0, as a string in NFC; "" if there is none."""
     tag = example.tags.get("speaker")
-    return "" if tag is None else str(tag)
+    return "" if tag is None else compose(str(tag))
 
 
 def split_held_out(
