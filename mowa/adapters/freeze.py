@@ -69,8 +69,16 @@ def set_trainable(net: Any, family: Family, method: str) -> None:
     is_trainable = _trainable_rule(method, parameters, family)
     for parameter in parameters:
         parameter.tensor.requires_grad_(is_trainable(parameter))
+    skip_frozen_front_end(net)
+
+
+def skip_frozen_front_end(net: Any) -> None:
+    """Let the front end of `net` compute a gradient only if it is trained; transformers' asks for that of the samples.
+
+    Without this, a frozen front end and everything above it take part in the backward pass.
+    """
     for module in net.modules():
-        if hasattr(module, "_requires_grad"):  # else transformers' front ends compute the gradient of the samples
+        if hasattr(module, "_requires_grad"):
             module._requires_grad = any(weight.requires_grad for weight in module.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Command line of pl-tiny's build: `python -m projects.pl_tiny text|synth|festival|people|train`."""
+"""Command line of pl-tiny's build: `python -m projects.pl_tiny text|synth|festival|people|shards|train`."""
 
 from __future__ import annotations
 
@@ -124,6 +124,17 @@ def people(out: Path, names: tuple[str, ...], downloads: Path) -> None:
         report = build_corpus(out, [name], downloads)[name]
         skipped = "".join(f"; skipped {count}: {reason}" for reason, count in sorted(report.skipped.items()))
         click.echo(f"{name}: {report.clips} clips, {report.hours:.2f} h ({SOURCES[name].licence}){skipped}", err=True)
+
+
+@cli.command(short_help="Unpack a corpus of tar shards.")
+@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@OUT_FOLDER
+def shards(source: Path, out: Path) -> None:
+    """Unpack a folder of tar shards with a manifest.jsonl into recordings and one manifest for each voice."""
+    from projects.pl_tiny.shards import unpack_corpus
+
+    for voice, hours in unpack_corpus(source, out).items():
+        click.echo(f"{voice}: {hours:.2f} h", err=True)
 
 
 @cli.command(short_help="Train a staged recipe.")

@@ -66,6 +66,17 @@ class Teacher:
         blocks = self.encoder.encode(low, frame_mask) if with_blocks else ()
         return tuple(part[:, self.frame_offset :].float() for part in (low, *blocks))
 
+    @torch.no_grad()
+    def extract_above(self, depth: int, state: Tensor, mask: Tensor) -> dict[int, Tensor]:
+        """Return the features of the blocks above `depth`, by depth; its output is `state`. `mask` [B, N]: of samples.
+
+        They are those that the teacher has for a net whose lower blocks are its own.
+        """
+        lengths = mask.sum(1) // FRAME_SAMPLES - self.frame_offset
+        frame_mask = torch.arange(state.shape[1], device=state.device) < lengths[:, None]
+        above = self.encoder.encode_from(depth, state, frame_mask)
+        return {number: features.float() for number, features in enumerate(above, depth + 1)}
+
 
 @torch.no_grad()
 def measure_feature_std(encoder: WhisperEncoder, recordings: Sequence[np.ndarray]) -> list[Tensor]:
@@ -88,14 +99,20 @@ def measure_feature_std(encoder: WhisperEncoder, recordings: Sequence[np.ndarray
 class FeatureDistillationModule(nn.Module):
     """The module the Trainer trains: the net and the loss of a stage. Evaluation has the CTC term alone, if it is used.
 
-    `left_context`: frames before a chunk that are attended to, for batches in chunks; None: all.
+    `left_context`: frames before a chunk that are attended to, for batches in chunks; None: all. `frozen_blocks`: lower
+    blocks that still are the teacher's; its features are computed from their output, which saves running it whole.
     """
 
     def __init__(
-        self, net: nn.Module, weights: LossWeights, teacher: Teacher | None = None, left_context: int | None = None
+        self,
+        net: nn.Module,
+        weights: LossWeights,
+        teacher: Teacher | None = None,
+        left_context: int | None = None,
+        frozen_blocks: int = 0,
     ) -> None:
         super().__init__()
-        self.net, self.weights, self.left_context = net, weights, left_context
+        self.net, self.weights, self.left_context, self.frozen_blocks = net, weights, left_context, frozen_blocks
         self._teacher = (teacher,)  # a tuple, so that it is no part of the checkpoint
 
     def forward(
@@ -144,12 +161,15 @@ class FeatureDistillationModule(nn.Module):
     ) -> Tensor:
         """Return the front-end and feature terms over unpadded frames; the last block counts three times."""
         last = len(states) - 1
-        shares = {depth: 1.0 for depth in range(1, last)} | {last: 3.0}
+        shares = {depth: 1.0 for depth in range(self.frozen_blocks + 1, last)} | {last: 3.0}
         weights = {depth: self.weights.features * share / sum(shares.values()) for depth, share in shares.items()}
         weights[0] = self.weights.front_end
-        targets = list(teacher.extract(values, mask, with_blocks=last > 0))
-        targets[0] = targets[0] - SHIFT
-        count = min(targets[0].shape[1], max(state.shape[1] for state in states if state is not None))
+        if self.frozen_blocks:
+            targets = teacher.extract_above(self.frozen_blocks, states[self.frozen_blocks][selected], mask)
+        else:
+            targets = dict(enumerate(teacher.extract(values, mask, with_blocks=last > 0)))
+            targets[0] = targets[0] - SHIFT
+        count = min(targets[last].shape[1], states[last].shape[1])
         lengths = mask.sum(1) // FRAME_SAMPLES - 1 - teacher.frame_offset
         valid = (torch.arange(count, device=values.device) < lengths[:, None]).float()[..., None]
         total = values.new_zeros(())

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCTC, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
 from mowa import hardware
+from mowa.adapters.freeze import skip_frozen_front_end
 from mowa.data.manifests.examples import read_examples
 from mowa.decode import ctc as decoder
 from mowa.errors import DataError, MissingDependency, RecipeError
@@ -40,6 +41,7 @@ from projects.pl_tiny.recipe import DevSet, OptimizerConfig, Stage, StagedRecipe
 
 REQUIRED_PACKAGES = ("accelerate", "jiwer", "matplotlib")
 DOWNLOADS = Path("build/teachers")
+_BELOW_BLOCKS = ("wav2vec2.feature_", "wav2vec2.masked_spec_embed", "wav2vec2.encoder.pos_conv_embed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,7 @@ def _run_stage(
         net.load_state_dict(load_file(finished))
         return list(json.loads(log.read_text()))
     _validate_stage(stage, net, teacher)
+    net.requires_grad_(True)  # an earlier stage may have frozen some of it
     how, share = stage.optimizer, stage.optimizer.weight_interpolation
     before = {name: value.clone() for name, value in net.wav2vec2.state_dict().items()} if share != 1 else {}
     print(f"stage {number}, {stage.name}: {how.max_steps} steps", file=sys.stderr)
@@ -181,6 +184,14 @@ def _run_stage(
 def _validate_stage(stage: Stage, net: Any, teacher: Teacher | None) -> None:
     if (stage.front_end_weight or stage.feature_weight) and teacher is None:
         raise RecipeError(f"stage {stage.name}: front_end_weight and feature_weight need a teacher")
+    if stage.frozen_blocks and not stage.ctc_weight:
+        raise RecipeError(f"stage {stage.name}: frozen_blocks leaves nothing to train without ctc_weight above 0")
+    if stage.frozen_blocks > (most := net.config.num_hidden_layers - 1):
+        raise RecipeError(f"stage {stage.name}: frozen_blocks is {stage.frozen_blocks}; at most {most} of this net's")
+    if stage.frozen_blocks and stage.front_end_weight:
+        raise RecipeError(f"stage {stage.name}: front_end_weight trains the front end, which frozen_blocks freezes")
+    if stage.frozen_blocks and stage.streaming and stage.feature_weight:
+        raise RecipeError(f"stage {stage.name}: with frozen_blocks and streaming, feature_weight must be 0")
     if stage.streaming and not stage.ctc_weight:
         raise RecipeError(f"stage {stage.name}: streaming needs the CTC loss; set ctc_weight above 0")
     if stage.streaming and (reason := chunk_mask.unsupported_reason(net)):
@@ -197,7 +208,9 @@ def _build_trainer(recipe: StagedRecipe, net: Any, teacher: Teacher | None, data
     weights = LossWeights(stage.ctc_weight, stage.front_end_weight, stage.feature_weight)
     distills = weights.front_end or weights.features
     left_context = seconds_to_frames(net.config, stage.streaming.left_context_s) if stage.streaming else 0
-    module = FeatureDistillationModule(net, weights, teacher if distills else None, left_context or None)
+    module = FeatureDistillationModule(
+        net, weights, teacher if distills else None, left_context or None, stage.frozen_blocks
+    )
     optimizer = build_optimizer(module, how)
     return StageTrainer(
         model=module,
@@ -227,15 +240,20 @@ def _kept_checkpoints(how: OptimizerConfig) -> int:
 
 def build_optimizer(module: FeatureDistillationModule, how: OptimizerConfig) -> torch.optim.Optimizer:
     """Return AdamW with one parameter group per learning rate; matrices are decayed, vectors not. Rate 0 freezes."""
+    layers = [f"wav2vec2.encoder.layers.{index}." for index in range(module.frozen_blocks)]
+    frozen = (*_BELOW_BLOCKS, *layers) if layers else ()
     groups: dict[tuple[float, bool], list[Any]] = {}
     unused = set(how.lr_multipliers)
     for name, parameter in module.net.named_parameters():
         matching = [prefix for prefix in how.lr_multipliers if name.startswith(prefix)]
         unused -= set(matching)
         factor = how.lr_multipliers[max(matching, key=len)] if matching else 1.0
+        if name.startswith(frozen):
+            factor = 0.0
         parameter.requires_grad_(factor > 0)
         if factor > 0:
             groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
+    skip_frozen_front_end(module.net)
     if unused:
         prefixes = ", ".join(sorted(unused))
         raise RecipeError(f"optimizer: lr_multipliers: no parameter's name begins with {prefixes}")

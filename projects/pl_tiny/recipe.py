@@ -94,7 +94,8 @@ class OptimizerConfig:
 class Stage:
     """One stage of a run. The three weights are those of the loss terms in `feature_distillation`.
 
-    Without the CTC term, inputs are windows of `window_s`, cut from concatenated recordings.
+    Without the CTC term, inputs are windows of `window_s`, cut from concatenated recordings. `frozen_blocks`: that many
+    lower blocks, and all below them, are not trained; the teacher then continues from what they give.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Stage:
     ctc_weight: float = 1.0
     front_end_weight: float = 0.0
     feature_weight: float = 0.0
+    frozen_blocks: int = schema.option(0, "blocks that are not trained", minimum=0)
     streaming: StreamingConfig | None = None
     augment: AugmentSchedule = field(default_factory=AugmentSchedule)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

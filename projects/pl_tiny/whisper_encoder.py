@@ -79,10 +79,13 @@ class WhisperEncoder(nn.Module):
 
         `mask` bool [B, T] is true for frames that may be attended to.
         """
-        state = frames + self.positions[: frames.shape[1]]
+        return self.encode_from(0, frames + self.positions[: frames.shape[1]], mask)
+
+    def encode_from(self, start: int, state: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the output [B, T, D] of the blocks from `start` on, given the output [B, T, D] of the block before."""
         attention_mask = None if mask is None else mask[:, None, None, :]
         states = []
-        for block in self.blocks.layers:
+        for block in self.blocks.layers[start:]:
             out = block(state, attention_mask=attention_mask)
             state = out[0] if isinstance(out, tuple) else out  # transformers 5.17 returns a tuple
             states.append(state)

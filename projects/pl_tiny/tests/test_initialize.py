@@ -26,7 +26,7 @@ from projects.pl_tiny.feature_distillation import (
     measure_feature_std,
 )
 from projects.pl_tiny.front_end import front_end_config, write_front_end
-from projects.pl_tiny.recipe import DevSet, OptimizerConfig, Source, Stage, StagedRecipe
+from projects.pl_tiny.recipe import DevSet, OptimizerConfig, Source, Stage, StagedRecipe, StreamingConfig
 from projects.pl_tiny.text import POLISH_ALPHABET
 from projects.pl_tiny.whisper_encoder import FRAME_SAMPLES, INPUT_RMS, LOG_MEL_MAX, WhisperEncoder, copy_blocks
 from projects.pl_tiny.write_positions import CONSTANT, order_channels, permute_channels, write_positions
@@ -179,6 +179,42 @@ def test_loss_terms(teacher, net):
     assert net.lm_head.weight.grad is None or not net.lm_head.weight.grad.any()
 
 
+def test_above_frozen_blocks_the_teacher_continues_from_the_net(encoder, folder, teacher, net):
+    """The distance is zero while the upper blocks are the teacher's, whatever the front end gives; padding included."""
+    copy_blocks(teachers.read_ctranslate2(folder / "model.bin"), net.wav2vec2.encoder)
+    net.eval()
+    lengths = torch.tensor([32_000, 20_000])
+    mask = (torch.arange(32_000) < lengths[:, None]).long()
+    values = torch.from_numpy(np.stack([clip(5, 32_000), clip(6, 32_000)])) * mask
+    module = FeatureDistillationModule(net, LossWeights(ctc=0.0, features=1.0), teacher, frozen_blocks=2)
+    optimizer = pretrain.build_optimizer(module, OptimizerConfig())
+    batch = {"labels": torch.tensor([[5], [6]]), "use_features": torch.tensor([True, True]), "attention_mask": mask}
+    assert module(values, **batch)["loss"] < 1e-3
+    torch.nn.init.normal_(net.wav2vec2.encoder.layers[3].feed_forward.output_dense.weight)
+    loss = module(values, **batch)["loss"]
+    assert loss > 0.1
+    loss.backward()
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = {name for name, p in net.named_parameters() if id(p) in trained}
+    assert {name.split(".")[3] for name in names if ".layers." in name} == {"2", "3"}
+    assert not any(name.startswith(("wav2vec2.feature", "wav2vec2.encoder.pos_conv")) for name in names)
+    assert all(p.grad is None for name, p in net.named_parameters() if name not in names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frozen_blocks": 4}, "frozen_blocks is 4; at most 3"),
+        ({"frozen_blocks": 1, "ctc_weight": 0.0}, "leaves nothing to train"),
+        ({"frozen_blocks": 1, "front_end_weight": 1.0}, "front_end_weight trains the front end"),
+        ({"frozen_blocks": 1, "feature_weight": 1.0, "streaming": StreamingConfig()}, "feature_weight must be 0"),
+    ],
+)
+def test_contradictory_frozen_blocks_are_refused(net, teacher, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        pretrain._validate_stage(Stage("x", (), (), **changes), net, teacher)
+
+
 def test_written_front_end_matches_the_teacher(encoder, folder, teacher, net):
     """The written front end gives the teacher's frames for waveforms, without training."""
     order = order_channels(teacher.scales[1], 16)
@@ -325,9 +361,10 @@ def test_a_run_with_a_teacher_resumes(folder, tmp_path, monkeypatch):
     manifest = corpus(tmp_path / "corpus", 8)
     how = OptimizerConfig(max_steps=4, batch_s=3.0, shortest_first=0, warmup_steps=1, bf16=False, eval_steps=2)
     sources, dev = (Source(manifest, features=True),), (DevSet("dev", manifest, 4),)
+    frozen = dataclasses.replace(how, lr_multipliers={"wav2vec2.feature_projection": 0.0})  # in this stage alone
     averaged = dataclasses.replace(how, average_checkpoints=2)
     stages = (
-        Stage("front", sources, dev, window_s=1.0, ctc_weight=0.0, front_end_weight=1.0, optimizer=how),
+        Stage("front", sources, dev, window_s=1.0, ctc_weight=0.0, front_end_weight=1.0, optimizer=frozen),
         Stage("letters", sources, dev, front_end_weight=0.1, feature_weight=0.5, optimizer=averaged),
     )
     recipe = StagedRecipe("test", "pl", POLISH_ALPHABET, stages, teacher=str(folder), model_config=NET)
