@@ -105,10 +105,15 @@ def _load_stage_data(stage: Stage) -> StageData:
     """Read and check a stage's manifests before anything is trained."""
     sources = []
     for source in stage.sources:
+        if source.optional and not Path(source.manifest).is_file():
+            print(f"stage {stage.name}: {source.manifest} does not exist, left out", file=sys.stderr)
+            continue
         examples = [e for e in read_examples(source.manifest) if e.duration_s <= stage.max_duration_s]
         if not examples:
             raise DataError(f"{source.manifest}: no recordings of at most {stage.max_duration_s:g} s to train on")
         sources.append(([Clip(example, source.ctc, source.features) for example in examples], source.share))
+    if not sources:
+        raise DataError(f"stage {stage.name}: none of its sources exists")
     return StageData(sources, {dev.name: _sample_dev_set(dev) for dev in stage.dev})
 
 

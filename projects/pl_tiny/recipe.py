@@ -15,13 +15,15 @@ from mowa.training.config import schema
 class Source:
     """A training manifest (JSON lines: id, audio, text, duration_s) and its share of the seconds of every batch.
 
-    `ctc`: train on its transcripts. `features`: train on the teacher's features of its recordings.
+    `ctc`: train on its transcripts. `features`: train on the teacher's features of its recordings. `optional`: without
+    the manifest, the other sources share its seconds, and a line says so.
     """
 
     manifest: str
     share: float = 1.0
     ctc: bool = True
     features: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,3 +264,15 @@ def test_unsupported_streaming_is_refused_before_training(recipe, tmp_path):
     without_ctc = dataclasses.replace(recipe, stages=(dataclasses.replace(stage, ctc_weight=0.0),))
     with pytest.raises(RecipeError, match="streaming needs the CTC loss"):
         pretrain.train(without_ctc, tmp_path / "b")
+
+
+def test_an_optional_source_may_be_missing(recipe, tmp_path, capsys):
+    (stage,) = recipe.stages
+    absent = Source(str(tmp_path / "absent.jsonl"), share=3.0, optional=True)
+    data = pretrain._load_stage_data(dataclasses.replace(stage, sources=(*stage.sources, absent)))
+    assert [share for _, share in data.sources] == [1.0]
+    assert "absent.jsonl does not exist, left out" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"absent\.jsonl"):
+        pretrain._load_stage_data(dataclasses.replace(stage, sources=(dataclasses.replace(absent, optional=False),)))
+    with pytest.raises(DataError, match="letters: none of its sources exists"):
+        pretrain._load_stage_data(dataclasses.replace(stage, sources=(absent,)))
