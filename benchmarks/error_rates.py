@@ -46,6 +46,13 @@ def change_audio(examples: list[Example], change: Change, folder: Path) -> list[
     return out
 
 
+def degrade(name: str, examples: list[Example], folder: Path) -> dict[str, list[Example]]:
+    """The same examples with noise and over the telephone, by the name of the set."""
+    noise = change_audio(examples, lambda x, rng: augment.add_noise(x, rng, 10.0), folder / f"{name}-noise")
+    telephone = change_audio(examples, lambda x, _: augment.simulate_telephone(x), folder / f"{name}-telephone")
+    return {f"{name}, noise at 10 dB": noise, f"{name}, telephone band": telephone}
+
+
 def open_model(model: str) -> Transcriber:
     engine = mowa.open_engine(mowa.load(model), dtype="float32")
 
@@ -100,16 +107,11 @@ def main() -> None:
     training = {normalize_text(line) for line in (data / "sentences.txt").read_text().splitlines()}
     transcribe, rows, peers = open_model(options.model), [], []
     with tempfile.TemporaryDirectory() as scratch:
-        noise = change_audio(unseen, lambda x, rng: augment.add_noise(x, rng, 10.0), Path(scratch) / "noise")
-        telephone = change_audio(unseen, lambda x, _: augment.simulate_telephone(x), Path(scratch) / "telephone")
-        sets = {
-            "synthetic, voices from training": seen,
-            "synthetic, ten other voices": unseen,
-            "ten other voices, noise at 10 dB": noise,
-            "ten other voices, telephone band": telephone,
-        }
+        sets = {"synthetic, voices from training": seen, "synthetic, ten other voices": unseen}
+        sets |= degrade("ten other voices", unseen, Path(scratch))
         if options.human:
             sets["people"] = read_people(options.human)[: options.max_samples]
+            sets |= degrade("people", sets["people"], Path(scratch))
         name = Path(options.model).name
         for of, examples in sets.items():
             rows.append(measure(name, of, examples, transcribe, training))
