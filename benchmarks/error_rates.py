@@ -47,7 +47,7 @@ def change_audio(examples: list[Example], change: Change, folder: Path) -> list[
 
 
 def degrade(name: str, examples: list[Example], folder: Path) -> dict[str, list[Example]]:
-    """The same examples with noise and over the telephone, by the name of the set."""
+    """Return the same examples with noise and in the telephone band, by the name of the set."""
     noise = change_audio(examples, lambda x, rng: augment.add_noise(x, rng, 10.0), folder / f"{name}-noise")
     telephone = change_audio(examples, lambda x, _: augment.simulate_telephone(x), folder / f"{name}-telephone")
     return {f"{name}, noise at 10 dB": noise, f"{name}, telephone band": telephone}

@@ -1,7 +1,8 @@
 """Unpack a corpus of tar shards into manifests, one for each voice.
 
 The folder has `manifest.jsonl`, whose lines hold id, shard, text, duration_s and voice, and the shards, which hold
-`{id}.opus` for each line. docs/corpora.md says how to synthesize the like with `mowa data synthesize --engine command`.
+`{id}.opus` for each line. With RHVoice installed, `mowa data synthesize --engine command` makes the like of pl-tiny's
+(docs/synthesize.md).
 """
 
 from __future__ import annotations

@@ -104,9 +104,16 @@ def _unused_keys(turn: Mapping[str, Any], roles: Mapping[str, str]) -> Iterator[
 
 
 def _is_system(turn: Any, roles: Mapping[str, str]) -> bool:
-    """Return whether a turn is a system message, beside which the column of system messages is not used."""
-    key = _first_key(turn, MESSAGE_KEYS["role"]) if isinstance(turn, Mapping) else None
-    return key is not None and str(roles.get(str(turn[key]), turn[key])).strip().lower() == "system"
+    """Return whether a turn begins with a system message, beside which the column of system messages is not used."""
+    if not isinstance(turn, Mapping):
+        return False
+    return _find_role(turn, roles) == "system" or "system" in _pair_keys(turn, roles)
+
+
+def _find_role(turn: Mapping[str, Any], roles: Mapping[str, str]) -> str | None:
+    """Return the role of a turn as `ROLE_ALIASES` names it, or None if it is missing or unknown."""
+    key = _first_key(turn, MESSAGE_KEYS["role"])
+    return None if key is None else ROLE_ALIASES.get(str(roles.get(str(turn[key]), turn[key])).strip().lower())
 
 
 def _is_nothing(value: Any) -> bool:
@@ -168,7 +175,7 @@ def _parse_message(value: Mapping[str, Any], number: int, roles: Mapping[str, st
     given = get("role")
     if given is None:
         raise InvalidSample("no role", f"{where}; {there}")
-    role = ROLE_ALIASES.get(str(roles.get(str(given), given)).strip().lower())
+    role = _find_role(value, roles)
     if role is None:
         known = ", ".join(ROLE_ALIASES)
         raise InvalidSample("unknown role", f"{where} has {given!r}; known: {known}; data.roles maps others")
@@ -245,12 +252,8 @@ def _read_turns(value: Any, roles: Mapping[str, str]) -> Any:
     if not isinstance(value, str):
         return value if _is_turns(value) else None
     parsed = parse_json(value)
-    if not _is_turns(parsed) or not all(isinstance(one, Mapping) for one in parsed):
-        return None
-    keys = (_first_key(one, MESSAGE_KEYS["role"]) for one in parsed)
-    known = {*ROLE_ALIASES, *roles}
-    named = [key is not None and str(one[key]) in known for key, one in zip(keys, parsed, strict=True)]
-    return parsed if all(named) else None
+    is_chat = _is_turns(parsed) and all(isinstance(one, Mapping) and _find_role(one, roles) for one in parsed)
+    return parsed if is_chat else None
 
 
 def _is_turns(value: Any) -> bool:

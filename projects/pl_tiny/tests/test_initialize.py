@@ -199,6 +199,10 @@ def test_above_frozen_blocks_the_teacher_continues_from_the_net(encoder, folder,
     assert {name.split(".")[3] for name in names if ".layers." in name} == {"2", "3"}
     assert not any(name.startswith(("wav2vec2.feature", "wav2vec2.encoder.pos_conv")) for name in names)
     assert all(p.grad is None for name, p in net.named_parameters() if name not in names)
+    extract = net.train().wav2vec2.feature_extractor  # in training, transformers' asks for the gradient of the samples
+    assert not extract(values).requires_grad
+    pretrain.build_optimizer(FeatureDistillationModule(net, LossWeights()), OptimizerConfig())
+    assert extract(values).requires_grad
 
 
 @pytest.mark.parametrize(

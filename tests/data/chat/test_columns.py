@@ -180,6 +180,8 @@ def test_messages_of_a_prompt_and_of_its_completion_may_be_json_text():
     """As a table holds them; an answer that is other JSON stays a text."""
     prompt, answer = ([{"role": role, "content": text}] for role, text in (("user", "What?"), ("assistant", "Warsaw")))
     assert parse({"prompt": json.dumps(prompt), "completion": json.dumps(answer)}).samples[0].messages == TALK
+    shouted = json.dumps([{"role": "USER", "content": "What?"}])
+    assert parse({"prompt": shouted, "completion": "Warsaw"}).samples[0].messages == TALK
     listed = json.dumps([{"name": "Warsaw"}])
     assert parse({"prompt": "What?", "completion": listed}).samples[0].messages[1].content == listed
 
@@ -188,3 +190,5 @@ def test_a_column_of_system_messages_is_reported_where_the_messages_have_one():
     turns = [{"role": "system", "content": "Be kind."}, *GOOD["messages"]]
     assert list(parse({"system": "Be brief.", "messages": turns}).unused) == ["system"]
     assert not parse({"system": "Be brief.", "messages": GOOD["messages"]}).unused
+    pairs = [{"system": "Be kind.", "user": "What?", "assistant": "Warsaw"}]
+    assert list(parse({"system": "Be brief.", "messages": pairs}).unused) == ["system"]
