@@ -9,6 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 HUMAN ?=
+RHVOICE ?=
 WHISPER ?=
 
 .PHONY: demo test slow check model micro score bench gpu docs browser apt-espeak apt-festival
@@ -38,7 +39,8 @@ docs: .venv/.run
 	$(BIN)/python -m mowa.cli.docs_pages docs
 
 # Builds pl-tiny (projects/pl_tiny/README.md). Steps whose result is under build/ are skipped, and an
-# interrupted training run resumes.
+# interrupted training run resumes. RHVOICE=folder names the Polish speech of RHVoice in tar shards; without it the
+# model is trained on the other sources alone.
 PL_TINY := $(BIN)/python -m projects.pl_tiny
 model: .venv/.test apt-espeak apt-festival
 	test -f build/pl-tiny/text.txt || $(PL_TINY) text --debian all --out build/pl-tiny/text.txt
@@ -47,8 +49,9 @@ model: .venv/.test apt-espeak apt-festival
 	$(PL_TINY) people --out build/people --source fillets-cs
 	$(PL_TINY) festival build/pl-tiny/sentences.txt --out build/festival --clips 4000
 	$(PL_TINY) festival build/pl-tiny/held-out.txt --out build/festival --voice czech_dita --clips 300
-	test -f build/pl-tiny/third/model.safetensors || $(PL_TINY) train projects/pl_tiny/recipes/pl-tiny.yaml --out build/pl-tiny/third
-	$(BIN)/python -m benchmarks.error_rates --model build/pl-tiny/third
+	$(if $(RHVOICE),$(PL_TINY) shards $(RHVOICE) --out build/rhvoice)
+	test -f build/pl-tiny/fourth/model.safetensors || $(PL_TINY) train projects/pl_tiny/recipes/pl-tiny.yaml --out build/pl-tiny/fourth
+	$(BIN)/python -m benchmarks.error_rates --model build/pl-tiny/fourth
 
 micro: .venv/.test
 	$(PL_TINY) train projects/pl_tiny/recipes/micro.yaml --out build/micro

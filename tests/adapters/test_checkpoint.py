@@ -259,9 +259,10 @@ def test_adapters_are_used_by_several_threads(base, tmp_path):
     model = loading.load(str(base))
     models = [checkpoint.load_adapter(model, tmp_path / str(index)) for index in range(4)] + [model]
     expected = [[logits(one.net, seed) for seed in range(3)] for one in models]
-    failures = []
+    failures, cores = [], torch.get_num_threads()
 
     def run(index):
+        torch.set_num_threads(cores)  # which each thread has for itself, and earlier tests may have set here
         for round_ in range(12):
             seed = round_ % 3
             if not torch.equal(logits(models[index].net, seed), expected[index][seed]):
