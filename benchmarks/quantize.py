@@ -22,9 +22,8 @@ from benchmarks.speech_sets import prepare, read_people, read_set
 from benchmarks.tables import markdown
 from benchmarks.transcribe import checkpoint
 from benchmarks.views import VIEWS
-from mowa.cli.quantize import ALL_SCHEMES
 from mowa.evaluation import report as reports
-from mowa.quantization.schemes import parse_scheme
+from mowa.quantization.schemes import REPORT_SCHEMES, parse_scheme
 
 FORMATS = ("onnx", "safetensors")
 SET_TAG = "accent"  # the tag that tells the sets of recordings apart
@@ -73,7 +72,7 @@ def to_rows(report: Any, *, errors: bool) -> list[record.Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schemes", nargs="+", default=[*ALL_SCHEMES, "int4-weight+gptq+asym"])
+    parser.add_argument("--schemes", nargs="+", default=[*REPORT_SCHEMES["ctc"], "int4-weight+gptq+asym"])
     parser.add_argument("--random", action="store_true", help="a network of XLSR-53's size instead of pl-tiny")
     parser.add_argument("--human", type=Path, help="a folder with transcripts.tsv")
     parser.add_argument("--clips", type=int, help="clips per set")

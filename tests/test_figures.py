@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from pathlib import Path
 
 import pytest
 
+import benchmarks
 from benchmarks import figures, record, tables
 
 ROWS = [
@@ -29,6 +32,11 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_figures_of_this_repository_are_up_to_date() -> None:
     assert figures.run(record.ROOT, check=True) == []
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
+def test_every_benchmark_imports(name: str) -> None:
+    importlib.import_module(f"benchmarks.{name}")
 
 
 def test_every_result_says_how_it_was_measured() -> None:
