@@ -1,9 +1,9 @@
-"""Make pl-tiny smaller: train it for four bits, distill it to half its depth, and export it to Core ML.
+"""Measure quantization-aware training, distillation to half the depth, and Core ML exports of pl-tiny.
 
     python -m benchmarks.compress qat [--human FOLDER]     # 350 steps, then int4-weight against pl-tiny in float32
     python -m benchmarks.compress distill                  # 500 steps, three of six layers
     python -m benchmarks.compress coreml                   # every scheme, compared with PyTorch
-    python -m benchmarks.compress qat --steps 2 --record ''   # a check, two minutes
+    python -m benchmarks.compress qat --steps 2            # a check, two minutes
 
 The data are those of `make model`.
 """
@@ -90,7 +90,7 @@ def interval(estimate: Any) -> dict[str, float]:
 
 
 def real_time_factors(nets: dict[str, Any]) -> dict[str, float]:
-    """Median over rounds in which the nets take turns, in float32, of 15 s of the bundled recording."""
+    """Return each model's median real-time factor in float32 on 15 s of the bundled recording; they take turns."""
     import torch
 
     from mowa.data import audio
@@ -122,7 +122,8 @@ def export_coreml(given: argparse.Namespace) -> list[record.Row]:
             verified = find_manifest(out).sections["verification"]
             row["max_abs_diff"] = round(verified["max_abs_diff"], 5)
         else:
-            row |= {"frame_agreement": round(artifact.agreement or 0, 4), "ios": ios}
+            assert artifact.agreement is not None
+            row |= {"frame_agreement": round(artifact.agreement, 4), "ios": ios}
         rows.append(row)
     return rows
 
@@ -134,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--human", type=Path, help="a folder with transcripts.tsv")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="training steps, for a check that records nothing")
     parser.add_argument("--train", default="build/pl-tiny/train.jsonl")
     parser.add_argument("--dev", default="build/pl-tiny/dev.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("build/compress"))
@@ -143,7 +144,8 @@ def main() -> None:
     measure, name = PARTS[given.part]
     rows = measure(given)
     print(markdown(VIEWS[name]["table"], rows))
-    record.write(name if given.record is None else given.record, rows)
+    default = name if given.steps is None else ""
+    record.write(default if given.record is None else given.record, rows)
 
 
 if __name__ == "__main__":

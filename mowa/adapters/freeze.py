@@ -69,13 +69,14 @@ def set_trainable(net: Any, family: Family, method: str) -> None:
     is_trainable = _trainable_rule(method, parameters, family)
     for parameter in parameters:
         parameter.tensor.requires_grad_(is_trainable(parameter))
-    skip_frozen_front_end(net)
+    set_front_end_gradient(net)
 
 
-def skip_frozen_front_end(net: Any) -> None:
-    """Let the front end of `net` compute a gradient only if it is trained; transformers' asks for that of the samples.
+def set_front_end_gradient(net: Any) -> None:
+    """Set `_requires_grad` of transformers' front ends in `net` to whether any of their weights is trained.
 
-    Without this, a frozen front end and everything above it take part in the backward pass.
+    While it is true, training mode computes the gradient of the input samples, and so a frozen front end takes part in
+    the backward pass.
     """
     for module in net.modules():
         if hasattr(module, "_requires_grad"):

@@ -68,11 +68,15 @@ class Teacher:
 
     @torch.no_grad()
     def extract_above(self, depth: int, state: Tensor, mask: Tensor) -> dict[int, Tensor]:
-        """Return the features of the blocks above `depth`, by depth; its output is `state`. `mask` [B, N]: of samples.
+        """Return the features of the teacher's blocks above `depth`, float32 [B, T, D] by depth.
 
-        They are those that the teacher has for a net whose lower blocks are its own.
+        They are the teacher's only if the net's blocks up to `depth` equal the teacher's.
+
+        Args:
+            state: output of block `depth`, [B, T, D].
+            mask: [B, N], 1 for samples and 0 for padding.
         """
-        lengths = mask.sum(1) // FRAME_SAMPLES - self.frame_offset
+        lengths = (mask.sum(1) // FRAME_SAMPLES - self.frame_offset).clamp(min=1)
         frame_mask = torch.arange(state.shape[1], device=state.device) < lengths[:, None]
         above = self.encoder.encode_from(depth, state, frame_mask)
         return {number: features.float() for number, features in enumerate(above, depth + 1)}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCTC, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
 from mowa import hardware
-from mowa.adapters.freeze import skip_frozen_front_end
+from mowa.adapters.freeze import set_front_end_gradient
 from mowa.data.manifests.examples import read_examples
 from mowa.decode import ctc as decoder
 from mowa.errors import DataError, MissingDependency, RecipeError
@@ -190,9 +190,11 @@ def _validate_stage(stage: Stage, net: Any, teacher: Teacher | None) -> None:
     if (stage.front_end_weight or stage.feature_weight) and teacher is None:
         raise RecipeError(f"stage {stage.name}: front_end_weight and feature_weight need a teacher")
     if stage.frozen_blocks and not stage.ctc_weight:
-        raise RecipeError(f"stage {stage.name}: frozen_blocks leaves nothing to train without ctc_weight above 0")
-    if stage.frozen_blocks > (most := net.config.num_hidden_layers - 1):
-        raise RecipeError(f"stage {stage.name}: frozen_blocks is {stage.frozen_blocks}; at most {most} of this net's")
+        raise RecipeError(f"stage {stage.name}: frozen_blocks needs the CTC loss; set ctc_weight above 0")
+    if stage.frozen_blocks >= (count := net.config.num_hidden_layers):
+        raise RecipeError(
+            f"stage {stage.name}: frozen_blocks is {stage.frozen_blocks}; at most {count - 1} of {count} can be"
+        )
     if stage.frozen_blocks and stage.front_end_weight:
         raise RecipeError(f"stage {stage.name}: front_end_weight trains the front end, which frozen_blocks freezes")
     if stage.frozen_blocks and stage.streaming and stage.feature_weight:
@@ -244,7 +246,11 @@ def _kept_checkpoints(how: OptimizerConfig) -> int:
 
 
 def build_optimizer(module: FeatureDistillationModule, how: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return AdamW with one parameter group per learning rate; matrices are decayed, vectors not. Rate 0 freezes."""
+    """Return AdamW with one parameter group per learning rate; matrices are decayed, vectors not.
+
+    A rate of 0 freezes, and `module.frozen_blocks` freezes those blocks and what is below, whatever their rates:
+    `requires_grad` of the net's parameters is set. Raises RecipeError for a rate that applies to no parameter.
+    """
     layers = [f"wav2vec2.encoder.layers.{index}." for index in range(module.frozen_blocks)]
     frozen = (*_BELOW_BLOCKS, *layers) if layers else ()
     groups: dict[tuple[float, bool], list[Any]] = {}
@@ -258,7 +264,7 @@ def build_optimizer(module: FeatureDistillationModule, how: OptimizerConfig) -> 
         parameter.requires_grad_(factor > 0)
         if factor > 0:
             groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
-    skip_frozen_front_end(module.net)
+    set_front_end_gradient(module.net)
     if unused:
         prefixes = ", ".join(sorted(unused))
         raise RecipeError(f"optimizer: lr_multipliers: no parameter's name begins with {prefixes}")

@@ -208,8 +208,8 @@ def test_above_frozen_blocks_the_teacher_continues_from_the_net(encoder, folder,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"frozen_blocks": 4}, "frozen_blocks is 4; at most 3"),
-        ({"frozen_blocks": 1, "ctc_weight": 0.0}, "leaves nothing to train"),
+        ({"frozen_blocks": 4}, "frozen_blocks is 4; at most 3 of 4 can be"),
+        ({"frozen_blocks": 1, "ctc_weight": 0.0}, "frozen_blocks needs the CTC loss"),
         ({"frozen_blocks": 1, "front_end_weight": 1.0}, "front_end_weight trains the front end"),
         ({"frozen_blocks": 1, "feature_weight": 1.0, "streaming": StreamingConfig()}, "feature_weight must be 0"),
     ],
