@@ -43,13 +43,13 @@ docs: .venv/.run
 # model is trained on the other sources alone.
 PL_TINY := $(BIN)/python -m projects.pl_tiny
 model: .venv/.test apt-espeak apt-festival
+	$(if $(RHVOICE),$(PL_TINY) shards "$(RHVOICE)" --out build/rhvoice)
 	test -f build/pl-tiny/text.txt || $(PL_TINY) text --debian all --out build/pl-tiny/text.txt
 	$(PL_TINY) synth build/pl-tiny/text.txt --out build/pl-tiny --clips 40000
 	$(PL_TINY) people --out build/people
 	$(PL_TINY) people --out build/people --source fillets-cs
 	$(PL_TINY) festival build/pl-tiny/sentences.txt --out build/festival --clips 4000
 	$(PL_TINY) festival build/pl-tiny/held-out.txt --out build/festival --voice czech_dita --clips 300
-	$(if $(RHVOICE),$(PL_TINY) shards $(RHVOICE) --out build/rhvoice)
 	test -f build/pl-tiny/fourth/model.safetensors || $(PL_TINY) train projects/pl_tiny/recipes/pl-tiny.yaml --out build/pl-tiny/fourth
 	$(BIN)/python -m benchmarks.error_rates --model build/pl-tiny/fourth
 

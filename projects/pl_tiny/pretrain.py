@@ -75,6 +75,8 @@ def train(recipe: StagedRecipe, out: Path, *, threads: int | None = None, downlo
         if not (run_dir.list_checkpoints(folders[0]) or (folders[0] / run_dir.DONE_MARKER).is_file()):
             initial.unlink(missing_ok=True)  # of a failed attempt, perhaps with other recordings
         teacher = initialize_from_teacher(net, recipe.teacher, clips, initial, downloads)
+    for stage in recipe.stages:
+        _validate_stage(stage, net, teacher)
     log: list[dict[str, Any]] = []
     for number, folder in enumerate(folders):
         until_now = dataclasses.replace(recipe, stages=recipe.stages[: number + 1])
@@ -106,7 +108,7 @@ def _load_stage_data(stage: Stage) -> StageData:
     sources = []
     for source in stage.sources:
         if source.optional and not Path(source.manifest).is_file():
-            print(f"stage {stage.name}: {source.manifest} does not exist, left out", file=sys.stderr)
+            print(f"stage {stage.name}: {source.manifest} not found; this optional source is skipped", file=sys.stderr)
             continue
         examples = [e for e in read_examples(source.manifest) if e.duration_s <= stage.max_duration_s]
         if not examples:
@@ -161,7 +163,6 @@ def _run_stage(
         run_dir.mark_finished(folder)  # deletes checkpoints, where the run was killed while it did
         net.load_state_dict(load_file(finished))
         return list(json.loads(log.read_text()))
-    _validate_stage(stage, net, teacher)
     net.requires_grad_(True)  # an earlier stage may have frozen some of it
     how, share = stage.optimizer, stage.optimizer.weight_interpolation
     before = {name: value.clone() for name, value in net.wav2vec2.state_dict().items()} if share != 1 else {}

@@ -15,12 +15,12 @@ from mowa.training.config import schema
 class Source:
     """A training manifest (JSON lines: id, audio, text, duration_s) and its share of the seconds of every batch.
 
-    `ctc`: train on its transcripts. `features`: train on the teacher's features of its recordings. `optional`: without
-    the manifest, the other sources share its seconds, and a line says so.
+    `ctc`: train on its transcripts. `features`: train on the teacher's features of its recordings. `optional`: if
+    the manifest is missing, the source is skipped with a message, and the others share its seconds.
     """
 
     manifest: str
-    share: float = 1.0
+    share: float = schema.option(1.0, "share of the seconds of a batch", minimum=1e-6)
     ctc: bool = True
     features: bool = False
     optional: bool = False
@@ -88,8 +88,8 @@ class OptimizerConfig:
     bf16: bool = True
     seed: int = 0
     eval_steps: int = 500
-    average_checkpoints: int = 1
-    weight_interpolation: float = 1.0
+    average_checkpoints: int = schema.option(1, "checkpoints that are averaged", minimum=1)
+    weight_interpolation: float = schema.option(1.0, "where the weights end", minimum=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True, slots=True)

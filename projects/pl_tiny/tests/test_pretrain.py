@@ -271,7 +271,7 @@ def test_an_optional_source_may_be_missing(recipe, tmp_path, capsys):
     absent = Source(str(tmp_path / "absent.jsonl"), share=3.0, optional=True)
     data = pretrain._load_stage_data(dataclasses.replace(stage, sources=(*stage.sources, absent)))
     assert [share for _, share in data.sources] == [1.0]
-    assert "absent.jsonl does not exist, left out" in capsys.readouterr().err
+    assert "absent.jsonl not found; this optional source is skipped" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"absent\.jsonl"):
         pretrain._load_stage_data(dataclasses.replace(stage, sources=(dataclasses.replace(absent, optional=False),)))
     with pytest.raises(DataError, match="letters: none of its sources exists"):

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -55,13 +56,38 @@ def test_each_voice_gets_a_manifest_with_normalized_text(corpus, tmp_path):
     assert [one.id for one in read_examples(str(out / "bob.jsonl"))] == ["bob-1"]
 
 
-def test_a_finished_voice_is_not_unpacked_again(corpus, tmp_path):
+def test_a_complete_voice_is_not_unpacked_again(corpus, tmp_path):
     unpack_corpus(corpus, tmp_path / "out")
-    (tmp_path / "out/bob.jsonl").unlink()
-    (tmp_path / "out/audio/ada-0.opus").unlink()
+    kept, lost = tmp_path / "out/audio/bob-1.opus", tmp_path / "out/audio/ada-0.opus"
+    written = kept.stat().st_mtime_ns
+    lost.unlink()
     assert unpack_corpus(corpus, tmp_path / "out") == pytest.approx({"ada": 2 / 3600, "bob": 1 / 3600})
-    assert not (tmp_path / "out/audio/ada-0.opus").exists()
-    assert (tmp_path / "out/bob.jsonl").exists()
+    assert kept.stat().st_mtime_ns == written
+    assert lost.exists()
+    rows = rows_of(corpus)
+    write_manifest(corpus, [{**rows[0], "text": "Dobranoc."}, *rows[1:]])
+    unpack_corpus(corpus, tmp_path / "out")
+    assert next(iter(read_examples(str(tmp_path / "out/ada.jsonl")))).text == "dobranoc"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"id": "../../escaped"}, "id is '../../escaped', which cannot be a file name"),
+        ({"voice": "../evil"}, "voice is '../evil', which cannot be a file name"),
+        ({"voice": None}, "voice is None, not a text"),
+        ({"shard": 3}, "shard is 3, not a text"),
+        ({"duration_s": -5}, "duration_s is -5, not a number of seconds above 0"),
+        ({"duration_s": "1.0"}, "duration_s is '1.0', not a number"),
+        ({"id": "ada-2"}, "the id ada-2 is there twice"),
+    ],
+)
+def test_a_line_that_is_not_valid(corpus, tmp_path, change, problem):
+    rows = rows_of(corpus)
+    write_manifest(corpus, [*rows[:1], {**rows[1], **change}, rows[2]])
+    with pytest.raises(DataError, match=rf"manifest\.jsonl:[23]: {re.escape(problem)}"):
+        unpack_corpus(corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_corpus_is_one_clear_error_and_leaves_no_manifest(corpus, tmp_path):
@@ -71,7 +97,7 @@ def test_a_damaged_corpus_is_one_clear_error_and_leaves_no_manifest(corpus, tmp_
         unpack_corpus(corpus, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.jsonl"))
     write_manifest(corpus, [{"id": "x", "text": "y"}])
-    with pytest.raises(DataError, match=r"manifest\.jsonl:1: shard is missing"):
+    with pytest.raises(DataError, match=r"manifest\.jsonl:1: shard, duration_s, voice missing"):
         unpack_corpus(corpus, tmp_path / "out")
     (corpus / "manifest.jsonl").write_text("")
     with pytest.raises(DataError, match="holds no recordings"):
@@ -82,4 +108,7 @@ def test_a_damaged_corpus_is_one_clear_error_and_leaves_no_manifest(corpus, tmp_
     write_manifest(corpus, rows)
     (corpus / "part-01.tar").write_bytes(b"not a tar file")
     with pytest.raises(DataError, match="cannot be read as a tar file"):
+        unpack_corpus(corpus, tmp_path / "out")
+    (corpus / "part-01.tar").unlink()
+    with pytest.raises(DataError, match=r"part-01\.tar: not found, and manifest\.jsonl lists 1 recordings"):
         unpack_corpus(corpus, tmp_path / "out")
