@@ -1,0 +1,100 @@
+"""Types of GGUF: metadata values, and tensors, whose rows are stored in blocks of weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)  # 3 differs from 2 only in that it permits big-endian files, which are rejected here
+DEFAULT_ALIGNMENT = 32
+ALIGNMENT_KEY = "general.alignment"
+MAX_KEY_BYTES = 65_535
+MAX_NAME_BYTES = 63  # of a tensor; ggml keeps them in 64 bytes with a NUL
+MAX_DIMENSIONS = 4
+
+NUMBER_TYPES: Mapping[str, np.dtype] = MappingProxyType(
+    {
+        "uint8": np.dtype("<u1"),
+        "int8": np.dtype("<i1"),
+        "uint16": np.dtype("<u2"),
+        "int16": np.dtype("<i2"),
+        "uint32": np.dtype("<u4"),
+        "int32": np.dtype("<i4"),
+        "float32": np.dtype("<f4"),
+        "bool": np.dtype("?"),
+        "uint64": np.dtype("<u8"),
+        "int64": np.dtype("<i8"),
+        "float64": np.dtype("<f8"),
+    }
+)
+VALUE_TYPES = (
+    *("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool"),
+    *("string", "array", "uint64", "int64", "float64"),
+)
+"""Types of metadata values; the position is the id in the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """How a row of weights is stored: its id in the file, weights per block, and bytes per block."""
+
+    id: int
+    block_weights: int
+    block_bytes: int
+
+
+def _types(*rows: tuple[str, int, int, int]) -> Mapping[str, TensorType]:
+    return MappingProxyType({name: TensorType(*numbers) for name, *numbers in rows})
+
+
+TENSOR_TYPES = _types(
+    *(("F32", 0, 1, 4), ("F16", 1, 1, 2), ("BF16", 30, 1, 2), ("F64", 28, 1, 8)),
+    *(("I8", 24, 1, 1), ("I16", 25, 1, 2), ("I32", 26, 1, 4), ("I64", 27, 1, 8)),
+    *(("Q4_0", 2, 32, 18), ("Q4_1", 3, 32, 20), ("Q5_0", 6, 32, 22), ("Q5_1", 7, 32, 24)),
+    *(("Q8_0", 8, 32, 34), ("Q8_1", 9, 32, 40), ("Q1_0", 41, 128, 18)),
+    *(("Q2_K", 10, 256, 84), ("Q3_K", 11, 256, 110), ("Q4_K", 12, 256, 144)),
+    *(("Q5_K", 13, 256, 176), ("Q6_K", 14, 256, 210), ("Q8_K", 15, 256, 292)),
+    *(("IQ1_S", 19, 256, 50), ("IQ1_M", 29, 256, 56), ("IQ2_XXS", 16, 256, 66), ("IQ2_XS", 17, 256, 74)),
+    *(("IQ2_S", 22, 256, 82), ("IQ3_XXS", 18, 256, 98), ("IQ3_S", 21, 256, 110)),
+    *(("IQ4_NL", 20, 32, 18), ("IQ4_XS", 23, 256, 136)),
+    *(("TQ1_0", 34, 256, 54), ("TQ2_0", 35, 256, 66), ("MXFP4", 39, 32, 17), ("NVFP4", 40, 64, 36)),
+)
+"""Name in ggml → type. Ids that ggml has withdrawn are missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor in a file: shape in torch's order (rows last), name of its type, and offset in bytes in the data."""
+
+    shape: tuple[int, ...]
+    type_name: str
+    offset: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Size in bytes of a row, which is the last dimension."""
+        tensor_type = TENSOR_TYPES[self.type_name]
+        return (self.shape[-1] if self.shape else 1) // tensor_type.block_weights * tensor_type.block_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes without padding."""
+        return math.prod(self.shape[:-1]) * self.row_bytes
+
+
+def misfit(info: TensorInfo) -> str:
+    """Return why a tensor of this shape cannot be stored in its type; empty if it can."""
+    if info.type_name not in TENSOR_TYPES:
+        return f"has the unknown type {info.type_name!r}"
+    if len(info.shape) > MAX_DIMENSIONS:
+        return f"has {len(info.shape)} dimensions, and at most {MAX_DIMENSIONS} are possible"
+    if 0 in info.shape:
+        return f"has an empty dimension: {list(info.shape)}"
+    block = TENSOR_TYPES[info.type_name].block_weights
+    row = info.shape[-1] if info.shape else 1
+    return f"has rows of {row} weights, and {info.type_name} stores blocks of {block}" if row % block else ""
