@@ -38,10 +38,10 @@ TYPES = {
     **{"empty": "array[string]", "general.architecture": "string"},
 }
 TENSORS = {
-    "matrix": TensorInfo((3, 64), "F32"),
-    "blocks": TensorInfo((2, 64), "Q8_0"),
-    "vector": TensorInfo((5,), "F16"),
-    "experts": TensorInfo((2, 3, 256), "Q4_K"),
+    "matrix": TensorInfo((3, 64), "f32"),
+    "blocks": TensorInfo((2, 64), "q8_0"),
+    "vector": TensorInfo((5,), "f16"),
+    "experts": TensorInfo((2, 3, 256), "q4_k"),
 }
 
 
@@ -111,7 +111,7 @@ def test_the_gguf_package_reads_it_alike_and_knows_the_same_types(path):
     for tensor in reader.tensors:
         assert tensor.data.tobytes() == content[tensor.name].tobytes()
         assert tuple(reversed(tensor.shape.tolist())) == ours.tensors[tensor.name].shape
-    sizes = {member.name: (member.value, *gguf.GGML_QUANT_SIZES[member]) for member in gguf.GGMLQuantizationType}
+    sizes = {member.name.lower(): (member.value, *gguf.GGML_QUANT_SIZES[member]) for member in gguf.GGMLQuantizationType}
     assert sizes == {name: (one.id, one.block_weights, one.block_bytes) for name, one in TENSOR_TYPES.items()}
 
 
@@ -125,11 +125,11 @@ def test_the_gguf_package_reads_it_alike_and_knows_the_same_types(path):
         ({"a": "\udcf1"}, {}, "surrogates"),
         ({"": 1}, {}, "0 bytes"),
         ({"general.alignment": 24}, {}, "power of two"),
-        ({}, {"x": TensorInfo((2, 33), "Q8_0")}, "rows of 33 weights, and Q8_0 stores blocks of 32"),
-        ({}, {"x": TensorInfo((2, 33), "Q9")}, "unknown type 'Q9'"),
-        ({}, {"x" * 64: TensorInfo((2,), "F32")}, "64 bytes"),
-        ({}, {"x": TensorInfo((1, 1, 1, 1, 1), "F32")}, "5 dimensions"),
-        ({}, {"x": TensorInfo((0, 1), "F32")}, "an empty dimension"),
+        ({}, {"x": TensorInfo((2, 33), "q8_0")}, "rows of 33 weights, and q8_0 stores blocks of 32"),
+        ({}, {"x": TensorInfo((2, 33), "q9")}, "unknown type 'q9'"),
+        ({}, {"x" * 64: TensorInfo((2,), "f32")}, "64 bytes"),
+        ({}, {"x": TensorInfo((1, 1, 1, 1, 1), "f32")}, "5 dimensions"),
+        ({}, {"x": TensorInfo((0, 1), "f32")}, "an empty dimension"),
     ],
 )
 def test_rejects_what_cannot_be_stored(path, metadata, tensors, message):
@@ -141,13 +141,13 @@ def test_rejects_what_cannot_be_stored(path, metadata, tensors, message):
 def test_a_file_is_complete_or_not_there(path):
     path.write_text("old")
     with pytest.raises(DataError, match="has 4 bytes, and its header says 20"):  # noqa: SIM117
-        with open_writer(path, {}, {"x": TensorInfo((5,), "F32")}) as writer:
+        with open_writer(path, {}, {"x": TensorInfo((5,), "f32")}) as writer:
             writer.write("x", np.zeros(1, np.float32))
     with pytest.raises(DataError, match="has 24 bytes, and its header says 20"):  # noqa: SIM117
-        with open_writer(path, {}, {"x": TensorInfo((5,), "F32")}) as writer:
+        with open_writer(path, {}, {"x": TensorInfo((5,), "f32")}) as writer:
             writer.write("x", np.zeros(6, np.float32))
     with pytest.raises(DataError, match="'y' is not in the header"):  # noqa: SIM117
-        with open_writer(path, {}, {"x": TensorInfo((5,), "F32")}) as writer:
+        with open_writer(path, {}, {"x": TensorInfo((5,), "f32")}) as writer:
             writer.write("y", np.zeros(6, np.float32))
     assert [file.read_text() for file in path.parent.iterdir()] == ["old"]
 
@@ -205,7 +205,7 @@ HOSTILE = {
     "5 dimensions": header(1, rest=tensor("a", (1,) * 5) + bytes(64)),
     r"an empty dimension: \[1, 0\]": header(1, rest=tensor("a", (1, 0)) + bytes(64)),
     "unknown tensor type 4": header(1, rest=tensor("a", (1,), 4) + bytes(64)),
-    "rows of 33 weights, and Q4_0": header(1, rest=tensor("a", (33,), 2) + bytes(64)),
+    "rows of 33 weights, and q4_0": header(1, rest=tensor("a", (33,), 2) + bytes(64)),
     "offset 8, which is not a multiple of the alignment 32": header(1, rest=tensor("a", (1,), 0, 8) + bytes(128)),
     "'a' needs 400 bytes at offset 0, and 63 bytes": header(1, rest=tensor("a", (100,)) + bytes(70)),
     "'a' needs 340282366920938463463374607431768211456 bytes": header(1, rest=tensor("a", (2**63, 2**63)) + bytes(99)),
