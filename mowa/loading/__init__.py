@@ -1,7 +1,7 @@
 """Load a checkpoint by name into memory, as a `Model` of the task that its config says.
 
-Start with `load`. `ctc` and `causal` load the two kinds, `checkpoint` holds what they share, and `quantized` rebuilds
-quantized linear layers.
+Start with `load`. `ctc` and `causal` load the two kinds, `checkpoint` holds what they share, `quantized` rebuilds
+quantized linear layers, and `gguf` reads models of llama.cpp.
 """
 
 from __future__ import annotations

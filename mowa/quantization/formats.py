@@ -293,7 +293,7 @@ def assign_weights(net: Any, linears: QuantizedLinears, other_tensors: Tensors) 
         raise ModelError(f"the weights do not fit config.json: {min(missing)} is missing")
     if report.unexpected_keys:
         raise ModelError(f"the weights do not fit config.json: {report.unexpected_keys[0]} is unexpected")
-    _compute_buffers(net)
+    compute_buffers(net)
     return net.eval().requires_grad_(False)
 
 
@@ -305,7 +305,7 @@ def _tied_names(net: Any) -> list[list[str]]:
     return [found for found in names.values() if len(found) > 1]
 
 
-def _compute_buffers(net: Any) -> None:
+def compute_buffers(net: Any) -> None:
     """Compute the buffers that are still on the meta device with transformers' own `_init_weights`, on the CPU."""
     for parameter in net.parameters():
         parameter._is_hf_initialized = True  # so that weights are kept
