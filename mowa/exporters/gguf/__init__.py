@@ -1,5 +1,5 @@
 """Export language models to GGUF, the format of llama.cpp, Ollama and LM Studio.
 
-Start with `tokenizer`, which turns a transformers tokenizer into metadata, and `gguf_tokenizer`, which tokenizes from
-that metadata alone as llama.cpp does. `token_ids` compares the two and is why an export can be trusted.
+`tokenizer` turns a tokenizer of transformers into metadata and proves by token ids that llama.cpp reads it as the same
+one. `chat_template` checks what other programs refuse in a chat template.
 """

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 
-from mowa.exporters.gguf.unicode_classes import expand_classes, fold, fold_spaces
+from mowa.exporters.gguf.tokenizer.unicode_classes import expand_classes, fold, fold_spaces
 
 CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -126,8 +126,8 @@ def _rows() -> Iterator[tuple[str, PreTokenizer]]:
     row("qwen2 deepseek-r1-qwen kormo f2llmv2 hunyuan solar-open grok-2", QWEN2)
     row("stablelm2 megrez", QWEN2, clean_spaces=True)
     row("qwen35", QWEN35)
-    row("trillion granite-docling", GPT2)
     row(f"{gpt2_names} exaone4 jais jina-v1-en jina-v2-code roberta-bpe", GPT2, clean_spaces=True)
+    row("trillion granite-docling", GPT2)
     row("smollm command-r", DIGIT, GPT2)
     row("starcoder refact codeshell exaone minerva-7b mellum2", DIGIT, GPT2, clean_spaces=True)
     row("dbrx smaug-bpe chatglm-bpe glm4", LLAMA3, clean_spaces=True)

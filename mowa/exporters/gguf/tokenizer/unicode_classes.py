@@ -16,7 +16,7 @@ from bisect import bisect_right
 from functools import cache
 from itertools import accumulate
 
-import regex
+import regex  # type: ignore[import-untyped]
 
 OTHER, NUMBER, LETTER, PUNCTUATION, MARK, SYMBOL, HAN_LETTER, JOINER, HAN_OTHER = map(chr, range(0xD0, 0xD9))
 SPACE = "\x0b"  # stands for white space beyond ASCII

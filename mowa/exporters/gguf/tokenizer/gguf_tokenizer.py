@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mowa.errors import DataError, ModelError
-from mowa.exporters.gguf.charsmap import CharsMap
-from mowa.exporters.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, split_words
-from mowa.exporters.gguf.special_tokens import KEY, SpecialTokens, TokenType
-from mowa.exporters.gguf.subword_models import (
+from mowa.exporters.gguf.tokenizer.charsmap import CharsMap
+from mowa.exporters.gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, split_words
+from mowa.exporters.gguf.tokenizer.special_tokens import KEY, SpecialTokens, TokenType
+from mowa.exporters.gguf.tokenizer.subword_models import (
     UNKNOWN_PENALTY,
     build_trie,
     match_longest,
@@ -25,7 +25,7 @@ from mowa.exporters.gguf.subword_models import (
     merge_by_score,
     most_probable,
 )
-from mowa.exporters.gguf.unicode_classes import base_letter, category, lowercase
+from mowa.exporters.gguf.tokenizer.unicode_classes import base_letter, category, lowercase
 
 MODELS = ("llama", "gpt2", "gemma4", "bert", "t5")
 SPACE = "\u2581"  # stands for a space in tokens
@@ -155,37 +155,41 @@ class GGUFTokenizer:
     def _encode_fragment(self, text: str, after_special: bool) -> list[int]:
         if self.model == "llama":
             text = (" " if self.add_space_prefix and after_special else "") + text
-            return [index for piece in self._merge_scores(text.replace(" ", SPACE)) for index in self._piece_ids(piece)]
-        if self.model == "bert":
-            return [index for word in self._bert_words(text) for index in self._cached(word)]
+            return self.encode_word(text.replace(" ", SPACE))
         if self.model == "t5":
-            return most_probable(
-                self._normalize(text.encode()), self._trie, self._piece_scores, self.unknown or 0, self._penalty
-            )
-        text = text if self.pre.byte_level else text.replace(" ", SPACE)
-        return [index for word in split_words(text, self.pre.patterns) for index in self._cached(word)]
-
-    def _merge_scores(self, text: str) -> list[str]:
-        return merge_by_score(text, self._scores)
+            return self._most_probable(self._normalize(text.encode()))
+        if self.model == "bert":
+            words = self._bert_words(text)
+        elif self.pre.byte_level:
+            words = [_spell_bytes(word) for word in split_words(text, self.pre.patterns)]
+        else:
+            words = split_words(text.replace(" ", SPACE), self.pre.patterns)
+        return [index for word in words for index in self._cached(word)]
 
     def _cached(self, word: str) -> list[int]:
         """Return the ids of a word of BPE or WordPiece."""
         if (found := self._words.get(word)) is None:
             if len(self._words) >= MAX_CACHED_WORDS:
                 self._words.clear()
-            found = self._words[word] = self._encode_word(word)
+            found = self._words[word] = self.encode_word(word)
         return found
 
-    def _encode_word(self, word: str) -> list[int]:
+    def encode_word(self, word: str) -> list[int]:
+        """Return the ids of a word that is split off and spelled as in the vocabulary, with U+2581 for a space."""
+        if self.model == "t5":
+            return self._most_probable(word.encode())
         if self.model == "bert":
             found = match_longest(SPACE + word, self.ids, self._longest)
-            return [index for index in (found or [self.unknown]) if index is not None]
-        if self.pre.byte_level:
-            word = "".join(BYTE_CHARACTERS[byte] for byte in word.encode())
-        whole = self.pre.ignore_merges or (self.is_gemma4 and not word.strip("\n"))
-        if whole and word in self.ids:
-            return [self.ids[word]]
-        return [index for piece in merge_by_rank(word, self._ranks) for index in self._piece_ids(piece)]
+            return found or ([] if self.unknown is None else [self.unknown])
+        if self.model == "llama":
+            pieces = merge_by_score(word, self._scores)
+        else:
+            whole = self.pre.ignore_merges or (self.is_gemma4 and not word.strip("\n"))
+            pieces = [word] if whole and word in self.ids else merge_by_rank(word, self._ranks)
+        return [index for piece in pieces for index in self._piece_ids(piece)]
+
+    def _most_probable(self, text: bytes) -> list[int]:
+        return most_probable(text, self._trie, self._piece_scores, self.unknown or 0, self._penalty)
 
     def _piece_ids(self, piece: str) -> Iterable[int]:
         """Return the id of a piece, or those of its bytes; BPE leaves out bytes without a token."""
@@ -263,6 +267,10 @@ class GGUFTokenizer:
         if self.model == "gpt2" and self.pre.byte_level:
             return bytes(byte for char in token for byte in ([_BYTES[char]] if char in _BYTES else char.encode()))
         return token.replace(SPACE, " ").encode()
+
+
+def _spell_bytes(text: str) -> str:
+    return "".join(BYTE_CHARACTERS[byte] for byte in text.encode())
 
 
 def _required(metadata: Mapping[str, Any], key: str) -> Any:

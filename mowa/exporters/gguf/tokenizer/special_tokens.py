@@ -48,7 +48,13 @@ class TokenType(IntEnum):
 
 
 class SpecialTokens:
-    """Tokens that are cut out of text before the rest of it is tokenized."""
+    """Tokens that are cut out of text before the rest of it is tokenized.
+
+    found         ids of all of them
+    hidden        ids of those that are cut out on demand only
+    left_strips   ids of those that take away white space before them
+    right_strips  ids of those that take away white space after them
+    """
 
     def __init__(self, tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> None:
         """Find the special tokens of a vocabulary; types are those of the file."""
@@ -57,22 +63,22 @@ class SpecialTokens:
         self.hidden = frozenset(
             index for index, found in kinds.items() if found & {TokenType.CONTROL, TokenType.UNKNOWN}
         )
-        special = {index for index, found in kinds.items() if index in self.hidden or TokenType.USER_DEFINED in found}
-        self.left_strips, self.right_strips = _strips(ids, special, metadata)
+        self.found = frozenset(self.hidden | {i for i, types in kinds.items() if TokenType.USER_DEFINED in types})
+        self.left_strips, self.right_strips = _strips(ids, self.found, metadata)
         self._tokens = tokens
         self._by_start: dict[str, list[tuple[int, int]]] = {}
-        for order, index in enumerate(sorted(special, key=lambda one: (-len(tokens[one].encode()), one))):
-            self._by_start.setdefault(tokens[index][0], []).append((order, index))
+        for order, index in enumerate(sorted(self.found, key=lambda one: (-len(tokens[one].encode()), one))):
+            self._by_start.setdefault(tokens[index][:2], []).append((order, index))
 
     def split(self, text: str, parse_special: bool) -> list[str | int]:
         """Split text into ids of special tokens and the text between them, longer tokens first.
 
         parse_special: find control tokens too, not only user-defined ones.
         """
-        starts = self._by_start.keys() & set(text)
+        starts = self._by_start.keys() & {*text, *map(str.__add__, text, text[1:])}
         fragments: list[str | int] = [text] if text else []
         for _, index in sorted(found for start in starts for found in self._by_start[start]):
-            if parse_special or index not in self.hidden:
+            if self._tokens[index] in text and (parse_special or index not in self.hidden):
                 fragments = [
                     part
                     for fragment in fragments
@@ -111,7 +117,7 @@ def _effective_types(ids: Mapping[str, int], types: Sequence[int], metadata: Map
     return kinds
 
 
-def _strips(ids: Mapping[str, int], special: set[int], metadata: Mapping[str, Any]) -> tuple[set[int], set[int]]:
+def _strips(ids: Mapping[str, int], special: frozenset[int], metadata: Mapping[str, Any]) -> tuple[set[int], set[int]]:
     """Return the tokens that take away the white space before them, and those that take away what follows."""
     pre, name, architecture = (
         str(metadata.get(key, "")) for key in (f"{KEY}pre", "general.name", "general.architecture")
