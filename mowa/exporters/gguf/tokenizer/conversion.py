@@ -184,10 +184,9 @@ def _deviations(conversion: Conversion, hf: HFTokenizer, reader: GGUFTokenizer) 
     found = [Deviation(_strip_message(token), _beside(token)) for token in _misplaced(conversion.vocabulary, reader)]
     for index in sorted(reader.special.found ^ conversion.vocabulary.added.keys()):
         token = reader.tokens[index]
-        message = (
-            f"the token {token!r}: llama.cpp takes it for {'special' if index in reader.special.found else 'text'}"
-        )
-        found.append(Deviation(f"{message} because of its name", partial(_contains, token)))
+        kind = "special" if index in reader.special.found else "text"
+        message = f"the token {token!r}: llama.cpp takes it for {kind} because of its name"
+        found.append(Deviation(message, partial(_contains, token)))
     if conversion.first_only:
         message = "a space before the first text only: llama.cpp puts one after each special token too"
         found.append(Deviation(message, lambda text, ids: len(reader.special.split(text, True)) > 1))

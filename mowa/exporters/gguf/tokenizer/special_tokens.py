@@ -77,8 +77,9 @@ class SpecialTokens:
         """
         starts = self._by_start.keys() & {*text, *map(str.__add__, text, text[1:])}
         fragments: list[str | int] = [text] if text else []
-        for _, index in sorted(found for start in starts for found in self._by_start[start]):
-            if self._tokens[index] in text and (parse_special or index not in self.hidden):
+        present = [found for start in starts for found in self._by_start[start] if self._tokens[found[1]] in text]
+        for _, index in sorted(present):
+            if parse_special or index not in self.hidden:
                 fragments = [
                     part
                     for fragment in fragments
