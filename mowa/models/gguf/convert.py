@@ -22,6 +22,7 @@ from mowa.models.gguf.tables import architecture_named, find_architecture
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _BUFFERS = ("rotary_emb.inv_freq",)  # in state dicts of old checkpoints
+_REQUIRED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 
 
@@ -173,7 +174,7 @@ def restore(metadata: Mapping[str, Any], names: Collection[str], rope: Mapping[s
     """
     architecture = architecture_named(str(metadata.get("general.architecture")))
     own = {
-        key.removeprefix(f"{architecture.name}."): value
+        key.removeprefix(f"{architecture.name}."): value.item() if isinstance(value, np.generic) else value
         for key, value in metadata.items()
         if key.startswith(f"{architecture.name}.")
     }
@@ -205,6 +206,8 @@ def _config(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    if absent := [key for key in _REQUIRED if key not in own]:
+        raise ModelError(f"the GGUF file has no metadata {architecture.name}.{absent[0]}")
     try:
         model_type = architecture.model_type(own) if architecture.model_type else architecture.model_types[0]
         attributes = {rule.attribute: own[rule.key] for rule in architecture.keys if rule.key in own}
