@@ -80,8 +80,9 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None, *, 
 
     def encode_slice(part: tuple[slice, slice]) -> None:
         x = rows[part].float()
+        _check_finite(x, type_name, part, rows.shape)
         encoded = encode_blocks(x, block_type, None if importance is None else importance[part[1]])
-        _check_slice(x, encoded, block_type, part, rows.shape)
+        _check_scales(x, encoded, block_type, part, rows.shape)
         start = part[1].start // block_type.block_size * block_type.block_bytes
         blocks[part[0], start : start + encoded.shape[1]] = encoded
 
@@ -99,7 +100,7 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None, *, 
 def encode_blocks(x: Tensor, block_type: BlockType, importance: Tensor | None = None) -> Tensor:
     """Encode x, float32 [R, K], at once and without checks → uint8 [R, bytes]. NaN and infinity give any bytes."""
     if block_type.name in PLAIN:
-        return x.to(PLAIN[block_type.name]).view(torch.uint8)
+        return x.to(PLAIN[block_type.name]).contiguous().view(torch.uint8)
     size = block_type.block_size
     with np.errstate(over="ignore", invalid="ignore"):  # weights near 1e20, whose squares overflow
         weights = None if importance is None else error_weights(x, importance, block_type.name, size).reshape(-1, size)
@@ -138,8 +139,8 @@ def decode(blocks: Tensor, type_name: str) -> Tensor:
 def _slices(x: Tensor, size: int, *, whole_rows: bool) -> Iterator[tuple[slice, slice]]:
     """Cut [R, K] into parts of about `size` weights: whole rows, or stretches of one where it is longer."""
     rows, columns = x.shape
-    width = columns if whole_rows else min(columns, size)
-    height = max(1, size // max(width, 1))
+    width = max(1, columns if whole_rows else min(columns, size))
+    height = max(1, size // width)
     for row in range(0, rows, height):
         for column in range(0, columns, width):
             yield slice(row, min(row + height, rows)), slice(column, min(column + width, columns))
@@ -158,16 +159,23 @@ def _check_importance(importance: Tensor | None, rows: Tensor) -> Tensor | None:
     return importance.to(rows.device, torch.float32)
 
 
-def _check_slice(
-    x: Tensor, encoded: Tensor, block_type: BlockType, part: tuple[slice, slice], shape: torch.Size
-) -> None:
-    """Raise ModelError, with the place, if a weight or a stored float16 is not finite."""
-    if not x.sum().isfinite() and len(wrong := (~x.isfinite()).nonzero()):
+def _check_finite(x: Tensor, name: str, part: tuple[slice, slice], shape: torch.Size) -> None:
+    """Raise ModelError with the place of the first weight that is NaN or infinite."""
+    if x.sum().isfinite():
+        return
+    wrong = (~x.isfinite()).nonzero()
+    if len(wrong):  # otherwise only the sum is beyond float32
         row, column = wrong[0].tolist()
         raise ModelError(
-            f"{block_type.name} cannot store {float(x[row, column])}: row {part[0].start + row}, column "
+            f"{name} cannot store {float(x[row, column])}: row {part[0].start + row}, column "
             f"{part[1].start + column} of weights {[*shape]}; the checkpoint is damaged, or its training diverged"
         )
+
+
+def _check_scales(
+    x: Tensor, encoded: Tensor, block_type: BlockType, part: tuple[slice, slice], shape: torch.Size
+) -> None:
+    """Raise ModelError with the row if a float16 (or, of bf16, a bfloat16) became infinite or NaN."""
     if block_type.name == "bf16":
         infinite = ~encoded.view(torch.bfloat16).isfinite()
     else:
@@ -177,7 +185,7 @@ def _check_slice(
         row = int(infinite.any(1).nonzero()[0])
         raise ModelError(
             f"{block_type.name} cannot store row {part[0].start + row} of weights {[*shape]}: its largest weight is "
-            f"{float(x[row].abs().max()):.3g}, beyond the float16 range; keep this tensor in f32"
+            f"{float(x[row].abs().max()):.3g}, and float16 scales end at 65504; keep this tensor in f32"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mowa.kernels.quant.gguf_blocks.packing import pack_bits, pack_scales_and_minima, pack_six_bits
-from mowa.kernels.quant.gguf_blocks.reductions import first_peak, ordered_sum
+from mowa.kernels.quant.gguf_blocks.reductions import by_position, first_peak, ordered_sum
 from mowa.kernels.quant.gguf_blocks.refine import fit_integers, fit_positive
 from mowa.kernels.quant.gguf_blocks.rounding import divide, half_bytes, half_round, nearest_int, square_root
 from mowa.kernels.quant.gguf_blocks.search import TINY, AffineSearch, search_affine, search_symmetric
@@ -25,23 +25,23 @@ from mowa.kernels.quant.gguf_blocks.search import TINY, AffineSearch, search_aff
 
 def encode_q2_k(x: Tensor, weights: Tensor | None) -> Tensor:
     """Return uint8 [B, 84]: sixteen bytes of a scale and a minimum of four bits, 256 × two bits, d, e."""
-    rows = _by_position(x, 16)
+    rows = by_position(x, 16)
     if weights is None:
         search, errors = AffineSearch(3, -0.5, 0.1, 16, absolute=True), rows.abs()
     else:
-        search, errors = AffineSearch(3, -0.9, 0.05, 37), _by_position(weights, 16)
+        search, errors = AffineSearch(3, -0.9, 0.05, 37), by_position(weights, 16)
     scales, minima, factors, codes = _affine(rows, errors, search, 15, fit=weights is not None)
     return torch.cat([(scales | minima << 4).T, _pack_quarters(codes), *factors], 1)
 
 
 def encode_q3_k(x: Tensor, weights: Tensor | None) -> Tensor:
     """Return uint8 [B, 110]: the third bits, 256 × the two lower bits, sixteen scales of six bits, d."""
-    rows = _by_position(x, 16)
+    rows = by_position(x, 16)
     if weights is None:
         found, codes = fit_integers(rows, 4)
         factor, scales = _round_signed(found.view(16, -1), 32)
     else:
-        errors = _by_position(weights, 16)
+        errors = by_position(weights, 16)
         found, codes = search_symmetric(rows, errors, 4)
         factor, scales = search_symmetric(found.view(16, -1), ordered_sum(errors).view(16, -1), 32)
     codes = _round_again(rows, half_round(factor) * (scales - 32), None, codes, (-4, 3))
@@ -65,8 +65,8 @@ def encode_q5_k(x: Tensor, weights: Tensor | None) -> Tensor:
 
 def encode_q6_k(x: Tensor, weights: Tensor | None) -> Tensor:
     """Return uint8 [B, 210]: 256 × the four lower bits, 256 × the two higher bits, sixteen int8 scales, d."""
-    rows = _by_position(x, 16)
-    errors = rows * rows if weights is None else _by_position(weights, 16)
+    rows = by_position(x, 16)
+    errors = rows * rows if weights is None else by_position(weights, 16)
     found, codes = search_symmetric(rows, errors, 32)
     found = found.view(16, -1)
     peak = first_peak(found)
@@ -77,16 +77,16 @@ def encode_q6_k(x: Tensor, weights: Tensor | None) -> Tensor:
     low = pack_bits((codes & 15).view(2, 2, 2, 32, -1), 4, 1).flatten(0, 2).T
     packed_scales = scales.to(torch.int8).T.contiguous().view(torch.uint8)
     blocks = torch.cat([low, _pack_quarters(codes >> 4), packed_scales, half_bytes(factor)], 1)
-    return blocks.masked_fill_(~(peak.abs() >= TINY)[:, None], 0)
+    return blocks.masked_fill_((peak.abs() < TINY)[:, None], 0)
 
 
 def _four_or_five_bits(
     x: Tensor, weights: Tensor | None, search: AffineSearch
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
     """Find what q4_k and q5_k store; the errors of large weights count more, with and without `weights`."""
-    rows = _by_position(x, 32)
+    rows = by_position(x, 32)
     if weights is not None:
-        return _affine(rows, _by_position(weights, 32), AffineSearch(search.top, -0.9, 0.05, 37), 63, fit=True)
+        return _affine(rows, by_position(weights, 32), AffineSearch(search.top, -0.9, 0.05, 37), 63, fit=True)
     errors = rows.abs().add_(square_root(divide(ordered_sum(rows * rows), 32)))
     return _affine(rows, errors, search, 63, fit=False)
 
@@ -158,11 +158,6 @@ def _round_again(rows: Tensor, steps: Tensor, offsets: Tensor | None, codes: Ten
     again = nearest_int(divided).clamp_(*limits).sub_(limits[0])
     kept = torch.where(steps == 0, codes.int(), again).to(torch.uint8)
     return kept.view(len(rows), 256 // len(rows), -1).transpose(0, 1).reshape(256, -1)
-
-
-def _by_position(x: Tensor, n: int) -> Tensor:
-    """Reorder [B, 256] → [n, groups · B], contiguous."""
-    return x.view(len(x), -1, n).permute(2, 1, 0).reshape(n, -1)
 
 
 def _pack_halves(codes: Tensor) -> Tensor:

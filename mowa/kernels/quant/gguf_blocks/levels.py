@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mowa.kernels.quant.gguf_blocks.legacy import pack_nibbles
 from mowa.kernels.quant.gguf_blocks.packing import pack_bits
-from mowa.kernels.quant.gguf_blocks.reductions import first_peak, ordered_sum
+from mowa.kernels.quant.gguf_blocks.reductions import by_position, first_peak, ordered_sum
 from mowa.kernels.quant.gguf_blocks.rounding import divide, half_bytes, nearest_int, reciprocal_or_zero
 from mowa.kernels.quant.gguf_blocks.search import TINY, choose_candidate
 
@@ -38,8 +38,8 @@ def encode_iq4_nl(x: Tensor, weights: Tensor | None) -> Tensor:
 def encode_iq4_xs(x: Tensor, weights: Tensor | None) -> Tensor:
     """Return uint8 [B, 136]: d, the two higher bits of eight scales, their four lower bits, 256 indices."""
     blocks = len(x)
-    rows = x.view(blocks, 8, 32).permute(2, 1, 0).reshape(32, -1)
-    errors = rows * rows if weights is None else weights.view(blocks, 8, 32).permute(2, 1, 0).reshape(32, -1)
+    rows = by_position(x, 32)
+    errors = rows * rows if weights is None else by_position(weights, 32)
     found = _search(rows, errors).view(8, blocks)
     factor = divide(-first_peak(found), 32)
     scales = nearest_int(reciprocal_or_zero(factor) * found).clamp_(-32, 31)
@@ -86,8 +86,7 @@ def _search(x: Tensor, weights: Tensor) -> Tensor:
         torch.mul(values, weights, out=product)
         ordered_sum(values.mul_(product), sum_l2[i])
         ordered_sum(product.mul_(x), sum_xl[i])
-    first_scale = torch.where(sum_l2[0] > 0, sum_xl[0] / sum_l2[0], 0)
-    return choose_candidate(sum_xl, sum_l2, first_scale)[0].masked_fill_(empty, 0)
+    return choose_candidate(sum_xl, sum_l2)[0].masked_fill_(empty, 0)
 
 
 def _nearest_level(x: Tensor) -> Tensor:

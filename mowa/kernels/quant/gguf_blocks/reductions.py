@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def by_position(x: Tensor, n: int) -> Tensor:
+    """Reorder blocks [B, groups · n] → [n, groups · B], contiguous, with group j of block b in column j B + b."""
+    return x.view(len(x), -1, n).permute(2, 1, 0).reshape(n, -1).contiguous()
+
+
 def ordered_sum(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Add the rows of float32 [n, G] one after the other, from the first to the last → [G], in `out` if given.
 
@@ -42,10 +47,11 @@ def lowest(x: Tensor) -> Tensor:
 
 
 def first_peak(x: Tensor) -> Tensor:
-    """Return the value of largest magnitude of each column of [n, G]; of equals the first, of zeros +0, never NaN."""
+    """Return the value of largest magnitude of each column of [n, G]; of equals the first, of zeros +0; NaN of NaN.
+
+    ggml passes over NaN, and stores zeros where the squares of large weights overflow.
+    """
     high, low = x.amax(0), x.amin(0).neg_()
-    if high.isnan().any():
-        return first_peak(x.nan_to_num(0, torch.inf, -torch.inf))
     peak = torch.where(high > low, high, -low)
     ties = (high == low).nonzero()[:, 0]
     if len(ties):

@@ -114,4 +114,4 @@ def _find_changes(fixed: list[Tensor], state: list[Tensor], limits: tuple[int, i
 
 
 def _scale(sum_xl: Tensor, sum_l2: Tensor) -> Tensor:
-    return torch.where(sum_l2 > 0, sum_xl / sum_l2, 0)
+    return torch.where(sum_l2 <= 0, 0, sum_xl / sum_l2)

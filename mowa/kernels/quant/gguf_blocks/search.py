@@ -60,7 +60,7 @@ def search_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> tuple[Ten
     low = torch.where(low > 0, 0, low)
     codes, product, spare = (torch.empty_like(x) for _ in range(3))
     found, sums = x.new_empty(5, x.shape[1]), x.new_empty(3, x.shape[1])
-    error, scale, minimum, inverse, start = found
+    error, scale, minimum, inverse, start = found  # of the candidate at hand, [G] each
     totals = ordered_sum(weights), ordered_sum(torch.mul(weights, x, out=product))
 
     def round_from_start() -> None:
@@ -81,8 +81,9 @@ def search_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> tuple[Ten
     round_from_start()
     measure_error()
     best = found.clone()
+    least, best_scale, best_minimum, *_ = best
     for division in search.divisions():
-        start.copy_(best[2])
+        start.copy_(best_minimum)
         inverse.copy_(divide(division, high - start))
         round_from_start()
         ordered_sum(torch.mul(codes, weights, out=product), sums[0])
@@ -90,10 +91,10 @@ def search_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> tuple[Ten
         ordered_sum(product.mul_(codes), sums[1])
         solved = _solve_affine(sums, totals, scale, minimum)
         measure_error()
-        replace_where(((error < best[0]) & solved).int(), found, best)
+        replace_where(((error < least) & solved).int(), found, best)
     found.copy_(best)
     round_from_start()
-    return best[1], best[2], codes
+    return best_scale, best_minimum, codes
 
 
 def _solve_affine(sums: Tensor, totals: tuple[Tensor, Tensor], scale: Tensor, minimum: Tensor) -> Tensor:
@@ -130,28 +131,24 @@ def search_symmetric(x: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tens
         torch.mul(x, candidate, out=codes).round_().clamp_(-top, top - 1)
         ordered_sum(torch.mul(codes, weighted, out=product), sum_xl[i])
         ordered_sum(torch.mul(codes, weights, out=product).mul_(codes), sum_l2[i])
-    first_scale = torch.where(sum_l2[0] != 0, sum_xl[0] / sum_l2[0], 0)
-    scale, best = choose_candidate(sum_xl, sum_l2, first_scale)
+    scale, best = choose_candidate(sum_xl, sum_l2)
     torch.mul(x, inverse.gather(0, best), out=codes).round_().clamp_(-top, top - 1).add_(top)
     return scale, codes.masked_fill_(empty, 0) if empty.any() else codes
 
 
-def choose_candidate(sum_xl: Tensor, sum_l2: Tensor, first_scale: Tensor) -> tuple[Tensor, Tensor]:
+def choose_candidate(sum_xl: Tensor, sum_l2: Tensor) -> tuple[Tensor, Tensor]:
     """Go through candidates [C, G] in order and keep a later one where (Σ w x l)² / Σ w l² is larger.
 
     The comparison is ggml's, in float32 and without the division.
-
-    Args:
-        first_scale: float32 [G], the scale of candidate 0.
 
     Returns:
         Scales [G] and indices of the candidates, int64 [1, G].
     """
     scales = sum_xl / sum_l2
-    scales[0] = first_scale
+    scales[0].masked_fill_(sum_l2[0] == 0, 0)
     gains = scales * sum_xl
     squares = sum_xl * sum_xl
-    gain, best = gains[0].clone(), torch.zeros_like(first_scale, dtype=torch.int32)
+    gain, best = gains[0].clone(), torch.zeros_like(scales[0], dtype=torch.int32)
     product, better = torch.empty_like(gain), torch.empty_like(best)
     for i in range(1, len(gains)):
         torch.gt(squares[i], torch.mul(gain, sum_l2[i], out=product), out=better)
