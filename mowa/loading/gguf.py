@@ -60,7 +60,7 @@ def load_net(file: GGUFFile, *, dtype: str = "float32") -> Any:
 
     _validate_file(file)
     divisors = {name: read_tensor(file, name) for name in rope.TENSORS if name in file.tensors}
-    restoration = restore(file.metadata, file.tensors, divisors)
+    restoration = restore(file.metadata, {name: info.shape for name, info in file.tensors.items()}, divisors)
     restoration.config.dtype = torch.float32
     with silence_transformers(), torch.device("meta"):
         net = AutoModelForCausalLM.from_config(restoration.config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from mowa.models.gguf.state import LazyTensor
 from mowa.models.gguf.tables import architecture_named, find_architecture
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+EMBEDDINGS_IN_GGUF = "token_embd.weight"
 _BUFFERS = ("rotary_emb.inv_freq",)  # in state dicts of old checkpoints
 _REQUIRED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
@@ -162,12 +163,14 @@ class Restoration:
     rules: tuple[TensorRule, ...]
 
 
-def restore(metadata: Mapping[str, Any], names: Collection[str], rope: Mapping[str, Tensor]) -> Restoration:
+def restore(
+    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope: Mapping[str, Tensor]
+) -> Restoration:
     """Map a GGUF file to a model of transformers; no weights are loaded.
 
     Args:
         metadata: of the file.
-        names: of its tensors.
+        shapes: name of each of its tensors → shape in torch's order.
         rope: those of its tensors that are called as `rope.TENSORS`, float32.
 
     Raises ModelError if the architecture is not supported, or if metadata or tensors are missing or unexpected.
@@ -178,8 +181,8 @@ def restore(metadata: Mapping[str, Any], names: Collection[str], rope: Mapping[s
         for key, value in metadata.items()
         if key.startswith(f"{architecture.name}.")
     }
-    config = _config(architecture, metadata, own, names, rope)
-    remaining = set(names) - set(ROPE_TENSORS)
+    config = _config(architecture, metadata, own, shapes, rope)
+    remaining = set(shapes) - set(ROPE_TENSORS)
     rules = []
     for rule in expand(architecture, config.num_hidden_layers):
         if missing := [target for target in rule.targets if target not in remaining]:
@@ -191,7 +194,7 @@ def restore(metadata: Mapping[str, Any], names: Collection[str], rope: Mapping[s
     if remaining:
         raise ModelError(
             f"the tensor {min(remaining)} of the GGUF file has no place in {config.model_type}"
-            f" ({len(remaining)} of {len(names)} tensors)"
+            f" ({len(remaining)} of {len(shapes)} tensors)"
         )
     return Restoration(config, tuple(rules))
 
@@ -200,7 +203,7 @@ def _config(
     architecture: Architecture,
     metadata: Mapping[str, Any],
     own: Mapping[str, Any],
-    names: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
     rope: Mapping[str, Tensor],
 ) -> Any:
     from huggingface_hub.errors import StrictDataclassError
@@ -212,10 +215,10 @@ def _config(
         model_type = architecture.model_type(own) if architecture.model_type else architecture.model_types[0]
         attributes = {rule.attribute: own[rule.key] for rule in architecture.keys if rule.key in own}
         attributes |= _head_attributes(own, model_type)
-        attributes["tie_word_embeddings"] = "output.weight" not in names
-        if any(re.fullmatch(r"blk\.0\.attn_(q|output)\.bias", name) for name in names):
+        attributes["tie_word_embeddings"] = "output.weight" not in shapes
+        if any(re.fullmatch(r"blk\.0\.attn_(q|output)\.bias", name) for name in shapes):
             attributes["attention_bias"] = True
-        if "blk.0.ffn_up.bias" in names:
+        if "blk.0.ffn_up.bias" in shapes:
             attributes["mlp_bias"] = True
         attributes |= architecture.extra_config(own) | rope_config(own, architecture, rope)
     except KeyError as error:
@@ -224,8 +227,8 @@ def _config(
         if (value := metadata.get(f"tokenizer.ggml.{key}")) is not None:
             attributes[attribute] = int(value)
     attributes.setdefault("pad_token_id", None)
-    if "vocab_size" not in attributes and "tokenizer.ggml.tokens" in metadata:
-        attributes["vocab_size"] = len(metadata["tokenizer.ggml.tokens"])
+    if EMBEDDINGS_IN_GGUF in shapes:  # files of llama.cpp may have another number in the metadata, or none
+        attributes["vocab_size"] = shapes[EMBEDDINGS_IN_GGUF][0]
     try:
         return AutoConfig.for_model(model_type, **attributes)
     except (ValueError, TypeError, StrictDataclassError) as error:

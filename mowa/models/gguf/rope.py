@@ -87,13 +87,22 @@ def _yarn_metadata(full: Mapping[str, Any], config: Any, architecture: Architect
         wanted = _magnitude(factor)
         if mscale and mscale_all_dim:
             wanted = _magnitude(factor, mscale) / _magnitude(factor, mscale_all_dim)
-    computed = _magnitude(factor)  # by llama.cpp
-    if architecture.yarn_log_multiplier and mscale_all_dim:
+    if not architecture.yarn_log_multiplier:
+        mscale_all_dim = None
+    if mscale_all_dim:
         found[f"{_PREFIX}yarn_log_multiplier"] = architecture.yarn_log_multiplier * mscale_all_dim
-        computed = wanted if mscale == mscale_all_dim else computed / _magnitude(factor, mscale_all_dim)
+    computed = _default_attention_factor(factor, mscale_all_dim, architecture)
     if not math.isclose(wanted, computed, rel_tol=1e-6):
         found[f"{_PREFIX}attn_factor"] = wanted / computed
     return found
+
+
+def _default_attention_factor(factor: float, mscale_all_dim: float | None, architecture: Architecture) -> float:
+    """Return what llama.cpp multiplies queries and keys by with YaRN, before `attn_factor`."""
+    if not mscale_all_dim:
+        return _magnitude(factor)
+    mscale = mscale_all_dim if architecture.name == "deepseek2" else 1.0
+    return _magnitude(factor, mscale) / _magnitude(factor, mscale_all_dim)
 
 
 def _longrope_attention_factor(full: Mapping[str, Any], config: Any, original: int) -> float:
@@ -144,9 +153,9 @@ def rope_config(
         full |= {"rope_type": "longrope", "original_max_position_embeddings": original}
         full |= {"long_factor": tensors[LONG].tolist(), "short_factor": tensors[SHORT].tolist()}
         full |= {"attention_factor": scaling["attn_factor"]} if "attn_factor" in scaling else {}
-    elif scaling.get("type") in ("linear", "yarn") and scaling.get("factor", 1.0) != 1.0:
-        full |= {"rope_type": scaling["type"], "factor": float(scaling["factor"])}
-        full |= _yarn_config(scaling, architecture) if scaling["type"] == "yarn" else {}
+    elif scaling.get("factor", 1.0) != 1.0 and scaling.get("type", "linear") in ("linear", "yarn"):
+        full |= {"rope_type": scaling.get("type", "linear"), "factor": float(scaling["factor"])}
+        full |= _yarn_config(scaling, architecture) if full["rope_type"] == "yarn" else {}
     size = int(metadata.get("attention.key_length", 0)) or (
         int(metadata["embedding_length"]) // int(metadata["attention.head_count"])
     )
@@ -167,11 +176,12 @@ def _yarn_config(scaling: Mapping[str, Any], architecture: Architecture) -> dict
         "original_max_position_embeddings": int(scaling["original_context_length"]),
         **{name: float(scaling.get(key, _YARN_DEFAULTS[name])) for name, key in _YARN_KEYS.items()},
     }
-    if multiplier := scaling.get("yarn_log_multiplier"):
-        mscale = round(float(multiplier) / (architecture.yarn_log_multiplier or 1.0), 6)
-        return found | {"mscale": mscale, "mscale_all_dim": mscale}
+    mscale = float(scaling.get("yarn_log_multiplier", 0.0)) / (architecture.yarn_log_multiplier or 1.0)
+    if mscale:
+        found |= {"mscale": round(mscale, 6), "mscale_all_dim": round(mscale, 6)}
     if "attn_factor" in scaling:
-        found["attention_factor"] = float(scaling["attn_factor"]) * _magnitude(float(scaling["factor"]))
+        computed = _default_attention_factor(float(scaling["factor"]), mscale, architecture)
+        found["attention_factor"] = float(scaling["attn_factor"]) * computed
     return found
 
 

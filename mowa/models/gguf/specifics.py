@@ -241,10 +241,16 @@ def deepseek_problem(config: Any) -> str:
             f"q_lora_rank is {config.q_lora_rank} with {config.num_hidden_layers} layers, and llama.cpp has none with"
             f" {' or '.join(map(str, _LITE_LAYERS))} layers only"
         )
-    rope = config.rope_parameters
-    if rope["rope_type"] == "yarn" and not (rope.get("mscale") and rope.get("mscale") == rope.get("mscale_all_dim")):
+    return _deepseek_rope_problem(config.rope_parameters)
+
+
+def _deepseek_rope_problem(rope: Mapping[str, Any]) -> str:
+    """llama.cpp derives the scale of attention from one number."""
+    if rope["rope_type"] != "yarn":
+        return ""
+    if not rope.get("mscale") or rope["mscale"] != rope.get("mscale_all_dim"):
         return "mscale and mscale_all_dim of its YaRN are not equal, as llama.cpp needs them to be"
-    return ""
+    return "attention_factor of its YaRN is set" if rope.get("attention_factor") else ""
 
 
 def gpt_oss_metadata(config: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def test_back_from_gguf_unchanged(case, tmp_path):
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    assert torch.equal(logits(loaded, token_ids()), logits(model, token_ids()))
+    torch.testing.assert_close(logits(loaded, token_ids()), logits(model, token_ids()), rtol=1e-5, atol=1e-6)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
@@ -236,7 +236,8 @@ def test_positions_of_llama_3_are_computed_and_recognized(factor, low, high, ori
     divisors = mapped.tensors["rope_freqs.weight"].load()
     default = 500_000.0 ** (-torch.arange(0, 128, 2) / 128)
     assert torch.allclose(default / divisors, model.model.rotary_emb.inv_freq, rtol=1e-5)
-    restored = restore(mapped.metadata, mapped.tensors, {"rope_freqs.weight": divisors}).config
+    shapes = {name: tensor.shape for name, tensor in mapped.tensors.items()}
+    restored = restore(mapped.metadata, shapes, {"rope_freqs.weight": divisors}).config
     assert restored.rope_parameters.pop("rope_type") == rope.pop("rope_type")
     assert restored.rope_parameters == pytest.approx(rope, rel=1e-3)
 

@@ -37,6 +37,10 @@ CASES = {
     ),
     "mistral": ("mistral", {"sliding_window": None}),
     "ministral3": ("ministral3", {}),
+    "ministral3-other-scale": (
+        "ministral3",
+        {"rope_parameters": YARN | {"mscale": 0.8, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.1}},
+    ),
     "mixtral": ("mixtral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
@@ -91,7 +95,7 @@ CASES = {
 NO_TOKENIZER = {"tokenizer.ggml.model": "none"}
 MINIMAL_TOKENIZER = {
     **{"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"},
-    "tokenizer.ggml.tokens": [chr(33 + index) for index in range(VOCABULARY)],
+    "tokenizer.ggml.tokens": [*(chr(33 + index) for index in range(VOCABULARY - 1)), '!"'],
     "tokenizer.ggml.token_type": [1] * VOCABULARY,
     "tokenizer.ggml.merges": ['! "'],
     **{"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 0},
