@@ -1,7 +1,7 @@
 """Which tensor is stored in which type: the mixes of llama.cpp's quantizer, such as q4_k_m, and changes to them.
 
 Norms, biases, routers of experts and other small tensors stay in float32. Rows that do not fill a type's blocks fall
-back to a type with smaller blocks, and to float16 if those do not fit either.
+back to a type with smaller blocks, and to float16 if those do not fit either (where llama.cpp's quantizer may fail).
 
 Source: `llama_tensor_get_type` of llama.cpp (MIT), build 10434.
 """
@@ -145,8 +145,10 @@ def choose_types(
 
 def file_type_metadata(file_type: str) -> dict[str, Any]:
     """Return what a file says about its mix."""
-    version = {} if file_type in _UNQUANTIZED else {"general.quantization_version": np.uint32(QUANTIZATION_VERSION)}
-    return {"general.file_type": np.uint32(FILE_TYPES[file_type].id)} | version
+    return {
+        "general.file_type": np.uint32(FILE_TYPES[file_type].id),
+        "general.quantization_version": np.uint32(QUANTIZATION_VERSION),
+    }
 
 
 def parse_override(text: str) -> tuple[str, str]:
