@@ -73,7 +73,7 @@ TOOLS = [
 ]
 _VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
-    ", prompt": {"add_generation_prompt": True},
+    ", generation prompt": {"add_generation_prompt": True},
     ", tools": {"tools": TOOLS},
 }
 

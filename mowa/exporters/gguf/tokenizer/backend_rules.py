@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mowa.exporters.gguf.tokenizer.pre_tokenizers import CONTRACTION, DIGIT, GPT2
+from mowa.exporters.gguf.tokenizer.pre_tokenizers import CONTRACTION, DIGIT, GPT2, PUNCTUATION
 
 _SPELLINGS = {
     "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])": CONTRACTION,
@@ -19,7 +19,6 @@ _SPELLINGS = {
     "\n": r"\n",
 }  # of expressions that are the same
 _ISOLATING = (("Isolated", False), ("Removed", True))  # behaviors that keep every match as a piece
-_PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"
 
 
 def flatten(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -49,7 +48,7 @@ def expressions(steps: list[Mapping[str, Any]]) -> tuple[str, ...] | None:
         elif kind == "ByteLevel":
             found += [GPT2] if step.get("use_regex", True) else []
         elif kind == "Punctuation" and step.get("behavior", "Isolated") in ("Isolated", "Contiguous"):
-            found.append(_PUNCTUATION + ("+" if step.get("behavior") == "Contiguous" else ""))
+            found.append(PUNCTUATION + ("+" if step.get("behavior") == "Contiguous" else ""))
         elif kind == "Split" and (step["behavior"], bool(step.get("invert"))) in _ISOLATING:
             pattern = step["pattern"]
             found.append(canonical(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])))

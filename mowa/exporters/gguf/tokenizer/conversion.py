@@ -81,25 +81,27 @@ def convert_tokenizer(
     vocabulary = fit_vocabulary(read_vocabulary(hf.spec), vocab_size, drop_excess=drop_excess)
     special = [token.content for token in vocabulary.added.values()]
     battery = hard_texts(special, _texts_of_tokens(hf, vocabulary))
-    conversion = convert_vocabulary(hf, vocabulary, [*battery, *texts])
-    metadata = _metadata(tokenizer, hf, conversion)
-    reader = GGUFTokenizer(metadata | {"general.name": model_name})
-    deviations = _deviations(conversion, hf, reader)
-
-    def compare(chosen: Sequence[str]) -> TokenIdReport:
-        return compare_token_ids(hf.encode, reader.encode, chosen, deviations)
-
-    hard, own = compare(battery), compare(texts)
-    _require_equal(hard.unexplained, "a text of the built-in comparison")
-    _require_equal(own.unexplained, "a text of yours")
+    tried = []
+    for conversion in convert_vocabulary(hf, vocabulary, [*battery, *texts]):
+        metadata = _metadata(tokenizer, hf, conversion)
+        reader = GGUFTokenizer(metadata | {"general.name": model_name})
+        deviations = _deviations(conversion, hf, reader, metadata)
+        hard, own = (compare_token_ids(hf.encode, reader.encode, chosen, deviations) for chosen in (battery, texts))
+        tried.append((conversion, metadata, hard, own))
+        if not hard.unexplained and not own.unexplained:
+            break
+    else:
+        _, _, hard, own = tried[0]
+        _require_equal(own.unexplained, "a text of yours")
+        _require_equal(hard.unexplained, "a text of the built-in comparison")
     if not allow_known_differences:
         for reason, differences in own.known.items():
             _require_equal(differences, "a text of yours", f" ({reason})")
     known = {key: [*hard.known.get(key, ()), *own.known.get(key, ())] for key in {**hard.known, **own.known}}
     report = TokenIdReport(hard.checked + own.checked, [], known)
     found = tuple(
-        f"{reason}: {len(texts)} of {report.checked} texts have other token ids, such as {texts[0]}"
-        for reason, texts in known.items()
+        f"{reason}: {len(differences)} of {report.checked} texts have other token ids, such as {differences[0]}"
+        for reason, differences in known.items()
     )
     return ConvertedTokenizer(metadata, (*conversion.warnings, *found), report)
 
@@ -175,7 +177,9 @@ def _surroundings(
     )
 
 
-def _deviations(conversion: Conversion, hf: HFTokenizer, reader: GGUFTokenizer) -> list[Deviation]:
+def _deviations(
+    conversion: Conversion, hf: HFTokenizer, reader: GGUFTokenizer, metadata: Mapping[str, Any]
+) -> list[Deviation]:
     """Return what llama.cpp does not do, with a test of whether that is why ids of a text differ."""
 
     def by_rules(text: str, ids: Sequence[int]) -> bool:
@@ -187,10 +191,11 @@ def _deviations(conversion: Conversion, hf: HFTokenizer, reader: GGUFTokenizer) 
         kind = "special" if index in reader.special.found else "text"
         message = f"the token {token!r}: llama.cpp takes it for {kind} because of its name"
         found.append(Deviation(message, partial(_contains, token)))
-    if conversion.first_only:
-        message = "a space before the first text only: llama.cpp puts one after each special token too"
-        found.append(Deviation(message, lambda text, ids: len(reader.special.split(text, True)) > 1))
-    return [*found, *(Deviation(rule, by_rules) for rule in conversion.rules)]
+    if conversion.model == "t5":
+        exact = GGUFTokenizer({**metadata, f"{KEY}scores": conversion.vocabulary.scores})
+        message = "scores are float32 in GGUF, and pieces of equal sums of scores are chosen by rounding"
+        found.append(Deviation(message, lambda text, ids: exact.encode(text, add_special=False) == list(ids)))
+    return [*found, *conversion.deviations, *(Deviation(rule, by_rules) for rule in conversion.rules)]
 
 
 def _contains(token: str, text: str, ids: Sequence[int]) -> bool:

@@ -65,7 +65,8 @@ class GGUFTokenizer:
         self.model = str(_required(metadata, "model"))
         if self.model not in MODELS:
             raise ModelError(f"tokenizer.ggml.model is {self.model!r}; supported are {', '.join(MODELS)}")
-        self.tokens = [str(token) or f"[EMPTY_{index}]" for index, token in enumerate(_required(metadata, "tokens"))]
+        texts = (str(token).partition("\0")[0] for token in _required(metadata, "tokens"))  # they end at a NUL there
+        self.tokens = [text or f"[EMPTY_{index}]" for index, text in enumerate(texts)]
         self.ids = {token: index for index, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             twice = next(token for index, token in enumerate(self.tokens) if self.ids[token] != index)
@@ -257,12 +258,12 @@ class GGUFTokenizer:
 
     def token_bytes(self, index: int) -> bytes:
         """Return the bytes that a token stands for in text; none for unused tokens."""
-        token, kind = self.tokens[index], self.types[index]
-        if index in self.special.hidden or kind == TokenType.USER_DEFINED:
+        token, kinds = self.tokens[index], self.special.types[index]
+        if index in self.special.found:
             return token.encode()
-        if kind == TokenType.BYTE:
+        if TokenType.BYTE in kinds:
             return bytes([int(token[3:5], 16)])
-        if kind != TokenType.NORMAL:
+        if TokenType.NORMAL not in kinds:
             return b""
         if self.model == "gpt2" and self.pre.byte_level:
             return bytes(byte for char in token for byte in ([_BYTES[char]] if char in _BYTES else char.encode()))

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from mowa.errors import ModelError
-from mowa.exporters.gguf.tokenizer.backend_rules import describe, expressions, flatten
+from mowa.exporters.gguf.tokenizer.backend_rules import canonical, describe, expressions, flatten
 from mowa.exporters.gguf.tokenizer.gguf_tokenizer import BYTE_CHARACTERS, SPACE
 from mowa.exporters.gguf.tokenizer.hf_tokenizer import HFTokenizer
 from mowa.exporters.gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, split_words
+from mowa.exporters.gguf.tokenizer.special_tokens import TokenType
 from mowa.exporters.gguf.tokenizer.subword_models import merge_by_rank
+from mowa.exporters.gguf.tokenizer.token_ids import Deviation
 from mowa.exporters.gguf.tokenizer.vocabulary import (
     Vocabulary,
     as_wordpiece,
     score_by_rank,
-    with_bytes,
     with_literal_spaces,
+    with_sentencepiece_types,
 )
 
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled")
@@ -39,20 +41,23 @@ class Conversion:
     model       value of `tokenizer.ggml.model`
     entries     further keys, without `tokenizer.ggml.`
     rules       steps of the normalizer and pre-tokenizer that llama.cpp does not follow on all texts, in words
+    deviations  other things that llama.cpp does not do
     warnings    other things to tell the user
-    first_only  whether a space is put before the first text only; llama.cpp puts one after each special token too
     """
 
     model: str
     vocabulary: Vocabulary
     entries: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[str, ...] = ()
+    deviations: tuple[Deviation, ...] = ()
     warnings: tuple[str, ...] = ()
-    first_only: bool = False
 
 
-def convert_vocabulary(hf: HFTokenizer, vocabulary: Vocabulary, texts: Sequence[str]) -> Conversion:
-    """Return the vocabulary in llama.cpp's form. `texts`: on which unknown pre-tokenizers are compared.
+def convert_vocabulary(hf: HFTokenizer, vocabulary: Vocabulary, texts: Sequence[str]) -> tuple[Conversion, ...]:
+    """Return forms that the vocabulary can have in llama.cpp, the better one first; token ids decide between them.
+
+    Args:
+        texts: on which unknown pre-tokenizers are compared.
 
     Raises ModelError if llama.cpp has no such kind of tokenizer, or no pre-tokenizer that splits like it.
     """
@@ -63,12 +68,12 @@ def convert_vocabulary(hf: HFTokenizer, vocabulary: Vocabulary, texts: Sequence[
                 raise ModelError(f"the tokenizer's BPE has {option}={model[option]!r}, which llama.cpp cannot do")
         steps = flatten(hf.spec["pre_tokenizer"])
         if any(step["type"] == "ByteLevel" for step in steps):
-            return _convert_byte_level(hf, vocabulary, texts)
+            return (_convert_byte_level(hf, vocabulary, texts),)
         return _convert_sentencepiece(hf, vocabulary)
     if kind == "WordPiece":
-        return _convert_wordpiece(hf, vocabulary)
+        return (_convert_wordpiece(hf, vocabulary),)
     if kind == "Unigram":
-        return _convert_unigram(hf, vocabulary)
+        return (_convert_unigram(hf, vocabulary),)
     raise ModelError(f"the tokenizer's model is {kind}; llama.cpp has BPE, WordPiece and Unigram")
 
 
@@ -94,7 +99,7 @@ def _convert_byte_level(hf: HFTokenizer, vocabulary: Vocabulary, texts: Sequence
     rules = _unicode_rules(flatten(hf.spec["normalizer"]))
     name, more, warnings = choose_pre_tokenizer(hf, vocabulary, texts)
     entries = {"pre": name, "merges": [f"{left} {right}" for left, right in vocabulary.merges]}
-    return Conversion("gpt2", vocabulary, entries, rules + more, warnings)
+    return Conversion("gpt2", vocabulary, entries, rules + more, warnings=warnings)
 
 
 def choose_pre_tokenizer(
@@ -108,45 +113,52 @@ def choose_pre_tokenizer(
     Raises ModelError if there is none.
     """
     found = expressions(flatten(hf.spec["pre_tokenizer"]))
-    ignores = bool(hf.spec["model"].get("ignore_merges"))
-    known = [name for name, one in PRE_TOKENIZERS.items() if one.byte_level and found in one.rules]
     splits = {text: hf.words(hf.normalize(text)) for text in texts}
-    name = _with_merges(known, ignores, vocabulary)
-    if name is not None:
+    if known := _made_for(found):
+        name = _with_merges(known, hf, vocabulary)
         different = _first_difference(name, splits, hf)
         rule = f"llama.cpp's version of the regular expression of {name!r}, which splits {different!r} differently"
         return name, () if different is None else (rule,), ()
     candidates = {one: _first_difference(one, splits, hf) for one, kind in PRE_TOKENIZERS.items() if kind.byte_level}
-    name = _with_merges([one for one, text in candidates.items() if text is None], ignores, vocabulary)
-    if name is None:
-        order = list(splits)
-        nearest = max(candidates, key=lambda one: order.index(text) if (text := candidates[one]) in splits else 0)
+    if not (same := [one for one, text in candidates.items() if text is None]):
+        order = {text: position for position, text in enumerate(splits)}
+        nearest = max(candidates, key=lambda one: order[str(candidates[one])])
         raise ModelError(
-            f"llama.cpp has no pre-tokenizer for the expressions {list(found or ())} with ignore_merges={ignores}; the "
-            f" nearest, {nearest!r}, splits {candidates[nearest]!r} differently: export to another format"
+            f"llama.cpp has no pre-tokenizer that splits text like the regular expressions {list(found or ())}; the "
+            f"nearest, {nearest!r}, splits {candidates[nearest]!r} differently: export to another format"
         )
-    warning = (
-        f"no pre-tokenizer of llama.cpp is known to have the regular expressions {list(found or ())}; {name!r} splits "
-        f"{len(splits)} texts in the same way"
-    )
-    return name, (), (warning,)
+    name = _with_merges(same, hf, vocabulary)
+    return name, (), (
+        f"no pre-tokenizer of llama.cpp was made for the regular expressions {list(found or ())}; {name!r} splits "
+        f"{len(splits)} texts in the same way",
+    )  # fmt: skip
 
 
-def _with_merges(names: Sequence[str], ignores: bool, vocabulary: Vocabulary) -> str | None:
-    """Return the first pre-tokenizer that takes words that are tokens as the tokenizer does."""
-    same = next((name for name in names if PRE_TOKENIZERS[name].ignore_merges == ignores), None)
-    if same is None and names and _merges_make_all_tokens(vocabulary):
-        return names[0]
-    return same
+def _made_for(found: tuple[str, ...] | None) -> list[str]:
+    """Return the pre-tokenizers of llama.cpp that were made for these regular expressions."""
+    return [
+        name
+        for name, one in PRE_TOKENIZERS.items()
+        if one.byte_level and found in [tuple(map(canonical, rule)) for rule in one.rules]
+    ]
 
 
-def _merges_make_all_tokens(vocabulary: Vocabulary) -> bool:
-    """Return whether merging the characters of each token gives that token, so that ignoring merges changes nothing."""
+def _with_merges(names: Sequence[str], hf: HFTokenizer, vocabulary: Vocabulary) -> str:
+    """Return the first pre-tokenizer that takes words that are tokens as the tokenizer does: whole, or merged.
+
+    Raises ModelError if there is none, and the two are not the same for this vocabulary.
+    """
+    ignores = bool(hf.spec["model"].get("ignore_merges"))
+    if (same := next((name for name in names if PRE_TOKENIZERS[name].ignore_merges == ignores), None)) is not None:
+        return same
     ranks = {pair: rank for rank, pair in reversed(list(enumerate(vocabulary.merges)))}
-    return all(
-        index in vocabulary.added or len(merge_by_rank(token, ranks)) == 1
-        for index, token in enumerate(vocabulary.tokens)
-    )
+    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
+        if kind == TokenType.NORMAL and len(pieces := merge_by_rank(token, ranks)) > 1:
+            raise ModelError(
+                f"the tokenizer has ignore_merges={ignores} and llama.cpp's {names[0]!r} the opposite; its token "
+                f"{token!r} is merged to {pieces} only: export to another format"
+            )
+    return names[0]
 
 
 def _first_difference(name: str, splits: Mapping[str, list[str]], hf: HFTokenizer) -> str | None:
@@ -159,8 +171,10 @@ def _first_difference(name: str, splits: Mapping[str, list[str]], hf: HFTokenize
     return None
 
 
-def _convert_sentencepiece(hf: HFTokenizer, vocabulary: Vocabulary) -> Conversion:
-    model, prefix, first_only, others = hf.spec["model"], False, False, []
+def _convert_sentencepiece(hf: HFTokenizer, vocabulary: Vocabulary) -> tuple[Conversion, ...]:
+    model, others = hf.spec["model"], []
+    prefix = False
+    deviations: tuple[Deviation, ...] = ()
     for step in flatten(hf.spec["normalizer"]):
         if step["type"] == "Prepend" and step["prepend"] == SPACE:
             prefix = True
@@ -170,19 +184,35 @@ def _convert_sentencepiece(hf: HFTokenizer, vocabulary: Vocabulary) -> Conversio
     for step in flatten(hf.spec["pre_tokenizer"]):
         if step["type"] == "Metaspace" and step.get("replacement", SPACE) == SPACE:
             scheme = step.get("prepend_scheme", "always")
-            prefix, first_only = scheme != "never", scheme == "first"
-            rules += ("a space before text that begins with one: llama.cpp puts it there",) if scheme != "never" else ()
+            prefix = scheme != "never"
+            rules += ("no space is put before text that begins with one: llama.cpp puts it there",) if prefix else ()
+            deviations += (_space_before_first(vocabulary),) if scheme == "first" else ()
         elif not (step["type"] == "Split" and step["pattern"] == {"String": " "}):
             raise _unsupported(step, "pre-tokenizer")
     if not model.get("byte_fallback"):
         raise ModelError("the tokenizer's BPE has neither ByteLevel nor byte_fallback; llama.cpp needs one of them")
-    vocabulary = with_literal_spaces(with_bytes(vocabulary, model.get("unk_token")))
+    vocabulary = with_literal_spaces(with_sentencepiece_types(vocabulary, model.get("unk_token"), has_bytes=True))
     scored, is_exact = score_by_rank(vocabulary)
-    if not is_exact and not prefix:
-        entries = {"pre": "sarvam-moe", "merges": [f"{left} {right}" for left, right in vocabulary.merges]}
-        warning = "the merges have no order by score; the file needs a llama.cpp with the pre-tokenizer 'sarvam-moe'"
-        return Conversion("gpt2", vocabulary, entries, rules, (warning,))
-    return Conversion("llama", scored, {"pre": "default", "add_space_prefix": prefix}, rules, (), first_only)
+    by_score = Conversion("llama", scored, {"pre": "default", "add_space_prefix": prefix}, rules, deviations)
+    if is_exact:
+        return (by_score,)
+    warning = (
+        "scores made from ranks of merges may merge some texts in another order; those of the comparison are equal"
+    )
+    by_score = replace(by_score, warnings=(warning,))
+    if prefix:
+        return (by_score,)
+    entries = {"pre": "sarvam-moe", "merges": [f"{left} {right}" for left, right in vocabulary.merges]}
+    warning = (
+        "the file needs a llama.cpp of 2026 with the pre-tokenizer 'sarvam-moe', as the merges have no order by score"
+    )
+    return Conversion("gpt2", vocabulary, entries, rules, deviations, (warning,)), by_score
+
+
+def _space_before_first(vocabulary: Vocabulary) -> Deviation:
+    contents = [token.content for token in vocabulary.added.values()]
+    message = "a space is put before the first text only: llama.cpp puts one after each special token too"
+    return Deviation(message, lambda text, ids: any(content in text for content in contents))
 
 
 def _escapes_spaces(step: Mapping[str, Any]) -> bool:
@@ -210,13 +240,17 @@ def _convert_wordpiece(hf: HFTokenizer, vocabulary: Vocabulary) -> Conversion:
     strips = normalizer.get("strip_accents")
     strip_accents = lowercase if strips is None else bool(strips)
     entries = {"pre": "default", "normalizer.lowercase": lowercase, "normalizer.strip_accents": strip_accents}
-    warning = "a cased WordPiece vocabulary needs a llama.cpp of 2026; older ones turn all text to lower case"
-    rules = (
-        f"words of more than {model.get('max_input_chars_per_word', 100)} characters, which llama.cpp does not reject, "
-        "and lower case and accents of some scripts",
+    warnings = () if lowercase else ("a llama.cpp before 2026 turns all text to lower case",)
+    rules = ("lower case, accents and control characters of BertNormalizer, of which llama.cpp has simpler ones",)
+    longest, prefix = int(model.get("max_input_chars_per_word", 100)), model.get("continuing_subword_prefix", "##")
+    deviations = (
+        Deviation(
+            f"words of more than {longest} characters are unknown: llama.cpp splits them",
+            lambda text, ids: any(len(word) > longest for word in hf.words(hf.normalize(text))),
+        ),
+        Deviation("U+2581 in text: llama.cpp marks the beginning of a word with it", lambda text, ids: SPACE in text),
     )
-    prefix = model.get("continuing_subword_prefix", "##")
-    return Conversion("bert", as_wordpiece(vocabulary, prefix), entries, rules, () if lowercase else (warning,))
+    return Conversion("bert", as_wordpiece(vocabulary, prefix), entries, rules, deviations, warnings)
 
 
 def _convert_unigram(hf: HFTokenizer, vocabulary: Vocabulary) -> Conversion:
@@ -239,7 +273,7 @@ def _convert_unigram(hf: HFTokenizer, vocabulary: Vocabulary) -> Conversion:
         else:
             raise _unsupported(step, "pre-tokenizer")
     unknown = vocabulary.tokens[int(model["unk_id"])] if model.get("unk_id") is not None else None
-    vocabulary = with_bytes(vocabulary, unknown)
+    vocabulary = with_sentencepiece_types(vocabulary, unknown, has_bytes=bool(model.get("byte_fallback")))
     if model.get("byte_fallback"):
         rules += ("byte_fallback: llama.cpp writes the unknown token for characters outside a unigram vocabulary",)
     entries |= {"add_space_prefix": prefix, "remove_extra_whitespaces": merges_spaces}

@@ -21,6 +21,7 @@ from mowa.exporters.gguf.tokenizer.unicode_classes import expand_classes, fold, 
 CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT = r"\p{N}"
+PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SLASH_TAIL = _TAIL.replace(r"[\r\n]*", r"[\r\n/]*")
 _START = r"[^\r\n\p{L}\p{N}]?"
@@ -153,12 +154,13 @@ def _rows() -> Iterator[tuple[str, PreTokenizer]]:
         r"[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+", clean_spaces=True)  # fmt: skip
     row("minicpm5", r"\p{N}{1,3}", MINICPM5, ignore_merges=True, clean_spaces=True)
     row("jais-2", LLAMA3.removesuffix(r"\s+(?!\S)|\s+") + _SPACES, clean_spaces=True)
-    row("falcon", _FALCON_PUNCTUATION, GPT2, "[0-9][0-9][0-9]", clean_spaces=True)
-    row("poro-chat", _NOT_PUNCTUATED, rules=((BLOOM,),))
+    row("falcon", _FALCON_PUNCTUATION, GPT2, "[0-9][0-9][0-9]", clean_spaces=True,
+        rules=((f"{PUNCTUATION}+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),))  # fmt: skip
     row("bloom gpt3-finnish", _NOT_PUNCTUATED, rules=((BLOOM,),), clean_spaces=True)
+    row("poro-chat", _NOT_PUNCTUATED, rules=((BLOOM,),))
     row("viking", _NOT_PUNCTUATED, DIGIT, rules=((BLOOM, DIGIT),))
     row("chameleon", "<sentinel:[0-9]+>", "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z", r"([\t\n]|    |  )", DIGIT,
-        r"[\p{P}!-/:-@\[-`{-~]", GPT2, add_bos=True)  # fmt: skip
+        PUNCTUATION, GPT2, add_bos=True)  # fmt: skip
     row("sarvam-moe", LINES, byte_level=False)
     row("gemma4 granite-embed-multi-311m", LINES, byte_level=False, clean_spaces=True, add_bos=True)
     row("default", _FALCON_PUNCTUATION.replace("`", ""), GPT2, r"\p{N}+", "[0-9][0-9][0-9]", clean_spaces=True)

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
+from mowa.errors import DataError
+
 KEY = "tokenizer.ggml."
 END_TOKENS = frozenset(
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
@@ -50,7 +52,8 @@ class TokenType(IntEnum):
 class SpecialTokens:
     """Tokens that are cut out of text before the rest of it is tokenized.
 
-    found         ids of all of them
+    types         id → types of the token, of which llama.cpp lets a token have two
+    found         ids of all special tokens
     hidden        ids of those that are cut out on demand only
     left_strips   ids of those that take away white space before them
     right_strips  ids of those that take away white space after them
@@ -59,11 +62,10 @@ class SpecialTokens:
     def __init__(self, tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> None:
         """Find the special tokens of a vocabulary; types are those of the file."""
         ids = {token: index for index, token in enumerate(tokens)}
-        kinds = _effective_types(ids, types, metadata)
-        self.hidden = frozenset(
-            index for index, found in kinds.items() if found & {TokenType.CONTROL, TokenType.UNKNOWN}
-        )
-        self.found = frozenset(self.hidden | {i for i, types in kinds.items() if TokenType.USER_DEFINED in types})
+        self.types = _effective_types(ids, types, metadata)
+        hidden = {TokenType.CONTROL, TokenType.UNKNOWN}
+        self.hidden = frozenset(index for index, found in self.types.items() if found & hidden)
+        self.found = self.hidden | {index for index, found in self.types.items() if TokenType.USER_DEFINED in found}
         self.left_strips, self.right_strips = _strips(ids, self.found, metadata)
         self._tokens = tokens
         self._by_start: dict[str, list[tuple[int, int]]] = {}
@@ -100,7 +102,7 @@ class SpecialTokens:
 
 
 def _effective_types(ids: Mapping[str, int], types: Sequence[int], metadata: Mapping[str, Any]) -> dict[int, set[int]]:
-    """Return the types of each token, of which llama.cpp lets a token have two."""
+    """Return the types of each token after llama.cpp changed them for some names."""
     kinds = {index: {int(kind)} for index, kind in enumerate(types)}
     control = set(END_TOKENS)
     for keys, names in _FILL_TOKENS.items():
@@ -118,7 +120,9 @@ def _effective_types(ids: Mapping[str, int], types: Sequence[int], metadata: Map
     return kinds
 
 
-def _strips(ids: Mapping[str, int], special: frozenset[int], metadata: Mapping[str, Any]) -> tuple[set[int], set[int]]:
+def _strips(
+    ids: Mapping[str, int], special: frozenset[int], metadata: Mapping[str, Any]
+) -> tuple[frozenset[int], frozenset[int]]:
     """Return the tokens that take away the white space before them, and those that take away what follows."""
     pre, name, architecture = (
         str(metadata.get(key, "")) for key in (f"{KEY}pre", "general.name", "general.architecture")
@@ -126,10 +130,14 @@ def _strips(ids: Mapping[str, int], special: frozenset[int], metadata: Mapping[s
     name = name.lower()
     jina = any(part in pre for part in ("jina-v2-de", "jina-v2-es", "jina-v2-code"))
     if jina or any(part in architecture for part in ("nomic-bert-moe", "jina-bert-v3")):
-        return {ids["<mask>"]} if "<mask>" in ids else set(), set()
+        return frozenset(ids[token] for token in ("<mask>",) if token in ids), frozenset()
     if "phi-3" in name or "phi3" in name:
-        right = special | {ids[token] for token in ("</s>",) if token in ids}
-        return set(), right - {ids[token] for token in ("<unk>", "<s>", "<|endoftext|>") if token in ids}
+        if missing := {"</s>", "<unk>", "<s>", "<|endoftext|>"} - ids.keys():
+            raise DataError(
+                f"the model is named {name!r} and has no token {min(missing)!r}, which llama.cpp expects of Phi-3 and "
+                "does not load without: give it another name"
+            )
+        return frozenset(), (special | {ids["</s>"]}) - {ids[token] for token in ("<unk>", "<s>", "<|endoftext|>")}
     if "modern-bert" in name:
-        return {ids["[MASK]"]} if "[MASK]" in ids else set(), set()
-    return set(), set()
+        return frozenset(ids[token] for token in ("[MASK]",) if token in ids), frozenset()
+    return frozenset(), frozenset()

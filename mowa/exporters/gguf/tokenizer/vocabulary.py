@@ -164,11 +164,11 @@ def _has_other_splits(vocabulary: Vocabulary, merges: set[tuple[str, str]]) -> b
     return False
 
 
-def with_bytes(vocabulary: Vocabulary, unknown: str | None) -> Vocabulary:
-    """Return a SentencePiece vocabulary whose byte tokens and unknown token have those types."""
+def with_sentencepiece_types(vocabulary: Vocabulary, unknown: str | None, *, has_bytes: bool) -> Vocabulary:
+    """Return a vocabulary whose unknown token, and byte tokens if it has some, have those types."""
     types = list(vocabulary.types)
     for index, token in enumerate(vocabulary.tokens):
-        if token in BYTES:
+        if has_bytes and token in BYTES:
             types[index] = int(TokenType.BYTE)
         elif token == unknown:
             types[index] = int(TokenType.UNKNOWN)
