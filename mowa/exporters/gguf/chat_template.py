@@ -105,11 +105,7 @@ def render_chats(tokenizer: Any, template: str) -> dict[str, str]:
     """
     rendered = {}
     for name, messages in CHATS.items():
-        for variant, options in (
-            ("", {}),
-            (", answered", {"add_generation_prompt": True}),
-            (", tools", {"tools": TOOLS}),
-        ):
+        for variant, options in _VARIANTS.items():
             try:
                 text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
             except Exception as error:  # templates raise errors of any kind
