@@ -18,6 +18,8 @@ SLICE = 262_144  # weights encoded at once on the CPU: 16 MB of scratch memory
 SLICE_ON_GPU = 64 * SLICE
 KEPT_BYTES = 24 * 2**20
 
+Part = tuple[slice, slice]  # rows and columns
+
 PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 ENCODERS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "q4_0": legacy.encode_q4_0,
@@ -59,7 +61,7 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None, *, 
         type_name: a key of `BLOCK_TYPES`.
         importance: [K] ≥ 0, mean square of the inputs of each column, from an importance matrix. f32, f16, bf16, q8_0
             and mxfp4 do not use it.
-        threads: slices encoded at the same time.
+        threads: slices encoded at the same time, each with its own scratch memory of about 16 MB.
 
     Returns:
         uint8 [..., bytes of a row], on the device of `weight`.
@@ -78,7 +80,7 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None, *, 
     if rows.device.type == "cpu":
         _keep_freed_memory()
 
-    def encode_slice(part: tuple[slice, slice]) -> None:
+    def encode_slice(part: Part) -> None:
         x = rows[part].float()
         _check_finite(x, type_name, part, rows.shape)
         encoded = encode_blocks(x, block_type, None if importance is None else importance[part[1]])
@@ -88,12 +90,11 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None, *, 
 
     whole_rows = importance is not None and block_type.name in MEAN_OVER_ROW
     parts = _slices(rows, SLICE if rows.device.type == "cpu" else SLICE_ON_GPU, whole_rows=whole_rows)
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(encode_slice, parts))
-    else:
+    if threads == 1:
         for part in parts:
             encode_slice(part)
+    else:
+        _run_in_threads(encode_slice, parts, threads)
     return blocks.view(*weight.shape[:-1], blocks.shape[1])
 
 
@@ -136,7 +137,18 @@ def decode(blocks: Tensor, type_name: str) -> Tensor:
     return weights.view(*blocks.shape[:-1], blocks.shape[-1] // block_type.block_bytes * block_type.block_size)
 
 
-def _slices(x: Tensor, size: int, *, whole_rows: bool) -> Iterator[tuple[slice, slice]]:
+def _run_in_threads(encode_slice: Callable[[Part], None], parts: Iterator[Part], threads: int) -> None:
+    """Run slices in a pool; each of its threads keeps torch to itself, or their teams would compete for the cores."""
+    torch_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "encode", torch.set_num_threads, (1,)) as pool:
+            for _ in pool.map(encode_slice, parts):  # raises what the first slice that failed raised
+                pass
+    finally:
+        torch.set_num_threads(torch_threads)  # what the pool's threads set is the default of new ones
+
+
+def _slices(x: Tensor, size: int, *, whole_rows: bool) -> Iterator[Part]:
     """Cut [R, K] into parts of about `size` weights: whole rows, or stretches of one where it is longer."""
     rows, columns = x.shape
     width = max(1, columns if whole_rows else min(columns, size))
@@ -159,7 +171,7 @@ def _check_importance(importance: Tensor | None, rows: Tensor) -> Tensor | None:
     return importance.to(rows.device, torch.float32)
 
 
-def _check_finite(x: Tensor, name: str, part: tuple[slice, slice], shape: torch.Size) -> None:
+def _check_finite(x: Tensor, name: str, part: Part, shape: torch.Size) -> None:
     """Raise ModelError with the place of the first weight that is NaN or infinite."""
     if x.sum().isfinite():
         return
@@ -172,9 +184,7 @@ def _check_finite(x: Tensor, name: str, part: tuple[slice, slice], shape: torch.
         )
 
 
-def _check_scales(
-    x: Tensor, encoded: Tensor, block_type: BlockType, part: tuple[slice, slice], shape: torch.Size
-) -> None:
+def _check_scales(x: Tensor, encoded: Tensor, block_type: BlockType, part: Part, shape: torch.Size) -> None:
     """Raise ModelError with the row if a float16 (or, of bf16, a bfloat16) became infinite or NaN."""
     if block_type.name == "bf16":
         infinite = ~encoded.view(torch.bfloat16).isfinite()
