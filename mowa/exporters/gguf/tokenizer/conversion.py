@@ -29,6 +29,7 @@ from mowa.exporters.gguf.tokenizer.vocabulary import (
     fit_vocabulary,
     read_vocabulary,
     unreachable_tokens,
+    with_unique_tokens,
 )
 
 MAX_UNREACHABLE = 300  # tokens that no merge makes and that are put into texts of the comparison
@@ -123,7 +124,7 @@ def _require_equal(differences: Sequence[Difference], where: str, reason: str = 
 
 
 def _metadata(tokenizer: Any, hf: HFTokenizer, conversion: Conversion) -> dict[str, Any]:
-    vocabulary = conversion.vocabulary
+    vocabulary = with_unique_tokens(conversion.vocabulary)
     entries: dict[str, Any] = {
         "model": conversion.model,
         **conversion.entries,

@@ -111,11 +111,14 @@ def fit_vocabulary(vocabulary: Vocabulary, vocab_size: int, *, drop_excess: bool
         types=[*vocabulary.types[:vocab_size], *([int(TokenType.UNUSED)] * padding)],
         scores=[*vocabulary.scores[:vocab_size], *([UNREACHABLE] * padding)] if vocabulary.scores else [],
     )
-    return _with_unique_tokens(vocabulary)
+    return with_unique_tokens(vocabulary)
 
 
-def _with_unique_tokens(vocabulary: Vocabulary) -> Vocabulary:
-    """Raise ModelError if a text has two ids, which llama.cpp rejects; padding takes another name instead."""
+def with_unique_tokens(vocabulary: Vocabulary) -> Vocabulary:
+    """Return a vocabulary whose padding has names that no other token has.
+
+    Raises ModelError if a text is the token of two ids, which llama.cpp rejects.
+    """
     taken: dict[str, int] = {}
     tokens = list(vocabulary.tokens)
     for index, token in enumerate(tokens):
