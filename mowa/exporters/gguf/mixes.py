@@ -18,7 +18,7 @@ import numpy as np
 
 from mowa.errors import ModelError
 from mowa.io.gguf.types import TENSOR_TYPES
-from mowa.kernels.quant.gguf_blocks.types import BLOCK_TYPES
+from mowa.kernels.quant.gguf_blocks import BLOCK_TYPES
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats
 FALLBACK = "f16"  # for rows that fill no block

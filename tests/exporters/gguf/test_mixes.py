@@ -8,7 +8,7 @@ import pytest
 
 from mowa.errors import ModelError
 from mowa.exporters.gguf.mixes import FILE_TYPES, choose_types, file_type_metadata, may_quantize, parse_override
-from mowa.kernels.quant.gguf_blocks.types import BLOCK_TYPES
+from mowa.kernels.quant.gguf_blocks import BLOCK_TYPES
 from tests.exporters.gguf.mix_cases import CASES, IMPORTANT, WITH_IMPORTANCE, compact, describe
 
 RECORDED = json.loads((Path(__file__).parent / "mixes.json").read_text())
