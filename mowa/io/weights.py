@@ -58,7 +58,7 @@ def unwrap_keys(keys: Collection[str]) -> dict[str, str]:
 
 
 def _is_wrapped(files: Sequence[Path]) -> bool:
-    keys = [key for file in files for key in _safetensors_header(file) if key != "__metadata__"]
+    keys = [key for file in files for key in safetensors_header(file) if key != "__metadata__"]
     return any(key != name for key, name in unwrap_keys(keys).items())
 
 
@@ -126,11 +126,11 @@ def _separate_storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
     """Read the metadata of a safetensors file; empty if the file is not safetensors."""
-    metadata: dict[str, str] = _safetensors_header(path).get("__metadata__", {})
+    metadata: dict[str, str] = safetensors_header(path).get("__metadata__", {})
     return metadata
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
+def safetensors_header(path: Path) -> dict[str, Any]:
     """Read the header of a safetensors file (u64 length, then JSON); empty if the file is not safetensors."""
     try:
         with path.open("rb") as file:

@@ -18,8 +18,7 @@ from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.families import family_of
 from mowa.io.gguf import GGUFFile, read_gguf
 from mowa.io.hub import silence_transformers
-from mowa.kernels.quant.gguf_blocks.codec import decode
-from mowa.kernels.quant.gguf_blocks.types import BLOCK_TYPES
+from mowa.kernels.quant.gguf_blocks import BLOCK_TYPES, decode
 from mowa.loading.causal import validate_tokenizer
 from mowa.loading.checkpoint import validate_device, validate_dtype
 from mowa.models.gguf import restore, rope

@@ -8,7 +8,7 @@ import torch
 
 from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.io.gguf import TensorInfo, open_writer, read_gguf
-from mowa.kernels.quant.gguf_blocks.codec import decode, encode
+from mowa.kernels.quant.gguf_blocks import decode, encode
 from mowa.loading import gguf
 from tests.models.gguf.tiny_files import MINIMAL_TOKENIZER, logits, net, token_ids, write_float32
 from tests.tiny_causal import tiny_causal

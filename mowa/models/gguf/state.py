@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mowa.errors import ModelError
-from mowa.io.weights import ensure_safetensors, weight_files
+from mowa.io.weights import ensure_safetensors, safetensors_header, weight_files
 
 _EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<linear>gate_proj|up_proj|down_proj|w[123])\.weight")
 _LINEARS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # of Mixtral
@@ -29,6 +29,7 @@ _RENAMED = {
         ".block_sparse_moe.router.layer.weight": ".block_sparse_moe.router.weight",
     },
 }
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,30 +55,37 @@ def _identity(tensor: Tensor) -> Tensor:
 def checkpoint_state(folder: Path, model_type: str) -> dict[str, LazyTensor]:
     """Return the state dict of the checkpoint in `folder`, with the names that transformers has in memory.
 
-    Loading a tensor reads it from disk, and nothing else stays in memory.
+    Loading a tensor reads it from disk without a memory map, whose pages would stay in memory.
 
-    Raises ModelError if weights are missing or damaged.
+    Raises ModelError if weights are missing, damaged or not floats.
     """
     from safetensors import SafetensorError, safe_open
 
-    source = ensure_safetensors(folder)
     found: dict[str, LazyTensor] = {}
-    for file in weight_files(source):
+    for file in weight_files(ensure_safetensors(folder)):
         try:
-            with safe_open(file, "pt") as opened:
-                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            with safe_open(file, "pt"):  # checks offsets and sizes
+                header = safetensors_header(file)
         except SafetensorError as error:
             raise ModelError(f"{file} is damaged: {error}") from error
-        found |= {name: LazyTensor(shape, partial(_read, file, name)) for name, shape in shapes.items()}
-    renamed = {_rename(name, model_type): tensor for name, tensor in found.items()}
-    return _join_experts(renamed)
+        with file.open("rb") as opened:
+            data_offset = 8 + int.from_bytes(opened.read(8), "little")
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in _DTYPES:
+                raise ModelError(f"{name} in {file} is {entry['dtype']}: weights must be {', '.join(_DTYPES)}")
+            shape, start = tuple(entry["shape"]), data_offset + entry["data_offsets"][0]
+            load = partial(_read, file, start, shape, _DTYPES[entry["dtype"]])
+            found[_rename(name, model_type)] = LazyTensor(shape, load)
+    return _join_experts(found)
 
 
-def _read(file: Path, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
+def _read(file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    with file.open("rb") as opened:
+        opened.seek(start)
+        opened.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return tensor
 
 
