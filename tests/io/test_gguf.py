@@ -111,7 +111,9 @@ def test_the_gguf_package_reads_it_alike_and_knows_the_same_types(path):
     for tensor in reader.tensors:
         assert tensor.data.tobytes() == content[tensor.name].tobytes()
         assert tuple(reversed(tensor.shape.tolist())) == ours.tensors[tensor.name].shape
-    sizes = {member.name.lower(): (member.value, *gguf.GGML_QUANT_SIZES[member]) for member in gguf.GGMLQuantizationType}
+    sizes = {
+        member.name.lower(): (member.value, *gguf.GGML_QUANT_SIZES[member]) for member in gguf.GGMLQuantizationType
+    }
     assert sizes == {name: (one.id, one.block_weights, one.block_bytes) for name, one in TENSOR_TYPES.items()}
 
 
