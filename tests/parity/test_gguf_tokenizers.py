@@ -25,6 +25,7 @@ from tests.exporters.gguf.tokenizer.trained import (
     train_wordpiece,
 )
 
+pytestmark = pytest.mark.slow
 VOCAB_ONLY = 72  # offset in bytes of that flag in llama_model_params, build 11549
 KEY = "tokenizer.ggml."
 MODEL = {
@@ -102,13 +103,17 @@ def pairs():
     return merges, [*BYTE_CHARACTERS, *(merge.replace(" ", "") for merge in merges)]
 
 
-@pytest.mark.parametrize("name", [name for name, known in PRE_TOKENIZERS.items() if known.byte_level])
+FIRST = {(known.patterns, known.ignore_merges): name for name, known in reversed(PRE_TOKENIZERS.items())}
+"""Rules → the first name that has them."""
+
+
+@pytest.mark.parametrize("name", [name for name in FIRST.values() if PRE_TOKENIZERS[name].byte_level])
 def test_every_pre_tokenizer_splits_as_libllama_does(name, pairs, tmp_path):
     merges, tokens = pairs
     entries = {"model": "gpt2", "pre": name, "tokens": tokens, "merges": merges, "add_bos_token": False}
     metadata = {KEY + key: value for key, value in (entries | {"add_sep_token": False}).items()}
     libllama = Libllama(tmp_path / "x.gguf", metadata)
-    texts = [text for text in hard_texts()[::3] if len(text) < 100]  # std::regex needs a deep stack for long ones
+    texts = [text for text in hard_texts()[::2] if len(text) < 100]  # std::regex needs a deep stack for long ones
     assert not differing(libllama.encode, GGUFTokenizer(metadata).encode, texts)
     libllama.close()
 

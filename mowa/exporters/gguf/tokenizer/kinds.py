@@ -15,9 +15,11 @@ import numpy as np
 
 from mowa.errors import ModelError
 from mowa.exporters.gguf.tokenizer.backend_rules import canonical, describe, expressions, flatten
+from mowa.exporters.gguf.tokenizer.charsmap import CharsMap
 from mowa.exporters.gguf.tokenizer.gguf_tokenizer import BYTE_CHARACTERS, SPACE
 from mowa.exporters.gguf.tokenizer.hf_tokenizer import HFTokenizer
 from mowa.exporters.gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, split_words
+from mowa.exporters.gguf.tokenizer.sentencepiece_model import BPE, UNIGRAM, SentencePieceModel
 from mowa.exporters.gguf.tokenizer.special_tokens import TokenType
 from mowa.exporters.gguf.tokenizer.subword_models import merge_by_rank
 from mowa.exporters.gguf.tokenizer.token_ids import Deviation
@@ -74,6 +76,8 @@ def convert_vocabulary(hf: HFTokenizer, vocabulary: Vocabulary, texts: Sequence[
         return (_convert_wordpiece(hf, vocabulary),)
     if kind == "Unigram":
         return (_convert_unigram(hf, vocabulary),)
+    if kind == "SentencePiece":
+        return (_convert_model_file(model["sentencepiece"], vocabulary),)
     raise ModelError(f"the tokenizer's model is {kind}; llama.cpp has BPE, WordPiece and Unigram")
 
 
@@ -284,3 +288,28 @@ def _convert_unigram(hf: HFTokenizer, vocabulary: Vocabulary) -> Conversion:
 def _charsmap(step: Mapping[str, Any]) -> np.ndarray:
     """Return the bytes of a Precompiled normalizer, uint8."""
     return np.frombuffer(b64decode(step["precompiled_charsmap"]), np.uint8)
+
+
+def _convert_model_file(model: SentencePieceModel, vocabulary: Vocabulary) -> Conversion:
+    """Convert the SentencePiece model of a slow tokenizer, with its own scores and types."""
+    if model.kind not in (UNIGRAM, BPE):
+        raise ModelError(f"the SentencePiece model has the type {model.kind}; llama.cpp has 1 (unigram) and 2 (BPE)")
+    added = vocabulary.added.keys()
+    own = {index: kind for index, kind in enumerate(model.types) if index not in added or kind == TokenType.UNKNOWN}
+    types = [own.get(index, kind) for index, kind in enumerate(vocabulary.types)]
+    vocabulary = with_literal_spaces(replace(vocabulary, types=types))
+    entries = {"pre": "default", "add_space_prefix": model.add_dummy_prefix}
+    entries["remove_extra_whitespaces"] = model.remove_extra_whitespaces
+    spaces = Deviation(
+        "white space: llama.cpp merges, keeps or adds other spaces than SentencePiece",
+        lambda text, ids: text != " ".join(text.split()) or SPACE in text,
+    )
+    if model.kind == UNIGRAM:
+        charsmap = {"precompiled_charsmap": np.frombuffer(model.charsmap, np.uint8)} if model.charsmap else {}
+        return Conversion("t5", vocabulary, entries | charsmap, (), (spaces,))
+    deviations: tuple[Deviation, ...] = (spaces,) if model.remove_extra_whitespaces else ()
+    if model.charsmap:
+        normalize = CharsMap(model.charsmap, {}).normalize
+        message = "the normalization of the SentencePiece model: llama.cpp does not normalize text"
+        deviations += (Deviation(message, lambda text, ids: b"".join(normalize(text.encode())) != text.encode()),)
+    return Conversion("llama", vocabulary, entries, (), deviations)
