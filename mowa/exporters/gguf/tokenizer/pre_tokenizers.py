@@ -5,7 +5,8 @@ every piece that the one before it left. `\p{NAME}` stands for a class of `unico
 class match folded text, as in llama.cpp, so cases beyond ASCII are not told apart. Where an expression of a Hugging
 Face tokenizer differs from what llama.cpp made of it, `rules` holds the former.
 
-Source: llama-vocab.cpp and unicode.cpp of llama.cpp (MIT), build 11549.
+Source: llama-vocab.cpp and unicode.cpp of llama.cpp (MIT), build 11549. Build 10434 differs for deepseek-v3 only, where
+it does not take `~` for a symbol, and lacks the names k2-horizon and spark2_5.
 """
 
 from __future__ import annotations

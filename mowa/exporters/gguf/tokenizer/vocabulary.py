@@ -155,11 +155,12 @@ def score_by_rank(vocabulary: Vocabulary) -> tuple[Vocabulary, bool]:
 def _has_other_splits(vocabulary: Vocabulary, merges: set[tuple[str, str]]) -> bool:
     """Return whether two tokens join to a third without a merge that says so.
 
-    Only tokens that merging can produce count: single characters and results of merges.
+    Only tokens that merging can produce count: single characters and results of merges. Added tokens are cut out of
+    text before, except those with U+2581, which spaces become later.
     """
     reachable = {left + right for left, right in merges} | {token for token in vocabulary.tokens if len(token) == 1}
     for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-        if kind in (TokenType.BYTE, TokenType.CONTROL, TokenType.UNKNOWN):
+        if kind not in (TokenType.NORMAL, TokenType.USER_DEFINED) or (kind != TokenType.NORMAL and SPACE not in token):
             continue
         for cut in range(1, len(token)):
             if token[:cut] in reachable and token[cut:] in reachable and (token[:cut], token[cut:]) not in merges:

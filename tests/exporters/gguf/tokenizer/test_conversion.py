@@ -195,6 +195,14 @@ def test_sentencepiece_scores_come_from_the_ranks_of_merges(normalizer, pre_toke
     assert_same_ids(tokenizer, metadata, [*OWN, "</s>", " a", "a<s> b", "🙂\x00"])
 
 
+def test_added_tokens_keep_the_order_by_score(sentencepiece):
+    sentencepiece = edited(sentencepiece, lambda spec: None)
+    sentencepiece.add_tokens(["there", "<tool>"])  # the first could be merged from tokens
+    converted = convert_tokenizer(sentencepiece, len(sentencepiece) + 1, ["so there is a <tool>there"])
+    assert converted.metadata[KEY + "model"] == "llama"
+    assert not converted.warnings
+
+
 def test_merges_without_an_order_by_score_stay_merges():
     tokenizer = train_sentencepiece(SPACES_ESCAPED, SPLIT_AT_SPACES)
 

@@ -143,8 +143,8 @@ def test_names_change_types():
         *("<|im_end|>", "<|call|>", "<|return|>", "<|tool_response>", "<PRE>", "[PAD]")
     ]
     assert {tokens[index] for index in special.found - special.hidden} == {"<|start|>", "<|end|>"}
-    told = SpecialTokens(tokens, [1] * len(tokens), {KEY + "prefix_token_id": 0, KEY + "fim_pad_token_id": 0})
-    assert not {tokens[index] for index in told.found} & {"<PRE>", "[PAD]"}
+    explicit = SpecialTokens(tokens, [1] * len(tokens), {KEY + "prefix_token_id": 0, KEY + "fim_pad_token_id": 0})
+    assert not {tokens[index] for index in explicit.found} & {"<PRE>", "[PAD]"}
     assert SpecialTokens(["</s>"], [1], {}).hidden == {0}
 
 

@@ -39,12 +39,12 @@ def test_pieces_are_those_of_llama_cpp(name):
     assert split_words(TEXT, PRE_TOKENIZERS[name].patterns) == PIECES[name].split("|")
 
 
-@pytest.mark.parametrize("name", PRE_TOKENIZERS)
 @given(text=st.text(max_size=30))
-def test_pieces_join_to_the_text(name, text):
-    pieces = split_words(text, PRE_TOKENIZERS[name].patterns)
-    assert "".join(pieces) == text
-    assert "" not in pieces
+def test_pieces_join_to_the_text(text):
+    for patterns in {known.patterns for known in PRE_TOKENIZERS.values()}:
+        pieces = split_words(text, patterns)
+        assert "".join(pieces) == text
+        assert "" not in pieces
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "deepseek-v3", "deepseek-coder", "smollm"])
