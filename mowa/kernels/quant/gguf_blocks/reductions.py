@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +12,11 @@ from torch import Tensor
 def by_position(x: Tensor, n: int) -> Tensor:
     """Reorder blocks [B, groups · n] → [n, groups · B], contiguous, with group j of block b in column j B + b."""
     return x.view(len(x), -1, n).permute(2, 1, 0).reshape(n, -1).contiguous()
+
+
+def arrays(*tensors: Tensor) -> Iterator[np.ndarray]:
+    """View contiguous tensors on the CPU as numpy arrays; others are copied."""
+    return (tensor.contiguous().numpy() for tensor in tensors)
 
 
 def ordered_sum(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -26,6 +33,14 @@ def ordered_sum(x: Tensor, out: Tensor | None = None) -> Tensor:
     for row in x[1:].unbind():
         total.add_(row)
     return total
+
+
+def row_sums(x: Tensor, out: Tensor) -> Callable[[int], object]:
+    """Return a function that adds up the rows of x, float32 [n, G], into row i of out [k, G], as `ordered_sum` does."""
+    if x.device.type == "cpu" and x.shape[1] > 1 and x.stride(1) == 1:
+        source, target = x.numpy(), out.numpy()
+        return lambda i: np.add.reduce(source, 0, None, target[i])
+    return lambda i: ordered_sum(x, out[i])
 
 
 def replace_where(better: Tensor, new: Tensor, old: Tensor) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mowa.kernels.quant.gguf_blocks.reductions import first_peak, first_smallest, ordered_sum
+from mowa.kernels.quant.gguf_blocks import compiled
+from mowa.kernels.quant.gguf_blocks.reductions import arrays, first_peak, first_smallest, ordered_sum
 from mowa.kernels.quant.gguf_blocks.rounding import divide
 from mowa.kernels.quant.gguf_blocks.search import TINY
 
@@ -65,6 +66,8 @@ def _refine(x: Tensor, weights: Tensor, codes: Tensor, sum_xl: Tensor, sum_l2: T
     at all positions are found at once, the next one in that order is made, and groups without one are finished: most
     are at the start.
     """
+    if (kernels := compiled.loaded()) and x.device.type == "cpu":
+        return kernels.refine(*arrays(x, weights, codes, sum_xl, sum_l2), *map(np.float32, limits))
     n = len(x)
     order = torch.arange(n, dtype=torch.float32, device=x.device)[:, None]
     groups = torch.arange(x.shape[1], device=x.device)
@@ -74,7 +77,7 @@ def _refine(x: Tensor, weights: Tensor, codes: Tensor, sum_xl: Tensor, sum_l2: T
         accept, *changes = _find_changes(fixed, state, limits)
         some = accept.amax(0).nonzero()[:, 0]
         if not len(some):
-            return
+            return None
         steps = order + n * (order <= position[some]).float()  # positions that come again only in the next round
         steps = steps.sub_(accept.index_select(1, some).mul_(2 * n)).amin(0).add_(2 * n)
         position, rounds = steps % n, rounds[some] + (steps >= n)

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mowa.kernels.quant.gguf_blocks.reductions import first_peak, lowest, ordered_sum, replace_where
+from mowa.kernels.quant.gguf_blocks import compiled
+from mowa.kernels.quant.gguf_blocks.reductions import arrays, first_peak, lowest, replace_where, row_sums
 from mowa.kernels.quant.gguf_blocks.rounding import divide
 
 TINY = 1e-15  # a group without a larger weight is stored as zeros
@@ -56,57 +57,98 @@ def search_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> tuple[Ten
     Returns:
         Scales [G], minima [G] (≤ 0) and integers in 0 … top, float32 [n, G].
     """
-    low, high = lowest(x), x.amax(0)
-    low = torch.where(low > 0, 0, low)
-    codes, product, spare = (torch.empty_like(x) for _ in range(3))
-    found, sums = x.new_empty(5, x.shape[1]), x.new_empty(3, x.shape[1])
-    error, scale, minimum, inverse, start = found  # of the candidate at hand, [G] each
-    totals = ordered_sum(weights), ordered_sum(torch.mul(weights, x, out=product))
-
-    def round_from_start() -> None:
-        """Where the step is 0, or so small that its inverse is not finite, all integers are 0."""
-        inverse.nan_to_num_(0, 0, 0)
-        torch.sub(x, start, out=codes).mul_(inverse).round_().clamp_(0, search.top)
-
-    def measure_error() -> None:
-        """Σ w (d l + m - x)², or Σ w |d l + m - x|."""
-        torch.mul(codes, scale, out=product).add_(minimum).sub_(x)
-        size = product.abs_() if search.absolute else product.mul_(product)
-        ordered_sum(size.mul_(weights), error)
-
-    for one in (minimum, start):
-        one.copy_(low)
-    inverse.copy_(divide(search.top, (high - low).abs_()))
-    scale.copy_(divide(1, inverse))
-    round_from_start()
-    measure_error()
-    best = found.clone()
-    least, best_scale, best_minimum, *_ = best
-    for division in search.divisions():
-        start.copy_(best_minimum)
-        inverse.copy_(divide(division, high - start))
-        round_from_start()
-        ordered_sum(torch.mul(codes, weights, out=product), sums[0])
-        ordered_sum(torch.mul(product, x, out=spare), sums[2])
-        ordered_sum(product.mul_(codes), sums[1])
-        solved = _solve_affine(sums, totals, scale, minimum)
-        measure_error()
-        replace_where(((error < least) & solved).int(), found, best)
-    found.copy_(best)
-    round_from_start()
-    return best_scale, best_minimum, codes
+    if (kernels := compiled.loaded()) and x.device.type == "cpu":
+        scales, minima, codes = torch.empty_like(x[0]), torch.empty_like(x[0]), torch.empty_like(x)
+        divisions = np.array([search.top, *search.divisions()], dtype=np.float32)
+        kernels.affine(*arrays(x, weights), divisions, search.absolute, *arrays(scales, minima, codes))
+        return scales, minima, codes
+    work = _AffineWork(x, weights, search)
+    work.measure_range()
+    for division in x.new_tensor(search.divisions()).unbind():
+        work.try_division(division)
+    return work.best_scale, work.best_minimum, work.round_as_best()
 
 
-def _solve_affine(sums: Tensor, totals: tuple[Tensor, Tensor], scale: Tensor, minimum: Tensor) -> Tensor:
-    """Solve the normal equations into `scale` and `minimum`; a positive minimum becomes 0 → where it was possible."""
-    (sum_l, sum_l2, sum_xl), (sum_w, sum_x) = sums, totals
-    determinant = sum_w * sum_l2 - sum_l * sum_l
-    torch.div(sum_w * sum_xl - sum_x * sum_l, determinant, out=scale)
-    torch.div(sum_l2 * sum_x - sum_l * sum_xl, determinant, out=minimum)
-    positive = torch.gt(minimum, 0, out=torch.empty_like(minimum, dtype=torch.int32))
-    replace_where(positive, sum_xl / sum_l2, scale)
-    minimum.clamp_(max=0)
-    return determinant > 0
+class _AffineWork:
+    """Buffers of `search_affine`, and its steps. Few and large operations: between them threads wait for each other."""
+
+    LEFT, RIGHT = (0, 0, 3, 2, 1, 2), (3, 4, 1, 2, 2, 4)  # rows of `sums` whose products make the normal equations
+
+    def __init__(self, x: Tensor, weights: Tensor, search: AffineSearch) -> None:
+        self.x, self.weights, self.search = x, weights, search
+        groups = x.shape[1]
+        self.codes, self.product, self.spare = (torch.empty_like(x) for _ in range(3))
+        self.sums = x.new_empty(5, groups)  # Σ w, Σ w x, Σ w l, Σ w l², Σ w l x
+        self.found, self.best = x.new_empty(5, groups), x.new_empty(5, groups)
+        self.error, self.scale, self.minimum, self.inverse, self.start = self.found
+        self.least, self.best_scale, self.best_minimum, *_ = self.best
+        self.terms, self.factors, self.width = x.new_empty(6, groups), x.new_empty(6, groups), x.new_empty(groups)
+        self.left, self.right = (torch.tensor(rows, device=x.device) for rows in (self.LEFT, self.RIGHT))
+        self.better, self.solved = (torch.empty_like(self.width, dtype=torch.int32) for _ in range(2))
+        self.add_product, self.add_spare = (row_sums(one, self.sums) for one in (self.product, self.spare))
+        self.add_error = row_sums(self.product, self.found)
+
+    def measure_range(self) -> None:
+        """Begin with steps of (max - min) / top."""
+        torch.mul(self.weights, self.x, out=self.product)
+        self.add_product(1)
+        row_sums(self.weights, self.sums)(0)
+        low, self.high = lowest(self.x), self.x.amax(0)
+        low = torch.where(low > 0, 0, low)
+        for one in (self.minimum, self.start):
+            one.copy_(low)
+        self.inverse.copy_(divide(self.search.top, (self.high - low).abs_()))
+        self.scale.copy_(divide(1, self.inverse))
+        self.round()
+        self.measure()
+        self.best.copy_(self.found)
+
+    def try_division(self, division: Tensor) -> None:
+        """Try steps of (max - minimum) / division, with the best minimum so far, and keep what has a smaller error."""
+        self.start.copy_(self.best_minimum)
+        torch.sub(self.high, self.start, out=self.width)
+        torch.div(division, self.width, out=self.inverse)
+        self.round()
+        torch.mul(self.codes, self.weights, out=self.product)
+        self.add_product(2)
+        torch.mul(self.product, self.x, out=self.spare)
+        self.add_spare(4)
+        self.product.mul_(self.codes)
+        self.add_product(3)
+        self.solve()
+        self.measure()
+        torch.lt(self.error, self.least, out=self.better)
+        replace_where(self.better.bitwise_and_(self.solved), self.found, self.best)
+
+    def round(self) -> None:
+        """Round from `start`. Where the step is 0, or so small that its inverse is not finite, all integers are 0."""
+        self.inverse.nan_to_num_(0, 0, 0)
+        torch.sub(self.x, self.start, out=self.codes).mul_(self.inverse).round_().clamp_(0, self.search.top)
+
+    def solve(self) -> None:
+        """Solve the normal equations for scale and minimum; where the minimum would be positive it is 0."""
+        torch.index_select(self.sums, 0, self.left, out=self.terms)
+        self.terms.mul_(torch.index_select(self.sums, 0, self.right, out=self.factors))
+        solution = self.terms[:3].sub_(self.terms[3:])
+        torch.div(solution[1:], solution[0], out=self.found[1:3])
+        torch.gt(solution[0], 0, out=self.solved)
+        positive = self.minimum > 0
+        if positive.any():
+            self.scale.copy_(torch.where(positive, self.sums[4] / self.sums[3], self.scale))
+            self.minimum.clamp_(max=0)
+
+    def measure(self) -> None:
+        """Add up Σ w (d l + m - x)², or Σ w |d l + m - x|."""
+        torch.mul(self.codes, self.scale, out=self.product).add_(self.minimum).sub_(self.x)
+        size = self.product.abs_() if self.search.absolute else self.product.mul_(self.product)
+        size.mul_(self.weights)
+        self.add_error(0)
+
+    def round_as_best(self) -> Tensor:
+        """Return the integers of the best candidate."""
+        self.found.copy_(self.best)
+        self.round()
+        return self.codes
 
 
 def search_symmetric(x: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -125,14 +167,23 @@ def search_symmetric(x: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tens
     empty = peak.abs() < TINY
     divisions = x.new_tensor(-(np.float32(top) + np.float32(0.1) * steps))
     inverse = (divisions[:, None] / peak).masked_fill_(empty, 0)
-    sum_xl, sum_l2 = torch.empty_like(inverse), torch.empty_like(inverse)
-    weighted, codes, product = weights * x, torch.empty_like(x), torch.empty_like(x)
-    for i, candidate in enumerate(inverse):
-        torch.mul(x, candidate, out=codes).round_().clamp_(-top, top - 1)
-        ordered_sum(torch.mul(codes, weighted, out=product), sum_xl[i])
-        ordered_sum(torch.mul(codes, weights, out=product).mul_(codes), sum_l2[i])
-    scale, best = choose_candidate(sum_xl, sum_l2)
-    torch.mul(x, inverse.gather(0, best), out=codes).round_().clamp_(-top, top - 1).add_(top)
+    codes = torch.empty_like(x)
+    if (kernels := compiled.loaded()) and x.device.type == "cpu":
+        scale = torch.empty_like(peak)
+        kernels.symmetric(*arrays(x, weights, inverse), np.float32(top), *arrays(scale, codes))
+    else:
+        sum_xl, sum_l2 = torch.empty_like(inverse), torch.empty_like(inverse)
+        weighted, product = weights * x, torch.empty_like(x)
+        add_xl, add_l2 = row_sums(product, sum_xl), row_sums(product, sum_l2)
+        for i, candidate in enumerate(inverse.unbind()):
+            torch.mul(x, candidate, out=codes).round_().clamp_(-top, top - 1)
+            torch.mul(codes, weighted, out=product)
+            add_xl(i)
+            torch.mul(codes, weights, out=product).mul_(codes)
+            add_l2(i)
+        scale, best = choose_candidate(sum_xl, sum_l2)
+        torch.mul(x, inverse.gather(0, best), out=codes).round_().clamp_(-top, top - 1)
+    codes.add_(top)
     return scale, codes.masked_fill_(empty, 0) if empty.any() else codes
 
 
@@ -148,11 +199,10 @@ def choose_candidate(sum_xl: Tensor, sum_l2: Tensor) -> tuple[Tensor, Tensor]:
     scales[0].masked_fill_(sum_l2[0] == 0, 0)
     gains = scales * sum_xl
     squares = sum_xl * sum_xl
-    gain, best = gains[0].clone(), torch.zeros_like(scales[0], dtype=torch.int32)
-    product, better = torch.empty_like(gain), torch.empty_like(best)
-    for i in range(1, len(gains)):
-        torch.gt(squares[i], torch.mul(gain, sum_l2[i], out=product), out=better)
-        replace_where(better, gains[i], gain)
-        torch.maximum(best, better.mul_(i), out=best)
-    index = best.long()[None]
-    return scales.gather(0, index)[0], index
+    gain, best = gains[0].clone(), torch.zeros_like(scales[0], dtype=torch.int64)
+    product, better = torch.empty_like(gain), torch.empty_like(gain, dtype=torch.bool)
+    for i, (square, sum_l2_of, gain_of) in enumerate(zip(squares, sum_l2, gains, strict=True)):
+        torch.gt(square, torch.mul(gain, sum_l2_of, out=product), out=better)
+        torch.where(better, gain_of, gain, out=gain)
+        best.masked_fill_(better, i)
+    return scales.gather(0, best[None])[0], best[None]
