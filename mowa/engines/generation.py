@@ -120,7 +120,17 @@ def encode(
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids of a prompt. Raises DataError as `generate`."""
-    tokenizer = model.tokenizer
+    return encode_with(model.tokenizer, prompt, chat=chat, chat_template_kwargs=chat_template_kwargs)
+
+
+def encode_with(
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    chat: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """As `encode`, with a tokenizer of transformers or one that has its methods."""
     if isinstance(prompt, str):
         if not prompt:
             raise DataError("the prompt is empty")
@@ -229,7 +239,11 @@ def _unset(model: CausalModel) -> dict[str, Any]:
 def _validate(model: CausalModel, settings: GenerationSettings) -> None:
     """Raise ModelError for the first setting that is out of range."""
     validate_generation(settings)
-    specials = special_token_ids(model.tokenizer)
+    validate_stop(settings, special_token_ids(model.tokenizer))
+
+
+def validate_stop(settings: GenerationSettings, specials: Mapping[str, int]) -> None:
+    """Raise ModelError for a stop string that is no text, or has one of the special tokens in it."""
     for one in settings.stop:
         if not isinstance(one, str):
             raise ModelError(f"stop: {one!r} is not a text")
