@@ -156,7 +156,7 @@ def write_gguf(path, tensors, metadata=KEYS):
 
 DAMAGED = {
     "no tensors called NAME.in_sum2": ({"a.counts": [1]}, KEYS),
-    "of type 'model', and must be an importance matrix": ({"a.in_sum2": [1], "a.counts": [1]}, KEYS | {"general.type": "model"}),
+    "of type 'model', and must be": ({"a.in_sum2": [1], "a.counts": [1]}, KEYS | {"general.type": "model"}),
     "it needs a float32 tensor a.counts": ({"a.in_sum2": [1]}, KEYS),
     "a has 3 sums for 2 counts": ({"a.in_sum2": [1, 2, 3], "a.counts": [1, 2]}, KEYS),
     "a.in_sum2 has a value that is negative or not": ({"a.in_sum2": [1, np.nan], "a.counts": [1]}, KEYS),
