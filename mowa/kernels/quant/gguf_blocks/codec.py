@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from mowa.errors import DataError, ModelError
-from mowa.kernels.quant.gguf_blocks import compiled, decoders, kquants, legacy, levels
+from mowa.kernels.quant.gguf_blocks import decoders, kquants, legacy, levels
 from mowa.kernels.quant.gguf_blocks.importance import MEAN_OVER_ROW, UNWEIGHTED, error_weights
 from mowa.kernels.quant.gguf_blocks.types import BlockType, get_block_type
 
 SLICE = 262_144  # weights encoded at once on the CPU: 16 MB of scratch memory
 SLICE_ON_GPU = 64 * SLICE
 KEPT_BYTES = 24 * 2**20
-COMPILED_FROM = 2**23  # weights in a tensor; from here it pays to compile the searches, once per process
-
-K_QUANTS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 
 Part = tuple[slice, slice]  # rows and columns
 
@@ -82,9 +79,6 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None, *, 
     importance = None if block_type.name in UNWEIGHTED else _check_importance(importance, rows)
     if rows.device.type == "cpu":
         _keep_freed_memory()
-        searched = type_name in K_QUANTS or (type_name in MEAN_OVER_ROW and importance is not None)
-        if searched and rows.numel() >= COMPILED_FROM:
-            compiled.load()
 
     def encode_slice(part: Part) -> None:
         x = rows[part].float()

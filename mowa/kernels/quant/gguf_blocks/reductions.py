@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,11 +12,6 @@ from torch import Tensor
 def by_position(x: Tensor, n: int) -> Tensor:
     """Reorder blocks [B, groups · n] → [n, groups · B], contiguous, with group j of block b in column j B + b."""
     return x.view(len(x), -1, n).permute(2, 1, 0).reshape(n, -1).contiguous()
-
-
-def arrays(*tensors: Tensor) -> Iterator[np.ndarray]:
-    """View contiguous tensors on the CPU as numpy arrays; others are copied."""
-    return (tensor.contiguous().numpy() for tensor in tensors)
 
 
 def ordered_sum(x: Tensor, out: Tensor | None = None) -> Tensor:

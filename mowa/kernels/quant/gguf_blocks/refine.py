@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mowa.kernels.quant.gguf_blocks import compiled
-from mowa.kernels.quant.gguf_blocks.reductions import arrays, first_peak, first_smallest, ordered_sum
+from mowa.kernels.quant.gguf_blocks.reductions import first_peak, first_smallest, ordered_sum
 from mowa.kernels.quant.gguf_blocks.rounding import divide
 from mowa.kernels.quant.gguf_blocks.search import TINY
 
@@ -66,8 +65,6 @@ def _refine(x: Tensor, weights: Tensor, codes: Tensor, sum_xl: Tensor, sum_l2: T
     at all positions are found at once, the next one in that order is made, and groups without one are finished: most
     are at the start.
     """
-    if (kernels := compiled.loaded()) and x.device.type == "cpu":
-        return kernels.refine(*arrays(x, weights, codes, sum_xl, sum_l2), *map(np.float32, limits))
     n = len(x)
     order = torch.arange(n, dtype=torch.float32, device=x.device)[:, None]
     groups = torch.arange(x.shape[1], device=x.device)

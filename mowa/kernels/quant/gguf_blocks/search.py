@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mowa.kernels.quant.gguf_blocks import compiled
-from mowa.kernels.quant.gguf_blocks.reductions import arrays, first_peak, lowest, replace_where, row_sums
+from mowa.kernels.quant.gguf_blocks.reductions import first_peak, lowest, replace_where, row_sums
 from mowa.kernels.quant.gguf_blocks.rounding import divide
 
 TINY = 1e-15  # a group without a larger weight is stored as zeros
@@ -57,11 +56,6 @@ def search_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> tuple[Ten
     Returns:
         Scales [G], minima [G] (≤ 0) and integers in 0 … top, float32 [n, G].
     """
-    if (kernels := compiled.loaded()) and x.device.type == "cpu":
-        scales, minima, codes = torch.empty_like(x[0]), torch.empty_like(x[0]), torch.empty_like(x)
-        divisions = np.array([search.top, *search.divisions()], dtype=np.float32)
-        kernels.affine(*arrays(x, weights), divisions, search.absolute, *arrays(scales, minima, codes))
-        return scales, minima, codes
     work = _AffineWork(x, weights, search)
     work.measure_range()
     for division in x.new_tensor(search.divisions()).unbind():
@@ -168,21 +162,17 @@ def search_symmetric(x: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tens
     divisions = x.new_tensor(-(np.float32(top) + np.float32(0.1) * steps))
     inverse = (divisions[:, None] / peak).masked_fill_(empty, 0)
     codes = torch.empty_like(x)
-    if (kernels := compiled.loaded()) and x.device.type == "cpu":
-        scale = torch.empty_like(peak)
-        kernels.symmetric(*arrays(x, weights, inverse), np.float32(top), *arrays(scale, codes))
-    else:
-        sum_xl, sum_l2 = torch.empty_like(inverse), torch.empty_like(inverse)
-        weighted, product = weights * x, torch.empty_like(x)
-        add_xl, add_l2 = row_sums(product, sum_xl), row_sums(product, sum_l2)
-        for i, candidate in enumerate(inverse.unbind()):
-            torch.mul(x, candidate, out=codes).round_().clamp_(-top, top - 1)
-            torch.mul(codes, weighted, out=product)
-            add_xl(i)
-            torch.mul(codes, weights, out=product).mul_(codes)
-            add_l2(i)
-        scale, best = choose_candidate(sum_xl, sum_l2)
-        torch.mul(x, inverse.gather(0, best), out=codes).round_().clamp_(-top, top - 1)
+    sum_xl, sum_l2 = torch.empty_like(inverse), torch.empty_like(inverse)
+    weighted, product = weights * x, torch.empty_like(x)
+    add_xl, add_l2 = row_sums(product, sum_xl), row_sums(product, sum_l2)
+    for i, candidate in enumerate(inverse.unbind()):
+        torch.mul(x, candidate, out=codes).round_().clamp_(-top, top - 1)
+        torch.mul(codes, weighted, out=product)
+        add_xl(i)
+        torch.mul(codes, weights, out=product).mul_(codes)
+        add_l2(i)
+    scale, best = choose_candidate(sum_xl, sum_l2)
+    torch.mul(x, inverse.gather(0, best), out=codes).round_().clamp_(-top, top - 1)
     codes.add_(top)
     return scale, codes.masked_fill_(empty, 0) if empty.any() else codes
 
