@@ -31,7 +31,7 @@ class LlamaCppModel:
     metadata    of the file
     device      auto (a GPU if the runtime supports one), cpu or cuda
     threads     CPU threads
-    exact       keys and values of attention in float32, as in PyTorch, instead of llama.cpp's float16
+    exact       attention in float32, as in PyTorch, instead of llama.cpp's flash attention over float16
     """
 
     path: Path
@@ -110,12 +110,12 @@ def score(
     and one step of the model. `top` limits the former where the vocabulary is large.
 
     Args:
-        model: a file, whose keys and values are then in float32, or one that is open.
+        model: a file, which is then opened with `exact`, or one that is open.
         sequences: token ids, `[T]` each.
         top: most probable tokens of each position to return; others are −inf. None: all.
 
     Returns:
-        float32 `[T, V]` for each sequence; row t is of the token after ids[: t + 1].
+        float32 `[T, V]` for each sequence; row t is of the token after ids[: t + 1]. None is below −103 but −inf.
 
     Raises:
         DataError: a sequence is empty, longer than the context, or has an id that the vocabulary lacks.

@@ -36,6 +36,7 @@ from mowa.errors import MissingDependency, ModelError
 OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 SAMPLERS = ("penalties", "temperature", "top_k", "top_p")  # in the order of transformers
 FORCED = 1e6  # logit of a token that is to be drawn
+MIN_LOG_PROB = -103.0  # float32 has no smaller probabilities, which the server computes before their logarithms
 OnPiece = Callable[[int | None, str], bool]
 
 
@@ -63,7 +64,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Settings of a loaded model. `exact`: keys and values in float32 instead of float16. `gpu`: layers on a GPU."""
+    """Settings of a loaded model. `exact`: attention in float32, without flash attention. `gpu`: layers on a GPU."""
 
     context: int
     threads: int
@@ -136,13 +137,14 @@ class XLlamaCpp:
     """llama.cpp's server of xllamacpp. Tokens that end within a character are not reported, their text later is."""
 
     def __init__(self, module: Any, path: Path, session: Session) -> None:
-        if session.gpu and all("CPU" in str(device["type"]) for device in module.get_device_info()):
+        cpu = module.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
+        if session.gpu and all(device["type"] == cpu for device in module.get_device_info()):
             raise ModelError("this xllamacpp runs on the CPU only: install its wheel for CUDA, or omit the device")
         parameters = module.CommonParams()
         parameters.model.path = str(path)
         parameters.n_ctx, parameters.n_parallel = session.context, 1
-        for cpu in (parameters.cpuparams, parameters.cpuparams_batch):
-            cpu.n_threads, cpu.poll = session.threads, 0
+        for pool in (parameters.cpuparams, parameters.cpuparams_batch):
+            pool.n_threads, pool.poll = session.threads, 0
         parameters.verbosity = -1  # silent
         parameters.warmup = parameters.fit_params = False
         parameters.cache_ram_mib = parameters.n_ctx_checkpoints = 0  # caches of other prompts
@@ -150,6 +152,7 @@ class XLlamaCpp:
         parameters.api_keys = [secrets.token_hex(32)]
         if session.exact:
             parameters.cache_type_k = parameters.cache_type_v = module.ggml_type.GGML_TYPE_F32
+            parameters.flash_attn_type = module.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
             parameters.swa_full = True
         try:
             self._server = module.Server(parameters)
@@ -199,8 +202,8 @@ class XLlamaCpp:
             raise _as_error(answer)
         found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         log_probs = torch.full((vocab_size,), -torch.inf)
-        log_probs[torch.tensor([one["id"] for one in found])] = torch.tensor([one["logprob"] for one in found])
-        return log_probs
+        values = torch.tensor([max(one["logprob"], MIN_LOG_PROB) for one in found])
+        return log_probs.index_copy(0, torch.tensor([one["id"] for one in found]), values)
 
     def close(self) -> None:
         """See `Runtime.close`."""

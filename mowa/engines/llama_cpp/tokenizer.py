@@ -64,14 +64,14 @@ class PromptTokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         names = {name: self.gguf.tokens[index] for name, index in self._names.items() if index is not None}
-        texts, _ = render_jinja_template(
+        texts: Any = render_jinja_template(
             conversations=[messages],
             tools=tools,
             chat_template=chat_template or self._default_template(bool(tools)),
             add_generation_prompt=add_generation_prompt,
             **(names | arguments),
         )
-        return "".join(texts)
+        return str(texts[0][0])
 
     def _default_template(self, has_tools: bool) -> str:
         if isinstance(self.chat_template, str):
