@@ -42,7 +42,24 @@ def quantized(*, errors: bool) -> Table:
     return Table(tuple(columns))
 
 
+_GGUF_ARMS = {
+    "mowa": "mowa: checkpoint → Q4_K_M",
+    "mowa-f16": "mowa: checkpoint → F16",
+    "llama.cpp": "llama.cpp: F16 → Q4_K_M",
+    "libgguf": "libgguf: the same types, nothing written",
+    "load": "transformers loads the checkpoint",
+}
+
 VIEWS: dict[str, dict[str, Any]] = {
+    "gguf": {
+        "table": Table(
+            (
+                Column("two threads", lambda row, _: _GGUF_ARMS[row["arm"]]),
+                Column("seconds", number("seconds", 1)),
+                Column("peak memory above imports, MB", number("peak_mb")),
+            )
+        )
+    },
     "quantize-pl-tiny": {
         "table": quantized(errors=True),
         "sizes": Table(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from mowa import quantization
-from mowa.adapters.loading import merge_adapter
-from mowa.api.models import Run, load, resolve_model
+from mowa.adapters.loading import is_adapter, merge_adapter, read_base_name
+from mowa.api.models import Run, can_stay_on_disk, load, resolve_model
+from mowa.engines import llama_cpp
 from mowa.errors import ModelError
 from mowa.exporters import merged, protocol
+from mowa.exporters.gguf.verify import RUNTIME_TOP
 from mowa.exporters.merged import OnComparison
+from mowa.exporters.registry import FORMATS
 from mowa.loading.checkpoint import validate_dtype
 from mowa.models.tolerances import MAX_ABS_DIFF
 from mowa.quantization import calibration, schemes
@@ -22,6 +26,7 @@ __all__ = ["export", "merge", "quantize"]
 
 ModelT = TypeVar("ModelT", bound=AnyModel)
 ProgressCallback = Callable[[float], object]
+StageCallback = Callable[[str, float], object]
 
 
 @overload
@@ -127,24 +132,28 @@ def export(
     to: str,
     out: str | Path,
     *,
-    scheme: str = "",
+    scheme: str | Sequence[str] = "",
     adapter: str | Path | None = None,
     revision: str | None = None,
     target_lang: str | None = None,
     offline: bool = False,
     calibration_data: str = "",
     calibration_split: str = "",
-    on_progress: ProgressCallback = lambda fraction: None,
+    on_progress: StageCallback = lambda stage, fraction: None,
     **options: Any,
 ) -> Artifact:
     """Write `model`, with its adapter, in the format `to` into the new folder `out`, and compare what was written.
 
     Args:
         model: a model, or its name or folder as in `mowa.load`; it does not change.
-        to: a format in `exporters.registry`: onnx, safetensors, coreml, tensorrt, ctranslate2, or that of a package.
-        scheme: quantize first; empty: as the model is.
+        to: a format in `exporters.registry`: onnx, safetensors, coreml, tensorrt, ctranslate2, gguf, or that of a
+            package.
+        out: folder to create; of gguf, the name of the only file to write may stand for it.
+        scheme: quantize first; empty: as the model is. gguf has schemes of its own, such as q4_k_m, and writes one file
+            for each.
         adapter: folder of an adapter to merge first.
         revision, target_lang, offline: as in `mowa.load`, if `model` is a name.
+        on_progress: called with a stage and the fraction of it that is done.
         options: options of the format, as in `mowa export --help`.
 
     Raises:
@@ -152,6 +161,19 @@ def export(
             created. DataError: `out` exists, or the disk is full. MissingDependency: a package is not installed.
     """
     protocol.require_packages(to)
+    names = (scheme,) if isinstance(scheme, str) else tuple(scheme)
+    if FORMATS.get(to).schemes:
+        return _export_schemes(
+            model,
+            to,
+            out,
+            tuple(filter(None, names)),
+            {"adapter": adapter, "revision": revision, "target_lang": target_lang, "offline": offline},
+            {**options, "on_progress": on_progress},
+        )
+    if len(names) > 1:
+        raise ModelError(f"{to} is written in one scheme at a time, not {len(names)}: {', '.join(names)}")
+    scheme = "".join(names)
     if scheme:
         schemes.parse_scheme(scheme)
     loaded = resolve_model(model, adapter=adapter, revision=revision, target_lang=target_lang, offline=offline)
@@ -161,6 +183,33 @@ def export(
             scheme,
             calibration_data=calibration_data,
             calibration_split=calibration_split,
-            on_progress=on_progress,
+            on_progress=lambda fraction: on_progress(f"{scheme}: quantizing", fraction),
         )
+    return protocol.export(loaded, to, out, **options)
+
+
+def _export_schemes(
+    model: Run | str | Path | AnyModel,
+    to: str,
+    out: str | Path,
+    names: tuple[str, ...],
+    origin: dict[str, Any],
+    options: dict[str, Any],
+) -> Artifact:
+    """Export to a format with schemes of its own. The weights of a checkpoint that is named are not loaded."""
+    known = FORMATS.get(to).schemes
+    if unknown := [name for name in names if name.lower() not in known]:
+        raise ModelError(f"{to} has no scheme {unknown[0]!r}: choose from {', '.join(known)}")
+    if names:
+        options = {**options, "schemes": names}
+    if to == "gguf" and llama_cpp.find_runtime():
+        options = {**options, "runtimes": {"llama.cpp": partial(llama_cpp.score, top=RUNTIME_TOP)}}
+    base, adapter = model, origin["adapter"]
+    if isinstance(model, str | Path) and adapter is None and is_adapter(Path(model)):
+        base, adapter = read_base_name(Path(model)), model
+    if isinstance(base, str | Path) and can_stay_on_disk(base, adapter, origin["revision"], offline=origin["offline"]):
+        loaded = load(base, device="meta", accelerate=False, revision=origin["revision"], offline=origin["offline"])
+        options = options if adapter is None else {**options, "adapter": adapter}
+    else:
+        loaded = resolve_model(model, **origin)
     return protocol.export(loaded, to, out, **options)

@@ -16,9 +16,11 @@ from mowa.adapters.loading import is_adapter, load_adapter, read_base_name
 from mowa.api.options import LoadOptions
 from mowa.engines.selection import describe_format
 from mowa.errors import ModelError
+from mowa.exporters.gguf.lora import read_layers
 from mowa.io.atomic import read_json
 from mowa.io.hub import MODEL_ALIASES, fetch_config
 from mowa.io.manifest import find_manifest
+from mowa.loading import gguf, quantized
 from mowa.loading.checkpoint import load_config, read_family
 from mowa.models.causal import accelerate as accelerate_model
 from mowa.models.causal.accelerate import Change, accelerate, restore
@@ -58,7 +60,8 @@ def load(
 
     Args:
         name: an alias (`mowa models`), a folder (a checkpoint, a finished run, or what `mowa export --to safetensors`
-            wrote), a Hub id `owner/name[@revision]`, or the folder of an adapter, whose base model is then loaded too.
+            wrote), a Hub id `owner/name[@revision]`, a GGUF file, whose weights are dequantized, or the folder of an
+            adapter, whose base model is then loaded too.
         task: the task that the model must be of; None: whichever its config says.
         adapter: folder of an adapter, by `mowa train` or PEFT, to load over the model.
         dtype: float32, bfloat16 or float16; auto: float32, but on a GPU a language model's own.
@@ -141,6 +144,24 @@ def resolve_model(
     return loaded if adapter is None else load_adapter(loaded, adapter)
 
 
+def can_stay_on_disk(
+    name: str | Path, adapter: str | Path | None = None, revision: str | None = None, *, offline: bool = False
+) -> bool:
+    """Return whether the weights of a model can be read one by one, with the adapter merged into them.
+
+    They can for language models in full precision, and adapters that hold nothing but LoRA of linear layers. Raises
+    ModelError as `load`.
+    """
+    if Path(name).suffix == ".gguf" or read_task(name, revision=revision, offline=offline) != "causal":
+        return False
+    if adapter is not None:
+        try:
+            read_layers(Path(adapter))
+        except ModelError:
+            return False
+    return not quantized.read_quantization_config(fetch_config(str(name), revision=revision, offline=offline))
+
+
 def explain(
     name: str | Path,
     *,
@@ -189,6 +210,8 @@ def _reject_export(folder: Path) -> None:
 
 def _stored_dtype(name: str, revision: str | None, offline: bool) -> str:
     """Return the dtype of a language model's checkpoint; float32 for a speech model."""
+    if gguf.is_gguf(name):
+        return gguf.stored_dtype(name) if gguf.read_task(name) == "causal" else "float32"
     folder = fetch_config(name, revision=revision, offline=offline)
     if read_family(folder, name).task == "ctc":
         return "float32"

@@ -173,11 +173,17 @@ def _is_of_export(manifest: Manifest) -> bool:
 
 
 def model_sha256(model: AnyModel) -> str:
-    """Return the SHA-256 (hex) of everything that determines the outputs: weights with adapters, config and scheme."""
+    """Return the SHA-256 (hex) of everything that determines the outputs: weights with adapters, config and scheme.
+
+    Of a model on torch's meta device, the files of its checkpoint are hashed.
+    """
     import torch
 
     digest = hashlib.sha256(model.net.config.to_json_string().encode())
     digest.update(repr(model.scheme).encode())
+    if any(value.is_meta for value in model.net.parameters()):
+        digest.update(hash_weights(model.origin.folder).encode())
+        return digest.hexdigest()
     for name, value in sorted(model.net.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

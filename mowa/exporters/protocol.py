@@ -6,16 +6,19 @@ Defines the interface of an exporter, which is a module per format; `registry` l
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, cast
 
 from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.exporters import manifest
 from mowa.exporters.manifest import ExportResult
-from mowa.exporters.registry import FORMATS, validate_task
+from mowa.exporters.registry import FORMATS, ExportFormat, validate_task
 from mowa.io.atomic import atomic_folder
 from mowa.types import AnyModel, Artifact
 
@@ -57,6 +60,8 @@ def _is_installed(package: str) -> bool:
 def export(model: AnyModel, to: str, out: str | Path, **options: Any) -> Artifact:
     """Export `model`, with its adapter, in the format `to` into the new folder `out`. `model` does not change.
 
+    Where the model of a format is one file, `out` may be its name; the other files that are written are named after it.
+
     Raises ModelError if the format is unknown or does not support the model or scheme, or if the export differs from
     the net, in which case `out` is not created; MissingDependency; DataError if `out` exists or the disk is full.
     """
@@ -68,6 +73,8 @@ def export(model: AnyModel, to: str, out: str | Path, **options: Any) -> Artifac
         raise ModelError(f"{model.origin.name} ({model.scheme.name}) cannot be exported to {to}: {reason}")
     require_packages(to)
     try:
+        if found.suffix and out.suffix.lower() == found.suffix:
+            return _export_file(exporter, model, found, out, options)
         with atomic_folder(out) as folder:
             result = exporter.write(model, folder, **options)
             manifest.write_export_manifest(model, to, folder, result, artifact=found.artifact)
@@ -81,3 +88,22 @@ def export(model: AnyModel, to: str, out: str | Path, **options: Any) -> Artifac
             f" {2 * size / 1e6:.0f} MB. Nothing was written; free some space, or choose another folder"
         ) from None
     return manifest.read_artifact(out)
+
+
+def _export_file(exporter: Exporter, model: AnyModel, found: ExportFormat, out: Path, options: Any) -> Artifact:
+    """Write one file and those that describe it: MODEL.gguf, MODEL.report.json, …"""
+    if out.exists():
+        raise DataError(f"{out} already exists: choose another name, or delete it")
+    if len(options.get("schemes", ())) > 1:
+        raise ModelError(f"{out} is one file, and {len(options['schemes'])} schemes are as many files: name a folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-") as name:
+        folder = Path(name)
+        result = exporter.write(model, folder, file_stem=out.stem, **options)
+        others = [file for file in folder.iterdir() if file.name not in result.files]
+        manifest.write_export_manifest(model, found.name, folder, result, artifact=found.artifact)
+        artifact = manifest.read_artifact(folder)
+        for file in others:
+            os.replace(file, out.with_name(f"{out.stem}.{file.name}"))
+        os.replace(folder / result.files[0], out)
+    return replace(artifact, folder=out.parent, files=(out.name,))

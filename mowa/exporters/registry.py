@@ -25,6 +25,7 @@ class ExportOption:
     expected  what a text must be, for the error
     constant  value that the flag stands for; None: it takes a text
     metavar   name of the text in the help
+    multiple  it may be repeated, and its value is a tuple
     """
 
     name: str
@@ -34,6 +35,7 @@ class ExportOption:
     expected: str = "a text"
     constant: Any = None
     metavar: str = "LIST"
+    multiple: bool = False
 
     def read(self, text: str) -> Any:
         """Return the value of a text from the command line. Raises ModelError."""
@@ -57,6 +59,10 @@ class ExportFormat:
     options      its options
     unsupported  task → reason why its models are not taken
     runs         of formats that no engine here opens: where they run, and how
+    schemes      names of the schemes that the format has itself, instead of mowa's; `write` then takes `schemes`, one
+                 file each, `runtimes` to compare them in, `adapter` and `on_progress`; it reads the weights of a model
+                 on torch's meta device from its checkpoint
+    suffix       of formats whose model is one file: the file name that may stand for the folder
     """
 
     name: str
@@ -69,10 +75,17 @@ class ExportFormat:
     unsupported: Mapping[str, str] = field(default_factory=dict)
     options: tuple[ExportOption, ...] = ()
     runs: str = ""
+    schemes: tuple[str, ...] = ()
+    suffix: str = ""
 
     def validate_options(self, options: Mapping[str, Any]) -> None:
         """Raise ModelError if the format lacks one of these options."""
-        for name in options:
+        given = [
+            name
+            for name in options
+            if not self.schemes or name not in ("schemes", "adapter", "runtimes", "on_progress")
+        ]
+        for name in given:
             if name not in (known := [option.name for option in self.options]):
                 raise ModelError(f"{self.name} has no option {name!r}: it has {', '.join(known) or 'none'}")
 
@@ -93,6 +106,11 @@ def parse_profile(text: str) -> tuple[tuple[int, int], ...]:
 NO_CACHE = {
     "causal": "the graph would have no cache of keys and values, so every token would cost a pass over the text"
 }
+
+GGUF_SCHEMES = (
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
+    *("iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "mxfp4_moe"),
+)
 
 FORMATS = Registry(
     "mowa.exporters",
@@ -175,6 +193,47 @@ FORMATS = Registry(
             unsupported={
                 "causal": "mowa writes CTranslate2's speech models; its own converter reads a full-precision checkpoint"
             },
+        ),
+        ExportFormat(
+            name="gguf",
+            description="GGUF, for llama.cpp, Ollama and LM Studio",
+            module="mowa.exporters.gguf.exporter",
+            tasks=("ctc", "causal"),
+            schemes=GGUF_SCHEMES,
+            suffix=".gguf",
+            options=(
+                ExportOption(
+                    "tensor_types",
+                    "--tensor-type",
+                    "store tensors whose names match a pattern in a type of their own: 'attn_v=q6_k'. Repeatable.",
+                    metavar="PATTERN=TYPE",
+                    multiple=True,
+                ),
+                ExportOption(
+                    "imatrix",
+                    "--imatrix",
+                    "importance matrix of llama.cpp, or a text to make one from.",
+                    metavar="FILE",
+                ),
+                ExportOption(
+                    "check_data",
+                    "--check-data",
+                    "texts whose token ids must be the same, and on which outputs are compared too.",
+                    metavar="FILE",
+                ),
+                ExportOption(
+                    "skip_outputs",
+                    "--skip-outputs",
+                    "compare no outputs, which needs the whole model in memory.",
+                    constant=True,
+                ),
+                ExportOption(
+                    "keep_failed",
+                    "--keep-failed",
+                    "keep files whose outputs differ by more than the limits of their scheme.",
+                    constant=True,
+                ),
+            ),
         ),
     ),
 )

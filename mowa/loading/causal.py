@@ -7,6 +7,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mowa.errors import ModelError
 from mowa.families import is_registered
 from mowa.io.hub import resolve_model, silence_transformers
@@ -27,7 +29,8 @@ def load(
 ) -> CausalModel:
     """Load a causal language model by folder or Hub id onto `device` in `dtype`, in eval mode and without gradients.
 
-    The linear layers of a quantized checkpoint are `QuantizedLinear` modules; `dtype` is that of the other weights.
+    The linear layers of a quantized checkpoint are `QuantizedLinear` modules; `dtype` is that of the other weights. On
+    the device meta no weights are read.
 
     Raises ModelError if the name, family, dtype or device is unknown, if it is a model for another task, or if config,
     weights or tokenizer are missing, damaged or do not match. Also raises as `resolve_model`.
@@ -38,7 +41,7 @@ def load(
     family = read_causal_family(origin.folder, origin.source)  # `resolve_model` validates Hub models only
     manifest = quantized.read_checkpoint_manifest(origin.folder)
     tokenizer = load_tokenizer(origin.folder)
-    net = _load_net(origin.folder, family, dtype)
+    net = (_build_net if device == "meta" else _load_net)(origin.folder, family, dtype)
     validate_tokenizer(tokenizer, net, origin.name)
     if not is_registered(family):
         _warn_unregistered(family.name)
@@ -97,6 +100,21 @@ def _load_net(folder: Path, family: Family, dtype: str) -> Any:
     else:
         net, loading_info = checkpoint.load_net(AutoModelForCausalLM, folder, family, dtype)
         checkpoint.validate_loading_info(folder, net.base_model_prefix, loading_info)
+    return _finish(net, folder, family)
+
+
+def _build_net(folder: Path, family: Family, dtype: str) -> Any:
+    """Return the net on the meta device. Raises ModelError if the checkpoint is quantized."""
+    from transformers import AutoModelForCausalLM
+
+    if quantized.read_quantization_config(folder):
+        raise ModelError(f"{folder} is quantized: it can be loaded on a CPU or GPU, not on the meta device")
+    with silence_transformers(), torch.device("meta"):
+        net = AutoModelForCausalLM.from_config(checkpoint.load_config(folder, family))
+    return _finish(net.to(getattr(torch, dtype)), folder, family)
+
+
+def _finish(net: Any, folder: Path, family: Family) -> Any:
     if net.base_model is net:  # Llama 4's prefix is that of another class
         net.base_model_prefix = family.tensor_names["block"].partition(".")[0]
     if (folder / "generation_config.json").is_file():

@@ -77,7 +77,7 @@ class LoraFile:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class LoraLayer:
     """LoRA of one linear layer: A [r, K] and B [N, r], and PEFT's factor of B A x."""
 
     module: str
@@ -110,8 +110,7 @@ def write_lora(
     if file_type not in FILE_TYPES:
         raise ModelError(f"unknown type {file_type!r} of a LoRA adapter in GGUF: known are {', '.join(FILE_TYPES)}")
     settings = read_json(folder / CONFIG_FILE)
-    _validate_settings(folder, settings)
-    layers = _read_layers(folder, settings)
+    layers = read_layers(folder)
     alpha = float(Counter(layer.alpha for layer in layers).most_common(1)[0][0])
     if not alpha or not math.isfinite(alpha):
         _refuse(folder, f"its alpha is {alpha:g}")  # llama.cpp takes 0 for a scale of 1
@@ -151,11 +150,16 @@ def _validate_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         _refuse(folder, f"it was initialized with {start}, which changes the weights of the base model")
 
 
-def _read_layers(folder: Path, settings: Mapping[str, Any]) -> list[_Layer]:
-    """Return the LoRA layers of an adapter, float32."""
+def read_layers(folder: Path) -> list[LoraLayer]:
+    """Return the layers of a LoRA adapter, float32.
+
+    Raises ModelError if it holds more than LoRA of linear layers, or is damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    settings = read_json(folder / CONFIG_FILE)
+    _validate_settings(folder, settings)
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise ModelError(f"{file} is missing: save the adapter with PEFT's save_pretrained, as safetensors")
@@ -175,7 +179,7 @@ def _read_layers(folder: Path, settings: Mapping[str, Any]) -> list[_Layer]:
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sorted(pair.items()))
             raise ModelError(f"{file}: {module} has {shapes}, which are not the two matrices of LoRA")
-        layers.append(_Layer(module, pair["A"], pair["B"], _scaling(settings, module, len(pair["A"]))))
+        layers.append(LoraLayer(module, pair["A"], pair["B"], _scaling(settings, module, len(pair["A"]))))
     if not layers:
         raise ModelError(f"{file} holds no LoRA")
     return layers
@@ -188,7 +192,7 @@ def _scaling(settings: Mapping[str, Any], module: str, rank: int) -> float:
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _find_rules(folder: Path, config: Any, layers: list[_Layer]) -> dict[str, TensorRule]:
+def _find_rules(folder: Path, config: Any, layers: list[LoraLayer]) -> dict[str, TensorRule]:
     """Return module → the rule of its weight, for every layer. Raises ModelError if one does not fit the model."""
     from transformers import AutoModelForCausalLM
 
@@ -219,7 +223,7 @@ def _find_rules(folder: Path, config: Any, layers: list[_Layer]) -> dict[str, Te
     return found
 
 
-def _map_layer(folder: Path, config: Any, layer: _Layer, rule: TensorRule, alpha: float) -> dict[str, Tensor]:
+def _map_layer(folder: Path, config: Any, layer: LoraLayer, rule: TensorRule, alpha: float) -> dict[str, Tensor]:
     """Return name in GGUF → matrix, of one layer."""
     b = layer.b if layer.alpha == alpha else layer.b * (layer.alpha / alpha)
     for part, matrix in (("A", layer.a), ("B", b)):

@@ -82,6 +82,11 @@ class TensorInfo:
         return (self.shape[-1] if self.shape else 1) // tensor_type.block_weights * tensor_type.block_bytes
 
     @property
+    def num_weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes without padding."""
         return math.prod(self.shape[:-1]) * self.row_bytes

@@ -1,0 +1,270 @@
+"""Export models as GGUF files: convert, quantize in several schemes at once, read back and compare.
+
+    model → names and layouts of llama.cpp → metadata and tokenizer → blocks, tensor by tensor → files → comparison
+
+`convert` streams the weights, `source` opens them, `verify` compares outputs, and the report lies beside the files.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mowa.data.chat import conversations
+from mowa.data.chat.samples import Conversation
+from mowa.errors import ModelError
+from mowa.exporters.gguf import general, mixes, source, speech
+from mowa.exporters.gguf.calibration import calibration_batches, collect_importance
+from mowa.exporters.gguf.convert import ImportanceOf, Target, no_importance, verify_digests, write_targets
+from mowa.exporters.gguf.ollama import modelfile
+from mowa.exporters.gguf.report import (
+    FileReport,
+    Score,
+    check_chats,
+    compare_files,
+    compare_speech_files,
+    describe_file,
+    write_report,
+)
+from mowa.exporters.gguf.tokenizer import ConvertedTokenizer, convert_tokenizer
+from mowa.exporters.manifest import ExportResult
+from mowa.io.gguf.imatrix import ImportanceMatrix, importance_for, read_imatrix
+from mowa.models.gguf import find_architecture, to_gguf
+from mowa.models.gguf.state import LazyTensor
+from mowa.types import AnyModel, CausalModel, CTCModel
+
+log = logging.getLogger("mowa")
+
+DEFAULT_SCHEMES = ("q8_0",)
+MODELFILE = "Modelfile"
+IMATRIX_SUFFIXES = (".gguf", ".dat", ".imatrix")  # of files that are not texts
+MAX_TEXTS = 2_000  # of the caller's, whose token ids are compared
+
+NO_RUNTIMES: Mapping[str, Score] = {}
+OnProgress = Callable[[str, float], object]
+
+
+def unsupported_reason(model: AnyModel) -> str:
+    """See `Exporter.unsupported_reason`."""
+    if model.task == "ctc":
+        return ""
+    try:
+        find_architecture(model.net.config)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What is written, in every scheme.
+
+    types      scheme → name of each tensor → type
+    importance name and shape of a tensor → importance of its columns
+    compare    targets → a report of each
+    tokenizer  of a language model, and what was proven about it
+    """
+
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, LazyTensor]
+    types: Callable[[str], Mapping[str, str]]
+    compare: Callable[[Sequence[Target]], list[FileReport]]
+    importance: ImportanceOf = no_importance
+    tokenizer: ConvertedTokenizer | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def write(
+    model: AnyModel,
+    folder: Path,
+    *,
+    schemes: Sequence[str] = DEFAULT_SCHEMES,
+    adapter: str | Path | None = None,
+    skip_outputs: bool = False,
+    keep_failed: bool = False,
+    file_stem: str = "",
+    on_progress: OnProgress = lambda stage, fraction: None,
+    **options: Any,
+) -> ExportResult:
+    """See `Exporter.write`: one file per scheme, `report.json`, and of language models a Modelfile for Ollama.
+
+    Args:
+        model: the weights of a language model may be on the meta device; they are then read from its checkpoint.
+        schemes: keys of `mixes.FILE_TYPES`.
+        adapter: folder of a LoRA adapter to merge into a model on the meta device.
+        skip_outputs: compare no outputs, which needs the whole model in memory.
+        keep_failed: keep files whose outputs differ by more than the limits.
+        file_stem: name of the only file, without its suffix; empty: files are named after model and scheme.
+        on_progress: called with a stage and the fraction of it that is done.
+        options: of language models, see `_text_content`.
+
+    Raises also ModelError if the vocabulary does not fit the embeddings, if token ids, chats, bytes or outputs differ,
+    or if a weight cannot be stored; DataError if `imatrix` or `check_data` cannot be read.
+    """
+    schemes = tuple(dict.fromkeys(one.lower() for one in schemes))
+    if model.task == "ctc":
+        options.pop("runtimes", None)
+        if options:
+            raise ModelError(f"{next(iter(options))} is an option for language models, and this is a speech model")
+        content = _speech_content(model, on_progress)
+    else:
+        opened = source.open_source(model, None if adapter is None else Path(adapter))
+        model, content = opened.model, _text_content(opened, on_progress, **options)
+    name, stem = general.model_name(model.origin), general.file_stem(model.origin)
+    for warning in content.warnings:
+        log.info("%s: %s", name, warning)
+    targets = [
+        Target(
+            folder / f"{file_stem or f'{stem}-{scheme.upper()}'}.gguf",
+            scheme,
+            {**content.metadata, **mixes.file_type_metadata(scheme)},
+            content.types(scheme),
+        )
+        for scheme in schemes
+    ]
+    digests = write_targets(
+        content.tensors, targets, importance=content.importance,
+        on_progress=lambda fraction: on_progress("writing", fraction),
+    )  # fmt: skip
+    files = [verify_digests(target.path, written) for target, written in zip(targets, digests, strict=True)]
+    warnings = list(content.warnings)
+    if content.tokenizer is not None:
+        warnings += check_chats(model.tokenizer, files[0].metadata)
+        (folder / MODELFILE).write_text(_modelfile(model, targets[0]), encoding="utf-8")
+    if skip_outputs:
+        reports = [describe_file(target, file) for target, file in zip(targets, files, strict=True)]
+    else:
+        reports = content.compare(targets)
+    _require_passed(name, reports, keep_failed)
+    written = write_report(folder, reports, content.tokenizer, warnings, model.origin.source)
+    return ExportResult(
+        model.net.config,
+        tuple(target.path.name for target in targets),
+        {"files": written["files"]},
+        agreement=reports[0].outputs[0].agreement if reports[0].outputs else None,
+        unverified_reason="outputs were not compared" if skip_outputs else "",
+    )
+
+
+def _text_content(
+    opened: source.Source,
+    on_progress: OnProgress,
+    *,
+    tensor_types: Sequence[str] = (),
+    imatrix: str | Path = "",
+    check_data: str | Path = "",
+    runtimes: Mapping[str, Score] = NO_RUNTIMES,
+) -> _Content:
+    """Return what is written of a language model.
+
+    Args:
+        tensor_types: changes to the mixes, as attn_v=q6_k.
+        imatrix: an importance matrix of llama.cpp, or a text to make one from.
+        check_data: texts or conversations whose token ids must be the same, and on which outputs are compared too.
+        runtimes: name → function that runs a file, to compare its outputs too.
+    """
+    model = opened.model
+    overrides = [mixes.parse_override(one) for one in tensor_types]
+    texts = list(_read_texts(check_data)) if check_data else []
+    converted = to_gguf(model.net.config, opened.state)
+    shapes = {name: one.shape for name, one in converted.tensors.items()}
+    tokenizer = convert_tokenizer(
+        model.tokenizer,
+        shapes["token_embd.weight"][0],
+        texts,
+        model_name=general.model_name(model.origin),
+        drop_excess=True,
+    )
+    matrix = _open_importance(opened, imatrix, on_progress) if imatrix else None
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    metadata = {**converted.metadata, **general.general_metadata(model.origin, weights), **tokenizer.metadata}
+    return _Content(
+        metadata | _importance_metadata(matrix, imatrix),
+        converted.tensors,
+        lambda scheme: mixes.choose_types(
+            shapes, metadata, scheme, has_importance=matrix is not None, overrides=overrides
+        ),
+        lambda targets: compare_files(
+            opened, targets, texts, runtimes, lambda fraction: on_progress("comparing", fraction)
+        ),
+        partial(importance_for, matrix) if matrix else no_importance,
+        tokenizer,
+        (*converted.notes, *tokenizer.warnings),
+    )
+
+
+def _speech_content(model: CTCModel, on_progress: OnProgress) -> _Content:
+    """Return what is written of a speech model."""
+    metadata, tensors = speech.to_gguf_ctc(model)
+    shapes = {name: one.shape for name, one in tensors.items()}
+    return _Content(
+        metadata,
+        tensors,
+        lambda scheme: speech.choose_speech_types(shapes, scheme),
+        lambda targets: compare_speech_files(model, targets, lambda fraction: on_progress("comparing", fraction)),
+    )
+
+
+def _modelfile(model: CausalModel, target: Target) -> str:
+    template = model.tokenizer.chat_template
+    return modelfile(
+        target.path.name,
+        target.metadata,
+        template if isinstance(template, str) or template is None else template.get("default"),
+        generation_config=model.net.generation_config.to_diff_dict(),
+    )
+
+
+def _require_passed(name: str, reports: Sequence[FileReport], keep_failed: bool) -> None:
+    """Raise ModelError for the first file whose outputs differ too much, unless it is to be kept."""
+    for one in reports:
+        if one.problem and keep_failed:
+            log.warning("%s: %s; it is kept", one.name, one.problem)
+        elif one.problem:
+            raise ModelError(
+                f"{one.scheme} is too lossy for {name}: {one.problem}. Nothing was written; choose a scheme with more"
+                " bits, add an importance matrix (--imatrix), or keep the file with --keep-failed"
+            )
+
+
+def _read_texts(path: str | Path) -> Iterator[str]:
+    """Yield the texts of a data set; the messages of conversations are texts of their own."""
+    for sample in islice(conversations.read_conversations(path), MAX_TEXTS):
+        if isinstance(sample, Conversation):
+            yield from (message.content for message in sample.messages if message.content)
+        else:
+            yield sample.text
+
+
+def _open_importance(opened: source.Source, path: str | Path, on_progress: OnProgress) -> ImportanceMatrix:
+    """Return the importance matrix at `path`, or make one from the text there, with the whole model in memory."""
+    if Path(path).suffix in IMATRIX_SUFFIXES:
+        return read_imatrix(Path(path))
+    batches = calibration_batches(opened.model.tokenizer, Path(path))
+    return collect_importance(
+        opened.load_net(),
+        opened.model.net.config,
+        batches,
+        datasets=[Path(path).name],
+        on_progress=lambda fraction: on_progress("importance matrix", fraction),
+    )
+
+
+def _importance_metadata(matrix: ImportanceMatrix | None, path: str | Path) -> dict[str, Any]:
+    """Return what llama.cpp's quantizer writes about an importance matrix."""
+    if matrix is None:
+        return {}
+    return {
+        "quantize.imatrix.file": Path(path).name,
+        "quantize.imatrix.dataset": ", ".join(Path(one).name for one in matrix.datasets),
+        "quantize.imatrix.entries_count": np.int32(len(matrix.values)),
+        "quantize.imatrix.chunks_count": np.int32(matrix.chunks),
+    }
