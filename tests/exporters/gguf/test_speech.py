@@ -191,9 +191,9 @@ def test_types(pl_tiny):
     assert types["conv.1.weight"] == types["pos_conv.weight"] == types["output.weight"] == types["proj.weight"] == "f16"
     assert types["blk.0.attn_norm.weight"] == types["output.bias"] == "f32"
     assert set(choose_speech_types(shapes, "f32").values()) == {"f32"}
-    narrow = {"blk.0.ffn_up.weight": (1536, 384), "blk.0.ffn_down.weight": (384, 40), "blk.0.attn_k.bias": (384,)}
-    assert list(choose_speech_types(narrow, "q4_k_m").values()) == ["q5_0", "f16", "f32"]
-    assert list(choose_speech_types(narrow, "bf16").values()) == ["bf16", "bf16", "f32"]
+    small = {"blk.0.ffn_up.weight": (1536, 384), "blk.0.ffn_down.weight": (384, 40), "blk.0.attn_k.bias": (384,)}
+    assert list(choose_speech_types(small, "q4_k_m").values()) == ["q5_0", "f16", "f32"]
+    assert list(choose_speech_types(small, "bf16").values()) == ["bf16", "bf16", "f32"]
     with pytest.raises(ModelError, match="unknown GGUF scheme 'int8'"):
         choose_speech_types(shapes, "int8")
 
