@@ -207,6 +207,8 @@ def _export_schemes(
     base, adapter = model, origin["adapter"]
     if isinstance(model, str | Path) and adapter is None and is_adapter(Path(model)):
         base, adapter = read_base_name(Path(model)), model
+    if options.get("adapter_only") and adapter is None:
+        raise ModelError("adapter_only: name the folder of an adapter, as the model or as adapter")
     if isinstance(base, str | Path) and can_stay_on_disk(base, adapter, origin["revision"], offline=origin["offline"]):
         loaded = load(base, device="meta", accelerate=False, revision=origin["revision"], offline=origin["offline"])
         options = options if adapter is None else {**options, "adapter": adapter}

@@ -222,6 +222,12 @@ FORMATS = Registry(
                     metavar="FILE",
                 ),
                 ExportOption(
+                    "adapter_only",
+                    "--adapter-only",
+                    "write the LoRA adapter alone, for llama.cpp's --lora and Ollama's ADAPTER.",
+                    constant=True,
+                ),
+                ExportOption(
                     "skip_outputs",
                     "--skip-outputs",
                     "compare no outputs, which needs the whole model in memory.",

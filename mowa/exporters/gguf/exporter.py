@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from mowa.data.chat import conversations
 from mowa.data.chat.samples import Conversation
 from mowa.errors import ModelError
-from mowa.exporters.gguf import general, mixes, source, speech
+from mowa.exporters.gguf import general, lora, mixes, source, speech
 from mowa.exporters.gguf.calibration import calibration_batches, collect_importance
 from mowa.exporters.gguf.convert import ImportanceOf, Target, no_importance, verify_digests, write_targets
 from mowa.exporters.gguf.ollama import modelfile
@@ -36,6 +36,7 @@ from mowa.exporters.gguf.report import (
 )
 from mowa.exporters.gguf.tokenizer import ConvertedTokenizer, convert_tokenizer
 from mowa.exporters.manifest import ExportResult
+from mowa.io.gguf import read_gguf
 from mowa.io.gguf.imatrix import ImportanceMatrix, importance_for, read_imatrix
 from mowa.models.gguf import find_architecture, to_gguf
 from mowa.models.gguf.state import LazyTensor
@@ -88,6 +89,7 @@ def write(
     *,
     schemes: Sequence[str] = DEFAULT_SCHEMES,
     adapter: str | Path | None = None,
+    adapter_only: bool = False,
     skip_outputs: bool = False,
     keep_failed: bool = False,
     file_stem: str = "",
@@ -100,6 +102,7 @@ def write(
         model: the weights of a language model may be on the meta device; they are then read from its checkpoint.
         schemes: keys of `mixes.FILE_TYPES`.
         adapter: folder of a LoRA adapter to merge into a model on the meta device.
+        adapter_only: write that adapter alone, in a type of `lora.FILE_TYPES`; by default f16.
         skip_outputs: compare no outputs, which needs the whole model in memory.
         keep_failed: keep files whose outputs differ by more than the limits.
         file_stem: name of the only file, without its suffix; empty: files are named after model and scheme.
@@ -110,6 +113,8 @@ def write(
     or if a weight cannot be stored; DataError if `imatrix` or `check_data` cannot be read.
     """
     schemes = tuple(dict.fromkeys(one.lower() for one in schemes))
+    if adapter_only:
+        return _write_adapter(model, folder, adapter, schemes, file_stem)
     if model.task == "ctc":
         options.pop("runtimes", None)
         if options:
@@ -151,6 +156,24 @@ def write(
         {"files": written["files"]},
         agreement=reports[0].outputs[0].agreement if reports[0].outputs else None,
         unverified_reason="outputs were not compared" if skip_outputs else "",
+    )
+
+
+def _write_adapter(
+    model: AnyModel, folder: Path, adapter: str | Path | None, schemes: Sequence[str], file_stem: str
+) -> ExportResult:
+    if adapter is None:
+        raise ModelError("adapter_only needs an adapter that holds nothing but LoRA of linear layers, beside its model")
+    scheme = "f16" if tuple(schemes) == DEFAULT_SCHEMES else schemes[0]
+    path = folder / f"{file_stem or Path(adapter).resolve().name}.gguf"
+    written = lora.write_lora(adapter, model.net.config, path, file_type=scheme)
+    found = describe_file(Target(path, scheme, {}, {}), read_gguf(path))
+    log.info("%s: LoRA of %d weights, alpha %g", path.name, len(written.weights), written.alpha)
+    return ExportResult(
+        model.net.config,
+        (path.name,),
+        {"files": [asdict(found)]},
+        unverified_reason="an adapter does not run without its model",
     )
 
 

@@ -185,6 +185,17 @@ def test_an_adapter_of_another_model(checkpoint, tmp_path):
         mowa.export(str(checkpoint), "gguf", tmp_path / "out", adapter=adapter)
 
 
+def test_an_adapter_alone(checkpoint, tmp_path):
+    adapter = save(add_lora(mowa.load(checkpoint).net), tmp_path / "adapter")
+    artifact = mowa.export(checkpoint, "gguf", tmp_path / "lora.gguf", adapter=adapter, adapter_only=True, scheme="f32")
+    file = read_gguf(tmp_path / "lora.gguf")
+    assert (file.metadata["general.type"], file.metadata["adapter.type"]) == ("adapter", "lora")
+    assert file.tensors["blk.0.attn_q.weight.lora_a"].shape == (4, 256)
+    assert artifact.unverified_reason == "an adapter does not run without its model"
+    with pytest.raises(ModelError, match="adapter_only: name the folder of an adapter"):
+        mowa.export(checkpoint, "gguf", tmp_path / "other.gguf", adapter_only=True)
+
+
 def test_a_speech_model(tmp_path):
     artifact = mowa.export("pl-tiny", "gguf", tmp_path / "out", scheme=["f16", "q8_0"])
     assert artifact.files == ("pl-tiny-F16.gguf", "pl-tiny-Q8_0.gguf")
