@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mowa import hardware
-from mowa.engines.llama_cpp.runtimes import Runtime, Session, open_runtime, require_runtime
+from mowa.engines.llama_cpp.protocol import Runtime, Session
+from mowa.engines.llama_cpp.runtimes import open_runtime, require_runtime
 from mowa.engines.llama_cpp.tokenizer import PromptTokenizer
 from mowa.errors import DataError, ModelError
 from mowa.io.gguf import read_gguf
@@ -56,9 +57,10 @@ class LlamaCppModel:
 
     def open(self, num_tokens: int) -> Runtime:
         """Return the runtime, with room for `num_tokens`. Raises ModelError if llama.cpp cannot load the file."""
-        if self._runtime is None or num_tokens > self._context:
+        if self._runtime is None or min(num_tokens, self.context_length or num_tokens) > self._context:
             self.close()
             context = -(-num_tokens // CONTEXT_STEP) * CONTEXT_STEP
+            context = min(context, self.context_length or context)
             session = Session(context, self.threads, self.exact, gpu=self.device.startswith("cuda"))
             self._runtime, self._context = open_runtime(self.path, session), context
         return self._runtime
@@ -115,7 +117,7 @@ def score(
         top: most probable tokens of each position to return; others are −inf. None: all.
 
     Returns:
-        float32 `[T, V]` for each sequence; row t is of the token after ids[: t + 1]. None is below −103 but −inf.
+        float32 `[T, V]` for each sequence; row t is of the token after ids[: t + 1]. None is below −87 but −inf.
 
     Raises:
         DataError: a sequence is empty, longer than the context, or has an id that the vocabulary lacks.
@@ -134,7 +136,7 @@ def score(
         return []
     any_token = _ascii_token(model)
     with model.lock:
-        runtime = model.open(max(map(len, sequences)) + 1)
+        runtime = model.open(max(map(len, sequences)) + 1)  # and the token that is drawn
         return [
             torch.stack(
                 [

@@ -16,7 +16,7 @@ from mowa.data.chat.template import special_token_ids
 from mowa.decode.detokenize import StopFilter
 from mowa.engines.generation import DEFAULT_SETTINGS, Prompt, encode_with, validate_stop
 from mowa.engines.llama_cpp.model import LlamaCppModel
-from mowa.engines.llama_cpp.runtimes import Completion, Sampling
+from mowa.engines.llama_cpp.protocol import Completion, Sampling
 from mowa.engines.settings import GenerationSettings, validate_generation
 from mowa.errors import DataError
 from mowa.types import Generation
@@ -122,7 +122,7 @@ def _answer(
         return text.stopped or cancelled.is_set()
 
     with model.lock:
-        completion = model.open(room + 1).complete(ids, _sampling(model, settings), limit, on_piece)
+        completion = model.open(room).complete(ids, _sampling(model, settings), limit, on_piece)
     if rest := text.finish():
         emit(rest)
     return completion, ended or text.stopped
