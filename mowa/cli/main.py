@@ -33,6 +33,7 @@ COMMANDS = {
     "train": ("mowa.cli.train:train", "Fine-tune a model from a recipe."),
     "quantize": ("mowa.cli.quantize:quantize", "Quantize a model and measure the loss in accuracy."),
     "export": ("mowa.cli.export:export", "Export a model to another runtime."),
+    "gguf": ("mowa.cli.gguf:gguf", "Inspect GGUF files and compare them."),
     "bench": ("mowa.cli.bench:bench", "Benchmark models, engines and dtypes on this machine."),
     "distill": ("mowa.cli.distill:distill", "Distill a model into one with fewer layers."),
 }
