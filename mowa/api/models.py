@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,10 @@ from mowa.api.options import LoadOptions
 from mowa.engines.selection import describe_format
 from mowa.errors import ModelError
 from mowa.exporters.gguf.lora import read_layers
+from mowa.exporters.gguf.tokenizer import GGUFTokenizer, compare_token_ids
+from mowa.exporters.gguf.tokenizer.battery import hard_texts
 from mowa.io.atomic import read_json
+from mowa.io.gguf import read_gguf
 from mowa.io.hub import MODEL_ALIASES, fetch_config
 from mowa.io.manifest import find_manifest
 from mowa.loading import gguf, quantized
@@ -87,6 +91,8 @@ def load(
         resolved = "float32" if device == "cpu" else _stored_dtype(name, revision, offline)
     options: loading.LoadOptions = {"revision": revision, "dtype": resolved, "device": device, "offline": offline}
     model: AnyModel = loading.load(name, task=task, target_lang=target_lang, **options)
+    if getattr(getattr(model.processor, "tokenizer", None), "mowa_from_gguf", False):
+        _compare_token_ids(name, model.processor.tokenizer)
     if adapter is not None:
         model = load_adapter(model, adapter)
     if accelerate is True and model.task != "causal":
@@ -197,6 +203,27 @@ def read_task(name: str | Path, *, revision: str | None = None, offline: bool = 
     """Return the task of a model or adapter, without fetching weights. Raises ModelError as `load`."""
     name = read_base_name(Path(name)) if is_adapter(Path(name)) else str(name)
     return loading.read_task(name, revision=revision, offline=offline)
+
+
+def _compare_token_ids(path: str, tokenizer: Any) -> None:
+    """Warn if the tokenizer that transformers read from a GGUF file makes other token ids than llama.cpp."""
+    with suppress(ModelError):  # a vocabulary that mowa does not know
+        ours = GGUFTokenizer(read_gguf(path).metadata)
+
+        def encode(text: str, add_special: bool) -> list[int]:
+            ids: list[int] = tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"]
+            return ids
+
+        report = compare_token_ids(encode, ours.encode, hard_texts([], []))
+        if report.unexplained:
+            log.warning(
+                "transformers reads the tokenizer of %s otherwise than llama.cpp: %d of %d hard texts have other token"
+                " ids, such as %s. Put tokenizer.json of the original model beside the file",
+                path,
+                len(report.unexplained),
+                report.checked,
+                report.unexplained[0],
+            )
 
 
 def _reject_export(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from mowa.adapters.checkpoint import MERGED_SUFFIX
 from mowa.api.models import Run
 from mowa.errors import ModelError, RecipeError
+from mowa.io.hub import reject_gguf
 from mowa.training.config import dispatch
 from mowa.training.config.dispatch import SECTIONS, Recipe
 from mowa.types import AnyModel, Model
@@ -109,6 +110,7 @@ def _plain(value: Any) -> Any:
 
 
 def _load_name(model: AnyModel) -> str:
+    reject_gguf(model.origin.source)
     if (adapter := str(getattr(model.net, "mowa_adapter", "") or "")).endswith(MERGED_SUFFIX):
         raise ModelError(
             f"{model.origin.name} was merged in memory, and a run starts from files: write it with mowa.merge("

@@ -67,6 +67,7 @@ def resolve_model(
     if isinstance(target, Path):
         raise ModelError(f"the bundled model {name} is missing from this installation ({target}): reinstall mowa")
     hub_id = HUB_ID.fullmatch(target)
+    reject_gguf(name)
     if hub_id is None:
         raise _unknown_model(name)
     if revision and hub_id["revision"] not in (None, revision):
@@ -74,6 +75,16 @@ def resolve_model(
     repo = hub_id["repo"]
     folder = _from_hub(repo, revision or hub_id["revision"] or "main", offline, validate, extra_files)
     return Origin(name=name, source=repo, folder=folder, revision=folder.name, license=_license(folder))
+
+
+def reject_gguf(name: str) -> None:
+    """Raise ModelError if `name` is a GGUF file, where a checkpoint is needed."""
+    path = Path(os.path.expanduser(name))
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        raise ModelError(
+            f"{name} is a GGUF file, and a checkpoint is needed here: run `mowa export {name} --to safetensors -o"
+            " FOLDER` and name FOLDER"
+        )
 
 
 def _is_utf8(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Load a checkpoint by name into memory, as a `Model` of the task that its config says.
 
 Start with `load`. `ctc` and `causal` load the two kinds, `checkpoint` holds what they share, `quantized` rebuilds
-quantized linear layers, and `gguf` reads models of llama.cpp.
+quantized linear layers, and `gguf` loads files of llama.cpp.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal, TypedDict, Unpack, overload
 from mowa.adapters.loading import is_adapter, read_base_name
 from mowa.errors import ModelError
 from mowa.io.hub import MODEL_ALIASES, fetch_config, resolve_model
-from mowa.loading import causal, ctc, languages
+from mowa.loading import causal, ctc, gguf, languages
 from mowa.loading.checkpoint import read_family
 from mowa.types import AnyModel, CausalModel, CTCModel, Family
 
@@ -24,6 +24,8 @@ def read_task(name: str, *, revision: str | None = None, offline: bool = False) 
 
     Raises ModelError as `load`.
     """
+    if gguf.is_gguf(name):
+        return gguf.read_task(name)
     if name not in MODEL_ALIASES and is_adapter(Path(name)):
         name = read_base_name(Path(name))
     return read_family(fetch_config(name, revision=revision, offline=offline), name).task
@@ -79,7 +81,7 @@ def load(
     target_lang: str | None = None,
     **options: Unpack[LoadOptions],
 ) -> AnyModel:
-    """Load a model by alias, folder or Hub id, in eval mode and without gradients.
+    """Load a model by alias, folder, Hub id or GGUF file, in eval mode and without gradients.
 
     Args:
         name: the model.
@@ -90,6 +92,8 @@ def load(
     Raises:
         ModelError: the checkpoint is incomplete, damaged, unsupported or of another task; and as `resolve_model`.
     """
+    if gguf.is_gguf(name):
+        return _load_gguf(name, task, target_lang, options)
 
     def read_task_family(folder: Path) -> Family:
         if (task or read_family(folder, name).task) == "ctc":
@@ -110,3 +114,14 @@ def load(
     if read_task_family(origin.folder).task == "ctc":
         return ctc.load(name, require_head=require_head, target_lang=target_lang, **options)
     return causal.load(name, **options)
+
+
+def _load_gguf(name: str, task: str | None, target_lang: str | None, options: LoadOptions) -> AnyModel:
+    """Load a GGUF file. Raises ModelError for options that it does not take, and as `gguf.load`."""
+    for option, value in (("revision", options.get("revision")), ("target_lang", target_lang)):
+        if value is not None:
+            raise ModelError(f"{name} is a file and takes no {option}: omit {value!r}")
+    if task not in (None, found := gguf.read_task(name)):
+        kinds = {"ctc": "a speech model", "causal": "a language model"}
+        raise ModelError(f"{name} is {kinds[found]}; {kinds.get(str(task), task)} is needed here")
+    return gguf.load(name, dtype=options.get("dtype", "float32"), device=options.get("device", "cpu"))
