@@ -13,6 +13,7 @@ from mowa.api.models import Run, can_stay_on_disk, load, resolve_model
 from mowa.engines import llama_cpp
 from mowa.errors import ModelError
 from mowa.exporters import merged, protocol
+from mowa.exporters.gguf.lora import read_layers
 from mowa.exporters.gguf.verify import RUNTIME_TOP
 from mowa.exporters.merged import OnComparison
 from mowa.exporters.registry import FORMATS
@@ -163,6 +164,8 @@ def export(
     protocol.require_packages(to)
     names = (scheme,) if isinstance(scheme, str) else tuple(scheme)
     if FORMATS.get(to).schemes:
+        if calibration_data or calibration_split:
+            raise ModelError(f"{to} takes no calibration_data: name a text or a matrix as imatrix")
         return _export_schemes(
             model,
             to,
@@ -207,8 +210,10 @@ def _export_schemes(
     base, adapter = model, origin["adapter"]
     if isinstance(model, str | Path) and adapter is None and is_adapter(Path(model)):
         base, adapter = read_base_name(Path(model)), model
-    if options.get("adapter_only") and adapter is None:
-        raise ModelError("adapter_only: name the folder of an adapter, as the model or as adapter")
+    if options.get("adapter_only"):
+        if adapter is None or not isinstance(base, str | Path):
+            raise ModelError("adapter_only: name the folder of an adapter, as the model or as adapter")
+        read_layers(Path(adapter))
     if isinstance(base, str | Path) and can_stay_on_disk(base, adapter, origin["revision"], offline=origin["offline"]):
         loaded = load(base, device="meta", accelerate=False, revision=origin["revision"], offline=origin["offline"])
         options = options if adapter is None else {**options, "adapter": adapter}

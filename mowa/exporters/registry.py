@@ -230,7 +230,7 @@ FORMATS = Registry(
                 ExportOption(
                     "skip_outputs",
                     "--skip-outputs",
-                    "compare no outputs, which needs the whole model in memory.",
+                    "skip the comparison of outputs, which loads the whole model.",
                     constant=True,
                 ),
                 ExportOption(

@@ -66,8 +66,7 @@ def calibration_batches(
     if not count:
         source = f"{text}: " if isinstance(text, Path) else ""
         raise DataError(
-            f"{source}the calibration text has {len(ids)} tokens, and a chunk takes {chunk_size}: give more text, or a"
-            " smaller chunk size"
+            f"{source}the calibration text has {len(ids)} tokens, and a chunk takes {chunk_size}: give more text"
         )
     chunks = torch.tensor(ids[: count * chunk_size]).view(count, chunk_size)
     if bos is not None:

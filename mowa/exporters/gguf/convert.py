@@ -98,7 +98,7 @@ def verify_digests(path: Path, digests: Mapping[str, str]) -> GGUFFile:
     """
     file = read_gguf(path)
     if list(file.tensors) != list(digests):
-        raise ModelError(f"{path.name} does not have the tensors that were written: export the model again")
+        raise ModelError(f"{path.name} does not have the tensors that were written: check the disk")
     with path.open("rb") as opened:
         for name, info in file.tensors.items():
             hashed, remaining = hashlib.sha256(), info.nbytes

@@ -21,7 +21,7 @@ import numpy as np
 from mowa.data.chat import conversations
 from mowa.data.chat.samples import Conversation
 from mowa.errors import ModelError
-from mowa.exporters.gguf import general, lora, mixes, source, speech
+from mowa.exporters.gguf import general, lora, mixes, speech
 from mowa.exporters.gguf.calibration import calibration_batches, collect_importance
 from mowa.exporters.gguf.convert import ImportanceOf, Target, no_importance, verify_digests, write_targets
 from mowa.exporters.gguf.ollama import modelfile
@@ -34,17 +34,18 @@ from mowa.exporters.gguf.report import (
     describe_file,
     write_report,
 )
+from mowa.exporters.gguf.source import Source, open_source
 from mowa.exporters.gguf.tokenizer import ConvertedTokenizer, convert_tokenizer
 from mowa.exporters.manifest import ExportResult
 from mowa.io.gguf import read_gguf
-from mowa.io.gguf.imatrix import ImportanceMatrix, importance_for, read_imatrix
+from mowa.io.gguf.imatrix import ImportanceMatrix, importance_for, missing, read_imatrix
 from mowa.models.gguf import find_architecture, to_gguf
 from mowa.models.gguf.state import LazyTensor
 from mowa.types import AnyModel, CausalModel, CTCModel
 
 log = logging.getLogger("mowa")
 
-DEFAULT_SCHEMES = ("q8_0",)
+DEFAULT_SCHEME, DEFAULT_ADAPTER_SCHEME = "q8_0", "f16"
 MODELFILE = "Modelfile"
 IMATRIX_SUFFIXES = (".gguf", ".dat", ".imatrix")  # of files that are not texts
 MAX_TEXTS = 2_000  # of the caller's, whose token ids are compared
@@ -65,8 +66,8 @@ def unsupported_reason(model: AnyModel) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Content:
-    """What is written, in every scheme.
+class _Plan:
+    """Metadata, tensors and type choice of an export, and how its files are compared.
 
     types      scheme → name of each tensor → type
     importance name and shape of a tensor → importance of its columns
@@ -87,7 +88,7 @@ def write(
     model: AnyModel,
     folder: Path,
     *,
-    schemes: Sequence[str] = DEFAULT_SCHEMES,
+    schemes: Sequence[str] = (),
     adapter: str | Path | None = None,
     adapter_only: bool = False,
     skip_outputs: bool = False,
@@ -100,14 +101,14 @@ def write(
 
     Args:
         model: the weights of a language model may be on the meta device; they are then read from its checkpoint.
-        schemes: keys of `mixes.FILE_TYPES`.
+        schemes: keys of `mixes.FILE_TYPES`; none: `DEFAULT_SCHEME`.
         adapter: folder of a LoRA adapter to merge into a model on the meta device.
         adapter_only: write that adapter alone, in a type of `lora.FILE_TYPES`; by default f16.
-        skip_outputs: compare no outputs, which needs the whole model in memory.
+        skip_outputs: skip the comparison of outputs, which loads the whole model into memory.
         keep_failed: keep files whose outputs differ by more than the limits.
         file_stem: name of the only file, without its suffix; empty: files are named after model and scheme.
         on_progress: called with a stage and the fraction of it that is done.
-        options: of language models, see `_text_content`.
+        options: of language models: tensor_types, imatrix, check_data and runtimes, as `_plan_text` describes them.
 
     Raises also ModelError if the vocabulary does not fit the embeddings, if token ids, chats, bytes or outputs differ,
     or if a weight cannot be stored; DataError if `imatrix` or `check_data` cannot be read.
@@ -119,74 +120,79 @@ def write(
         options.pop("runtimes", None)
         if options:
             raise ModelError(f"{next(iter(options))} is an option for language models, and this is a speech model")
-        content = _speech_content(model, on_progress)
+        plan = _plan_speech(model, on_progress)
     else:
-        opened = source.open_source(model, None if adapter is None else Path(adapter))
-        model, content = opened.model, _text_content(opened, on_progress, **options)
-    name, stem = general.model_name(model.origin), general.file_stem(model.origin)
-    for warning in content.warnings:
+        source = open_source(model, None if adapter is None else Path(adapter))
+        model, plan = source.model, _plan_text(source, on_progress, **options)
+    name = general.model_name(model.origin)
+    for warning in plan.warnings:
         log.info("%s: %s", name, warning)
-    targets = [
-        Target(
-            folder / f"{file_stem or f'{stem}-{scheme.upper()}'}.gguf",
-            scheme,
-            {**content.metadata, **mixes.file_type_metadata(scheme)},
-            content.types(scheme),
-        )
-        for scheme in schemes
-    ]
+    targets = _targets(plan, folder, schemes or (DEFAULT_SCHEME,), file_stem, general.file_stem(model.origin))
     digests = write_targets(
-        content.tensors, targets, importance=content.importance,
+        plan.tensors,
+        targets,
+        importance=plan.importance,
         on_progress=lambda fraction: on_progress("writing", fraction),
-    )  # fmt: skip
-    files = [verify_digests(target.path, written) for target, written in zip(targets, digests, strict=True)]
-    warnings = list(content.warnings)
-    if content.tokenizer is not None:
-        warnings += check_chats(model.tokenizer, files[0].metadata)
+    )
+    for target, written in zip(targets, digests, strict=True):
+        verify_digests(target.path, written)
+    warnings = list(plan.warnings)
+    if plan.tokenizer is not None:
+        warnings += check_chats(model.tokenizer, read_gguf(targets[0].path).metadata)
         (folder / MODELFILE).write_text(_modelfile(model, targets[0]), encoding="utf-8")
-    if skip_outputs:
-        reports = [describe_file(target, file) for target, file in zip(targets, files, strict=True)]
-    else:
-        reports = content.compare(targets)
-    _require_passed(name, reports, keep_failed)
-    written = write_report(folder, reports, content.tokenizer, warnings, model.origin.source)
+    reports = [describe_file(one.path, one.scheme) for one in targets] if skip_outputs else plan.compare(targets)
+    _require_passed(model, reports, keep_failed)
+    content = write_report(folder, reports, plan.tokenizer, warnings, model.origin.source)
     return ExportResult(
         model.net.config,
         tuple(target.path.name for target in targets),
-        {"files": written["files"]},
+        {"files": content["files"]},
         agreement=reports[0].outputs[0].agreement if reports[0].outputs else None,
         unverified_reason="outputs were not compared" if skip_outputs else "",
     )
+
+
+def _targets(plan: _Plan, folder: Path, schemes: Sequence[str], file_stem: str, model_stem: str) -> list[Target]:
+    return [
+        Target(
+            folder / f"{file_stem or f'{model_stem}-{scheme.upper()}'}.gguf",
+            scheme,
+            {**plan.metadata, **mixes.file_type_metadata(scheme)},
+            plan.types(scheme),
+        )
+        for scheme in schemes
+    ]
 
 
 def _write_adapter(
     model: AnyModel, folder: Path, adapter: str | Path | None, schemes: Sequence[str], file_stem: str
 ) -> ExportResult:
     if adapter is None:
-        raise ModelError("adapter_only needs an adapter that holds nothing but LoRA of linear layers, beside its model")
-    scheme = "f16" if tuple(schemes) == DEFAULT_SCHEMES else schemes[0]
+        raise ModelError("adapter_only needs the folder of an adapter")
+    if len(schemes) > 1:
+        raise ModelError(f"an adapter alone is written in one scheme at a time, not {len(schemes)}")
+    scheme = schemes[0] if schemes else DEFAULT_ADAPTER_SCHEME
     path = folder / f"{file_stem or Path(adapter).resolve().name}.gguf"
     written = lora.write_lora(adapter, model.net.config, path, file_type=scheme)
-    found = describe_file(Target(path, scheme, {}, {}), read_gguf(path))
     log.info("%s: LoRA of %d weights, alpha %g", path.name, len(written.weights), written.alpha)
     return ExportResult(
         model.net.config,
         (path.name,),
-        {"files": [asdict(found)]},
+        {"files": [asdict(describe_file(path, scheme))]},
         unverified_reason="an adapter does not run without its model",
     )
 
 
-def _text_content(
-    opened: source.Source,
+def _plan_text(
+    source: Source,
     on_progress: OnProgress,
     *,
     tensor_types: Sequence[str] = (),
     imatrix: str | Path = "",
     check_data: str | Path = "",
     runtimes: Mapping[str, Score] = NO_RUNTIMES,
-) -> _Content:
-    """Return what is written of a language model.
+) -> _Plan:
+    """Convert config, names and tokenizer of a language model.
 
     Args:
         tensor_types: changes to the mixes, as attn_v=q6_k.
@@ -194,10 +200,10 @@ def _text_content(
         check_data: texts or conversations whose token ids must be the same, and on which outputs are compared too.
         runtimes: name → function that runs a file, to compare its outputs too.
     """
-    model = opened.model
+    model = source.model
     overrides = [mixes.parse_override(one) for one in tensor_types]
     texts = list(_read_texts(check_data)) if check_data else []
-    converted = to_gguf(model.net.config, opened.state)
+    converted = to_gguf(model.net.config, source.state)
     shapes = {name: one.shape for name, one in converted.tensors.items()}
     tokenizer = convert_tokenizer(
         model.tokenizer,
@@ -206,29 +212,40 @@ def _text_content(
         model_name=general.model_name(model.origin),
         drop_excess=True,
     )
-    matrix = _open_importance(opened, imatrix, on_progress) if imatrix else None
+    matrix = _open_importance(source, imatrix, on_progress) if imatrix else None
+    warnings = [*converted.notes, *tokenizer.warnings]
+    quantizable = [
+        name for name, shape in shapes.items() if name.startswith("blk.") and mixes.may_quantize(name, shape)
+    ]
+    if matrix and (absent := missing(matrix, quantizable)):
+        warnings.append(f"{imatrix} has no importance of {absent[0]} and {len(absent) - 1} other weights of blocks")
     weights = sum(math.prod(shape) for shape in shapes.values())
-    metadata = {**converted.metadata, **general.general_metadata(model.origin, weights), **tokenizer.metadata}
-    return _Content(
+    metadata = {
+        **converted.metadata,
+        **general.general_metadata(model.origin, weights),
+        **general.sampling_metadata(model.net.generation_config),
+        **tokenizer.metadata,
+    }
+    return _Plan(
         metadata | _importance_metadata(matrix, imatrix),
         converted.tensors,
         lambda scheme: mixes.choose_types(
             shapes, metadata, scheme, has_importance=matrix is not None, overrides=overrides
         ),
         lambda targets: compare_files(
-            opened, targets, texts, runtimes, lambda fraction: on_progress("comparing", fraction)
+            source, targets, texts, runtimes, lambda fraction: on_progress("comparing", fraction)
         ),
         partial(importance_for, matrix) if matrix else no_importance,
         tokenizer,
-        (*converted.notes, *tokenizer.warnings),
+        tuple(warnings),
     )
 
 
-def _speech_content(model: CTCModel, on_progress: OnProgress) -> _Content:
-    """Return what is written of a speech model."""
+def _plan_speech(model: CTCModel, on_progress: OnProgress) -> _Plan:
+    """Convert config, names and vocabulary of a speech model."""
     metadata, tensors = speech.to_gguf_ctc(model)
     shapes = {name: one.shape for name, one in tensors.items()}
-    return _Content(
+    return _Plan(
         metadata,
         tensors,
         lambda scheme: speech.choose_speech_types(shapes, scheme),
@@ -246,15 +263,16 @@ def _modelfile(model: CausalModel, target: Target) -> str:
     )
 
 
-def _require_passed(name: str, reports: Sequence[FileReport], keep_failed: bool) -> None:
+def _require_passed(model: AnyModel, reports: Sequence[FileReport], keep_failed: bool) -> None:
     """Raise ModelError for the first file whose outputs differ too much, unless it is to be kept."""
+    matrix = "" if model.task == "ctc" else " add an importance matrix (--imatrix),"
     for one in reports:
         if one.problem and keep_failed:
             log.warning("%s: %s; it is kept", one.name, one.problem)
         elif one.problem:
             raise ModelError(
-                f"{one.scheme} is too lossy for {name}: {one.problem}. Nothing was written; choose a scheme with more"
-                " bits, add an importance matrix (--imatrix), or keep the file with --keep-failed"
+                f"{one.scheme} is too lossy for {model.origin.name}: {one.problem}. Nothing was written; choose a"
+                f" scheme with more bits,{matrix} or keep the file with --keep-failed"
             )
 
 
@@ -267,14 +285,14 @@ def _read_texts(path: str | Path) -> Iterator[str]:
             yield sample.text
 
 
-def _open_importance(opened: source.Source, path: str | Path, on_progress: OnProgress) -> ImportanceMatrix:
+def _open_importance(source: Source, path: str | Path, on_progress: OnProgress) -> ImportanceMatrix:
     """Return the importance matrix at `path`, or make one from the text there, with the whole model in memory."""
     if Path(path).suffix in IMATRIX_SUFFIXES:
         return read_imatrix(Path(path))
-    batches = calibration_batches(opened.model.tokenizer, Path(path))
+    batches = calibration_batches(source.model.tokenizer, Path(path))
     return collect_importance(
-        opened.load_net(),
-        opened.model.net.config,
+        source.load_net(),
+        source.model.net.config,
         batches,
         datasets=[Path(path).name],
         on_progress=lambda fraction: on_progress("importance matrix", fraction),

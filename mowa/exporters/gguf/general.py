@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from mowa.types import Origin
 
@@ -20,13 +21,33 @@ def general_metadata(origin: Origin, num_weights: int) -> dict[str, Any]:
     }
     if origin.license:
         found["general.license"] = origin.license
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", origin.source):
-        found |= {
-            "general.base_model.count": 1,
-            "general.base_model.0.name": origin.source.rpartition("/")[2],
-            "general.base_model.0.repo_url": f"https://huggingface.co/{origin.source}",
-        }
-    return found
+    return found | base_model_metadata(origin.source)
+
+
+def sampling_metadata(generation_config: Any) -> dict[str, Any]:
+    """Return the sampling settings of a model that samples by default; nothing for one that decodes greedily."""
+    if not getattr(generation_config, "do_sample", False):
+        return {}
+    found = {
+        "general.sampling.temp": ("temperature", np.float32),
+        "general.sampling.top_p": ("top_p", np.float32),
+        "general.sampling.top_k": ("top_k", np.int32),
+        "general.sampling.penalty_repeat": ("repetition_penalty", np.float32),
+    }
+    values = {key: (getattr(generation_config, name, None), kind) for key, (name, kind) in found.items()}
+    settings = {key: kind(value) for key, (value, kind) in values.items() if value is not None}
+    return {"general.sampling.temp": np.float32(1)} | settings
+
+
+def base_model_metadata(source: str) -> dict[str, Any]:
+    """Return what names a repository on the Hub as the base model; nothing for a folder."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return {}
+    return {
+        "general.base_model.count": 1,
+        "general.base_model.0.name": source.rpartition("/")[2],
+        "general.base_model.0.repo_url": f"https://huggingface.co/{source}",
+    }
 
 
 def model_name(origin: Origin) -> str:
@@ -46,11 +67,3 @@ def size_label(num_weights: int) -> str:
             number = num_weights / unit
             return f"{number:.1f}{letter}" if number < 10 else f"{number:.0f}{letter}"
     return str(num_weights)
-
-
-def describe_types(types: Mapping[str, str]) -> dict[str, int]:
-    """Return how many tensors have each type, the most frequent first."""
-    counts: dict[str, int] = {}
-    for one in types.values():
-        counts[one] = counts.get(one, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mowa.errors import ModelError
+from mowa.exporters.gguf.general import base_model_metadata
 from mowa.exporters.gguf.mixes import file_type_metadata, fit_type
 from mowa.io.atomic import read_json
 from mowa.io.gguf import TensorInfo, open_writer
@@ -131,8 +132,8 @@ def write_lora(
 
 def _refuse(folder: Path, reason: str) -> NoReturn:
     raise ModelError(
-        f"{folder} cannot be written as GGUF alone: {reason}\n"
-        f"  Merge it into its model instead: mowa export MODEL --adapter {folder} --to gguf"
+        f"{folder} cannot be written as GGUF alone: {reason}. Merge it into its model: mowa export MODEL --adapter"
+        f" {folder} --to gguf"
     )
 
 
@@ -243,14 +244,7 @@ def _metadata(folder: Path, settings: Mapping[str, Any], architecture: str, alph
         "adapter.type": "lora",
         "adapter.lora.alpha": np.float32(alpha),
     }
-    base = str(settings.get("base_model_name_or_path") or "")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):  # else it is a folder of whoever trained it
-        metadata |= {
-            "general.base_model.count": 1,
-            "general.base_model.0.name": base.rpartition("/")[2],
-            "general.base_model.0.repo_url": f"https://huggingface.co/{base}",
-        }
-    return metadata
+    return metadata | base_model_metadata(str(settings.get("base_model_name_or_path") or ""))
 
 
 def _write(out: Path, metadata: Mapping[str, Any], tensors: Mapping[str, tuple[Tensor, str]]) -> None:

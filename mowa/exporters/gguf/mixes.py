@@ -139,7 +139,10 @@ def choose_types(
             chosen[name] = _choose(mix, name, shapes[name])
         chosen[name] = fit_type(chosen[name], shapes[name][-1])
     if unused:
-        raise ModelError(f"--tensor-type {overrides[unused[0]][0]!r} applies to no tensor that can be quantized")
+        raise ModelError(
+            f"--tensor-type {overrides[unused[0]][0]!r} applies to no tensor: none that can be"
+            " quantized matches it before another --tensor-type"
+        )
     return {name: chosen[name] for name in shapes}
 
 

@@ -16,23 +16,25 @@ from mowa.errors import ModelError
 from mowa.exporters.gguf.chat_template import KEY as TEMPLATE_KEY
 from mowa.exporters.gguf.chat_template import check_template, compare_chats
 from mowa.exporters.gguf.convert import Target
+from mowa.exporters.gguf.inspect import summarize
 from mowa.exporters.gguf.source import Source
 from mowa.exporters.gguf.tokenizer import ConvertedTokenizer
 from mowa.exporters.gguf.verify import (
     LIMITS,
     PYTORCH,
+    RUNTIME_TOKENS,
     OutputReport,
     compare_outputs,
     compare_top,
     compute_logits,
     load_prompts,
-    runtime_prompts,
+    spread,
 )
 from mowa.exporters.prepare import prepare_for_export
 from mowa.exporters.verify import compute_logits as clip_logits
 from mowa.exporters.verify import load_clips
 from mowa.io.atomic import write_json
-from mowa.io.gguf import GGUFFile, read_gguf
+from mowa.io.gguf import read_gguf
 from mowa.loading import gguf_ctc
 from mowa.loading.gguf import load_net
 from mowa.models.diff import compare
@@ -66,21 +68,16 @@ class FileReport:
     problem: str = ""
 
 
-def describe_file(target: Target, file: GGUFFile, outputs: Sequence[OutputReport] = ()) -> FileReport:
+def describe_file(path: Path, scheme: str, outputs: Sequence[OutputReport] = ()) -> FileReport:
     """Return the report of a file that was written."""
-    counts: dict[str, int] = {}
-    num_bytes = num_weights = 0
-    for info in file.tensors.values():
-        counts[info.type_name] = counts.get(info.type_name, 0) + 1
-        num_bytes += info.nbytes
-        num_weights += info.num_weights
-    problems = (one.problem(target.scheme) for one in outputs)
+    found = summarize(path)
+    problems = (one.problem(scheme) for one in outputs)
     return FileReport(
-        name=target.path.name,
-        scheme=target.scheme,
-        size_bytes=target.path.stat().st_size,
-        bits_per_weight=8 * num_bytes / num_weights,
-        types=dict(sorted(counts.items(), key=lambda item: -item[1])),
+        name=path.name,
+        scheme=scheme,
+        size_bytes=found.size_bytes,
+        bits_per_weight=found.bits_per_weight,
+        types={name: one.tensors for name, one in found.types.items()},
         outputs=tuple(outputs),
         problem=next((one for one in problems if one), ""),
     )
@@ -100,15 +97,15 @@ def compare_files(
     config = source.model.net.config
     prompts = load_prompts(source.model.tokenizer, texts, context_length(config))
     reference = compute_logits(source.load_net(), prompts)
-    beginnings = runtime_prompts(prompts)
+    beginnings = [list(ids[:RUNTIME_TOKENS]) for ids in spread(prompts)]
     reports = []
     for index, target in enumerate(targets):
         on_progress(index / len(targets))
         file = read_gguf(target.path)
         outputs = [compare_outputs(PYTORCH, reference, compute_logits(load_net(file), prompts), prompts)]
         for runtime, score in runtimes.items():
-            outputs.append(compare_top(runtime, reference[: len(beginnings)], score(target.path, beginnings)))
-        reports.append(describe_file(target, file, outputs))
+            outputs.append(compare_top(runtime, spread(reference), score(target.path, beginnings)))
+        reports.append(describe_file(target.path, target.scheme, outputs))
     on_progress(1.0)
     return reports
 
@@ -124,8 +121,8 @@ def compare_speech_files(
         on_progress(index / len(targets))
         loaded = gguf_ctc.load(target.path)
         diff = compare(reference, clip_logits(loaded.net, clips))
-        outputs = [OutputReport(PYTORCH, diff.kl, diff.agreement, diff.num_frames)]
-        reports.append(describe_file(target, read_gguf(target.path), outputs))
+        outputs = [OutputReport(PYTORCH, diff.kl, diff.agreement, diff.num_frames)]  # near ties included
+        reports.append(describe_file(target.path, target.scheme, outputs))
     on_progress(1.0)
     return reports
 
@@ -136,7 +133,10 @@ def check_chats(tokenizer: Any, metadata: Mapping[str, Any]) -> list[str]:
     Raises ModelError if the file's templates render a chat in another way than the tokenizer's.
     """
     if different := compare_chats(tokenizer, metadata):
-        raise ModelError(f"{different[0]} from the file ({len(different)} differences): export the model again")
+        raise ModelError(
+            f"{different[0]} from the file ({len(different)} differences): this is a bug of mowa, please report it with"
+            " the model's name"
+        )
     templates = {key: str(value) for key, value in metadata.items() if key.startswith(TEMPLATE_KEY)}
     return [f"{key}, {problem}" for key, text in templates.items() for problem in check_template(text)]
 

@@ -1,7 +1,7 @@
-"""Compare a GGUF file with the model that it was written from: chat templates, next-token probabilities, perplexity.
+"""Compare a GGUF file with the model that it was written from: probabilities of the next token, and perplexity.
 
 The reference is the model in float32 as transformers computes it. The file is run twice: by transformers over its
-dequantized weights, and by llama.cpp where it is installed, which also proves that llama.cpp agrees about names and
+dequantized weights, and by llama.cpp where it is installed, which also shows that llama.cpp agrees about names and
 layouts.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from mowa.exporters.verify import SAMPLE_TEXTS
 from mowa.models.diff import compare
+
+T = TypeVar("T")
 
 MAX_PROMPTS, MAX_PROMPT_TOKENS = 24, 256
 PROSE = (
@@ -67,7 +69,7 @@ LIMITS: Mapping[str, Limits] = {
     **dict.fromkeys(("q3_k_l", "q3_k_m", "q3_k_s"), Limits(1.0, 0.55)),
     **{"q2_k": Limits(2.5, 0.35)},
 }
-"""From SmolLM2-135M and Gemma-3-270M, whose few weights suffer most: about twice what they lose."""
+"""From SmolLM2-135M and Gemma-3-270M, small models, which quantization harms most: about twice what they lose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class OutputReport:
         limits, is_rounded = LIMITS[scheme], self.runtime != PYTORCH and scheme not in FLOAT_SCHEMES
         max_kl = limits.max_kl * (ROUNDED_INPUTS if is_rounded else 1)
         if not self.kl <= max_kl:
-            return f"the KL divergence of the next token is {self.kl:.2g} nats in {self.runtime} (limit {max_kl:g})"
+            return f"the KL divergence is {self.kl:.2g} nats in {self.runtime} (limit {max_kl:g})"
         deviation = math.sqrt(limits.min_agreement * (1 - limits.min_agreement) / self.positions)
         flips = not is_rounded and self.kl > FLIPS_FROM * limits.max_kl
         if flips and self.agreement < limits.min_agreement - 2 * deviation:
@@ -129,20 +131,25 @@ def compare_outputs(
 ) -> OutputReport:
     """Compare logits or log-probabilities, float32 [T, V] per prompt."""
     diff = compare(reference, found)
-    same = decided = 0
-    for ours, theirs in zip(reference, found, strict=True):
-        top = ours.topk(2).values
-        clear = top[:, 0] - top[:, 1] >= MARGIN
-        same += int((ours.argmax(-1) == theirs.argmax(-1))[clear].sum())
-        decided += int(clear.sum())
     return OutputReport(
         runtime,
         float(diff.kl),
-        same / decided if decided else 1.0,
+        _agreement(reference, found),
         diff.num_frames,
         _perplexity(found, prompts),
         _perplexity(reference, prompts),
     )
+
+
+def _agreement(reference: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Return the share of positions with the same top token, where the two most probable ones are `MARGIN` apart."""
+    same = decided = 0
+    for ours, theirs in zip(reference, found, strict=True):
+        best = ours.topk(2).values
+        clear = best[:, 0] - best[:, 1] >= MARGIN
+        same += int((ours.argmax(-1) == theirs.argmax(-1))[clear].sum())
+        decided += int(clear.sum())
+    return same / decided if decided else 1.0
 
 
 def _perplexity(logits: Sequence[Tensor], prompts: Sequence[Sequence[int]]) -> float:
@@ -154,9 +161,9 @@ def _perplexity(logits: Sequence[Tensor], prompts: Sequence[Sequence[int]]) -> f
     return float(np.exp(mean)) if mean < 700 else math.inf
 
 
-def runtime_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return the beginnings of a few prompts, for runtimes that compute position by position."""
-    return [list(ids[:RUNTIME_TOKENS]) for ids in prompts[:RUNTIME_PROMPTS]]
+def spread(items: Sequence[T]) -> Sequence[T]:
+    """Return `RUNTIME_PROMPTS` of the prompts, or of what belongs to them, for runtimes that are slow to score."""
+    return items[:: max(1, len(items) // RUNTIME_PROMPTS)][:RUNTIME_PROMPTS]
 
 
 def compare_top(runtime: str, reference: Sequence[Tensor], found: Sequence[Tensor]) -> OutputReport:
@@ -164,17 +171,14 @@ def compare_top(runtime: str, reference: Sequence[Tensor], found: Sequence[Tenso
 
     The others count as one token, so the KL divergence is at most that of the whole distributions.
     """
-    total, same, decided, count = 0.0, 0, 0, 0
-    for logits, top in zip(reference, found, strict=True):
-        logits = logits[: len(top)]
-        expected, known = logits.double().log_softmax(-1), top.isfinite()
-        p, q = (_with_rest(one.double().exp(), known) for one in (expected, top))
+    cut = [logits[: len(top)] for logits, top in zip(reference, found, strict=True)]
+    total, count = 0.0, 0
+    for logits, top in zip(cut, found, strict=True):
+        known = top.isfinite()
+        p, q = (_with_rest(one.double().exp(), known) for one in (logits.double().log_softmax(-1), top))
         total += float((p * (p.clamp_min(1e-30).log() - q.clamp_min(1e-30).log())).sum())
-        best = logits.topk(2).values
-        clear = best[:, 0] - best[:, 1] >= MARGIN
-        same += int((logits.argmax(-1) == top.argmax(-1))[clear].sum())
-        decided, count = decided + int(clear.sum()), count + len(top)
-    return OutputReport(runtime, max(0.0, total / count), same / decided if decided else 1.0, count)
+        count += len(top)
+    return OutputReport(runtime, max(0.0, total / count), _agreement(cut, found), count)
 
 
 def _with_rest(probabilities: Tensor, known: Tensor) -> Tensor:

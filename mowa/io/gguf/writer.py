@@ -52,8 +52,8 @@ class GGUFWriter:
         self._file.write(chunk.data)
         self._written[name] += len(chunk)
 
-    def finish(self) -> None:
-        """Pad the file. Raises DataError if a tensor is incomplete."""
+    def require_complete(self) -> None:
+        """Raise DataError if a tensor is incomplete."""
         for name, info in self.tensors.items():
             if self._written[name] != info.nbytes:
                 raise DataError(f"{name!r} has {self._written[name]} bytes, and its header says {info.nbytes}")
@@ -90,7 +90,7 @@ def open_writer(
         file.write(header + bytes(data_offset - len(header)))
         writer = GGUFWriter(file, placed)
         yield writer
-        writer.finish()
+        writer.require_complete()
         file.truncate(data_offset + data_bytes)
 
 

@@ -9,7 +9,9 @@ import torch
 import mowa
 from mowa.errors import DataError, ModelError
 from mowa.exporters.gguf import convert
+from mowa.exporters.gguf.mixes import FILE_TYPES
 from mowa.exporters.gguf.verify import LIMITS, Limits
+from mowa.exporters.registry import GGUF_SCHEMES
 from mowa.io.gguf import read_gguf
 from mowa.kernels.quant.gguf_blocks import decode
 from tests.exporters.gguf.tiny_lora import add_lora, save
@@ -124,7 +126,7 @@ def test_tensor_types(checkpoint, tmp_path):
     assert {types[f"blk.{block}.attn_v.weight"] for block in (0, 1)} == {"q8_0"}
     assert types["blk.0.ffn_up.weight"] == "f16"
     assert types["blk.1.ffn_up.weight"] == "q4_k"
-    with pytest.raises(ModelError, match="'attn_x' applies to no tensor"):
+    with pytest.raises(ModelError, match="'attn_x' applies to no tensor: none that can be quantized"):
         mowa.export(checkpoint, "gguf", tmp_path / "other", tensor_types=["attn_x=q6_k"])
 
 
@@ -192,8 +194,25 @@ def test_an_adapter_alone(checkpoint, tmp_path):
     assert (file.metadata["general.type"], file.metadata["adapter.type"]) == ("adapter", "lora")
     assert file.tensors["blk.0.attn_q.weight.lora_a"].shape == (4, 256)
     assert artifact.unverified_reason == "an adapter does not run without its model"
+    assert artifact.details["files"][0]["types"] == {"f32": 28}
+    with pytest.raises(ModelError, match="written in one scheme at a time, not 2"):
+        mowa.export(checkpoint, "gguf", tmp_path / "o", adapter=adapter, adapter_only=True, scheme=["f16", "q8_0"])
     with pytest.raises(ModelError, match="adapter_only: name the folder of an adapter"):
         mowa.export(checkpoint, "gguf", tmp_path / "other.gguf", adapter_only=True)
+
+
+def test_sampling_defaults(checkpoint, tmp_path):
+    model = mowa.load(checkpoint)
+    model.net.generation_config.update(do_sample=True, temperature=0.5, top_p=0.75)
+    artifact = mowa.export(model, "gguf", tmp_path / "out", skip_outputs=True)
+    metadata = read_gguf(artifact.folder / artifact.files[0]).metadata
+    found = {key: value for key, value in metadata.items() if key.startswith("general.sampling.")}
+    assert found["general.sampling.temp"] == 0.5
+    assert found["general.sampling.top_p"] == 0.75
+
+
+def test_schemes_are_the_same_everywhere():
+    assert set(GGUF_SCHEMES) == set(FILE_TYPES) == set(LIMITS)
 
 
 def test_a_speech_model(tmp_path):
@@ -257,7 +276,7 @@ def test_an_interrupted_export_leaves_nothing(checkpoint, tmp_path, out):
 
 def test_a_lossy_file_fails(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(LIMITS, "q2_k", Limits(1e-9, 0.5))
-    with pytest.raises(ModelError, match=r"q2_k is too lossy for tiny-llama: the KL divergence .* \(limit 1e-09\)"):
+    with pytest.raises(ModelError, match=r"q2_k is too lossy for .*tiny-llama: the KL divergence .* \(limit 1e-09\)"):
         mowa.export(checkpoint, "gguf", tmp_path / "out", scheme="q2_k")
     assert not list(tmp_path.iterdir())
     mowa.export(checkpoint, "gguf", tmp_path / "out", scheme="q2_k", keep_failed=True)

@@ -69,7 +69,7 @@ def test_rows_that_fill_no_block_stay_in_half_precision():
         ("q4_k", [], "unknown GGUF scheme 'q4_k': known are f32, f16"),
         ("q4_k_m", [("attn_v", "q9")], "unknown type 'q9' for 'attn_v': known are f32"),
         ("q4_k_m", [("attn_(v", "q6_k")], r"'attn_\(v' is not a regular expression"),
-        ("q4_k_m", [("attn_w", "q6_k")], "'attn_w' applies to no tensor that can be quantized"),
+        ("q4_k_m", [("attn_w", "q6_k")], "'attn_w' applies to no tensor: none that can be quantized"),
         ("q4_k_m", [("attn_norm", "q6_k")], "'attn_norm' applies to no tensor"),
     ],
 )
