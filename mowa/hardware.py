@@ -40,6 +40,8 @@ OPTIONAL_PACKAGES = {
     "torchao": "quantization-aware training",
     "coremltools": "Core ML export",
     "ctranslate2": "CTranslate2 export and engine",
+    "gguf": "tokenizers of GGUF files",
+    "xllamacpp": "GGUF files in llama.cpp",
 }
 MIN_BFLOAT16_SPEEDUP = 1.5  # below this, bfloat16 is not worth its rounding errors
 FLOAT32_TOLERANCE = 1e-5  # largest relative error that still counts as float32

@@ -206,7 +206,7 @@ def verify_merge(merged: ModelDiff, *rounding: ModelDiff) -> None:
 
 
 def stored_dtype(folder: Path) -> str:
-    """Return the dtype that config.json of a checkpoint names, such as bfloat16; float32 if it names none, or is not."""
+    """Return the dtype that config.json of a checkpoint names, such as bfloat16; float32 without one."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}  # beside a GGUF file
     name = str(config.get("dtype") or config.get("torch_dtype"))
     return name if isinstance(getattr(torch, name, None), torch.dtype) else "float32"

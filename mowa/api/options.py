@@ -95,6 +95,7 @@ class GenerateOptions(GenerationOptions, total=False):
     threads: int | None
     batch_size: int
     chat_template_kwargs: Mapping[str, Any] | None
+    engine: str
 
 
 def read_settings(

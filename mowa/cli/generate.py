@@ -39,6 +39,8 @@ from mowa.cli.recipe_options import KeyValuePairs
 @click.option("--seed", type=int, help="Seed of the sampling.")
 @click.option("--json", "as_json", is_flag=True,
               help="Print one JSON object per prompt, with token counts and finish reason.")
+@click.option("--engine", type=click.Choice(["auto", "pytorch", "llama_cpp"]), default="auto", show_default=True,
+              help="auto: llama_cpp for GGUF files, and otherwise pytorch, which runs GGUF files dequantized.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               show_default=True, help="Compute dtype. auto: float32 on a CPU, the checkpoint's on a GPU.")
@@ -49,21 +51,23 @@ def generate(
     model: str, prompts: tuple[str, ...], system: str, raw: bool, chat_template_kwargs: dict[str, Any] | None,
     adapter: Path | None, max_new_tokens: int,
     temperature: float | None, top_p: float | None, top_k: int | None, repetition_penalty: float | None,
-    stop: tuple[str, ...], seed: int | None, as_json: bool, device: str, dtype: str, threads: int | None,
+    stop: tuple[str, ...], seed: int | None, as_json: bool, engine: str, device: str, dtype: str, threads: int | None,
     revision: str | None, offline: bool,
 ) -> None:
     # fmt: on
-    """Answer a prompt with MODEL: a folder, a Hub id, or the folder of a fine-tuning run.
+    """Answer a prompt with MODEL: a folder, a Hub id, a GGUF file, or the folder of a fine-tuning run.
 
     The prompt is put into the model's chat template, if it has one. The answer is printed as it is generated.
     """
     hardware.enable_huge_pages()
     texts = prompts or (sys.stdin.read().strip(),)
     import mowa
+    from mowa.api.text import open_text_model
 
-    loaded = mowa.load(
-        model, task="causal", adapter=adapter, device=device, dtype=dtype, revision=revision, offline=offline
-    )
+    loaded = open_text_model(
+        model, engine=engine, threads=threads, adapter=adapter, device=device, dtype=dtype, revision=revision,
+        offline=offline,
+    )  # fmt: skip
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
         "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
