@@ -58,24 +58,30 @@ def pair(request, tmp_path):
 
 def test_token_ids_are_those_of_llama_cpp(pair):
     _, ours, server = pair
-    texts = [*hard_texts(ours.all_special_tokens, [])][::4]
-    for text in filter(None, texts):
+    texts = hard_texts(ours.all_special_tokens, [])
+    for text in filter(None, [*texts[:40], *texts[40::80]]):
         for split in (False, True):
             found = ours(text, split_special_tokens=split)["input_ids"]
             assert found == server.tokenize(text, add_special=True, parse_special=not split), (text, split)
+
+
+def adds_spaces(tokenizer):
+    """llama.cpp puts a space after special tokens too; the tokenizer of transformers does only at the beginning."""
+    return tokenizer.gguf.add_space_prefix
 
 
 def test_chats_are_those_of_llama_cpp_and_of_transformers(pair):
     theirs, ours, server = pair
     for messages in CHATS:
         ids = encode_prompt(ours, messages)
-        assert ids == encode_prompt(theirs, messages)
+        assert (ids == encode_prompt(theirs, messages)) == (not adds_spaces(ours))
         text = server.post("apply-template", messages=messages, chat_template_kwargs={})["prompt"]
-        assert ids == server.tokenize(text, add_special=False, parse_special=True)
+        assert ids == server.tokenize(text, add_special=True, parse_special=True)  # BOS is not in its text
 
 
 def test_special_tokens_in_a_message_are_text(pair):
     theirs, ours, _ = pair
     spelled = [{"role": "user", "content": f"what is {ours.all_special_tokens[-1]}?"}]
     ids = encode_prompt(ours, spelled)
-    assert ids == encode_prompt(theirs, spelled)
+    assert (ids == encode_prompt(theirs, spelled)) == (not adds_spaces(ours))
+    assert ids.count(ours.all_special_ids[-1]) == encode_prompt(theirs, spelled).count(ours.all_special_ids[-1])

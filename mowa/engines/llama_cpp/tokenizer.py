@@ -2,7 +2,8 @@
 
 Token ids are made by `GGUFTokenizer` and not by llama.cpp, so that special tokens which a message spells stay text
 while those of the chat template are tokens; templates are rendered by transformers. The ids are those of llama.cpp's
-own tokenizer with `parse_special` as here (tests/parity/test_llama_cpp_engine.py).
+own tokenizer with `parse_special` as here (tests/parity/test_llama_cpp_engine.py), also where transformers tokenizes
+otherwise, which `mowa export` reports.
 """
 
 from __future__ import annotations
