@@ -85,7 +85,7 @@ def export(
 
 def print_files(artifact: Artifact) -> None:
     """Print a row per file and runtime: size, and how outputs differ from the model's."""
-    head = ("file", "size", "bits per weight", "runtime", "KL, nats", "same top token", "perplexity", "of the model")
+    head = ("file", "size", "bits per weight", "runtime", "KL, nats", "same top token", "perplexity", "the original's")
     rows = []
     for file in artifact.details["files"]:
         bits = f"{file['bits_per_weight']:.2f}"

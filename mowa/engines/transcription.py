@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from mowa import loading
 from mowa.adapters.loading import is_adapter, read_base_name
 from mowa.data.audio import AudioBytes
 from mowa.engines import pipeline, selection
@@ -17,7 +18,7 @@ from mowa.engines.settings import EngineSpec, TranscriptionSettings
 from mowa.errors import ModelError
 from mowa.io.hub import MODEL_ALIASES
 from mowa.io.manifest import find_manifest
-from mowa.loading.ctc import load
+from mowa.loading.gguf import is_gguf
 from mowa.tasks.verbs import require_ctc
 from mowa.types import CTCModel, Example, Failure, Model, Transcript
 
@@ -65,8 +66,11 @@ def load_engine(spec: EngineSpec) -> EngineChoice:
         if spec.target_lang is not None:
             raise ModelError(f"{folder} is an export and takes no target_lang: omit {spec.target_lang!r}")
         return selection.open_artifact(folder, name=spec.engine, **options)
-    model = load(spec.model, revision=spec.revision, offline=spec.offline, target_lang=spec.target_lang)
-    return selection.select_engine(model, name=spec.engine, **options, from_disk=True)
+    model = loading.load(
+        spec.model, task="ctc", revision=spec.revision, offline=spec.offline, target_lang=spec.target_lang
+    )
+    has_files = not is_gguf(spec.model)  # whose checksums stand for the weights
+    return selection.select_engine(model, name=spec.engine, **options, from_disk=has_files)
 
 
 def resolve_spec(spec: EngineSpec) -> EngineSpec:

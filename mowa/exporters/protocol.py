@@ -6,6 +6,7 @@ Defines the interface of an exporter, which is a module per format; `registry` l
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 from dataclasses import replace
@@ -22,7 +23,7 @@ from mowa.exporters.registry import FORMATS, ExportFormat, validate_task
 from mowa.io.atomic import atomic_folder
 from mowa.types import AnyModel, Artifact
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Exporter(Protocol):
@@ -74,13 +75,13 @@ def export(model: AnyModel, to: str, out: str | Path, **options: Any) -> Artifac
     require_packages(to)
     try:
         if found.suffix and out.suffix.lower() == found.suffix:
-            return _export_file(exporter, model, found, out, options)
+            return _export_file(exporter, model, found, out.with_suffix(found.suffix), options)
         with atomic_folder(out) as folder:
             result = exporter.write(model, folder, **options)
             manifest.write_export_manifest(model, to, folder, result, artifact=found.artifact)
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
-            raise
+            raise DataError(f"{error.filename or out} cannot be written: {error.strerror or error}") from error
         free = shutil.disk_usage(out.parent).free
         size = 4 * sum(weight.numel() for weight in model.net.parameters())
         raise DataError(
@@ -92,10 +93,11 @@ def export(model: AnyModel, to: str, out: str | Path, **options: Any) -> Artifac
 
 def _export_file(exporter: Exporter, model: AnyModel, found: ExportFormat, out: Path, options: Any) -> Artifact:
     """Write one file and those that describe it: MODEL.gguf, MODEL.report.json, …"""
-    if out.exists():
-        raise DataError(f"{out} already exists: choose another name, or delete it")
-    if len(options.get("schemes", ())) > 1:
-        raise ModelError(f"{out} is one file, and {len(options['schemes'])} schemes are as many files: name a folder")
+    if taken := next((one for one in (out, *out.parent.glob(f"{glob.escape(out.stem)}.*")) if one.exists()), None):
+        raise DataError(f"{taken} already exists: choose another name, or delete it")
+    schemes = {one.lower() for one in options.get("schemes", ())}
+    if len(schemes) > 1:
+        raise ModelError(f"{out} is one file, and {len(schemes)} schemes are as many files: name a folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-") as name:
         folder = Path(name)
@@ -103,7 +105,17 @@ def _export_file(exporter: Exporter, model: AnyModel, found: ExportFormat, out: 
         others = [file for file in folder.iterdir() if file.name not in result.files]
         manifest.write_export_manifest(model, found.name, folder, result, artifact=found.artifact)
         artifact = manifest.read_artifact(folder)
+        _move_new(folder / result.files[0], out)
         for file in others:
-            os.replace(file, out.with_name(f"{out.stem}.{file.name}"))
-        os.replace(folder / result.files[0], out)
+            _move_new(file, out.with_name(f"{out.stem}.{file.name}"))
     return replace(artifact, folder=out.parent, files=(out.name,))
+
+
+def _move_new(file: Path, out: Path) -> None:
+    """Move a file to a name that nothing has. Raises DataError if another process took it in the meantime."""
+    try:
+        os.link(file, out)
+    except FileExistsError:
+        raise DataError(f"{out} was written by another process: choose another name") from None
+    except OSError:  # a file system without links
+        os.replace(file, out)

@@ -201,6 +201,7 @@ FORMATS = Registry(
             tasks=("ctc", "causal"),
             schemes=GGUF_SCHEMES,
             suffix=".gguf",
+            runs="a GGUF file or a folder of them, which `mowa generate` and llama.cpp run, and `mowa.load` reads",
             options=(
                 ExportOption(
                     "tensor_types",

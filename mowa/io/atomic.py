@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -110,9 +111,14 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         folder = Path(name) / "content"
         folder.mkdir()
         yield folder
-        if out.is_dir():
-            out.rmdir()
-        os.replace(folder, out)
+        try:
+            if out.is_dir():
+                out.rmdir()
+            os.replace(folder, out)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise DataError(f"{out} was written by another process in the meantime: choose another folder") from None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from mowa.engines.llama_cpp.tokenizer import PromptTokenizer
 from mowa.errors import DataError, ModelError
 from mowa.io.gguf import read_gguf
 from mowa.loading.gguf import ARCHITECTURE_KEY, CTC_ARCHITECTURE
+from mowa.models.gguf import validate_metadata
 
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to multiples of this
 TYPE_KEY = "general.type"
@@ -30,7 +31,7 @@ class LlamaCppModel:
 
     path        the file
     metadata    of the file
-    device      auto (a GPU if the runtime supports one), cpu or cuda
+    device      cpu or cuda
     threads     CPU threads
     exact       attention in float32, as in PyTorch, instead of llama.cpp's flash attention over float16
     """
@@ -89,6 +90,7 @@ def open_model(
         raise ModelError(f"{path} is a speech model, which llama.cpp does not run: mowa.load and mowa.transcribe do")
     if (kind := metadata.get(TYPE_KEY, "model")) != "model":
         raise ModelError(f"{path} holds no model but a GGUF of type {kind!r}, which does not run by itself")
+    validate_metadata(metadata)
     require_runtime(path)
     return LlamaCppModel(Path(path), metadata, "cpu" if device == "auto" else device, _num_threads(threads), exact)
 

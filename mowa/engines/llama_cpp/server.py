@@ -89,6 +89,8 @@ class XLlamaCpp:
         if "choices" not in answer:
             raise _as_error(answer)
         found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        if any(one["logprob"] is None for one in found):
+            raise ModelError("llama.cpp computes probabilities that are not numbers: weights are too large for it")
         log_probs = torch.full((vocab_size,), -torch.inf)
         values = torch.tensor([max(one["logprob"], MIN_LOG_PROB) for one in found])
         return log_probs.index_copy(0, torch.tensor([one["id"] for one in found]), values)

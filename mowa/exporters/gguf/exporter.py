@@ -115,6 +115,8 @@ def write(
     """
     schemes = tuple(dict.fromkeys(one.lower() for one in schemes))
     if adapter_only:
+        if given := [key for key, value in options.items() if value and key != "runtimes"]:
+            raise ModelError(f"{given[0]} does not apply to an adapter alone")
         return _write_adapter(model, folder, adapter, schemes, file_stem)
     if model.task == "ctc":
         options.pop("runtimes", None)
@@ -142,7 +144,7 @@ def write(
         (folder / MODELFILE).write_text(_modelfile(model, targets[0]), encoding="utf-8")
     reports = [describe_file(one.path, one.scheme) for one in targets] if skip_outputs else plan.compare(targets)
     _require_passed(model, reports, keep_failed)
-    content = write_report(folder, reports, plan.tokenizer, warnings, model.origin.source)
+    content = write_report(folder, reports, plan.tokenizer, warnings, model.origin.name, options)
     return ExportResult(
         model.net.config,
         tuple(target.path.name for target in targets),
@@ -287,7 +289,7 @@ def _read_texts(path: str | Path) -> Iterator[str]:
 
 def _open_importance(source: Source, path: str | Path, on_progress: OnProgress) -> ImportanceMatrix:
     """Return the importance matrix at `path`, or make one from the text there, with the whole model in memory."""
-    if Path(path).suffix in IMATRIX_SUFFIXES:
+    if Path(path).suffix.lower() in IMATRIX_SUFFIXES:
         return read_imatrix(Path(path))
     batches = calibration_batches(source.model.tokenizer, Path(path))
     return collect_importance(

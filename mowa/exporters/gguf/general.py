@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def sampling_metadata(generation_config: Any) -> dict[str, Any]:
 
 def base_model_metadata(source: str) -> dict[str, Any]:
     """Return what names a repository on the Hub as the base model; nothing for a folder."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or Path(source).exists():
         return {}
     return {
         "general.base_model.count": 1,

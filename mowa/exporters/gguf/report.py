@@ -42,6 +42,7 @@ from mowa.tasks.causal import context_length
 from mowa.types import CTCModel
 
 REPORT_FILE = "report.json"
+REPORTED_OPTIONS = ("imatrix", "tensor_types", "check_data")
 Score = Callable[[Path, Sequence[Sequence[int]]], list[Tensor]]
 """Path of a file and token ids → log-probabilities of the most probable next tokens, float32 [T, V] each, else −inf."""
 
@@ -130,15 +131,30 @@ def compare_speech_files(
 def check_chats(tokenizer: Any, metadata: Mapping[str, Any]) -> list[str]:
     """Return what llama.cpp refuses in the chat templates of a file, and what is unsafe.
 
-    Raises ModelError if the file's templates render a chat in another way than the tokenizer's.
+    Raises ModelError if a template cannot be parsed, or renders a chat in another way than the tokenizer's.
     """
+    templates = {key: str(value) for key, value in metadata.items() if key.startswith(TEMPLATE_KEY)}
+    problems = [f"{key}, {problem}" for key, text in templates.items() for problem in check_template(text)]
+    if broken := next((one for one in problems if "cannot be parsed" in one), ""):
+        raise ModelError(f"{broken}: repair the chat template of the tokenizer, llama.cpp does not load the file")
     if different := compare_chats(tokenizer, metadata):
         raise ModelError(
             f"{different[0]} from the file ({len(different)} differences): this is a bug of mowa, please report it with"
             " the model's name"
         )
-    templates = {key: str(value) for key, value in metadata.items() if key.startswith(TEMPLATE_KEY)}
-    return [f"{key}, {problem}" for key, text in templates.items() for problem in check_template(text)]
+    return problems
+
+
+def _plain(value: Any) -> Any:
+    return [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
+
+
+def _to_dict(report: FileReport) -> dict[str, Any]:
+    """Return the fields, the KL limit of each runtime, and whether the file passed; None if nothing was compared."""
+    outputs = [asdict(one) | {"max_kl": one.max_kl(report.scheme)} for one in report.outputs]
+    passed = not report.problem if outputs else None
+    limits = asdict(LIMITS[report.scheme])
+    return asdict(report) | {"outputs": outputs, "passed": passed, "limits": limits}
 
 
 def write_report(
@@ -146,12 +162,14 @@ def write_report(
     files: Sequence[FileReport],
     tokenizer: ConvertedTokenizer | None,
     warnings: Sequence[str],
-    source: str,
+    model: str,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write `report.json` into `folder` and return its content."""
     content: dict[str, Any] = {
-        "model": source,
-        "files": [asdict(one) | {"passed": not one.problem, "limits": asdict(LIMITS[one.scheme])} for one in files],
+        "model": model,
+        "options": {key: _plain(options[key]) for key in REPORTED_OPTIONS if options.get(key)},
+        "files": [_to_dict(one) for one in files],
         "warnings": list(warnings),
     }
     if tokenizer is not None:

@@ -92,10 +92,15 @@ class OutputReport:
     perplexity: float | None = None
     reference_perplexity: float | None = None
 
+    def max_kl(self, scheme: str) -> float:
+        """Return the limit of the KL divergence, nats: larger where the runtime rounds inputs too."""
+        is_rounded = self.runtime != PYTORCH and scheme not in FLOAT_SCHEMES
+        return LIMITS[scheme].max_kl * (ROUNDED_INPUTS if is_rounded else 1)
+
     def problem(self, scheme: str) -> str:
         """Return which limit of a scheme is exceeded; empty if none is."""
-        limits, is_rounded = LIMITS[scheme], self.runtime != PYTORCH and scheme not in FLOAT_SCHEMES
-        max_kl = limits.max_kl * (ROUNDED_INPUTS if is_rounded else 1)
+        limits, max_kl = LIMITS[scheme], self.max_kl(scheme)
+        is_rounded = max_kl > limits.max_kl
         if not self.kl <= max_kl:
             return f"the KL divergence is {self.kl:.2g} nats in {self.runtime} (limit {max_kl:g})"
         deviation = math.sqrt(limits.min_agreement * (1 - limits.min_agreement) / self.positions)

@@ -10,6 +10,7 @@ Source: the converter and the model definitions of llama.cpp (MIT), build 10434.
 from mowa.models.gguf.convert import GGUFModel, Restoration, restore, to_gguf
 from mowa.models.gguf.state import LazyTensor, checkpoint_state, net_state
 from mowa.models.gguf.tables import ARCHITECTURES, find_architecture, list_model_types
+from mowa.models.gguf.validation import validate_metadata
 
 __all__ = [
     "ARCHITECTURES",
@@ -22,4 +23,5 @@ __all__ = [
     "net_state",
     "restore",
     "to_gguf",
+    "validate_metadata",
 ]

@@ -19,6 +19,7 @@ from mowa.models.gguf.rope import TENSORS as ROPE_TENSORS
 from mowa.models.gguf.rope import rope_config, rope_metadata, rope_tensors
 from mowa.models.gguf.state import LazyTensor
 from mowa.models.gguf.tables import architecture_named, find_architecture
+from mowa.models.gguf.validation import validate_metadata
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 EMBEDDINGS_IN_GGUF = "token_embd.weight"
@@ -82,7 +83,12 @@ def _metadata(architecture: Architecture, config: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for rule in architecture.keys:
         if (value := getattr(config, rule.attribute, None)) is not None:
-            found[rule.key] = NUMBER_TYPES[rule.value_type].type(value)
+            try:
+                found[rule.key] = NUMBER_TYPES[rule.value_type].type(value)
+            except (OverflowError, TypeError, ValueError):
+                raise ModelError(
+                    f"{rule.attribute} of the config is {value!r}, and GGUF stores it as {rule.value_type}"
+                ) from None
     size = head_dim(config)
     found |= {"attention.key_length": size, "attention.value_length": size}
     found |= rope_metadata(config, architecture) | architecture.extra_metadata(config)
@@ -176,6 +182,7 @@ def restore(
     Raises ModelError if the architecture is not supported, or if metadata or tensors are missing or unexpected.
     """
     architecture = architecture_named(str(metadata.get("general.architecture")))
+    validate_metadata(metadata)
     own = {
         key.removeprefix(f"{architecture.name}."): value.item() if isinstance(value, np.generic) else value
         for key, value in metadata.items()

@@ -3,16 +3,17 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 import mowa
-from mowa.errors import DataError, ModelError
+from mowa.errors import DataError, MissingDependency, ModelError
 from mowa.exporters.gguf import convert
 from mowa.exporters.gguf.mixes import FILE_TYPES
 from mowa.exporters.gguf.verify import LIMITS, Limits
 from mowa.exporters.registry import GGUF_SCHEMES
-from mowa.io.gguf import read_gguf
+from mowa.io.gguf import open_writer, read_gguf
 from mowa.kernels.quant.gguf_blocks import decode
 from tests.exporters.gguf.tiny_lora import add_lora, save
 from tests.exporters.gguf.tokenizer.trained import CHATML, GPT2_STEP, train_byte_level
@@ -221,7 +222,7 @@ def test_a_speech_model(tmp_path):
     assert not (artifact.folder / "Modelfile").exists()
     clip = "examples/dzien-dobry.flac"
     assert mowa.load(artifact.folder / "pl-tiny-Q8_0.gguf").task == "ctc"
-    text = mowa.transcribe(clip, model=mowa.load(artifact.folder / "pl-tiny-Q8_0.gguf"), dtype="float32").text
+    text = mowa.transcribe(clip, model=artifact.folder / "pl-tiny-Q8_0.gguf", dtype="float32").text
     assert text == mowa.transcribe(clip, dtype="float32").text
     with pytest.raises(ModelError, match="imatrix is an option for language models, and this is a speech model"):
         mowa.export("pl-tiny", "gguf", tmp_path / "other", imatrix="text.txt")
@@ -295,3 +296,60 @@ def test_what_is_refused(checkpoint, tmp_path):
     falcon = save_model(tmp_path / "phi", "phi")
     with pytest.raises(ModelError, match="phi cannot be written as GGUF; supported are"):
         mowa.export(falcon, "gguf", tmp_path / "out")
+
+
+def test_other_files_are_not_overwritten(checkpoint, tmp_path):
+    (tmp_path / "y.Modelfile").write_text("mine")
+    with pytest.raises(DataError, match=r"y\.Modelfile already exists"):
+        mowa.export(checkpoint, "gguf", tmp_path / "y.gguf", skip_outputs=True)
+    assert (tmp_path / "y.Modelfile").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        mowa.export(checkpoint, "gguf", tmp_path / "file" / "x.gguf", skip_outputs=True)
+
+
+def test_a_suffix_in_capitals(checkpoint, tmp_path):
+    artifact = mowa.export(checkpoint, "gguf", tmp_path / "X.GGUF", skip_outputs=True, scheme=["q8_0", "Q8_0"])
+    assert artifact.files == ("X.gguf",)
+    assert {one.name for one in tmp_path.iterdir()} == {"X.gguf", "X.Modelfile", "X.report.json"}
+    report = json.loads((tmp_path / "X.report.json").read_text())
+    assert (report["files"][0]["name"], report["files"][0]["passed"]) == ("X.gguf", None)
+
+
+def test_a_template_that_cannot_be_parsed(checkpoint, tmp_path):
+    model = mowa.load(checkpoint)
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content "
+    with pytest.raises(ModelError, match=r"cannot be parsed.*repair the chat template"):
+        mowa.export(model, "gguf", tmp_path / "out", skip_outputs=True)
+
+
+def test_options_that_do_not_apply(checkpoint, tmp_path):
+    adapter = save(add_lora(mowa.load(checkpoint).net), tmp_path / "adapter")
+    with pytest.raises(ModelError, match="imatrix does not apply to an adapter alone"):
+        mowa.export(checkpoint, "gguf", tmp_path / "a.gguf", adapter=adapter, adapter_only=True, imatrix="x.gguf")
+    with pytest.raises(ModelError, match="gguf takes no calibration_data"):
+        mowa.export(checkpoint, "gguf", tmp_path / "out", calibration_data="x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("context_length", np.uint32(4294967295), "must be a number from 1 to"),
+        ("context_length", "many", "must be a number from 1 to"),
+        ("block_count", np.uint32(0), "must be a number from 1 to"),
+        ("attention.head_count", np.uint32(0), "must be a number from 1 to"),
+        ("attention.layer_norm_rms_epsilon", np.float32("nan"), "is not finite"),
+        ("rope.freq_base", np.float32("nan"), "is not finite"),
+    ],
+)
+def test_hostile_metadata(exported, tmp_path, key, value, problem):
+    file = read_gguf(exported.folder / "tiny-llama-F16.gguf")
+    metadata = {**file.metadata, f"llama.{key}": value}
+    types = {name: one for name, one in file.value_types.items() if name != f"llama.{key}"}
+    with open_writer(tmp_path / "m.gguf", metadata, file.tensors, value_types=types) as writer:
+        for name in file.tensors:
+            writer.write(name, file.blocks(name))
+    with pytest.raises(ModelError, match=problem):
+        mowa.load(tmp_path / "m.gguf")
+    with pytest.raises((ModelError, MissingDependency), match=problem):
+        mowa.generate(tmp_path / "m.gguf", "hi", max_new_tokens=2)
