@@ -116,6 +116,18 @@ def enable_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def set_passive_openmp() -> None:
+    """Let OpenMP threads sleep while they wait, unless the user chose how they wait.
+
+    Where cores are busy with something else, threads that spin keep those that compute from running. libgomp reads
+    OMP_WAIT_POLICY and GOMP_SPINCOUNT when it is loaded, and torch loads it: call this before torch is imported, in
+    programs rather than in a library.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+
 def cpu_name() -> str:
     """Return the processor's model name."""
     for line in _cpuinfo():

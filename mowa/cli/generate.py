@@ -60,6 +60,8 @@ def generate(
     The prompt is put into the model's chat template, if it has one. The answer is printed as it is generated.
     """
     hardware.enable_huge_pages()
+    if engine != "pytorch" and (model.lower().endswith(".gguf") or any(Path(model).glob("*.gguf"))):
+        hardware.set_passive_openmp()  # for llama.cpp
     texts = prompts or (sys.stdin.read().strip(),)
     import mowa
     from mowa.api.text import open_text_model

@@ -9,14 +9,16 @@ xllamacpp is used where both are installed, because it follows llama.cpp closely
 Python's lock while it computes. It is the server of llama.cpp without a process of its own. That server also listens on
 a port of this machine, on 127.0.0.1 only; a random key, which nobody is given, closes it.
 
-OpenMP: threads of libgomp wait by spinning, and where cores are busy with something else, the threads that compute wait
-for those that spin: 2 instead of 50 tokens/s. `OMP_WAIT_POLICY=PASSIVE` and `GOMP_SPINCOUNT=0` are therefore set while
-the library is loaded, which is when it reads them, unless they are set already, and are then removed again: other
-libraries and processes are not affected.
+OpenMP: threads of libgomp wait by spinning, and where cores are busy with something else, those that compute wait for
+them: 0.06 instead of 10 tokens/s for SmolLM2-135M in two threads on two busy cores. `OMP_WAIT_POLICY=PASSIVE` and
+`GOMP_SPINCOUNT=0` prevent it, and libgomp reads them when it is loaded. On Linux it is torch's, which is shared, so
+`mowa generate` sets them before it imports torch (`hardware.set_passive_openmp`); a program that uses Python has to
+choose for itself. Where another libgomp is loaded with llama.cpp, they are set while that happens.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,12 +27,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mowa import hardware
 from mowa.engines.llama_cpp.bindings import LlamaCppPython
 from mowa.engines.llama_cpp.protocol import Runtime, Session
 from mowa.engines.llama_cpp.server import XLlamaCpp
 from mowa.errors import MissingDependency
 
-OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+log = logging.getLogger("mowa")
+
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def find_runtime() -> str | None:
@@ -57,15 +62,20 @@ def open_runtime(path: Path, session: Session) -> Runtime:
 
 @contextmanager
 def _passive_openmp() -> Iterator[None]:
-    ours = [name for name in OPENMP if name not in os.environ]
-    if "OMP_WAIT_POLICY" in os.environ:  # the user chose how threads wait
-        ours = []
-    os.environ.update({name: OPENMP[name] for name in ours})
+    """Set what libgomp reads within the context, as `hardware.set_passive_openmp`; the environment is then restored."""
+    before = {name: os.environ.get(name) for name in OPENMP}
+    if before["OMP_WAIT_POLICY"] is None:
+        log.info(
+            "threads of llama.cpp may spin while they wait, which is slow where cores are busy: OMP_WAIT_POLICY=PASSIVE"
+            " and GOMP_SPINCOUNT=0 prevent it, if they are set before torch is imported"
+        )
+    hardware.set_passive_openmp()
     try:
         yield
     finally:
-        for name in ours:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
 
 
 RUNTIMES: dict[str, Callable[[Any, Path, Session], Runtime]] = {"xllamacpp": XLlamaCpp, "llama_cpp": LlamaCppPython}

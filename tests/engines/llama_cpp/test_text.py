@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -203,18 +206,30 @@ def test_sequences_that_cannot_be_scored(ids, problem, model):
         llama_cpp.score(model, [[1], ids])
 
 
-def test_openmp_waits_passively_in_this_library_only(monkeypatch):
+def test_openmp_waits_passively_while_the_library_is_loaded(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     with runtimes._passive_openmp():
-        assert dict(runtimes.os.environ).get("OMP_WAIT_POLICY") == "PASSIVE"
-        assert runtimes.os.environ["GOMP_SPINCOUNT"] == "7"
-    assert "OMP_WAIT_POLICY" not in runtimes.os.environ
+        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+        assert os.environ["GOMP_SPINCOUNT"] == "7"
+    assert "OMP_WAIT_POLICY" not in os.environ
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.delenv("GOMP_SPINCOUNT")
     with runtimes._passive_openmp():
-        assert runtimes.os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-        assert "GOMP_SPINCOUNT" not in runtimes.os.environ
+        assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+        assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_the_command_chooses_before_torch_is_imported(path):
+    """torch loads the libgomp that llama.cpp shares, and libgomp reads the environment once."""
+    code = (
+        "import sys, mowa.hardware as hardware\n"
+        "def check(): assert 'torch' not in sys.modules; print('called')\n"
+        "hardware.set_passive_openmp = check\n"
+        f"from mowa.cli.main import main; main(['generate', {str(path)!r}, '-p', 'x', '--revision', 'y'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "called" in done.stdout, done.stderr
 
 
 def test_answers_are_values(model):
