@@ -30,6 +30,7 @@ from mowa.loading.causal import validate_tokenizer
 from mowa.loading.checkpoint import validate_device, validate_dtype
 from mowa.models.gguf import restore, rope
 from mowa.models.gguf.architecture import TensorRule
+from mowa.models.gguf.ctc import ARCHITECTURE as CTC_ARCHITECTURE
 from mowa.quantization.formats import compute_buffers
 from mowa.types import AnyModel, CausalModel, Model, Origin, TextProcessor
 
@@ -37,7 +38,6 @@ log = logging.getLogger("mowa")
 
 SUFFIX = ".gguf"
 ARCHITECTURE_KEY, LICENSE_KEY, TOKENS_KEY = "general.architecture", "general.license", "tokenizer.ggml.tokens"
-CTC_ARCHITECTURE = "wav2vec2-ctc"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (
     *(TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
