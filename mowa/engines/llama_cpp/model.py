@@ -19,8 +19,8 @@ from mowa.engines.llama_cpp.tokenizer import PromptTokenizer
 from mowa.errors import DataError, ModelError
 from mowa.io.gguf import read_gguf
 from mowa.loading.gguf import ARCHITECTURE_KEY
-from mowa.models.gguf.ctc import ARCHITECTURE as CTC_ARCHITECTURE
 from mowa.models.gguf import validate_metadata
+from mowa.models.gguf.ctc import ARCHITECTURE as CTC_ARCHITECTURE
 
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to multiples of this
 TYPE_KEY = "general.type"
