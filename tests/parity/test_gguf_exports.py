@@ -13,6 +13,7 @@ from tests.exporters.gguf.tokenizer.trained import CHATML, GPT2_STEP, train_byte
 from tests.families.tiny import tiny
 from tests.models.gguf.tiny_files import CASES
 
+pytestmark = pytest.mark.slow
 FAMILIES = (
     *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma2", "gemma3", "phi3"),
     *("smollm3", "granite", "granitemoe", "deepseek_v2-lite", "deepseek_v3", "gpt_oss"),

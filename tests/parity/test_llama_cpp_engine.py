@@ -13,6 +13,7 @@ from mowa.io.gguf import read_gguf
 from tests.data.chat.tokenizers import FAMILIES
 from tests.engines.llama_cpp.tiny_file import tiny_model, write_file
 
+pytestmark = pytest.mark.slow  # thousands of requests to llama.cpp's server
 CHATS = [
     [{"role": "user", "content": "Hello, Zoë! 2 < 3"}],
     [
