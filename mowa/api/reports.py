@@ -67,11 +67,7 @@ def compare_schemes(
     folder = None if out is None else Path(out)
     parsed = _parse_schemes(names, loaded.task)
     if loaded.task == "causal":
-        if calibration_data or group_by or throughput or set(formats) - {"safetensors"}:
-            raise ModelError(
-                f"{loaded.origin.name} is a language model: formats other than safetensors, calibration data, grouping"
-                " and throughput are options of speech models"
-            )
+        _reject_speech_options(loaded, bool(calibration_data or group_by or throughput), formats)
         text = text_report.TextReportConfig(
             parsed, str(data), split, max_samples, max_perplexity_increase, keep_failed, baseline
         )
@@ -98,3 +94,11 @@ def compare_schemes(
 def _parse_schemes(names: Sequence[str], task: str) -> tuple[Scheme, ...]:
     every = [one for name in names for one in (REPORT_SCHEMES[task] if name == "all" else (name,))]
     return tuple(dict.fromkeys(parse_scheme(name, task) for name in every))
+
+
+def _reject_speech_options(model: AnyModel, given: bool, formats: Sequence[str]) -> None:
+    if given or set(formats) - {"safetensors"}:
+        raise ModelError(
+            f"{model.origin.name} is a language model: formats other than safetensors, calibration data, grouping and"
+            " throughput are options of speech models"
+        )

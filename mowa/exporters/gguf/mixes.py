@@ -44,13 +44,13 @@ FILE_TYPES: Mapping[str, FileType] = MappingProxyType(
     }
 )
 _SMALLER_BLOCKS = {
-    **{"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"},
-}
-_UNQUANTIZED = ("f32", "f16", "bf16")
+    "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl",
+}  # fmt: skip
+FLOAT_TYPES = ("f32", "f16", "bf16")
 _CATEGORIES = ("attn_qkv", "attn_kv_b", "attn_v", "attn_k", "attn_q", "attn_output")  # in this order, with ".weight"
 _VALUES = ("attn_qkv", "attn_kv_b", "attn_v")  # most sensitive to rounding
 _SEVENTY_B = {"llama": 80, "qwen2": 80}  # architecture → layers of what llama.cpp calls 70B
-_MANY_EXPERTS = 8  # Mixtral's, which gets larger attention
+_MIXTRAL_EXPERTS = 8  # Mixtral's, which gets larger attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class ModelFacts:
         layers, heads = number("block_count"), number("attention.head_count")
         keys = number("attention.head_count_kv", heads)
         experts = number("expert_count")
-        is_70b = _SEVENTY_B.get(name) == layers and (name != "llama" or (keys != heads and experts != _MANY_EXPERTS))
+        is_70b = _SEVENTY_B.get(name) == layers and (name != "llama" or (keys != heads and experts != _MIXTRAL_EXPERTS))
         return cls(layers, heads // keys if keys else 0, experts, is_70b)
 
 
@@ -99,6 +99,13 @@ class _Mix:
         return index
 
 
+def get_file_type(name: str) -> FileType:
+    """Return the mix called `name`. Raises ModelError with the known names."""
+    if name not in FILE_TYPES:
+        raise ModelError(f"unknown GGUF scheme {name!r}: known are {', '.join(FILE_TYPES)}")
+    return FILE_TYPES[name]
+
+
 def choose_types(
     shapes: Mapping[str, tuple[int, ...]],
     metadata: Mapping[str, Any],
@@ -120,8 +127,7 @@ def choose_types(
     Raises ModelError if the file type, an override's type or its expression is unknown, or if an override applies to no
     tensor.
     """
-    if file_type not in FILE_TYPES:
-        raise ModelError(f"unknown GGUF scheme {file_type!r}: known are {', '.join(FILE_TYPES)}")
+    get_file_type(file_type)
     patterns = [_compile(pattern, type_name) for pattern, type_name in overrides]
     values = sum(_category(name) in _VALUES for name in shapes)
     mix = _Mix(file_type, ModelFacts.of(metadata), "output.weight" not in shapes, has_importance, values)
@@ -196,15 +202,13 @@ def _category(name: str) -> str:
 
 def fit_type(type_name: str, row: int) -> str:
     """Return the type, or what replaces it where rows do not fill its blocks."""
-    for candidate in (type_name, _SMALLER_BLOCKS.get(type_name, FALLBACK), FALLBACK):
-        if row % TENSOR_TYPES[candidate].block_weights == 0:
-            return candidate
-    return FALLBACK
+    candidates = (type_name, _SMALLER_BLOCKS.get(type_name, FALLBACK), FALLBACK)
+    return next(one for one in candidates if row % TENSOR_TYPES[one].block_weights == 0)
 
 
 def _choose(mix: _Mix, name: str, shape: tuple[int, ...]) -> str:
     category = _category(name)
-    if mix.base in _UNQUANTIZED:
+    if mix.base in FLOAT_TYPES:
         return mix.base
     if category == "output" or (category == "token_embd" and mix.tied):
         return _output_type(mix, shape[-1])
@@ -212,7 +216,7 @@ def _choose(mix: _Mix, name: str, shape: tuple[int, ...]) -> str:
         return "mxfp4" if len(shape) > 2 and shape[0] > 1 else "q8_0"
     if category in _VALUES:
         return _value_type(mix)
-    if category == "attn_k" and mix.facts.num_experts == _MANY_EXPERTS:
+    if category == "attn_k" and mix.facts.num_experts == _MIXTRAL_EXPERTS:
         return "q8_0"
     if category == "ffn_down":
         index = mix.count(category)
@@ -254,7 +258,7 @@ def _value_type(mix: _Mix) -> str:
             chosen = "q5_k"
     if mix.facts.is_70b and chosen in ("q3_k", "q4_k"):
         chosen = "q5_k"
-    return "q8_0" if mix.facts.num_experts == _MANY_EXPERTS else chosen
+    return "q8_0" if mix.facts.num_experts == _MIXTRAL_EXPERTS else chosen
 
 
 def _down_type(mix: _Mix, layer: int) -> str:
@@ -281,7 +285,7 @@ def _down_type(mix: _Mix, layer: int) -> str:
 
 def _attention_output_type(mix: _Mix) -> str:
     """Type of output projections of attention."""
-    if mix.facts.num_experts == _MANY_EXPERTS:
+    if mix.facts.num_experts == _MIXTRAL_EXPERTS:
         larger = ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs")
         return "q5_k" if mix.name in larger else mix.base
     return {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(mix.name, mix.base)

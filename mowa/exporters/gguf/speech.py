@@ -22,7 +22,7 @@ file. The names of keys and tensors are in `mowa.models.gguf.ctc`; beside them s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -31,22 +31,20 @@ from torch import Tensor
 
 from mowa.errors import ModelError
 from mowa.exporters.gguf.general import general_metadata
-from mowa.exporters.gguf.mixes import FILE_TYPES, fit_type
+from mowa.exporters.gguf.mixes import FLOAT_TYPES, fit_type, get_file_type
 from mowa.exporters.prepare import prepare_for_export
 from mowa.models.gguf import ctc
 from mowa.models.gguf.state import LazyTensor
 from mowa.types import CTCModel, Preprocessing, Vocabulary
 
 _LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(up|down))\.weight")
-_UNQUANTIZED = ("f32", "f16", "bf16")
 
 
-def to_gguf_ctc(model: CTCModel, *, languages: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+def to_gguf_ctc(model: CTCModel) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """Return metadata and tensors of a CTC model, float32; LoRA is merged, quantized weights are dequantized.
 
     Args:
         model: of any speech family; it does not change.
-        languages: for `general.languages`; by default the one that was selected of an MMS checkpoint.
 
     Raises ModelError if the model is no CTC model, or a name does not fit GGUF.
     """
@@ -56,11 +54,10 @@ def to_gguf_ctc(model: CTCModel, *, languages: Sequence[str] = ()) -> tuple[dict
     state = {name: value for name, value in net.state_dict().items() if value.is_floating_point()}
     names = ctc.tensor_names(state, net.base_model_prefix)
     tensors = {names[name]: LazyTensor(tuple(value.shape), partial(_identity, value)) for name, value in state.items()}
-    known = languages or ((model.origin.target_lang,) if model.origin.target_lang else ())
     metadata = {
         "general.architecture": ctc.ARCHITECTURE,
         **general_metadata(model.origin, sum(value.numel() for value in state.values())),
-        **({"general.languages": list(known)} if known else {}),
+        **({"general.languages": [model.origin.target_lang]} if model.origin.target_lang else {}),
         **ctc.config_metadata(net.config),
         **_audio_metadata(model.preprocessing),
         **_vocabulary_metadata(model.vocabulary),
@@ -77,10 +74,8 @@ def choose_speech_types(shapes: Mapping[str, tuple[int, ...]], scheme: str) -> d
 
     Raises ModelError if the scheme is not one of `mixes.FILE_TYPES`.
     """
-    if scheme not in FILE_TYPES:
-        raise ModelError(f"unknown GGUF scheme {scheme!r}: known are {', '.join(FILE_TYPES)}")
-    base = FILE_TYPES[scheme].tensor_type
-    other = base if base in _UNQUANTIZED else "f16"
+    base = get_file_type(scheme).tensor_type
+    other = base if base in FLOAT_TYPES else "f16"
     chosen = {}
     for name, shape in shapes.items():
         is_vector = sum(size > 1 for size in shape) < 2

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mowa.exporters.gguf.mixes import FLOAT_TYPES
 from mowa.exporters.verify import SAMPLE_TEXTS
 from mowa.models.diff import compare
 
@@ -44,7 +45,6 @@ PROSE = (
 RUNTIME_PROMPTS, RUNTIME_TOKENS, RUNTIME_TOP = 4, 24, 200
 MARGIN = 0.05  # logits: where the two most probable tokens are closer, either may be on top
 PYTORCH = "pytorch"
-FLOAT_SCHEMES = ("f32", "f16", "bf16")
 ROUNDED_INPUTS = 4  # times the KL limit in runtimes that also round the inputs of quantized weights to 8 bits
 FLIPS_FROM = 0.5  # of the KL limit: below, tokens that change are near ties, as in untrained models
 
@@ -94,7 +94,7 @@ class OutputReport:
 
     def max_kl(self, scheme: str) -> float:
         """Return the limit of the KL divergence, nats: larger where the runtime rounds inputs too."""
-        is_rounded = self.runtime != PYTORCH and scheme not in FLOAT_SCHEMES
+        is_rounded = self.runtime != PYTORCH and scheme not in FLOAT_TYPES
         return LIMITS[scheme].max_kl * (ROUNDED_INPUTS if is_rounded else 1)
 
     def problem(self, scheme: str) -> str:

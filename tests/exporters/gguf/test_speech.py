@@ -91,13 +91,13 @@ def test_variants(family, changes, tmp_path):
 
 def test_metadata_and_names(tmp_path):
     model = ctc.load(str(tiny(tmp_path / "checkpoint")))
-    model = replace(model, origin=replace(model.origin, name="someone/tiny", license="mit"))
-    metadata, tensors = to_gguf_ctc(model, languages=["pl"])
+    model = replace(model, origin=replace(model.origin, name="someone/tiny", license="mit", target_lang="pol"))
+    metadata, tensors = to_gguf_ctc(model)
     expected = {
         "general.architecture": "wav2vec2-ctc",
         "general.name": "tiny",
         "general.license": "mit",
-        "general.languages": ["pl"],
+        "general.languages": ["pol"],
         "wav2vec2-ctc.model_type": "wav2vec2",
         "wav2vec2-ctc.block_count": 2,
         "wav2vec2-ctc.attention.norm_first": True,
